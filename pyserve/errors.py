@@ -1,0 +1,167 @@
+"""Every error a caller can meet, with the status and type it is answered with.
+
+    ServeError
+    ├── ClientError                 the caller can mend it; the text is safe to send
+    │   ├── BadRequestError         400 BadRequestException
+    │   │   └── InputError          400 BadRequestException   (raised by handlers for one item's input)
+    │   ├── InvalidModelError       400 InvalidModelException
+    │   ├── ModelNotFoundError      404 ModelNotFoundException
+    │   ├── VersionNotFoundError    404 ModelVersionNotFoundException
+    │   ├── ResourceNotFoundError   404 ResourceNotFoundException
+    │   ├── DefaultVersionError     403 InvalidModelVersionException
+    │   ├── ForbiddenError          403 BadRequestException
+    │   ├── MethodNotAllowedError   405 MethodNotAllowedException
+    │   ├── ConflictError           409 ConflictStatusException
+    │   ├── TooLargeError           413 BadRequestException
+    │   └── UnsupportedMediaError   415 BadRequestException
+    └── ServerError                 ours or the model's fault
+        ├── HandlerError            503 InternalServerException
+        ├── OverloadedError         503 ServiceUnavailableException  (queue full, no worker, draining)
+        ├── DeadlineError           504 InternalServerException      (ran past response_timeout)
+        ├── ExpiredError            503 ServiceUnavailableException  (waited past its time, never ran)
+        ├── ModelLoadError          500 InternalServerException
+        ├── OutOfMemoryError        507 InternalServerException
+        └── ConfigError             (start-up only, never on the wire)
+
+Status codes, ``type`` strings and the three keys of the body are TorchServe's, so that clients
+need not change; ``detail`` is pyserve's addition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+JsonObject = dict[str, Any]
+
+
+class ServeError(Exception):
+    """Base of all errors with an answer.
+
+    Attributes:
+        status: HTTP status code of the answer.
+        type: TorchServe's exception class name, sent as ``type``.
+        message: sent as ``message``; never holds a path, a traceback or another's data.
+        detail: extra JSON members sent as ``detail``; empty means none.
+        headers: extra response headers, such as ``Retry-After``.
+    """
+
+    status = 500
+    type = "InternalServerException"
+
+    def __init__(self, message: str, *, detail: JsonObject | None = None, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.message = message
+        self.detail = detail or {}
+        self.headers = headers or {}
+
+    def body(self) -> JsonObject:
+        """The JSON object of the answer: ``code``, ``type``, ``message`` and, if any, ``detail``."""
+        answer: JsonObject = {"code": self.status, "type": self.type, "message": self.message}
+        if self.detail:
+            answer["detail"] = self.detail
+        return answer
+
+
+class ClientError(ServeError):
+    """The caller can mend it."""
+
+
+class BadRequestError(ClientError):
+    status = 400
+    type = "BadRequestException"
+
+
+class InputError(BadRequestError):
+    """One item's input cannot be used. Handlers raise it from ``preprocess``."""
+
+
+class InvalidModelError(ClientError):
+    status = 400
+    type = "InvalidModelException"
+
+
+class ModelNotFoundError(ClientError):
+    status = 404
+    type = "ModelNotFoundException"
+
+
+class VersionNotFoundError(ClientError):
+    status = 404
+    type = "ModelVersionNotFoundException"
+
+
+class ResourceNotFoundError(ClientError):
+    status = 404
+    type = "ResourceNotFoundException"
+
+    def __init__(self) -> None:
+        super().__init__("Requested resource is not found, please refer to API document.")
+
+
+class DefaultVersionError(ClientError):
+    status = 403
+    type = "InvalidModelVersionException"
+
+
+class ForbiddenError(ClientError):
+    status = 403
+    type = "BadRequestException"
+
+
+class MethodNotAllowedError(ClientError):
+    status = 405
+    type = "MethodNotAllowedException"
+
+    def __init__(self, allowed: str = ""):
+        super().__init__(
+            "Requested method is not allowed, please refer to API document.",
+            headers={"Allow": allowed} if allowed else None,
+        )
+
+
+class ConflictError(ClientError):
+    status = 409
+    type = "ConflictStatusException"
+
+
+class TooLargeError(ClientError):
+    status = 413
+    type = "BadRequestException"
+
+
+class UnsupportedMediaError(ClientError):
+    status = 415
+    type = "BadRequestException"
+
+
+class ServerError(ServeError):
+    """Ours or the model's fault."""
+
+
+class HandlerError(ServerError):
+    status = 503
+
+
+class OverloadedError(ServerError):
+    status = 503
+    type = "ServiceUnavailableException"
+
+
+class ExpiredError(OverloadedError):
+    """The request waited in the queue past its time and never ran."""
+
+
+class DeadlineError(ServerError):
+    status = 504
+
+
+class ModelLoadError(ServerError):
+    status = 500
+
+
+class OutOfMemoryError(ServerError):
+    status = 507
+
+
+class ConfigError(ServerError):
+    """The configuration cannot be used; start-up ends with this text."""

@@ -1,0 +1,111 @@
+"""The HTTP messages that pass between the protocol and the endpoints. No I/O, no policy."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import unquote_plus
+
+Headers = list[tuple[str, str]]
+
+
+class Request:
+    """One complete HTTP request.
+
+    Attributes:
+        method: upper-case token, e.g. ``"POST"``.
+        path: percent-decoded path, e.g. ``"/predictions/digits"``.
+        segments: ``path`` split on ``/``, trailing empty segments dropped; ``("predictions", "digits")``.
+        query: raw query string without ``?``; ``""`` if none.
+        headers: name/value pairs in order, names in the client's own spelling, decoded as latin-1.
+        body: the whole body, dechunked. A ``bytearray`` owned by this request.
+        client: ``"127.0.0.1:43090"``, or ``"unix"``.
+        id: the client's ``x-request-id`` if it is a valid one, else a fresh UUID4.
+        arrived_at: when the last byte was read, in ns of ``time.monotonic_ns()``.
+    """
+
+    __slots__ = (
+        "_lower", "_params", "arrived_at", "body", "client", "headers", "id", "method", "path", "query", "segments",
+    )
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: str = "",
+        headers: Headers | None = None,
+        body: bytearray | None = None,
+        client: str = "",
+        id: str = "",
+        arrived_at: int = 0,
+    ):
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers: Headers = headers if headers is not None else []
+        self.body = body if body is not None else bytearray()
+        self.client = client
+        self.id = id
+        self.arrived_at = arrived_at
+        self.segments = tuple(path.rstrip("/").split("/")[1:])
+        self._lower: dict[str, str] | None = None
+        self._params: list[tuple[str, str]] | None = None
+
+    def header(self, name: str, default: str = "") -> str:
+        """Value of header ``name`` (any case). A repeated header gives its last value."""
+        if self._lower is None:
+            self._lower = {key.lower(): value for key, value in self.headers}
+        return self._lower.get(name.lower(), default)
+
+    @property
+    def content_type(self) -> str:
+        """Media type in lower case without parameters, ``""`` if there is none."""
+        return self.header("content-type").partition(";")[0].strip().lower()
+
+    @property
+    def params(self) -> list[tuple[str, str]]:
+        """Query parameters in order; ``&`` and ``;`` both separate, blanks are kept."""
+        if self._params is None:
+            pairs = [part.partition("=") for part in self.query.replace(";", "&").split("&") if part]
+            self._params = [(unquote_plus(key), unquote_plus(value)) for key, _, value in pairs]
+        return self._params
+
+
+class Response:
+    """One HTTP answer.
+
+    Attributes:
+        status: HTTP status code.
+        body: bytes-like.
+        content_type: value of ``content-type``; ``None`` sends none (as TorchServe does for predictions).
+        reason: ``None`` means the standard phrase; ``""`` an empty one (as TorchServe does for predictions).
+        headers: further headers. Framing headers (content-length, connection, ...) belong to the protocol.
+    """
+
+    __slots__ = ("body", "content_type", "headers", "reason", "status")
+
+    def __init__(
+        self,
+        status: int = 200,
+        body: bytes | bytearray | memoryview = b"",
+        *,
+        content_type: str | None = None,
+        reason: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        self.status = status
+        self.body = body
+        self.content_type = content_type
+        self.reason = reason
+        self.headers = headers or {}
+
+
+def dump_json(value: Any) -> bytes:
+    """Server JSON as TorchServe prints it: two-space indent, no HTML escaping, a newline at the end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A ``Response`` with ``value`` as pretty-printed JSON."""
+    return Response(status, dump_json(value), content_type="application/json", headers=headers)
