@@ -1,0 +1,271 @@
+// Dynamic batcher: groups queued requests into batches for whichever worker is idle.
+//
+// Rules.
+// - Work-conserving: an idle worker takes at once what is there, up to `batch_size_max` requests and
+//   `batch_bytes_max` bytes of input. While every worker is busy requests gather in the ring, which is what makes
+//   batches. Only when `batch_size_min` asks for it does an idle worker wait, and then until `batch_delay_max_ns`
+//   after the first request was queued.
+// - At most `running_max` batches run at once (workers beyond the CPU budget wait at this gate, with their
+//   requests still in the ring, where they can be batched, cancelled or expire).
+// - A request whose deadline has passed, or that was cancelled, is dropped while collecting, the first one too.
+// - Settings may change at any time from any thread; a change applies from the next batch on.
+//
+// No mutex between push and a running batch. A worker sleeps only when the ring is empty, the gate is shut or a
+// minimum asks it to wait; every push, every leave and every change of a setting wakes all who sleep for it.
+//
+// Threads: push, purge and close, one thread (the loop); the rest, any.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "clock.h"
+#include "probe.h"
+#include "request.h"
+#include "ring.h"
+#include "waiter.h"
+
+namespace pyserve {
+
+struct BatchLimits {
+    uint32_t batch_size_max = 1;
+    uint32_t batch_size_min = 1;
+    int64_t batch_delay_max_ns = 0;
+    int64_t batch_bytes_max = INT64_MAX;
+    uint32_t running_max = UINT32_MAX;
+};
+
+// What a worker takes from the ring in one go. Reused by its worker, so that taking does not allocate.
+struct Take {
+    std::vector<Request*> requests;  // state batched, in order of arrival
+    std::vector<Request*> dropped;   // ended while queued: expired or cancelled
+
+    void clear() {
+        requests.clear();
+        dropped.clear();
+    }
+    bool empty() const { return requests.empty() && dropped.empty(); }
+};
+
+enum class Next {
+    batch,    // there is a batch (perhaps only of dropped requests); the caller holds a run permit and must leave()
+    nothing,  // nothing to take now
+    closed,   // closed and empty, or the worker was told to stop
+};
+
+template <class Clock = SteadyClock, class Probe = NoProbe>
+class Batcher {
+  public:
+    explicit Batcher(size_t capacity, uint64_t ring_start = 0) : ring_(capacity, ring_start) {}
+
+    // --- loop thread ------------------------------------------------------------------------------------------
+
+    // REQUIRES: request.state == queued and its fields are set. False when the ring is full (of which dead
+    // requests may be a part: see purge).
+    bool try_push(Request* request) noexcept {
+        if (!ring_.try_push(request)) return false;
+        arrivals_.notify();
+        return true;
+    }
+
+    // Takes dead requests (cancelled) out of the ring, keeping the order of the others, into `dropped`.
+    // Between claim and push the ring looks empty to workers; the pushes wake them again.
+    void purge(std::vector<Request*>& dropped) {
+        scratch_.resize(ring_.capacity());
+        const size_t count = ring_.try_claim(scratch_.data(), scratch_.size());
+        for (size_t i = 0; i < count; ++i) {
+            Request* request = scratch_[i];
+            // Cannot fail: this thread is the only producer and has just made room for all of them.
+            if (request->state.load(std::memory_order_acquire) == State::queued) ring_.try_push(request);
+            else dropped.push_back(request);
+        }
+        arrivals_.notify();
+    }
+
+    // No more pushes. Workers finish what is queued and then see `closed`.
+    void close() noexcept {
+        closed_.store(true, std::memory_order_release);
+        wake_all();
+    }
+
+    // --- any thread -------------------------------------------------------------------------------------------
+
+    void set_limits(const BatchLimits& limits) noexcept {
+        batch_size_max_.store(std::max(1u, limits.batch_size_max), std::memory_order_relaxed);
+        batch_size_min_.store(std::max(1u, limits.batch_size_min), std::memory_order_relaxed);
+        batch_delay_max_ns_.store(limits.batch_delay_max_ns, std::memory_order_relaxed);
+        batch_bytes_max_.store(limits.batch_bytes_max, std::memory_order_relaxed);
+        running_max_.store(std::max(1u, limits.running_max), std::memory_order_release);
+        wake_all();
+    }
+
+    // After changing something a sleeping worker must see, such as its stop flag.
+    void wake_all() noexcept {
+        arrivals_.notify();
+        permits_.notify();
+    }
+
+    size_t queue_size() const noexcept { return ring_.size(); }
+    size_t capacity() const noexcept { return ring_.capacity(); }
+    uint32_t running() const noexcept { return running_.load(std::memory_order_acquire); }
+    uint32_t batch_size_max() const noexcept { return batch_size_max_.load(std::memory_order_relaxed); }
+
+    // --- workers ----------------------------------------------------------------------------------------------
+
+    // One attempt, without sleeping. `wake_at` is set to when a window closes if that is why there is nothing.
+    // `full_only` takes a batch only if it is full: for a worker that has one running already.
+    Next try_next(Take& take, int64_t& wake_at, bool full_only = false) {
+        wake_at = never_ns;
+        take.clear();
+        if (!enter()) return closed_and_empty() ? Next::closed : Next::nothing;
+        Probe::at(Point::batcher_holding_permit);
+        collect(take, wake_at, full_only);
+        if (!take.empty()) return Next::batch;
+        leave();
+        return closed_and_empty() ? Next::closed : Next::nothing;
+    }
+
+    // Sleeps until there is a batch, or `stop` is set, or the batcher is closed and empty.
+    Next next_batch(Take& take, const std::atomic<bool>& stop) {
+        for (;;) {
+            if (stop.load(std::memory_order_acquire)) return Next::closed;
+            int64_t wake_at = never_ns;
+            const Next next = try_next(take, wake_at);
+            if (next != Next::nothing) return next;
+            sleep(wake_at, stop);
+        }
+    }
+
+    // Gives back the run permit of a batch. REQUIRES: next_batch or try_next returned Next::batch before.
+    void leave() noexcept {
+        running_.fetch_sub(1, std::memory_order_acq_rel);
+        permits_.notify();
+    }
+
+  private:
+    bool enter() noexcept {
+        uint32_t running = running_.load(std::memory_order_relaxed);
+        while (running < running_max_.load(std::memory_order_acquire)) {
+            if (running_.compare_exchange_weak(running, running + 1, std::memory_order_acq_rel,
+                                               std::memory_order_relaxed))
+                return true;
+        }
+        return false;
+    }
+
+    bool gate_is_open() const noexcept {
+        return running_.load(std::memory_order_acquire) < running_max_.load(std::memory_order_acquire);
+    }
+
+    bool closed_and_empty() const noexcept {
+        return closed_.load(std::memory_order_acquire) && ring_.size() == 0;
+    }
+
+    // Claims until the batch is full, the ring is empty or a limit is met. Dropped requests leave room for more.
+    void collect(Take& take, int64_t& wake_at, bool full_only) {
+        const size_t size_max = batch_size_max_.load(std::memory_order_relaxed);
+        const int64_t bytes_max = batch_bytes_max_.load(std::memory_order_relaxed);
+        const int64_t now = Clock::now_ns();
+        int64_t bytes = 0;
+        bool bytes_reached = false;
+        take.requests.resize(size_max);
+        size_t filled = 0;
+        while (filled < size_max && !bytes_reached) {
+            Request** out = take.requests.data() + filled;
+            const bool first = filled == 0;
+            const size_t claimed = ring_.try_claim(out, size_max - filled, [&](Request* const* seen, size_t count) {
+                if (first && !is_ripe(seen, count, size_max, now, full_only, wake_at)) return size_t{0};
+                return within_bytes(seen, count, bytes_max - bytes, first, bytes_reached);
+            });
+            if (claimed == 0) break;
+            filled += keep_live(out, claimed, now, take.dropped, bytes);
+        }
+        take.requests.resize(filled);
+    }
+
+    // Whether a batch that begins with `seen` may leave now. Sets `wake_at` if it may later.
+    bool is_ripe(Request* const* seen, size_t count, size_t size_max, int64_t now, bool full_only,
+                 int64_t& wake_at) const noexcept {
+        if (full_only) return count >= size_max;
+        const size_t size_min = std::min<size_t>(batch_size_min_.load(std::memory_order_relaxed), size_max);
+        if (count >= size_min || closed_.load(std::memory_order_acquire)) return true;
+        const int64_t ripe_at = seen[0]->queued_at.load(std::memory_order_relaxed) +
+                                batch_delay_max_ns_.load(std::memory_order_relaxed);
+        // A request that will expire first must be dropped in time, not at the end of the window.
+        const int64_t look_at = std::min(ripe_at, seen[0]->deadline.load(std::memory_order_relaxed));
+        if (now >= look_at) return true;
+        wake_at = look_at;
+        return false;
+    }
+
+    static size_t within_bytes(Request* const* seen, size_t count, int64_t room, bool first,
+                               bool& reached) noexcept {
+        reached = false;
+        for (size_t i = 0; i < count; ++i) {
+            room -= seen[i]->input_size.load(std::memory_order_relaxed);
+            if (room >= 0 || (first && i == 0)) continue;
+            reached = true;
+            return i;
+        }
+        return count;
+    }
+
+    // Moves the claimed requests that may still run to the front of `out`. Returns how many there are.
+    static size_t keep_live(Request** out, size_t claimed, int64_t now, std::vector<Request*>& dropped,
+                            int64_t& bytes) {
+        size_t kept = 0;
+        for (size_t i = 0; i < claimed; ++i) {
+            Request* request = out[i];
+            const bool is_late = request->deadline.load(std::memory_order_relaxed) <= now;
+            if (request->try_move(State::queued, is_late ? State::expired : State::batched) && !is_late) {
+                bytes += request->input_size.load(std::memory_order_relaxed);
+                out[kept++] = request;
+            } else {
+                dropped.push_back(request);
+            }
+        }
+        return kept;
+    }
+
+    // Sleeps for what is missing: arrivals, or a permit. Looks once more after announcing itself.
+    void sleep(int64_t wake_at, const std::atomic<bool>& stop) noexcept {
+        const bool has_requests = ring_.size() > 0;
+        Waiter& waiter = has_requests && !gate_is_open() ? permits_ : arrivals_;
+        const uint32_t key = waiter.prepare();
+        Probe::at(Point::batcher_before_sleep);
+        if (stop.load(std::memory_order_acquire) || is_worth_a_look(&waiter == &permits_, wake_at)) {
+            waiter.cancel();
+            return;
+        }
+        waiter.wait(key, wake_at);
+        Probe::at(Point::batcher_after_wake);
+    }
+
+    bool is_worth_a_look(bool waits_for_permit, int64_t wake_at) const noexcept {
+        const size_t waiting = ring_.size();
+        const bool is_closed = closed_.load(std::memory_order_acquire);
+        if (waiting == 0) return is_closed;
+        if (waits_for_permit) return gate_is_open();
+        if (wake_at == never_ns || is_closed) return true;
+        // Inside a window: only a full enough batch is news.
+        return waiting >= batch_size_min_.load(std::memory_order_relaxed) ||
+               waiting >= batch_size_max_.load(std::memory_order_relaxed);
+    }
+
+    Ring<Request*, Probe> ring_;
+    std::atomic<uint32_t> batch_size_max_{1};
+    std::atomic<uint32_t> batch_size_min_{1};
+    std::atomic<int64_t> batch_delay_max_ns_{0};
+    std::atomic<int64_t> batch_bytes_max_{INT64_MAX};
+    std::atomic<uint32_t> running_max_{UINT32_MAX};
+    std::atomic<bool> closed_{false};
+    alignas(cache_line_size) std::atomic<uint32_t> running_{0};
+    Waiter arrivals_;
+    Waiter permits_;
+    std::vector<Request*> scratch_;  // loop thread only
+};
+
+}  // namespace pyserve

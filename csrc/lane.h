@@ -1,0 +1,90 @@
+// The native lane of one served version: its queue, its workers and its requests.
+//
+// Threads: loop thread only, but for what the workers do inside.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "batcher.h"
+#include "completion.h"
+#include "worker.h"
+
+namespace pyserve {
+
+struct WorkerRow {
+    uint32_t id;
+    WorkerState state;
+    bool is_stopping;
+    int64_t running_since;  // ns, 0 when idle
+    uint64_t batches;
+    std::string error;
+};
+
+class Lane {
+  public:
+    // `capacity`, a power of two, is the size of the ring: more than may ever wait, see try_submit.
+    // `example` is one item, each input [1, ...]; empty means no warm-up.
+    Lane(std::shared_ptr<Completions<>> completions, std::shared_ptr<TorchModel> model, Inputs example,
+         size_t capacity);
+    // Stops and joins the workers. What is still queued is not completed: close and drain first.
+    ~Lane();
+    Lane(const Lane&) = delete;
+    Lane& operator=(const Lane&) = delete;
+
+    // Queues one request. nullptr when the ring is full even without its dead requests.
+    // REQUIRES: every input is on the host with dim() >= 1 and size(0) == 1.
+    TensorRequest* try_submit(Inputs inputs, void* owner, int64_t arrived_at, int64_t deadline);
+
+    // The request of a ticket, or nullptr if it has been freed.
+    TensorRequest* find(uint64_t ticket);
+    static uint64_t ticket_of(const Request& request) {
+        return static_cast<uint64_t>(request.generation) << 32 | request.index;
+    }
+
+    // Takes a completed request back into the pool. Returns its owner.
+    void* release(Request* request);
+
+    void set_limits(const BatchLimits& limits);
+    void set_intra_op_threads(int count);
+    // Grows or shrinks. A worker that is told to stop finishes its batch first.
+    void set_workers(size_t count);
+    // Joins workers that are over. Failed ones stay listed until set_workers.
+    void reap();
+    // No more submits; the workers finish what is queued, then stop.
+    void close();
+    // Joins all; blocks until their batches are done.
+    void join();
+    // Removes cancelled requests from the ring now.
+    void purge();
+
+    std::vector<WorkerRow> workers() const;
+    size_t queue_size() const { return batcher_.queue_size(); }
+    size_t capacity() const { return batcher_.capacity(); }
+    uint32_t running() const { return batcher_.running(); }
+    const LaneStats& stats() const { return shared_.stats; }
+    const std::shared_ptr<TorchModel>& model() const { return shared_.model; }
+    // Calls `visit(TensorRequest&)` for each request that is not free.
+    template <class Visit>
+    void for_each_live(const Visit& visit) {
+        for (TensorRequest& request : pool_) {
+            if (request.state.load() != State::free) visit(request);
+        }
+    }
+
+  private:
+    TensorRequest* allocate();
+
+    std::shared_ptr<Completions<>> completions_;
+    Batcher<> batcher_;
+    LaneShared shared_;
+    std::deque<TensorRequest> pool_;  // grows, never shrinks: pointers stay valid
+    std::vector<uint32_t> free_;
+    std::vector<std::unique_ptr<Worker>> workers_;
+    uint32_t next_worker_id_ = 9000;  // TorchServe's first worker id is the port 9000
+};
+
+}  // namespace pyserve

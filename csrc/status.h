@@ -1,0 +1,28 @@
+// Outcome of an operation on the data path. Exceptions are for construction and the Python border only.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+namespace pyserve {
+
+enum class Code : uint8_t {
+    ok = 0,
+    model_error = 1,    // the model raised for this input
+    out_of_memory = 2,  // by exception type, never by text
+    expired = 3,        // its deadline passed before it ran; it never ran
+    cancelled = 4,      // its client went away, or it was answered already; the result is dropped
+    closed = 5,         // the lane was closed before it ran
+};
+
+struct Status {
+    Code code = Code::ok;
+    std::string message;
+
+    bool ok() const noexcept { return code == Code::ok; }
+    static Status model_error(std::string text) { return {Code::model_error, std::move(text)}; }
+    static Status out_of_memory(std::string text) { return {Code::out_of_memory, std::move(text)}; }
+};
+
+}  // namespace pyserve

@@ -1,0 +1,145 @@
+#include "torch_model.h"
+
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/serialization/import.h>
+
+#include <stdexcept>
+#include <utility>
+
+#include "mapped_file.h"
+
+namespace pyserve {
+namespace {
+
+using torch::jit::Module;
+
+// torch.jit.freeze removes the attribute; such a file's weights are constants of its graph.
+bool is_frozen(const Module& module) { return !module.hasattr("training"); }
+
+int64_t size_of(const Module& module) {
+    int64_t size = 0;
+    for (const at::Tensor& tensor : module.parameters()) size += static_cast<int64_t>(tensor.nbytes());
+    for (const at::Tensor& tensor : module.buffers()) size += static_cast<int64_t>(tensor.nbytes());
+    return size;
+}
+
+int64_t size_of_constants(const Module& module) {
+    int64_t size = 0;
+    for (const torch::jit::Node* node : module.get_method("forward").graph()->nodes()) {
+        if (node->kind() != c10::prim::Constant || !node->hasAttribute(c10::attr::value)) continue;
+        if (node->kindOf(c10::attr::value) != torch::jit::AttributeKind::t) continue;
+        size += static_cast<int64_t>(node->t(c10::attr::value).nbytes());
+    }
+    return size;
+}
+
+// Module::to changes the format of no weight; oneDNN wants 4-d weights in the inputs' format.
+void to_channels_last(Module& module) {
+    for (at::Tensor parameter : module.parameters()) {
+        if (parameter.dim() == 4) parameter.set_data(parameter.contiguous(at::MemoryFormat::ChannelsLast));
+    }
+}
+
+double largest_difference(const c10::IValue& left, const c10::IValue& right) {
+    if (!left.isTensor() || !right.isTensor()) return 0;
+    const at::Tensor a = left.toTensor().to(at::kCPU, at::kFloat), b = right.toTensor().to(at::kCPU, at::kFloat);
+    return a.sizes() == b.sizes() && a.numel() > 0 ? (a - b).abs().max().item<double>() : 0;
+}
+
+class ScriptModel final : public TorchModel {
+  public:
+    ScriptModel(const ModelOptions& options, const std::vector<at::Tensor>& example) : TorchModel(options) {
+        const auto file = std::make_shared<MappedFile>(options.path, options.offset, options.size);
+        module_ = torch::jit::load(file, options.device, /*load_debug_files=*/false);
+        if (is_frozen(module_)) {
+            if (options.precision != at::kFloat) {
+                throw std::invalid_argument(
+                    "this TorchScript file is frozen, so its precision cannot be changed; save it without "
+                    "torch.jit.freeze, or take precision out of model-config.yaml");
+            }
+            weights_size_ = size_of_constants(module_);
+            return;
+        }
+        module_.eval();
+        convert(example);
+        weights_size_ = size_of(module_);
+        module_ = torch::jit::freeze(module_);
+    }
+
+    c10::IValue run(const std::vector<at::Tensor>& inputs) override {
+        std::vector<c10::IValue> stack;
+        stack.reserve(inputs.size());
+        for (const at::Tensor& input : inputs) stack.emplace_back(convert_input(input));
+        c10::IValue output = module_.forward(std::move(stack));
+        if (options_.precision == at::kFloat) return output;
+        return map_tensors(output, [this](const at::Tensor& tensor) {
+            return tensor.scalar_type() == options_.precision ? tensor.to(at::kFloat) : tensor;
+        });
+    }
+
+  private:
+    // The difference is measured here, where both precisions are at hand.
+    void convert(const std::vector<at::Tensor>& example) {
+        const bool is_lowered = options_.precision != at::kFloat;
+        c10::IValue reference;
+        if (is_lowered && !example.empty()) {
+            std::vector<c10::IValue> stack;
+            for (const at::Tensor& input : example) stack.emplace_back(input.to(options_.device));
+            reference = module_.forward(std::move(stack));
+        }
+        if (is_lowered) module_.to(options_.precision);
+        if (options_.channels_last) to_channels_last(module_);
+        if (is_lowered && !example.empty()) {
+            std::vector<at::Tensor> inputs;
+            for (const at::Tensor& input : example) inputs.push_back(input.to(options_.device));
+            precision_error_ = largest_difference(reference, run(inputs));
+        }
+    }
+
+    Module module_;
+};
+
+class PackageModel final : public TorchModel {
+  public:
+    PackageModel(const ModelOptions& options) : TorchModel(options) {
+        if (options.precision != at::kFloat || options.channels_last) {
+            throw std::invalid_argument(
+                "a .pt2 package is compiled for one precision and memory format; export it again with the ones you "
+                "want, or take precision and memoryFormat out of model-config.yaml");
+        }
+        if (options.offset != 0) throw std::invalid_argument("a .pt2 package must be a file of its own");
+        loader_ = std::make_unique<torch::inductor::AOTIModelPackageLoader>(
+            options.path, "model", /*run_single_threaded=*/false,
+            static_cast<size_t>(std::max(1, options.package_runners_max)),
+            options.device.has_index() ? options.device.index() : c10::DeviceIndex(-1));
+    }
+
+    c10::IValue run(const std::vector<at::Tensor>& inputs) override {
+        std::vector<at::Tensor> outputs = loader_->run(inputs);
+        if (outputs.size() == 1) return std::move(outputs.front());
+        std::vector<c10::IValue> elements(std::make_move_iterator(outputs.begin()),
+                                          std::make_move_iterator(outputs.end()));
+        return c10::ivalue::Tuple::create(std::move(elements));
+    }
+
+  private:
+    std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader_;
+};
+
+}  // namespace
+
+std::shared_ptr<TorchModel> TorchModel::load(const ModelOptions& options, const std::vector<at::Tensor>& example) {
+    const c10::InferenceMode guard;
+    if (options.is_package) return std::make_shared<PackageModel>(options);
+    return std::make_shared<ScriptModel>(options, example);
+}
+
+at::Tensor TorchModel::convert_input(const at::Tensor& input) const {
+    at::Tensor out = input;
+    if (out.is_floating_point() && options_.precision != at::kFloat) out = out.to(options_.precision);
+    if (options_.channels_last && out.dim() == 4) out = out.contiguous(at::MemoryFormat::ChannelsLast);
+    return out;
+}
+
+}  // namespace pyserve

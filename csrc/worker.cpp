@@ -1,0 +1,293 @@
+#include "worker.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
+#include <pthread.h>
+
+#include <exception>
+#include <new>
+#include <utility>
+
+#include "clock.h"
+
+namespace pyserve {
+namespace {
+
+constexpr double seconds_per_ns = 1e-9;
+
+// Runs `body` and turns whatever it throws into a Status, by type.
+template <class Body>
+Status guarded(const Body& body) noexcept {
+    try {
+        try {
+            body();
+            return {};
+        } catch (const c10::OutOfMemoryError& error) {
+            return Status::out_of_memory(error.what_without_backtrace());
+        } catch (const std::bad_alloc&) {
+            return Status::out_of_memory("the host has no memory left");
+        } catch (const c10::Error& error) {
+            return Status::model_error(error.what_without_backtrace());
+        } catch (const std::exception& error) {
+            return Status::model_error(error.what());
+        } catch (...) {
+            return Status::model_error("an exception of an unknown type");
+        }
+    } catch (...) {
+        return {Code::out_of_memory, {}};  // building the text above failed
+    }
+}
+
+bool same_kind(const Inputs& left, const Inputs& right) {
+    if (left.size() != right.size()) return false;
+    for (size_t i = 0; i < left.size(); ++i) {
+        if (left[i].scalar_type() != right[i].scalar_type() || left[i].sizes() != right[i].sizes()) return false;
+    }
+    return true;
+}
+
+const Inputs& inputs_of(const Request* request) { return static_cast<const TensorRequest*>(request)->inputs; }
+
+// Splits requests into groups that fit one tensor, keeping the order inside a group.
+std::vector<std::vector<Request*>> group_by_shape(const std::vector<Request*>& requests) {
+    std::vector<std::vector<Request*>> groups;
+    for (Request* request : requests) {
+        bool placed = false;
+        for (auto& group : groups) {
+            if (!same_kind(inputs_of(group.front()), inputs_of(request))) continue;
+            group.push_back(request);
+            placed = true;
+            break;
+        }
+        if (!placed) groups.push_back({request});
+    }
+    return groups;
+}
+
+// A batch output must have one row per request, or answers would go to the wrong clients.
+void check_rows(const c10::IValue& output, size_t count) {
+    map_tensors(output, [count](const at::Tensor& tensor) {
+        TORCH_CHECK(tensor.dim() > 0 && static_cast<size_t>(tensor.size(0)) == count,
+                    "the model returned a tensor of shape ", tensor.sizes(), " for a batch of ", count,
+                    "; its first dimension must be the batch");
+        return tensor;
+    });
+}
+
+}  // namespace
+
+Worker::Worker(LaneShared& shared, uint32_t id)
+    : shared_(shared), id_(id), thread_([this] { main(); }) {}
+
+Worker::~Worker() {
+    stop();
+    shared_.batcher->wake_all();
+    if (thread_.joinable()) thread_.join();
+}
+
+void Worker::main() noexcept {
+    pthread_setname_np(pthread_self(), ("worker-" + std::to_string(id_)).c_str());
+    WorkerState end = WorkerState::stopped;
+    const Status status = guarded([this] {
+        const c10::InferenceMode inference;
+        const c10::DeviceGuard device(shared_.model->device());
+        apply_threads();
+        staging_ = std::make_unique<Staging>(shared_.model->device(), shared_.staging_size.load());
+        state_.store(WorkerState::warming, std::memory_order_release);
+        const Status warm = warm_up();
+        if (!warm.ok()) throw std::runtime_error(warm.message);
+        state_.store(WorkerState::ready, std::memory_order_release);
+        shared_.completions->signal();
+        serve();
+    });
+    if (!status.ok()) {
+        error_ = status.message;
+        end = WorkerState::failed;
+    }
+    state_.store(end, std::memory_order_release);
+    shared_.completions->signal();
+}
+
+// At batch size 1 and the maximum: TorchScript's executor specialises per shape and the first run of a shape
+// compiles kernels, which would otherwise be paid by the first clients.
+Status Worker::warm_up() {
+    if (shared_.example.empty()) return {};
+    constexpr int runs = 2;  // the first one profiles, the second one runs what was compiled from it
+    const size_t largest = shared_.batcher->batch_size_max();
+    for (size_t size = 1; size <= largest; size = size == largest ? largest + 1 : largest) {
+        const std::vector<const Inputs*> items(size, &shared_.example);
+        for (int run = 0; run < runs && !is_stopping(); ++run) {
+            const Status status = guarded([&] {
+                const Staging::ComputeScope scope(*staging_);
+                Staged staged = staging_->gather(items);
+                staged.output = shared_.model->run(staged.inputs);
+                staging_->fetch(staged);
+                Staging::wait(staged);
+                check_rows(staged.output, size);
+            });
+            if (!status.ok()) return status;
+        }
+    }
+    return {};
+}
+
+void Worker::apply_threads() {
+    const int wanted = shared_.intra_op_threads.load(std::memory_order_relaxed);
+    if (wanted == threads_) return;
+    at::set_num_threads(wanted);  // OpenMP keeps this per thread
+    threads_ = wanted;
+}
+
+void Worker::serve() {
+    Take take;
+    for (;;) {
+        int64_t wake_at = never_ns;
+        // With one batch on the device only a full one is worth taking early: a smaller one may still grow.
+        const Next next = in_flight_.empty() ? shared_.batcher->next_batch(take, stop_)
+                                             : shared_.batcher->try_next(take, wake_at, /*full_only=*/true);
+        if (next == Next::batch) {
+            apply_threads();
+            begin(take);
+            if (staging_->is_async() && in_flight_.size() < 2) continue;
+        }
+        if (!in_flight_.empty()) {
+            finish(in_flight_.front());
+            in_flight_.erase(in_flight_.begin());
+        } else if (next == Next::closed) {
+            return;
+        }
+    }
+}
+
+void Worker::begin(Take& take) {
+    const int64_t now = SteadyClock::now_ns();
+    running_since_.store(now, std::memory_order_relaxed);
+    if (!take.dropped.empty()) drop(take.dropped);
+    auto groups = group_by_shape(take.requests);
+    if (groups.empty()) {
+        running_since_.store(0, std::memory_order_relaxed);
+        shared_.batcher->leave();
+        return;
+    }
+    for (size_t i = 0; i < groups.size(); ++i) {
+        Flight flight;
+        flight.requests = std::move(groups[i]);
+        flight.started_at = now;
+        flight.holds_permit = i + 1 == groups.size();
+        launch(flight);
+        in_flight_.push_back(std::move(flight));
+        // Every group but the last is finished here; the last one may stay in flight.
+        if (!in_flight_.back().holds_permit) {
+            finish(in_flight_.back());
+            in_flight_.pop_back();
+        }
+    }
+}
+
+void Worker::launch(Flight& flight) {
+    std::vector<Request*> live, dead;
+    for (Request* request : flight.requests) {
+        (request->try_move(State::batched, State::running) ? live : dead).push_back(request);
+    }
+    if (!dead.empty()) drop(dead);
+    flight.requests = std::move(live);
+    flight.staged_at = flight.started_at;
+    if (flight.requests.empty()) return;
+    flight.status = guarded([&] {
+        const Staging::ComputeScope scope(*staging_);
+        std::vector<const Inputs*> items;
+        items.reserve(flight.requests.size());
+        for (const Request* request : flight.requests) items.push_back(&inputs_of(request));
+        flight.staged = staging_->gather(items);
+        flight.staged_at = SteadyClock::now_ns();
+        flight.staged.output = shared_.model->run(flight.staged.inputs);
+        check_rows(flight.staged.output, flight.requests.size());
+        staging_->fetch(flight.staged);
+    });
+}
+
+void Worker::finish(Flight& flight) {
+    if (!flight.requests.empty()) {
+        if (flight.status.ok()) flight.status = guarded([&] { Staging::wait(flight.staged); });
+        if (flight.status.ok() || flight.requests.size() == 1) {
+            complete(flight);
+        } else {
+            run_singly(flight);
+        }
+    }
+    if (flight.holds_permit) {
+        running_since_.store(0, std::memory_order_relaxed);
+        shared_.batcher->leave();
+    }
+}
+
+// A batch is a set of independent outcomes: when it fails, each request is run alone, once, so that only the one
+// at fault fails.
+void Worker::run_singly(const Flight& flight) {
+    for (Request* request : flight.requests) {
+        Flight single;
+        single.requests = {request};
+        single.started_at = flight.started_at;
+        shared_.stats.retried_singly.fetch_add(1, std::memory_order_relaxed);
+        // Its state is running already; launch would take it for cancelled.
+        single.staged_at = SteadyClock::now_ns();
+        single.status = guarded([&] {
+            const Staging::ComputeScope scope(*staging_);
+            single.staged = staging_->gather({&inputs_of(request)});
+            single.staged.output = shared_.model->run(single.staged.inputs);
+            check_rows(single.staged.output, 1);
+            staging_->fetch(single.staged);
+            Staging::wait(single.staged);
+        });
+        complete(single);
+    }
+}
+
+void Worker::complete(Flight& flight) {
+    LaneStats& stats = shared_.stats;
+    auto result = std::make_unique<BatchResult>();
+    result->started_at = flight.started_at;
+    result->staged_at = flight.staged_at;
+    result->finished_at = SteadyClock::now_ns();
+    result->status = std::move(flight.status);
+    if (result->status.ok()) result->output = std::move(flight.staged.output);
+    const size_t count = flight.requests.size();
+    for (Request* request : flight.requests) {
+        stats.queue.observe(static_cast<double>(flight.started_at - request->queued_at.load()) * seconds_per_ns);
+        if (!request->try_move(State::running, State::done)) {
+            stats.cancelled.fetch_add(1, std::memory_order_relaxed);
+        } else if (!result->status.ok()) {
+            stats.failed.fetch_add(1, std::memory_order_relaxed);
+        }
+    }
+    stats.staging.observe(static_cast<double>(flight.staged_at - flight.started_at) * seconds_per_ns);
+    stats.inference.observe(static_cast<double>(result->finished_at - flight.staged_at) * seconds_per_ns);
+    stats.batch_size.observe(static_cast<double>(count));
+    stats.batches.fetch_add(1, std::memory_order_relaxed);
+    if (flight.staged.is_fallback) stats.staging_fallback.fetch_add(1, std::memory_order_relaxed);
+    batches_.fetch_add(1, std::memory_order_relaxed);
+    result->requests = std::move(flight.requests);
+    flight.staged = {};  // lets go of the slot's memory and of the request's inputs before the loop frees them
+    push(std::move(result));
+}
+
+void Worker::drop(std::vector<Request*>& requests) {
+    auto result = std::make_unique<BatchResult>();
+    result->status.code = Code::cancelled;  // each request's own state tells expired from cancelled
+    result->started_at = result->staged_at = result->finished_at = SteadyClock::now_ns();
+    for (const Request* request : requests) {
+        const bool expired = request->state.load(std::memory_order_acquire) == State::expired;
+        (expired ? shared_.stats.expired : shared_.stats.cancelled).fetch_add(1, std::memory_order_relaxed);
+    }
+    result->requests = std::move(requests);
+    requests.clear();
+    push(std::move(result));
+}
+
+void Worker::push(std::unique_ptr<BatchResult> result) {
+    result->lane = shared_.lane;
+    shared_.completions->push(result.release());
+}
+
+}  // namespace pyserve
