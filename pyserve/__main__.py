@@ -1,0 +1,7 @@
+"""``python -m pyserve`` is ``pyserve``."""
+
+import sys
+
+from pyserve.cli import main
+
+sys.exit(main())

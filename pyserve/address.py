@@ -1,0 +1,85 @@
+"""Where a server listens: ``http://host[:port]`` or ``unix:/path``."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from urllib.parse import quote
+
+UNIX_PATH_SIZE_MAX = 107  # bytes; sockaddr_un.sun_path holds 108 with its final NUL
+
+_HTTP = re.compile(r"http://(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?/?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Address:
+    """One place to listen at.
+
+    Attributes:
+        host: name or IP address without brackets; ``""`` for a unix socket.
+        port: TCP port; 0 lets the system choose one. 0 for a unix socket, too.
+        path: path of the unix socket; ``""`` for TCP.
+    """
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str, port_default: int) -> Address:
+        """Read ``text``; ``port_default`` is taken when it names no port.
+
+        Raises:
+            ValueError: the text is not an address; the message says what is allowed.
+        """
+        if text.startswith("unix:"):
+            return cls._parse_unix(text[len("unix:"):])
+        if text[:8].lower() == "https://":
+            raise ValueError("TLS is not available in this version; listen on http:// and put a TLS proxy in front")
+        match = _HTTP.fullmatch(text)
+        if match is None:
+            raise ValueError("allowed are http://host[:port] and unix:/path")
+        port = int(match["port"]) if match["port"] else port_default
+        if port > 65535:
+            raise ValueError(f"port {port} is too large; the largest is 65535")
+        return cls(host=match["host"].strip("[]"), port=port)
+
+    @classmethod
+    def _parse_unix(cls, path: str) -> Address:
+        if not path.startswith("/"):
+            raise ValueError("a unix socket needs an absolute path, such as unix:/run/pyserve.sock")
+        if "\0" in path:
+            raise ValueError("the path of a unix socket cannot hold a NUL byte")
+        size = len(path.encode("utf-8", "surrogateescape"))
+        if size > UNIX_PATH_SIZE_MAX:
+            raise ValueError(f"the path is {size} bytes long; a unix socket's may have {UNIX_PATH_SIZE_MAX}")
+        return cls(path=path)
+
+    @property
+    def is_unix(self) -> bool:
+        return bool(self.path)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.is_unix or self.host.lower() == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def client_url(self) -> str:
+        """Base URL that a client on this machine can use; wildcard hosts become loopback ones."""
+        if self.is_unix:
+            return "http+unix://" + quote(self.path, safe="")
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return str(Address(host=host, port=self.port))
+
+    def __str__(self) -> str:
+        if self.is_unix:
+            return "unix:" + self.path
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"

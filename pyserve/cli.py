@@ -1,0 +1,219 @@
+"""The command line. Every import that takes time happens inside the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from pyserve import __version__
+
+if TYPE_CHECKING:
+    from pyserve.config import Config
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+COMMANDS = {
+    "start": "start a server, in the background unless --foreground",
+    "stop": "drain the running server and stop it",
+    "status": "say whether a server is running and how its models are",
+    "archive": "pack a model into an archive",
+    "inspect": "show what is in an archive",
+    "example": "make an archive or a picture to try",
+}
+
+_OVERRIDES = {
+    "model_store": "--model-store",
+    "inference_address": "--inference-address",
+    "management_address": "--management-address",
+    "metrics_address": "--metrics-address",
+}
+_IGNORED = {
+    "log_config": "--log-config is ignored: log4j2 files configure Java",
+    "plugins_path": "--plugins-path is ignored: plug-ins are Java archives",
+    "workflow_store": "--workflow-store is ignored: workflows are not available in this version",
+    "no_config_snapshots": "--no-config-snapshots is the default: no snapshot is restored unasked",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, whatever the sub-command."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"pyserve: error: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Errors are one line on stderr, without a traceback."""
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing must be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except Exception as error:
+        from pyserve.errors import ServeError
+
+        if not isinstance(error, ServeError | OSError):
+            raise
+        text = " ".join(str(error).split())
+        print(f"pyserve: error: {text}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _Parser(prog="pyserve", description="Serves PyTorch models over HTTP.")
+    parser.add_argument("-v", "--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    wanted = next((each for each in arguments if not each.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == wanted:  # the others' arguments may live in modules that take time to import
+            _add_arguments(name, command)
+    if wanted is not None and wanted not in COMMANDS:
+        parser.error(f"unknown command {wanted!r}{_nearest(wanted, COMMANDS)}")
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        chosen = commands.choices[parsed.command] if parsed.command else parser
+        chosen.error(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].partition('=')[0], _options(chosen))}")
+    if parsed.version:
+        print(f"pyserve {__version__}")
+        return 0
+    if parsed.command is None:
+        parser.print_help()
+        return EXIT_USAGE
+    return _command(parsed)
+
+
+def _command(parsed: argparse.Namespace) -> int:
+    match parsed.command:
+        case "start":
+            return _start(parsed)
+        case "stop":
+            from pyserve.stop import stop_server
+
+            return stop_server(_pid_path(parsed), parsed.timeout)
+        case "status":
+            from pyserve.status import print_status
+
+            return print_status(_pid_path(parsed))
+        case "archive":
+            from pyserve.archiver import archive_command
+
+            return archive_command(parsed)
+        case "inspect":
+            from pyserve.archiver import inspect_command
+
+            return inspect_command(parsed)
+        case _:
+            from pyserve.examples import example_command
+
+            return example_command(parsed)
+
+
+def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    match name:
+        case "start":
+            _add_start_arguments(parser)
+        case "stop":
+            _add_pid_file(parser)
+            parser.add_argument("--timeout", type=float, metavar="S", help="how long to wait for it to drain, in s")
+        case "status":
+            _add_pid_file(parser)
+        case "archive":
+            from pyserve.archiver import add_archiver_arguments
+
+            add_archiver_arguments(parser)
+        case "inspect":
+            from pyserve.archiver import add_inspect_arguments
+
+            add_inspect_arguments(parser)
+        case "example":
+            from pyserve.examples import add_example_arguments
+
+            add_example_arguments(parser)
+
+
+def _add_pid_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pid-file", metavar="FILE", help="default: .pyserve.pid in the folder for temporary files")
+
+
+def _add_start_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model-store", metavar="DIR", help="folder with the archives")
+    add("--models", nargs="+", metavar="MODEL", help="all, archive.mar, name=archive.mar or a path; repeatable")
+    add("--ts-config", metavar="FILE", help="a config.properties; $TS_CONFIG_FILE goes before it")
+    add("--foreground", action="store_true", help="stay, and log to the terminal; Ctrl-C drains")
+    add("--strict", action="store_true", help="stop, with exit code 3, if a model cannot be loaded")
+    add("--inference-address", metavar="ADDRESS", help="http://host[:port] or unix:/path")
+    add("--management-address", metavar="ADDRESS")
+    add("--metrics-address", metavar="ADDRESS")
+    add("--disable-token-auth", "--dt", action="store_true", help="no tokens, wherever the server listens")
+    add("--enable-model-api", action="store_true", help="allow registering models, wherever the server listens")
+    _add_pid_file(parser)
+    ignored = parser.add_argument_group("accepted for TorchServe's sake")
+    ignored.add_argument("--no-config-snapshots", "--ncs", action="store_true")
+    ignored.add_argument("--log-config", metavar="FILE")
+    ignored.add_argument("--plugins-path", "--ppath", metavar="DIR")
+    ignored.add_argument("--workflow-store", metavar="DIR")
+
+
+def _start(parsed: argparse.Namespace) -> int:
+    from pyserve.start import start_server
+
+    return start_server(_configured(parsed), pid_path=_pid_path(parsed), foreground=parsed.foreground)
+
+
+def _configured(parsed: argparse.Namespace) -> Config:
+    from pyserve import console
+    from pyserve.config import load_config
+
+    overrides = {}
+    for key, flag in _OVERRIDES.items():
+        if getattr(parsed, key) is not None:
+            overrides[key] = (getattr(parsed, key), flag)
+    if parsed.models:
+        overrides["load_models"] = (",".join(parsed.models), "--models")
+    if parsed.disable_token_auth:
+        overrides["disable_token_authorization"] = ("true", "--disable-token-auth")
+    if parsed.enable_model_api:
+        overrides["enable_model_api"] = ("true", "--enable-model-api")
+    if parsed.strict:
+        overrides["strict"] = ("true", "--strict")
+    warnings: list[str] = []
+    try:
+        config = load_config(overrides, ts_config=parsed.ts_config, warnings=warnings)
+    finally:
+        # Told even when the configuration cannot be used: a misspelt key may be the reason why.
+        console.warn(warnings)
+    config.notices += [text for name, text in _IGNORED.items() if getattr(parsed, name)]
+    return config
+
+
+def _pid_path(parsed: argparse.Namespace) -> Path:
+    from pyserve.pid_file import default_path
+
+    return Path(parsed.pid_file) if parsed.pid_file else default_path()
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return [option for option in parser._option_string_actions if option.startswith("--")]
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""The server's configuration: config.properties, command line and defaults made into one checked object.
+
+Precedence: command line, then file (``$TS_CONFIG_FILE``, else ``--ts-config``, else ``./config.properties``),
+then default. Where each value came from is kept in ``Config.origin``, so that messages can name the place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pyserve.address import Address
+from pyserve.config_keys import ACCEPTED_KEYS, KINDS, MODEL_SETTINGS, ModelSettings
+from pyserve.errors import ConfigError, JsonObject
+from pyserve.model_source import ModelSource, list_store, resolve_models
+from pyserve.properties import PropertiesError, Property, parse_properties
+
+CONFIG_FILE_DEFAULT = "config.properties"
+CONFIG_FILE_SIZE_MAX = 1 << 20
+INFERENCE_ADDRESS_DEFAULT = Address("127.0.0.1", 8080)
+MANAGEMENT_ADDRESS_DEFAULT = Address("127.0.0.1", 8081)
+METRICS_ADDRESS_DEFAULT = Address("127.0.0.1", 8082)
+ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
+
+_VARIABLE = re.compile(r"\$\$([^$]+)\$\$")
+
+
+@dataclass
+class Config:
+    """All settings under their names in config.properties; sizes in bytes, times in seconds.
+
+    Attributes:
+        model_store: absolute path of the folder with archives; ``None`` if none is configured.
+        models: defaults per model and version, keys as in the file (``minWorkers`` ...).
+        default_workers_per_model: 0 means one on a CPU, one per GPU.
+        number_of_gpu: the most GPUs to use; ``None`` means all.
+        allowed_urls: comma-joined patterns; empty means that no URL is fetched.
+        enable_model_api: ``None`` means on exactly when management listens on loopback.
+        preprocess_threads: 0 means as many as the CPU budget.
+        cpu_budget: CPUs to use; 0 means what the cgroup allows.
+        strict: a model that fails to load at start ends the server.
+        origin: key to place, such as ``"config.properties:12"``, ``"--model-store"`` or ``"default"``.
+        warnings: what is probably a mistake, one line each.
+        notices: what is harmless but worth knowing, one line each.
+    """
+
+    inference_address: Address = INFERENCE_ADDRESS_DEFAULT
+    management_address: Address = MANAGEMENT_ADDRESS_DEFAULT
+    metrics_address: Address = METRICS_ADDRESS_DEFAULT
+    model_store: str | None = None
+    load_models: str = ""
+    models: ModelSettings = field(default_factory=dict)
+    default_workers_per_model: int = 0
+    default_response_timeout: int = 120
+    default_startup_timeout: int = 120
+    unregister_model_timeout: int = 120
+    job_queue_size: int = 100
+    max_request_size: int = 6_553_500
+    max_response_size: int = 6_553_500
+    number_of_gpu: int | None = None
+    limit_max_image_pixels: bool = True
+    decode_input_request: bool = True
+    default_service_handler: str = ""
+    allowed_urls: str = ""
+    enable_model_api: bool | None = None
+    disable_token_authorization: bool = False
+    enable_metrics_api: bool = True
+    cors_allowed_origin: str = ""
+    cors_allowed_methods: str = ""
+    cors_allowed_headers: str = ""
+    preprocess_threads: int = 0
+    drain_timeout_s: int = 30
+    error_detail: str = "auto"
+    compat: str = "default"
+    strict: bool = False
+    cpu_budget: int = 0
+    connection_count_max: int = 10_000
+    origin: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def addresses(self) -> dict[str, Address]:
+        """``inference``, ``management`` and, unless switched off, ``metrics``."""
+        addresses = {"inference": self.inference_address, "management": self.management_address}
+        if self.enable_metrics_api:
+            addresses["metrics"] = self.metrics_address
+        return addresses
+
+    def models_to_load(self) -> list[ModelSource]:
+        """What ``load_models`` asks for, in order, each once."""
+        return resolve_models(self.load_models, self.model_store)
+
+    def store_files(self) -> list[str]:
+        """Names of all archives and model folders in the model store, sorted."""
+        return list_store(self.model_store)
+
+    def to_json(self) -> JsonObject:
+        """A JSON object from which ``from_json`` makes an equal configuration."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: str(value) if isinstance(value, Address) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: JsonObject) -> Config:
+        """The inverse of ``to_json``."""
+        # Every address that to_json wrote names its port, so that no default is ever taken here.
+        addresses = {key: Address.parse(values[key], 0) for key in ADDRESS_KEYS}
+        return cls(**{**values, **addresses})
+
+
+class _Setting(NamedTuple):
+    text: str
+    place: str
+
+
+def load_config(
+    overrides: Mapping[str, tuple[str, str]] | None = None,
+    *,
+    ts_config: str | None = None,
+    environ: Mapping[str, str] | None = None,
+    warnings: list[str] | None = None,
+) -> Config:
+    """Read the file, lay ``overrides`` over it and check every value.
+
+    Args:
+        overrides: key to (text, flag), such as ``{"model_store": ("store", "--model-store")}``.
+        ts_config: value of ``--ts-config``.
+        environ: environment variables; the process's own by default.
+        warnings: becomes ``Config.warnings``; holds those found so far when an error is raised.
+
+    Raises:
+        ConfigError: names the place, the key, the value and what is allowed.
+    """
+    environ = os.environ if environ is None else environ
+    config = Config(warnings=[] if warnings is None else warnings)
+    path = _config_path(ts_config, environ, config.warnings)
+    settings: dict[str, _Setting] = {}
+    if path is not None:
+        settings = _read_file(path, environ, config)
+    for key, (text, flag) in (overrides or {}).items():
+        settings[key] = _Setting(text, flag)
+    for key in KINDS:
+        if key in settings:
+            setattr(config, key, _value(key, settings[key]))
+            config.origin[key] = settings[key].place
+        else:
+            config.origin[key] = "default"
+    _check(config)
+    return config
+
+
+def _config_path(ts_config: str | None, environ: Mapping[str, str], warnings: list[str]) -> Path | None:
+    from_environment = environ.get("TS_CONFIG_FILE")
+    if from_environment:
+        if ts_config and Path(ts_config).absolute() != Path(from_environment).absolute():
+            warnings.append(f"--ts-config {ts_config} is not used, because TS_CONFIG_FILE={from_environment} is set")
+        return _existing(from_environment, "TS_CONFIG_FILE")
+    if ts_config:
+        return _existing(ts_config, "--ts-config")
+    default = Path(CONFIG_FILE_DEFAULT)
+    return default if default.is_file() else None
+
+
+def _existing(path: str, flag: str) -> Path:
+    if not Path(path).is_file():
+        raise ConfigError(f"{flag} file not found: {path}")
+    return Path(path)
+
+
+def _read_file(path: Path, environ: Mapping[str, str], config: Config) -> dict[str, _Setting]:
+    try:
+        entries = parse_properties(_read_text(path))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except PropertiesError as error:
+        raise ConfigError(f"{path}:{error.line}: {error}") from None
+    settings: dict[str, _Setting] = {}
+    lines: dict[str, int] = {}
+    unused: list[str] = []
+    for entry in entries:
+        key, place = entry.key, f"{path}:{entry.line}"
+        if key in lines:
+            config.warnings.append(f"{place}: {key} was set in line {lines[key]} already; line {entry.line} counts")
+        lines[key] = entry.line
+        if key in KINDS:
+            settings[key] = _Setting(_substitute(entry, place, environ), place)
+        elif key in ACCEPTED_KEYS:
+            unused.append(key)
+        else:
+            config.warnings.append(f"{place}: unknown key {key!r}{_nearest(key)}")
+    if unused:
+        config.notices.append(f"{path}: accepted, not used yet: {', '.join(sorted(set(unused)))}")
+    return settings
+
+
+def _read_text(path: Path) -> str:
+    with open(path, "rb") as file:
+        content = file.read(CONFIG_FILE_SIZE_MAX + 1)
+    if len(content) > CONFIG_FILE_SIZE_MAX:
+        raise ConfigError(f"{path} is larger than {CONFIG_FILE_SIZE_MAX} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")  # what Java reads properties files as
+
+
+def _substitute(entry: Property, place: str, environ: Mapping[str, str]) -> str:
+    """Put environment variables in the place of ``$$NAME$$``."""
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in environ:
+            raise ConfigError(f"{place}: {entry.key} names the environment variable {name}, which is not set")
+        return environ[name]
+
+    return _VARIABLE.sub(value_of, entry.value)
+
+
+def _value(key: str, setting: _Setting) -> Any:
+    kind = KINDS[key]
+    text = setting.text.strip()
+    try:
+        return kind.parse(text)
+    except ValueError as error:
+        shown = text if len(text) <= 80 else text[:77] + "..."
+        reason = f"; {error}" if str(error) and not str(error).startswith("allowed") else ""
+        raise ConfigError(
+            f"{setting.place}: {key} cannot be {shown!r}; allowed: {kind.allowed}{reason}",
+            detail={"key": key, "value": text, "place": setting.place},
+        ) from None
+
+
+def _nearest(name: str, known: frozenset[str] | None = None) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known or (ACCEPTED_KEYS | KINDS.keys()), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _check(config: Config) -> None:
+    """The rules that concern more than the text of one value."""
+    store_place = config.origin["model_store"]
+    if config.model_store:
+        store = Path(config.model_store).expanduser().absolute()
+        if not store.is_dir():
+            raise ConfigError(f"--model-store directory not found: {store} ({store_place})")
+        config.model_store = str(store)
+    else:
+        config.model_store = None
+    try:
+        sources = config.models_to_load()
+    except ValueError as error:
+        raise ConfigError(f"{config.origin['load_models']}: {error}") from None
+    if config.model_store is None and (not sources or not all(source.exists for source in sources)):
+        raise ConfigError(
+            "Missing mandatory parameter --model-store; give the folder with the archives, "
+            "here or as model_store in config.properties"
+        )
+    for name, versions in config.models.items():
+        for version, settings in versions.items():
+            for key in settings.keys() - MODEL_SETTINGS.keys():
+                hint = _nearest(key, frozenset(MODEL_SETTINGS))
+                place = config.origin["models"]
+                config.warnings.append(f"{place}: models: {name} {version}: unknown setting {key!r}{hint}")

@@ -1,0 +1,149 @@
+"""The keys of config.properties: which exist, and how the text of each becomes a value.
+
+Keys that belong to TorchServe but have no effect here are listed too, so that a configuration written
+for it is accepted, and a misspelt key is told apart from an unused one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pyserve.address import Address
+
+INT32_MAX = 2**31 - 1
+TIMEOUT_MAX_S = 86_400
+ModelSettings = dict[str, dict[str, dict[str, Any]]]
+
+
+class Kind(NamedTuple):
+    """How a value is read. ``parse`` raises ValueError; ``allowed`` ends the sentence "allowed: ..."."""
+
+    parse: Callable[[str], Any]
+    allowed: str
+
+
+def _integer(low: int, high: int) -> Kind:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+            raise ValueError
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    return Kind(parse, f"a whole number from {low} to {high}")
+
+
+def _choice(*choices: str) -> Kind:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError
+        return text
+
+    return Kind(parse, " or ".join(choices))
+
+
+def _address(port_default: int) -> Kind:
+    return Kind(lambda text: Address.parse(text, port_default), "http://host[:port] or unix:/path")
+
+
+def _parse_boolean(text: str) -> bool:
+    value = {"true": True, "false": False}.get(text.lower())
+    if value is None:
+        raise ValueError
+    return value
+
+
+def _parse_text(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("it holds a NUL byte")
+    return text
+
+
+_BOOLEAN = Kind(_parse_boolean, "true or false")
+_TEXT = Kind(_parse_text, "text")
+_SECONDS = _integer(1, TIMEOUT_MAX_S)
+_SIZE = _integer(1, INT32_MAX)
+
+MODEL_SETTINGS: dict[str, type] = {
+    "defaultVersion": bool, "marName": str, "minWorkers": int, "maxWorkers": int, "batchSize": int,
+    "maxBatchDelay": int, "responseTimeout": int, "startupTimeout": int, "runtimeType": str, "parallelLevel": int,
+}
+
+
+def parse_models(text: str) -> ModelSettings:
+    """The ``models`` block: ``{"name": {"version": {"minWorkers": 1, ...}}}``, unknown settings kept.
+
+    Raises:
+        ValueError: not JSON, or a value of the wrong type; the message names the place.
+    """
+    try:
+        models = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+    if not isinstance(models, dict):
+        raise ValueError("it is not a JSON object")
+    for name, versions in models.items():
+        if not isinstance(versions, dict):
+            raise ValueError(f"{name!r} is not an object of versions")
+        for version, settings in versions.items():
+            if not isinstance(settings, dict):
+                raise ValueError(f"{name!r}, version {version!r} is not an object of settings")
+            for key, value in settings.items():
+                wanted = MODEL_SETTINGS.get(key)
+                if wanted is not None and type(value) is not wanted:
+                    raise ValueError(f"{name!r}, version {version!r}: {key} is not of type {wanted.__name__}")
+    return models
+
+
+KINDS: dict[str, Kind] = {
+    "inference_address": _address(80),
+    "management_address": _address(8081),
+    "metrics_address": _address(8082),
+    "model_store": _TEXT,
+    "load_models": _TEXT,
+    "models": Kind(parse_models, 'a JSON object such as {"m": {"1.0": {"minWorkers": 1}}}'),
+    "default_workers_per_model": _integer(0, 1024),
+    "default_response_timeout": _SECONDS,
+    "default_startup_timeout": _SECONDS,
+    "unregister_model_timeout": _SECONDS,
+    "job_queue_size": _integer(1, 1_000_000),
+    "max_request_size": _SIZE,
+    "max_response_size": _SIZE,
+    "number_of_gpu": _integer(0, 1024),
+    "limit_max_image_pixels": _BOOLEAN,
+    "decode_input_request": _BOOLEAN,
+    "default_service_handler": _TEXT,
+    "allowed_urls": _TEXT,
+    "enable_model_api": _BOOLEAN,
+    "disable_token_authorization": _BOOLEAN,
+    "enable_metrics_api": _BOOLEAN,
+    "cors_allowed_origin": _TEXT,
+    "cors_allowed_methods": _TEXT,
+    "cors_allowed_headers": _TEXT,
+    "preprocess_threads": _integer(0, 1024),
+    "drain_timeout_s": _integer(0, TIMEOUT_MAX_S),
+    "error_detail": _choice("auto", "full", "none"),
+    "compat": _choice("default", "strict"),
+    "strict": _BOOLEAN,
+    "cpu_budget": _integer(0, 4096),
+    "connection_count_max": _integer(1, 1_000_000),
+}
+
+ACCEPTED_KEYS = frozenset({
+    "NUM_WORKERS", "async_logging", "blacklist_env_vars", "certificate_file", "cpp_log_config",
+    "cpu_launcher_args", "cpu_launcher_enable", "debug", "disable_system_metrics", "enable_envvars_config",
+    "enable_grpc_ssl", "grpc_inference_address", "grpc_inference_max_connection_age_grace_ms",
+    "grpc_inference_max_connection_age_ms", "grpc_inference_port", "grpc_management_address",
+    "grpc_management_max_connection_age_grace_ms", "grpc_management_max_connection_age_ms",
+    "grpc_management_port", "initial_distribution_port", "initial_worker_port", "install_py_dep_per_model",
+    "io_ratio", "ipex_enable", "ipex_gpu_enable", "keystore", "keystore_pass", "keystore_type",
+    "metric_time_interval", "metrics_config", "metrics_mode", "model_metrics_auto_detect", "model_server_home",
+    "model_snapshot", "netty_client_threads", "number_of_netty_threads", "plugins_path", "prefer_direct_buffer",
+    "private_key_file", "python", "service_envelope", "system_metrics_cmd", "token_expiration_min",
+    "tsConfigFile", "ts_header_key_sequence_end", "ts_header_key_sequence_id", "ts_header_key_sequence_start",
+    "ts_open_inference_protocol", "use_env_allowed_urls", "use_native_io", "version", "vmargs", "workflow_store",
+})

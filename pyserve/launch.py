@@ -1,0 +1,259 @@
+"""How one pyserve process starts another: what is handed over, and what is reported back.
+
+The launcher starts the supervisor and the supervisor starts the server in the same way. The starter puts a
+JSON object, the *handover*, into an anonymous file whose descriptor the child inherits, together with the
+write end of a pipe for reports. An environment variable tells the child the two numbers.
+
+Reports are JSON objects, one a line, told apart by ``event``:
+
+    progress    {"model": name, "text": "reading weights 40/110 MB"}
+    ready       {"models": [row, ...], "not_loaded": [file, ...], "sample": "curl ..."}
+    failed      {"reason": text}
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pyserve.config import Config
+from pyserve.errors import JsonObject
+
+SERVER_VARIABLE = "PYSERVE_SERVER"
+SUPERVISOR_VARIABLE = "PYSERVE_SUPERVISOR"
+SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # the current folder's files are no modules of ours
+SERVER_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.server"]
+SUPERVISOR_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.supervisor"]
+
+EXIT_DRAINED = 0
+EXIT_WILL_FAIL_AGAIN = 3
+"""Exit code of a server whose start failed for a reason that will repeat; it has reported ``failed``."""
+
+REPORT_SIZE_MAX = 4 << 20
+"""Bytes; a longer line is no report of ours and is dropped."""
+
+_PR_SET_PDEATHSIG = 1
+_PIPE_SIZE = 1 << 20
+
+
+class Child(NamedTuple):
+    """A started child and the read end of its reports (non-blocking)."""
+
+    popen: subprocess.Popen[bytes]
+    reports_fd: int
+
+
+def spawn(
+    command: list[str],
+    variable: str,
+    handover: JsonObject,
+    *,
+    sockets: Iterable[socket.socket] = (),
+    output_fd: int | None = None,
+) -> Child:
+    """Start ``command`` in a session of its own with ``handover``, inheriting ``sockets``.
+
+    Args:
+        variable: environment variable that tells the child where its handover is.
+        output_fd: becomes the child's stdout and stderr; inherited if ``None``.
+
+    Raises:
+        OSError: the command cannot be started.
+    """
+    reports_fd, report_fd = os.pipe2(os.O_CLOEXEC)
+    handover_fd = os.memfd_create("pyserve-handover", os.MFD_CLOEXEC)
+    try:
+        with open(handover_fd, "wb", closefd=False) as file:
+            file.write(json.dumps(handover).encode())
+        os.lseek(handover_fd, 0, os.SEEK_SET)
+        popen = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output_fd,
+            stderr=output_fd,
+            env=_environment() | {variable: json.dumps({"config_fd": handover_fd, "report_fd": report_fd})},
+            pass_fds=[handover_fd, report_fd, *(each.fileno() for each in sockets)],
+            # Away from the terminal's process group: Ctrl-C reaches the starter only, which passes it on once.
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(reports_fd)
+        raise
+    finally:
+        os.close(handover_fd)
+        os.close(report_fd)
+    os.set_blocking(reports_fd, False)
+    return Child(popen, reports_fd)
+
+
+def _environment() -> dict[str, str]:
+    """Our environment; a checkout that is found through the current folder only is named to the child."""
+    environment = {k: v for k, v in os.environ.items() if k not in (SERVER_VARIABLE, SUPERVISOR_VARIABLE)}
+    root = str(Path(__file__).resolve().parent.parent)
+    if sys.path and sys.path[0] in ("", root) and root not in sys.path[1:]:
+        inherited = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = root + (os.pathsep + inherited if inherited else "")
+    return environment
+
+
+def receive(variable: str, environ: Mapping[str, str] | None = None) -> tuple[JsonObject, Reporter]:
+    """The child's side of ``spawn``: the handover, and where to report to.
+
+    Raises:
+        RuntimeError: the process was not started through ``spawn``.
+    """
+    place = (os.environ if environ is None else environ).get(variable)
+    if place is None:
+        raise RuntimeError(f"this program is started by `pyserve start`, which sets {variable}")
+    descriptors = json.loads(place)
+    os.environ.pop(variable, None)
+    os.set_inheritable(descriptors["report_fd"], False)
+    with open(descriptors["config_fd"], "rb") as file:
+        return json.load(file), Reporter(descriptors["report_fd"])
+
+
+@dataclass
+class ServerStart:
+    """What the supervisor hands to the server.
+
+    Attributes:
+        config: the checked configuration.
+        sockets: listening sockets by name; two names may share one.
+        restart: 0 for the first server of this supervisor, then counting up.
+        state_file: where the server keeps what a restarted one has to know; it may not exist yet.
+        report: the way back to the supervisor.
+    """
+
+    config: Config
+    sockets: dict[str, socket.socket]
+    restart: int
+    state_file: Path
+    report: Reporter
+
+
+def receive_server_start() -> ServerStart:
+    """Take over from the supervisor; from here on this process dies with it.
+
+    Raises:
+        RuntimeError: the process was not started by a supervisor.
+    """
+    handover, report = receive(SERVER_VARIABLE)
+    die_with_parent(handover["parent_pid"])
+    by_fd: dict[int, socket.socket] = {}
+    for fd in handover["sockets"].values():
+        if fd not in by_fd:
+            os.set_inheritable(fd, False)
+            by_fd[fd] = socket.socket(fileno=fd)
+    return ServerStart(
+        config=Config.from_json(handover["config"]),
+        sockets={name: by_fd[fd] for name, fd in handover["sockets"].items()},
+        restart=handover["restart"],
+        state_file=Path(handover["state_file"]),
+        report=report,
+    )
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process as soon as its parent is gone (prctl(2), PR_SET_PDEATHSIG)."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent_pid:  # it went before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def describe_exit(code: int) -> str:
+    """``"ended with exit code 1"`` or ``"was killed by SIGKILL"``, from a Popen's return code."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+class Reporter:
+    """Writes reports. A reader that is gone is no error: whoever asked may have left."""
+
+    def __init__(self, fd: int):
+        self._fd = fd
+
+    def send(self, event: str, **members: Any) -> None:
+        """Write one report; members must fit JSON."""
+        line = memoryview(json.dumps({"event": event, **members}).encode() + b"\n")
+        try:
+            while line and self._fd >= 0:
+                line = line[os.write(self._fd, line):]
+        except OSError:
+            self.close()
+
+    def never_wait(self) -> None:
+        """From now on a reader that does not read is taken for one that is gone."""
+        os.set_blocking(self._fd, False)
+        fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+
+    def progress(self, model: str, text: str) -> None:
+        self.send("progress", model=model, text=text)
+
+    def ready(self, models: list[JsonObject], not_loaded: list[str], sample: str) -> None:
+        """``models``: rows with model, version, state, workers, device, batch, url and error."""
+        self.send("ready", models=models, not_loaded=not_loaded, sample=sample)
+
+    def failed(self, reason: str) -> None:
+        self.send("failed", reason=reason)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class ReportReader:
+    """Cuts what comes through a report pipe into events."""
+
+    def __init__(self, fd: int):
+        self.fd = fd
+        self.at_end = False
+        self._rest = b""
+
+    def read(self) -> list[JsonObject]:
+        """The events that are complete by now. Sets ``at_end`` once the writer is gone."""
+        while True:
+            try:
+                chunk = os.read(self.fd, 1 << 16)
+            except BlockingIOError:
+                break
+            if not chunk:
+                self.at_end = True
+                break
+            self._rest += chunk
+            if len(self._rest) > REPORT_SIZE_MAX:
+                break
+        *lines, self._rest = self._rest.split(b"\n")
+        if len(self._rest) > REPORT_SIZE_MAX:
+            self._rest = b""
+        return [event for event in map(_event, lines) if event is not None]
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _event(line: bytes) -> JsonObject | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None

@@ -1,0 +1,115 @@
+"""Logging: one record is one line, and a log that cannot be written never hurts serving.
+
+Records are ``2026-11-23T01:57:15,723 [INFO ] pyserve.server - text`` in local time. Line breaks inside a
+record, a traceback's included, become indented continuation lines, so that no text from outside can pass for
+a record of its own. A stream that is full, closed or not being read loses records instead of blocking; how
+many were lost is logged at most once a minute, as soon as something can be written again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import stat
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+LOSS_REPORT_INTERVAL_S = 60.0
+_PIPE_ATOMIC_SIZE = 4096  # PIPE_BUF: what poll(2) promises to take without blocking
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) not in "\n\t"}
+
+
+class LineFormatter(logging.Formatter):
+    """Formats a record as one line plus indented continuation lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.exc_info and not record.exc_text:
+            record.exc_text = self.formatException(record.exc_info)
+        if record.exc_text:
+            text = f"{text}\n{record.exc_text}"
+        if record.stack_info:
+            text = f"{text}\n{record.stack_info}"
+        text = text.rstrip("\n").translate(_CONTROL).replace("\n", "\n    ")
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
+        return f"{seconds},{int(record.msecs):03d} [{record.levelname:<5}] {record.name} - {text}"
+
+
+class LossyHandler(logging.Handler):
+    """Writes to a stream without ever raising or waiting. Any thread."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic):
+        super().__init__()
+        self.stream = stream
+        self.clock = clock
+        self.lost_count = 0
+        self._lost_reason = ""
+        self._reported_at = -LOSS_REPORT_INTERVAL_S
+        self._fd = _descriptor(stream)
+        self._may_block = self._fd is not None and not stat.S_ISREG(os.fstat(self._fd).st_mode)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record) + "\n"
+        except Exception as error:  # a record whose arguments do not fit its text is the caller's mistake
+            line = f"{record.name}: log record {record.msg!r} cannot be formatted: {error!r}\n"
+        reports_loss = self.lost_count > 0 and self.clock() - self._reported_at >= LOSS_REPORT_INTERVAL_S
+        if reports_loss:
+            line = f"{self._loss_report()}\n{line}"
+        try:
+            self._write(line)
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+            self.lost_count += 1
+            self._lost_reason = getattr(error, "strerror", None) or str(error)
+            return
+        if reports_loss:
+            self.lost_count = 0
+            self._reported_at = self.clock()
+
+    def _loss_report(self) -> str:
+        report = logging.LogRecord(
+            "pyserve.log", logging.WARNING, "", 0, "%d log records were lost: %s",
+            (self.lost_count, self._lost_reason), None,
+        )
+        return self.format(report)
+
+    def _write(self, line: str) -> None:
+        if self._fd is None:
+            self.stream.write(line)
+            self.stream.flush()
+            return
+        rest = memoryview(line.encode("utf-8", "backslashreplace"))
+        while rest:
+            if self._may_block and not _is_writable(self._fd):
+                raise BlockingIOError(errno.EAGAIN, "nobody reads the log")
+            rest = rest[os.write(self._fd, rest[:_PIPE_ATOMIC_SIZE] if self._may_block else rest):]
+
+
+def configure(level: int | str = logging.INFO, stream: TextIO | None = None) -> None:
+    """Send all records from ``level`` up to ``stream`` (stderr by default), replacing what was configured."""
+    handler = LossyHandler(stream if stream is not None else sys.stderr)
+    handler.setFormatter(LineFormatter())
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(level)
+    logging.addLevelName(logging.WARNING, "WARN")
+    logging.captureWarnings(True)
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _is_writable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
