@@ -12,6 +12,8 @@
 //
 // No mutex between push and a running batch. A worker sleeps only when the ring is empty, the gate is shut or a
 // minimum asks it to wait; every push, every leave and every change of a setting wakes all who sleep for it.
+// Before it sleeps it announces itself and then sleeps only if nothing was pushed and nothing was set since before
+// its last look; so what came in between look and announcement is not slept through.
 //
 // Threads: push, purge and close, one thread (the loop); the rest, any.
 #pragma once
@@ -56,7 +58,8 @@ enum class Next {
     closed,   // closed and empty, or the worker was told to stop
 };
 
-template <class Clock = SteadyClock, class Probe = NoProbe>
+// `Event` is the event count that workers sleep on; tests pass one of their own to schedule threads by hand.
+template <class Clock = SteadyClock, class Probe = NoProbe, class Event = Waiter>
 class Batcher {
   public:
     explicit Batcher(size_t capacity, uint64_t ring_start = 0) : ring_(capacity, ring_start) {}
@@ -72,9 +75,13 @@ class Batcher {
     }
 
     // Takes dead requests (cancelled) out of the ring, keeping the order of the others, into `dropped`.
-    // Between claim and push the ring looks empty to workers; the pushes wake them again.
+    // Between claim and push the ring looks empty to workers, which is not the end even if it is closed: see
+    // closed_and_empty. They are woken afterwards.
     void purge(std::vector<Request*>& dropped) {
+        // Allocated first: once claimed, nothing may throw, or requests would be lost.
         scratch_.resize(ring_.capacity());
+        dropped.reserve(dropped.size() + ring_.capacity());
+        purges_.fetch_add(1, std::memory_order_acq_rel);
         const size_t count = ring_.try_claim(scratch_.data(), scratch_.size());
         for (size_t i = 0; i < count; ++i) {
             Request* request = scratch_[i];
@@ -82,12 +89,14 @@ class Batcher {
             if (request->state.load(std::memory_order_acquire) == State::queued) ring_.try_push(request);
             else dropped.push_back(request);
         }
+        purges_.fetch_add(1, std::memory_order_acq_rel);
         arrivals_.notify();
     }
 
     // No more pushes. Workers finish what is queued and then see `closed`.
     void close() noexcept {
         closed_.store(true, std::memory_order_release);
+        changes_.fetch_add(1, std::memory_order_acq_rel);
         wake_all();
     }
 
@@ -96,9 +105,12 @@ class Batcher {
     void set_limits(const BatchLimits& limits) noexcept {
         batch_size_max_.store(std::max(1u, limits.batch_size_max), std::memory_order_relaxed);
         batch_size_min_.store(std::max(1u, limits.batch_size_min), std::memory_order_relaxed);
-        batch_delay_max_ns_.store(limits.batch_delay_max_ns, std::memory_order_relaxed);
-        batch_bytes_max_.store(limits.batch_bytes_max, std::memory_order_relaxed);
+        // Half of the range, so that a time plus a delay does not overflow.
+        batch_delay_max_ns_.store(std::clamp<int64_t>(limits.batch_delay_max_ns, 0, INT64_MAX / 2),
+                                  std::memory_order_relaxed);
+        batch_bytes_max_.store(std::max<int64_t>(0, limits.batch_bytes_max), std::memory_order_relaxed);
         running_max_.store(std::max(1u, limits.running_max), std::memory_order_release);
+        changes_.fetch_add(1, std::memory_order_acq_rel);
         wake_all();
     }
 
@@ -111,7 +123,11 @@ class Batcher {
     size_t queue_size() const noexcept { return ring_.size(); }
     size_t capacity() const noexcept { return ring_.capacity(); }
     uint32_t running() const noexcept { return running_.load(std::memory_order_acquire); }
-    uint32_t batch_size_max() const noexcept { return batch_size_max_.load(std::memory_order_relaxed); }
+    // Never above the capacity: a batch that cannot gather would never be full.
+    uint32_t batch_size_max() const noexcept {
+        return static_cast<uint32_t>(
+            std::min<size_t>(batch_size_max_.load(std::memory_order_relaxed), ring_.capacity()));
+    }
 
     // --- workers ----------------------------------------------------------------------------------------------
 
@@ -120,10 +136,17 @@ class Batcher {
     Next try_next(Take& take, int64_t& wake_at, bool full_only = false) {
         wake_at = never_ns;
         take.clear();
+        // Allocated first: with a permit or claimed requests in hand nothing may throw.
+        const size_t size_max = batch_size_max();
+        take.requests.reserve(size_max);
+        take.dropped.reserve(ring_.capacity());
         if (!enter()) return closed_and_empty() ? Next::closed : Next::nothing;
         Probe::at(Point::batcher_holding_permit);
-        collect(take, wake_at, full_only);
-        if (!take.empty()) return Next::batch;
+        collect(take, size_max, wake_at, full_only);
+        if (!take.empty()) {
+            wake_at = never_ns;
+            return Next::batch;
+        }
         leave();
         return closed_and_empty() ? Next::closed : Next::nothing;
     }
@@ -132,10 +155,11 @@ class Batcher {
     Next next_batch(Take& take, const std::atomic<bool>& stop) {
         for (;;) {
             if (stop.load(std::memory_order_acquire)) return Next::closed;
+            const News seen = news();  // before the look: what comes during it must not be missed
             int64_t wake_at = never_ns;
             const Next next = try_next(take, wake_at);
             if (next != Next::nothing) return next;
-            sleep(wake_at, stop);
+            sleep(seen, wake_at, stop);
         }
     }
 
@@ -146,6 +170,15 @@ class Batcher {
     }
 
   private:
+    // Equal at two moments: nothing was pushed and nothing was set in between.
+    struct News {
+        uint64_t pushed;
+        uint32_t changes;
+        bool operator==(const News&) const = default;
+    };
+
+    News news() const noexcept { return {ring_.pushed(), changes_.load(std::memory_order_acquire)}; }
+
     bool enter() noexcept {
         uint32_t running = running_.load(std::memory_order_relaxed);
         while (running < running_max_.load(std::memory_order_acquire)) {
@@ -160,23 +193,28 @@ class Batcher {
         return running_.load(std::memory_order_acquire) < running_max_.load(std::memory_order_acquire);
     }
 
+    // The end: nothing is queued and nothing will be. A purge holds requests outside of the ring for a moment; a
+    // ring seen empty counts only if no purge was under way or began meanwhile (odd: under way).
     bool closed_and_empty() const noexcept {
-        return closed_.load(std::memory_order_acquire) && ring_.size() == 0;
+        if (!closed_.load(std::memory_order_acquire)) return false;
+        const uint32_t purges = purges_.load(std::memory_order_acquire);
+        return purges % 2 == 0 && ring_.size() == 0 && purges_.load(std::memory_order_acquire) == purges;
     }
 
     // Claims until the batch is full, the ring is empty or a limit is met. Dropped requests leave room for more.
-    void collect(Take& take, int64_t& wake_at, bool full_only) {
-        const size_t size_max = batch_size_max_.load(std::memory_order_relaxed);
+    // Their number is bounded too, so that producers who cancel at once cannot keep a worker here for ever.
+    void collect(Take& take, size_t size_max, int64_t& wake_at, bool full_only) {
         const int64_t bytes_max = batch_bytes_max_.load(std::memory_order_relaxed);
         const int64_t now = Clock::now_ns();
         int64_t bytes = 0;
         bool bytes_reached = false;
         take.requests.resize(size_max);
         size_t filled = 0;
-        while (filled < size_max && !bytes_reached) {
+        while (!bytes_reached) {
             Request** out = take.requests.data() + filled;
             const bool first = filled == 0;
-            const size_t claimed = ring_.try_claim(out, size_max - filled, [&](Request* const* seen, size_t count) {
+            const size_t room = std::min(size_max - filled, ring_.capacity() - take.dropped.size());
+            const size_t claimed = ring_.try_claim(out, room, [&](Request* const* seen, size_t count) {
                 if (first && !is_ripe(seen, count, size_max, now, full_only, wake_at)) return size_t{0};
                 return within_bytes(seen, count, bytes_max - bytes, first, bytes_reached);
             });
@@ -192,10 +230,13 @@ class Batcher {
         if (full_only) return count >= size_max;
         const size_t size_min = std::min<size_t>(batch_size_min_.load(std::memory_order_relaxed), size_max);
         if (count >= size_min || closed_.load(std::memory_order_acquire)) return true;
-        const int64_t ripe_at = seen[0]->queued_at.load(std::memory_order_relaxed) +
-                                batch_delay_max_ns_.load(std::memory_order_relaxed);
-        // A request that will expire first must be dropped in time, not at the end of the window.
-        const int64_t look_at = std::min(ripe_at, seen[0]->deadline.load(std::memory_order_relaxed));
+        int64_t look_at = seen[0]->queued_at.load(std::memory_order_relaxed) +
+                          batch_delay_max_ns_.load(std::memory_order_relaxed);
+        // A request that expires inside the window must be dropped in time. Claims are from the front, so its
+        // deadline ends the window for those before it.
+        for (size_t i = 0; i < count; ++i) {
+            look_at = std::min(look_at, seen[i]->deadline.load(std::memory_order_relaxed));
+        }
         if (now >= look_at) return true;
         wake_at = look_at;
         return false;
@@ -230,29 +271,26 @@ class Batcher {
         return kept;
     }
 
-    // Sleeps for what is missing: arrivals, or a permit. Looks once more after announcing itself.
-    void sleep(int64_t wake_at, const std::atomic<bool>& stop) noexcept {
-        const bool has_requests = ring_.size() > 0;
-        Waiter& waiter = has_requests && !gate_is_open() ? permits_ : arrivals_;
-        const uint32_t key = waiter.prepare();
+    // Sleeps for what is missing: arrivals, or a permit. `seen` is from before the last look.
+    void sleep(const News& seen, int64_t wake_at, const std::atomic<bool>& stop) noexcept {
+        const bool for_permit = ring_.size() > 0 && !gate_is_open();
+        Event& event = for_permit ? permits_ : arrivals_;
+        const uint32_t key = event.prepare();
         Probe::at(Point::batcher_before_sleep);
-        if (stop.load(std::memory_order_acquire) || is_worth_a_look(&waiter == &permits_, wake_at)) {
-            waiter.cancel();
+        if (stop.load(std::memory_order_acquire) || !may_sleep(for_permit, seen, wake_at)) {
+            event.cancel();
             return;
         }
-        waiter.wait(key, wake_at);
+        event.wait(key, wake_at);
         Probe::at(Point::batcher_after_wake);
     }
 
-    bool is_worth_a_look(bool waits_for_permit, int64_t wake_at) const noexcept {
-        const size_t waiting = ring_.size();
-        const bool is_closed = closed_.load(std::memory_order_acquire);
-        if (waiting == 0) return is_closed;
-        if (waits_for_permit) return gate_is_open();
-        if (wake_at == never_ns || is_closed) return true;
-        // Inside a window: only a full enough batch is news.
-        return waiting >= batch_size_min_.load(std::memory_order_relaxed) ||
-               waiting >= batch_size_max_.load(std::memory_order_relaxed);
+    // REQUIRES: the caller has announced itself, so that whatever changes from here on wakes it.
+    bool may_sleep(bool for_permit, const News& seen, int64_t wake_at) const noexcept {
+        if (closed_and_empty()) return false;
+        if (for_permit) return !gate_is_open();
+        // Without a window to wait for, requests mean that it was kept out by a gate that has opened since.
+        return news() == seen && (wake_at != never_ns || ring_.size() == 0);
     }
 
     Ring<Request*, Probe> ring_;
@@ -262,9 +300,11 @@ class Batcher {
     std::atomic<int64_t> batch_bytes_max_{INT64_MAX};
     std::atomic<uint32_t> running_max_{UINT32_MAX};
     std::atomic<bool> closed_{false};
+    std::atomic<uint32_t> changes_{0};  // of the settings above
+    std::atomic<uint32_t> purges_{0};   // begun plus ended
     alignas(cache_line_size) std::atomic<uint32_t> running_{0};
-    Waiter arrivals_;
-    Waiter permits_;
+    Event arrivals_;
+    Event permits_;
     std::vector<Request*> scratch_;  // loop thread only
 };
 

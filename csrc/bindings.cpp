@@ -131,14 +131,15 @@ bool cancel(Lane& lane, uint64_t ticket) {
     return request != nullptr && request->try_cancel();
 }
 
-std::string state_of(Lane& lane, uint64_t ticket) {
+// When the request began to run, ns; 0 while it waits; -1 when it is over.
+int64_t started_at(Lane& lane, uint64_t ticket) {
     const TensorRequest* request = lane.find(ticket);
-    if (request == nullptr) return "done";
-    switch (request->state.load()) {
-        case State::queued: return "queued";
+    if (request == nullptr) return -1;
+    switch (request->state.load(std::memory_order_acquire)) {
+        case State::queued: return 0;
         case State::batched:
-        case State::running: return "running";
-        default: return "done";
+        case State::running: return request->started_at.load(std::memory_order_relaxed);
+        default: return -1;
     }
 }
 
@@ -273,7 +274,7 @@ PYBIND11_MODULE(_core, m) {
              py::arg("engine"), py::arg("model"), py::arg("example"), py::arg("capacity"))
         .def("submit", &submit, py::arg("owner"), py::arg("inputs"), py::arg("arrived_at"), py::arg("deadline"))
         .def("cancel", &cancel, py::arg("ticket"))
-        .def("state", &state_of, py::arg("ticket"))
+        .def("started_at", &started_at, py::arg("ticket"))
         .def("set_limits", &set_limits, py::kw_only(), py::arg("batch_size_max"), py::arg("batch_size_min"),
              py::arg("batch_delay_max_ns"), py::arg("running_max"))
         .def("set_intra_op_threads", &Lane::set_intra_op_threads, py::arg("count"))

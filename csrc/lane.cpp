@@ -53,6 +53,7 @@ TensorRequest* Lane::try_submit(Inputs inputs, void* owner, int64_t arrived_at, 
     request->deadline.store(deadline, std::memory_order_relaxed);
     request->input_size.store(size_of(request->inputs), std::memory_order_relaxed);
     request->queued_at.store(SteadyClock::now_ns(), std::memory_order_relaxed);
+    request->started_at.store(0, std::memory_order_relaxed);
     request->state.store(State::queued, std::memory_order_release);
     shared_.stats.submitted.fetch_add(1, std::memory_order_relaxed);
     batcher_.try_push(request);  // cannot fail: this thread is the only producer and has looked

@@ -27,6 +27,9 @@ struct Request {
     std::atomic<int64_t> deadline{never_ns};      // ns; not started after this
     std::atomic<int64_t> input_size{0};           // bytes
 
+    // Written by the worker that runs it; read by the loop to tell how long it has been running.
+    std::atomic<int64_t> started_at{0};  // ns; 0 until then
+
     // Loop thread before the push, loop thread after the completion.
     int64_t arrived_at = 0;  // ns
     uint32_t index = 0;      // in the lane's pool

@@ -16,6 +16,7 @@
 // Threads: try_push, one thread at a time; the rest, any thread.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -90,12 +91,16 @@ class Ring {
         return try_claim(out, max, [](const T*, size_t count) { return count; });
     }
 
-    // A snapshot: exact for a thread that is alone, a lower or upper bound otherwise.
+    // A snapshot: an upper bound, and never above the capacity. 0 is exact: the ring was empty during the call.
     size_t size() const noexcept {
         const uint64_t head = head_.load(std::memory_order_acquire);
         const uint64_t tail = tail_.load(std::memory_order_acquire);
-        return static_cast<size_t>(tail - head);
+        // Between the two loads head may have moved on and the producer may have gone round.
+        return static_cast<size_t>(std::min<uint64_t>(tail - head, capacity()));
     }
+
+    // How many entries were ever pushed, modulo 2^64: unchanged means that nothing has come in since.
+    uint64_t pushed() const noexcept { return tail_.load(std::memory_order_acquire); }
 
   private:
     const uint64_t mask_;

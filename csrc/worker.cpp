@@ -92,8 +92,7 @@ void Worker::main() noexcept {
     const Status status = guarded([this] {
         const c10::InferenceMode inference;
         const c10::DeviceGuard device(shared_.model->device());
-        apply_threads();
-        staging_ = std::make_unique<Staging>(shared_.model->device(), shared_.staging_size.load());
+        apply_settings();
         state_.store(WorkerState::warming, std::memory_order_release);
         const Status warm = warm_up();
         if (!warm.ok()) throw std::runtime_error(warm.message);
@@ -132,11 +131,18 @@ Status Worker::warm_up() {
     return {};
 }
 
-void Worker::apply_threads() {
-    const int wanted = shared_.intra_op_threads.load(std::memory_order_relaxed);
-    if (wanted == threads_) return;
-    at::set_num_threads(wanted);  // OpenMP keeps this per thread
-    threads_ = wanted;
+// What was set from outside since the last batch. REQUIRES: nothing is in flight.
+void Worker::apply_settings() {
+    const int threads = shared_.intra_op_threads.load(std::memory_order_relaxed);
+    if (threads != threads_) {
+        at::set_num_threads(threads);  // OpenMP keeps this per thread
+        threads_ = threads;
+    }
+    const int64_t staging_size = shared_.staging_size.load(std::memory_order_relaxed);
+    if (staging_size != staging_size_) {
+        staging_ = std::make_unique<Staging>(shared_.model->device(), staging_size);
+        staging_size_ = staging_size;
+    }
 }
 
 void Worker::serve() {
@@ -147,7 +153,7 @@ void Worker::serve() {
         const Next next = in_flight_.empty() ? shared_.batcher->next_batch(take, stop_)
                                              : shared_.batcher->try_next(take, wake_at, /*full_only=*/true);
         if (next == Next::batch) {
-            apply_threads();
+            if (in_flight_.empty()) apply_settings();
             begin(take);
             if (staging_->is_async() && in_flight_.size() < 2) continue;
         }
@@ -188,6 +194,7 @@ void Worker::begin(Take& take) {
 void Worker::launch(Flight& flight) {
     std::vector<Request*> live, dead;
     for (Request* request : flight.requests) {
+        request->started_at.store(flight.started_at, std::memory_order_relaxed);
         (request->try_move(State::batched, State::running) ? live : dead).push_back(request);
     }
     if (!dead.empty()) drop(dead);

@@ -90,7 +90,7 @@ class Worker {
     void main() noexcept;
     Status warm_up();
     void serve();
-    void apply_threads();
+    void apply_settings();
     void begin(Take& take);
     void launch(Flight& flight);
     void finish(Flight& flight);
@@ -110,6 +110,7 @@ class Worker {
     std::unique_ptr<Staging> staging_;
     std::vector<Flight> in_flight_;  // at most one on a CPU, two on an accelerator
     int threads_ = 0;
+    int64_t staging_size_ = 0;
     std::thread thread_;  // last: starts when the rest is there
 };
 

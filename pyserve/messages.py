@@ -6,6 +6,8 @@ import json
 from typing import Any
 from urllib.parse import unquote_plus
 
+from pyserve.errors import ServeError
+
 Headers = list[tuple[str, str]]
 
 
@@ -109,3 +111,13 @@ def dump_json(value: Any) -> bytes:
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A ``Response`` with ``value`` as pretty-printed JSON."""
     return Response(status, dump_json(value), content_type="application/json", headers=headers)
+
+
+def error_response(error: ServeError, request_id: str = "", *, with_detail: bool = True) -> Response:
+    """The answer to a request that failed. ``detail`` tells the request's id too, so that the log can be searched."""
+    body = error.body()
+    if not with_detail:
+        body.pop("detail", None)
+    elif request_id:
+        body["detail"] = {**error.detail, "request_id": request_id}
+    return json_response(body, error.status, error.headers)

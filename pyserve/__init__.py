@@ -1,0 +1,3 @@
+"""pyserve: a serving engine for PyTorch models. The command line is in `pyserve.cli`."""
+
+__version__ = "0.1.0"

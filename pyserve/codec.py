@@ -1,0 +1,216 @@
+"""Bodies: from the wire to what a handler receives, and from what it returns to the wire.
+
+The rules are TorchServe's: a plain body is ``{"body": value}``, a form is one key per field; JSON is parsed,
+text becomes ``str``, anything else stays a ``bytearray``; what cannot be decoded stays a ``bytearray`` too.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import torch
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+
+from pyserve.errors import BadRequestError, HandlerError, InputError, TooLargeError
+from pyserve.messages import Request
+
+log = logging.getLogger(__name__)
+# It logs what it also raises; the answer to the client says it already.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+JSON_DEPTH_MAX = 100
+PARTS_MAX = 1000
+PART_HEAD_SIZE_MAX = 8 << 10
+BOUNDARY_SIZE_MAX = 70  # RFC 2046, section 5.1.1
+
+_JSON_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+
+
+def decode_request(request: Request, *, decode: bool = True) -> dict[str, Any]:
+    """The row a handler receives for one request.
+
+    Args:
+        decode: whether JSON and text are decoded (``decode_input_request``).
+
+    Raises:
+        BadRequestError: a broken form, or JSON nested too deeply or with an absurd number.
+        TooLargeError: a form with too many parts.
+    """
+    media_type = request.content_type
+    if media_type == "multipart/form-data":
+        return _decode_multipart(request, decode=decode)
+    if media_type == "application/x-www-form-urlencoded":
+        return _decode_urlencoded(request.body)
+    return {"body": decode_value(request.body, media_type) if decode else request.body}
+
+
+def decode_value(body: bytearray, content_type: str) -> Any:
+    """``body`` as its content type says; the bytes themselves when they turn out not to be that."""
+    if content_type == "application/json":
+        return _decode_json(body)
+    if content_type.startswith("text"):
+        try:
+            return body.decode("utf-8")
+        except UnicodeDecodeError:
+            return body
+    return body
+
+
+def _decode_json(body: bytearray) -> Any:
+    if body.count(b"[") + body.count(b"{") > JSON_DEPTH_MAX and _json_depth(body) > JSON_DEPTH_MAX:
+        raise InputError(f"the JSON body is nested more than {JSON_DEPTH_MAX} levels deep; flatten it")
+    try:
+        return json.loads(body)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        log.warning("a body sent as application/json is not JSON (%s); the handler receives its bytes", error)
+        return body
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the JSON body cannot be used: {error}") from error
+
+
+def _json_depth(body: bytearray) -> int:
+    depth = deepest = 0
+    for match in _JSON_TOKEN.finditer(body):
+        token = match.group()
+        if token in (b"[", b"{"):
+            depth += 1
+            deepest = max(deepest, depth)
+        elif token in (b"]", b"}"):
+            depth -= 1
+    return deepest
+
+
+def _decode_urlencoded(body: bytearray) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    pairs = bytes(body).split(b"&", PARTS_MAX)
+    if len(pairs) > PARTS_MAX:
+        raise TooLargeError(f"the form has more than {PARTS_MAX} fields; send fewer, or a JSON body")
+    for pair in pairs:
+        name, _, value = pair.partition(b"=")
+        if name:
+            fields[_unquote_form(name).decode("utf-8", "replace")] = bytearray(_unquote_form(value))
+    return fields
+
+
+def _unquote_form(text: bytes) -> bytes:
+    return unquote_to_bytes(text.replace(b"+", b" "))
+
+
+def _decode_multipart(request: Request, *, decode: bool) -> dict[str, Any]:
+    _, options = parse_options_header(request.header("content-type"))
+    boundary = options.get(b"boundary", b"")
+    if not 0 < len(boundary) <= BOUNDARY_SIZE_MAX:
+        raise BadRequestError(
+            f"the multipart body's boundary has {len(boundary)} characters; it needs 1 to {BOUNDARY_SIZE_MAX}"
+        )
+    form = _Form(decode=decode)
+    parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
+    try:
+        parser.write(bytes(request.body))
+        parser.finalize()
+    except FormParserError as error:
+        raise BadRequestError(f"the multipart body is broken: {error}") from error
+    if not form.is_complete:
+        raise BadRequestError("the multipart body ends before its closing boundary")
+    if not form.fields:
+        raise BadRequestError("the multipart body has no parts")
+    return form.fields
+
+
+class _Form:
+    """Collects the parts of one multipart body."""
+
+    def __init__(self, *, decode: bool):
+        self.fields: dict[str, Any] = {}
+        self.is_complete = False
+        self._decode = decode
+        self._part_count = 0
+        self._start_part()
+
+    def callbacks(self) -> dict[str, Any]:
+        return {
+            "on_part_begin": self._on_part_begin,
+            "on_part_data": self._on_part_data,
+            "on_part_end": self._on_part_end,
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
+            "on_header_end": self._on_header_end,
+            "on_end": self._on_end,
+        }
+
+    def _start_part(self) -> None:
+        self._body = bytearray()
+        self._headers: dict[str, str] = {}
+        self._field = bytearray()
+        self._value = bytearray()
+        self._head_size = 0
+
+    def _on_part_begin(self) -> None:
+        self._part_count += 1
+        if self._part_count > PARTS_MAX:
+            raise TooLargeError(f"the multipart body has more than {PARTS_MAX} parts; send fewer")
+        self._start_part()
+
+    def _on_header_field(self, chunk: bytes, start: int, end: int) -> None:
+        self._field += chunk[start:end]
+        self._count_head(end - start)
+
+    def _on_header_value(self, chunk: bytes, start: int, end: int) -> None:
+        self._value += chunk[start:end]
+        self._count_head(end - start)
+
+    def _count_head(self, size: int) -> None:
+        self._head_size += size
+        if self._head_size > PART_HEAD_SIZE_MAX:
+            raise BadRequestError(f"a part of the multipart body has headers of more than {PART_HEAD_SIZE_MAX} bytes")
+
+    def _on_header_end(self) -> None:
+        self._headers[self._field.decode("latin-1").lower()] = self._value.decode("latin-1")
+        self._field.clear()
+        self._value.clear()
+
+    def _on_part_data(self, chunk: bytes, start: int, end: int) -> None:
+        self._body += chunk[start:end]
+
+    def _on_part_end(self) -> None:
+        _, options = parse_options_header(self._headers.get("content-disposition", ""))
+        name = options.get(b"name")
+        if not name:
+            raise BadRequestError("a part of the multipart body has no name in its Content-Disposition header")
+        # Exactly as sent: TorchServe does not strip parameters from a part's content type.
+        content_type = self._headers.get("content-type", "").strip().lower()
+        value = decode_value(self._body, content_type) if self._decode else self._body
+        self.fields[name.decode("utf-8", "replace")] = value
+
+    def _on_end(self) -> None:
+        self.is_complete = True
+
+
+def encode_result(value: Any) -> bytes | bytearray | memoryview:
+    """What a handler returned for one request, as the bytes of the answer (contract: section 1.6).
+
+    Raises:
+        HandlerError: the value is neither bytes, text, a tensor nor JSON.
+    """
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return value
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, torch.Tensor):
+        file = io.BytesIO()
+        torch.save(value, file)
+        return file.getvalue()
+    try:
+        return json.dumps(value, indent=2).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise HandlerError(
+            "Unsupported model output data type.",
+            detail={"exception": type(error).__name__, "text": f"a {type(value).__name__} cannot become JSON: {error}"},
+        ) from error

@@ -1,0 +1,127 @@
+"""The native engine on an event loop: loads it, drains its completions, shares the CPUs among its workers.
+
+Loop thread only, unless a function says otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from pyserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pyserve import _core
+
+log = logging.getLogger(__name__)
+
+
+def load_core() -> ModuleType:
+    """The extension module.
+
+    Raises:
+        ConfigError: it is not built, or was built for another torch; the text says how to build it.
+    """
+    build = "build it with `make build` (or: python setup.py build_ext --inplace)"
+    try:
+        from pyserve._build_info import TORCH_VERSION
+    except ImportError:
+        raise ConfigError(f"pyserve's native engine is not built; {build}") from None
+    if torch.__version__ != TORCH_VERSION:
+        raise ConfigError(
+            f"pyserve's native engine was built for torch {TORCH_VERSION}, but torch {torch.__version__} is "
+            f"installed; {build.replace('build it', 'build it again', 1)}"
+        )
+    try:
+        from pyserve import _core
+    except ImportError as error:
+        raise ConfigError(f"pyserve's native engine cannot be loaded ({error}); {build}") from error
+    return _core
+
+
+class Engine:
+    """All lanes of this process.
+
+    Args:
+        cpu_budget: CPUs that the workers of all lanes on the CPU share.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, cpu_budget: int):
+        self.core = load_core()
+        self.cpu_budget = cpu_budget
+        self._loop = loop
+        self._engine: _core.Engine = self.core.Engine()
+        self._lanes: dict[_core.Lane, int] = {}  # -> wanted workers; lanes on the CPU only
+        # Called after each change of a worker's state; they unregister themselves.
+        self._watchers: list[Callable[[], None]] = []
+        loop.add_reader(self._engine.fileno(), self._on_readable)
+
+    def add_lane(self, model: _core.TorchModel, example: list[torch.Tensor], capacity: int) -> _core.Lane:
+        """A lane without workers. ``capacity``: a power of two, more requests than may ever wait."""
+        lane: _core.Lane = self.core.Lane(self._engine, model, example, capacity)
+        return lane
+
+    def share_cpus(self, lane: _core.Lane, workers_count: int) -> None:
+        """Tells how many workers ``lane`` is to have on the CPU, and gives every worker its share of the threads."""
+        self._lanes[lane] = workers_count
+        for each in self._lanes:
+            each.set_intra_op_threads(self.intra_op_threads)
+
+    def forget_lane(self, lane: _core.Lane) -> None:
+        self._lanes.pop(lane, None)
+        for each in self._lanes:
+            each.set_intra_op_threads(self.intra_op_threads)
+
+    @property
+    def intra_op_threads(self) -> int:
+        """Threads of one worker on the CPU."""
+        return max(1, self.cpu_budget // max(1, sum(self._lanes.values())))
+
+    @property
+    def running_max(self) -> int:
+        """Batches of one lane that may run on the CPU at once, so that its threads fit the budget."""
+        return max(1, self.cpu_budget // self.intra_op_threads)
+
+    async def wait_for_workers(self, is_settled: Callable[[], bool]) -> None:
+        """Returns once ``is_settled()``, which is asked after each change of a worker's state."""
+        if is_settled():
+            return
+        future: asyncio.Future[None] = self._loop.create_future()
+
+        def look() -> None:
+            if not future.done() and is_settled():
+                future.set_result(None)
+
+        self._watchers.append(look)
+        try:
+            await future
+        finally:
+            self._watchers.remove(look)
+
+    def close(self) -> None:
+        """Stops listening. Lanes are closed by their models."""
+        self._loop.remove_reader(self._engine.fileno())
+
+    def _on_readable(self) -> None:
+        for completion in self._engine.drain():
+            try:
+                deliver(completion)
+            except Exception:
+                # One model's answers must not keep the others' from being delivered.
+                log.exception("delivering a batch failed")
+        for look in list(self._watchers):
+            look()
+
+
+def deliver(completion: _core.Completion) -> None:
+    """Hands a completion to the model its requests belong to."""
+    for owner in completion.expired:
+        owner.expire()
+    first = next((owner for owner in completion.owners if owner is not None), None)
+    if first is not None:
+        first.model.complete(completion)

@@ -1,0 +1,51 @@
+"""The inference API: predictions and health."""
+
+from __future__ import annotations
+
+from pyserve.http1_exchange import Exchange
+from pyserve.messages import Response, json_response
+from pyserve.registry import Registry
+
+
+class Inference:
+    """Endpoints of the inference port. Loop thread only.
+
+    Attributes:
+        is_ready: whether the server takes requests: not while it starts or drains.
+    """
+
+    def __init__(self, registry: Registry):
+        self._registry = registry
+        self.is_ready = False
+
+    def predict(self, exchange: Exchange, name: str, version: str | None = None, rest: str = "") -> None:
+        """Runs the model on the body. Answers later, without a task."""
+        model = self._registry.get(name, version)
+        model.predict(exchange, version or "default", (("explain", "False"), ("url_path", rest)))
+
+    def ping(self, exchange: Exchange) -> Response:
+        """200 Healthy, or 500 Unhealthy when a model that should have workers has none that is ready."""
+        healthy = self.is_ready and not self._not_ready()
+        return json_response({"status": "Healthy" if healthy else "Unhealthy"}, 200 if healthy else 500)
+
+    def ready(self, exchange: Exchange) -> Response:
+        """200 when every model can answer; else 503 with the reason for each that cannot."""
+        reasons = self._not_ready()
+        if not self.is_ready:
+            return json_response({"status": "NotReady", "reason": "the server is starting or stopping"}, 503)
+        if reasons:
+            return json_response({"status": "NotReady", "models": reasons}, 503)
+        return json_response({"status": "Ready"})
+
+    def live(self, exchange: Exchange) -> Response:
+        """200 as long as the event loop turns."""
+        return json_response({"status": "Live"})
+
+    def _not_ready(self) -> dict[str, dict[str, str]]:
+        reasons = {}
+        for model in self._registry.default_models():
+            if model.wanted_workers > 0 and not model.has_ready_worker:
+                reasons[model.name] = {"state": model.state, **({"error": model.error} if model.error else {})}
+        for failure in self._registry.failures:
+            reasons[failure.name] = {"state": "FAILED", "error": failure.error}
+        return reasons

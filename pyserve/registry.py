@@ -1,0 +1,361 @@
+"""The table of models: what is served, under which names and versions, and how that changes.
+
+Loop thread only. A change that answers success has been written to the state file before, so that a server that is
+started again after a crash serves the same models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pyserve.archive import Archive, open_archive
+from pyserve.errors import (
+    ConflictError, DefaultVersionError, InvalidModelError, JsonObject, ModelNotFoundError, ServeError,
+    VersionNotFoundError,
+)  # fmt: skip
+from pyserve.manifest import check_model_name
+from pyserve.model import PARAMETERS, Model, Services, Settings
+from pyserve.model_config import ModelConfig
+from pyserve.model_source import ModelSource
+from pyserve.placement import choose_device, gpu_count
+from pyserve.trace import Tracing
+
+log = logging.getLogger(__name__)
+
+ProgressOf = Callable[[str, str], None]  # model name, text
+
+# Key of config.properties' ``models`` block -> attribute of Settings.
+BLOCK_KEYS = {
+    "batchSize": "batch_size",
+    "maxBatchDelay": "max_batch_delay_ms",
+    "responseTimeout": "response_timeout_s",
+    "startupTimeout": "startup_timeout_s",
+}
+
+
+@dataclass
+class LoadFailure:
+    """An archive that could not even be opened; there is no model of it."""
+
+    name: str
+    url: str
+    error: str
+
+
+class Registry:
+    """All served versions by name.
+
+    Args:
+        state_file: where the runtime state is kept; None keeps none.
+        progress: told what a loading model is doing; any thread.
+    """
+
+    def __init__(self, services: Services, *, state_file: Path | None = None, progress: ProgressOf | None = None):
+        self._services = services
+        self._state_file = state_file
+        self._progress = progress or (lambda name, text: None)
+        self._models: dict[str, dict[str, Model]] = {}
+        self._defaults: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.failures: list[LoadFailure] = []
+        # A server that is still loading, or is being stopped, has no state worth keeping.
+        self._keeps_state = False
+
+    # --- looking up -----------------------------------------------------------------------------------------------
+
+    def get(self, name: str, version: str | None = None) -> Model:
+        """The default version of ``name``, or ``version``.
+
+        Raises:
+            ModelNotFoundError: no such name.
+            VersionNotFoundError: no such version of it.
+        """
+        versions = self._models.get(name)
+        if versions is None:
+            raise ModelNotFoundError(f"Model not found: {name}")
+        model = versions.get(self._defaults[name] if version is None else version)
+        if model is None:
+            raise VersionNotFoundError(f"Model version: {version} does not exist for model: {name}")
+        return model
+
+    def default_models(self) -> list[Model]:
+        return [self._models[name][self._defaults[name]] for name in sorted(self._models)]
+
+    def versions(self, name: str) -> list[Model]:
+        self.get(name)
+        return list(self._models[name].values())
+
+    def default_version(self, name: str) -> str:
+        return self.get(name).version
+
+    def all_models(self) -> list[Model]:
+        return [model for name in sorted(self._models) for model in self._models[name].values()]
+
+    # --- changing -------------------------------------------------------------------------------------------------
+
+    async def register(
+        self, url: str, *, model_name: str | None, handler: str | None, initial_workers: int, settings: dict[str, int]
+    ) -> Model:
+        """Opens, loads and warms an archive of the model store; returns when it is READY.
+
+        Args:
+            url: file name in the store.
+            settings: management parameters; what is left out comes from model-config.yaml, then the ``models``
+                block, then the defaults.
+
+        Raises:
+            ServeError: nothing was registered.
+        """
+        path = Path(self._services.config.model_store or ".") / url
+        archive = await asyncio.to_thread(open_archive, path)
+        model = self._add(archive, model_name, url, handler=handler, settings=settings, at_startup=False)
+        workers = self._workers(model, archive.config, initial_workers)
+        await self._load_or_remove(model, workers)
+        self.save_state()
+        return model
+
+    def start_register(
+        self, url: str, *, model_name: str | None, handler: str | None, initial_workers: int, settings: dict[str, int]
+    ) -> asyncio.Task[Model]:
+        """`register` without waiting; a failure is logged."""
+        task = asyncio.get_running_loop().create_task(
+            self.register(
+                url, model_name=model_name, handler=handler, initial_workers=initial_workers, settings=settings
+            )
+        )
+        self._keep(task, f"registering {url}")
+        return task
+
+    async def unregister(self, name: str, version: str | None) -> None:
+        """Finishes what a version has admitted and removes it; without ``version`` the default one.
+
+        Raises:
+            DefaultVersionError: it is the default while there are others.
+        """
+        model = self.get(name, version)
+        if model.version == self._defaults[name] and len(self._models[name]) > 1:
+            raise DefaultVersionError(f"Cannot remove default version for model {name}")
+        self._remove(model)
+        self.save_state()
+        await model.drain()
+
+    def set_default(self, name: str, version: str) -> None:
+        if name not in self._models:
+            raise ModelNotFoundError(f"Model not found: {name}")
+        if version not in self._models[name]:
+            raise VersionNotFoundError(f"Model version {version} does not exist for model {name}")
+        self._defaults[name] = version
+        self.save_state()
+
+    def changed(self) -> None:
+        """To be called after a model's workers or settings were changed."""
+        self.save_state()
+
+    async def load_at_start(
+        self, sources: Iterable[ModelSource], archives: dict[str, Archive | ServeError], tracings: dict[str, Tracing]
+    ) -> None:
+        """Loads what the server was started with, all at once. A failure is kept as a FAILED model or in ``failures``.
+
+        Args:
+            archives, tracings: by path; what was opened and begun before torch was imported.
+        """
+        await asyncio.gather(*(
+            self._load_source(source, archives[source.path_or_file], tracings.get(source.path_or_file))
+            for source in sources
+        ))  # fmt: skip
+        self._keeps_state = True
+        self.save_state()
+
+    async def _load_source(self, source: ModelSource, archive: Archive | ServeError, tracing: Tracing | None) -> None:
+        file = Path(source.path_or_file).name
+        if isinstance(archive, ServeError):
+            self._note_failure(source.name or file, file, archive)
+            return
+        try:
+            model = self._add(archive, source.name, file, handler=None, settings={}, at_startup=True)
+        except ServeError as error:
+            self._note_failure(source.name or file, file, error)
+            return
+        try:
+            workers = self._workers(model, archive.config, None)
+            await model.load(workers, lambda text: self._progress(model.name, text), tracing)
+        except Exception as error:
+            # The model stays in the table as FAILED, so that whoever asks for it reads why.
+            log.error("%s", model.error or error)
+
+    def _note_failure(self, name: str, url: str, error: ServeError) -> None:
+        log.error("%s cannot be loaded: %s", url, error.message)
+        self.failures.append(LoadFailure(name, url, error.message))
+
+    async def restore(self, state: JsonObject) -> None:
+        """Brings back what `save_state` wrote."""
+        await asyncio.gather(*(self._restore_model(entry) for entry in state["models"]))
+        for name, version in state["defaults"].items():
+            if version in self._models.get(name, {}):
+                self._defaults[name] = version
+        self._keeps_state = True
+        self.save_state()
+
+    async def _restore_model(self, entry: JsonObject) -> None:
+        try:
+            archive = await asyncio.to_thread(open_archive, entry["path"])
+            model = self._add(
+                archive, entry["name"], entry["url"],
+                handler=entry["handler"], settings={}, at_startup=entry["loaded_at_startup"],
+            )  # fmt: skip
+            model.settings = Settings(**entry["settings"])
+        except ServeError as error:
+            self._note_failure(entry["name"], entry["url"], error)
+            return
+        try:
+            await model.load(entry["workers"], lambda text: self._progress(model.name, text))
+        except Exception as error:
+            log.error("%s", model.error or error)
+
+    async def drain(self) -> None:
+        """Finishes what all models have admitted and stops them."""
+        self._keeps_state = False
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*(model.drain() for model in self.all_models()))
+
+    def _add(
+        self, archive: Archive, name: str | None, url: str, *, handler: str | None, settings: dict[str, int],
+        at_startup: bool,
+    ) -> Model:  # fmt: skip
+        name = name or archive.manifest.model_name
+        check_model_name(name)
+        version = archive.manifest.model_version
+        if version in self._models.get(name, {}):
+            raise ConflictError(f"Model version {version} is already registered for model {name}")
+        config = self._services.config
+        gpus = gpu_count(config.number_of_gpu)
+        model = Model(
+            self._services,
+            archive,
+            name=name,
+            url=url,
+            settings=self._settings(name, archive, settings),
+            device=choose_device(archive.config, gpus, [other.device for other in self.all_models()]),
+            handler_name=handler,
+            loaded_at_startup=at_startup,
+        )
+        for warning in archive.config.warnings:
+            log.warning("%s", warning)
+        self._models.setdefault(name, {})[version] = model
+        self._defaults.setdefault(name, version)
+        return model
+
+    async def _load_or_remove(self, model: Model, workers: int) -> None:
+        try:
+            await model.load(workers, lambda text: self._progress(model.name, text))
+        except BaseException:
+            self._remove(model)
+            await model.drain()
+            raise
+
+    def _remove(self, model: Model) -> None:
+        versions = self._models[model.name]
+        del versions[model.version]
+        if not versions:
+            del self._models[model.name], self._defaults[model.name]
+        elif self._defaults[model.name] == model.version:
+            self._defaults[model.name] = next(iter(versions))
+
+    # --- settings -------------------------------------------------------------------------------------------------
+
+    def _block(self, name: str, version: str) -> dict[str, Any]:
+        return dict(self._services.config.models.get(name, {}).get(version, {}))
+
+    def _settings(self, name: str, archive: Archive, given: dict[str, int]) -> Settings:
+        """Parameter, else model-config.yaml, else the ``models`` block, else the default."""
+        config = self._services.config
+        settings = Settings(
+            workers_min=1,
+            workers_max=1,
+            batch_size=1,
+            max_batch_delay_ms=100,
+            min_batch=1,
+            response_timeout_s=config.default_response_timeout,
+            startup_timeout_s=config.default_startup_timeout,
+            queue_size=config.job_queue_size,
+        )
+        for key, value in self._block(name, archive.manifest.model_version).items():
+            if key in BLOCK_KEYS and isinstance(value, int) and value > 0:
+                setattr(settings, BLOCK_KEYS[key], value)
+        for attribute in ("batch_size", "max_batch_delay_ms", "min_batch", "response_timeout_s", "startup_timeout_s",
+                          "queue_size", "client_timeout_ms"):  # fmt: skip
+            value = getattr(archive.config, attribute)
+            if value is not None:
+                setattr(settings, attribute, value)
+        for parameter, value in given.items():
+            setattr(settings, PARAMETERS[parameter], value)
+        if settings.min_batch > settings.batch_size:
+            raise InvalidModelError(
+                f"{archive.name}: minBatch ({settings.min_batch}) must not be larger than the batch size "
+                f"({settings.batch_size})"
+            )
+        return settings
+
+    def _workers(self, model: Model, config: ModelConfig, asked: int | None) -> int:
+        """How many to start with, and the bounds to keep; ``asked`` is None at start-up.
+
+        One on a CPU, because its threads take all cores; one per GPU.
+        """
+        block = self._block(model.name, model.version)
+        low, high = config.workers_min, config.workers_max
+        if low is None or high is None:
+            low, high = block.get("minWorkers"), block.get("maxWorkers")
+        if isinstance(low, int) and isinstance(high, int) and 0 < low <= high:
+            wanted, most = low, high
+        else:
+            wanted = self._services.config.default_workers_per_model or 1 if asked is None else max(0, asked)
+            most = wanted
+        model.settings.workers_min, model.settings.workers_max = wanted, most
+        return wanted
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def save_state(self) -> None:
+        """Writes what is served, atomically: a crash leaves the old state or the new one."""
+        if self._state_file is None or not self._keeps_state:
+            return
+        state = {
+            "models": [
+                {
+                    "path": str(model.archive.path),
+                    "name": model.name,
+                    "url": model.url,
+                    "handler": model.handler_name,
+                    "loaded_at_startup": model.loaded_at_startup,
+                    "workers": model.wanted_workers,
+                    "settings": asdict(model.settings),
+                }
+                for model in self.all_models()
+            ],
+            "defaults": self._defaults,
+        }
+        descriptor, temporary = tempfile.mkstemp(dir=self._state_file.parent, prefix=".state-")
+        with open(descriptor, "w") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._state_file)
+
+    def _keep(self, task: asyncio.Task[Any], what: str) -> None:
+        self._tasks.add(task)
+
+        def done(finished: asyncio.Task[Any]) -> None:
+            self._tasks.discard(finished)
+            if not finished.cancelled() and finished.exception() is not None:
+                log.error("%s failed: %s", what, finished.exception())
+
+        task.add_done_callback(done)

@@ -1,0 +1,139 @@
+"""The server process: takes over the listening sockets, loads the models, serves, drains.
+
+Started by the supervisor. Nothing at the top of this file imports torch: eager archives begin to be traced in
+processes of their own before this one spends its second on that import.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import uvloop
+
+from pyserve import log as log_setup
+from pyserve.archive import Archive, open_archive
+from pyserve.errors import ConfigError, InvalidModelError, JsonObject, ServeError
+from pyserve.launch import EXIT_DRAINED, EXIT_WILL_FAIL_AGAIN, ServerStart, receive_server_start
+from pyserve.model_source import ModelSource
+from pyserve.trace import Tracing, needs_tracing
+
+if TYPE_CHECKING:
+    from pyserve.site import Site
+
+log = logging.getLogger(__name__)
+
+EXIT_DRAIN_CUT_SHORT = 4
+
+
+def main() -> int:
+    start = receive_server_start()
+    log_setup.configure()
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(_serve(start))
+    except ConfigError as error:
+        start.report.failed(error.message)
+        return EXIT_WILL_FAIL_AGAIN
+    finally:
+        loop.close()
+
+
+async def _serve(start: ServerStart) -> int:
+    stop = _StopSignals()
+    state = _read_state(start)
+    sources = [] if state is not None else start.config.models_to_load()
+    archives = {source.path_or_file: _open(source) for source in sources}
+    tracings = _begin_tracing(archives)
+
+    # Takes a second or two; the tracing above goes on meanwhile.
+    from pyserve.site import Site
+
+    site = Site(start)
+    try:
+        loading = asyncio.ensure_future(site.load(sources, archives, tracings, state))
+        await asyncio.wait([loading, stop.first], return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            loading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await loading
+            return EXIT_DRAINED
+        loading.result()
+        await site.open_ports()
+        start.report.ready(**site.report())
+        await stop.first
+        return await _drain(site, stop, start.config.drain_timeout_s)
+    finally:
+        for tracing in tracings.values():
+            tracing.stop()
+        site.close()
+
+
+async def _drain(site: Site, stop: _StopSignals, timeout_s: int) -> int:
+    """Answers what was accepted, then stops. A second signal, or the timeout, ends it early."""
+    draining = asyncio.ensure_future(site.drain())
+    await asyncio.wait([draining, stop.second], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    if draining.done():
+        draining.result()
+        return EXIT_DRAINED
+    log.warning("stopping before everything was answered: %s",
+                "told twice" if stop.second.done() else f"drain_timeout_s={timeout_s} is over")  # fmt: skip
+    site.cut_short()
+    # Native threads may be in the middle of a batch and cannot be stopped; the process goes without them.
+    logging.shutdown()
+    os._exit(EXIT_DRAIN_CUT_SHORT)
+
+
+def _open(source: ModelSource) -> Archive | ServeError:
+    if "://" in source.path_or_file:
+        return InvalidModelError(f"{source.path_or_file}: URLs are not fetched; put the archive into the model store")
+    try:
+        return open_archive(source.path_or_file)
+    except ServeError as error:
+        return error
+
+
+def _begin_tracing(archives: dict[str, Archive | ServeError]) -> dict[str, Tracing]:
+    return {
+        path: Tracing(archive)
+        for path, archive in archives.items()
+        if isinstance(archive, Archive) and needs_tracing(archive)
+    }
+
+
+def _read_state(start: ServerStart) -> JsonObject | None:
+    """What the server before this one served, if there was one that got as far as serving."""
+    if start.restart == 0:
+        return None
+    try:
+        state: JsonObject = json.loads(start.state_file.read_text())
+        return state
+    except (OSError, ValueError):
+        return None
+
+
+class _StopSignals:
+    """The first and the second SIGTERM or SIGINT, as futures."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.first: asyncio.Future[None] = loop.create_future()
+        self.second: asyncio.Future[None] = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        future = self.second if self.first.done() else self.first
+        if not future.done():
+            future.set_result(None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

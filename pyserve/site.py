@@ -1,0 +1,184 @@
+"""Everything one server process serves with: engine, models, endpoints and listeners, wired together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from pyserve.archive import Archive
+from pyserve.cpu_budget import cpu_budget
+from pyserve.engine import Engine
+from pyserve.errors import JsonObject, ServeError
+from pyserve.http1 import BodyBudget, Connections, Http1Limits, Http1Protocol
+from pyserve.inference import Inference
+from pyserve.launch import ServerStart
+from pyserve.management import Management
+from pyserve.metrics import Metrics
+from pyserve.model import Services
+from pyserve.model_source import ModelSource
+from pyserve.registry import Registry
+from pyserve.routes import BrowserGuard, Router, RouteRow, cors_headers, metrics_routes
+from pyserve.trace import Tracing
+
+log = logging.getLogger(__name__)
+
+ACCEPT_BACKLOG = 2048
+
+
+class Site:
+    """One server process's worth of everything. Loop thread only.
+
+    Raises:
+        ConfigError: the native engine cannot be used.
+    """
+
+    def __init__(self, start: ServerStart):
+        config = start.config
+        budget = cpu_budget(config.cpu_budget)
+        # Preprocessing runs on threads of its own, one per CPU; torch must not multiply them.
+        torch.set_num_threads(1)
+        self._start = start
+        self._metrics = Metrics(torch_version=torch.__version__)
+        self._engine = Engine(asyncio.get_running_loop(), budget)
+        self._pool = ThreadPoolExecutor(config.preprocess_threads or budget, thread_name_prefix="preprocess")
+        self._services = services = Services(
+            config=config,
+            engine=self._engine,
+            metrics=self._metrics,
+            preprocess_pool=self._pool,
+            cpu_budget=budget,
+            with_full_detail=config.error_detail == "full"
+            or (config.error_detail == "auto" and config.inference_address.is_loopback),
+        )
+        self.registry = Registry(services, state_file=start.state_file, progress=start.report.progress)
+        self._metrics.models = self.registry.all_models
+        self._inference = Inference(self.registry)
+        self._servers: list[asyncio.AbstractServer] = []
+        self._connections: list[Connections] = []
+        log.info("%d CPUs for %d preprocessing threads and the workers of all models", budget,
+                 config.preprocess_threads or budget)  # fmt: skip
+
+    async def load(
+        self,
+        sources: Sequence[ModelSource],
+        archives: dict[str, Archive | ServeError],
+        tracings: dict[str, Tracing],
+        state: JsonObject | None,
+    ) -> None:
+        """Loads what the server is started with, or what the one before it served."""
+        if state is not None:
+            await self.registry.restore(state)
+        else:
+            await self.registry.load_at_start(sources, archives, tracings)
+
+    async def open_ports(self) -> None:
+        """Begins to accept. Names that share an address share a listener, which then answers for all of them."""
+        budget = BodyBudget(Http1Limits().body_budget_size)
+        names_by_socket: dict[Any, list[str]] = {}
+        for name, sock in self._start.sockets.items():
+            names_by_socket.setdefault(sock, []).append(name)
+        for sock, names in names_by_socket.items():
+            await self._listen(sock, names, budget)
+        self._inference.is_ready = True
+
+    async def _listen(self, sock: Any, names: list[str], budget: BodyBudget) -> None:
+        config = self._start.config
+        limits = Http1Limits(body_size_max=config.max_request_size, connection_count_max=config.connection_count_max)
+        connections = Connections(limits, budget)
+        self._connections.append(connections)
+        self._metrics.refused.append(connections.refused)
+        rows: list[RouteRow] = []
+        if "inference" in names:
+            rows += self._inference_rows()
+        if "management" in names:
+            rows += Management(self.registry, config).routes()
+        if "metrics" in names:
+            rows += metrics_routes(self._metrics) if names == ["metrics"] else metrics_routes(self._metrics)[2:]
+        guard = BrowserGuard(config.management_address, config.cors_allowed_origin) if "management" in names else None
+        router = Router(
+            rows,
+            guard=guard,
+            with_detail=config.compat != "strict",
+            with_full_detail=self._services.with_full_detail,
+            cors=cors_headers(config),
+            on_answer=self._metrics.observe_answer,
+        )
+        self._servers.append(
+            await asyncio.get_running_loop().create_server(
+                lambda: Http1Protocol(router, limits, connections), sock=sock, backlog=ACCEPT_BACKLOG
+            )
+        )
+
+    def _inference_rows(self) -> list[RouteRow]:
+        inference = self._inference
+        return [
+            ("*", "/ping", inference.ping),
+            ("GET", "/ready", inference.ready),
+            ("GET", "/live", inference.live),
+            ("*", "/predictions/{name}", inference.predict),
+            ("*", "/predictions/{name}/{version}", inference.predict),
+            ("*", "/predictions/{name}/{version}/{rest...}", inference.predict),
+        ]
+
+    def report(self) -> dict[str, Any]:
+        """What the start-up table shows: ``models``, ``not_loaded`` and ``sample``."""
+        config = self._start.config
+        rows = [
+            {
+                "model": model.name,
+                "version": model.version,
+                "state": model.state,
+                "workers": model.wanted_workers if model.state == "READY" else 0,
+                "device": model.device,
+                "batch": model.batch_size,
+                "url": f"{config.inference_address}/predictions/{model.name}",
+                "error": model.error,
+            }
+            for model in self.registry.all_models()
+        ]
+        rows += [
+            {"model": failure.name, "version": "", "state": "FAILED", "workers": 0, "device": "", "batch": 0, "url": "",
+             "error": failure.error}
+            for failure in self.registry.failures
+        ]  # fmt: skip
+        loaded = {model.url for model in self.registry.all_models()} | {f.url for f in self.registry.failures}
+        return {
+            "models": rows,
+            "not_loaded": [file for file in config.store_files() if file not in loaded],
+            "sample": self._sample(),
+        }
+
+    def _sample(self) -> str:
+        """One line that a person can paste."""
+        ready = [model for model in self.registry.default_models() if model.has_ready_worker]
+        if not ready:
+            return f"curl {self._start.config.inference_address}/ping"
+        model = ready[0]
+        return f"curl {self._start.config.inference_address}/predictions/{model.name} {model.sample_body()}"
+
+    async def drain(self) -> None:
+        """In this order: no new connections, answer what was accepted, stop the models."""
+        self._inference.is_ready = False
+        for server in self._servers:
+            server.close()
+        await asyncio.gather(*(connections.drain() for connections in self._connections))
+        await self.registry.drain()
+        log.info("drained")
+
+    def cut_short(self) -> None:
+        """Answers what waits with 503 and lets go of the rest."""
+        for model in self.registry.all_models():
+            model.answer_all_draining()
+        for connections in self._connections:
+            connections.abort()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._engine.close()
+
+
