@@ -1,0 +1,418 @@
+"""HTTP/1.1 server protocol: bytes -> ``Request`` -> app -> ``Response`` -> bytes. No policy, no endpoints.
+
+A connection reads heads and bodies in turn:
+
+    HEAD ──head with a body──> BODY ──body complete──> HEAD
+      └──────── last request, framing error, time out ────────> CLOSED   (input is thrown away)
+
+Requests stand in a queue of exchanges until answered; answers are written from its front, so pipelined requests are
+answered in order whatever order the app answers in. No task and no future is made for a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+from pyserve.errors import ServeError, ServerError
+from pyserve.http1_answer import INTERNAL_ERROR, JOINED_SIZE_MAX, error_response, new_id
+from pyserve.http1_connections import BodyBudget, Connections
+from pyserve.http1_errors import BodyTooLargeError, InvalidHttpError, SlowClientError
+from pyserve.http1_exchange import Exchange
+from pyserve.http1_head import RequestHead, check_head_size, check_head_start
+from pyserve.http1_incoming import Incoming
+from pyserve.http1_limits import Http1Limits
+from pyserve.http1_timer import LazyTimer, StallTimer
+from pyserve.messages import Request, Response
+
+__all__ = ["BodyBudget", "Connections", "Exchange", "Http1Limits", "Http1Protocol", "error_response"]
+
+log = logging.getLogger("pyserve.http1")
+
+_HEAD, _BODY, _CLOSED = range(3)
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Http1Protocol(asyncio.Protocol):
+    """One connection. Loop thread only.
+
+    Args:
+        app: called with each complete request, on the loop; answers by ``Exchange.respond``, now or later.
+        limits: of this connection.
+        connections: the listener's register of connections.
+        loop: the loop; the running one if not given.
+    """
+
+    def __init__(
+        self,
+        app: Callable[[Exchange], None],
+        limits: Http1Limits,
+        connections: Connections,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ):
+        # constant
+        self._app = app
+        self._limits = limits
+        self._connections = connections
+        self._loop = loop or asyncio.get_running_loop()
+        # per connection
+        self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connection_made
+        self._client = "unix"
+        self._slots: deque[Exchange] = deque()
+        self._timer = LazyTimer(self._loop, self._on_deadline)
+        self._phase = _HEAD
+        self._writable = True
+        self._paused = False
+        self._backlog = b""  # came after reading was paused
+        self._eof = False
+        self._linger = False
+        self._discarded = 0
+        self._discarded_max = limits.linger_size_max
+        # per request
+        self._partial = bytearray()  # of a head
+        self._blank_size = 0  # of empty lines before it
+        self._client_id = ""  # the request's own x-request-id
+        self._incoming: Incoming | None = None  # of a body
+
+    # transport -> protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=JOINED_SIZE_MAX)
+        peer = transport.get_extra_info("peername")
+        if isinstance(peer, tuple):
+            self._client = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
+        self._stall = StallTimer(
+            self._loop, self._transport, stall_s=self._limits.write_stall_s, rate_min=self._limits.body_rate_min
+        )
+        refusal = self._connections.add(self)
+        if refusal is None:
+            self._timer.set(self._loop.time() + self._limits.idle_timeout_s)
+        elif not transport.is_closing():
+            self._refuse(refusal)
+
+    def data_received(self, data: bytes) -> None:
+        if self._paused:
+            self._backlog += data
+        else:
+            self._advance(data)
+
+    def eof_received(self) -> bool:
+        self._eof = True
+        if not self._paused:
+            self._on_eof()
+        return True  # the answers still go out; the protocol closes after them
+
+    def pause_writing(self) -> None:
+        self._writable = False
+        self._stall.watch()
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        if not self._transport.is_closing():
+            self._stall.rest()
+        self._flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._phase = _CLOSED
+        self._timer.cancel()
+        self._stall.cancel()
+        self._connections.remove(self)
+        self._forget_request()
+        slots, self._slots = self._slots, deque()
+        for exchange in slots:
+            self._release(exchange)
+            exchange.disconnect()
+
+    # the listener -> protocol
+
+    def drain(self) -> None:
+        """Closes at once if idle, else after the answers to what has been received."""
+        if self._phase == _HEAD and not (self._slots or self._partial or self._paused):
+            self._close()
+
+    def abort(self) -> None:
+        """Closes at once, whatever is under way."""
+        self._transport.abort()
+
+    # reading
+
+    def _advance(self, data: bytes) -> None:
+        start = 0
+        size = len(data)
+        slots = self._slots
+        try:
+            while start < size and self._phase != _CLOSED:
+                if self._incoming is not None:
+                    start = self._take_body(self._incoming, data, start)
+                elif len(slots) >= self._limits.pipeline_max or not self._writable:
+                    break
+                else:
+                    start = self._take_head(data, start)
+        except ServeError as error:
+            self._refuse(error)
+            return
+        if self._phase == _CLOSED:
+            if start < size:
+                self._discard(size - start)
+        elif self._incoming is not None:
+            self._timer.set(self._incoming.deadline(self._loop.time()))
+        elif start < size or len(slots) >= self._limits.pipeline_max:
+            self._pause(data[start:])
+
+    def _take_head(self, data: bytes, start: int) -> int:
+        if self._partial:
+            return self._extend_head(data, start)
+        while data.startswith(b"\r\n", start):  # RFC 9112, 2.2: empty lines before a request are ignored
+            start += 2
+            self._count_blank()
+        end = data.find(b"\r\n\r\n", start, start + self._limits.head_size_max)
+        if end < 0:
+            if start < len(data):
+                check_head_size(data, start, end, self._limits)
+                self._partial += memoryview(data)[start:]
+                check_head_start(self._partial)
+                self._timer.set(self._loop.time() + self._limits.head_timeout_s)
+            return len(data)
+        if end - start > self._limits.line_size_max:
+            check_head_size(data, start, end, self._limits)
+        end += 4
+        self._on_head(data[start:end])
+        return end
+
+    def _extend_head(self, data: bytes, start: int) -> int:
+        partial = self._partial
+        if partial == b"\r":
+            if data[start] != 0x0A:
+                raise InvalidHttpError("the request does not begin with a method")
+            partial.clear()
+            self._count_blank()
+            return start + 1
+        known = len(partial)
+        partial += memoryview(data)[start : start + self._limits.head_size_max - known]
+        end = partial.find(b"\r\n\r\n", max(known - 3, 0))
+        check_head_size(partial, 0, end, self._limits)
+        if end < 0:
+            check_head_start(partial)
+            return len(data)
+        end += 4
+        head = bytes(memoryview(partial)[:end])
+        partial.clear()
+        self._on_head(head)
+        return start + end - known
+
+    def _count_blank(self) -> None:
+        self._blank_size += 2
+        if self._blank_size > self._limits.line_size_max:
+            raise InvalidHttpError("too many empty lines before the request")
+
+    def _on_head(self, raw: bytes) -> None:
+        head = self._connections.heads.read(raw)
+        self._blank_size = 0
+        if not (head.length or head.chunked or head.expect):
+            self._complete(head, bytearray(), len(raw))
+            return
+        self._phase = _BODY
+        self._client_id = head.id
+        incoming = self._incoming = Incoming(head, len(raw), self._limits, self._connections.budget)
+        if incoming.body.complete:
+            self._end_body(incoming)
+        elif incoming.continue_owed and not self._slots:
+            self._write_continue(incoming)
+
+    def _take_body(self, incoming: Incoming, data: bytes, start: int) -> int:
+        end = incoming.feed(data, start)
+        if incoming.body.complete:
+            self._end_body(incoming)
+        return end
+
+    def _end_body(self, incoming: Incoming) -> None:
+        self._incoming = None
+        self._client_id = ""
+        self._phase = _HEAD
+        self._complete(incoming.head, incoming.body.content, incoming.wire_size, incoming.reserved, incoming.refusal)
+
+    def _complete(
+        self,
+        head: RequestHead,
+        content: bytearray,
+        wire_size: int,
+        reserved: int = 0,
+        refusal: ServeError | None = None,
+    ) -> None:
+        request = Request(
+            head.method,
+            head.path,
+            query=head.query,
+            headers=head.headers.copy(),
+            body=content,
+            client=self._client,
+            id=head.id or new_id(),
+            arrived_at=self._connections.clock(),
+        )
+        exchange = Exchange(request, self._on_answer, head.keep_alive, wire_size, reserved)
+        self._slots.append(exchange)
+        self._timer.deadline = math.inf
+        if not head.keep_alive:
+            self._phase = _CLOSED
+        if refusal is not None:
+            self._connections.refused[refusal.status] += 1
+            exchange.respond(error_response(refusal))
+            return
+        try:
+            self._app(exchange)
+        except ServeError as error:
+            exchange.respond(error_response(error))
+        except Exception:
+            log.exception("request %s %s %s failed", request.id, request.method, request.path)
+            exchange.respond(error_response(ServerError(INTERNAL_ERROR)))
+
+    def _refuse(self, error: ServeError) -> None:
+        """Answers a request that cannot be read on, after those before it, and ends the connection."""
+        self._connections.refused[error.status] += 1
+        if isinstance(error, BodyTooLargeError):
+            # An honest client sends all it announced before it reads; let it, as far as the time goes.
+            self._discarded_max = max(self._discarded_max, error.announced)
+        id = self._client_id or new_id()
+        self._forget_request()
+        self._phase = _CLOSED
+        self._timer.deadline = math.inf
+        self._linger = not isinstance(error, SlowClientError)
+        exchange = Exchange(Request("", "", client=self._client, id=id), self._on_answer)
+        self._slots.append(exchange)
+        exchange.respond(error_response(error))
+
+    def _forget_request(self) -> None:
+        self._partial.clear()
+        self._backlog = b""
+        self._client_id = ""
+        if self._incoming is not None:
+            self._incoming.release()
+            self._incoming = None
+
+    def _discard(self, size: int) -> None:
+        self._discarded += size
+        if self._discarded > self._discarded_max:
+            if self._slots:
+                self._transport.pause_reading()
+            else:
+                self._close()
+
+    def _pause(self, rest: bytes) -> None:
+        self._paused = True
+        self._backlog = rest
+        self._timer.deadline = math.inf  # it is we who do not read
+        self._transport.pause_reading()
+
+    def _unpause(self) -> None:
+        self._paused = False
+        data, self._backlog = self._backlog, b""
+        if self._partial:
+            self._timer.set(self._loop.time() + self._limits.head_timeout_s)
+        if data:
+            self._advance(data)
+        if not (self._paused or self._transport.is_closing()):
+            self._transport.resume_reading()
+        if self._eof and not self._paused:
+            self._on_eof()
+
+    def _on_eof(self) -> None:
+        if self._phase == _CLOSED:
+            if not self._slots:
+                self._close()
+        elif self._partial or self._phase == _BODY:
+            self._refuse(InvalidHttpError("the connection ended within a request"))
+        elif self._slots:
+            self._slots[-1].keep_alive = False
+            self._phase = _CLOSED
+        else:
+            self._close()
+
+    # writing
+
+    def _on_answer(self, exchange: Exchange) -> None:
+        if exchange.reserved:
+            self._release(exchange)
+        if self._slots[0] is exchange:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Writes the answers that are at the front of the queue."""
+        slots = self._slots
+        while slots and self._writable:
+            exchange = slots[0]
+            response = exchange.response
+            if response is None:
+                break
+            slots.popleft()
+            if not self._write(exchange, response):
+                self._finish()
+                return
+        if self._paused and self._writable and len(slots) <= self._limits.pipeline_max // 2:
+            self._unpause()
+        if slots or self._paused:
+            return
+        if self._phase == _HEAD:
+            if not self._partial:
+                self._timer.set(self._loop.time() + self._limits.idle_timeout_s)
+        elif self._incoming is not None and self._incoming.continue_owed:
+            self._write_continue(self._incoming)
+
+    def _write(self, exchange: Exchange, response: Response) -> bool:
+        """Writes one answer; returns whether the connection is kept."""
+        keep_alive = exchange.keep_alive
+        if keep_alive and self._connections.draining:
+            keep_alive = bool(self._slots or self._partial or self._incoming)
+        exchange.response = None
+        head, body = self._connections.answers.encode(response, exchange.request, keep_alive)
+        self._transport.write(head)
+        if body is not None:
+            self._transport.write(body)
+        return keep_alive
+
+    def _write_continue(self, incoming: Incoming) -> None:
+        incoming.continue_owed = False
+        self._transport.write(_CONTINUE)
+
+    def _finish(self) -> None:
+        """The last answer is written: closes so that the client can read it."""
+        self._phase = _CLOSED
+        self._forget_request()
+        if self._eof or self._discarded > self._discarded_max or not (self._linger or self._discarded):
+            self._close()
+            return
+        # Closing with unread input would reset the connection, and the client might lose the answer.
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        self._timer.set(self._loop.time() + self._limits.linger_timeout_s)
+        self._stall.watch()
+
+    def _close(self) -> None:
+        self._phase = _CLOSED
+        self._timer.deadline = math.inf
+        self._transport.close()
+        self._stall.watch()
+
+    # clocks
+
+    def _on_deadline(self) -> None:
+        if self._phase == _BODY:
+            limits = self._limits
+            self._refuse(SlowClientError(
+                f"Request body came slower than {limits.body_rate_min} bytes/s or paused for {limits.body_stall_s:g} s."
+            ))  # fmt: skip
+        elif self._partial and self._phase == _HEAD:
+            self._refuse(SlowClientError(f"Request head took longer than {self._limits.head_timeout_s:g} s."))
+        else:
+            self._close()
+
+    def _release(self, exchange: Exchange) -> None:
+        self._connections.budget.release(exchange.reserved)
+        exchange.reserved = 0

@@ -1,0 +1,173 @@
+"""``Response`` -> bytes of an HTTP/1.1 answer.
+
+What repeats is computed once: status lines, the header block every answer carries, the date of this second. Nothing a
+handler sets reaches the wire unchecked: headers, reason and content type pass one validator, whose refusal replaces the
+whole answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+from http import HTTPStatus
+
+from pyserve.errors import ServeError, ServerError
+from pyserve.messages import Request, Response, dump_json
+
+JOINED_SIZE_MAX = 64 * 1024  # a larger body is written beside its head, not copied behind it
+
+log = logging.getLogger("pyserve.http1")
+
+_BODYLESS_STATUSES = (204, 304)
+_PHRASES = {int(status): status.phrase for status in HTTPStatus if status >= 200}
+_STATUS_LINES = {status: f"HTTP/1.1 {status} {phrase}\r\n" for status, phrase in _PHRASES.items()}
+_EMPTY_STATUS_LINES = {status: f"HTTP/1.1 {status} \r\n" for status in range(200, 600)}
+_COMMON = {
+    "pragma": "Pragma: no-cache\r\n",
+    "cache-control": "Cache-Control: no-cache; no-store, must-revalidate, private\r\n",
+    "expires": "Expires: Thu, 01 Jan 1970 00:00:00 UTC\r\n",
+}
+_COMMON_LINES = "".join(_COMMON.values())
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+_VALUE = re.compile(r"[\t -~\x80-\xff]*\Z")
+# Framing and the life of the connection are the protocol's; so is the id the client was promised.
+_OWN_NAMES = frozenset(
+    ("connection", "content-length", "date", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding",
+     "upgrade", "x-request-id")
+)  # fmt: skip
+_ID_BATCH_SIZE = 16 * 256
+
+INTERNAL_ERROR = "Internal server error; the server's log has the reason."
+
+
+class InvalidAnswerError(ServerError):
+    """A handler's status, reason, content type or header cannot be written as HTTP. Never sent as such."""
+
+
+def error_response(error: ServeError) -> Response:
+    """The JSON answer of an error, with its extra headers."""
+    return Response(error.status, dump_json(error.body()), content_type="application/json", headers=error.headers)
+
+
+class IdSource:
+    """Random UUID4 texts, in batches, since one system call each would cost more than all the rest of them."""
+
+    def __init__(self) -> None:
+        self._hex = ""
+        self._next = 0
+        # A forked child must not repeat its parent's ids.
+        os.register_at_fork(after_in_child=self._forget)
+
+    def __call__(self) -> str:
+        start = self._next
+        if start >= len(self._hex):
+            self._hex = os.urandom(_ID_BATCH_SIZE).hex()
+            start = 0
+        self._next = start + 32
+        digits = self._hex[start : start + 32]
+        variant = "89ab"[int(digits[16], 16) & 3]
+        return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+
+    def _forget(self) -> None:
+        self._next = len(self._hex)
+
+
+new_id = IdSource()
+
+
+class AnswerWriter:
+    """Builds answer heads. One per listener; loop thread only."""
+
+    def __init__(self, wall_clock: Callable[[], float] = time.time):
+        self._wall_clock = wall_clock
+        self._second = -1
+        self._common = ""
+
+    def encode(self, response: Response, request: Request, keep_alive: bool) -> tuple[bytes, memoryview | None]:
+        """The answer's bytes: all of them, or the head and beside it a body too big to copy.
+
+        An answer that cannot be written as HTTP is logged and replaced by a 500.
+        """
+        body = response.body
+        bodyless = response.status in _BODYLESS_STATUSES
+        try:
+            if type(body) is not bytes:
+                view = memoryview(body)
+                body = view.cast("B") if view.nbytes else b""
+            size = len(body)
+            head = self.head(response, request.id, keep_alive, None if bodyless else size)
+        except Exception:
+            log.exception("answer to request %s %s %s cannot be sent", request.id, request.method, request.path)
+            response = error_response(ServerError(INTERNAL_ERROR))
+            body, size, bodyless = response.body, len(response.body), False
+            head = self.head(response, request.id, keep_alive, size)
+        if bodyless or request.method == "HEAD":
+            return head, None
+        if size <= JOINED_SIZE_MAX:
+            return head + body, None
+        return head, memoryview(body)
+
+    def head(self, response: Response, request_id: str, keep_alive: bool, size: int | None) -> bytes:
+        """Status line and headers with the blank line. ``size`` of the body, None for statuses without one (204, 304).
+
+        Raises:
+            InvalidAnswerError: the response cannot be written as HTTP.
+        """
+        status = response.status
+        reason = response.reason
+        line = _STATUS_LINES.get(status) if reason is None else _EMPTY_STATUS_LINES.get(status) if not reason else None
+        if line is None:
+            line = _status_line(status, reason)
+        second = int(self._wall_clock())
+        if second != self._second:
+            self._second = second
+            self._common = f"{_COMMON_LINES}Date: {formatdate(second, usegmt=True)}\r\n"
+        common = self._common
+        extra = ""
+        content_type = response.content_type
+        if content_type is not None:
+            if content_type != "application/json" and not _VALUE.match(content_type):
+                raise InvalidAnswerError("The content type has a character that HTTP does not allow.")
+            extra = f"content-type: {content_type}\r\n"
+        if response.headers:
+            dropped, lines = _extra_lines(response.headers, content_type is not None)
+            extra += lines
+            if dropped:
+                common = "".join(line for name, line in _COMMON.items() if name not in dropped)
+                common += f"Date: {formatdate(second, usegmt=True)}\r\n"
+        length = "" if size is None else f"content-length: {size}\r\n"
+        connection = "keep-alive" if keep_alive else "close"
+        text = f"{line}x-request-id: {request_id}\r\n{common}{extra}{length}connection: {connection}\r\n\r\n"
+        return text.encode("latin-1")
+
+
+def _status_line(status: int, reason: str | None) -> str:
+    if not isinstance(status, int) or not 200 <= status <= 599:
+        raise InvalidAnswerError(f"Status {status!r} is not a final HTTP status from 200 to 599.")
+    if reason is None:
+        reason = _PHRASES.get(status, "")
+    if not isinstance(reason, str) or not _VALUE.match(reason):
+        raise InvalidAnswerError("The reason phrase has a character that HTTP does not allow.")
+    return f"HTTP/1.1 {int(status)} {reason}\r\n"
+
+
+def _extra_lines(headers: dict[str, str], has_type: bool) -> tuple[set[str], str]:
+    """Header lines of a handler, and those of the common lines they take the place of."""
+    lines = []
+    replaced = set()
+    for name, value in headers.items():
+        if not isinstance(name, str) or not _NAME.match(name):
+            raise InvalidAnswerError("A response header's name is not a token.")
+        if not isinstance(value, str) or not _VALUE.match(value):
+            raise InvalidAnswerError(f"Response header {name} has a character that HTTP does not allow.")
+        lower = name.lower()
+        if lower in _OWN_NAMES or (has_type and lower == "content-type"):
+            continue
+        if lower in _COMMON:
+            replaced.add(lower)
+        lines.append(f"{name}: {value}\r\n")
+    return replaced, "".join(lines)
