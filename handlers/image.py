@@ -1,0 +1,202 @@
+"""Pictures: from bytes to a Pillow image, and from that to the numbers an ImageNet model wants.
+
+The numbers are bit-equal to torchvision's Resize(256), CenterCrop(224), ToTensor and Normalize on a Pillow
+image, as its documentation describes them, without needing torchvision. Everything here may run in several
+threads at once; Pillow and numpy release the GIL for the long parts.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from pyserve.handler import InputError
+from pyserve.handlers.rows import found
+
+# What a picture may be (JPEG's opener also takes MPO). Formats that Pillow hands to another program, such as
+# EPS to Ghostscript, are not among them. A Pillow built without one of these does without.
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+    if name in Image.OPEN
+)
+
+# Pillow only warns between this number of pixels and twice of it; here it is a limit.
+PIXEL_COUNT_MAX: int = Image.MAX_IMAGE_PIXELS or 89_478_485
+
+# Its warnings quote the client's file: a line in the log, and an entry in a table that never shrinks, for each.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# 16-bit grey (PNG, TIFF); Pillow's own conversion to RGB would clip everything above 255 to white.
+_WIDE_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
+
+
+def open_picture(body: bytes | bytearray | memoryview, *, limit_pixels: bool = True) -> Image.Image:
+    """Decode a picture file; of one with many frames the first. EXIF orientation is not applied.
+
+    Args:
+        body: the file.
+        limit_pixels: refuse pictures of more than `PIXEL_COUNT_MAX` pixels, before decoding them.
+
+    Raises:
+        InputError: it is not a picture, is damaged, or is too large.
+    """
+    picture: Image.Image | None = None
+    try:
+        picture = Image.open(io.BytesIO(body), formats=FORMATS)
+        pixel_count = picture.width * picture.height
+        if limit_pixels and pixel_count > PIXEL_COUNT_MAX:
+            raise InputError(
+                f"the picture is too large: {picture.width} x {picture.height} = {pixel_count} pixels, "
+                f"the limit is {PIXEL_COUNT_MAX}; send a smaller one"
+            )
+        picture.load()
+    except (InputError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"not a picture: {_kind_found(body)}") from error
+    except Image.DecompressionBombError as error:
+        numbers = re.findall(r"\d+", str(error))
+        sizes = f"{numbers[0]} pixels, the limit is {PIXEL_COUNT_MAX}" if numbers else str(error)
+        raise InputError(f"the picture is too large: {sizes}; send a smaller one") from error
+    except Exception as error:
+        # Pillow's decoders raise errors of many classes on damaged files; whatever it was, the file is at fault.
+        raise InputError(_damage(picture, body, error)) from error
+    return picture
+
+
+def picture_from_base64(text: str, *, limit_pixels: bool = True) -> Image.Image:
+    """Decode a picture file given as base64 text; a ``data:image/...;base64,`` prefix and line breaks are fine.
+
+    Raises:
+        InputError: it is not base64, or not a picture.
+    """
+    encoded = text
+    if text.startswith("data:"):
+        encoded = text.partition(",")[2]
+    try:
+        body = base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"not a picture: expected base64, got {found(text)}") from error
+    return open_picture(body, limit_pixels=limit_pixels)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """The picture with 8 bits each of red, green and blue; transparency is dropped, 16-bit grey keeps its high byte.
+
+    Raises:
+        InputError: its pixels are of a kind without a known range.
+    """
+    if picture.mode == "RGB":
+        return picture
+    if picture.mode in _WIDE_MODES:
+        grey = np.asarray(picture)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise InputError("the picture has 32-bit pixels beyond 16 bits; convert it to 8 or 16 bits")
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        raise InputError("the picture has floating-point pixels, whose range is unknown; convert it to 8 bits")
+    return picture.convert("RGB")
+
+
+def resized(picture: Image.Image, size: int) -> Image.Image:
+    """Bilinear (antialiased) to ``size`` pixels on the shorter side, the longer one in proportion, rounded down.
+
+    Raises:
+        InputError: the picture is so long and thin that the result would be too large.
+    """
+    short, long = sorted(picture.size)
+    new_long = int(size * long / short)
+    if size * new_long > PIXEL_COUNT_MAX:
+        raise InputError(f"the picture is too long and thin: {picture.width} x {picture.height} pixels; crop it first")
+    new_size = (size, new_long) if picture.width <= picture.height else (new_long, size)
+    return picture if picture.size == new_size else picture.resize(new_size, Image.Resampling.BILINEAR)
+
+
+def center_cropped(picture: Image.Image, size: int) -> Image.Image:
+    """The ``size`` x ``size`` pixels at the centre; a side that is shorter is filled up with black."""
+    left, top = (_crop_start(length, size) for length in picture.size)
+    return picture.crop((left, top, left + size, top + size))
+
+
+def _crop_start(length: int, size: int) -> int:
+    # Python's round is to even, as torchvision's; padding puts the odd pixel at the far side.
+    return round((length - size) / 2.0) if length >= size else -((size - length) // 2)
+
+
+class ImageNetTransform:
+    """Picture -> float32 tensor [3, crop, crop], what ImageNet classifiers were trained on.
+
+    Args:
+        resize: pixels of the shorter side before cropping.
+        crop: pixels of both sides after it.
+        mean, std: per channel, of values in [0, 1].
+    """
+
+    def __init__(
+        self,
+        resize: int = 256,
+        crop: int = 224,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ):
+        self.resize = resize
+        self.crop = crop
+        self._mean = np.array(mean, np.float32).reshape(3, 1, 1)
+        self._std = np.array(std, np.float32).reshape(3, 1, 1)
+
+    def __call__(self, picture: Image.Image) -> torch.Tensor:
+        """One picture of any mode -> its tensor. InputError if its pixels cannot be used."""
+        square = center_cropped(resized(to_rgb(picture), self.resize), self.crop)
+        # In numpy: torch would start a thread team of its own in every calling thread.
+        channels = np.asarray(square).transpose(2, 0, 1)
+        pixels = np.empty((3, self.crop, self.crop), np.float32)
+        np.divide(channels, np.float32(255), out=pixels)
+        pixels -= self._mean
+        pixels /= self._std
+        return torch.from_numpy(pixels)
+
+
+def _kind_found(body: bytes | bytearray | memoryview) -> str:
+    start = bytes(body[:1024])
+    known = "; send one of " + ", ".join(FORMATS)
+    if re.match(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?<svg[\s>]", start, re.DOTALL):
+        return "SVG, which is a drawing, not pixels" + known
+    for magic, name in (
+        (b"%PDF", "PDF"),
+        (b"%!PS", "PostScript"),
+        (b"\x1f\x8b", "gzip"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"\x93NUMPY", "a numpy file"),
+    ):
+        if start.startswith(magic):
+            return f"{name} ({len(body)} bytes){known}"
+    if start.startswith(b"\xff\xd8"):
+        return f"damaged JPEG: {found(body)}"
+    if start.startswith(b"\x89PNG"):
+        return f"damaged PNG: {found(body)}"
+    if start[:64].lstrip().startswith((b"{", b"[")):
+        return f"{found(body)}; a JSON body needs Content-Type: application/json"
+    if re.match(rb"\s*--[-\w]+\r\n", start):
+        return f"{found(body)}; a multipart form needs its boundary in Content-Type"
+    return found(body)
+
+
+def _damage(picture: Image.Image | None, body: bytes | bytearray | memoryview, error: Exception) -> str:
+    if picture is None:
+        return f"not a picture: {_kind_found(body)} ({error})"
+    text = str(error) or type(error).__name__
+    truncated = "truncated" in text or "broken data stream" in text or isinstance(error, EOFError)
+    word = "truncated" if truncated else "damaged"
+    return f"{word} {picture.format} of {len(body)} bytes: {text}"

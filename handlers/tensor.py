@@ -1,0 +1,178 @@
+"""Tensors in, tensors out: JSON nested lists, or raw little-endian bytes.
+
+model-config.yaml says what one item is: ``input: {dtype: float32, shape: [1, 8, 8]}``, the shape without
+the batch dimension, -1 for any size. Answers come in kind (raw to raw, JSON to JSON) unless ``Accept`` asks
+for ``application/octet-stream`` or ``application/json``. A raw answer has the headers ``x-tensor-dtype``
+(``float32``) and ``x-tensor-shape`` (``10``, ``3,224,224``; empty for a single number). A model with several
+outputs answers with their bytes one after the other, dtypes separated by ``,`` and shapes by ``;``; if it
+names them (a dict) ``x-tensor-name`` has the names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pyserve.context import Context
+from pyserve.handler import HandlerError, InputError
+from pyserve.handlers.base_handler import BaseHandler
+from pyserve.handlers.rows import found, row_value
+from pyserve.handlers.tensor_spec import TensorSpec, dtype_name, raw_bytes
+
+RAW = "application/octet-stream"
+JSON = "application/json"
+
+# A JSON body of this many bytes holds at most half as many numbers, which take less than 50 us.
+QUICK_SIZE_MAX = 4096
+
+
+class TensorHandler(BaseHandler):
+    """Any model that takes one tensor and gives one tensor, a tuple or a dict of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec: TensorSpec | None = None
+
+    def prepare(self, context: Context) -> None:
+        super().prepare(context)
+        self.spec = TensorSpec.from_config(self.model_yaml_config)
+
+    def is_quick(self, size: int) -> bool:
+        return size <= QUICK_SIZE_MAX
+
+    def preprocess(self, data: Sequence[Any]) -> torch.Tensor:
+        """Rows -> tensor [n, *shape] on the CPU, or on the device when running stand-alone on one.
+
+        Raises:
+            InputError: a row is not one item of the described input.
+        """
+        items = [self._item(row_value(row)) for row in data]
+        if len(items) == 1:
+            return items[0]
+        try:
+            return torch.cat(items)
+        except RuntimeError as error:
+            shapes = ", ".join(str(list(shape)) for shape in sorted({tuple(item.shape[1:]) for item in items}))
+            raise InputError(f"the items of one batch have different shapes: {shapes}") from error
+
+    def _item(self, value: Any) -> torch.Tensor:
+        if self.spec is None:
+            raise HandlerError("the handler is not prepared; call initialize(context) first")
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            return self.spec.from_bytes(value)
+        if isinstance(value, (list, int, float)):
+            return self.spec.from_nested(value)
+        raise InputError(
+            f"expected {self.spec} as raw bytes ({RAW}) or as nested lists ({JSON}), got {found(value)}"
+        )
+
+    def postprocess(self, data: Any) -> list[Any]:
+        """The model's output for n items -> n answers, each bytes or nested lists.
+
+        Raises:
+            HandlerError: the output is not made of tensors with one entry per item.
+        """
+        outputs, names = _named_outputs(data)
+        context = self.context
+        count = len(outputs[0])
+        if context is None:
+            return self._json_answers(outputs, names, type(data))
+        wants_raw = [_answers_raw(context, i) for i in range(count)]
+        raw_answers = _raw_answers(outputs) if any(wants_raw) else []
+        answers = raw_answers if all(wants_raw) else self._json_answers(outputs, names, type(data))
+        for i, raw in enumerate(wants_raw):
+            if raw:
+                answers[i] = raw_answers[i]
+                for name, value in _tensor_headers(tuple((output.dtype, output.shape) for output in outputs), names):
+                    context.set_response_header(i, name, value)
+            else:
+                context.set_response_content_type(i, JSON)
+        return answers
+
+    def _json_answers(self, outputs: list[torch.Tensor], names: tuple[str, ...], kind: type) -> list[Any]:
+        columns = [self.json_values(output) for output in outputs]
+        if names:
+            return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        if issubclass(kind, torch.Tensor):
+            return columns[0]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _named_outputs(data: Any) -> tuple[list[torch.Tensor], tuple[str, ...]]:
+    """Output tensors on the CPU with their names (no names unless the output is a dict)."""
+    no_names: tuple[str, ...] = ()
+    if isinstance(data, torch.Tensor):
+        outputs, names = [data], no_names
+    elif isinstance(data, Mapping):
+        outputs, names = list(data.values()), tuple(str(name) for name in data)
+    elif isinstance(data, (tuple, list)):
+        outputs, names = list(data), no_names
+    else:
+        raise HandlerError(f"the model answered with a {type(data).__name__}, not a tensor, a tuple or a dict of them")
+    for output in outputs:
+        if not isinstance(output, torch.Tensor) or output.dim() == 0 or len(output) != len(outputs[0]):
+            kind = f"shape {list(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+            raise HandlerError(f"every output of the model must be a tensor with one entry per item, got {kind}")
+    if not outputs:
+        raise HandlerError("the model answered with no tensor at all")
+    return [output if output.device.type == "cpu" else output.cpu() for output in outputs], names
+
+
+def _raw_answers(outputs: list[torch.Tensor]) -> list[Any]:
+    """Per item the bytes of all outputs, one after the other."""
+    columns = []
+    for output in outputs:
+        whole, count = raw_bytes(output), len(output)
+        size = len(whole) // count if count else 0
+        columns.append([whole] if count == 1 else [whole[i * size : (i + 1) * size] for i in range(count)])
+    return columns[0] if len(columns) == 1 else [b"".join(parts) for parts in zip(*columns, strict=True)]
+
+
+@functools.lru_cache(maxsize=256)
+def _tensor_headers(kinds: tuple[tuple[torch.dtype, torch.Size], ...], names: tuple[str, ...]) -> list[tuple[str, str]]:
+    headers = [
+        ("content-type", RAW),
+        ("x-tensor-dtype", ",".join(dtype_name(dtype) for dtype, _ in kinds)),
+        ("x-tensor-shape", ";".join(",".join(map(str, shape[1:])) for _, shape in kinds)),
+    ]
+    if names:
+        headers.append(("x-tensor-name", ",".join(names)))
+    return headers
+
+
+def _answers_raw(context: Context, idx: int) -> bool:
+    accept = context.get_request_header(idx, "Accept")
+    wanted = accepted_kind(accept) if accept else None
+    if wanted is None:
+        content_type = context.get_request_header(idx, "Content-Type") or ""
+        return content_type.partition(";")[0].strip().lower() != JSON
+    return wanted == RAW
+
+
+@functools.lru_cache(maxsize=256)
+def accepted_kind(accept: str) -> str | None:
+    """`RAW` or `JSON`, whichever of the two ``Accept`` names with the higher weight (RFC 9110, section 12.5.1).
+
+    None when it names neither, or both alike: the answer then comes in kind.
+    """
+    weights = {RAW: 0.0, JSON: 0.0}
+    for part in accept.split(","):
+        media, *parameters = [text.strip().lower() for text in part.split(";")]
+        if media in weights:
+            weights[media] = max(weights[media], _quality(parameters))
+    if weights[RAW] == weights[JSON]:
+        return None
+    return RAW if weights[RAW] > weights[JSON] else JSON
+
+
+def _quality(parameters: list[str]) -> float:
+    for parameter in parameters:
+        if parameter.startswith("q="):
+            try:
+                return float(parameter[2:])
+            except ValueError:
+                return 0.0
+    return 1.0

@@ -1,0 +1,182 @@
+"""The dtype and shape of one item, and turning bytes or nested lists into a tensor of that kind."""
+
+from __future__ import annotations
+
+import array
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyserve.handler import InputError, ModelLoadError
+from pyserve.handlers.rows import found
+
+HOST_IS_BIG_ENDIAN = sys.byteorder == "big"
+
+# Size used for a free dimension (-1) in the example input.
+EXAMPLE_DIMENSION = 16
+
+# dtype name -> (torch dtype, typecode of the `array` that takes its numbers from Python, dtype of that array).
+# `array` is strict about types and ranges, and five times as fast as torch.tensor on nested lists.
+_DTYPES = {
+    "float16": (torch.float16, "f", torch.float32),
+    "bfloat16": (torch.bfloat16, "f", torch.float32),
+    "float32": (torch.float32, "f", torch.float32),
+    "float64": (torch.float64, "d", torch.float64),
+    "uint8": (torch.uint8, "B", torch.uint8),
+    "int8": (torch.int8, "b", torch.int8),
+    "int16": (torch.int16, "h", torch.int16),
+    "int32": (torch.int32, "i", torch.int32),
+    "int64": (torch.int64, "q", torch.int64),
+    "bool": (torch.bool, "B", torch.uint8),
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Kind of one item.
+
+    Attributes:
+        dtype: name as in torch, without ``torch.``.
+        shape: without the batch dimension; -1 stands for any size.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    # Derived, computed once because they are used for every request.
+    torch_dtype: torch.dtype = field(init=False, repr=False)
+    fixed_size: int = field(init=False, repr=False)  # bytes, or of one step of the free dimensions
+
+    def __post_init__(self) -> None:
+        torch_dtype = _DTYPES[self.dtype][0]
+        object.__setattr__(self, "torch_dtype", torch_dtype)
+        fixed = math.prod(size for size in self.shape if size >= 0)
+        object.__setattr__(self, "fixed_size", fixed * torch_dtype.itemsize)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TensorSpec:
+        """The spec under ``input`` in model-config.yaml: ``{dtype: float32, shape: [1, 8, 8]}``.
+
+        Raises:
+            ModelLoadError: there is none, or it is not of that form.
+        """
+        form = "add e.g. 'input: {dtype: float32, shape: [1, 8, 8]}' (shape of one item, -1 = any) to model-config.yaml"
+        entry = config.get("input")
+        if entry is None:
+            raise ModelLoadError(f"the model's input is not described; {form}")
+        if not isinstance(entry, Mapping) or "shape" not in entry:
+            raise ModelLoadError(f"'input' in model-config.yaml has no dtype and shape; {form}")
+        dtype = str(entry.get("dtype", "float32")).removeprefix("torch.")
+        if dtype not in _DTYPES:
+            raise ModelLoadError(f"'input.dtype' in model-config.yaml is {dtype!r}; one of {', '.join(_DTYPES)}")
+        shape = entry["shape"]
+        if not isinstance(shape, (list, tuple)) or not all(
+            isinstance(size, int) and not isinstance(size, bool) and (size > 0 or size == -1) for size in shape
+        ):
+            raise ModelLoadError(f"'input.shape' in model-config.yaml is {shape!r}, not a list of sizes; {form}")
+        return cls(dtype, tuple(shape))
+
+    def __str__(self) -> str:
+        return f"{self.dtype} [{', '.join('any' if size == -1 else str(size) for size in self.shape)}]"
+
+    def example(self) -> torch.Tensor:
+        """A tensor [1, *shape]: seeded numbers in [0, 1), zeros for whole numbers; free dimensions get size 16."""
+        shape = [1, *(EXAMPLE_DIMENSION if size == -1 else size for size in self.shape)]
+        if not self.torch_dtype.is_floating_point:
+            return torch.zeros(shape, dtype=self.torch_dtype)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.torch_dtype)
+
+    def from_bytes(self, body: bytes | bytearray | memoryview) -> torch.Tensor:
+        """Raw little-endian numbers -> tensor [1, *shape], without a copy when ``body`` is writable.
+
+        Raises:
+            InputError: the number of bytes does not make one item.
+        """
+        free = self.shape.count(-1)
+        size = len(body) if not isinstance(body, memoryview) else body.nbytes
+        if size == 0 or free > 1 or (size != self.fixed_size if free == 0 else size % self.fixed_size):
+            raise InputError(self._size_error(body, free))
+        if HOST_IS_BIG_ENDIAN:
+            body = _byte_swapped(body, self.torch_dtype.itemsize)
+        elif not isinstance(body, bytearray) and (isinstance(body, bytes) or body.readonly):
+            body = bytearray(body)  # torch writes to tensors; it cannot be kept from writing to this one
+        return torch.frombuffer(body, dtype=self.torch_dtype).view(1, *self.shape)
+
+    def _size_error(self, body: bytes | bytearray | memoryview, free: int) -> str:
+        if free > 1:
+            return f"raw bytes do not tell the sizes of {self}, which has {free} free dimensions; send JSON"
+        per = f"{self.fixed_size} bytes" if free == 0 else f"a multiple of {self.fixed_size} bytes"
+        start = bytes(body[:64]).lstrip()
+        hint = ""
+        if start[:1] in (b"[", b"{") or start[:1].isdigit():
+            hint = "; if this is JSON, check it and send Content-Type: application/json"
+        return f"expected {per} of little-endian {self}, got {found(body)}{hint}"
+
+    def from_nested(self, value: Any) -> torch.Tensor:
+        """Nested lists of numbers, one list level per dimension -> tensor [1, *shape].
+
+        Raises:
+            InputError: levels, sizes or values do not fit.
+        """
+        flat: Any = [value]
+        sizes = []
+        for depth, expected in enumerate(self.shape):
+            size = len(flat[0]) if flat and isinstance(flat[0], list) else -1
+            for part in flat:
+                if not isinstance(part, list):
+                    raise InputError(f"expected {self}, got {found(part)} where a list should be, {_at(depth)}")
+                if len(part) != size:
+                    raise InputError(f"expected {self}, got a ragged list: lengths {size} and {len(part)} {_at(depth)}")
+            if size != expected and (expected != -1 or size == 0):
+                wanted = "any size but 0" if expected == -1 else str(expected)
+                raise InputError(f"expected {self}, got a list of {size} instead of {wanted} {_at(depth)}")
+            sizes.append(size)
+            flat = flat[0] if len(flat) == 1 else list(chain.from_iterable(flat))
+        dtype, typecode, array_dtype = _DTYPES[self.dtype]
+        try:
+            numbers = array.array(typecode, flat)
+        except (TypeError, OverflowError) as error:
+            raise InputError(self._value_error(flat)) from error
+        tensor = torch.frombuffer(numbers, dtype=array_dtype).view(1, *sizes)
+        if dtype is array_dtype:
+            return tensor
+        if dtype is torch.bool and tensor.max().item() > 1:
+            raise InputError(f"expected {self}, got numbers other than 0 and 1")
+        return tensor.to(dtype)
+
+    def _value_error(self, flat: list[Any]) -> str:
+        typecode = _DTYPES[self.dtype][1]
+        for position, value in enumerate(flat):
+            try:
+                array.array(typecode, (value,))
+            except (TypeError, OverflowError):
+                kind = "numbers" if typecode in "fd" else "whole numbers in its range"
+                return f"expected {self}: {kind}, got {found(value)} at flat position {position}"
+        return f"expected {self}"
+
+
+def _byte_swapped(body: bytes | bytearray | memoryview, itemsize: int) -> bytearray:
+    return bytearray(np.frombuffer(body, np.uint8).reshape(-1, itemsize)[:, ::-1].tobytes())
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """The numbers of a CPU tensor as little-endian bytes, row by row."""
+    tensor = tensor.detach().contiguous() if tensor.requires_grad else tensor.contiguous()
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.int16)  # numpy has no bfloat16
+    array_ = tensor.numpy()
+    return array_.byteswap().tobytes() if HOST_IS_BIG_ENDIAN else array_.tobytes()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _at(depth: int) -> str:
+    return "at the top level" if depth == 0 else f"at level {depth + 1}"
