@@ -1,0 +1,392 @@
+"""The management API: list, describe, register, scale, set default, unregister.
+
+Paths, parameters, texts and the order of JSON keys are TorchServe's. What is added stands in further keys, so that
+clients that know TorchServe find all they know: ``changed`` and ``unused`` in the answer to a scale call, and the keys
+behind ``jobQueueStatus`` in a description.
+
+A call reads and checks all its parameters before it changes anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Coroutine
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from pyserve import openapi, parameters
+from pyserve.config import Config
+from pyserve.entries import shown
+from pyserve.errors import (
+    BadRequestError,
+    CleanupTimeoutError,
+    JsonObject,
+    MethodNotAllowedError,
+    ModelLoadError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    ServeError,
+    VersionNotFoundError,
+)
+from pyserve.http1_exchange import Exchange
+from pyserve.messages import Request, Response, json_response
+from pyserve.parameters import Parameter, json_pairs, read_values
+
+if TYPE_CHECKING:  # both import torch, which takes seconds
+    from pyserve.model import Model
+    from pyserve.registry import Registry
+
+log = logging.getLogger(__name__)
+
+PAGE_SIZE_MAX = 100
+RETRY_TIMEOUT_DEFAULT_S = 300
+ALL_VERSIONS = "all"
+SCALING = "Processing worker updates..."
+_UNUSED_NAMES = ("number_gpu", "timeout")
+
+
+class Management:
+    """The endpoints. Loop thread only.
+
+    Args:
+        registry: the models.
+        config: ``model_store``, ``enable_model_api``, ``compat`` and time limits are read.
+    """
+
+    def __init__(self, registry: Registry, config: Config):
+        self._registry = registry
+        self._config = config
+        self._is_strict = config.compat == "strict"
+        self._background: set[asyncio.Future[Any]] = set()
+
+    def routes(self) -> list[tuple[str, str, Callable[..., Response | Coroutine[Any, Any, Response]]]]:
+        """(methods, pattern, endpoint) for the router."""
+        return [
+            ("OPTIONS", "/", self.describe_api),
+            ("*", "/api-description", self.describe_api),
+            ("GET", "/models", self.list_models),
+            ("POST", "/models", self.register_model),
+            ("GET", "/models/{model_name}", self.describe_model),
+            ("PUT", "/models/{model_name}", self.scale_model),
+            ("DELETE", "/models/{model_name}", self.unregister_model),
+            ("OPTIONS", "/models/{model_name}", self.describe_model_api),
+            ("GET", "/models/{model_name}/{model_version}", self.describe_model),
+            ("PUT", "/models/{model_name}/{model_version}", self.scale_model),
+            ("DELETE", "/models/{model_name}/{model_version}", self.unregister_model),
+            ("OPTIONS", "/models/{model_name}/{model_version}", self.describe_model_api),
+            # Another method here is refused; in TorchServe DELETE would unregister the default version.
+            ("PUT", "/models/{model_name}/{model_version}/set-default", self.set_default_version),
+            ("GET", "/v1/models/{model_name}", self.show_readiness),
+        ]
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def describe_api(self, exchange: Exchange) -> Response:
+        """``OPTIONS /``."""
+        return json_response(openapi.management_api({pattern for _, pattern, _ in self.routes()}))
+
+    def describe_model_api(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
+        """``OPTIONS /models/{m}[/{v}]``."""
+        self._registry.get(model_name, model_version)
+        return json_response(openapi.model_management_api(model_name))
+
+    def list_models(self, exchange: Exchange) -> Response:
+        """``GET /models``: default versions, by name, in pages."""
+        values = self._read(exchange.request, parameters.LIST)
+        limit = values.get("limit", PAGE_SIZE_MAX)
+        if not 0 <= limit <= PAGE_SIZE_MAX:
+            limit = PAGE_SIZE_MAX
+        models = self._registry.default_models()
+        start = max(0, values.get("next_page_token", 0))
+        end = start + limit
+        page: JsonObject = {}
+        if end <= len(models):  # TorchServe gives a token even when the page ends exactly at the end
+            page["nextPageToken"] = str(end)
+        page["models"] = [{"modelName": model.name, "modelUrl": model.url} for model in models[start:end]]
+        return json_response(page)
+
+    def describe_model(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
+        """``GET /models/{m}[/{v}|/all]``: an array of one object per version."""
+        values = self._read(exchange.request, parameters.DESCRIBE)
+        if model_version == ALL_VERSIONS:
+            versions = self._registry.versions(model_name)
+            if not versions:
+                raise ModelNotFoundError(f"Model not found: {model_name}")
+            return json_response([describe(model) for model in versions])
+        model = self._registry.get(model_name, model_version)
+        return json_response([describe(model, with_metadata=values.get("customized", False))])
+
+    def show_readiness(self, exchange: Exchange, model_name: str) -> Response:
+        """``GET /v1/models/{m}``, KServe's protocol."""
+        model = self._registry.get(model_name)
+        return json_response({"name": model.name, "ready": any(row.status == "READY" for row in model.worker_rows())})
+
+    # --- changing -------------------------------------------------------------------------------------------------
+
+    async def register_model(self, exchange: Exchange) -> Response:
+        """``POST /models``: loads an archive of the model store."""
+        self._check_model_api()
+        values = self._read_registration(exchange.request)
+        url = self._archive_name(values.get("url"))
+        if values.get("runtime") == "LSP":
+            raise BadRequestError(
+                "Invalid RuntimeType value: LSP",
+                detail={"mend": "TorchScript archives run natively here with runtime=python or no runtime"},
+            )
+        # Without any workers named, a model starts with default_workers_per_model; 0 there leaves it to a PUT.
+        workers = max(0, values.get("initial_workers", self._config.default_workers_per_model))
+        arguments: dict[str, Any] = {
+            "model_name": values.get("model_name"),
+            "handler": values.get("handler"),
+            "initial_workers": workers,
+            "settings": _settings(values, parameters.SETTINGS),
+        }
+        if workers and not values.get("synchronous", True):
+            self._registry.start_register(url, **arguments)
+            return json_response({"status": SCALING}, 202)
+        model = await self._registry.register(url, **arguments)
+        return json_response({"status": _registered(model)})
+
+    async def scale_model(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
+        """``PUT /models/{m}[/{v}]``: changes settings between two batches, and the number of workers."""
+        values = self._read(exchange.request, parameters.SCALE)
+        version = _one_version(model_version, values.get("model_version"))
+        model = self._registry.get(model_name, version)
+        settings = _settings(values, parameters.LIVE_SETTINGS)
+        workers = _wanted_workers(model, values, has_settings=bool(settings))
+        answer: JsonObject = {"status": SCALING}
+        if settings:
+            changed = model.configure(settings)
+            self._registry.changed()
+            answer["changed"] = {name: f"{old} -> {new}" for name, (old, new) in changed.items()}
+        unused = [name for name in _UNUSED_NAMES if name in values]
+        if unused:
+            answer["unused"] = unused
+        if not values.get("synchronous", False):
+            if workers is not None:
+                self._watch(self._scale(model, workers, version), f"scaling {model.name} {model.version}")
+            return json_response(answer, 202)
+        if workers is not None:
+            running = await self._scale(model, workers, version)
+            if running < workers[0]:
+                answer["status"] = "Workers scaling in progress..."
+                return json_response(answer, 206)
+        least = workers[0] if workers is not None else model.workers_min
+        answer["status"] = f"Workers scaled to {least} for model: {model_name}"
+        if version is not None:
+            answer["status"] += f", version: {version}"
+        return json_response(answer)
+
+    def set_default_version(self, exchange: Exchange, model_name: str, model_version: str) -> Response:
+        """``PUT /models/{m}/{v}/set-default``."""
+        self._read(exchange.request, parameters.NONE)
+        try:
+            self._registry.set_default(model_name, model_version)
+        except VersionNotFoundError:
+            # Here, and only here, TorchServe's text has no colon after "version".
+            raise VersionNotFoundError(
+                f"Model version {model_version} does not exist for model {model_name}"
+            ) from None
+        text = f'Default version successfully updated for model "{model_name}" to "{model_version}"'
+        return json_response({"status": text})
+
+    async def unregister_model(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
+        """``DELETE /models/{m}[/{v}]``: returns when the requests it had are answered and it is gone."""
+        self._check_model_api()
+        self._read(exchange.request, parameters.UNREGISTER)
+        removal = asyncio.ensure_future(self._registry.unregister(model_name, model_version))
+        # It is not cancelled when its time is over: a model half gone would be worse than one that goes late.
+        done, _ = await asyncio.wait({removal}, timeout=self._config.unregister_model_timeout)
+        if not done:
+            self._watch(removal, f"unregistering {shown(model_name)}")
+            raise CleanupTimeoutError(f"Timed out while cleaning resources: {model_name}")
+        removal.result()
+        return json_response({"status": f'Model "{model_name}" unregistered'})
+
+    # --- checks ---------------------------------------------------------------------------------------------------
+
+    def _check_model_api(self) -> None:
+        enabled = self._config.enable_model_api
+        if enabled is None:
+            enabled = self._config.management_address.is_loopback and not self._is_strict
+        if not enabled:
+            raise MethodNotAllowedError()
+
+    def _read(self, request: Request, known: tuple[Parameter, ...]) -> dict[str, Any]:
+        return read_values(request.params, known, lenient=self._is_strict)
+
+    def _read_registration(self, request: Request) -> dict[str, Any]:
+        """Of the JSON body, if there is one: the query is then not read, as in TorchServe."""
+        if request.content_type == "application/json" and request.body.strip():
+            return read_values(json_pairs(request.body), parameters.REGISTER, lenient=self._is_strict)
+        return self._read(request, parameters.REGISTER)
+
+    def _archive_name(self, url: str | None) -> str:
+        """The name in the model store that ``url`` stands for. Only its last part counts.
+
+        Raises:
+            BadRequestError: there is no url.
+            ModelNotFoundError: it is not the name of something in the model store.
+        """
+        if url is None:
+            raise BadRequestError("Parameter url is required.")
+        if not url.strip():
+            raise ModelNotFoundError("empty url")
+        if ".." in url:
+            raise ModelNotFoundError(f"Relative path is not allowed in url: {url}")
+        if "://" in url:
+            raise ModelNotFoundError(
+                f"Given URL {url} does not match any allowed URL(s)",
+                detail={"mend": "archives are not fetched in this version; put the file into the model store and "
+                                "give its name"},
+            )  # fmt: skip
+        store = self._config.model_store
+        if store is None:
+            raise ModelNotFoundError("Model store has not been configured.")
+        name = url.rstrip("/").rpartition("/")[2]
+        if not name or name.startswith(".") or not os.path.exists(os.path.join(store, name)):
+            raise ModelNotFoundError(f"Model not found at: {url}")
+        return name
+
+    async def _scale(self, model: Model, workers: tuple[int, int], version: str | None) -> int:
+        """Running workers when all that were asked for are ready or gone."""
+        try:
+            running = await model.scale(*workers)
+        except (ModelLoadError, OutOfMemoryError) as error:
+            text = f"Failed to start workers for model {model.name} version: {version or 'null'}"
+            detail = error.detail if error.message == text else {"reason": error.message, **error.detail}
+            raise type(error)(text, detail=detail) from error
+        self._registry.changed()
+        return running
+
+    def _watch(self, future: Awaitable[Any], text: str) -> None:
+        """Keeps a reference until ``future`` is done, and logs why it failed: nobody waits for it."""
+        task = asyncio.ensure_future(future)
+        self._background.add(task)
+
+        def finish(done: asyncio.Future[Any]) -> None:
+            self._background.discard(done)
+            error = None if done.cancelled() else done.exception()
+            if isinstance(error, ServeError):
+                log.error("%s failed: %s", text, error.message)
+            elif error is not None:
+                log.error("%s failed", text, exc_info=error)
+
+        task.add_done_callback(finish)
+
+
+def describe(model: Model, *, with_metadata: bool = False) -> JsonObject:
+    """One version as the management API shows it: TorchServe's keys in its order, then pyserve's own."""
+    retry_timeout_s = model.archive.config.retry_timeout_max_s
+    remaining, pending = model.queue_status()
+    described: JsonObject = {
+        "modelName": model.name,
+        "modelVersion": model.version,
+        "modelUrl": model.url,
+        "runtime": model.runtime,
+        "minWorkers": model.workers_min,
+        "maxWorkers": model.workers_max,
+        "batchSize": model.batch_size,
+        "maxBatchDelay": model.max_batch_delay_ms,
+        "responseTimeout": model.response_timeout_s,
+        "startupTimeout": model.startup_timeout_s,
+        "maxRetryTimeoutInSec": RETRY_TIMEOUT_DEFAULT_S if retry_timeout_s is None else retry_timeout_s,
+        "clientTimeoutInMills": model.settings.client_timeout_ms,
+        "parallelType": "",
+        "parallelLevel": 0,
+        "deviceType": model.device_type,
+    }
+    if model.device_ids:
+        described["deviceIds"] = model.device_ids
+    described |= {
+        "continuousBatching": False,
+        "useJobTicket": False,
+        "useVenv": False,
+        "stateful": False,
+        "sequenceMaxIdleMSec": 0,
+        "sequenceTimeoutMSec": 0,
+        "maxNumSequence": 1,
+        "maxSequenceJobQueueSize": 1,
+        "loadedAtStartup": model.loaded_at_startup,
+        "workers": [
+            {
+                "id": row.id,
+                "startTime": _local_time(row.start_time),
+                "status": row.status,
+                "memoryUsage": row.memory_usage,
+                "pid": row.pid,
+                "gpu": row.gpu,
+                "gpuUsage": row.gpu_usage,
+            }
+            for row in model.worker_rows()
+        ],
+        "jobQueueStatus": {"remainingCapacity": remaining, "pendingRequests": pending},
+    }
+    if with_metadata:
+        described["customizedMetadata"] = {}  # native models have no handler process to ask
+    return described | _own_description(model)
+
+
+def _own_description(model: Model) -> JsonObject:
+    own: JsonObject = {"lane": model.lane, "state": model.state}
+    if model.error:
+        own["error"] = model.error
+    own |= {
+        "device": model.device,
+        "weightsShared": True,
+        "copies": 1,
+        "weightsSize": model.weights_size,
+        "minBatch": model.min_batch,
+        "precision": model.precision,
+    }
+    stats = model.stats()
+    if "batch_size" in stats:
+        bounds, counts, _ = stats["batch_size"]
+        names = [*(f"{bound:g}" for bound in bounds), "more"]
+        own["batchSizeHistogram"] = {name: count for name, count in zip(names, counts, strict=True) if count}
+    if "queue" in stats:
+        _, counts, total_s = stats["queue"]
+        if sum(counts):
+            own["meanQueueMs"] = round(total_s / sum(counts) * 1e3, 3)
+    return own
+
+
+def _local_time(moment: datetime) -> str:
+    """TorchServe's form: local time, with a Z that does not mean UTC."""
+    local = moment.astimezone() if moment.tzinfo is not None else moment
+    return f"{local:%Y-%m-%dT%H:%M:%S}.{local.microsecond // 1000:03d}Z"
+
+
+def _settings(values: dict[str, Any], known: tuple[Parameter, ...]) -> dict[str, int]:
+    return {each.name: values[each.name] for each in known if each.name in values}
+
+
+def _one_version(in_path: str | None, in_query: str | None) -> str | None:
+    if in_path is not None and in_query is not None and in_path != in_query:
+        raise BadRequestError(f"The path names version {shown(in_path)}, model_version {shown(in_query)}; give one.")
+    return in_path if in_path is not None else in_query
+
+
+def _wanted_workers(model: Model, values: dict[str, Any], *, has_settings: bool) -> tuple[int, int] | None:
+    """(least, most), or None to leave them as they are.
+
+    Without ``min_worker`` a call that changes settings keeps the number there is; any other means one, as in
+    TorchServe.
+    """
+    if "min_worker" not in values and "max_worker" not in values and has_settings:
+        return None
+    default = model.workers_min if has_settings else 1
+    least = values.get("min_worker", default)
+    most = values.get("max_worker", least)
+    if most < least:
+        raise BadRequestError("max_worker cannot be less than min_worker.", detail={"min_worker": least})
+    return least, most
+
+
+def _registered(model: Model) -> str:
+    text = f'Model "{model.name}" Version: {model.version} registered with {model.workers_min} initial workers'
+    if model.workers_min == 0:
+        text += ". Use scale workers API to add workers for the model."
+    return text

@@ -1,0 +1,313 @@
+"""Counters of what was served, and ``/metrics`` in Prometheus' text format.
+
+Recording is a few integer additions per request, on the event loop; everything else happens at scrape time, from
+these numbers and from each model's own ``stats()``. Series exist only for models that are registered: a name that
+somebody asks for in vain makes none, and those of an unregistered model go with it. A model that is registered again
+starts from 0, which Prometheus takes for a restart.
+
+Names are of two kinds: TorchServe's, with its labels and units, and ``pyserve_*`` after Prometheus' own rules.
+"""
+
+from __future__ import annotations
+
+import socket
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Protocol
+
+from prometheus_client import ProcessCollector
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from pyserve import __version__
+from pyserve.errors import JsonObject
+from pyserve.messages import Request, Response
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+REQUEST_BOUNDS_S = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+CLASS_NAMES = ("Requests2XX", "Requests4XX", "Requests5XX")
+TORCHSERVE_NAMES = (
+    "ts_inference_requests_total", "ts_inference_latency_microseconds", "ts_queue_latency_microseconds",
+)  # fmt: skip
+# Counters whose sample is named like the family; all others get "_total", as Prometheus' rules want.
+_PLAIN_COUNTERS = frozenset((*CLASS_NAMES, *TORCHSERVE_NAMES))
+_ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", '"': '\\"'})
+
+# Key of ``stats()`` -> (metric, what it says).
+_HISTOGRAMS = {
+    "queue": ("pyserve_queue_duration_seconds", "Time a request waited for a worker."),
+    "staging": ("pyserve_staging_duration_seconds", "Time to gather a batch and copy it to the device."),
+    "inference": ("pyserve_inference_duration_seconds", "Time a batch ran in the model."),
+    "batch_size": ("pyserve_batch_size", "Requests in a batch."),
+}
+_COUNTERS = {
+    "submitted": ("pyserve_submitted", "Requests that entered the queue."),
+    "batches": ("pyserve_batches", "Batches run."),
+    "failed": ("pyserve_failed", "Requests whose own run failed."),
+    "expired": ("pyserve_expired", "Requests dropped from the queue because their time had passed."),
+    "cancelled": ("pyserve_cancelled", "Requests whose client went away before the answer."),
+    "retried_singly": ("pyserve_retried_singly", "Requests run alone because their batch had failed."),
+    "staging_fallback": ("pyserve_staging_fallback", "Batches too large for the staging buffer."),
+}
+_GAUGES = {
+    "queue_size": ("pyserve_queue_size", "Requests that wait."),
+    "running": ("pyserve_batches_running", "Batches that run."),
+}
+
+
+class Worker(Protocol):
+    """What a scrape reads of a worker."""
+
+    status: str
+
+
+class MeasuredModel(Protocol):
+    """What a scrape reads of a model."""
+
+    name: str
+    version: str
+    lane: str
+
+    @property
+    def requests_in_flight(self) -> int:
+        """Requests accepted and not answered yet."""
+
+    def worker_rows(self) -> Sequence[Worker]:
+        """The workers."""
+
+    def stats(self) -> JsonObject:
+        """Counters, and histograms as (bounds, counts that are not cumulative, sum); empty while none are kept."""
+
+
+class _Series:
+    """What is recorded of one version of a model."""
+
+    __slots__ = ("aborted", "counts", "duration_sum_s", "statuses")
+
+    def __init__(self) -> None:
+        self.aborted = 0
+        self.statuses: dict[int, int] = {}
+        self.counts = [0] * (len(REQUEST_BOUNDS_S) + 1)
+        self.duration_sum_s = 0.0
+
+
+class Metrics(Collector):
+    """All metrics of one server. Loop thread only.
+
+    Attributes:
+        models: gives the registered models at scrape time.
+        refused: one per listener, answers the HTTP protocol gave without asking the app, counted by status.
+    """
+
+    def __init__(
+        self,
+        models: Callable[[], Iterable[MeasuredModel]] = tuple,
+        *,
+        hostname: str | None = None,
+        torch_version: str = "",
+    ):
+        # constant
+        self._hostname = socket.gethostname() if hostname is None else hostname
+        self._torch_version = torch_version
+        self._process = ProcessCollector(registry=None)
+        # per server
+        self.models = models
+        self.refused: list[Counter[int]] = []
+        self._classes = [0, 0, 0]
+        # per model
+        self._series: dict[tuple[str, str], _Series] = {}
+        # (model, version as in the URL) -> [requests, latency in s, queue time in s], TorchServe's three counters
+        self._torchserve: dict[tuple[str, str], list[float]] = {}
+        self._rejected: dict[tuple[str, str], int] = {}  # (model, reason) ->
+
+    # recording
+
+    def observe_request(
+        self,
+        model: str,
+        version: str,
+        status: int,
+        duration_s: float,
+        *,
+        queue_s: float = 0.0,
+        url_version: str = "default",
+    ) -> None:
+        """Counts a request for a registered model that was answered through ``exchange.respond``, refusals included.
+
+        Args:
+            status: HTTP status of the answer.
+            duration_s: from arrival to answer.
+            queue_s: from arrival until a worker took it; 0 if none did.
+            url_version: the version as in the URL; ``default`` if it names none, which is TorchServe's label.
+        """
+        series = self._series.get((model, version)) or self._new_series(model, version)
+        series.statuses[status] = series.statuses.get(status, 0) + 1
+        series.counts[bisect_left(REQUEST_BOUNDS_S, duration_s)] += 1
+        series.duration_sum_s += duration_s
+        sums = self._torchserve.get((model, url_version)) or self._new_sums(model, url_version)
+        sums[0] += 1
+        sums[1] += duration_s
+        sums[2] += queue_s
+        self.observe_answer(status)
+
+    def observe_rejection(self, model: str, reason: str) -> None:
+        """Counts why a request for a registered model was refused; ``observe_request`` counts its answer.
+
+        ``reason`` is one of a few fixed texts, such as ``queue full``.
+        """
+        self._rejected[model, reason] = self._rejected.get((model, reason), 0) + 1
+
+    def observe_abort(self, model: str, version: str) -> None:
+        """Counts a request whose client went away before the answer."""
+        series = self._series.get((model, version)) or self._new_series(model, version)
+        series.aborted += 1
+
+    def observe_answer(self, status: int) -> None:
+        """Counts an answer of any listener in ``Requests2XX``, ``4XX`` or ``5XX``."""
+        # All that is neither 2xx nor 4xx counts as 5XX, as in TorchServe.
+        self._classes[{2: 0, 4: 1}.get(status // 100, 2)] += 1
+
+    def _new_series(self, model: str, version: str) -> _Series:
+        return self._series.setdefault((model, version), _Series())
+
+    def _new_sums(self, model: str, url_version: str) -> list[float]:
+        return self._torchserve.setdefault((model, url_version), [0, 0.0, 0.0])
+
+    # reading
+
+    def scrape(self, request: Request) -> Response:
+        """Answers ``/metrics``; each ``name[]`` of the query asks for the samples of that name."""
+        names = [value for name, value in request.params if name == "name[]"]
+        return Response(200, self.render(names), content_type=CONTENT_TYPE)
+
+    def render(self, names: Collection[str] = ()) -> bytes:
+        """The text format, version 0.0.4: all samples, or those whose names are exactly one of ``names``."""
+        wanted = frozenset(names)
+        return "".join(line for family in self.collect() for line in _lines(family, wanted)).encode()
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, as prometheus_client has them."""
+        models = list(self.models())
+        self._prune(models)
+        yield from self._answer_families()
+        yield from self._torchserve_families()
+        yield from self._request_families()
+        yield self._rejected_family()
+        yield from _model_families(models)
+        build = Metric("pyserve_build_info", "Versions of the server and of torch; always 1.", "gauge")
+        build.add_sample("pyserve_build_info", {"version": __version__, "torch": self._torch_version}, 1)
+        yield build
+        yield from self._process.collect()
+
+    def _prune(self, models: list[MeasuredModel]) -> None:
+        known = {(model.name, model.version) for model in models}
+        names = {model.name for model in models}
+        self._series = {key: series for key, series in self._series.items() if key in known}
+        self._rejected = {key: count for key, count in self._rejected.items() if key[0] in names}
+        self._torchserve = {
+            key: sums
+            for key, sums in self._torchserve.items()
+            if key in known or (key[0] in names and key[1] == "default")
+        }
+
+    def _answer_families(self) -> Iterator[Metric]:
+        for name, count in zip(CLASS_NAMES, self._classes, strict=True):
+            family = Metric(name, _torchserve_help("Count"), "counter")
+            family.add_sample(name, {"Level": "Host", "Hostname": self._hostname}, count)
+            yield family
+        refused: Counter[int] = sum(self.refused, Counter())
+        family = Metric("pyserve_http_refused", "Answers of the HTTP protocol itself to what is no request.", "counter")
+        for status, count in sorted(refused.items()):
+            family.add_sample("pyserve_http_refused_total", {"status": str(status)}, count)
+        yield family
+
+    def _torchserve_families(self) -> Iterator[Metric]:
+        for index, name in enumerate(TORCHSERVE_NAMES):
+            # TorchServe counts microseconds.
+            scale, unit = (1, "Count") if index == 0 else (1e6, "Microseconds")
+            family = Metric(name, _torchserve_help(unit), "counter")
+            for (model, version), sums in self._torchserve.items():
+                labels = {"model_name": model, "model_version": version, "hostname": self._hostname}
+                family.add_sample(name, labels, sums[index] * scale)
+            yield family
+
+    def _request_families(self) -> Iterator[Metric]:
+        requests = Metric("pyserve_requests", "Requests answered.", "counter")
+        aborted = Metric("pyserve_requests_aborted", "Requests whose client went away before the answer.", "counter")
+        duration = Metric("pyserve_request_duration_seconds", "From a request's last byte to its answer.", "histogram")
+        for (model, version), series in self._series.items():
+            labels = {"model": model, "version": version}
+            for status, count in sorted(series.statuses.items()):
+                requests.add_sample("pyserve_requests_total", {**labels, "status": str(status)}, count)
+            aborted.add_sample("pyserve_requests_aborted_total", labels, series.aborted)
+            _add_histogram(duration, labels, REQUEST_BOUNDS_S, series.counts, series.duration_sum_s)
+        yield from (requests, aborted, duration)
+
+    def _rejected_family(self) -> Metric:
+        rejected = Metric("pyserve_requests_rejected", "Requests refused, by reason.", "counter")
+        for (model, reason), count in sorted(self._rejected.items()):
+            rejected.add_sample("pyserve_requests_rejected_total", {"model": model, "reason": reason}, count)
+        return rejected
+
+
+def _model_families(models: Iterable[MeasuredModel]) -> Iterator[Metric]:
+    rows = [({"model": model.name, "version": model.version}, model, model.stats()) for model in models]
+    for key, (name, about) in _HISTOGRAMS.items():
+        family = Metric(name, about, "histogram")
+        for labels, _, stats in rows:
+            if key in stats:
+                _add_histogram(family, labels, *stats[key])
+        yield family
+    for kind, suffix, table in (("counter", "_total", _COUNTERS), ("gauge", "", _GAUGES)):
+        for key, (name, about) in table.items():
+            family = Metric(name, about, kind)
+            for labels, _, stats in rows:
+                if key in stats:
+                    family.add_sample(name + suffix, labels, stats[key])
+            yield family
+    in_flight = Metric("pyserve_requests_in_flight", "Requests accepted and not answered yet.", "gauge")
+    workers = Metric("pyserve_workers", "Workers that are ready.", "gauge")
+    for labels, model, _ in rows:
+        in_flight.add_sample("pyserve_requests_in_flight", labels, model.requests_in_flight)
+        ready = sum(1 for row in model.worker_rows() if row.status == "READY")
+        workers.add_sample("pyserve_workers", {**labels, "lane": model.lane}, ready)
+    yield from (in_flight, workers)
+
+
+def _torchserve_help(unit: str) -> str:
+    return f"Torchserve prometheus counter metric with unit: {unit}"
+
+
+def _add_histogram(
+    family: Metric, labels: Mapping[str, str], bounds: Iterable[float], counts: Iterable[int], total: float
+) -> None:
+    """``counts`` are not cumulative; the last one counts what is above all ``bounds``."""
+    cumulative = list(accumulate(counts))
+    for bound, count in zip((*bounds, float("inf")), cumulative, strict=True):
+        family.add_sample(f"{family.name}_bucket", {**labels, "le": floatToGoString(bound)}, count)
+    family.add_sample(f"{family.name}_count", dict(labels), cumulative[-1])
+    family.add_sample(f"{family.name}_sum", dict(labels), total)
+
+
+def _lines(family: Metric, wanted: frozenset[str]) -> Iterator[str]:
+    """The family in text, with the comma after the last label that TorchServe's endpoint writes.
+
+    prometheus_client's own writer would rename TorchServe's counters, which do not end in ``_total``.
+    """
+    samples = [sample for sample in family.samples if not wanted or sample.name in wanted]
+    if wanted and not samples:
+        return
+    name = family.name
+    if family.type == "counter" and name not in _PLAIN_COUNTERS:
+        name += "_total"
+    about = family.documentation.replace("\\", "\\\\").replace("\n", "\\n")
+    yield f"# HELP {name} {about}\n# TYPE {name} {family.type}\n"
+    for sample in samples:
+        labels = "".join(f'{label}="{value.translate(_ESCAPES)}",' for label, value in sample.labels.items())
+        yield f"{sample.name}{{{labels}}} " if labels else f"{sample.name} "
+        yield f"{floatToGoString(sample.value)}\n"

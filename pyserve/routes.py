@@ -1,0 +1,342 @@
+"""From a request to the endpoint that answers it; and from whatever happens there to exactly one answer.
+
+An endpoint is called as ``endpoint(exchange, **path_parameters)``, on the loop. It may
+
+- return a ``Response``;
+- be ``async`` and return one: it then runs as one task;
+- return None and answer later, through ``exchange.respond``: no task is made for it;
+- raise. ``Router.respond_error`` is the one place where errors become answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import ipaddress
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from pyserve import openapi
+from pyserve.address import Address
+from pyserve.config import Config
+from pyserve.entries import shown
+from pyserve.errors import (
+    ForbiddenError,
+    MethodNotAllowedError,
+    OverloadedError,
+    ResourceNotFoundError,
+    ServeError,
+    ServerError,
+)
+from pyserve.http1_exchange import Exchange
+from pyserve.messages import ErrorFormat, Request, Response, json_response
+from pyserve.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+ANY = "*"
+Endpoint = Callable[..., Response | Coroutine[Any, Any, Response] | None]
+RouteRow = tuple[str, str, Endpoint]  # methods separated by blanks, or ANY; pattern; endpoint
+Guard = Callable[[Request], None]
+
+
+_METHOD_ORDER = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+class Route:
+    """A pattern of path segments and what answers there.
+
+    A segment of the pattern is a literal, ``{name}``, ``{name}:literal``, or, as the last one, ``{name...}`` for one
+    or more segments joined with ``/``. A parameter never matches an empty segment.
+    """
+
+    __slots__ = ("_count", "_literals", "_names", "_rest", "endpoint", "first", "methods", "pattern")
+
+    def __init__(self, methods: str, pattern: str, endpoint: Endpoint):
+        self.methods = None if methods == ANY else frozenset(methods.split())
+        self.pattern = pattern
+        self.endpoint = endpoint
+        segments = pattern.rstrip("/").split("/")[1:]
+        self._literals: list[tuple[int, str]] = []
+        self._names: list[tuple[int, str, str]] = []
+        self._rest = ""
+        for index, segment in enumerate(segments):
+            name, brace, suffix = segment.removeprefix("{").partition("}")
+            if not brace:
+                self._literals.append((index, segment))
+            elif name.endswith("..."):
+                self._rest = name.removesuffix("...")
+            else:
+                self._names.append((index, name, suffix))
+        self._count = len(segments)
+        self.first = segments[0] if segments and self._literals and self._literals[0][0] == 0 else None
+
+    def match(self, segments: tuple[str, ...]) -> dict[str, str] | None:
+        """The path parameters, or None if the path is another."""
+        count = len(segments)
+        if count != self._count and not (self._rest and count > self._count):
+            return None
+        for index, literal in self._literals:
+            if segments[index] != literal:
+                return None
+        parameters = {}
+        for index, name, suffix in self._names:
+            value = segments[index]
+            if suffix:
+                if not value.endswith(suffix):
+                    return None
+                value = value.removesuffix(suffix)
+            if not value:
+                return None
+            parameters[name] = value
+        if self._rest:
+            parameters[self._rest] = "/".join(segments[self._count - 1 :])
+            if not parameters[self._rest]:
+                return None
+        return parameters
+
+    def allows(self, method: str) -> bool:
+        return self.methods is None or method in self.methods
+
+
+class Router:
+    """The app of one listener. Loop thread only.
+
+    Args:
+        rows: (methods, pattern, endpoint). Of several that match, the first whose methods are listed wins; then the
+            first that takes any method.
+        guard: called with each request before anything else; raises to refuse it.
+        error_format: how errors become answers.
+        cors: headers for every answer.
+        on_answer: called with the status of each answer that the router itself gives: those of endpoints that return
+            a ``Response``, and errors. Answers that an endpoint gives by ``exchange.respond`` are not seen here.
+
+    Attributes:
+        tasks: the ``async`` endpoints that are running.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[RouteRow],
+        *,
+        guard: Guard | None = None,
+        error_format: ErrorFormat | None = None,
+        cors: Mapping[str, str] | None = None,
+        on_answer: Callable[[int], None] | None = None,
+    ):
+        # constant
+        self._guard = guard
+        self._error_format = error_format or ErrorFormat()
+        self._cors = dict(cors or {})
+        self._on_answer = on_answer
+        self._by_first: dict[str, list[Route]] = {}
+        self._others: list[Route] = []
+        for row in rows:
+            route = Route(*row)
+            same = self._others if route.first is None else self._by_first.setdefault(route.first, [])
+            same.append(route)
+        # per request
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Sees to it that ``exchange`` is answered, now or later."""
+        request = exchange.request
+        target = CorsExchange(exchange, self._cors) if self._cors else exchange
+        try:
+            if self._guard is not None:
+                self._guard(request)
+            endpoint, parameters = self._find(request)
+            answer = endpoint(target, **parameters)
+        except Exception as error:
+            self.respond_error(target, error)
+            return
+        if answer is None:
+            return
+        if isinstance(answer, Response):
+            self._respond(target, answer)
+        elif inspect.iscoroutine(answer):
+            task = asyncio.get_running_loop().create_task(self._finish(target, answer))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    def respond_error(self, exchange: Exchange, error: BaseException) -> None:
+        """Answers with what ``error`` says of itself, or with a plain 500 if it says nothing."""
+        request = exchange.request
+        if not isinstance(error, ServeError):
+            log.error("request %s %s %s failed", request.id, request.method, request.path, exc_info=error)
+            error = ServerError("Internal error")
+        self._respond(exchange, self._error_format.response(error, request.id))
+
+    def _respond(self, exchange: Exchange, response: Response) -> None:
+        if self._on_answer is not None and not exchange.answered:
+            self._on_answer(response.status)
+        exchange.respond(response)
+
+    async def _finish(self, exchange: Exchange, answer: Coroutine[Any, Any, Response]) -> None:
+        try:
+            response = await answer
+        except asyncio.CancelledError:
+            self.respond_error(exchange, OverloadedError("The server is shutting down.", headers={"Retry-After": "1"}))
+            raise
+        except Exception as error:
+            self.respond_error(exchange, error)
+        else:
+            self._respond(exchange, response)
+
+    def _find(self, request: Request) -> tuple[Endpoint, dict[str, str]]:
+        segments = request.segments
+        method = "GET" if request.method == "HEAD" else request.method
+        fallback: tuple[Endpoint, dict[str, str]] | None = None
+        allowed: set[str] = set()
+        listed = self._by_first.get(segments[0], ()) if segments else ()
+        for routes in (listed, self._others):
+            for route in routes:
+                parameters = route.match(segments)
+                if parameters is None:
+                    continue
+                if route.methods is None:
+                    fallback = fallback or (route.endpoint, parameters)
+                elif method in route.methods:
+                    return route.endpoint, parameters
+                else:
+                    allowed |= route.methods
+            if fallback is not None:
+                return fallback
+        if not allowed:
+            raise ResourceNotFoundError()
+        if "GET" in allowed:
+            allowed.add("HEAD")
+        if method == "OPTIONS" and self._cors and request.header("access-control-request-method"):
+            return _preflight, {}
+        raise MethodNotAllowedError(", ".join(each for each in _METHOD_ORDER if each in allowed))
+
+
+def _preflight(exchange: Exchange) -> Response:
+    """A browser asks before a cross-origin call; the answer is in the CORS headers."""
+    return Response(200)
+
+
+class CorsExchange(Exchange):
+    """An exchange whose answer gets the CORS headers, unless it has them already."""
+
+    __slots__ = ("_cors", "_exchange")
+
+    def __init__(self, exchange: Exchange, cors: Mapping[str, str]):
+        super().__init__(
+            exchange.request, self._pass_on, keep_alive=exchange.keep_alive, protocol_bytes=exchange.protocol_bytes
+        )
+        self._exchange = exchange
+        self._cors = cors
+        exchange.on_disconnect = self.disconnect
+
+    def _pass_on(self, _: Exchange) -> None:
+        response = self.response
+        if response is None:
+            return
+        own = {name.lower() for name in response.headers}
+        missing = {name: value for name, value in self._cors.items() if name not in own}
+        response.headers = {**response.headers, **missing}
+        self._exchange.respond(response)
+
+
+def cors_headers(config: Config) -> dict[str, str]:
+    """The ``access-control-*`` headers that the configuration asks for."""
+    headers = {
+        "access-control-allow-origin": config.cors_allowed_origin,
+        "access-control-allow-methods": config.cors_allowed_methods,
+        "access-control-allow-headers": config.cors_allowed_headers,
+    }
+    return {name: value for name, value in headers.items() if value}
+
+
+class BrowserGuard:
+    """Refuses what a web page could make a browser send to a management listener.
+
+    A page of any site can post to ``http://127.0.0.1:8081``, and by DNS rebinding read from it under a name of its
+    own. Such requests show in ``Host``, which is then not a name of this machine's loopback interface, and in
+    ``Origin``, which browsers send with everything but GET and HEAD.
+
+    Args:
+        address: where the listener listens. ``Host`` is checked only on loopback TCP addresses.
+        allowed_origin: ``cors_allowed_origin``; an origin named here may make changes, ``*`` names none.
+    """
+
+    def __init__(self, address: Address, allowed_origin: str = ""):
+        self._checks_host = address.is_loopback and not address.is_unix
+        self._host = address.host.lower()
+        self._allowed_origin = allowed_origin.lower().rstrip("/")
+
+    def __call__(self, request: Request) -> None:
+        """Raises ForbiddenError for a request to refuse."""
+        host = request.header("host").lower()
+        if self._checks_host and host and not self._is_local(host):
+            raise ForbiddenError(
+                f"Host {shown(host)} is not a name of this machine's loopback interface, on which this API listens; "
+                "ask for localhost, or let the proxy in front send 'Host: localhost'."
+            )
+        origin = request.header("origin").lower().rstrip("/")
+        if origin and request.method not in _SAFE_METHODS and not self._is_own(origin, host):
+            raise ForbiddenError(
+                f"Origin {shown(origin)} may not make changes here; name it in cors_allowed_origin to allow it."
+            )
+
+    def _is_local(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        name = name.rstrip(".")
+        if name in ("localhost", self._host) or name.endswith(".localhost"):
+            return True
+        try:
+            return ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return False
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        if origin == self._allowed_origin:
+            return True
+        scheme, _, authority = origin.partition("://")
+        return scheme in ("http", "https") and authority == host
+
+
+def inference_descriptions(rows: Iterable[RouteRow], find: Callable[[str, str | None], object]) -> list[RouteRow]:
+    """The rows that describe the inference ``rows``: the API as a whole, and each model by ``OPTIONS``.
+
+    ``find`` is called with name and version of the model; it raises for an unknown one.
+    """
+    patterns = [pattern for _, pattern, _ in rows] + ["/", "/api-description"]
+
+    def describe_api(exchange: Exchange) -> Response:
+        return json_response(openapi.inference_api(patterns))
+
+    def describe_model(exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
+        find(model_name, model_version)
+        return json_response(openapi.model_api(model_name, patterns))
+
+    return [
+        ("OPTIONS", "/", describe_api),
+        (ANY, "/api-description", describe_api),
+        ("OPTIONS", "/predictions/{model_name}", describe_model),
+        ("OPTIONS", "/predictions/{model_name}/{model_version}", describe_model),
+    ]
+
+
+def metrics_routes(metrics: Metrics) -> list[RouteRow]:
+    """What the metrics listener answers; for one that is shared, leave out the first two rows."""
+
+    def describe(exchange: Exchange) -> Response:
+        return json_response(openapi.metrics_api())
+
+    def scrape(exchange: Exchange, rest: str = "") -> Response:
+        return metrics.scrape(exchange.request)
+
+    return [
+        ("OPTIONS", "/", describe),
+        (ANY, "/api-description", describe),
+        (ANY, "/metrics", scrape),
+        (ANY, "/metrics/{rest...}", scrape),
+    ]
