@@ -119,9 +119,9 @@ class Engine:
 
 
 def deliver(completion: _core.Completion) -> None:
-    """Hands a completion to the model its requests belong to."""
+    """Hands a completion to the lane its requests belong to."""
     for owner in completion.expired:
-        owner.expire()
+        owner.lane.expire(owner)
     first = next((owner for owner in completion.owners if owner is not None), None)
     if first is not None:
-        first.model.complete(completion)
+        first.lane.complete(completion)

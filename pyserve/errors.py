@@ -19,9 +19,12 @@
         ├── OverloadedError         503 ServiceUnavailableException  (queue full, no worker, draining)
         ├── DeadlineError           504 InternalServerException      (ran past response_timeout)
         ├── ExpiredError            503 ServiceUnavailableException  (waited past its time, never ran)
+        ├── CleanupTimeoutError     408 RequestTimeoutException      (unregister took too long)
         ├── ModelLoadError          500 InternalServerException
         ├── OutOfMemoryError        507 InternalServerException
         └── ConfigError             (start-up only, never on the wire)
+
+What HTTP itself can get wrong (408, 414, 417, 431, ...) is in `pyserve.http1_errors`.
 
 Status codes, ``type`` strings and the three keys of the body are TorchServe's, so that clients
 need not change; ``detail`` is pyserve's addition.
@@ -153,6 +156,13 @@ class ExpiredError(OverloadedError):
 
 class DeadlineError(ServerError):
     status = 504
+
+
+class CleanupTimeoutError(ServerError):
+    """The model is not gone after ``unregister_model_timeout``; it goes on draining."""
+
+    status = 408
+    type = "RequestTimeoutException"
 
 
 class ModelLoadError(ServerError):

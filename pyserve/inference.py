@@ -18,10 +18,12 @@ class Inference:
         self._registry = registry
         self.is_ready = False
 
-    def predict(self, exchange: Exchange, name: str, version: str | None = None, rest: str = "") -> None:
+    def predict(
+        self, exchange: Exchange, model_name: str, model_version: str | None = None, rest: str = ""
+    ) -> None:
         """Runs the model on the body. Answers later, without a task."""
-        model = self._registry.get(name, version)
-        model.predict(exchange, version or "default", (("explain", "False"), ("url_path", rest)))
+        model = self._registry.get(model_name, model_version)
+        model.predict(exchange, model_version or "default", (("explain", "False"), ("url_path", rest)))
 
     def ping(self, exchange: Exchange) -> Response:
         """200 Healthy, or 500 Unhealthy when a model that should have workers has none that is ready."""

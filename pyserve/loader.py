@@ -63,9 +63,7 @@ def load_network(
     Raises:
         ServeError: of any kind; the text names what is wrong with the archive and how to mend it.
     """
-    if handler_name:
-        archive.manifest.handler = handler_name
-    handler = load_handler(archive)
+    handler = load_handler(archive, handler_name)
     context = Context(
         name,
         str(archive.model_dir),
@@ -77,8 +75,17 @@ def load_network(
         model_yaml_config=archive.config.raw,
     )
     handler.prepare(context)
+    handler.device = torch.device("cpu")  # the engine brings inputs to the model's device and outputs back
     example = handler.example_input(context)
-    torch_model = _load_weights(archive, [example], device, cpu_budget, startup_timeout_s, progress, tracing)
+    torch_model = _load_weights(
+        archive,
+        [example],
+        device,
+        package_runners_max=cpu_budget,
+        timeout_s=startup_timeout_s,
+        progress=progress,
+        tracing=tracing,
+    )
     if archive.config.precision not in (None, "fp32"):
         log.info("%s: largest difference of %s to fp32 on the example input: %.2e",
                  name, archive.config.precision, torch_model.precision_error)  # fmt: skip
@@ -89,7 +96,8 @@ def _load_weights(
     archive: Archive,
     example: list[torch.Tensor],
     device: str,
-    cpu_budget: int,
+    *,
+    package_runners_max: int,
     timeout_s: float,
     progress: Progress,
     tracing: Tracing | None,
@@ -112,7 +120,7 @@ def _load_weights(
     progress(f"reading {weights.name} ({weights.size / 1e6:.0f} MB)")
     if weights.suffix == ".pt2":
         return _load(archive.name, weights.as_file(), example,
-                     {**options, "is_package": True, "package_runners_max": cpu_budget})  # fmt: skip
+                     {**options, "is_package": True, "package_runners_max": package_runners_max})  # fmt: skip
     if weights.suffix not in TORCHSCRIPT_SUFFIXES:
         raise ModelLoadError(
             f"{archive.name}: {weights.name} is neither TorchScript ({', '.join(TORCHSCRIPT_SUFFIXES)}) nor a .pt2 "

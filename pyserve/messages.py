@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -113,11 +114,28 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
     return Response(status, dump_json(value), content_type="application/json", headers=headers)
 
 
-def error_response(error: ServeError, request_id: str = "", *, with_detail: bool = True) -> Response:
-    """The answer to a request that failed. ``detail`` tells the request's id too, so that the log can be searched."""
-    body = error.body()
-    if not with_detail:
-        body.pop("detail", None)
-    elif request_id:
-        body["detail"] = {**error.detail, "request_id": request_id}
-    return json_response(body, error.status, error.headers)
+# Members of ``detail`` that quote exceptions or name files: for eyes on this machine only.
+PRIVATE_DETAIL = frozenset({"text", "exception", "where"})
+
+
+@dataclass(frozen=True)
+class ErrorFormat:
+    """How errors become answers.
+
+    Attributes:
+        with_detail: whether bodies carry ``detail``, which TorchServe's do not have.
+        with_private_detail: whether that may hold PRIVATE_DETAIL.
+    """
+
+    with_detail: bool = True
+    with_private_detail: bool = True
+
+    def response(self, error: ServeError, request_id: str) -> Response:
+        """The answer to a failed request. ``detail`` tells its id too, so that the log can be searched for it."""
+        body = error.body()
+        detail = body.pop("detail", {})
+        if self.with_detail:
+            if not self.with_private_detail:
+                detail = {key: value for key, value in detail.items() if key not in PRIVATE_DETAIL}
+            body["detail"] = {**detail, "request_id": request_id}
+        return json_response(body, error.status, error.headers)

@@ -1,4 +1,4 @@
-"""A request on its way through a model: from admission to its one answer."""
+"""A request on its way through a lane: from admission to its one answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from pyserve.http1_exchange import Exchange
-from pyserve.messages import Response
 
 PREPARING, SUBMITTED, OVER = range(3)
 
@@ -15,18 +14,20 @@ class Pending:
     """One admitted request. Loop thread only, but for ``exchange.request`` being read while preprocessing.
 
     Attributes:
-        model: the `pyserve.model.Model` it runs on.
+        lane: what it runs on; has ``complete`` and ``expire``.
+        version: the model's.
+        url_version: the version as in the URL, ``default`` if it named none.
         ticket: the engine's, once submitted.
         stage: PREPARING, SUBMITTED or OVER. It moves forward only, and only the move to OVER answers.
         started_at: ns; when its batch began to run; 0 until its completion tells.
-        url_version: the version as in the URL, ``default`` if it named none.
     """
 
-    __slots__ = ("exchange", "model", "stage", "started_at", "ticket", "url_version")
+    __slots__ = ("exchange", "lane", "stage", "started_at", "ticket", "url_version", "version")
 
-    def __init__(self, model: Any, exchange: Exchange, url_version: str):
-        self.model = model
+    def __init__(self, lane: Any, exchange: Exchange, version: str, url_version: str):
+        self.lane = lane
         self.exchange = exchange
+        self.version = version
         self.url_version = url_version
         self.ticket = 0
         self.stage = PREPARING
@@ -42,15 +43,3 @@ class Pending:
 
     def age_s(self) -> float:
         return (time.monotonic_ns() - self.arrived_at) / 1e9
-
-    def answer(self, response: Response) -> None:
-        """Sends the answer, if none was sent yet."""
-        if self.stage == OVER:
-            return
-        self.stage = OVER
-        self.model.forget(self, response.status)
-        self.exchange.respond(response)
-
-    def expire(self) -> None:
-        """The engine dropped it: it waited past its time."""
-        self.model.answer_expired(self)

@@ -18,28 +18,24 @@ from typing import Any
 
 from pyserve.archive import Archive, open_archive
 from pyserve.errors import (
-    ConflictError, DefaultVersionError, InvalidModelError, JsonObject, ModelNotFoundError, ServeError,
+    ConflictError,
+    DefaultVersionError,
+    JsonObject,
+    ModelNotFoundError,
+    ServeError,
     VersionNotFoundError,
 )  # fmt: skip
 from pyserve.manifest import check_model_name
-from pyserve.model import PARAMETERS, Model, Services, Settings
-from pyserve.model_config import ModelConfig
+from pyserve.model import Model
+from pyserve.model_settings import ModelSettings, first_settings, first_workers
 from pyserve.model_source import ModelSource
 from pyserve.placement import choose_device, gpu_count
+from pyserve.services import Services
 from pyserve.trace import Tracing
 
 log = logging.getLogger(__name__)
 
 ProgressOf = Callable[[str, str], None]  # model name, text
-
-# Key of config.properties' ``models`` block -> attribute of Settings.
-BLOCK_KEYS = {
-    "batchSize": "batch_size",
-    "maxBatchDelay": "max_batch_delay_ms",
-    "responseTimeout": "response_timeout_s",
-    "startupTimeout": "startup_timeout_s",
-}
-
 
 @dataclass
 class LoadFailure:
@@ -116,9 +112,10 @@ class Registry:
         """
         path = Path(self._services.config.model_store or ".") / url
         archive = await asyncio.to_thread(open_archive, path)
-        model = self._add(archive, model_name, url, handler=handler, settings=settings, at_startup=False)
-        workers = self._workers(model, archive.config, initial_workers)
-        await self._load_or_remove(model, workers)
+        model = self._add(
+            archive, model_name, url, handler=handler, settings=settings, workers=initial_workers, at_startup=False
+        )
+        await self._load_or_remove(model)
         self.save_state()
         return model
 
@@ -180,13 +177,12 @@ class Registry:
             self._note_failure(source.name or file, file, archive)
             return
         try:
-            model = self._add(archive, source.name, file, handler=None, settings={}, at_startup=True)
+            model = self._add(archive, source.name, file, at_startup=True)
         except ServeError as error:
             self._note_failure(source.name or file, file, error)
             return
         try:
-            workers = self._workers(model, archive.config, None)
-            await model.load(workers, lambda text: self._progress(model.name, text), tracing)
+            await model.load(model.workers_min, lambda text: self._progress(model.name, text), tracing)
         except Exception as error:
             # The model stays in the table as FAILED, so that whoever asks for it reads why.
             log.error("%s", model.error or error)
@@ -209,9 +205,9 @@ class Registry:
             archive = await asyncio.to_thread(open_archive, entry["path"])
             model = self._add(
                 archive, entry["name"], entry["url"],
-                handler=entry["handler"], settings={}, at_startup=entry["loaded_at_startup"],
+                handler=entry["handler"], at_startup=entry["loaded_at_startup"],
             )  # fmt: skip
-            model.settings = Settings(**entry["settings"])
+            model.settings = ModelSettings(**entry["settings"])
         except ServeError as error:
             self._note_failure(entry["name"], entry["url"], error)
             return
@@ -228,22 +224,26 @@ class Registry:
         await asyncio.gather(*(model.drain() for model in self.all_models()))
 
     def _add(
-        self, archive: Archive, name: str | None, url: str, *, handler: str | None, settings: dict[str, int],
-        at_startup: bool,
+        self, archive: Archive, name: str | None, url: str, *, at_startup: bool, handler: str | None = None,
+        settings: dict[str, int] | None = None, workers: int | None = None,
     ) -> Model:  # fmt: skip
+        """A new row of the table, LOADING."""
         name = name or archive.manifest.model_name
         check_model_name(name)
         version = archive.manifest.model_version
         if version in self._models.get(name, {}):
             raise ConflictError(f"Model version {version} is already registered for model {name}")
         config = self._services.config
+        block = config.models.get(name, {}).get(version, {})
+        first = first_settings(config, archive.config, block, settings or {}, archive.name)
+        first.workers_min, first.workers_max = first_workers(config, archive.config, block, workers)
         gpus = gpu_count(config.number_of_gpu)
         model = Model(
             self._services,
             archive,
             name=name,
             url=url,
-            settings=self._settings(name, archive, settings),
+            settings=first,
             device=choose_device(archive.config, gpus, [other.device for other in self.all_models()]),
             handler_name=handler,
             loaded_at_startup=at_startup,
@@ -254,9 +254,9 @@ class Registry:
         self._defaults.setdefault(name, version)
         return model
 
-    async def _load_or_remove(self, model: Model, workers: int) -> None:
+    async def _load_or_remove(self, model: Model) -> None:
         try:
-            await model.load(workers, lambda text: self._progress(model.name, text))
+            await model.load(model.workers_min, lambda text: self._progress(model.name, text))
         except BaseException:
             self._remove(model)
             await model.drain()
@@ -269,58 +269,6 @@ class Registry:
             del self._models[model.name], self._defaults[model.name]
         elif self._defaults[model.name] == model.version:
             self._defaults[model.name] = next(iter(versions))
-
-    # --- settings -------------------------------------------------------------------------------------------------
-
-    def _block(self, name: str, version: str) -> dict[str, Any]:
-        return dict(self._services.config.models.get(name, {}).get(version, {}))
-
-    def _settings(self, name: str, archive: Archive, given: dict[str, int]) -> Settings:
-        """Parameter, else model-config.yaml, else the ``models`` block, else the default."""
-        config = self._services.config
-        settings = Settings(
-            workers_min=1,
-            workers_max=1,
-            batch_size=1,
-            max_batch_delay_ms=100,
-            min_batch=1,
-            response_timeout_s=config.default_response_timeout,
-            startup_timeout_s=config.default_startup_timeout,
-            queue_size=config.job_queue_size,
-        )
-        for key, value in self._block(name, archive.manifest.model_version).items():
-            if key in BLOCK_KEYS and isinstance(value, int) and value > 0:
-                setattr(settings, BLOCK_KEYS[key], value)
-        for attribute in ("batch_size", "max_batch_delay_ms", "min_batch", "response_timeout_s", "startup_timeout_s",
-                          "queue_size", "client_timeout_ms"):  # fmt: skip
-            value = getattr(archive.config, attribute)
-            if value is not None:
-                setattr(settings, attribute, value)
-        for parameter, value in given.items():
-            setattr(settings, PARAMETERS[parameter], value)
-        if settings.min_batch > settings.batch_size:
-            raise InvalidModelError(
-                f"{archive.name}: minBatch ({settings.min_batch}) must not be larger than the batch size "
-                f"({settings.batch_size})"
-            )
-        return settings
-
-    def _workers(self, model: Model, config: ModelConfig, asked: int | None) -> int:
-        """How many to start with, and the bounds to keep; ``asked`` is None at start-up.
-
-        One on a CPU, because its threads take all cores; one per GPU.
-        """
-        block = self._block(model.name, model.version)
-        low, high = config.workers_min, config.workers_max
-        if low is None or high is None:
-            low, high = block.get("minWorkers"), block.get("maxWorkers")
-        if isinstance(low, int) and isinstance(high, int) and 0 < low <= high:
-            wanted, most = low, high
-        else:
-            wanted = self._services.config.default_workers_per_model or 1 if asked is None else max(0, asked)
-            most = wanted
-        model.settings.workers_min, model.settings.workers_max = wanted, most
-        return wanted
 
     # --- state ----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pyserve.archive import Archive
+from pyserve.archive_cache import open_cache
 from pyserve.cpu_budget import cpu_budget
 from pyserve.engine import Engine
 from pyserve.errors import JsonObject, ServeError
@@ -18,11 +19,12 @@ from pyserve.http1 import BodyBudget, Connections, Http1Limits, Http1Protocol
 from pyserve.inference import Inference
 from pyserve.launch import ServerStart
 from pyserve.management import Management
+from pyserve.messages import ErrorFormat
 from pyserve.metrics import Metrics
-from pyserve.model import Services
 from pyserve.model_source import ModelSource
 from pyserve.registry import Registry
-from pyserve.routes import BrowserGuard, Router, RouteRow, cors_headers, metrics_routes
+from pyserve.routes import BrowserGuard, Router, RouteRow, cors_headers, inference_descriptions, metrics_routes
+from pyserve.services import Services
 from pyserve.trace import Tracing
 
 log = logging.getLogger(__name__)
@@ -52,8 +54,11 @@ class Site:
             metrics=self._metrics,
             preprocess_pool=self._pool,
             cpu_budget=budget,
-            with_full_detail=config.error_detail == "full"
-            or (config.error_detail == "auto" and config.inference_address.is_loopback),
+            error_format=ErrorFormat(
+                with_detail=config.compat != "strict" and config.error_detail != "none",
+                with_private_detail=config.error_detail == "full"
+                or (config.error_detail == "auto" and config.inference_address.is_loopback),
+            ),
         )
         self.registry = Registry(services, state_file=start.state_file, progress=start.report.progress)
         self._metrics.models = self.registry.all_models
@@ -103,8 +108,7 @@ class Site:
         router = Router(
             rows,
             guard=guard,
-            with_detail=config.compat != "strict",
-            with_full_detail=self._services.with_full_detail,
+            error_format=self._services.error_format,
             cors=cors_headers(config),
             on_answer=self._metrics.observe_answer,
         )
@@ -116,14 +120,15 @@ class Site:
 
     def _inference_rows(self) -> list[RouteRow]:
         inference = self._inference
-        return [
+        rows: list[RouteRow] = [
             ("*", "/ping", inference.ping),
             ("GET", "/ready", inference.ready),
             ("GET", "/live", inference.live),
-            ("*", "/predictions/{name}", inference.predict),
-            ("*", "/predictions/{name}/{version}", inference.predict),
-            ("*", "/predictions/{name}/{version}/{rest...}", inference.predict),
+            ("*", "/predictions/{model_name}", inference.predict),
+            ("*", "/predictions/{model_name}/{model_version}", inference.predict),
+            ("*", "/predictions/{model_name}/{model_version}/{rest...}", inference.predict),
         ]
+        return [*rows, *inference_descriptions(rows, self.registry.get)]
 
     def report(self) -> dict[str, Any]:
         """What the start-up table shows: ``models``, ``not_loaded`` and ``sample``."""
@@ -159,7 +164,8 @@ class Site:
         if not ready:
             return f"curl {self._start.config.inference_address}/ping"
         model = ready[0]
-        return f"curl {self._start.config.inference_address}/predictions/{model.name} {model.sample_body()}"
+        folder = open_cache().root / "samples"
+        return f"curl {self._start.config.inference_address}/predictions/{model.name} {model.sample_arguments(folder)}"
 
     async def drain(self) -> None:
         """In this order: no new connections, answer what was accepted, stop the models."""
@@ -173,7 +179,7 @@ class Site:
     def cut_short(self) -> None:
         """Answers what waits with 503 and lets go of the rest."""
         for model in self.registry.all_models():
-            model.answer_all_draining()
+            model.cut_short()
         for connections in self._connections:
             connections.abort()
 

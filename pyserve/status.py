@@ -116,7 +116,7 @@ def _row(version: JsonObject, inference: str) -> JsonObject:
     return {
         "model": name,
         "version": version.get("modelVersion"),
-        "state": version.get("status") or _state(ready, wanted),
+        "state": version.get("state") or _state(ready, wanted),
         "workers": f"{ready}/{wanted}",
         "device": version.get("deviceType"),
         "batch": version.get("batchSize"),

@@ -10,6 +10,7 @@ The parent side needs no torch, so that a server can begin tracing before it imp
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -70,7 +71,10 @@ class Tracing:
             _, stderr = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             self.stop()
-            raise ModelLoadError(f"tracing {self._archive.name} took longer than startup_timeout={timeout_s} s") from None
+            raise ModelLoadError(
+                f"tracing {self._archive.name} took longer than startup_timeout={timeout_s} s; raise startupTimeout in "
+                "its model-config.yaml"
+            ) from None
         if process.returncode == 0:
             return traced_file(self._archive)
         if problem is None:
@@ -174,7 +178,7 @@ def _largest_difference(expected, got) -> float:  # type: ignore[no-untyped-def]
             return 0.0
         scale = max(float(expected.abs().max()), 1e-12)
         difference = float((expected.double() - got.double()).abs().max()) / scale
-        return difference if difference == difference else float("inf")
+        return float("inf") if math.isnan(difference) else difference
     if isinstance(expected, dict) and isinstance(got, dict) and expected.keys() == got.keys():
         return max((_largest_difference(expected[key], got[key]) for key in expected), default=0.0)
     if isinstance(expected, (list, tuple)) and isinstance(got, (list, tuple)) and len(expected) == len(got):

@@ -1,0 +1,64 @@
+# make serve   build, pack densenet161 and serve it; returns once it answers
+# make test    lint, types and all tests
+#
+# TORCH=...    the torch to build against, as pip takes it (2.11 to 2.13), for instance
+#              make build TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu"
+# WEIGHTS=...  densenet161's official .pth file; without it the weights are random
+# LABELS=...   its index_to_name.json
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STORE := model-store
+EXAMPLE_FLAGS := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(LABELS),--labels $(LABELS))
+
+.PHONY: build serve stop test lint bench clean
+.DELETE_ON_ERROR:
+
+build: $(VENV)/.built
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: what follows must find it and never fetch another one.
+$(VENV)/.torch: $(BIN)/python
+	$(BIN)/pip install --quiet --upgrade "setuptools>=77" wheel
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
+	@touch $@
+
+$(VENV)/.dependencies: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
+	  names = p['build-system']['requires'] + p['project']['dependencies'] + p['project']['optional-dependencies']['test'] \
+	  + p['project']['optional-dependencies']['bench']; print('\n'.join(n for n in names if not n.startswith('torch')))" \
+	  > $(VENV)/requirements.txt
+	$(BIN)/pip install --quiet -r $(VENV)/requirements.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies setup.py $(wildcard csrc/*)
+	@echo "building the native engine (a minute or two)"
+	@$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable . > $(VENV)/build.log 2>&1 \
+	  || { tail -40 $(VENV)/build.log; exit 1; }
+	@touch $@
+
+$(STORE)/densenet161.mar: | build
+	$(BIN)/pyserve example densenet161 --export-path $(STORE) $(EXAMPLE_FLAGS)
+
+serve: build $(STORE)/densenet161.mar
+	$(BIN)/pyserve start --model-store $(STORE) --models densenet161.mar
+
+stop:
+	$(BIN)/pyserve stop
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+bench: build
+	$(BIN)/python bench/figures.py
+
+clean:
+	rm -rf build bench/out pyserve/_core*.so pyserve/_build_info.py $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,23 @@
+"""What every model of a server shares, passed down in one object."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from pyserve.config import Config
+from pyserve.engine import Engine
+from pyserve.messages import ErrorFormat
+from pyserve.metrics import Metrics
+
+
+@dataclass
+class Services:
+    """Constant while the server runs."""
+
+    config: Config
+    engine: Engine
+    metrics: Metrics
+    preprocess_pool: Executor
+    cpu_budget: int
+    error_format: ErrorFormat
