@@ -46,9 +46,7 @@ class Tracing:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Several conversions and the server's own start share the CPUs; threads that spin while they wait for
-            # one another would stop all of them.
-            env={**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE"},
+            env={**os.environ, "PYTHONPATH": path},
         )
 
     def wait(self, progress: Progress, timeout_s: float) -> Path:
