@@ -1,0 +1,266 @@
+// The batcher's rules one at a time, single-threaded, with a clock driven by hand.
+#include "batcher.h"
+
+#include <deque>
+#include <initializer_list>
+#include <vector>
+
+#include "harness.h"
+#include "parking.h"
+
+using pyserve::BatchLimits;
+using pyserve::Batcher;
+using pyserve::Next;
+using pyserve::Request;
+using pyserve::State;
+using pyserve::Take;
+using pyserve::never_ns;
+
+namespace {
+
+// A batcher and the requests pushed into it, numbered from 0.
+struct Bench {
+    explicit Bench(size_t capacity = 8, const BatchLimits& limits = {}) : batcher(capacity, UINT64_MAX - 2) {
+        HandClock::time = 1000;
+        batcher.set_limits(limits);
+    }
+
+    Request& push(int64_t deadline = never_ns, int64_t size = 1) {
+        Request& request = requests.emplace_back();
+        request.index = static_cast<uint32_t>(requests.size() - 1);
+        request.queued_at = HandClock::now_ns();
+        request.deadline = deadline;
+        request.input_size = size;
+        request.state = State::queued;
+        CHECK(batcher.try_push(&request));
+        return request;
+    }
+    void push_many(int count) {
+        while (count-- > 0) push();
+    }
+
+    Next look(bool full_only = false) { return batcher.try_next(take, wake_at, full_only); }
+
+    static void check_list(const std::vector<Request*>& got, std::initializer_list<uint32_t> expected) {
+        CHECK_EQ(got.size(), expected.size());
+        size_t i = 0;
+        for (const uint32_t index : expected) CHECK_EQ(got[i++]->index, index);
+    }
+
+    // Takes a batch that must hold exactly these, and gives its permit back.
+    void check_takes(std::initializer_list<uint32_t> requests_expected,
+                     std::initializer_list<uint32_t> dropped_expected = {}) {
+        CHECK(look() == Next::batch);
+        CHECK_EQ(wake_at, never_ns);
+        check_list(take.requests, requests_expected);
+        check_list(take.dropped, dropped_expected);
+        for (const Request* request : take.requests) CHECK(request->state.load() == State::batched);
+        batcher.leave();
+    }
+    void check_waits(int64_t until = never_ns) {
+        CHECK(look() == Next::nothing);
+        CHECK(take.empty());
+        CHECK_EQ(wake_at, until);
+        CHECK_EQ(batcher.running(), 0u);
+    }
+
+    Batcher<HandClock> batcher;
+    std::deque<Request> requests;
+    Take take;
+    int64_t wake_at = 0;
+};
+
+}  // namespace
+
+TEST(a_lone_request_leaves_at_once) {
+    Bench bench(8, {.batch_size_max = 8, .batch_delay_max_ns = 1'000'000});
+    bench.check_waits();
+    bench.push();
+    bench.check_takes({0});
+    bench.check_waits();
+}
+
+TEST(a_batch_is_what_is_there_and_never_above_its_maximum) {
+    Bench bench(8, {.batch_size_max = 4});
+    bench.push_many(3);
+    bench.check_takes({0, 1, 2});
+    bench.push_many(6);
+    bench.check_takes({3, 4, 5, 6});
+    bench.check_takes({7, 8});
+}
+
+TEST(a_maximum_above_the_capacity_is_the_capacity) {
+    Bench bench(4, {.batch_size_max = UINT32_MAX, .batch_size_min = UINT32_MAX, .batch_delay_max_ns = 100});
+    CHECK_EQ(bench.batcher.batch_size_max(), 4u);
+    bench.push_many(3);
+    bench.check_waits(1100);
+    bench.push();  // the ring is full: nothing more could come
+    bench.check_takes({0, 1, 2, 3});
+}
+
+TEST(the_bytes_of_a_batch_are_capped_but_the_first_always_goes) {
+    Bench bench(8, {.batch_size_max = 8, .batch_bytes_max = 10});
+    for (const int64_t size : {4, 6, 1, 50, 10, 1}) bench.push(never_ns, size);
+    bench.check_takes({0, 1});
+    bench.check_takes({2});
+    bench.check_takes({3});
+    bench.check_takes({4});
+    bench.check_takes({5});
+    bench.batcher.set_limits({.batch_size_max = 8, .batch_bytes_max = INT64_MIN});
+    bench.push_many(2);
+    bench.check_takes({6});
+    bench.check_takes({7});
+}
+
+TEST(a_minimum_waits_from_the_first_arrival_and_no_longer) {
+    Bench bench(8, {.batch_size_max = 8, .batch_size_min = 3, .batch_delay_max_ns = 100});
+    bench.push();
+    bench.check_waits(1100);
+    HandClock::time = 1060;
+    bench.push();
+    bench.check_waits(1100);  // counted from the first, not from the last
+    HandClock::time = 1099;
+    bench.check_waits(1100);
+    HandClock::time = 1100;
+    bench.check_takes({0, 1});
+    bench.push_many(3);
+    bench.check_takes({2, 3, 4});  // the minimum is there: nothing to wait for
+}
+
+TEST(a_minimum_above_the_maximum_is_the_maximum) {
+    Bench bench(8, {.batch_size_max = 2, .batch_size_min = 5, .batch_delay_max_ns = 100});
+    bench.push();
+    bench.check_waits(1100);
+    bench.push();
+    bench.check_takes({0, 1});
+}
+
+TEST(a_window_without_end_does_not_overflow) {
+    Bench bench(8, {.batch_size_max = 8, .batch_size_min = 2, .batch_delay_max_ns = INT64_MAX});
+    bench.push();
+    bench.check_waits(1000 + INT64_MAX / 2);
+    bench.batcher.set_limits({.batch_size_max = 8, .batch_size_min = 2, .batch_delay_max_ns = -5});
+    bench.check_takes({0});
+}
+
+TEST(an_expired_request_is_dropped_and_never_returned) {
+    Bench bench(8, {.batch_size_max = 2});
+    bench.push(1500);  // the first one too
+    bench.push();
+    bench.push(1500);
+    bench.push(1501);
+    bench.push();
+    HandClock::time = 1500;  // a deadline is reached when the clock shows it
+    bench.check_takes({1, 3}, {0, 2});
+    CHECK(bench.requests[0].state.load() == State::expired);
+    CHECK(bench.requests[2].state.load() == State::expired);
+    bench.check_takes({4});
+}
+
+TEST(a_deadline_inside_the_window_ends_it) {
+    Bench bench(8, {.batch_size_max = 8, .batch_size_min = 4, .batch_delay_max_ns = 100});
+    bench.push(1080);
+    bench.check_waits(1080);
+    bench.push(1050);  // not only the first one's deadline counts
+    bench.check_waits(1050);
+    HandClock::time = 1050;
+    bench.check_takes({0}, {1});
+}
+
+TEST(a_cancelled_request_is_dropped) {
+    Bench bench(8, {.batch_size_max = 8});
+    bench.push_many(3);
+    CHECK(bench.requests[0].try_cancel());
+    CHECK(bench.requests[2].try_cancel());
+    CHECK(!bench.requests[2].try_cancel());  // once only
+    bench.check_takes({1}, {0, 2});
+    CHECK(bench.requests[1].try_cancel());  // batched, and dropped later by its worker
+    bench.push();
+    CHECK(bench.requests[3].try_cancel());
+    bench.check_takes({}, {3});
+}
+
+TEST(dead_requests_do_not_use_up_places_of_a_batch) {
+    Bench bench(8, {.batch_size_max = 2});
+    bench.push_many(8);
+    for (const size_t i : {size_t{0}, size_t{1}, size_t{3}, size_t{4}}) CHECK(bench.requests[i].try_cancel());
+    bench.check_takes({2, 5}, {0, 1, 3, 4});
+    bench.check_takes({6, 7});
+}
+
+TEST(no_more_batches_than_running_max_run_at_once) {
+    Bench bench(8, {.batch_size_max = 1, .running_max = 2});
+    bench.push_many(3);
+    CHECK(bench.look() == Next::batch);
+    CHECK(bench.look() == Next::batch);
+    CHECK(bench.look() == Next::nothing);
+    CHECK_EQ(bench.wake_at, never_ns);
+    CHECK_EQ(bench.batcher.running(), 2u);
+    CHECK_EQ(bench.batcher.queue_size(), size_t{1});
+    bench.batcher.leave();
+    CHECK(bench.look() == Next::batch);
+    bench.check_list(bench.take.requests, {2});
+}
+
+TEST(full_only_takes_nothing_less_than_a_full_batch) {
+    Bench bench(8, {.batch_size_max = 3});
+    bench.push_many(2);
+    CHECK(bench.look(true) == Next::nothing);
+    bench.push();
+    CHECK(bench.look(true) == Next::batch);
+    bench.check_list(bench.take.requests, {0, 1, 2});
+}
+
+TEST(closing_ends_a_window_and_then_everything) {
+    Bench bench(8, {.batch_size_max = 8,
+                    .batch_size_min = 8,
+                    .batch_delay_max_ns = 1'000'000,
+                    .running_max = 1});
+    bench.push_many(2);
+    bench.check_waits(1'001'000);
+    bench.batcher.close();
+    bench.batcher.close();
+    CHECK(bench.look() == Next::batch);
+    bench.check_list(bench.take.requests, {0, 1});
+    CHECK(bench.look() == Next::closed);  // also while the gate is shut
+    bench.batcher.leave();
+    CHECK(bench.look() == Next::closed);
+}
+
+TEST(new_limits_apply_to_the_next_batch) {
+    Bench bench(8, {.batch_size_max = 2});
+    bench.push_many(8);
+    bench.check_takes({0, 1});
+    bench.batcher.set_limits({.batch_size_max = 3});
+    bench.check_takes({2, 3, 4});
+    bench.batcher.set_limits({.batch_size_max = 8, .batch_size_min = 8, .batch_delay_max_ns = 50});
+    bench.check_waits(1050);
+    // Each is at least 1.
+    bench.batcher.set_limits({.batch_size_max = 0, .batch_size_min = 0, .running_max = 0});
+    bench.check_takes({5});
+    bench.check_takes({6});
+}
+
+TEST(a_ring_full_of_dead_requests_is_purged_in_order) {
+    Bench bench(8, {.batch_size_max = 8});
+    bench.push_many(8);
+    for (const size_t i : {size_t{0}, size_t{3}, size_t{7}}) CHECK(bench.requests[i].try_cancel());
+    Request extra;
+    CHECK(!bench.batcher.try_push(&extra));
+    std::vector<Request*> dropped;
+    bench.batcher.purge(dropped);
+    bench.check_list(dropped, {0, 3, 7});
+    CHECK_EQ(bench.batcher.queue_size(), size_t{5});
+    bench.push();
+    bench.check_takes({1, 2, 4, 5, 6, 8});
+}
+
+TEST(a_stopped_worker_takes_nothing) {
+    Bench bench(8);
+    bench.push();
+    const std::atomic<bool> stop{true};
+    CHECK(bench.batcher.next_batch(bench.take, stop) == Next::closed);
+    CHECK_EQ(bench.batcher.queue_size(), size_t{1});
+}
+
+TEST_MAIN
