@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,6 +32,8 @@ from pyserve.trace import Tracing
 log = logging.getLogger(__name__)
 
 ACCEPT_BACKLOG = 2048
+# Clients that connect without end must not keep the server from draining.
+ACCEPT_WAITING_MAX_S = 1.0
 
 
 class Site:
@@ -47,7 +51,7 @@ class Site:
         self._start = start
         self._metrics = Metrics(torch_version=torch.__version__)
         self._engine = Engine(asyncio.get_running_loop(), budget)
-        self._pool = ThreadPoolExecutor(config.preprocess_threads or budget, thread_name_prefix="preprocess")
+        self._pool = _single_threaded_pool(config.preprocess_threads or budget)
         self._services = services = Services(
             config=config,
             engine=self._engine,
@@ -170,11 +174,23 @@ class Site:
     async def drain(self) -> None:
         """In this order: no new connections, answer what was accepted, stop the models."""
         self._inference.is_ready = False
+        await self._accept_waiting()
         for server in self._servers:
             server.close()
         await asyncio.gather(*(connections.drain() for connections in self._connections))
         await self.registry.drain()
         log.info("drained")
+
+    async def _accept_waiting(self) -> None:
+        """Accepts the connections that were made before, so that closing the listeners resets none of them."""
+        waiting = select.poll()
+        for sock in set(self._start.sockets.values()):
+            waiting.register(sock.fileno(), select.POLLIN)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + ACCEPT_WAITING_MAX_S
+        while waiting.poll(0) and loop.time() < deadline:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the last one's connection_made
 
     def cut_short(self) -> None:
         """Answers what waits with 503 and lets go of the rest."""
@@ -188,3 +204,21 @@ class Site:
         self._engine.close()
 
 
+
+
+def _single_threaded_pool(count: int) -> ThreadPoolExecutor:
+    """Threads that run torch's operations alone.
+
+    A thread takes over torch's number of threads when it first asks for it, and the workers will change that number
+    for all who ask later; so every thread of the pool asks now.
+    """
+    pool = ThreadPoolExecutor(count, thread_name_prefix="preprocess")
+    all_there = threading.Barrier(count)
+
+    def ask() -> int:
+        all_there.wait()
+        return torch.get_num_threads()
+
+    counts = [pool.submit(ask) for _ in range(count)]
+    assert all(each.result() == 1 for each in counts)
+    return pool
