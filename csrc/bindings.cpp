@@ -55,9 +55,13 @@ struct Completion {
     int64_t started_at, staged_at, finished_at;
 };
 
+// Every lane keeps its engine alive, so that what lanes leave behind is drained here at the latest.
 class Engine {
   public:
     Engine() : completions(std::make_shared<Completions<>>()) {}
+    ~Engine() { drain(); }
+    Engine(const Engine&) = delete;
+    Engine& operator=(const Engine&) = delete;
 
     std::shared_ptr<Completions<>> completions;
 
@@ -88,7 +92,7 @@ class Engine {
             const State state = request->state.load(std::memory_order_acquire);
             const py::tuple stamp = py::make_tuple(request->arrived_at, request->queued_at.load());
             const auto owner =
-                py::reinterpret_steal<py::object>(static_cast<PyObject*>(result.lane->release(request)));
+                py::reinterpret_steal<py::object>(static_cast<PyObject*>(result.pool->release(request)));
             if (state == State::expired) {
                 completion.expired.append(owner);
             } else {
@@ -103,15 +107,20 @@ class Engine {
 
 Inputs checked_inputs(const py::object& inputs) {
     Inputs tensors;
-    if (THPVariable_Check(inputs.ptr())) {
-        tensors.push_back(inputs.cast<at::Tensor>());
-    } else {
-        tensors = inputs.cast<Inputs>();
+    try {
+        if (THPVariable_Check(inputs.ptr())) {
+            tensors.push_back(inputs.cast<at::Tensor>());
+        } else {
+            tensors = inputs.cast<Inputs>();
+        }
+    } catch (const py::cast_error&) {
+        throw py::type_error("the input of a request must be a tensor or a list of tensors, not " +
+                             std::string(Py_TYPE(inputs.ptr())->tp_name));
     }
     if (tensors.empty()) throw py::value_error("a request needs at least one input tensor");
     for (const at::Tensor& tensor : tensors) {
-        if (!tensor.device().is_cpu() || tensor.dim() < 1 || tensor.size(0) != 1) {
-            throw py::value_error("each input of a request must be a tensor on the host of shape [1, ...]");
+        if (tensor.layout() != at::kStrided || !tensor.device().is_cpu() || tensor.dim() < 1 || tensor.size(0) != 1) {
+            throw py::value_error("each input of a request must be a dense tensor on the host of shape [1, ...]");
         }
     }
     return tensors;
@@ -123,7 +132,7 @@ uint64_t submit(Lane& lane, const py::object& owner, const py::object& inputs, i
     TensorRequest* request = lane.try_submit(std::move(tensors), owner.ptr(), arrived_at, deadline);
     if (request == nullptr) throw std::overflow_error("the queue is full");
     owner.inc_ref();  // until drain gives it back
-    return Lane::ticket_of(*request);
+    return RequestPool::ticket_of(*request);
 }
 
 bool cancel(Lane& lane, uint64_t ticket) {
@@ -213,17 +222,6 @@ std::shared_ptr<TorchModel> load_model(const std::string& path, const Inputs& ex
     return TorchModel::load(options, example);
 }
 
-// What is still owned when a lane goes away without being drained (a test, an interrupted start).
-void release_owners(Lane& lane) {
-    {
-        const py::gil_scoped_release release;  // a worker may take long to finish its batch
-        lane.join();
-    }
-    lane.for_each_live([&](TensorRequest& request) {
-        if (request.owner != nullptr) py::handle(static_cast<PyObject*>(std::exchange(request.owner, nullptr))).dec_ref();
-    });
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -271,7 +269,7 @@ PYBIND11_MODULE(_core, m) {
         .def(py::init([](const Engine& engine, std::shared_ptr<TorchModel> model, Inputs example, size_t capacity) {
                  return std::make_unique<Lane>(engine.completions, std::move(model), std::move(example), capacity);
              }),
-             py::arg("engine"), py::arg("model"), py::arg("example"), py::arg("capacity"))
+             py::arg("engine"), py::arg("model"), py::arg("example"), py::arg("capacity"), py::keep_alive<1, 2>())
         .def("submit", &submit, py::arg("owner"), py::arg("inputs"), py::arg("arrived_at"), py::arg("deadline"))
         .def("cancel", &cancel, py::arg("ticket"))
         .def("started_at", &started_at, py::arg("ticket"))
@@ -284,7 +282,8 @@ PYBIND11_MODULE(_core, m) {
         .def("reap", &Lane::reap, py::call_guard<py::gil_scoped_release>())
         .def("purge", &Lane::purge)
         .def("close", &Lane::close)
-        .def("join", &release_owners)
+        // A worker may take long to finish its batch.
+        .def("join", &Lane::join, py::call_guard<py::gil_scoped_release>())
         .def("workers", &workers)
         .def("stats", &stats)
         .def_property_readonly("queue_size", &Lane::queue_size)

@@ -27,26 +27,14 @@ Lane::Lane(std::shared_ptr<Completions<>> completions, std::shared_ptr<TorchMode
     shared_.example = std::move(example);
     shared_.batcher = &batcher_;
     shared_.completions = completions_.get();
-    shared_.lane = this;
 }
 
 Lane::~Lane() { join(); }
 
-TensorRequest* Lane::allocate() {
-    if (free_.empty()) {
-        const auto index = static_cast<uint32_t>(pool_.size());
-        pool_.emplace_back().index = index;
-        free_.push_back(index);
-    }
-    TensorRequest* request = &pool_[free_.back()];
-    free_.pop_back();
-    return request;
-}
-
 TensorRequest* Lane::try_submit(Inputs inputs, void* owner, int64_t arrived_at, int64_t deadline) {
     if (batcher_.queue_size() >= batcher_.capacity()) purge();
     if (batcher_.queue_size() >= batcher_.capacity()) return nullptr;
-    TensorRequest* request = allocate();
+    TensorRequest* request = shared_.pool->allocate();
     request->inputs = std::move(inputs);
     request->owner = owner;
     request->arrived_at = arrived_at;
@@ -58,23 +46,6 @@ TensorRequest* Lane::try_submit(Inputs inputs, void* owner, int64_t arrived_at, 
     shared_.stats.submitted.fetch_add(1, std::memory_order_relaxed);
     batcher_.try_push(request);  // cannot fail: this thread is the only producer and has looked
     return request;
-}
-
-TensorRequest* Lane::find(uint64_t ticket) {
-    const auto index = static_cast<uint32_t>(ticket);
-    if (index >= pool_.size()) return nullptr;
-    TensorRequest* request = &pool_[index];
-    const bool is_same = ticket_of(*request) == ticket;
-    return is_same && request->state.load(std::memory_order_acquire) != State::free ? request : nullptr;
-}
-
-void* Lane::release(Request* request) {
-    auto* tensor_request = static_cast<TensorRequest*>(request);
-    tensor_request->inputs.clear();
-    ++tensor_request->generation;
-    tensor_request->state.store(State::free, std::memory_order_release);
-    free_.push_back(tensor_request->index);
-    return std::exchange(tensor_request->owner, nullptr);
 }
 
 void Lane::set_limits(const BatchLimits& limits) {
@@ -90,11 +61,12 @@ void Lane::set_intra_op_threads(int count) { shared_.intra_op_threads.store(std:
 
 void Lane::set_workers(size_t count) {
     reap();
+    // Before the pointers are taken: a worker may fail at any moment.
+    std::erase_if(workers_, [](const auto& worker) { return worker->state() == WorkerState::failed; });
     std::vector<Worker*> live;
     for (const auto& worker : workers_) {
         if (!worker->is_stopping() && !worker->is_over()) live.push_back(worker.get());
     }
-    std::erase_if(workers_, [](const auto& worker) { return worker->state() == WorkerState::failed; });
     for (; live.size() > count; live.pop_back()) live.back()->stop();
     for (size_t missing = count - live.size(); missing > 0; --missing) {
         workers_.push_back(std::make_unique<Worker>(shared_, next_worker_id_++));
@@ -112,6 +84,8 @@ void Lane::join() {
     for (const auto& worker : workers_) worker->stop();
     batcher_.wake_all();
     workers_.clear();
+    shared_.pool->cancel_queued();
+    purge();
 }
 
 void Lane::purge() {
@@ -119,7 +93,7 @@ void Lane::purge() {
     batcher_.purge(result->requests);
     if (result->requests.empty()) return;
     result->status.code = Code::cancelled;
-    result->lane = this;
+    result->pool = shared_.pool;
     shared_.stats.cancelled.fetch_add(result->requests.size(), std::memory_order_relaxed);
     completions_->push(result.release());
 }

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -30,8 +29,7 @@ class Lane {
     // `example` is one item, each input [1, ...]; empty means no warm-up.
     Lane(std::shared_ptr<Completions<>> completions, std::shared_ptr<TorchModel> model, Inputs example,
          size_t capacity);
-    // Stops and joins the workers. What is still queued is not completed: close and drain first.
-    ~Lane();
+    ~Lane();  // joins
     Lane(const Lane&) = delete;
     Lane& operator=(const Lane&) = delete;
 
@@ -40,13 +38,7 @@ class Lane {
     TensorRequest* try_submit(Inputs inputs, void* owner, int64_t arrived_at, int64_t deadline);
 
     // The request of a ticket, or nullptr if it has been freed.
-    TensorRequest* find(uint64_t ticket);
-    static uint64_t ticket_of(const Request& request) {
-        return static_cast<uint64_t>(request.generation) << 32 | request.index;
-    }
-
-    // Takes a completed request back into the pool. Returns its owner.
-    void* release(Request* request);
+    TensorRequest* find(uint64_t ticket) { return shared_.pool->find(ticket); }
 
     void set_limits(const BatchLimits& limits);
     void set_intra_op_threads(int count);
@@ -56,7 +48,7 @@ class Lane {
     void reap();
     // No more submits; the workers finish what is queued, then stop.
     void close();
-    // Joins all; blocks until their batches are done.
+    // Stops and joins all; blocks until their batches are done. What is still queued comes back as cancelled.
     void join();
     // Removes cancelled requests from the ring now.
     void purge();
@@ -67,22 +59,11 @@ class Lane {
     uint32_t running() const { return batcher_.running(); }
     const LaneStats& stats() const { return shared_.stats; }
     const std::shared_ptr<TorchModel>& model() const { return shared_.model; }
-    // Calls `visit(TensorRequest&)` for each request that is not free.
-    template <class Visit>
-    void for_each_live(const Visit& visit) {
-        for (TensorRequest& request : pool_) {
-            if (request.state.load() != State::free) visit(request);
-        }
-    }
 
   private:
-    TensorRequest* allocate();
-
     std::shared_ptr<Completions<>> completions_;
     Batcher<> batcher_;
     LaneShared shared_;
-    std::deque<TensorRequest> pool_;  // grows, never shrinks: pointers stay valid
-    std::vector<uint32_t> free_;
     std::vector<std::unique_ptr<Worker>> workers_;
     uint32_t next_worker_id_ = 9000;  // TorchServe's first worker id is the port 9000
 };

@@ -47,6 +47,15 @@ double largest_difference(const c10::IValue& left, const c10::IValue& right) {
     return a.sizes() == b.sizes() && a.numel() > 0 ? (a - b).abs().max().item<double>() : 0;
 }
 
+// TorchScript turns every exception of an operator into std::runtime_error; only the text tells then that memory ran
+// out. These are the words of torch's allocators.
+bool is_out_of_memory(const std::string& text) {
+    for (const char* words : {" out of memory. Tried to allocate", "can't allocate memory: you tried to allocate"}) {
+        if (text.find(words) != std::string::npos) return true;
+    }
+    return false;
+}
+
 class ScriptModel final : public TorchModel {
   public:
     ScriptModel(const ModelOptions& options, const std::vector<at::Tensor>& example) : TorchModel(options) {
@@ -71,7 +80,7 @@ class ScriptModel final : public TorchModel {
         std::vector<c10::IValue> stack;
         stack.reserve(inputs.size());
         for (const at::Tensor& input : inputs) stack.emplace_back(convert_input(input));
-        c10::IValue output = module_.forward(std::move(stack));
+        c10::IValue output = forward(std::move(stack));
         if (options_.precision == at::kFloat) return output;
         return map_tensors(output, [this](const at::Tensor& tensor) {
             return tensor.scalar_type() == options_.precision ? tensor.to(at::kFloat) : tensor;
@@ -79,22 +88,37 @@ class ScriptModel final : public TorchModel {
     }
 
   private:
+    c10::IValue forward(std::vector<c10::IValue> stack) {
+        try {
+            return module_.forward(std::move(stack));
+        } catch (const std::exception& error) {
+            const std::string text = error.what();
+            if (!is_out_of_memory(text)) throw;
+            throw c10::OutOfMemoryError({__func__, __FILE__, __LINE__}, text);
+        }
+    }
+
     // The difference is measured here, where both precisions are at hand.
     void convert(const std::vector<at::Tensor>& example) {
         const bool is_lowered = options_.precision != at::kFloat;
         c10::IValue reference;
         if (is_lowered && !example.empty()) {
             std::vector<c10::IValue> stack;
-            for (const at::Tensor& input : example) stack.emplace_back(input.to(options_.device));
+            for (const at::Tensor& input : example) stack.emplace_back(on_device_copy(input));
             reference = module_.forward(std::move(stack));
         }
         if (is_lowered) module_.to(options_.precision);
         if (options_.channels_last) to_channels_last(module_);
         if (is_lowered && !example.empty()) {
             std::vector<at::Tensor> inputs;
-            for (const at::Tensor& input : example) inputs.push_back(input.to(options_.device));
+            for (const at::Tensor& input : example) inputs.push_back(on_device_copy(input));
             precision_error_ = largest_difference(reference, run(inputs));
         }
+    }
+
+    // A copy even on the CPU: the model may change its input in place.
+    at::Tensor on_device_copy(const at::Tensor& input) const {
+        return input.to(options_.device, input.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
     }
 
     Module module_;

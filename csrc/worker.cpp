@@ -113,9 +113,12 @@ void Worker::main() noexcept {
 Status Worker::warm_up() {
     if (shared_.example.empty()) return {};
     constexpr int runs = 2;  // the first one profiles, the second one runs what was compiled from it
+    // A copy of its own: a model that changes its input in place would change every worker's example.
+    Inputs example;
+    for (const at::Tensor& input : shared_.example) example.push_back(input.clone());
     const size_t largest = shared_.batcher->batch_size_max();
     for (size_t size = 1; size <= largest; size = size == largest ? largest + 1 : largest) {
-        const std::vector<const Inputs*> items(size, &shared_.example);
+        const std::vector<const Inputs*> items(size, &example);
         for (int run = 0; run < runs && !is_stopping(); ++run) {
             const Status status = guarded([&] {
                 const Staging::ComputeScope scope(*staging_);
@@ -135,12 +138,17 @@ Status Worker::warm_up() {
 void Worker::apply_settings() {
     const int threads = shared_.intra_op_threads.load(std::memory_order_relaxed);
     if (threads != threads_) {
+        // torch gives a thread the process-wide count at its first look; let it look now, not after this setting.
+        at::get_num_threads();
         at::set_num_threads(threads);  // OpenMP keeps this per thread
         threads_ = threads;
     }
     const int64_t staging_size = shared_.staging_size.load(std::memory_order_relaxed);
     if (staging_size != staging_size_) {
-        staging_ = std::make_unique<Staging>(shared_.model->device(), staging_size);
+        const Status status =
+            guarded([&] { staging_ = std::make_unique<Staging>(shared_.model->device(), staging_size); });
+        // A batch may be in hand already. It does without a larger slot: what does not fit is gathered elsewhere.
+        if (!status.ok() && !staging_) throw std::runtime_error(status.message);
         staging_size_ = staging_size;
     }
 }
@@ -293,7 +301,7 @@ void Worker::drop(std::vector<Request*>& requests) {
 }
 
 void Worker::push(std::unique_ptr<BatchResult> result) {
-    result->lane = shared_.lane;
+    result->pool = shared_.pool;
     shared_.completions->push(result.release());
 }
 

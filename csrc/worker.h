@@ -16,18 +16,13 @@
 #include "batcher.h"
 #include "completion.h"
 #include "request.h"
+#include "request_pool.h"
 #include "staging.h"
 #include "stats.h"
 #include "status.h"
 #include "torch_model.h"
 
 namespace pyserve {
-
-// A request of the native lane. `inputs` and `owner` belong to the loop thread; workers only read `inputs`.
-struct TensorRequest : Request {
-    Inputs inputs;
-    void* owner = nullptr;  // a Python object, opaque here
-};
 
 // One batch that came to an end, with one outcome for all its requests.
 struct BatchResult : CompletionNode {
@@ -37,7 +32,7 @@ struct BatchResult : CompletionNode {
     int64_t started_at = 0;  // ns: taken from the queue
     int64_t staged_at = 0;   // ns: gathered, and on its way to the device
     int64_t finished_at = 0; // ns: outputs on the host
-    class Lane* lane = nullptr;
+    std::shared_ptr<RequestPool> pool;  // that `requests` go back to
 };
 
 enum class WorkerState : uint8_t { starting, warming, ready, failed, stopped };
@@ -48,7 +43,7 @@ struct LaneShared {
     Inputs example;                          // one item, each [1, ...]
     Batcher<>* batcher = nullptr;
     Completions<>* completions = nullptr;
-    class Lane* lane = nullptr;
+    std::shared_ptr<RequestPool> pool = std::make_shared<RequestPool>();
     LaneStats stats;
     std::atomic<int> intra_op_threads{1};
     std::atomic<int64_t> staging_size{0};    // bytes of a slot, set from the largest batch
