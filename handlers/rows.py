@@ -22,7 +22,10 @@ def row_value(row: Any) -> Any:
         value = row.get("body")
         if value is None and "body" not in row and "data" not in row:
             fields = ", ".join(repr(str(name)) for name in list(row)[:5]) or "none"
-            raise InputError(f"the request has no input: send it as body or form field 'data'; its fields: {fields}")
+            raise InputError(
+                f"the request has no input: send it as body or form field 'data'; its fields: {fields}. (curl -d sends "
+                "a form unless -H 'Content-Type: ...' says otherwise; curl -T sends a file as it is.)"
+            )
     return value
 
 

@@ -1,7 +1,7 @@
 """Tensors in, tensors out: JSON nested lists, or raw little-endian bytes.
 
 model-config.yaml says what one item is: ``input: {dtype: float32, shape: [1, 8, 8]}``, the shape without
-the batch dimension, -1 for any size. Answers come in kind (raw to raw, JSON to JSON) unless ``Accept`` asks
+the batch dimension, -1 for any size. Answers come in kind (raw to raw, JSON to JSON and forms) unless ``Accept`` asks
 for ``application/octet-stream`` or ``application/json``. A raw answer has the headers ``x-tensor-dtype``
 (``float32``) and ``x-tensor-shape`` (``10``, ``3,224,224``; empty for a single number). A model with several
 outputs answers with their bytes one after the other, dtypes separated by ``,`` and shapes by ``;``; if it
@@ -24,6 +24,8 @@ from pyserve.handlers.tensor_spec import TensorSpec, dtype_name, raw_bytes
 
 RAW = "application/octet-stream"
 JSON = "application/json"
+# What a form field holds is not told here; whoever sends forms reads text.
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 # A JSON body of this many bytes holds at most half as many numbers, which take less than 50 us.
 QUICK_SIZE_MAX = 4096
@@ -148,7 +150,7 @@ def _answers_raw(context: Context, idx: int) -> bool:
     wanted = accepted_kind(accept) if accept else None
     if wanted is None:
         content_type = context.get_request_header(idx, "Content-Type") or ""
-        return content_type.partition(";")[0].strip().lower() != JSON
+        return content_type.partition(";")[0].strip().lower() not in (JSON, *FORMS)
     return wanted == RAW
 
 

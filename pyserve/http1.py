@@ -11,9 +11,12 @@ answered in order whatever order the app answers in. No task and no future is ma
 
 from __future__ import annotations
 
+import array
 import asyncio
+import fcntl
 import logging
 import math
+import termios
 from collections import deque
 from collections.abc import Callable
 from typing import cast
@@ -100,6 +103,8 @@ class Http1Protocol(asyncio.Protocol):
             self._backlog += data
         else:
             self._advance(data)
+            if self._connections.draining:
+                self.drain()
 
     def eof_received(self) -> bool:
         self._eof = True
@@ -131,8 +136,11 @@ class Http1Protocol(asyncio.Protocol):
     # the listener -> protocol
 
     def drain(self) -> None:
-        """Closes at once if idle, else after the answers to what has been received."""
-        if self._phase == _HEAD and not (self._slots or self._partial or self._paused):
+        """Closes at once if idle, else after the answers to what has been received.
+
+        Received is what the kernel has, too: the loop may not have come to read it yet.
+        """
+        if self._phase == _HEAD and not (self._slots or self._partial or self._paused or self._unread_size()):
             self._close()
 
     def abort(self) -> None:
@@ -366,7 +374,7 @@ class Http1Protocol(asyncio.Protocol):
         """Writes one answer; returns whether the connection is kept."""
         keep_alive = exchange.keep_alive
         if keep_alive and self._connections.draining:
-            keep_alive = bool(self._slots or self._partial or self._incoming)
+            keep_alive = bool(self._slots or self._partial or self._incoming or self._unread_size())
         exchange.response = None
         head, body = self._connections.answers.encode(response, exchange.request, keep_alive)
         self._transport.write(head)
@@ -412,6 +420,15 @@ class Http1Protocol(asyncio.Protocol):
             self._refuse(SlowClientError(f"Request head took longer than {self._limits.head_timeout_s:g} s."))
         else:
             self._close()
+
+    def _unread_size(self) -> int:
+        """Bytes that have arrived and are still with the kernel."""
+        sock = self._transport.get_extra_info("socket")
+        if sock is None or self._eof or self._transport.is_closing():
+            return 0
+        count = array.array("i", [0])
+        fcntl.ioctl(sock.fileno(), termios.FIONREAD, count)
+        return count[0]
 
     def _release(self, exchange: Exchange) -> None:
         self._connections.budget.release(exchange.reserved)

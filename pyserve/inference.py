@@ -10,12 +10,16 @@ from pyserve.registry import Registry
 class Inference:
     """Endpoints of the inference port. Loop thread only.
 
+    Args:
+        tells_errors: whether ``/ready`` may say why a model failed to load, in the words of an exception.
+
     Attributes:
         is_ready: whether the server takes requests: not while it starts or drains.
     """
 
-    def __init__(self, registry: Registry):
+    def __init__(self, registry: Registry, *, tells_errors: bool = True):
         self._registry = registry
+        self._tells_errors = tells_errors
         self.is_ready = False
 
     def predict(
@@ -47,7 +51,10 @@ class Inference:
         reasons = {}
         for model in self._registry.default_models():
             if model.wanted_workers > 0 and not model.has_ready_worker:
-                reasons[model.name] = {"state": model.state, **({"error": model.error} if model.error else {})}
+                reasons[model.name] = self._reason(model.state, model.error)
         for failure in self._registry.failures:
-            reasons[failure.name] = {"state": "FAILED", "error": failure.error}
+            reasons[failure.name] = self._reason("FAILED", failure.error)
         return reasons
+
+    def _reason(self, state: str, error: str) -> dict[str, str]:
+        return {"state": state, **({"error": error} if error and self._tells_errors else {})}

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pyserve.archive import Archive
-from pyserve.errors import JsonObject, ModelLoadError, ServeError
+from pyserve.errors import ConflictError, JsonObject, ModelLoadError, ServeError
 from pyserve.http1_exchange import Exchange
 from pyserve.loader import load_network
 from pyserve.model_settings import PARAMETERS, ModelSettings
@@ -81,6 +81,7 @@ class Model:
         self._lane: NativeLane | None = None
         self._worker_started: dict[int, datetime] = {}
         self._scaling = asyncio.Lock()
+        self._loading = asyncio.Lock()
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -90,6 +91,10 @@ class Model:
         Raises:
             ServeError: it cannot be served; the state is FAILED then and ``error`` says why.
         """
+        async with self._loading:
+            await self._load(workers, progress, tracing)
+
+    async def _load(self, workers: int, progress: Progress, tracing: Tracing | None) -> None:
         services = self._services
         try:
             network = await asyncio.to_thread(
@@ -105,25 +110,37 @@ class Model:
                 progress=progress,
                 tracing=tracing,
             )
+            self._check_still_loading()
             self._lane = NativeLane(services, self.name, f"{self.name} {self.version}", network, self.settings)
             if workers:
                 progress(f"warming up {workers} worker{'s' if workers > 1 else ''}")
             await self.scale(workers, max(workers, self.settings.workers_max))
+            self._check_still_loading()
         except Exception as error:
             if not isinstance(error, ServeError):
                 log.exception("loading %s %s failed", self.name, self.version)
             self.error = _reason(error)
-            self._move("FAILED")
+            if self.state == "LOADING":
+                self._move("FAILED")
             await self._close_lane()
             raise
         self._move("READY")
+        progress("ready")
+
+    def _check_still_loading(self) -> None:
+        if self.state != "LOADING":
+            raise ConflictError(f"Model {self.name} version {self.version} was unregistered while it was loading")
 
     async def drain(self) -> None:
-        """Finishes what was admitted, then stops the workers and lets go of the weights. Takes no more requests."""
+        """Finishes what was admitted, then stops the workers and lets go of the weights. Takes no more requests.
+
+        A load that is under way is waited for: it notices, and gives up.
+        """
         if self.state != "DRAINING":
             self._move("DRAINING")
-        await self._close_lane()
-        self.archive.close()
+        async with self._loading:
+            await self._close_lane()
+            self.archive.close()
 
     def cut_short(self) -> None:
         """Answers what waits with 503; nothing waits for the model any more."""

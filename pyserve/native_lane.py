@@ -127,7 +127,11 @@ class NativeLane:
             self._sweep_timer.cancel()
         self.core.close()
         self._services.engine.forget_lane(self.core)
-        await asyncio.to_thread(self.core.join)
+        self.core.set_workers(0)
+        await self._services.engine.wait_for_workers(
+            lambda: all(row["state"] in ("stopped", "failed") for row in self.core.workers())
+        )
+        self.core.join()  # at once: their threads have ended
 
     # --- the way in -----------------------------------------------------------------------------------------------
 
@@ -196,8 +200,8 @@ class NativeLane:
             pending.stage = SUBMITTED
         except OverflowError:
             self._answer_error(pending, self.refusal("queue full"))
-        except ValueError as error:
-            self._answer_error(pending, HandlerError("Prediction failed", detail={"text": f"preprocess: {error}"}))
+        except (TypeError, ValueError) as error:
+            self._answer_error(pending, self._handler_error(error, "preprocess", pending.exchange.request.id))
 
     # --- the way out ----------------------------------------------------------------------------------------------
 
@@ -228,8 +232,9 @@ class NativeLane:
                 continue
             try:
                 self._answer(owner, self._response(result, context, index))
-            except ServeError as error:
-                self._answer_error(owner, error)
+            except Exception as error:
+                # The others' answers are not touched by this one's.
+                self._complete_failed_postprocess([owner], error)
 
     def _response(self, result: Any, context: Any, index: int) -> Response:
         body = codec.encode_result(result)

@@ -102,6 +102,8 @@ class Registry:
     ) -> Model:
         """Opens, loads and warms an archive of the model store; returns when it is READY.
 
+        It may take the place of a version that FAILED at start, and keeps that place as FAILED if it fails too.
+
         Args:
             url: file name in the store.
             settings: management parameters; what is left out comes from model-config.yaml, then the ``models``
@@ -112,10 +114,12 @@ class Registry:
         """
         path = Path(self._services.config.model_store or ".") / url
         archive = await asyncio.to_thread(open_archive, path)
+        failed = {(model.name, model.version) for model in self.all_models() if model.state == "FAILED"}
         model = self._add(
             archive, model_name, url, handler=handler, settings=settings, workers=initial_workers, at_startup=False
         )
-        await self._load_or_remove(model)
+        await self._load_or_remove(model, stays=(model.name, model.version) in failed)
+        self.failures = [failure for failure in self.failures if failure.url != url]
         self.save_state()
         return model
 
@@ -188,7 +192,7 @@ class Registry:
             log.error("%s", model.error or error)
 
     def _note_failure(self, name: str, url: str, error: ServeError) -> None:
-        log.error("%s cannot be loaded: %s", url, error.message)
+        log.error("cannot be loaded: %s", error.message)  # the message names the file
         self.failures.append(LoadFailure(name, url, error.message))
 
     async def restore(self, state: JsonObject) -> None:
@@ -197,6 +201,7 @@ class Registry:
         for name, version in state["defaults"].items():
             if version in self._models.get(name, {}):
                 self._defaults[name] = version
+        self.failures += [LoadFailure(**failure) for failure in state["failures"]]
         self._keeps_state = True
         self.save_state()
 
@@ -215,6 +220,9 @@ class Registry:
             await model.load(entry["workers"], lambda text: self._progress(model.name, text))
         except Exception as error:
             log.error("%s", model.error or error)
+            return
+        # It may have had more workers than its least, and loading took their number for that.
+        model.settings.workers_min = entry["settings"]["workers_min"]
 
     async def drain(self) -> None:
         """Finishes what all models have admitted and stops them."""
@@ -227,15 +235,28 @@ class Registry:
         self, archive: Archive, name: str | None, url: str, *, at_startup: bool, handler: str | None = None,
         settings: dict[str, int] | None = None, workers: int | None = None,
     ) -> Model:  # fmt: skip
-        """A new row of the table, LOADING."""
+        """A new row of the table, LOADING. Closes the archive if there cannot be one."""
+        try:
+            return self._new_row(
+                archive, name, url, handler=handler, settings=settings or {}, workers=workers, at_startup=at_startup
+            )
+        except ServeError:
+            archive.close()
+            raise
+
+    def _new_row(
+        self, archive: Archive, name: str | None, url: str, *, at_startup: bool, handler: str | None,
+        settings: dict[str, int], workers: int | None,
+    ) -> Model:  # fmt: skip
         name = name or archive.manifest.model_name
         check_model_name(name)
         version = archive.manifest.model_version
-        if version in self._models.get(name, {}):
+        existing = self._models.get(name, {}).get(version)
+        if existing is not None and existing.state != "FAILED":
             raise ConflictError(f"Model version {version} is already registered for model {name}")
         config = self._services.config
         block = config.models.get(name, {}).get(version, {})
-        first = first_settings(config, archive.config, block, settings or {}, archive.name)
+        first = first_settings(config, archive.config, block, settings, archive.name)
         first.workers_min, first.workers_max = first_workers(config, archive.config, block, workers)
         gpus = gpu_count(config.number_of_gpu)
         model = Model(
@@ -250,15 +271,22 @@ class Registry:
         )
         for warning in archive.config.warnings:
             log.warning("%s", warning)
+        if existing is not None:
+            removal = asyncio.get_running_loop().create_task(existing.drain())
+            self._keep(removal, f"removing the failed {name} {version}")
         self._models.setdefault(name, {})[version] = model
         self._defaults.setdefault(name, version)
         return model
 
-    async def _load_or_remove(self, model: Model) -> None:
+    async def _load_or_remove(self, model: Model, *, stays: bool) -> None:
+        """``stays``: in the table, as FAILED, if it cannot be loaded."""
         try:
             await model.load(model.workers_min, lambda text: self._progress(model.name, text))
         except BaseException:
-            self._remove(model)
+            if stays and model.state == "FAILED":
+                raise
+            if model in self.all_models():  # it may have been unregistered meanwhile
+                self._remove(model)
             await model.drain()
             raise
 
@@ -288,15 +316,22 @@ class Registry:
                     "settings": asdict(model.settings),
                 }
                 for model in self.all_models()
+                # Not promised to anyone yet; and a model that kills the server while it loads must not come back.
+                if model.state != "LOADING"
             ],
             "defaults": self._defaults,
+            "failures": [asdict(failure) for failure in self.failures],
         }
         descriptor, temporary = tempfile.mkstemp(dir=self._state_file.parent, prefix=".state-")
-        with open(descriptor, "w") as file:
-            json.dump(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._state_file)
+        try:
+            with open(descriptor, "w") as file:
+                json.dump(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._state_file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
 
     def _keep(self, task: asyncio.Task[Any], what: str) -> None:
         self._tasks.add(task)

@@ -13,13 +13,15 @@ import logging
 import os
 import signal
 import sys
+from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvloop
 
 from pyserve import log as log_setup
 from pyserve.archive import Archive, open_archive
-from pyserve.errors import ConfigError, InvalidModelError, JsonObject, ServeError
+from pyserve.errors import ConfigError, InvalidModelError, JsonObject, ModelNotFoundError, ServeError
 from pyserve.launch import EXIT_DRAINED, EXIT_WILL_FAIL_AGAIN, ServerStart, receive_server_start
 from pyserve.model_source import ModelSource
 from pyserve.trace import Tracing, needs_tracing
@@ -50,7 +52,8 @@ async def _serve(start: ServerStart) -> int:
     stop = _StopSignals()
     state = _read_state(start)
     sources = [] if state is not None else start.config.models_to_load()
-    archives = {source.path_or_file: _open(source) for source in sources}
+    store_files = start.config.store_files()
+    archives = {source.path_or_file: _open(source, store_files) for source in sources}
     tracings = _begin_tracing(archives)
 
     # Takes a second or two; the tracing above goes on meanwhile.
@@ -91,11 +94,14 @@ async def _drain(site: Site, stop: _StopSignals, timeout_s: int) -> int:
     os._exit(EXIT_DRAIN_CUT_SHORT)
 
 
-def _open(source: ModelSource) -> Archive | ServeError:
+def _open(source: ModelSource, store_files: list[str]) -> Archive | ServeError:
     if "://" in source.path_or_file:
         return InvalidModelError(f"{source.path_or_file}: URLs are not fetched; put the archive into the model store")
     try:
         return open_archive(source.path_or_file)
+    except ModelNotFoundError as error:
+        near = get_close_matches(Path(source.path_or_file).name, store_files, n=1, cutoff=0.8)
+        return ModelNotFoundError(f"{error.message}; did you mean {near[0]}?") if near else error
     except ServeError as error:
         return error
 

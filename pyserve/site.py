@@ -66,7 +66,7 @@ class Site:
         )
         self.registry = Registry(services, state_file=start.state_file, progress=start.report.progress)
         self._metrics.models = self.registry.all_models
-        self._inference = Inference(self.registry)
+        self._inference = Inference(self.registry, tells_errors=services.error_format.with_private_detail)
         self._servers: list[asyncio.AbstractServer] = []
         self._connections: list[Connections] = []
         log.info("%d CPUs for %d preprocessing threads and the workers of all models", budget,
@@ -188,7 +188,7 @@ class Site:
             waiting.register(sock.fileno(), select.POLLIN)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + ACCEPT_WAITING_MAX_S
-        while waiting.poll(0) and loop.time() < deadline:
+        while waiting.poll(0) and loop.time() < deadline:  # noqa: ASYNC110 - each turn of the loop accepts some
             await asyncio.sleep(0)
         await asyncio.sleep(0)  # the last one's connection_made
 

@@ -74,7 +74,7 @@ def start_server(config: Config, *, pid_path: Path, foreground: bool) -> int:
 def _run_in_foreground(config: Config, pid_path: Path) -> int:
     from pyserve.supervisor import supervise
 
-    log.configure(stream=sys.stdout)
+    log.configure()
     failures: list[str] = []
 
     def on_event(event: JsonObject) -> None:

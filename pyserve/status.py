@@ -58,6 +58,7 @@ def print_status(pid_path: Path) -> int:
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         print(f"the management address gives no list of models: {error or type(error).__name__}")
         return EXIT_UNKNOWN
+    rows += _failed_rows(_local(running.addresses["inference"]), {str(row["model"]) for row in rows})
     print("\n".join(console.table_lines(rows)) if rows else "no model is loaded")
     return EXIT_RUNNING
 
@@ -83,6 +84,20 @@ def model_rows(management: Address, inference: str) -> list[JsonObject]:
             described = _get(connection, f"/models/{quote(name, safe='')}/all")
             rows += [_row(version, inference) for version in described]
         return rows
+    finally:
+        connection.close()
+
+
+def _failed_rows(inference: Address, known: set[str]) -> list[JsonObject]:
+    """Archives that could not even be opened at start: the management API does not list them, ``/ready`` does."""
+    connection = _Connection(inference)
+    try:
+        connection.request("GET", "/ready")
+        answer = json.loads(connection.getresponse().read(ANSWER_SIZE_MAX))
+        reasons = answer.get("models", {}).items()
+        return [{"model": name, **reason} for name, reason in reasons if name not in known]
+    except (OSError, http.client.HTTPException, ValueError, AttributeError, TypeError):
+        return []
     finally:
         connection.close()
 
@@ -116,15 +131,19 @@ def _row(version: JsonObject, inference: str) -> JsonObject:
     return {
         "model": name,
         "version": version.get("modelVersion"),
-        "state": version.get("state") or _state(ready, wanted),
+        "state": _state(str(version.get("state", "READY")), ready, wanted),
         "workers": f"{ready}/{wanted}",
         "device": version.get("deviceType"),
         "batch": version.get("batchSize"),
         "url": url,
+        "error": version.get("error"),
     }
 
 
-def _state(ready: int, wanted: int) -> str:
+def _state(state: str, ready: int, wanted: int) -> str:
+    """The model's own state; one that is READY as far as its workers are."""
+    if state != "READY":
+        return state
     if wanted == 0 and ready == 0:
         return "NO WORKERS"
     if ready == 0:

@@ -165,6 +165,8 @@ class Supervisor:
             logger.info("%s: draining, for at most %d s", reason, self._config.drain_timeout_s)
             self._phase = "stopping"
             self._deadline = now + self._config.drain_timeout_s + DRAIN_GRACE_S
+            # The server stops accepting; our copies of its sockets would let clients connect to nobody.
+            self._listeners.close()
         else:
             logger.warning("%s again: stopping without waiting for requests", reason)
             self._deadline = min(self._deadline or now + SECOND_STOP_S, now + SECOND_STOP_S)

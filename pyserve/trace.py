@@ -12,10 +12,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import selectors
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,20 +38,31 @@ def traced_file(archive: Archive) -> Path:
 
 
 class Tracing:
-    """A running conversion. `wait` must be called."""
+    """A running conversion. `wait` or `stop` must be called.
+
+    The child reports through a pipe of its own, so that what the model file prints is nobody's business.
+    """
 
     def __init__(self, archive: Archive):
         self._archive = archive
         folder = Path(__file__).parent.parent
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "pyserve.trace", str(archive.path), str(traced_file(archive))],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
+        self._reports, for_child = os.pipe()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop; a pipe would have to be read too
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pyserve.trace", str(archive.path), str(traced_file(archive)), str(for_child)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr,
+                pass_fds=(for_child,),
+                # Several conversions and the server's own start share the CPUs; threads that spin while they wait
+                # for one another would stop all of them.
+                env={**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE"},
+            )
+        finally:
+            os.close(for_child)
+        self._is_over = False
 
     def wait(self, progress: Progress, timeout_s: float) -> Path:
         """The TorchScript file.
@@ -55,59 +70,87 @@ class Tracing:
         Raises:
             ModelLoadError: the model cannot be built, does not fit its weights, or cannot be traced.
         """
-        process = self._process
-        assert process.stdout is not None
+        deadline = time.monotonic() + timeout_s
         problem: str | None = None
-        for line in process.stdout:
-            if not line.startswith("{"):
-                continue  # printed by the model file
-            report = json.loads(line)
-            problem = report.get("error", problem)
-            if "progress" in report:
-                progress(report["progress"])
         try:
-            _, stderr = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            self.stop()
+            for line in self._lines(deadline):
+                report = json.loads(line)
+                problem = report.get("error", problem)
+                if "progress" in report:
+                    progress(report["progress"])
+            status = self._process.wait(max(0.0, deadline - time.monotonic()))
+            last = self._last_error_line()
+        except (TimeoutError, subprocess.TimeoutExpired):
             raise ModelLoadError(
                 f"tracing {self._archive.name} took longer than startup_timeout={timeout_s} s; raise startupTimeout in "
                 "its model-config.yaml"
             ) from None
-        if process.returncode == 0:
+        finally:
+            self.stop()
+        if status == 0:
             return traced_file(self._archive)
-        if problem is None:
-            last = stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-            problem = f"tracing {self._archive.name} failed: {last[0]}"
-        raise ModelLoadError(problem)
+        raise ModelLoadError(problem or f"tracing {self._archive.name} failed: {_ending(status)}{last}")
+
+    def _lines(self, deadline: float) -> Iterator[bytes]:
+        """The child's reports until it ends.
+
+        Raises:
+            TimeoutError: it has not by ``deadline``.
+        """
+        rest = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._reports, selectors.EVENT_READ)
+            while selector.select(max(0.0, deadline - time.monotonic())):
+                chunk = os.read(self._reports, 1 << 16)
+                if not chunk:
+                    return
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from lines
+        raise TimeoutError
+
+    def _last_error_line(self) -> str:
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
 
     def stop(self) -> None:
+        """Ends the child, if it still runs, and lets go of it."""
+        if self._is_over:
+            return
+        self._is_over = True
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        os.close(self._reports)
+        self._stderr.close()
+
+
+def _ending(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 
 def needs_tracing(archive: Archive) -> bool:
     return archive.manifest.model_file is not None and not traced_file(archive).exists()
 
 
-def main(archive_path: str, out_path: str) -> int:
-    """The child: prints JSON lines with ``progress`` or ``error``."""
+def main(archive_path: str, out_path: str, descriptor: str) -> int:
+    """The child: writes JSON lines with ``progress`` or ``error`` to ``descriptor``."""
+    os.set_inheritable(int(descriptor), False)
+
+    def report(**fields: str) -> None:
+        os.write(int(descriptor), json.dumps(fields).encode() + b"\n")
+
     try:
-        _trace(archive_path, Path(out_path))
+        _trace(archive_path, Path(out_path), lambda text: report(progress=text))
     except ServeError as error:
-        _report(error=error.message)
+        report(error=error.message)
         return 1
     except Exception as error:
-        text = str(error).strip().splitlines()[:1] or [""]
-        _report(error=f"{type(error).__name__} while tracing the model: {text[0]}")
+        report(error=f"{type(error).__name__} while tracing the model: {_first_line(error)}")
         return 1
     return 0
 
 
-def _report(**fields: str) -> None:
-    print(json.dumps(fields), flush=True)
-
-
-def _trace(archive_path: str, out: Path) -> None:
+def _trace(archive_path: str, out: Path, progress: Progress) -> None:
     import torch
 
     from pyserve.context import Context
@@ -121,48 +164,71 @@ def _trace(archive_path: str, out: Path) -> None:
     context = Context(manifest.model_name, str(archive.model_dir), manifest.raw, model_yaml_config=archive.config.raw)
     handler.prepare(context)
     example = handler.example_input(context)
-    _report(progress="building the model and reading its weights")
+    progress("building the model and reading its weights")
     os.chdir(archive.model_dir)
     weights = archive.weights.open() if archive.weights is not None else None
     model = load_eager_model(archive.model_dir, manifest.model_file, weights)
-    _report(progress="tracing")
+    progress("tracing")
     with torch.inference_mode(False), torch.no_grad():
         scripted = _to_torchscript(model, example)
-    _report(progress="keeping the TorchScript")
+    progress("keeping the TorchScript")
     descriptor, temporary = tempfile.mkstemp(dir=out.parent, suffix=".pt")
     os.close(descriptor)
-    torch.jit.save(scripted, temporary)
-    os.replace(temporary, out)
+    try:
+        torch.jit.save(scripted, temporary)
+        os.replace(temporary, out)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def _to_torchscript(model, example):  # type: ignore[no-untyped-def]  # torch is imported by the child only
-    """Traced if that is true to the eager model on other inputs and another batch size, else scripted."""
+    """Traced if that is true to the eager model on other inputs and another batch size, else scripted.
+
+    Where the tracer warns that it follows one branch of several, scripting comes first, and the comparison is made
+    on more inputs: one that happens to take the traced branch proves nothing.
+    """
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     other = torch.cat([example, example])
     if other.is_floating_point():
-        other = other + torch.randn(other.shape, generator=generator, dtype=other.dtype) * 0.1
-    expected = model(other)
+        other = other + torch.randn_like(other) * 0.1
+    inputs = [other]
+    reasons = []
+    traced = None
     try:
-        traced = torch.jit.trace(model, example, check_trace=False)
-        difference = _largest_difference(expected, traced(other))
-        reason = f"the traced model differs from the eager one by {difference:.1e} (relative)"
-    except RuntimeError as error:
-        difference = float("inf")
-        reason = f"tracing failed: {str(error).strip().splitlines()[0]}"
-    if difference <= TOLERANCE:
-        return traced
-    try:
-        scripted = torch.jit.script(model)
-        if _largest_difference(expected, scripted(other)) <= TOLERANCE:
-            return scripted
-    except RuntimeError as error:
-        reason += f"; scripting failed: {str(error).strip().splitlines()[0]}"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", torch.jit.TracerWarning)
+            traced = torch.jit.trace(model, example.clone(), check_trace=False)
+        if any(issubclass(warning.category, torch.jit.TracerWarning) for warning in caught):
+            inputs += [-3 * other, torch.zeros_like(other)] if other.is_floating_point() else [other.flip(-1)]
+    except Exception as error:  # the model's own code runs here, and may raise anything
+        reasons.append(f"tracing failed: {_first_line(error)}")
+    expected = [model(each.clone()) for each in inputs]  # copies: a model may change its input in place
+
+    def is_true(converted) -> bool:  # type: ignore[no-untyped-def]
+        pairs = zip(expected, inputs, strict=True)
+        difference = max(_largest_difference(wanted, converted(each.clone())) for wanted, each in pairs)
+        if difference > TOLERANCE:
+            reasons.append(f"the converted model differs from the eager one by {difference:.1e} (relative)")
+        return difference <= TOLERANCE
+
+    for convert in (lambda: traced, lambda: torch.jit.script(model))[:: -1 if len(inputs) > 1 else 1]:
+        try:
+            converted = convert()
+            if converted is not None and is_true(converted):
+                return converted
+        except Exception as error:
+            reasons.append(f"scripting failed: {_first_line(error)}")
     raise ModelLoadError(
-        f"{reason}. Its forward probably depends on the data or the batch size; export the model yourself "
+        f"{'; '.join(reasons)}. Its forward probably depends on the data or the batch size; export the model yourself "
         "(torch.jit.script or torch.export) and pack that as --serialized-file without --model-file."
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _largest_difference(expected, got) -> float:  # type: ignore[no-untyped-def]
@@ -185,4 +251,4 @@ def _largest_difference(expected, got) -> float:  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2]))
+    sys.exit(main(*sys.argv[1:]))
