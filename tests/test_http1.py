@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
 import uuid
 from typing import Any
 
@@ -702,6 +703,21 @@ def test_drain_closes_idle_connections_at_once_and_busy_ones_after_their_answer(
         assert len(connections) == 0
 
     asyncio.run(scene())
+
+
+def test_drain_leaves_an_idle_connection_open_whose_request_is_still_with_the_kernel() -> None:
+    connections = Connections(Http1Limits())
+    wire = Wire(None, connections=connections)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        wire.transport._extra["socket"] = ours
+        theirs.sendall(GET)
+        connections.start_drain()
+        assert not wire.transport.closed
+        wire.send(ours.recv(1000))
+        wire.exchanges[0].respond(Response())
+        assert wire.answer.headers["connection"] == "close"
+        assert wire.transport.closed
 
 
 def test_drain_of_no_connection_returns() -> None:

@@ -1,0 +1,24 @@
+"""What all tests share: the seed that replays random tests, and tests that need an accelerator."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+SEED = int(os.environ.get("PYSERVE_TEST_SEED", "1"))
+
+
+@pytest.fixture
+def seed() -> int:
+    """For random tests; printed, so that a failure tells how to run it again."""
+    print(f"PYSERVE_TEST_SEED={SEED}")
+    return SEED
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        if os.environ.get("PYSERVE_REQUIRE_GPU") == "1":
+            pytest.fail("PYSERVE_REQUIRE_GPU=1, but torch finds no accelerator")
+        pytest.skip("needs an accelerator")

@@ -1,0 +1,119 @@
+"""Eager archives become TorchScript in a process of their own, or say why not."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from packing import EAGER, pack
+
+from pyserve.archive import Archive, open_archive
+from pyserve.errors import ModelLoadError
+from pyserve.trace import Tracing, needs_tracing, traced_file
+
+HANG_S = 120
+WEIGHTS = {"linear.weight": torch.arange(8.0).reshape(2, 4), "linear.bias": torch.ones(2)}
+NO_WEIGHTS = "import torch\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        {}\n"
+
+OpenPacked = Callable[..., Archive]
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenPacked:
+    monkeypatch.setenv("PYSERVE_CACHE", str(tmp_path / "cache"))
+
+    def make(code: str = EAGER, state: dict[str, torch.Tensor] | None = None) -> Archive:
+        return open_archive(pack(tmp_path, model_code=code, state=state))
+
+    return make
+
+
+def trace(archive: Archive, timeout_s: float = HANG_S) -> list[str]:
+    """The progress it reported."""
+    texts: list[str] = []
+    with archive:
+        Tracing(archive).wait(texts.append, timeout_s)
+    return texts
+
+
+def failure(archive: Archive, timeout_s: float = HANG_S) -> str:
+    with pytest.raises(ModelLoadError) as caught:
+        trace(archive, timeout_s)
+    assert not traced_file(archive).exists()
+    return caught.value.message
+
+
+def test_the_traced_model_is_the_eager_one_and_is_kept(packed: OpenPacked) -> None:
+    # What the model file prints, even if it looks like a report, is ignored; so is much text on stderr.
+    noise = 'import sys\nprint(\'{"error": "mine"}\')\nprint("{", flush=True)\nsys.stderr.write("x" * 300_000)\n'
+    archive = packed(noise + EAGER, WEIGHTS)
+    assert needs_tracing(archive)
+    assert trace(archive) == ["building the model and reading its weights", "tracing", "keeping the TorchScript"]
+    assert not needs_tracing(archive)
+    assert [path.name for path in traced_file(archive).parent.iterdir()] == [traced_file(archive).name]
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(
+        torch.jit.load(str(traced_file(archive)))(x), x @ WEIGHTS["linear.weight"].t() + 1, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_model_that_tracing_gets_wrong_is_scripted(packed: OpenPacked) -> None:
+    archive = packed(NO_WEIGHTS.format("return x + 1 if bool(x.sum() > 0.05) else x - 1"))
+    trace(archive)
+    script = torch.jit.load(str(traced_file(archive)))
+    for sign in (1, -1):
+        assert torch.equal(script(sign * torch.ones(2, 4)), sign * 2 * torch.ones(2, 4))
+
+
+def test_a_model_that_changes_its_input_in_place_is_traced(packed: OpenPacked) -> None:
+    archive = packed(NO_WEIGHTS.format("return x.mul_(2).add_(1)"))
+    trace(archive)
+    assert torch.equal(torch.jit.load(str(traced_file(archive)))(torch.ones(2, 4)), torch.full((2, 4), 3.0))
+
+
+def test_a_model_that_depends_on_the_data_in_python_is_rejected(packed: OpenPacked) -> None:
+    text = failure(packed(NO_WEIGHTS.format("return x * len(eval(repr([1] * int(abs(x).sum().item()*100))))")))
+    assert "export the model yourself" in text and "depends on the data" in text
+
+
+CASES = {
+    "missing import": ("import torchvision_that_is_missing\n" + EAGER, None,
+                       ["model.py", "No module named 'torchvision_that_is_missing'"]),
+    "weights that do not fit": (EAGER, {"linear.weight": torch.ones(3, 3)}, ["weights", "does not fit Net"]),
+    "no class": ("import torch\n", None, ["must define exactly one class"]),
+    "arguments": (EAGER.replace("__init__(self)", "__init__(self, size)"), None, ["buildable without arguments"]),
+    "raises": (NO_WEIGHTS.format("raise ValueError('not today')"), None, ["not today"]),
+    "exits": ("import os, sys\nsys.stderr.write('first\\nlast words')\nsys.stderr.flush()\nos._exit(7)\n" + EAGER, None,
+              ["exit status 7", "last words"]),
+    "crashes": ("import os\nos.kill(os.getpid(), 9)\n" + EAGER, None, ["killed by SIGKILL"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_conversion_that_fails_says_why(packed: OpenPacked, case: str) -> None:
+    code, state, parts = CASES[case]
+    text = failure(packed(code, state))
+    assert all(part in text for part in parts), text
+    assert "Traceback" not in text and "\n" not in text
+
+
+def test_a_conversion_that_hangs_is_ended(packed: OpenPacked) -> None:
+    archive = packed("import time\nwhile True: time.sleep(9)\n")
+    tracing = Tracing(archive)
+    with pytest.raises(ModelLoadError, match="startup_timeout"):
+        tracing.wait(lambda text: None, 0.2)
+    assert tracing._process.returncode == -signal.SIGKILL
+    tracing.stop()
+    archive.close()
+
+
+def test_a_conversion_that_is_not_wanted_any_more_is_ended(packed: OpenPacked) -> None:
+    archive = packed()
+    tracing = Tracing(archive)
+    tracing.stop()
+    tracing.stop()
+    assert tracing._process.returncode == -signal.SIGKILL
+    archive.close()
