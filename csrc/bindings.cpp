@@ -286,6 +286,7 @@ PYBIND11_MODULE(_core, m) {
         .def("join", &Lane::join, py::call_guard<py::gil_scoped_release>())
         .def("workers", &workers)
         .def("stats", &stats)
+        .def_property_readonly("ready_count", &Lane::ready_count)
         .def_property_readonly("queue_size", &Lane::queue_size)
         .def_property_readonly("capacity", &Lane::capacity)
         .def_property_readonly("running", &Lane::running);

@@ -98,6 +98,12 @@ void Lane::purge() {
     completions_->push(result.release());
 }
 
+size_t Lane::ready_count() const {
+    return static_cast<size_t>(std::count_if(workers_.begin(), workers_.end(), [](const auto& worker) {
+        return worker->state() == WorkerState::ready && !worker->is_stopping();
+    }));
+}
+
 std::vector<WorkerRow> Lane::workers() const {
     std::vector<WorkerRow> rows;
     for (const auto& worker : workers_) {

@@ -54,6 +54,8 @@ class Lane {
     void purge();
 
     std::vector<WorkerRow> workers() const;
+    // Workers that take batches now.
+    size_t ready_count() const;
     size_t queue_size() const { return batcher_.queue_size(); }
     size_t capacity() const { return batcher_.capacity(); }
     uint32_t running() const { return batcher_.running(); }

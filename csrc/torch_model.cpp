@@ -1,7 +1,9 @@
 #include "torch_model.h"
 
+#include <ATen/DeviceAccelerator.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/csrc/jit/serialization/import.h>
 
 #include <stdexcept>
@@ -155,9 +157,14 @@ class PackageModel final : public TorchModel {
 
 std::shared_ptr<TorchModel> TorchModel::load(const ModelOptions& options, const std::vector<at::Tensor>& example) {
     const c10::InferenceMode guard;
+    // The profiling executor exists to fuse kernels on accelerators. On a CPU it only makes the first runs slow and
+    // compiles again for shapes it has not seen.
+    if (!at::getAccelerator().has_value()) torch::jit::getProfilingMode() = false;
     if (options.is_package) return std::make_shared<PackageModel>(options);
     return std::make_shared<ScriptModel>(options, example);
 }
+
+int TorchModel::warm_up_runs() { return torch::jit::getProfilingMode() ? 3 : 1; }
 
 at::Tensor TorchModel::convert_input(const at::Tensor& input) const {
     at::Tensor out = input;

@@ -34,6 +34,10 @@ class TorchModel {
     // Any thread. Inputs are on `device()`, batch first. A tensor, or a tuple, list or dict of tensors comes back.
     virtual c10::IValue run(const std::vector<at::Tensor>& inputs) = 0;
 
+    // How often a shape has to be run until it runs as fast as it will: the profiling executor measures first, then
+    // compiles.
+    static int warm_up_runs();
+
     const ModelOptions& options() const { return options_; }
     at::Device device() const { return options_.device; }
 

@@ -112,7 +112,7 @@ void Worker::main() noexcept {
 // compiles kernels, which would otherwise be paid by the first clients.
 Status Worker::warm_up() {
     if (shared_.example.empty()) return {};
-    constexpr int runs = 2;  // the first one profiles, the second one runs what was compiled from it
+    const int runs = TorchModel::warm_up_runs();
     // A copy of its own: a model that changes its input in place would change every worker's example.
     Inputs example;
     for (const at::Tensor& input : shared_.example) example.push_back(input.clone());

@@ -25,7 +25,7 @@ from pyserve.archive_inspect import (
     size_on_disk,
 )
 from pyserve.entries import MANIFEST_NAME, Entry, check_entries, shown
-from pyserve.errors import InvalidModelError, ServeError
+from pyserve.errors import InvalidModelError, ModelLoadError, ServeError
 from pyserve.manifest import (
     BUILTIN_HANDLERS,
     LSP_HANDLERS,
@@ -36,6 +36,7 @@ from pyserve.manifest import (
     split_handler,
 )
 from pyserve.model_config import ModelConfig
+from pyserve.trace import check_packed
 
 __all__ = [
     "ARCHIVER_VERSION", "FORMATS", "ArchiverConfig", "add_archiver_arguments", "add_inspect_arguments",
@@ -237,13 +238,23 @@ def add_archiver_arguments(parser: argparse.ArgumentParser) -> None:
     add("-f", "--force", action="store_true", help="replace an archive that exists")
     add("-r", "--requirements-file", help="requirements.txt of the handler")
     add("-c", "--config-file", help="model-config.yaml")
+    add("--no-check", action="store_true", help="do not try whether an eager model loads and can be traced")
+
+
+def _check(path: Path) -> None:
+    try:
+        check_packed(path, lambda text: None)
+    except ServeError as error:
+        raise ModelLoadError(f"{path} is packed, but cannot be served: {error.message}") from error
 
 
 def archive_command(args: argparse.Namespace) -> int:
-    """Writes the archive and prints its path and size. Exit code: 0, or 1 with the reason on stderr."""
+    """Writes the archive, checks it and prints its path and size. Exit code: 0, or 1 with the reason on stderr."""
     try:
         given = {field.name: getattr(args, field.name) for field in fields(ArchiverConfig) if field.name != "version"}
         path = write_archive(ArchiverConfig(**given, version=args.model_version))
+        if not args.no_check:
+            _check(path)
     except (ServeError, OSError) as error:
         return report_failure(error)
     print(f"{path} ({readable_size(size_on_disk(path))})")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyserve.errors import ConfigError, ModelLoadError
+from pyserve.trace import check_packed
 
 if TYPE_CHECKING:
     # Not at run time: torch takes a second to import, and `pyserve example --help` needs none of it.
@@ -79,6 +80,7 @@ def example_command(args: argparse.Namespace) -> int:
     archive = write_example(
         args.name, export_path, args.weights, labels=args.labels, model_format=args.format, force=args.force
     )
+    check_packed(archive, lambda text: None)
     print(archive)
     print(f"serve it:  pyserve start --model-store {export_path} --models {archive.name}")
     return 0

@@ -98,9 +98,11 @@ def spawn(
 def _environment() -> dict[str, str]:
     """Our environment; a checkout that is found through the current folder only is named to the child."""
     environment = {k: v for k, v in os.environ.items() if k not in (SERVER_VARIABLE, SUPERVISOR_VARIABLE)}
-    # Threads of one operation that spin while they wait for each other lose whole time slices as soon as anything
-    # else wants the core: loading a model beside other work took eight times the CPU time it takes with this.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # How long threads of one operation spin while they wait for each other. GNU OpenMP's default is milliseconds:
+    # as soon as anything else wants a core, whole time slices are spun away (bench/README.md has the figures).
+    # Not spinning at all makes a network of many small operations slower than one thread would be.
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", "5000")
     root = str(Path(__file__).resolve().parent.parent)
     if sys.path and sys.path[0] in ("", root) and root not in sys.path[1:]:
         inherited = environment.get("PYTHONPATH")

@@ -22,10 +22,12 @@ from pyserve.errors import (
     DeadlineError,
     ExpiredError,
     HandlerError,
+    InputError,
     JsonObject,
     OutOfMemoryError,
     OverloadedError,
     ServeError,
+    ServerError,
 )  # fmt: skip
 from pyserve.handler import PredictionException
 from pyserve.loader import Network
@@ -56,6 +58,7 @@ class NativeLane:
         self._services = services
         self._name = name
         self._label = label
+        self._is_strict = services.config.compat == "strict"
         self._loop = asyncio.get_running_loop()
         capacity = max(RING_CAPACITY_MIN, 4 * settings.queue_size)
         self.core = services.engine.add_lane(network.torch_model, network.example, 1 << (capacity - 1).bit_length())
@@ -77,7 +80,8 @@ class NativeLane:
 
     @property
     def ready_count(self) -> int:
-        return sum(1 for row in self.core.workers() if row["state"] == "ready")
+        """Workers that take batches now."""
+        return int(self.core.ready_count)
 
     @property
     def wanted_count(self) -> int:
@@ -159,10 +163,14 @@ class NativeLane:
             return self.refusal("draining")
         if not self.ready_count:
             return self.refusal("no worker")
-        if self.waiting_count < self._waiting_max():
+        if self._has_room():
             return None
         self.core.purge()  # requests whose clients have gone make room
-        return None if self.waiting_count < self._waiting_max() else self.refusal("queue full")
+        return None if self._has_room() else self.refusal("queue full")
+
+    def _has_room(self) -> bool:
+        waiting = self.waiting_count
+        return waiting < self.settings.queue_size or waiting < self._waiting_max()
 
     @property
     def waiting_count(self) -> int:
@@ -192,6 +200,8 @@ class NativeLane:
         if pending.stage == OVER:
             return  # expired or hung up meanwhile
         if isinstance(prepared, ServeError):
+            if self._is_strict and isinstance(prepared, InputError):
+                prepared = HandlerError("Prediction failed")  # TorchServe's answer to any exception of a handler
             self._answer_error(pending, prepared)
             return
         deadline = pending.arrived_at + int(self.settings.queue_limit_s * 1e9)
@@ -343,11 +353,13 @@ class NativeLane:
         queued_s = (started_at - pending.arrived_at) / 1e9
         ran_s = (time.monotonic_ns() - started_at) / 1e9
         pending.started_at = started_at
-        error = DeadlineError(
+        error: ServeError = DeadlineError(
             f"the model did not answer in time: queued {queued_s:.3f} s, ran {ran_s:.3f} s, limit "
             f"response_timeout={self.settings.response_timeout_s} s",
             detail={"reason": "response_timeout"},
         )
+        if self._is_strict:
+            error = ServerError("Worker died.")
         self._answer_error(pending, error)
 
     def _start_sweep(self) -> None:

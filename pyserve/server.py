@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ EXIT_DRAIN_CUT_SHORT = 4
 
 
 def main() -> int:
+    gc.disable()  # imports and loading make a million objects, nearly all of which stay
     start = receive_server_start()
     log_setup.configure()
     loop = uvloop.new_event_loop()
@@ -69,6 +71,9 @@ async def _serve(start: ServerStart) -> int:
                 await loading
             return EXIT_DRAINED
         loading.result()
+        gc.collect()
+        gc.freeze()  # what is there now is there for good: no collection need look at it again
+        gc.enable()
         await site.open_ports()
         start.report.ready(**site.report())
         await stop.first

@@ -9,6 +9,8 @@ The parent side needs no torch, so that a server can begin tracing before it imp
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import json
 import math
 import os
@@ -28,6 +30,8 @@ from pyserve.errors import ModelLoadError, ServeError
 
 Progress = Callable[[str], None]
 
+# Models are frozen here, where it is done once, if nothing has to be changed in them afterwards.
+_FROZEN_AS = ("fp32", "contiguous")
 # Largest difference between the eager and the traced model's outputs, relative to the largest output.
 TOLERANCE = 1e-5
 
@@ -56,9 +60,7 @@ class Tracing:
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 pass_fds=(for_child,),
-                # Several conversions and the server's own start share the CPUs; threads that spin while they wait
-                # for one another would stop all of them.
-                env={**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE"},
+                env={**os.environ, "PYTHONPATH": path},
             )
         finally:
             os.close(for_child)
@@ -132,8 +134,25 @@ def needs_tracing(archive: Archive) -> bool:
     return archive.manifest.model_file is not None and not traced_file(archive).exists()
 
 
+def check_packed(path: Path, progress: Progress, timeout_s: float = 600.0) -> None:
+    """Traces a freshly packed eager archive: it is shown to load, and its first start here finds the work done.
+
+    Does nothing for other archives, and where torch is not installed.
+
+    Raises:
+        ModelLoadError: it cannot be served as it was packed.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return
+    with open_archive(path) as archive:
+        has_own_code = f"{archive.manifest.handler.partition(':')[0].removesuffix('.py')}.py" in archive.files
+        if needs_tracing(archive) and not has_own_code:
+            Tracing(archive).wait(progress, timeout_s)
+
+
 def main(archive_path: str, out_path: str, descriptor: str) -> int:
     """The child: writes JSON lines with ``progress`` or ``error`` to ``descriptor``."""
+    gc.disable()  # importing torch makes millions of objects that all stay
     os.set_inheritable(int(descriptor), False)
 
     def report(**fields: str) -> None:
@@ -169,8 +188,12 @@ def _trace(archive_path: str, out: Path, progress: Progress) -> None:
     weights = archive.weights.open() if archive.weights is not None else None
     model = load_eager_model(archive.model_dir, manifest.model_file, weights)
     progress("tracing")
+    # A network runs only a few times here; the profiling executor would spend those on measuring it.
+    torch._C._jit_set_profiling_mode(False)
+    config = archive.config
+    freezes = (config.precision or "fp32", config.memory_format or "contiguous") == _FROZEN_AS
     with torch.inference_mode(False), torch.no_grad():
-        scripted = _to_torchscript(model, example)
+        scripted = _to_torchscript(model, example, freezes=freezes)
     progress("keeping the TorchScript")
     descriptor, temporary = tempfile.mkstemp(dir=out.parent, suffix=".pt")
     os.close(descriptor)
@@ -182,7 +205,7 @@ def _trace(archive_path: str, out: Path, progress: Progress) -> None:
         raise
 
 
-def _to_torchscript(model, example):  # type: ignore[no-untyped-def]  # torch is imported by the child only
+def _to_torchscript(model, example, *, freezes: bool):  # type: ignore[no-untyped-def]  # the child imports torch
     """Traced if that is true to the eager model on other inputs and another batch size, else scripted.
 
     Where the tracer warns that it follows one branch of several, scripting comes first, and the comparison is made
@@ -217,7 +240,11 @@ def _to_torchscript(model, example):  # type: ignore[no-untyped-def]  # torch is
     for convert in (lambda: traced, lambda: torch.jit.script(model))[:: -1 if len(inputs) > 1 else 1]:
         try:
             converted = convert()
-            if converted is not None and is_true(converted):
+            if converted is None:
+                continue
+            if freezes:
+                converted = torch.jit.freeze(converted.eval())
+            if is_true(converted):
                 return converted
         except Exception as error:
             reasons.append(f"scripting failed: {_first_line(error)}")

@@ -22,13 +22,13 @@ LEVELS = [
     # Configuration and archives; no torch.
     "settings model_source cpu_budget config_keys config pid_file console",
     "zip_reader tar_reader folder_reader manifest model_config weights archive_formats extract archive_cache archive "
-    "archive_inspect archiver",
+    "archive_inspect trace archiver",
     # The wire.
     "http1_limits http1_errors http1_timer http1_exchange http1_connections http1_head http1_body http1_incoming "
     "http1_answer http1",
     # What a lane needs.
     "context metrics codec handler engine placement",
-    "examples zoo sample trace loader services model_settings pending native_lane model",
+    "examples zoo sample loader services model_settings pending native_lane model",
     # The server's endpoints.
     "registry",
     "parameters openapi routes inference management",
@@ -38,7 +38,7 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 # Never imported when these are: the supervisor, the command line, and the server until its archives are open.
-NO_TORCH = ["cli", "supervisor", "start", "status", "stop", "launch", "config", "archive", "archiver", "server"]
+NO_TORCH = ["cli", "trace", "supervisor", "start", "status", "stop", "launch", "config", "archive", "archiver", "server"]
 
 BANNED_FILE_NAMES = {"util", "utils", "helper", "helpers", "manager", "misc", "common", "data", "info", "process"}
 FILE_LINES_MAX = 500
