@@ -75,7 +75,7 @@ async def _serve(start: ServerStart) -> int:
         gc.freeze()  # what is there now is there for good: no collection need look at it again
         gc.enable()
         await site.open_ports()
-        start.report.ready(**site.report())
+        start.report.ready(**await site.report())
         await stop.first
         return await _drain(site, stop, start.config.drain_timeout_s)
     finally:

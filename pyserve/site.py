@@ -134,7 +134,7 @@ class Site:
         ]
         return [*rows, *inference_descriptions(rows, self.registry.get)]
 
-    def report(self) -> dict[str, Any]:
+    async def report(self) -> dict[str, Any]:
         """What the start-up table shows: ``models``, ``not_loaded`` and ``sample``."""
         config = self._start.config
         rows = [
@@ -159,17 +159,19 @@ class Site:
         return {
             "models": rows,
             "not_loaded": [file for file in config.store_files() if file not in loaded],
-            "sample": self._sample(),
+            "sample": await self._sample(),
         }
 
-    def _sample(self) -> str:
+    async def _sample(self) -> str:
         """One line that a person can paste."""
         ready = [model for model in self.registry.default_models() if model.has_ready_worker]
         if not ready:
             return f"curl {self._start.config.inference_address}/ping"
         model = ready[0]
         folder = open_cache().root / "samples"
-        return f"curl {self._start.config.inference_address}/predictions/{model.name} {model.sample_arguments(folder)}"
+        # Drawing a picture takes a moment, and requests are being answered already.
+        arguments = await asyncio.to_thread(model.sample_arguments, folder)
+        return f"curl {self._start.config.inference_address}/predictions/{model.name} {arguments}"
 
     async def drain(self) -> None:
         """In this order: no new connections, answer what was accepted, stop the models."""
