@@ -38,7 +38,9 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 # Never imported when these are: the supervisor, the command line, and the server until its archives are open.
-NO_TORCH = ["cli", "trace", "supervisor", "start", "status", "stop", "launch", "config", "archive", "archiver", "server"]
+NO_TORCH = [
+    "cli", "trace", "supervisor", "start", "status", "stop", "launch", "config", "archive", "archiver", "server",
+]  # fmt: skip
 
 BANNED_FILE_NAMES = {"util", "utils", "helper", "helpers", "manager", "misc", "common", "data", "info", "process"}
 FILE_LINES_MAX = 500
