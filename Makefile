@@ -23,21 +23,13 @@ $(BIN)/python:
 
 # torch first and alone: what follows must find it and never fetch another one.
 $(VENV)/.torch: $(BIN)/python
-	$(BIN)/pip install --quiet --upgrade "setuptools>=77" wheel
+	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja numpy
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
 	@touch $@
 
-$(VENV)/.dependencies: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
-	  names = p['build-system']['requires'] + p['project']['dependencies'] + p['project']['optional-dependencies']['test'] \
-	  + p['project']['optional-dependencies']['bench']; print('\n'.join(n for n in names if not n.startswith('torch')))" \
-	  > $(VENV)/requirements.txt
-	$(BIN)/pip install --quiet -r $(VENV)/requirements.txt
-	@touch $@
-
-$(VENV)/.built: $(VENV)/.dependencies setup.py $(wildcard csrc/*)
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "building the native engine (a minute or two)"
-	@$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable . > $(VENV)/build.log 2>&1 \
+	@$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,bench]" > $(VENV)/build.log 2>&1 \
 	  || { tail -40 $(VENV)/build.log; exit 1; }
 	@touch $@
 
