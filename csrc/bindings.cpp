@@ -174,12 +174,16 @@ py::dict stats(const Lane& lane) {
     return out;
 }
 
+bool is_leaving(const WorkerRow& row) {
+    return row.is_stopping && row.state != WorkerState::failed && row.state != WorkerState::stopped;
+}
+
 py::list workers(const Lane& lane) {
     py::list rows;
     for (const WorkerRow& row : lane.workers()) {
         py::dict out;
         out["id"] = row.id;
-        out["state"] = row.is_stopping && row.state == WorkerState::ready ? "stopping" : name_of(row.state);
+        out["state"] = is_leaving(row) ? "stopping" : name_of(row.state);
         out["running_since"] = row.running_since;
         out["batches"] = row.batches;
         out["error"] = row.error;

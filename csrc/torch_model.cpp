@@ -160,8 +160,15 @@ std::shared_ptr<TorchModel> TorchModel::load(const ModelOptions& options, const 
     // The profiling executor exists to fuse kernels on accelerators. On a CPU it only makes the first runs slow and
     // compiles again for shapes it has not seen.
     if (!at::getAccelerator().has_value()) torch::jit::getProfilingMode() = false;
-    if (options.is_package) return std::make_shared<PackageModel>(options);
-    return std::make_shared<ScriptModel>(options, example);
+    std::shared_ptr<TorchModel> model;
+    if (options.is_package) {
+        model = std::make_shared<PackageModel>(options);
+    } else {
+        model = std::make_shared<ScriptModel>(options, example);
+    }
+    // Weights may still be on their way; the workers' streams do not wait for the one they were copied on.
+    if (!options.device.is_cpu()) at::accelerator::synchronizeDevice(options.device.index());
+    return model;
 }
 
 int TorchModel::warm_up_runs() { return torch::jit::getProfilingMode() ? 3 : 1; }

@@ -134,6 +134,12 @@ Status Worker::warm_up() {
     return {};
 }
 
+// Whether the settings in force are the ones wanted.
+bool Worker::has_settings() const {
+    return threads_ == shared_.intra_op_threads.load(std::memory_order_relaxed) &&
+           staging_size_ == shared_.staging_size.load(std::memory_order_relaxed);
+}
+
 // What was set from outside since the last batch. REQUIRES: nothing is in flight.
 void Worker::apply_settings() {
     const int threads = shared_.intra_op_threads.load(std::memory_order_relaxed);
@@ -157,9 +163,14 @@ void Worker::serve() {
     Take take;
     for (;;) {
         int64_t wake_at = never_ns;
-        // With one batch on the device only a full one is worth taking early: a smaller one may still grow.
-        const Next next = in_flight_.empty() ? shared_.batcher->next_batch(take, stop_)
-                                             : shared_.batcher->try_next(take, wake_at, /*full_only=*/true);
+        // With one batch on the device only a full one is worth taking early: a smaller one may still grow. None is
+        // taken when there is something to be done between two batches.
+        Next next = Next::nothing;
+        if (in_flight_.empty()) {
+            next = shared_.batcher->next_batch(take, stop_);
+        } else if (!is_stopping() && has_settings()) {
+            next = shared_.batcher->try_next(take, wake_at, /*full_only=*/true);
+        }
         if (next == Next::batch) {
             if (in_flight_.empty()) apply_settings();
             begin(take);

@@ -85,6 +85,7 @@ class Worker {
     void main() noexcept;
     Status warm_up();
     void serve();
+    bool has_settings() const;
     void apply_settings();
     void begin(Take& take);
     void launch(Flight& flight);

@@ -53,6 +53,8 @@ class Exchange:
         if self.answered:
             return
         self.answered = True
+        # It refers back to the exchange: left here, body and model would live until a garbage collection.
+        self.on_disconnect = None
         if not self.disconnected:
             self.response = response
             self._deliver(self)

@@ -55,7 +55,8 @@ class Management:
         config: ``model_store``, ``enable_model_api``, ``compat`` and time limits are read.
     """
 
-    def __init__(self, registry: Registry, config: Config):
+    def __init__(self, registry: Registry, config: Config, *, tells_errors: bool = True):
+        self._tells_errors = tells_errors
         self._registry = registry
         self._config = config
         self._is_strict = config.compat == "strict"
@@ -114,9 +115,11 @@ class Management:
             versions = self._registry.versions(model_name)
             if not versions:
                 raise ModelNotFoundError(f"Model not found: {model_name}")
-            return json_response([describe(model) for model in versions])
+            return json_response([describe(model, tells_errors=self._tells_errors) for model in versions])
         model = self._registry.get(model_name, model_version)
-        return json_response([describe(model, with_metadata=values.get("customized", False))])
+        return json_response(
+            [describe(model, with_metadata=values.get("customized", False), tells_errors=self._tells_errors)]
+        )
 
     def show_readiness(self, exchange: Exchange, model_name: str) -> Response:
         """``GET /v1/models/{m}``, KServe's protocol."""
@@ -277,7 +280,7 @@ class Management:
         task.add_done_callback(finish)
 
 
-def describe(model: Model, *, with_metadata: bool = False) -> JsonObject:
+def describe(model: Model, *, with_metadata: bool = False, tells_errors: bool = True) -> JsonObject:
     """One version as the management API shows it: TorchServe's keys in its order, then pyserve's own."""
     retry_timeout_s = model.archive.config.retry_timeout_max_s
     remaining, pending = model.queue_status()
@@ -326,13 +329,14 @@ def describe(model: Model, *, with_metadata: bool = False) -> JsonObject:
     }
     if with_metadata:
         described["customizedMetadata"] = {}  # native models have no handler process to ask
-    return described | _own_description(model)
+    return described | _own_description(model, tells_errors=tells_errors)
 
 
-def _own_description(model: Model) -> JsonObject:
+def _own_description(model: Model, *, tells_errors: bool) -> JsonObject:
     own: JsonObject = {"lane": model.lane, "state": model.state}
     if model.error:
-        own["error"] = model.error
+        # The text may quote files and exceptions, which is not for everyone who can reach a public address.
+        own["error"] = model.error if tells_errors else "it cannot be served; the server's log says why"
     own |= {
         "device": model.device,
         "weightsShared": True,

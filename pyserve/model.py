@@ -177,6 +177,8 @@ class Model:
             for row in lane.core.workers():
                 self._worker_started.setdefault(row["id"], datetime.now())
             failure = await lane.settled(self.settings.startup_timeout_s)
+            if self._lane is not lane:
+                raise self._scaling_error("it is being unregistered")
             if failure:
                 self.wanted_workers = min(before, wanted)
                 lane.set_workers(self.wanted_workers)

@@ -99,7 +99,8 @@ class NativeLane:
 
         def is_settled() -> bool:
             self.core.reap()
-            return all(row["state"] in ("ready", "failed") for row in self.core.workers())
+            # One that is stopping finishes its batch first, however long that takes.
+            return all(row["state"] in ("ready", "failed", "stopping") for row in self.core.workers())
 
         try:
             await asyncio.wait_for(self._services.engine.wait_for_workers(is_settled), timeout_s)

@@ -93,7 +93,7 @@ async def _drain(site: Site, stop: _StopSignals, timeout_s: int) -> int:
         return EXIT_DRAINED
     log.warning("stopping before everything was answered: %s",
                 "told twice" if stop.second.done() else f"drain_timeout_s={timeout_s} is over")  # fmt: skip
-    site.cut_short()
+    await site.cut_short()
     # Native threads may be in the middle of a batch and cannot be stopped; the process goes without them.
     logging.shutdown()
     os._exit(EXIT_DRAIN_CUT_SHORT)

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 ACCEPT_BACKLOG = 2048
 # Clients that connect without end must not keep the server from draining.
 ACCEPT_WAITING_MAX_S = 1.0
+# Time for the last answers to leave when draining is cut short.
+CUT_SHORT_WRITE_S = 0.1
 
 
 class Site:
@@ -61,7 +63,11 @@ class Site:
             error_format=ErrorFormat(
                 with_detail=config.compat != "strict" and config.error_detail != "none",
                 with_private_detail=config.error_detail == "full"
-                or (config.error_detail == "auto" and config.inference_address.is_loopback),
+                or (
+                    config.error_detail == "auto"
+                    and config.inference_address.is_loopback
+                    and config.management_address.is_loopback
+                ),
             ),
         )
         self.registry = Registry(services, state_file=start.state_file, progress=start.report.progress)
@@ -105,7 +111,8 @@ class Site:
         if "inference" in names:
             rows += self._inference_rows()
         if "management" in names:
-            rows += Management(self.registry, config).routes()
+            tells_errors = self._services.error_format.with_private_detail
+            rows += Management(self.registry, config, tells_errors=tells_errors).routes()
         if "metrics" in names:
             rows += metrics_routes(self._metrics) if names == ["metrics"] else metrics_routes(self._metrics)[2:]
         guard = BrowserGuard(config.management_address, config.cors_allowed_origin) if "management" in names else None
@@ -194,10 +201,11 @@ class Site:
             await asyncio.sleep(0)
         await asyncio.sleep(0)  # the last one's connection_made
 
-    def cut_short(self) -> None:
+    async def cut_short(self) -> None:
         """Answers what waits with 503 and lets go of the rest."""
         for model in self.registry.all_models():
             model.cut_short()
+        await asyncio.sleep(CUT_SHORT_WRITE_S)  # the answers are written when the loop turns
         for connections in self._connections:
             connections.abort()
 
