@@ -455,8 +455,8 @@ def test_a_client_that_goes_while_its_request_is_preprocessed_gets_nothing(tmp_p
             exchange.disconnect()
             assert (await stand.answer(2)).status == 200
             assert exchange.request.id not in stand.answers
-            while stand.lane.waiting_count:  # the pool has several threads: the second request may be back first
-                await asyncio.sleep(0.001)  # noqa: ASYNC110 - nothing announces it
+            while stand.lane.waiting_count:  # noqa: ASYNC110 - the second may be back first, and nothing says so
+                await asyncio.sleep(0.001)
             assert stand.lane.stats()["submitted"] == 1
 
     run(test())
