@@ -132,12 +132,13 @@ class Batcher {
     // --- workers ----------------------------------------------------------------------------------------------
 
     // One attempt, without sleeping. `wake_at` is set to when a window closes if that is why there is nothing.
-    // `full_only` takes a batch only if it is full: for a worker that has one running already.
-    Next try_next(Take& take, int64_t& wake_at, bool full_only = false) {
+    // `full_only` takes a batch only if it is full: for a worker that has one running already. `at_most` bounds it
+    // further: for a worker that can take only so many now.
+    Next try_next(Take& take, int64_t& wake_at, bool full_only = false, size_t at_most = SIZE_MAX) {
         wake_at = never_ns;
         take.clear();
         // Allocated first: with a permit or claimed requests in hand nothing may throw.
-        const size_t size_max = batch_size_max();
+        const size_t size_max = std::min<size_t>(batch_size_max(), at_most);
         take.requests.reserve(size_max);
         take.dropped.reserve(ring_.capacity());
         if (!enter()) return closed_and_empty() ? Next::closed : Next::nothing;

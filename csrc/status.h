@@ -14,6 +14,8 @@ enum class Code : uint8_t {
     expired = 3,        // its deadline passed before it ran; it never ran
     cancelled = 4,      // its client went away, or it was answered already; the result is dropped
     closed = 5,         // the lane was closed before it ran
+    worker_died = 6,    // the process that ran it ended
+    not_run = 7,        // the process that was to run it ended before it began
 };
 
 struct Status {

@@ -17,6 +17,7 @@
 #include "completion.h"
 #include "request.h"
 #include "request_pool.h"
+#include "result.h"
 #include "staging.h"
 #include "stats.h"
 #include "status.h"
@@ -25,14 +26,10 @@
 namespace pyserve {
 
 // One batch that came to an end, with one outcome for all its requests.
-struct BatchResult : CompletionNode {
-    std::vector<Request*> requests;
-    Status status;
-    c10::IValue output;      // of the whole batch, on the host; none unless status is ok
-    int64_t started_at = 0;  // ns: taken from the queue
-    int64_t staged_at = 0;   // ns: gathered, and on its way to the device
-    int64_t finished_at = 0; // ns: outputs on the host
-    std::shared_ptr<RequestPool> pool;  // that `requests` go back to
+struct BatchResult : Result {
+    BatchResult() : Result(Lane::native) {}
+
+    c10::IValue output;  // of the whole batch, on the host; none unless status is ok
 };
 
 enum class WorkerState : uint8_t { starting, warming, ready, failed, stopped };

@@ -4,25 +4,58 @@ The server calls a handler in one of two ways:
 
 * native lane: `prepare`, then per request `preprocess` (several threads at once, one row each), the model
   in a native thread, and per batch `postprocess`. `example_input` is used for tracing and warm-up.
-* stand-alone, as TorchServe does: `initialize`, then per batch `handle`.
+* stand-alone, as TorchServe does: `initialize`, then per batch `handle`. So it is called in worker processes, where
+  handlers of others, derived from this one, override whatever they like and call the rest.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyserve.context import Context
 from pyserve.handler import HandlerError, InputError, ModelLoadError, PredictionException
+from pyserve.handlers import profiling
+from pyserve.handlers.compiled import compiled
 from pyserve.handlers.eager import load_eager_model
 from pyserve.handlers.labels import read_labels
+from pyserve.handlers.loading import (
+    IPEX_AVAILABLE,
+    ONNX_AVAILABLE,
+    PROFILER_AVAILABLE,
+    PT2_AVAILABLE,
+    XLA_AVAILABLE,
+    choose_device,
+    kind_of,
+    load_library,
+    load_package,
+    load_torchscript,
+    run_ort_session,
+    setup_ort_session,
+)
 from pyserve.handlers.rows import found, row_value
 from pyserve.handlers.tensor_spec import TensorSpec
+
+# Handlers of others import these from here, as they do from TorchServe's module of this name.
+__all__ = [
+    "IPEX_AVAILABLE",
+    "ONNX_AVAILABLE",
+    "PROFILER_AVAILABLE",
+    "PT2_AVAILABLE",
+    "XLA_AVAILABLE",
+    "BaseHandler",
+    "setup_ort_session",
+]
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +77,24 @@ class BaseHandler:
         context: the batch's context while `handle` or `postprocess` runs, else the model's.
         model_pt_path: path of the weights, None if the archive has none.
         manifest, model_yaml_config: the archive's MANIFEST.json and model-config.yaml as dicts.
-        map_location: "cuda" or "cpu".
+        map_location: kind of the device weights are read to: "cuda", "xpu", "mps" or "cpu".
         explain: whether the request at hand asks for an explanation.
         target: class to explain.
+        profiler_args: arguments of torch.profiler.profile, used when ENABLE_TORCH_PROFILER is set.
 
     Attributes of the native lane:
         sample_kind: what a sample input is made of: ``"json"`` (`example_input` as nested lists) or ``"picture"``.
+        lane: where a model runs whose archive names this handler: ``"native"`` or ``"python"`` (worker processes).
     """
 
     sample_kind = "json"
+    lane = "native"
+    # For classes that do without this class's __init__.
+    context: Context | None = None
+    device: torch.device | None = None
+    mapping: dict[str, str] | None = None
+    explain = False
+    _warned_not_finite = False
 
     def __init__(self) -> None:
         self.model: Any = None
@@ -67,7 +109,6 @@ class BaseHandler:
         self.explain = False
         self.target = 0
         self.profiler_args: dict[str, Any] = {}
-        self._warned_not_finite = False
 
     def prepare(self, context: Context) -> None:
         """Everything `initialize` does except loading the weights: device, manifest, configuration, labels.
@@ -77,12 +118,10 @@ class BaseHandler:
         """
         self.context = context
         self.manifest = context.manifest or {}
-        self.model_yaml_config = context.model_yaml_config
+        self.model_yaml_config = getattr(context, "model_yaml_config", None) or {}
         properties = context.system_properties
-        gpu = properties.get("gpu_id")
-        on_gpu = gpu is not None and torch.cuda.is_available()
-        self.map_location = "cuda" if on_gpu else "cpu"
-        self.device = torch.device(f"cuda:{gpu}" if on_gpu else "cpu")
+        self.device = choose_device(properties.get("gpu_id"))
+        self.map_location = self.device.type if self.device.type in ("cuda", "xpu", "mps") else "cpu"
         model_dir = Path(properties["model_dir"])
         serialized = self.manifest.get("model", {}).get("serializedFile")
         self.model_pt_path = str(model_dir / serialized) if serialized else None
@@ -90,41 +129,59 @@ class BaseHandler:
         self.initialized = True
 
     def initialize(self, context: Context) -> None:
-        """Load the model, eager or TorchScript, from the archive's folder.
+        """Load the model from the archive's folder: eager, TorchScript, ONNX, or compiled ahead of time.
+
+        An eager model is compiled, if ``pt2`` in model-config.yaml says so, when it first runs.
 
         Raises:
-            ModelLoadError: there are no weights, they are of an unknown kind, or they do not fit the model file.
+            ModelLoadError: there are no weights, they are of an unknown kind, they do not fit the model file, or
+                ``pt2`` cannot be followed.
         """
-        self.prepare(context)
+        prepare: Callable[[Context], None] = self.prepare
+        if "context" not in inspect.signature(prepare).parameters:
+            # A handler written for TorchServe may have a `prepare` of its own, for something else.
+            prepare = functools.partial(BaseHandler.prepare, self)
+        prepare(context)
         self.initialized = False
         assert self.manifest is not None  # set by prepare
-        model_dir = Path(context.system_properties["model_dir"])
+        model_dir = context.system_properties["model_dir"]
         model_file = self.manifest.get("model", {}).get("modelFile")
         if model_file:
-            self.model = self._load_pickled_model(str(model_dir), model_file, self.model_pt_path)
+            self.model = self._load_pickled_model(model_dir, model_file, self.model_pt_path)
+            if isinstance(self.model, torch.nn.Module):  # whoever overrides the above need not have moved it
+                self.model = self.model.to(self.get_device()).eval()
         elif self.model_pt_path is None:
             raise ModelLoadError("the archive names no weights; repack it with --serialized-file")
-        elif self.model_pt_path.endswith((".pt", ".pth")):
-            self.model = self._load_torchscript_model(self.model_pt_path)
         else:
-            raise ModelLoadError(
-                f"{Path(self.model_pt_path).name}: this handler loads TorchScript (.pt), "
-                "or a state dict (.pth) together with a --model-file"
-            )
+            self.model = self._load_file(self.model_pt_path)
+        self.model = compiled(self.model, self.model_yaml_config, context.model_name)
+        if IPEX_AVAILABLE and isinstance(self.model, torch.nn.Module):
+            self.model = importlib.import_module("intel_extension_for_pytorch").optimize(self.model)
         self.initialized = True
 
+    def _load_file(self, model_pt_path: str) -> Any:
+        kind = kind_of(Path(model_pt_path))
+        if kind == "torchscript":
+            return self._load_torchscript_model(model_pt_path)
+        if kind == "onnx":
+            return setup_ort_session(model_pt_path, self.map_location or "cpu")
+        if kind == "library":
+            return self._load_torch_export_aot_compile(model_pt_path)
+        return load_package(Path(model_pt_path), self.get_device())
+
     def _load_torchscript_model(self, model_pt_path: str) -> torch.jit.ScriptModule:
-        name = Path(model_pt_path).name
-        try:
-            model: torch.jit.ScriptModule = torch.jit.load(model_pt_path, map_location=self.device)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ModelLoadError(
-                f"{name} is not a TorchScript file, and the archive has no --model-file to build an eager model from: "
-                f"{str(error).strip().splitlines()[0][:300]}"
-            ) from error
-        return model.eval()
+        """The TorchScript in a file, on the handler's device, in eval mode."""
+        return load_torchscript(Path(model_pt_path), self.device)
+
+    def _load_torch_export_aot_compile(self, model_so_path: str) -> Any:
+        """The network in a shared library made by torch.export and AOTInductor."""
+        return load_library(Path(model_so_path), self.get_device())
 
     def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str | None) -> torch.nn.Module:
+        """The model of ``model_file``'s one class, filled with the state dict of ``model_pt_path``.
+
+        The weights are mapped, not read, so that worker processes have one copy of them on a CPU.
+        """
         weights = Path(model_pt_path) if model_pt_path else None
         return load_eager_model(Path(model_dir), model_file, weights, self.get_device())
 
@@ -148,9 +205,13 @@ class BaseHandler:
         Raises:
             InputError: a row holds anything but numbers, or the rows have different shapes.
         """
+        if isinstance(data, (torch.Tensor, np.ndarray)):
+            return torch.as_tensor(data, device=self.device)
         values = [row_value(row) for row in data]
+        if values and all(isinstance(value, torch.Tensor) for value in values):
+            return torch.stack(values).to(self.get_device())
         for value in values:
-            if not isinstance(value, (list, int, float)) or isinstance(value, bool):
+            if not isinstance(value, (list, int, float, np.ndarray)) or isinstance(value, bool):
                 raise InputError(f"expected numbers as JSON (Content-Type: application/json), got {found(value)}")
         try:
             return torch.as_tensor(values, device=self.device)
@@ -159,6 +220,8 @@ class BaseHandler:
 
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's output for ``data``, a batch from `preprocess`, without recording gradients."""
+        if not callable(self.model) and hasattr(self.model, "get_inputs"):
+            return run_ort_session(self.model, data)
         with torch.inference_mode():
             return self.model(data.to(self.device), *args, **kwargs)
 
@@ -171,13 +234,46 @@ class BaseHandler:
 
         Requests marked ``describe`` or ``explain`` get `describe_handle` or `explain_handle` instead.
         """
+        started_at = time.perf_counter()
         self.context = context
+        if profiling.is_enabled():
+            answers, _ = self._infer_with_profiler(data)
+        else:
+            answers = self._answers(data)
+        metrics = getattr(context, "metrics", None)
+        if metrics is not None:
+            metrics.add_time("HandlerTime", round((time.perf_counter() - started_at) * 1000, 2), None, "ms")
+        return answers
+
+    def _answers(self, data: Sequence[Any]) -> list[Any]:
         if self._is_describe():
             return [self.describe_handle()]
-        batch = self.preprocess(data)
+        batch = self._stage("preprocess", self.preprocess, data)
         if self._is_explain():
             return self.explain_handle(batch, data)
-        return self.postprocess(self.inference(batch))
+        output = self._stage("inference", self.inference, batch)
+        answers: list[Any] = self._stage("postprocess", self.postprocess, output)
+        return answers
+
+    def _stage(self, name: str, call: Callable[[Any], Any], argument: Any) -> Any:
+        """One stage of a batch; its time becomes a metric with ``handler: {profile: true}`` in model-config.yaml."""
+        section = getattr(self, "model_yaml_config", {}).get("handler")
+        metrics = getattr(self.context, "metrics", None)
+        # A stage wrapped by `timed` measures itself.
+        if not isinstance(section, Mapping) or section.get("profile") is not True or hasattr(call, "__wrapped__"):
+            metrics = None
+        started_at = time.perf_counter()
+        result = call(argument)
+        if metrics is not None:
+            metrics.add_time(f"ts_handler_{name}", (time.perf_counter() - started_at) * 1000, None, "ms")
+        return result
+
+    def _infer_with_profiler(self, data: Sequence[Any]) -> tuple[list[Any], torch.profiler.profile]:
+        """The answers of a batch, and the profiler that recorded how they came about and wrote a trace of it."""
+        name = (self.manifest or {}).get("model", {}).get("modelName") or getattr(self.context, "model_name", "")
+        with profiling.profiler(getattr(self, "profiler_args", {}), str(name)) as profiler:
+            answers = self._answers(data)
+        return answers, profiler
 
     def describe_handle(self) -> Any:
         """What the management API adds to a model's description; None adds nothing."""
@@ -215,7 +311,8 @@ class BaseHandler:
         return self._header("describe") == "True"
 
     def _header(self, name: str) -> str | None:
-        if self.context is None or not self.context.request_ids:
+        # A context that somebody else made, for a test, need not have all members.
+        if self.context is None or not getattr(self.context, "request_ids", True):
             return None
         return self.context.get_request_header(0, name)
 
@@ -225,6 +322,8 @@ class BaseHandler:
         Raises:
             HandlerError: the output is not a tensor, or its numbers are complex.
         """
+        if isinstance(output, np.ndarray):
+            output = torch.from_numpy(output)
         if not isinstance(output, torch.Tensor):
             raise HandlerError(f"the model answered with a {type(output).__name__}; this handler expects one tensor")
         if output.is_complex():

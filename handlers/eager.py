@@ -7,24 +7,18 @@ of the time of building it.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import pickle
-import sys
-import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from pyserve.handler import ModelLoadError
-
-# sys.path and sys.modules are the process's: one model file is imported at a time.
-_import_lock = threading.Lock()
+from pyserve.handlers.source_file import import_file
 
 # What fills parameters with random numbers. Those of torch.nn.init that are not here end in one of the first two.
 _RANDOM_FILLS = frozenset(
@@ -138,7 +132,7 @@ def _model_class(model_dir: Path, model_file: str) -> type:
     if not path.is_file():
         raise ModelLoadError(f"model file {model_file} is not in the archive; repack it with --model-file")
     try:
-        module = _import_file(path)
+        module = import_file(path)
     except Exception as error:
         raise ModelLoadError(f"importing {model_file} failed: {type(error).__name__}: {error}") from error
     classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__]
@@ -147,34 +141,6 @@ def _model_class(model_dir: Path, model_file: str) -> type:
         raise ModelLoadError(f"{model_file} must define exactly one class, the model; it defines: {names}")
     model_class: type = classes[0]
     return model_class
-
-
-def _import_file(path: Path) -> ModuleType:
-    """Import ``path`` with its folder importable, and leave no name behind that another archive could trip over."""
-    folder = str(path.parent)
-    with _import_lock:
-        before = set(sys.modules)
-        name = f"pyserve_model_file_{abs(hash(str(path))):x}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{path.name} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        sys.path.insert(0, folder)
-        # A sibling file may be newer than the last look into the folder.
-        importlib.invalidate_caches()
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            sys.modules.pop(name, None)
-            raise
-        finally:
-            sys.path.remove(folder)
-            for other in set(sys.modules) - before - {name}:
-                file = getattr(sys.modules[other], "__file__", None)
-                if file is not None and Path(file).is_relative_to(folder):
-                    del sys.modules[other]
-    return module
 
 
 def _first_line(error: BaseException) -> str:

@@ -168,6 +168,15 @@ class ImageNetTransform:
         return torch.from_numpy(pixels)
 
 
+class RgbTransform:
+    """Picture -> float32 tensor [3, height, width] of its red, green and blue, 0 to 1; sizes stay as they are."""
+
+    def __call__(self, picture: Image.Image) -> torch.Tensor:
+        """One picture of any mode -> its tensor. InputError if its pixels cannot be used."""
+        channels = np.asarray(to_rgb(picture)).transpose(2, 0, 1)
+        return torch.from_numpy(np.divide(channels, np.float32(255), order="C", dtype=np.float32))
+
+
 def _kind_found(body: bytes | bytearray | memoryview) -> str:
     start = bytes(body[:1024])
     known = "; send one of " + ", ".join(FORMATS)

@@ -1,8 +1,9 @@
-"""index_to_name.json: from class index to label."""
+"""index_to_name.json, from class index to label, and answers with labels in place of indices."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,17 @@ def _label(file: str, index: str, value: Any) -> str:
         shown = json.dumps(value)[:40]
         raise ModelLoadError(f"{file}: the label of class {index!r} is {shown}, not text; expected {FORMS}")
     return value
+
+
+def labelled(values: Iterable[float], indices: Iterable[int], mapping: Mapping[str, str] | None) -> dict[str, float]:
+    """Label -> value, in this order. A class without a label goes by its index.
+
+    Of classes with the same label the first keeps it, the others get their index behind it:
+    ``{"crane": 0.6, "crane (517)": 0.3}``.
+    """
+    mapping = mapping or {}
+    answer: dict[str, float] = {}
+    for value, index in zip(values, indices, strict=True):
+        label = mapping.get(str(index), str(index))
+        answer[label if label not in answer else f"{label} ({index})"] = value
+    return answer

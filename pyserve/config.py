@@ -42,6 +42,8 @@ class Config:
         enable_model_api: ``None`` means on exactly when management listens on loopback.
         preprocess_threads: 0 means as many as the CPU budget.
         cpu_budget: CPUs to use; 0 means what the cgroup allows.
+        isolate_errors: a batch of a handler that fails is called again item by item.
+        watch: handler code is loaded anew when it changes.
         strict: a model that fails to load at start ends the server.
         origin: key to place, such as ``"config.properties:12"``, ``"--model-store"`` or ``"default"``.
         warnings: what is probably a mistake, one line each.
@@ -72,6 +74,15 @@ class Config:
     cors_allowed_origin: str = ""
     cors_allowed_methods: str = ""
     cors_allowed_headers: str = ""
+    service_envelope: str = ""
+    install_py_dep_per_model: bool = False
+    blacklist_env_vars: str = ""
+    metrics_config: str = ""
+    ts_header_key_sequence_id: str = "ts_request_sequence_id"
+    ts_header_key_sequence_start: str = "ts_request_sequence_start"
+    ts_header_key_sequence_end: str = "ts_request_sequence_end"
+    isolate_errors: bool = True
+    watch: bool = False
     preprocess_threads: int = 0
     drain_timeout_s: int = 30
     error_detail: str = "auto"

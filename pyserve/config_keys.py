@@ -63,6 +63,28 @@ def _parse_text(text: str) -> str:
     return text
 
 
+def _parse_envelope(text: str) -> str:
+    if text and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text):
+        raise ValueError
+    return text
+
+
+def _parse_pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"it is no regular expression: {error}") from None
+    return text
+
+
+def _parse_header(text: str) -> str:
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", text):
+        raise ValueError
+    return text
+
+
+ENVELOPES = ("body", "json", "kserve", "kservev2")
+_HEADER = Kind(_parse_header, "the name of a header")
 _BOOLEAN = Kind(_parse_boolean, "true or false")
 _TEXT = Kind(_parse_text, "text")
 _SECONDS = _integer(1, TIMEOUT_MAX_S)
@@ -124,6 +146,15 @@ KINDS: dict[str, Kind] = {
     "cors_allowed_origin": _TEXT,
     "cors_allowed_methods": _TEXT,
     "cors_allowed_headers": _TEXT,
+    "service_envelope": Kind(_parse_envelope, ", ".join(ENVELOPES) + ", or the name of a module of envelopes"),
+    "install_py_dep_per_model": _BOOLEAN,
+    "blacklist_env_vars": Kind(_parse_pattern, "a regular expression of names"),
+    "metrics_config": _TEXT,
+    "ts_header_key_sequence_id": _HEADER,
+    "ts_header_key_sequence_start": _HEADER,
+    "ts_header_key_sequence_end": _HEADER,
+    "isolate_errors": _BOOLEAN,
+    "watch": _BOOLEAN,
     "preprocess_threads": _integer(0, 1024),
     "drain_timeout_s": _integer(0, TIMEOUT_MAX_S),
     "error_detail": _choice("auto", "full", "none"),
@@ -134,16 +165,16 @@ KINDS: dict[str, Kind] = {
 }
 
 ACCEPTED_KEYS = frozenset({
-    "NUM_WORKERS", "async_logging", "blacklist_env_vars", "certificate_file", "cpp_log_config",
+    "NUM_WORKERS", "async_logging", "certificate_file", "cpp_log_config",
     "cpu_launcher_args", "cpu_launcher_enable", "debug", "disable_system_metrics", "enable_envvars_config",
     "enable_grpc_ssl", "grpc_inference_address", "grpc_inference_max_connection_age_grace_ms",
     "grpc_inference_max_connection_age_ms", "grpc_inference_port", "grpc_management_address",
     "grpc_management_max_connection_age_grace_ms", "grpc_management_max_connection_age_ms",
-    "grpc_management_port", "initial_distribution_port", "initial_worker_port", "install_py_dep_per_model",
+    "grpc_management_port", "initial_distribution_port", "initial_worker_port",
     "io_ratio", "ipex_enable", "ipex_gpu_enable", "keystore", "keystore_pass", "keystore_type",
-    "metric_time_interval", "metrics_config", "metrics_mode", "model_metrics_auto_detect", "model_server_home",
+    "metric_time_interval", "metrics_mode", "model_metrics_auto_detect", "model_server_home",
     "model_snapshot", "netty_client_threads", "number_of_netty_threads", "plugins_path", "prefer_direct_buffer",
-    "private_key_file", "python", "service_envelope", "system_metrics_cmd", "token_expiration_min",
-    "tsConfigFile", "ts_header_key_sequence_end", "ts_header_key_sequence_id", "ts_header_key_sequence_start",
-    "ts_open_inference_protocol", "use_env_allowed_urls", "use_native_io", "version", "vmargs", "workflow_store",
+    "private_key_file", "python", "system_metrics_cmd", "token_expiration_min",
+    "tsConfigFile", "ts_open_inference_protocol",
+    "use_env_allowed_urls", "use_native_io", "version", "vmargs", "workflow_store",
 })

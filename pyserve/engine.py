@@ -56,7 +56,7 @@ class Engine:
         self.cpu_budget = cpu_budget
         self._loop = loop
         self._engine: _core.Engine = self.core.Engine()
-        self._lanes: dict[_core.Lane, int] = {}  # -> wanted workers; lanes on the CPU only
+        self._lanes: dict[_core.Lane | _core.ProcessLane, int] = {}  # -> wanted workers; lanes on the CPU only
         # Called after each change of a worker's state; they unregister themselves.
         self._watchers: list[Callable[[], None]] = []
         loop.add_reader(self._engine.fileno(), self._on_readable)
@@ -66,13 +66,18 @@ class Engine:
         lane: _core.Lane = self.core.Lane(self._engine, model, example, capacity)
         return lane
 
-    def share_cpus(self, lane: _core.Lane, workers_count: int) -> None:
+    def add_process_lane(self, capacity: int) -> _core.ProcessLane:
+        """A lane whose workers are processes, without any. ``capacity`` as for `add_lane`."""
+        lane: _core.ProcessLane = self.core.ProcessLane(self._engine, capacity)
+        return lane
+
+    def share_cpus(self, lane: _core.Lane | _core.ProcessLane, workers_count: int) -> None:
         """Tells how many workers ``lane`` is to have on the CPU, and gives every worker its share of the threads."""
         self._lanes[lane] = workers_count
         for each in self._lanes:
             each.set_intra_op_threads(self.intra_op_threads)
 
-    def forget_lane(self, lane: _core.Lane) -> None:
+    def forget_lane(self, lane: _core.Lane | _core.ProcessLane) -> None:
         self._lanes.pop(lane, None)
         for each in self._lanes:
             each.set_intra_op_threads(self.intra_op_threads)

@@ -64,6 +64,17 @@ class ServeError(Exception):
             answer["detail"] = self.detail
         return answer
 
+    def reason(self) -> str:
+        """What went wrong in one line: the exception and its place if they are known, else the message."""
+        text = str(self.detail.get("text") or self.message)
+        if "exception" in self.detail:
+            text = f"{self.detail['exception']}: {text}"
+        if self.detail.get("where"):
+            text += f" ({self.detail['where']})"
+        if self.detail.get("hint"):
+            text += f". {self.detail['hint']}"
+        return text
+
 
 class ClientError(ServeError):
     """The caller can mend it."""

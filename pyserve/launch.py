@@ -81,7 +81,7 @@ def spawn(
             stdin=subprocess.DEVNULL,
             stdout=output_fd,
             stderr=output_fd,
-            env=_environment() | {variable: json.dumps({"config_fd": handover_fd, "report_fd": report_fd})},
+            env=child_environment() | {variable: json.dumps({"config_fd": handover_fd, "report_fd": report_fd})},
             pass_fds=[handover_fd, report_fd, *(each.fileno() for each in sockets)],
             # Away from the terminal's process group: Ctrl-C reaches the starter only, which passes it on once.
             start_new_session=True,
@@ -96,7 +96,7 @@ def spawn(
     return Child(popen, reports_fd)
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Our environment; a checkout that is found through the current folder only is named to the child."""
     environment = {k: v for k, v in os.environ.items() if k not in (SERVER_VARIABLE, SUPERVISOR_VARIABLE)}
     # How long threads of one operation spin while they wait for each other. GNU OpenMP's default is milliseconds:

@@ -18,10 +18,19 @@ from pyserve.context import Context
 from pyserve.engine import load_core
 from pyserve.errors import ModelLoadError
 from pyserve.handler import Handler, load_handler
-from pyserve.trace import Progress, Tracing, needs_tracing, traced_file
+from pyserve.trace import (
+    NeedsPythonError,
+    Progress,
+    Tracing,
+    native_example,
+    needs_tracing,
+    traced_file,
+    untraceable_note,
+)
 
 log = logging.getLogger(__name__)
 
+PYTHON_SUFFIXES = (".onnx", ".so")
 TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 
 
@@ -76,7 +85,7 @@ def load_network(
     )
     handler.prepare(context)
     handler.device = torch.device("cpu")  # the engine brings inputs to the model's device and outputs back
-    example = handler.example_input(context)
+    example = native_example(handler, context)
     torch_model = _load_weights(
         archive,
         [example],
@@ -109,6 +118,8 @@ def _load_weights(
         "channels_last": archive.config.memory_format == "channels_last",
     }
     if archive.manifest.model_file is not None:
+        if untraceable_note(archive).exists():
+            raise NeedsPythonError(untraceable_note(archive).read_text())
         if needs_tracing(archive):
             (tracing or Tracing(archive)).wait(progress, timeout_s)
         progress("loading the TorchScript")
@@ -121,6 +132,8 @@ def _load_weights(
     if weights.suffix == ".pt2":
         return _load(archive.name, weights.as_file(), example,
                      {**options, "is_package": True, "package_runners_max": package_runners_max})  # fmt: skip
+    if weights.suffix in PYTHON_SUFFIXES:
+        raise NeedsPythonError(f"{weights.name} is loaded by libraries that are called from Python")
     if weights.suffix not in TORCHSCRIPT_SUFFIXES:
         raise ModelLoadError(
             f"{archive.name}: {weights.name} is neither TorchScript ({', '.join(TORCHSCRIPT_SUFFIXES)}) nor a .pt2 "

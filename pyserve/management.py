@@ -108,7 +108,7 @@ class Management:
         page["models"] = [{"modelName": model.name, "modelUrl": model.url} for model in models[start:end]]
         return json_response(page)
 
-    def describe_model(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
+    async def describe_model(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
         """``GET /models/{m}[/{v}|/all]``: an array of one object per version."""
         values = self._read(exchange.request, parameters.DESCRIBE)
         if model_version == ALL_VERSIONS:
@@ -117,9 +117,11 @@ class Management:
                 raise ModelNotFoundError(f"Model not found: {model_name}")
             return json_response([describe(model, tells_errors=self._tells_errors) for model in versions])
         model = self._registry.get(model_name, model_version)
-        return json_response(
-            [describe(model, with_metadata=values.get("customized", False), tells_errors=self._tells_errors)]
-        )
+        metadata = None
+        if values.get("customized", False):
+            told = await model.describe_handler()
+            metadata = told if isinstance(told, dict) else {}
+        return json_response([describe(model, metadata=metadata, tells_errors=self._tells_errors)])
 
     def show_readiness(self, exchange: Exchange, model_name: str) -> Response:
         """``GET /v1/models/{m}``, KServe's protocol."""
@@ -280,9 +282,14 @@ class Management:
         task.add_done_callback(finish)
 
 
-def describe(model: Model, *, with_metadata: bool = False, tells_errors: bool = True) -> JsonObject:
-    """One version as the management API shows it: TorchServe's keys in its order, then pyserve's own."""
-    retry_timeout_s = model.archive.config.retry_timeout_max_s
+def describe(model: Model, *, metadata: JsonObject | None = None, tells_errors: bool = True) -> JsonObject:
+    """One version as the management API shows it: TorchServe's keys in its order, then pyserve's own.
+
+    Args:
+        metadata: what the handler says of itself; None when it was not asked.
+    """
+    yaml = model.archive.config
+    retry_timeout_s = yaml.retry_timeout_max_s
     remaining, pending = model.queue_status()
     described: JsonObject = {
         "modelName": model.name,
@@ -304,14 +311,14 @@ def describe(model: Model, *, with_metadata: bool = False, tells_errors: bool = 
     if model.device_ids:
         described["deviceIds"] = model.device_ids
     described |= {
-        "continuousBatching": False,
-        "useJobTicket": False,
-        "useVenv": False,
-        "stateful": False,
-        "sequenceMaxIdleMSec": 0,
-        "sequenceTimeoutMSec": 0,
-        "maxNumSequence": 1,
-        "maxSequenceJobQueueSize": 1,
+        "continuousBatching": bool(yaml.continuous_batching),
+        "useJobTicket": bool(yaml.use_job_ticket),
+        "useVenv": bool(yaml.use_venv),
+        "stateful": bool(yaml.sequence_batching),
+        "sequenceMaxIdleMSec": yaml.sequence_idle_max_ms or 0,
+        "sequenceTimeoutMSec": yaml.sequence_timeout_ms or 0,
+        "maxNumSequence": yaml.sequence_count_max or 1,
+        "maxSequenceJobQueueSize": yaml.sequence_queue_size or 1,
         "loadedAtStartup": model.loaded_at_startup,
         "workers": [
             {
@@ -327,8 +334,8 @@ def describe(model: Model, *, with_metadata: bool = False, tells_errors: bool = 
         ],
         "jobQueueStatus": {"remainingCapacity": remaining, "pendingRequests": pending},
     }
-    if with_metadata:
-        described["customizedMetadata"] = {}  # native models have no handler process to ask
+    if metadata is not None:
+        described["customizedMetadata"] = metadata
     return described | _own_description(model, tells_errors=tells_errors)
 
 
@@ -339,8 +346,8 @@ def _own_description(model: Model, *, tells_errors: bool) -> JsonObject:
         own["error"] = model.error if tells_errors else "it cannot be served; the server's log says why"
     own |= {
         "device": model.device,
-        "weightsShared": True,
-        "copies": 1,
+        "weightsShared": model.lane == "native",
+        "copies": 1 if model.lane == "native" else len(model.worker_rows()),
         "weightsSize": model.weights_size,
         "minBatch": model.min_batch,
         "precision": model.precision,

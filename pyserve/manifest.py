@@ -22,6 +22,8 @@ BUILTIN_HANDLERS = (
     "base_handler", "dali_image_classifier", "densenet_handler", "image_classifier", "image_segmenter",
     "object_detector", "tensor", "text_classifier", "trt_llm_handler", "vllm_handler",
 )
+# Of those, the ones that call the model in Python: a network that takes lists, or one that writes its own answer.
+PYTHON_HANDLERS = frozenset({"densenet_handler", "object_detector", "text_classifier"})
 LSP_HANDLERS = ("BaseHandler", "TorchScriptHandler")  # of TorchServe's C++ backend
 RUNTIMES = ("python", "python3", "LSP")
 DEFAULT_VERSION = "1.0"

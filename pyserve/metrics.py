@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from pyserve import __version__
+from pyserve.custom_metrics import CustomMetrics
 from pyserve.errors import JsonObject
 from pyserve.messages import Request, Response
 
@@ -34,8 +35,9 @@ CLASS_NAMES = ("Requests2XX", "Requests4XX", "Requests5XX")
 TORCHSERVE_NAMES = (
     "ts_inference_requests_total", "ts_inference_latency_microseconds", "ts_queue_latency_microseconds",
 )  # fmt: skip
-# Counters whose sample is named like the family; all others get "_total", as Prometheus' rules want.
-_PLAIN_COUNTERS = frozenset((*CLASS_NAMES, *TORCHSERVE_NAMES))
+# Counters with this text, those of handlers among them, have samples named like the family; all others get "_total",
+# as Prometheus' rules want.
+_TORCHSERVE_HELP = "Torchserve prometheus "
 _ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", '"': '\\"'})
 
 # Key of ``stats()`` -> (metric, what it says).
@@ -122,6 +124,7 @@ class Metrics(Collector):
         # per model
         self._series: dict[tuple[str, str], _Series] = {}
         # (model, version as in the URL) -> [requests, latency in s, queue time in s], TorchServe's three counters
+        self._custom = CustomMetrics()
         self._torchserve: dict[tuple[str, str], list[float]] = {}
         self._rejected: dict[tuple[str, str], int] = {}  # (model, reason) ->
 
@@ -172,6 +175,10 @@ class Metrics(Collector):
         # All that is neither 2xx nor 4xx counts as 5XX, as in TorchServe.
         self._classes[{2: 0, 4: 1}.get(status // 100, 2)] += 1
 
+    def observe_custom(self, model: str, values: object) -> None:
+        """Adds what a handler of ``model`` has emitted, as `CustomMetrics.observe` takes it."""
+        self._custom.observe(model, values)
+
     def _new_series(self, model: str, version: str) -> _Series:
         return self._series.setdefault((model, version), _Series())
 
@@ -199,6 +206,7 @@ class Metrics(Collector):
         yield from self._request_families()
         yield self._rejected_family()
         yield from _model_families(models)
+        yield from self._custom.collect()
         build = Metric("pyserve_build_info", "Versions of the server and of torch; always 1.", "gauge")
         build.add_sample("pyserve_build_info", {"version": __version__, "torch": self._torch_version}, 1)
         yield build
@@ -207,6 +215,7 @@ class Metrics(Collector):
     def _prune(self, models: list[MeasuredModel]) -> None:
         known = {(model.name, model.version) for model in models}
         names = {model.name for model in models}
+        self._custom.keep(names)
         self._series = {key: series for key, series in self._series.items() if key in known}
         self._rejected = {key: count for key, count in self._rejected.items() if key[0] in names}
         self._torchserve = {
@@ -280,7 +289,7 @@ def _model_families(models: Iterable[MeasuredModel]) -> Iterator[Metric]:
 
 
 def _torchserve_help(unit: str) -> str:
-    return f"Torchserve prometheus counter metric with unit: {unit}"
+    return f"{_TORCHSERVE_HELP}counter metric with unit: {unit}"
 
 
 def _add_histogram(
@@ -303,7 +312,7 @@ def _lines(family: Metric, wanted: frozenset[str]) -> Iterator[str]:
     if wanted and not samples:
         return
     name = family.name
-    if family.type == "counter" and name not in _PLAIN_COUNTERS:
+    if family.type == "counter" and not family.documentation.startswith(_TORCHSERVE_HELP):
         name += "_total"
     about = family.documentation.replace("\\", "\\\\").replace("\n", "\\n")
     yield f"# HELP {name} {about}\n# TYPE {name} {family.type}\n"

@@ -1,7 +1,8 @@
 """One served version of a model: its life and its settings.
 
     LOADING ──> READY ──> DRAINING ──> gone
-       └──────> FAILED ──────┘
+       │        │  ^         │
+       └──────> FAILED ──────┘       (back to READY when a worker is there again)
 
 Loop thread only; loading runs in threads and comes back to it.
 """
@@ -9,41 +10,37 @@ Loop thread only; loading runs in threads and comes back to it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import json
 import logging
-import os
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from pyserve.archive import Archive
-from pyserve.errors import ConflictError, JsonObject, ModelLoadError, ServeError
+from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError, ServerError
+from pyserve.http1_answer import new_id
 from pyserve.http1_exchange import Exchange
-from pyserve.loader import load_network
+from pyserve.lane import RING_CAPACITY_MIN, Lane, WorkerRow, no_worker_error
+from pyserve.lane_choice import Wish, open_lane, open_python_lane
+from pyserve.messages import Request
 from pyserve.model_settings import PARAMETERS, ModelSettings
-from pyserve.native_lane import RING_CAPACITY_MIN, NativeLane, no_worker_error
+from pyserve.native_lane import NativeLane
 from pyserve.pending import Pending
+from pyserve.python_lane import DESCRIBE, PythonLane
 from pyserve.sample import sample_arguments
 from pyserve.services import Services
 from pyserve.trace import Progress, Tracing
 
 log = logging.getLogger(__name__)
 
-STATES = {"LOADING": ("READY", "FAILED", "DRAINING"), "READY": ("DRAINING",), "FAILED": ("DRAINING",), "DRAINING": ()}
-
-
-@dataclass
-class WorkerRow:
-    """One worker as the management API shows it. ``memory_usage`` is the whole process's, in bytes."""
-
-    id: str
-    start_time: datetime
-    status: str
-    memory_usage: int
-    pid: int
-    gpu: bool
-    gpu_usage: str
+STATES = {
+    "LOADING": ("READY", "FAILED", "DRAINING"),
+    "READY": ("FAILED", "DRAINING"),
+    "FAILED": ("READY", "DRAINING"),
+    "DRAINING": (),
+}
+EXPLAIN_HEADER = ("explain", "True")
 
 
 class Model:
@@ -56,8 +53,6 @@ class Model:
         error: why it FAILED.
         wanted_workers: how many it is to have.
     """
-
-    lane = "native"
 
     def __init__(
         self, services: Services, archive: Archive, *, name: str, url: str, settings: ModelSettings, device: str,
@@ -78,8 +73,10 @@ class Model:
         self.state = "LOADING"
         self.error = ""
         self.wanted_workers = settings.workers_min
-        self._lane: NativeLane | None = None
-        self._worker_started: dict[int, datetime] = {}
+        self._lane: Lane | None = None
+        self._explain_lane: PythonLane | None = None  # a native model's, made for the first explanation
+        self._opening_explain_lane = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._scaling = asyncio.Lock()
         self._loading = asyncio.Lock()
 
@@ -95,25 +92,12 @@ class Model:
             await self._load(workers, progress, tracing)
 
     async def _load(self, workers: int, progress: Progress, tracing: Tracing | None) -> None:
-        services = self._services
         try:
-            network = await asyncio.to_thread(
-                load_network,
-                self.archive,
-                name=self.name,
-                handler_name=self.handler_name,
-                device=self.device,
-                batch_size=self.settings.batch_size,
-                cpu_budget=services.cpu_budget,
-                limit_max_image_pixels=services.config.limit_max_image_pixels,
-                startup_timeout_s=self.settings.startup_timeout_s,
-                progress=progress,
-                tracing=tracing,
-            )
+            lane = await open_lane(self._wish(progress, tracing))
+            self._lane = lane
             self._check_still_loading()
-            self._lane = NativeLane(services, self.name, f"{self.name} {self.version}", network, self.settings)
             if workers:
-                progress(f"warming up {workers} worker{'s' if workers > 1 else ''}")
+                progress(f"starting {workers} worker{'s' if workers > 1 else ''}")
             await self.scale(workers, max(workers, self.settings.workers_max))
             self._check_still_loading()
         except Exception as error:
@@ -126,6 +110,18 @@ class Model:
             raise
         self._move("READY")
         progress("ready")
+
+    def _wish(self, progress: Progress, tracing: Tracing | None = None) -> Wish:
+        return Wish(
+            self._services, self.archive, self.name, self.handler_name, self.device, self.settings, progress,
+            tracing=tracing, on_trouble=self._on_trouble,
+        )  # fmt: skip
+
+    def _on_trouble(self, text: str) -> None:
+        """The lane has no worker and gets none, or has one again."""
+        if self.state == ("READY" if text else "FAILED"):
+            self.error = text
+            self._move("FAILED" if text else "READY")
 
     def _check_still_loading(self) -> None:
         if self.state != "LOADING":
@@ -144,13 +140,14 @@ class Model:
 
     def cut_short(self) -> None:
         """Answers what waits with 503; nothing waits for the model any more."""
-        if self._lane is not None:
-            self._lane.answer_all(self._lane.refusal("draining"))
+        for lane in (self._lane, self._explain_lane):
+            if lane is not None:
+                lane.answer_all(lane.refusal("draining"))
 
     async def _close_lane(self) -> None:
-        lane, self._lane = self._lane, None
-        if lane is not None:
-            await lane.close()
+        lanes = (self._lane, self._explain_lane)
+        self._lane = self._explain_lane = None
+        await asyncio.gather(*(lane.close() for lane in lanes if lane is not None))
 
     def _move(self, state: str) -> None:
         if state not in STATES[self.state]:
@@ -174,21 +171,20 @@ class Model:
             self.settings.workers_min, self.settings.workers_max = workers_min, workers_max
             self.wanted_workers = wanted
             lane.set_workers(wanted)
-            for row in lane.core.workers():
-                self._worker_started.setdefault(row["id"], datetime.now())
             failure = await lane.settled(self.settings.startup_timeout_s)
             if self._lane is not lane:
                 raise self._scaling_error("it is being unregistered")
             if failure:
+                error = self._scaling_error(failure, lane.failure)
                 self.wanted_workers = min(before, wanted)
                 lane.set_workers(self.wanted_workers)
-                raise self._scaling_error(failure)
+                raise error
             return wanted
 
-    def _scaling_error(self, text: str) -> ModelLoadError:
-        return ModelLoadError(
-            f"Failed to start workers for model {self.name} version: {self.version}", detail={"text": text}
-        )
+    def _scaling_error(self, text: str, cause: ServeError | None = None) -> ServeError:
+        message = f"Failed to start workers for model {self.name} version: {self.version}"
+        detail = cause.detail if cause is not None and cause.detail else {"text": text}
+        return (OutOfMemoryError if isinstance(cause, OutOfMemoryError) else ModelLoadError)(message, detail=detail)
 
     def configure(self, changes: dict[str, int]) -> dict[str, tuple[int, int]]:
         """Applies ``changes`` (keys of PARAMETERS) between two batches. Returns old and new value of each.
@@ -208,26 +204,109 @@ class Model:
     # --- a request ------------------------------------------------------------------------------------------------
 
     def predict(
-        self, exchange: Exchange, url_version: str = "default", extra_headers: Sequence[tuple[str, str]] = ()
-    ) -> None:
+        self, exchange: Exchange, url_version: str = "default", extra_headers: Sequence[tuple[str, str]] = (), *,
+        query_is_input: bool = False,
+    ) -> None:  # fmt: skip
         """Sees to the request's answer.
 
         Args:
             url_version: the version as in the URL, for the metrics.
             extra_headers: what handlers see besides the client's headers.
+            query_is_input: whether the query's parameters are inputs of the handler.
 
         Raises:
             OverloadedError: the model is not there yet, or not any more.
         """
-        if self._lane is None:
-            detail = {"reason": "no worker", "state": self.state}
-            if self.error:
-                detail |= {"text": self.error, "mend": "mend the archive and register it again"}
-            raise no_worker_error(self.name, detail)
+        lane = self._lane
+        if lane is None:
+            raise no_worker_error(self.name, self._absence())
         exchange.request.headers.extend(extra_headers)
-        self._lane.predict(Pending(self._lane, exchange, self.version, url_version))
+        if EXPLAIN_HEADER in extra_headers and isinstance(lane, NativeLane):
+            self._explain(exchange, url_version, query_is_input=query_is_input)
+            return
+        lane.predict(Pending(lane, exchange, self.version, url_version, query_is_input=query_is_input))
+
+    def _absence(self) -> JsonObject:
+        detail = {"reason": "no worker", "state": self.state}
+        if self.error:
+            detail |= {"text": self.error, "mend": "mend the archive and register it again"}
+        return detail
+
+    def _explain(self, exchange: Exchange, url_version: str, *, query_is_input: bool) -> None:
+        """Explanations need gradients, so Python's own copy of the model: a worker process, started for the first."""
+        lane = self._explain_lane
+        if lane is not None:
+            lane.predict(Pending(lane, exchange, self.version, url_version, query_is_input=query_is_input))
+            return
+
+        async def open_first() -> None:
+            try:
+                await self._open_explain_lane()
+                opened = self._explain_lane
+                if opened is None:
+                    raise no_worker_error(self.name, self._absence())
+                opened.predict(Pending(opened, exchange, self.version, url_version, query_is_input=query_is_input))
+            except ServeError as error:
+                exchange.respond(self._services.error_format.response(error, exchange.request.id))
+
+        task = asyncio.get_running_loop().create_task(open_first())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _open_explain_lane(self) -> None:
+        async with self._opening_explain_lane:
+            if self._explain_lane is not None or self._lane is None:
+                return
+            log.info("%s %s: starting a worker process for explanations", self.name, self.version)
+            lane = await open_python_lane(self._wish(lambda text: None))
+            lane.set_workers(1)
+            failure = await lane.settled(self.settings.startup_timeout_s)
+            if failure or self._lane is None:
+                await lane.close()
+                if failure:
+                    raise self._scaling_error(failure)
+                return
+            self._explain_lane = lane
+
+    async def describe_handler(self) -> Any:
+        """What the handler says of itself, parsed from JSON; None when it says nothing, or runs in the native lane.
+
+        Raises:
+            ServeError: it could not be asked, or failed.
+        """
+        lane = self._lane
+        if not isinstance(lane, PythonLane):
+            return None
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        request = Request(
+            "GET", "", headers=[("describe", "True")], id=new_id(), arrived_at=time.monotonic_ns()
+        )
+        exchange = Exchange(request, lambda _: answered.done() or answered.set_result(None))
+        lane.predict(Pending(lane, exchange, self.version, "default", flags=DESCRIBE))
+        await answered
+        response = exchange.response
+        assert response is not None
+        body = bytes(response.body)
+        if response.status >= 400:
+            error = ServerError(f'Model "{self.name}" could not be asked to describe itself')
+            try:
+                told = json.loads(body)
+                error = ServerError(str(told["message"]), detail=told.get("detail"))
+            except (ValueError, KeyError, TypeError):
+                pass
+            error.status = response.status
+            raise error
+        try:
+            return json.loads(body)
+        except ValueError:
+            return None
 
     # --- what others ask ------------------------------------------------------------------------------------------
+
+    @property
+    def lane(self) -> str:
+        """``native``, or ``python`` for worker processes."""
+        return "python" if isinstance(self._lane, PythonLane) else "native"
 
     @property
     def workers_min(self) -> int:
@@ -275,7 +354,10 @@ class Model:
 
     @property
     def weights_size(self) -> int:
-        return int(self._lane.network.torch_model.weights_size) if self._lane is not None else 0
+        """Bytes; of one copy."""
+        if isinstance(self._lane, NativeLane):
+            return self._lane.weights_size
+        return self.archive.weights.size if self.archive.weights is not None else 0
 
     @property
     def has_ready_worker(self) -> bool:
@@ -286,19 +368,8 @@ class Model:
         return self._lane.in_flight_count if self._lane is not None else 0
 
     def worker_rows(self) -> list[WorkerRow]:
-        memory = _resident_size()
-        return [
-            WorkerRow(
-                id=str(row["id"]),
-                start_time=self._worker_started.get(row["id"], datetime.now()),
-                status="READY" if row["state"] == "ready" else "UNLOADING",
-                memory_usage=memory,
-                pid=os.getpid(),
-                gpu=self.device != "cpu",
-                gpu_usage="N/A",
-            )
-            for row in (self._lane.core.workers() if self._lane is not None else ())
-        ]
+        """The workers, as the management API shows them."""
+        return self._lane.worker_rows() if self._lane is not None else []
 
     def queue_status(self) -> tuple[int, int]:
         """(remaining capacity, waiting requests)."""
@@ -314,19 +385,13 @@ class Model:
 
         REQUIRES: state is READY.
         """
-        assert self._lane is not None
+        if not isinstance(self._lane, NativeLane):
+            return "-T FILE"  # what an own handler understands is its own business
         network = self._lane.network
         return sample_arguments(self.name, network.handler, network.example[0], folder)
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, ServeError):
-        return str(error.detail.get("text", error.message))
+        return error.reason()
     return f"{type(error).__name__}: {error}"
-
-
-def _resident_size() -> int:
-    """Bytes of this process's memory that are in RAM."""
-    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0

@@ -28,12 +28,14 @@ BLOCK_KEYS = {
     "startupTimeout": "startup_timeout_s",
 }
 # Attributes that model-config.yaml sets under the same names.
-YAML_ATTRIBUTES = (*PARAMETERS.values(), "client_timeout_ms")
+YAML_ATTRIBUTES = (*PARAMETERS.values(), "client_timeout_ms", "use_job_ticket")
 
 
 @dataclass
 class ModelSettings:
-    """Times in the unit of the name. ``client_timeout_ms`` is 0 when a request may wait as long as it may run."""
+    """Times in the unit of the name. ``client_timeout_ms`` is 0 when a request may wait as long as it may run;
+    ``use_job_ticket`` refuses what no idle worker takes at once.
+    """
 
     workers_min: int = 1
     workers_max: int = 1
@@ -44,6 +46,7 @@ class ModelSettings:
     startup_timeout_s: int = 120
     queue_size: int = 100
     client_timeout_ms: int = 0
+    use_job_ticket: bool = False
 
     @property
     def queue_limit_s(self) -> float:

@@ -14,28 +14,46 @@ class Pending:
     """One admitted request. Loop thread only, but for ``exchange.request`` being read while preprocessing.
 
     Attributes:
-        lane: what it runs on; has ``complete`` and ``expire``.
+        lane: what it runs on; has ``complete``, ``expire`` and ``cancel``.
         version: the model's.
         url_version: the version as in the URL, ``default`` if it named none.
+        flags: of the item, as a worker process sees them.
+        query_is_input: whether the query's parameters are inputs of the handler.
         ticket: the engine's, once submitted.
         stage: PREPARING, SUBMITTED or OVER. It moves forward only, and only the move to OVER answers.
         started_at: ns; when its batch began to run; 0 until its completion tells.
+        is_streaming: a part of the answer has left.
+        progress_at: ns; when the last part came; 0 if none did.
     """
 
-    __slots__ = ("exchange", "lane", "stage", "started_at", "ticket", "url_version", "version")
+    __slots__ = (
+        "exchange", "flags", "is_streaming", "lane", "progress_at", "query_is_input", "stage", "started_at", "ticket",
+        "url_version", "version",
+    )  # fmt: skip
 
-    def __init__(self, lane: Any, exchange: Exchange, version: str, url_version: str):
+    def __init__(
+        self, lane: Any, exchange: Exchange, version: str, url_version: str, *, query_is_input: bool = False,
+        flags: int = 0,
+    ):  # fmt: skip
         self.lane = lane
         self.exchange = exchange
         self.version = version
         self.url_version = url_version
+        self.query_is_input = query_is_input
+        self.flags = flags
         self.ticket = 0
         self.stage = PREPARING
         self.started_at = 0
+        self.is_streaming = False
+        self.progress_at = 0
 
     @property
     def arrived_at(self) -> int:
         return self.exchange.request.arrived_at
+
+    def cancel(self) -> None:
+        """The client hung up."""
+        self.lane.cancel(self)
 
     def queue_s(self) -> float:
         """From arrival until a worker took it; 0 if none did."""

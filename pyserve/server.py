@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from difflib import get_close_matches
@@ -25,7 +26,8 @@ from pyserve.archive import Archive, open_archive
 from pyserve.errors import ConfigError, InvalidModelError, JsonObject, ModelNotFoundError, ServeError
 from pyserve.launch import EXIT_DRAINED, EXIT_WILL_FAIL_AGAIN, ServerStart, receive_server_start
 from pyserve.model_source import ModelSource
-from pyserve.trace import Tracing, needs_tracing
+from pyserve.spawner import Spawner
+from pyserve.trace import Tracing, needs_tracing, runs_in_python
 
 if TYPE_CHECKING:
     from pyserve.site import Site
@@ -57,11 +59,15 @@ async def _serve(start: ServerStart) -> int:
     store_files = start.config.store_files()
     archives = {source.path_or_file: _open(source, store_files) for source in sources}
     tracings = _begin_tracing(archives)
+    hidden = re.compile(start.config.blacklist_env_vars) if start.config.blacklist_env_vars else None
+    spawner = Spawner(lambda name: hidden is not None and hidden.fullmatch(name) is not None)
+    if any(isinstance(archive, Archive) and runs_in_python(archive) for archive in archives.values()):
+        spawner.prepare()
 
-    # Takes a second or two; the tracing above goes on meanwhile.
+    # Takes a second or two; what was begun above goes on meanwhile.
     from pyserve.site import Site
 
-    site = Site(start)
+    site = Site(start, spawner)
     try:
         loading = asyncio.ensure_future(site.load(sources, archives, tracings, state))
         await asyncio.wait([loading, stop.first], return_when=asyncio.FIRST_COMPLETED)
@@ -81,6 +87,7 @@ async def _serve(start: ServerStart) -> int:
     finally:
         for tracing in tracings.values():
             tracing.stop()
+        await spawner.close()
         site.close()
 
 

@@ -9,6 +9,7 @@ from pyserve.config import Config
 from pyserve.engine import Engine
 from pyserve.messages import ErrorFormat
 from pyserve.metrics import Metrics
+from pyserve.spawner import Spawner
 
 
 @dataclass
@@ -19,5 +20,5 @@ class Services:
     engine: Engine
     metrics: Metrics
     preprocess_pool: Executor
-    cpu_budget: int
+    spawner: Spawner
     error_format: ErrorFormat

@@ -27,6 +27,7 @@ from pyserve.model_source import ModelSource
 from pyserve.registry import Registry
 from pyserve.routes import BrowserGuard, Router, RouteRow, cors_headers, inference_descriptions, metrics_routes
 from pyserve.services import Services
+from pyserve.spawner import Spawner
 from pyserve.trace import Tracing
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,14 @@ CUT_SHORT_WRITE_S = 0.1
 class Site:
     """One server process's worth of everything. Loop thread only.
 
+    Args:
+        spawner: starts worker processes; whoever made it closes it.
+
     Raises:
         ConfigError: the native engine cannot be used.
     """
 
-    def __init__(self, start: ServerStart):
+    def __init__(self, start: ServerStart, spawner: Spawner):
         config = start.config
         budget = cpu_budget(config.cpu_budget)
         # Preprocessing runs on threads of its own, one per CPU; torch must not multiply them.
@@ -59,7 +63,7 @@ class Site:
             engine=self._engine,
             metrics=self._metrics,
             preprocess_pool=self._pool,
-            cpu_budget=budget,
+            spawner=spawner,
             error_format=ErrorFormat(
                 with_detail=config.compat != "strict" and config.error_detail != "none",
                 with_private_detail=config.error_detail == "full"

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from pyserve.archive import Archive, open_archive
 from pyserve.errors import ModelLoadError, ServeError
+from pyserve.manifest import PYTHON_HANDLERS
 
 Progress = Callable[[str], None]
 
@@ -36,9 +37,18 @@ _FROZEN_AS = ("fp32", "contiguous")
 TOLERANCE = 1e-5
 
 
+class NeedsPythonError(ModelLoadError):
+    """The archive is fine, but the native lane cannot run it: it has to run in a worker process."""
+
+
 def traced_file(archive: Archive) -> Path:
     """Where the TorchScript made from this archive by this torch is kept."""
     return archive.cache_file(f"traced-torch-{version('torch')}.pt")
+
+
+def untraceable_note(archive: Archive) -> Path:
+    """Where it is kept why this torch cannot make TorchScript of this archive, so that it is tried only once."""
+    return archive.cache_file(f"untraceable-torch-{version('torch')}.txt")
 
 
 class Tracing:
@@ -70,14 +80,17 @@ class Tracing:
         """The TorchScript file.
 
         Raises:
-            ModelLoadError: the model cannot be built, does not fit its weights, or cannot be traced.
+            NeedsPythonError: it works, but cannot be converted.
+            ModelLoadError: the model cannot be built, or does not fit its weights.
         """
         deadline = time.monotonic() + timeout_s
         problem: str | None = None
+        works = False
         try:
             for line in self._lines(deadline):
                 report = json.loads(line)
                 problem = report.get("error", problem)
+                works = report.get("works", works)
                 if "progress" in report:
                     progress(report["progress"])
             status = self._process.wait(max(0.0, deadline - time.monotonic()))
@@ -91,6 +104,9 @@ class Tracing:
             self.stop()
         if status == 0:
             return traced_file(self._archive)
+        if works and problem:
+            untraceable_note(self._archive).write_text(problem)
+            raise NeedsPythonError(problem)
         raise ModelLoadError(problem or f"tracing {self._archive.name} failed: {_ending(status)}{last}")
 
     def _lines(self, deadline: float) -> Iterator[bytes]:
@@ -131,23 +147,52 @@ def _ending(status: int) -> str:
 
 
 def needs_tracing(archive: Archive) -> bool:
-    return archive.manifest.model_file is not None and not traced_file(archive).exists()
+    """Whether there is a model file, a handler that runs in the native lane, and no conversion kept."""
+    if archive.manifest.model_file is None or runs_in_python(archive):
+        return False
+    return not traced_file(archive).exists() and not untraceable_note(archive).exists()
 
 
-def check_packed(path: Path, progress: Progress, timeout_s: float = 600.0) -> None:
+def runs_in_python(archive: Archive) -> bool:
+    """Whether the archive's handler, as far as can be told without torch, is one for worker processes."""
+    name, colon, _ = archive.manifest.handler.rpartition("/")[2].partition(":")
+    name = name.removesuffix(".py")
+    brings_code = f"{name}.py" in archive.files and archive.config.raw.get("isolation") != "thread"
+    return bool(colon) or brings_code or name in PYTHON_HANDLERS
+
+
+def native_example(handler, context):  # type: ignore[no-untyped-def]  # the parent side has no torch
+    """One item as the handler's `preprocess` makes it, [1, ...].
+
+    Raises:
+        NeedsPythonError: nobody says what it looks like, so nothing can be traced or warmed up with it.
+    """
+    try:
+        return handler.example_input(context)
+    except ModelLoadError as error:
+        raise NeedsPythonError(error.message) from error
+
+
+def check_packed(path: Path, progress: Progress, timeout_s: float = 600.0) -> str:
     """Traces a freshly packed eager archive: it is shown to load, and its first start here finds the work done.
 
     Does nothing for other archives, and where torch is not installed.
+
+    Returns:
+        Why it will run in worker processes although its handler would not need them; or ``""``.
 
     Raises:
         ModelLoadError: it cannot be served as it was packed.
     """
     if importlib.util.find_spec("torch") is None:
-        return
+        return ""
     with open_archive(path) as archive:
-        has_own_code = f"{archive.manifest.handler.partition(':')[0].removesuffix('.py')}.py" in archive.files
-        if needs_tracing(archive) and not has_own_code:
-            Tracing(archive).wait(progress, timeout_s)
+        if needs_tracing(archive):
+            try:
+                Tracing(archive).wait(progress, timeout_s)
+            except NeedsPythonError as error:
+                return error.message
+    return ""
 
 
 def main(archive_path: str, out_path: str, descriptor: str) -> int:
@@ -155,13 +200,13 @@ def main(archive_path: str, out_path: str, descriptor: str) -> int:
     gc.disable()  # importing torch makes millions of objects that all stay
     os.set_inheritable(int(descriptor), False)
 
-    def report(**fields: str) -> None:
+    def report(**fields: str | bool) -> None:
         os.write(int(descriptor), json.dumps(fields).encode() + b"\n")
 
     try:
         _trace(archive_path, Path(out_path), lambda text: report(progress=text))
     except ServeError as error:
-        report(error=error.message)
+        report(error=error.message, works=isinstance(error, NeedsPythonError))
         return 1
     except Exception as error:
         report(error=f"{type(error).__name__} while tracing the model: {_first_line(error)}")
@@ -182,7 +227,7 @@ def _trace(archive_path: str, out: Path, progress: Progress) -> None:
     handler = load_handler(archive)
     context = Context(manifest.model_name, str(archive.model_dir), manifest.raw, model_yaml_config=archive.config.raw)
     handler.prepare(context)
-    example = handler.example_input(context)
+    example = native_example(handler, context)
     progress("building the model and reading its weights")
     os.chdir(archive.model_dir)
     weights = archive.weights.open() if archive.weights is not None else None
@@ -248,7 +293,7 @@ def _to_torchscript(model, example, *, freezes: bool):  # type: ignore[no-untype
                 return converted
         except Exception as error:
             reasons.append(f"scripting failed: {_first_line(error)}")
-    raise ModelLoadError(
+    raise NeedsPythonError(
         f"{'; '.join(reasons)}. Its forward probably depends on the data or the batch size; export the model yourself "
         "(torch.jit.script or torch.export) and pack that as --serialized-file without --model-file."
     )

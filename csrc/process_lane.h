@@ -1,0 +1,76 @@
+// The python lane of one served version: its queue, the threads of its worker processes and its requests.
+//
+// Threads: loop thread only, but for what the workers do inside.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "batcher.h"
+#include "completion.h"
+#include "process_worker.h"
+
+namespace pyserve {
+
+struct ProcessWorkerRow {
+    uint32_t id;
+    ProcessState state;
+    bool is_stopping;
+    int64_t running_since;  // ns, 0 when idle
+    uint64_t batches;
+    std::string error;
+};
+
+class ProcessLane {
+  public:
+    // `capacity`, a power of two, is the size of the ring: more than may ever wait.
+    ProcessLane(std::shared_ptr<Completions<>> completions, size_t capacity);
+    ~ProcessLane();  // joins
+    ProcessLane(const ProcessLane&) = delete;
+    ProcessLane& operator=(const ProcessLane&) = delete;
+
+    // Queues one request. nullptr when the ring is full even without its dead requests. `head`, and `body` up to
+    // body_inline_max bytes, are copied; a larger body must stay where it is until the request is released.
+    ProcessRequest* try_submit(std::string_view head, std::string_view body, uint32_t flags, void* owner,
+                               int64_t arrived_at, int64_t deadline);
+
+    // The request of a ticket, or nullptr if it has been freed.
+    ProcessRequest* find(uint64_t ticket) { return shared_.pool->find(ticket); }
+
+    void set_limits(const BatchLimits& limits) { batcher_.set_limits(limits); }
+    void set_intra_op_threads(int count) { shared_.intra_op_threads.store(count < 1 ? 1 : count); }
+    // A worker that takes batches from now on. Duplicates the descriptors. Returns its id.
+    uint32_t add_worker(int socket, int request_memory, int answer_memory, size_t in_flight_max);
+    // It finishes what it has, then ends. Nothing happens if there is no such worker.
+    void stop_worker(uint32_t id);
+    // Joins it and forgets it. Blocks while it has a batch.
+    void remove_worker(uint32_t id);
+    // No more submits; the workers finish what is queued, then stop.
+    void close();
+    // Stops and joins all. What is still queued comes back as cancelled.
+    void join();
+    // Removes cancelled requests from the ring now.
+    void purge();
+
+    std::vector<ProcessWorkerRow> workers() const;
+    // Workers that take batches now.
+    size_t ready_count() const;
+    size_t queue_size() const { return batcher_.queue_size(); }
+    size_t capacity() const { return batcher_.capacity(); }
+    uint32_t running() const { return batcher_.running(); }
+    const LaneStats& stats() const { return shared_.stats; }
+    const std::shared_ptr<ProcessPool>& pool() const { return shared_.pool; }
+
+  private:
+    std::shared_ptr<Completions<>> completions_;
+    Batcher<> batcher_;
+    ProcessLaneShared shared_;
+    std::vector<std::unique_ptr<ProcessWorker>> workers_;
+    size_t multiplexed_count_ = 0;
+    uint32_t next_worker_id_ = 9000;  // TorchServe's first worker id is the port 9000
+};
+
+}  // namespace pyserve

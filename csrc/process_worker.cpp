@@ -1,0 +1,516 @@
+#include "process_worker.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <exception>
+#include <stdexcept>
+#include <system_error>
+#include <utility>
+
+#include "clock.h"
+
+namespace pyserve {
+namespace {
+
+constexpr double seconds_per_ns = 1e-9;
+// Batches that take less than this together are sent ahead.
+constexpr double ahead_time_ns = 1e6;
+constexpr size_t ahead_batches_max = 16;
+constexpr uint64_t measured_min = 8;      // batches, before their time is believed
+constexpr double average_weight = 0.1;
+constexpr int64_t undrained_max = 4 << 20;  // bytes of streamed parts that the loop has not come to
+constexpr uint64_t memory_kept = 1 << 20;   // bytes of a memory file that an idle worker keeps
+constexpr int64_t stop_flush_ns = 1'000'000'000;
+
+int duplicate(int fd) {
+    const int copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if (copy < 0) throw std::system_error(errno, std::generic_category(), "a worker's descriptor");
+    return copy;
+}
+
+bool write_all(int fd, std::string_view bytes, uint64_t offset) {
+    while (!bytes.empty()) {
+        const ssize_t written = pwrite(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+        if (written <= 0) {
+            if (written < 0 && errno == EINTR) continue;
+            return false;
+        }
+        bytes.remove_prefix(static_cast<size_t>(written));
+        offset += static_cast<uint64_t>(written);
+    }
+    return true;
+}
+
+void punch(int fd, uint64_t high) {
+    if (high > memory_kept)
+        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, memory_kept, static_cast<off_t>(high - memory_kept));
+}
+
+}  // namespace
+
+ProcessWorker::ProcessWorker(ProcessLaneShared& shared, uint32_t id, int socket, int request_memory, int answer_memory,
+                             size_t in_flight_max)
+    : shared_(shared), id_(id), in_flight_max_(in_flight_max) {
+    try {
+        socket_ = duplicate(socket);
+        request_memory_ = duplicate(request_memory);
+        answer_memory_ = duplicate(answer_memory);
+        wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+        if (wake_fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+        thread_ = std::thread([this] { main(); });
+    } catch (...) {
+        for (const int fd : {socket_, request_memory_, answer_memory_, wake_fd_}) {
+            if (fd >= 0) close(fd);
+        }
+        throw;
+    }
+}
+
+ProcessWorker::~ProcessWorker() {
+    stop();
+    if (thread_.joinable()) thread_.join();
+    for (const int fd : {socket_, request_memory_, answer_memory_, wake_fd_}) close(fd);
+}
+
+void ProcessWorker::stop() noexcept {
+    stop_.store(true, std::memory_order_release);
+    shared_.batcher->wake_all();
+    wake();
+}
+
+void ProcessWorker::wake() noexcept {
+    const uint64_t one = 1;
+    [[maybe_unused]] const ssize_t written = write(wake_fd_, &one, sizeof one);
+}
+
+void ProcessWorker::main() noexcept {
+    pthread_setname_np(pthread_self(), ("process-" + std::to_string(id_)).c_str());
+    shared_.ready_count.fetch_add(1);
+    try {
+        serve();
+    } catch (const std::exception& error) {
+        fail(std::string("the thread that serves it failed: ") + error.what());
+    } catch (...) {
+        fail("the thread that serves it failed");
+    }
+    try {
+        abandon();
+    } catch (...) {
+        // Out of memory twice: the requests stay with the loop's time limits.
+    }
+    shared_.ready_count.fetch_sub(1);
+    running_since_.store(0, std::memory_order_relaxed);
+    state_.store(error_.empty() ? ProcessState::stopped : ProcessState::died, std::memory_order_release);
+    shutdown(socket_, SHUT_RDWR);
+    shared_.completions->signal();
+}
+
+void ProcessWorker::serve() {
+    Take take;
+    for (;;) {
+        int64_t wake_at = never_ns;
+        if (flights_.empty() && !is_multiplexed()) {
+            if (!wait_for_first(take)) break;
+            send_batch(take);
+        }
+        while (error_.empty() && take_more(take, wake_at)) send_batch(take);
+        if (!error_.empty()) return;
+        if (flights_.empty() && (is_stopping() || (is_multiplexed() && wake_at == 0))) break;
+        if (flights_.empty() && !is_multiplexed()) continue;  // it held dead requests only
+        if (!exchange(wake_at)) return;
+    }
+    FrameHead head;
+    head.type = FrameType::stop;
+    append(out_, head);
+    const int64_t limit = SteadyClock::now_ns() + stop_flush_ns;
+    while (flush() && out_sent_ < out_.size() && SteadyClock::now_ns() < limit) poll_once(limit);
+    error_.clear();  // whoever is told to stop may be gone already
+}
+
+// Sleeps until there is a batch. False when told to stop, or when the lane is closed and empty.
+bool ProcessWorker::wait_for_first(Take& take) { return shared_.batcher->next_batch(take, stop_) == Next::batch; }
+
+// Another batch for a worker that has some. In multiplexed mode `wake_at` 0 says that the lane is closed and empty.
+bool ProcessWorker::take_more(Take& take, int64_t& wake_at) {
+    wake_at = never_ns;
+    if (is_stopping()) return false;
+    if (is_multiplexed()) {
+        if (in_flight_count_ >= in_flight_max_) return false;
+        const Next next = shared_.batcher->try_next(take, wake_at, false, in_flight_max_ - in_flight_count_);
+        if (next == Next::batch) {
+            shared_.batcher->leave();  // how many may run is this worker's own affair
+            return true;
+        }
+        if (next == Next::closed) wake_at = 0;
+        return false;
+    }
+    if (flights_.size() >= ahead_max()) return false;
+    // What the others would take at once is left to them.
+    const size_t others = shared_.ready_count.load(std::memory_order_relaxed) - 1;
+    if (shared_.batcher->queue_size() <= others * shared_.batcher->batch_size_max()) return false;
+    int64_t unused;
+    return shared_.batcher->try_next(take, unused) == Next::batch;
+}
+
+size_t ProcessWorker::ahead_max() const {
+    if (measured_ < measured_min || flights_.empty() || flights_.back().uses_memory) return 1;
+    const double fit = ahead_time_ns / std::max(batch_time_ns_, 1.0);
+    return fit >= ahead_batches_max ? ahead_batches_max : std::max<size_t>(1, static_cast<size_t>(fit));
+}
+
+void ProcessWorker::send_batch(Take& take) {
+    Flight flight;
+    flight.taken_at = SteadyClock::now_ns();
+    flight.holds_permit = !is_multiplexed();
+    flight.id = next_batch_++;
+    try {
+        std::vector<Request*> dead = std::move(take.dropped);
+        flight.requests.reserve(take.requests.size());
+        for (Request* request : take.requests) {
+            if (request->try_move(State::batched, State::running))
+                flight.requests.push_back({static_cast<ProcessRequest*>(request)});
+            else
+                dead.push_back(request);
+        }
+        take.clear();
+        if (!dead.empty()) drop(dead);
+    } catch (...) {
+        if (flight.holds_permit) shared_.batcher->leave();
+        throw;
+    }
+    if (flight.requests.empty()) {
+        if (flight.holds_permit) shared_.batcher->leave();
+        return;
+    }
+    flight.open_count = flight.requests.size();
+    in_flight_count_ += flight.open_count;
+    flights_.push_back(std::move(flight));
+    Flight& sent = flights_.back();
+    if (flights_.size() == 1) begin_front();
+
+    std::string heads, rest;
+    for (const Waiting& waiting : sent.requests) write_item(*waiting.request, heads, rest, sent);
+    FrameHead head;
+    head.type = FrameType::batch;
+    head.batch = sent.id;
+    head.count = static_cast<uint32_t>(sent.requests.size());
+    head.flags = static_cast<uint32_t>(shared_.intra_op_threads.load(std::memory_order_relaxed));
+    head.size = heads.size() + rest.size();
+    append(out_, head);
+    out_ += heads;
+    out_ += rest;
+    sent.sent_at = SteadyClock::now_ns();
+    // Several batches that go ahead leave in one write, unless there is much of it.
+    if (flights_.size() == 1 || out_.size() - out_sent_ > 65536) flush();
+}
+
+void ProcessWorker::write_item(const ProcessRequest& request, std::string& heads, std::string& rest, Flight& flight) {
+    const std::string_view content = request.content();
+    ItemHead item;
+    item.ticket = ProcessPool::ticket_of(request);
+    item.flags = request.flags;
+    item.head_size = static_cast<uint32_t>(request.head_size);
+    item.body_size = content.size();
+    if (content.size() > body_inline_max && content.size() <= memory_size_max - memory_used_ &&
+        write_all(request_memory_, content, memory_used_)) {
+        item.offset = memory_used_;
+        memory_used_ += content.size();
+        memory_high_ = std::max(memory_high_, memory_used_);
+        flight.uses_memory = true;
+    }
+    append(heads, item);
+    rest += request.head();
+    if (item.offset == in_frame) rest += content;
+}
+
+// Sends what the socket takes. False when the connection has ended.
+bool ProcessWorker::flush() {
+    while (out_sent_ < out_.size()) {
+        const ssize_t sent = send(socket_, out_.data() + out_sent_, out_.size() - out_sent_, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (sent < 0) {
+            if (errno == EINTR) continue;
+            if (errno == EAGAIN || errno == EWOULDBLOCK) return true;
+            // What it sent before it went is still to be read.
+            out_sent_ = out_.size();
+            break;
+        }
+        out_sent_ += static_cast<size_t>(sent);
+    }
+    out_.clear();
+    if (out_.capacity() > (1 << 20)) out_.shrink_to_fit();
+    out_sent_ = 0;
+    return true;
+}
+
+// One turn: sends, waits for something to happen, takes what came. False when it is over.
+bool ProcessWorker::exchange(int64_t wake_at) {
+    flush();
+    poll_once(wake_at);
+    return receive();
+}
+
+void ProcessWorker::poll_once(int64_t wake_at) {
+    // A loop that does not come to the parts of streams stops more from coming.
+    const bool reads = undrained_->load(std::memory_order_relaxed) < undrained_max;
+    pollfd fds[2] = {{socket_, 0, 0}, {wake_fd_, POLLIN, 0}};
+    if (reads) fds[0].events |= POLLIN;
+    if (out_sent_ < out_.size()) fds[0].events |= POLLOUT;
+    timespec wait{0, 5'000'000};
+    const bool bounded = wake_at != never_ns || !reads;
+    if (wake_at != never_ns && reads) {
+        const int64_t left = std::max<int64_t>(0, wake_at - SteadyClock::now_ns());
+        wait = {static_cast<time_t>(left / 1'000'000'000), static_cast<long>(left % 1'000'000'000)};
+    }
+    ppoll(fds, 2, bounded ? &wait : nullptr, nullptr);
+    if ((fds[1].revents & POLLIN) != 0) {
+        uint64_t count;
+        [[maybe_unused]] const ssize_t got = read(wake_fd_, &count, sizeof count);
+    }
+    if ((fds[0].revents & POLLOUT) != 0) flush();
+}
+
+bool ProcessWorker::receive() {
+    if (undrained_->load(std::memory_order_relaxed) >= undrained_max) return true;
+    for (;;) {
+        size_t room;
+        char* to = in_.room(room);
+        const ssize_t got = recv(socket_, to, room, MSG_DONTWAIT);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return true;
+        if (got <= 0) {
+            fail("its connection ended");
+            return false;
+        }
+        in_.received(static_cast<size_t>(got));
+        FrameHead head;
+        std::string_view content;
+        const char* problem = nullptr;
+        while (in_.peek(head, content, problem)) {
+            if (!on_frame(head, content)) return false;
+            in_.take(head);
+        }
+        if (problem != nullptr) {
+            fail(std::string("it sent ") + problem);
+            return false;
+        }
+        if (static_cast<size_t>(got) < room) return true;
+    }
+}
+
+bool ProcessWorker::on_frame(const FrameHead& head, std::string_view content) {
+    if (head.type != FrameType::answers) {
+        fail("it sent a frame of a type that workers do not send");
+        return false;
+    }
+    const auto flight = std::find_if(flights_.begin(), flights_.end(), [&](const Flight& f) { return f.id == head.batch; });
+    if (flight == flights_.end()) {
+        fail("it sent answers for a batch that it does not have");
+        return false;
+    }
+    if (const char* problem = parse(head, content, parts_)) {
+        fail(std::string("it sent ") + problem);
+        return false;
+    }
+    if (!on_answers(*flight, head, parts_)) return false;
+    if (flight->open_count > 0) return true;
+    const bool was_front = flight == flights_.begin();
+    Flight ended = std::move(*flight);
+    flights_.erase(flight);
+    if (was_front) finish_front(ended);
+    if (ended.holds_permit) shared_.batcher->leave();
+    shared_.stats.batches.fetch_add(1, std::memory_order_relaxed);
+    batches_.fetch_add(1, std::memory_order_relaxed);
+    trim(ended);
+    if (was_front && !flights_.empty()) begin_front();
+    if (flights_.empty()) running_since_.store(0, std::memory_order_relaxed);
+    return true;
+}
+
+bool ProcessWorker::on_answers(Flight& flight, const FrameHead&, const std::vector<Part<AnswerHead>>& parts) {
+    auto result = std::make_unique<ProcessResult>();
+    result->started_at = flight.started_at != 0 ? flight.started_at : flight.sent_at;
+    result->staged_at = flight.sent_at;
+    result->finished_at = SteadyClock::now_ns();
+    running_since_.store(result->finished_at, std::memory_order_relaxed);
+    bool used_memory = false;
+    for (const auto& part : parts) {
+        Waiting* waiting = nullptr;
+        for (size_t i = 0; i < flight.requests.size() && waiting == nullptr; ++i) {
+            Waiting& candidate = flight.requests[(flight.next + i) % flight.requests.size()];
+            if (!candidate.is_over && ProcessPool::ticket_of(*candidate.request) == part.head.ticket) {
+                waiting = &candidate;
+                flight.next = (flight.next + i + 1) % flight.requests.size();
+            }
+        }
+        if (waiting == nullptr) {
+            fail("it sent an answer to a request that it does not have");
+            break;
+        }
+        AnswerPart answer{part.head.kind, part.head.status, std::string(part.text), {}};
+        if (!read_body(part, answer.body, used_memory)) {
+            fail("it sent a body that is not in its memory");
+            break;
+        }
+        if (part.head.kind == AnswerKind::chunk) {
+            on_chunk(*waiting, std::move(answer), part.head.ticket);
+            flight.next = static_cast<size_t>(waiting - flight.requests.data());
+            continue;
+        }
+        if (part.head.kind > AnswerKind::last) {
+            fail("it sent an answer of an unknown kind");
+            break;
+        }
+        result->answers.push_back(std::move(answer));
+        result->requests.push_back(waiting->request);
+        waiting->is_over = true;
+        --flight.open_count;
+        --in_flight_count_;
+    }
+    if (used_memory) {
+        FrameHead copied;
+        copied.type = FrameType::copied;
+        append(out_, copied);
+    }
+    if (!result->requests.empty()) {
+        LaneStats& stats = shared_.stats;
+        for (size_t i = 0; i < result->requests.size(); ++i) {
+            Request* request = result->requests[i];
+            stats.queue.observe(static_cast<double>(result->started_at - request->queued_at.load()) * seconds_per_ns);
+            if (!request->try_move(State::running, State::done))
+                stats.cancelled.fetch_add(1, std::memory_order_relaxed);
+            else if (result->answers[i].kind == AnswerKind::error)
+                stats.failed.fetch_add(1, std::memory_order_relaxed);
+        }
+        complete(std::move(result));
+    }
+    return error_.empty();
+}
+
+bool ProcessWorker::read_body(const Part<AnswerHead>& part, std::string& body, bool& used_memory) {
+    if (part.head.offset == in_frame) {
+        body.assign(part.body);
+        return true;
+    }
+    used_memory = true;
+    answer_high_ = std::max(answer_high_, part.head.offset + part.head.body_size);
+    // As it is there: a worker that announces more than it wrote must not make us fill pages.
+    const off_t end = lseek(answer_memory_, 0, SEEK_END);
+    if (end < 0 || part.head.offset + part.head.body_size > static_cast<uint64_t>(end)) return false;
+    body.resize(part.head.body_size);
+    size_t done = 0;
+    while (done < body.size()) {
+        const ssize_t got = pread(answer_memory_, body.data() + done, body.size() - done,
+                                  static_cast<off_t>(part.head.offset + done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return false;
+        done += static_cast<size_t>(got);
+    }
+    return true;
+}
+
+void ProcessWorker::on_chunk(Waiting& waiting, AnswerPart part, uint64_t ticket) {
+    if (waiting.request->state.load(std::memory_order_acquire) != State::running) {
+        if (waiting.cancel_sent) return;
+        waiting.cancel_sent = true;
+        FrameHead cancel;
+        cancel.type = FrameType::cancel;
+        cancel.size = sizeof ticket;
+        append(out_, cancel);
+        append(out_, ticket);
+        return;
+    }
+    auto result = std::make_unique<ProcessResult>();
+    result->is_chunk = true;
+    result->chunk_ticket = ticket;
+    result->undrained = undrained_;
+    undrained_->fetch_add(static_cast<int64_t>(part.body.size()), std::memory_order_relaxed);
+    result->answers.push_back(std::move(part));
+    complete(std::move(result));
+}
+
+void ProcessWorker::begin_front() {
+    Flight& front = flights_.front();
+    front.started_at = SteadyClock::now_ns();
+    running_since_.store(front.started_at, std::memory_order_relaxed);
+    for (const Waiting& waiting : front.requests) {
+        waiting.request->started_at.store(front.started_at, std::memory_order_relaxed);
+    }
+}
+
+void ProcessWorker::finish_front(const Flight& flight) {
+    const auto time = static_cast<double>(SteadyClock::now_ns() - flight.started_at);
+    batch_time_ns_ = measured_ == 0 ? time : batch_time_ns_ + average_weight * (time - batch_time_ns_);
+    // One slow batch says more than many fast ones: what is sent behind it waits for it.
+    if (time > ahead_time_ns) batch_time_ns_ = std::max(batch_time_ns_, ahead_time_ns);
+    ++measured_;
+    LaneStats& stats = shared_.stats;
+    stats.staging.observe(static_cast<double>(flight.sent_at - flight.taken_at) * seconds_per_ns);
+    stats.inference.observe(time * seconds_per_ns);
+    stats.batch_size.observe(static_cast<double>(flight.requests.size()));
+}
+
+// Gives back the memory that large bodies took.
+void ProcessWorker::trim(const Flight& flight) {
+    if (flight.uses_memory &&
+        std::none_of(flights_.begin(), flights_.end(), [](const Flight& other) { return other.uses_memory; })) {
+        punch(request_memory_, memory_high_);
+        memory_used_ = memory_high_ = 0;
+    }
+    if (flights_.empty() && answer_high_ > 0) {
+        punch(answer_memory_, answer_high_);
+        answer_high_ = 0;
+    }
+}
+
+void ProcessWorker::complete(std::unique_ptr<ProcessResult> result) {
+    result->pool = shared_.pool;
+    shared_.completions->push(result.release());
+}
+
+void ProcessWorker::drop(std::vector<Request*>& requests) {
+    auto result = std::make_unique<ProcessResult>();
+    result->status.code = Code::cancelled;  // each request's own state tells expired from cancelled
+    result->started_at = result->staged_at = result->finished_at = SteadyClock::now_ns();
+    for (const Request* request : requests) {
+        const bool expired = request->state.load(std::memory_order_acquire) == State::expired;
+        (expired ? shared_.stats.expired : shared_.stats.cancelled).fetch_add(1, std::memory_order_relaxed);
+    }
+    result->requests = std::move(requests);
+    requests.clear();
+    complete(std::move(result));
+}
+
+// The end: whatever is still with the process comes back unanswered.
+void ProcessWorker::abandon() {
+    WorkerNotes notes;
+    if (pread(answer_memory_, &notes, sizeof notes, 0) != sizeof notes) notes.begun = UINT64_MAX;
+    while (!flights_.empty()) {
+        Flight flight = std::move(flights_.front());
+        flights_.pop_front();
+        if (flight.holds_permit) shared_.batcher->leave();
+        auto result = std::make_unique<ProcessResult>();
+        result->status.code = flight.id > notes.begun ? Code::not_run : Code::worker_died;
+        result->status.message = error_;
+        result->started_at = flight.started_at;
+        result->staged_at = flight.sent_at;
+        result->finished_at = SteadyClock::now_ns();
+        for (const Waiting& waiting : flight.requests) {
+            if (waiting.is_over) continue;
+            if (waiting.request->try_move(State::running, State::done))
+                shared_.stats.failed.fetch_add(1, std::memory_order_relaxed);
+            else
+                shared_.stats.cancelled.fetch_add(1, std::memory_order_relaxed);
+            result->requests.push_back(waiting.request);
+        }
+        if (!result->requests.empty()) complete(std::move(result));
+    }
+}
+
+}  // namespace pyserve

@@ -1,0 +1,224 @@
+#include "worker_channel.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include "clock.h"
+
+namespace pyserve {
+namespace {
+
+// Answers wait for more to leave with them no longer than this, and no more than this of them.
+constexpr int64_t out_time_max_ns = 200'000;
+constexpr size_t out_size_max = 65536;
+constexpr size_t cancelled_max = 4096;
+
+int duplicate(int fd) {
+    const int copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if (copy < 0) throw std::system_error(errno, std::generic_category(), "a worker's descriptor");
+    return copy;
+}
+
+}  // namespace
+
+WorkerChannel::WorkerChannel(int socket, int request_memory, int answer_memory) {
+    socket_ = duplicate(socket);
+    request_memory_ = duplicate(request_memory);
+    answer_memory_ = duplicate(answer_memory);
+    const off_t size = lseek(answer_memory_, 0, SEEK_END);
+    memory_size_ = size < 0 ? 0 : static_cast<uint64_t>(size);
+    if (memory_size_ < notes_size) throw std::system_error(EINVAL, std::generic_category(), "the answer memory");
+    void* notes = mmap(nullptr, notes_size, PROT_READ | PROT_WRITE, MAP_SHARED, answer_memory_, 0);
+    if (notes == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "the answer memory");
+    notes_ = static_cast<WorkerNotes*>(notes);
+}
+
+WorkerChannel::~WorkerChannel() {
+    if (notes_ != nullptr) munmap(notes_, notes_size);
+    for (const int fd : {socket_, request_memory_, answer_memory_}) {
+        if (fd >= 0) close(fd);
+    }
+}
+
+WorkerChannel::Got WorkerChannel::receive(IncomingBatch& batch, int timeout_ms) {
+    const int64_t limit = timeout_ms < 0 ? never_ns : SteadyClock::now_ns() + int64_t{timeout_ms} * 1'000'000;
+    for (;;) {
+        if (!batches_.empty()) {
+            batch = std::move(batches_.front());
+            batches_.pop_front();
+            return Got::batch;
+        }
+        if (told_to_stop_ || is_closed_) {
+            flush();
+            return Got::closed;
+        }
+        if (!read_available() || !batches_.empty()) continue;
+        if (told_to_stop_ || !flush()) continue;
+        pollfd fd{socket_, POLLIN, 0};
+        int wait_ms = -1;
+        if (timeout_ms >= 0) {
+            const int64_t left = limit - SteadyClock::now_ns();
+            if (left <= 0) return Got::timeout;
+            wait_ms = static_cast<int>(left / 1'000'000) + 1;
+        }
+        const int ready = poll(&fd, 1, wait_ms);
+        if (ready < 0 && errno == EINTR) return Got::interrupted;
+        if (ready == 0) return Got::timeout;
+    }
+}
+
+void WorkerChannel::begin(uint64_t batch) noexcept { __atomic_store_n(&notes_->begun, batch, __ATOMIC_RELEASE); }
+
+bool WorkerChannel::send(uint64_t batch, const std::vector<OutgoingAnswer>& answers) {
+    if (out_.empty()) out_since_ = SteadyClock::now_ns();
+    std::string heads, rest;
+    uint64_t memory_used = notes_size;
+    const bool may_use_memory = !memory_busy_;
+    for (const OutgoingAnswer& answer : answers) {
+        AnswerHead head;
+        head.ticket = answer.ticket;
+        head.kind = answer.kind;
+        head.status = answer.status;
+        head.head_size = static_cast<uint32_t>(answer.head.size());
+        head.body_size = answer.body.size();
+        if (may_use_memory && answer.body.size() > body_inline_max &&
+            answer.body.size() <= memory_size_ - memory_used) {
+            size_t done = 0;
+            while (done < answer.body.size()) {
+                const ssize_t written = pwrite(answer_memory_, answer.body.data() + done, answer.body.size() - done,
+                                               static_cast<off_t>(memory_used + done));
+                if (written < 0 && errno == EINTR) continue;
+                if (written <= 0) break;
+                done += static_cast<size_t>(written);
+            }
+            if (done == answer.body.size()) {
+                head.offset = memory_used;
+                memory_used += done;
+                memory_busy_ = true;
+            }
+        }
+        append(heads, head);
+        rest += answer.head;
+        if (head.offset == in_frame) rest += answer.body;
+        if (answer.kind != AnswerKind::chunk) cancelled_.erase(answer.ticket);
+    }
+    FrameHead frame;
+    frame.type = FrameType::answers;
+    frame.batch = batch;
+    frame.count = static_cast<uint32_t>(answers.size());
+    frame.size = heads.size() + rest.size();
+    append(out_, frame);
+    out_ += heads;
+    out_ += rest;
+    const bool more_comes = !batches_.empty() && out_.size() < out_size_max &&
+                            SteadyClock::now_ns() - out_since_ < out_time_max_ns &&
+                            (answers.empty() || answers.front().kind != AnswerKind::chunk);
+    return more_comes || flush();
+}
+
+bool WorkerChannel::is_cancelled(uint64_t ticket) {
+    read_available();
+    return is_closed_ || cancelled_.contains(ticket);
+}
+
+bool WorkerChannel::read_body(const IncomingItem& item, char* to) const {
+    uint64_t done = 0;
+    while (done < item.body_size) {
+        const ssize_t got = pread(request_memory_, to + done, item.body_size - done, static_cast<off_t>(item.offset + done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return false;
+        done += static_cast<uint64_t>(got);
+    }
+    return true;
+}
+
+// Blocks until the server has taken all. It always takes, unless it holds a stream back.
+bool WorkerChannel::flush() {
+    size_t sent = 0;
+    while (sent < out_.size() && !is_closed_) {
+        const ssize_t count = ::send(socket_, out_.data() + sent, out_.size() - sent, MSG_NOSIGNAL);
+        if (count < 0) {
+            if (errno == EINTR) continue;
+            if (errno != EAGAIN && errno != EWOULDBLOCK) {
+                is_closed_ = true;
+                break;
+            }
+            pollfd fd{socket_, POLLOUT, 0};
+            poll(&fd, 1, 1000);
+            continue;
+        }
+        sent += static_cast<size_t>(count);
+    }
+    out_.clear();
+    if (out_.capacity() > (1 << 20)) out_.shrink_to_fit();
+    return !is_closed_;
+}
+
+// Takes what has come, without waiting. False when there is something to look at.
+bool WorkerChannel::read_available() {
+    if (is_closed_) return false;
+    for (;;) {
+        size_t room;
+        char* to = in_.room(room);
+        const ssize_t got = recv(socket_, to, room, MSG_DONTWAIT);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return true;
+        if (got <= 0) {
+            is_closed_ = true;
+            return false;
+        }
+        in_.received(static_cast<size_t>(got));
+        FrameHead head;
+        std::string_view content;
+        const char* problem = nullptr;
+        while (in_.peek(head, content, problem)) {
+            on_frame(head, content);
+            if (is_closed_) return false;
+            in_.take(head);
+        }
+        if (problem != nullptr) {
+            is_closed_ = true;
+            return false;
+        }
+        if (static_cast<size_t>(got) < room) return true;
+    }
+}
+
+void WorkerChannel::on_frame(const FrameHead& head, std::string_view content) {
+    switch (head.type) {
+        case FrameType::batch: {
+            if (parse(head, content, parts_) != nullptr) break;
+            IncomingBatch& batch = batches_.emplace_back();
+            batch.id = head.batch;
+            batch.intra_op_threads = head.flags;
+            batch.items.reserve(parts_.size());
+            for (const auto& part : parts_) {
+                batch.items.push_back({part.head.ticket, part.head.flags, std::string(part.text), std::string(part.body),
+                                       part.head.body_size, part.head.offset});
+            }
+            return;
+        }
+        case FrameType::cancel:
+            if (content.size() != sizeof(uint64_t)) break;
+            if (cancelled_.size() < cancelled_max) cancelled_.insert(read_at<uint64_t>(content.data()));
+            return;
+        case FrameType::copied:
+            memory_busy_ = false;
+            return;
+        case FrameType::stop:
+            told_to_stop_ = true;
+            return;
+        default:
+            break;
+    }
+    is_closed_ = true;  // not our server
+}
+
+}  // namespace pyserve

@@ -1,0 +1,165 @@
+"""Networks from files, and the device they go to, for handlers that run stand-alone."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyserve.handler import ModelLoadError
+from pyserve.handlers.shared_weights import share_weights
+
+# Of torch, in every version pyserve runs with.
+PROFILER_AVAILABLE = True
+PT2_AVAILABLE = True
+# Optional packages; found, not imported.
+ONNX_AVAILABLE = importlib.util.find_spec("onnxruntime") is not None
+XLA_AVAILABLE = importlib.util.find_spec("torch_xla") is not None
+IPEX_AVAILABLE = (
+    os.environ.get("TS_IPEX_ENABLE", "false").lower() == "true"
+    and importlib.util.find_spec("intel_extension_for_pytorch") is not None
+)
+
+_TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
+
+
+def choose_device(gpu_id: int | None) -> torch.device:
+    """The accelerator a worker was given, by the kind this machine has; the CPU without one."""
+    if gpu_id is not None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", gpu_id)
+        if os.environ.get("TS_IPEX_GPU_ENABLE", "false").lower() == "true" and torch.xpu.is_available():
+            return torch.device("xpu", gpu_id)
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+    if XLA_AVAILABLE:
+        device: torch.device = importlib.import_module("torch_xla.core.xla_model").xla_device()
+        return device
+    return torch.device("cpu")
+
+
+def kind_of(path: Path) -> str:
+    """``torchscript``, ``onnx``, ``library`` (.so) or ``package`` (.pt2), by the file's name.
+
+    Raises:
+        ModelLoadError: it is none of these.
+    """
+    suffix = path.suffix.lower()
+    kind = {".onnx": "onnx", ".so": "library", ".pt2": "package"}.get(suffix)
+    if suffix in _TORCHSCRIPT_SUFFIXES:
+        kind = "torchscript"
+    if kind is None:
+        raise ModelLoadError(
+            f"{path.name}: this handler loads TorchScript (.pt), ONNX (.onnx), what torch.export compiled (.pt2, .so), "
+            "or a state dict (.pth) together with a --model-file"
+        )
+    return kind
+
+
+def load_torchscript(path: Path, device: torch.device | None) -> torch.jit.ScriptModule:
+    """The TorchScript of ``path`` on ``device``, in eval mode; on a CPU its weights are shared between processes.
+
+    Raises:
+        ModelLoadError: the file is missing, damaged or not TorchScript.
+    """
+    _check_exists(path)
+    try:
+        model: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ModelLoadError(
+            f"{path.name} is not a TorchScript file, and the archive has no --model-file to build an eager model from: "
+            f"{_first_line(error)}"
+        ) from error
+    model = model.eval()
+    share_weights(model, path)
+    return model
+
+
+def load_package(path: Path, device: torch.device) -> Any:
+    """The network of a ``.pt2`` file: compiled by AOTInductor, or exported by torch.export and run as it is.
+
+    Raises:
+        ModelLoadError: the file is missing, damaged, or compiled for another kind of machine.
+    """
+    _check_exists(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+            is_compiled = any("aotinductor" in name for name in file.namelist())
+        if is_compiled:
+            inductor = importlib.import_module("torch._inductor")
+            return inductor.aoti_load_package(str(path), device_index=-1 if device.index is None else device.index)
+        program = torch.export.load(str(path))
+        if device.type != "cpu":
+            program = importlib.import_module("torch.export.passes").move_to_device_pass(program, device)
+        return program.module()
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        # The reader raises errors of many classes on damaged files; whatever it was, the file is at fault.
+        raise ModelLoadError(
+            f"{path.name} cannot be loaded as a .pt2 package: {_first_line(error)}. Export it with this torch "
+            f"({torch.__version__}) and, if it is compiled, on this kind of machine."
+        ) from error
+
+
+def load_library(path: Path, device: torch.device) -> Any:
+    """The network in a shared library that ``torch._export.aot_compile`` made.
+
+    Raises:
+        ModelLoadError: the file is missing, damaged, or compiled for another torch or kind of machine.
+    """
+    _check_exists(path)
+    try:
+        return importlib.import_module("torch._export").aot_load(str(path), str(device))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise ModelLoadError(
+            f"{path.name} cannot be loaded: {_first_line(error)}. Compile it again with this torch "
+            f"({torch.__version__}) on this kind of machine, preferably as a .pt2 package."
+        ) from error
+
+
+def setup_ort_session(model_pt_path: str, map_location: str) -> Any:
+    """An onnxruntime session for the ONNX file, on the GPU if ``map_location`` is ``"cuda"``.
+
+    Raises:
+        ModelLoadError: onnxruntime is not installed, or cannot use the file.
+    """
+    name = Path(model_pt_path).name
+    if not ONNX_AVAILABLE:
+        raise ModelLoadError(f"{name} needs onnxruntime, which is not installed here; pip install onnxruntime")
+    _check_exists(Path(model_pt_path))
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    providers = [*(["CUDAExecutionProvider"] if map_location == "cuda" else []), "CPUExecutionProvider"]
+    try:
+        return runtime.InferenceSession(model_pt_path, sess_options=options, providers=providers)
+    except Exception as error:  # onnxruntime's errors have no common class of their own
+        raise ModelLoadError(f"{name} cannot be loaded by onnxruntime: {_first_line(error)}") from error
+
+
+def run_ort_session(session: Any, batch: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    """The outputs of an onnxruntime session of one input; of one output just that."""
+    inputs = {session.get_inputs()[0].name: batch.cpu().numpy()}
+    outputs = [torch.from_numpy(np.asarray(output)) for output in session.run(None, inputs)]
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise ModelLoadError(f"{path.name} is not in the archive; repack it with --serialized-file")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:300] if text else type(error).__name__

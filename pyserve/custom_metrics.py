@@ -1,0 +1,384 @@
+"""Metrics that handlers make: what they call (`MetricsCache`, TorchServe's API), and the server's sums of it.
+
+A handler's call makes an emission, a small dict; the worker process reports them after the batch, and the server adds
+them up (`CustomMetrics`). Nothing has to be declared; a ``metrics.yaml`` only fixes units and the order of labels.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import yaml
+from prometheus_client.metrics_core import Metric as Family
+
+log = logging.getLogger(__name__)
+
+UNITS = {
+    "ms": "Milliseconds", "s": "Seconds", "percent": "Percent", "count": "Count", "MB": "Megabytes",
+    "GB": "Gigabytes", "kB": "Kilobytes", "B": "Bytes", "": "unit",
+}  # fmt: skip
+HISTOGRAM_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+# Of one model; a worker process may be anybody's code.
+NAMES_MAX = 200
+SERIES_MAX = 1000
+TEXT_SIZE_MAX = 200
+VALUES_MAX = 10_000
+
+
+class MetricTypes(Enum):
+    """Kinds of metrics."""
+
+    COUNTER = "COUNTER"
+    GAUGE = "GAUGE"
+    HISTOGRAM = "HISTOGRAM"
+
+
+class MetricsCacheKeyError(Exception):
+    """There is no such metric."""
+
+
+class MetricsCacheTypeError(Exception):
+    """An argument is of the wrong type."""
+
+
+class MetricsCacheValueError(Exception):
+    """An argument has a value that is not allowed."""
+
+
+class MetricsCachePyYamlError(Exception):
+    """metrics.yaml is not YAML."""
+
+
+class Dimension:
+    """A label and its value."""
+
+    def __init__(self, name: str, value: str):
+        self.name = name
+        self.value = value
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.value}"
+
+
+class CachingMetric:
+    """One metric of a handler: a name, a unit, a kind and the names of its labels."""
+
+    def __init__(
+        self, metric_name: str, unit: str, dimension_names: Sequence[str] | None = None,
+        metric_type: MetricTypes = MetricTypes.COUNTER, cache: MetricsCache | None = None,
+    ):  # fmt: skip
+        self.metric_name = metric_name
+        self.unit = UNITS.get(unit, unit)
+        self.dimension_names = list(dimension_names or [])
+        self.metric_type = metric_type
+        self._cache = cache
+
+    def add_or_update(self, value: float, dimension_values: Sequence[str] | None = None, request_id: str = "") -> None:
+        """Emits ``value`` with label values in the order of ``dimension_names``.
+
+        Raises:
+            MetricsCacheValueError: as many values as names are needed.
+        """
+        values = list(dimension_values or [])
+        if len(values) != len(self.dimension_names):
+            raise MetricsCacheValueError(
+                f"{self.metric_name} has {len(self.dimension_names)} dimensions {self.dimension_names}, got {values}"
+            )
+        self._emit(value, dict(zip(self.dimension_names, map(str, values), strict=True)), request_id)
+
+    def update(self, value: float, request_id: str = "", dimensions: Sequence[Dimension] | None = None) -> None:
+        """Emits ``value`` with these labels."""
+        self._emit(value, {each.name: str(each.value) for each in dimensions or []}, request_id)
+
+    def _emit(self, value: float, dimensions: dict[str, str], request_id: str) -> None:
+        if self._cache is not None:
+            self._cache.emit(self.metric_name, value, self.unit, self.metric_type, dimensions, request_id or None)
+
+
+class MetricsCache:
+    """What handlers find as ``context.metrics``.
+
+    Args:
+        config: path of a metrics.yaml.
+
+    Attributes:
+        cache: metrics by kind and name.
+        store: itself; old handlers look for it.
+        request_ids: of the batch, by index.
+    """
+
+    def __init__(
+        self, model_name: str = "", request_ids: Mapping[int, str] | None = None, *, config: str | None = None
+    ):
+        self.model_name = model_name
+        self.request_ids: Mapping[int, str] = request_ids or {}
+        self.cache: dict[MetricTypes, dict[str, CachingMetric]] = {kind: {} for kind in MetricTypes}
+        self.store = self
+        self._emissions: list[dict[str, Any]] = []
+        if config:
+            for kind, name, unit, dimensions in read_metrics_yaml(config):
+                self.add_metric_to_cache(name, unit, dimensions, kind)
+
+    # --- for the server -------------------------------------------------------------------------------------------
+
+    def bind(self, request_ids: Mapping[int, str]) -> None:
+        """The batch that is about to run."""
+        self.request_ids = request_ids
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Emissions since the last time."""
+        if not self._emissions:
+            return []
+        emissions, self._emissions = self._emissions, []
+        return emissions
+
+    def emit(  # noqa: PLR0917
+        self, name: str, value: float, unit: str, kind: MetricTypes, dimensions: Mapping[str, str],
+        request_id: str | None,
+    ) -> None:  # fmt: skip
+        """Notes one value."""
+        if len(self._emissions) < VALUES_MAX:
+            self._emissions.append(
+                {"name": name, "value": value, "unit": unit, "type": kind.value, "dimensions": dict(dimensions),
+                 "request_id": request_id}
+            )  # fmt: skip
+
+    # --- for handlers ---------------------------------------------------------------------------------------------
+
+    def add_metric_to_cache(
+        self, metric_name: str, unit: str, dimension_names: Sequence[str] | None = None,
+        metric_type: MetricTypes = MetricTypes.COUNTER,
+    ) -> CachingMetric:  # fmt: skip
+        """A metric to emit values of later; the one there is if there is one of that name and kind.
+
+        Raises:
+            MetricsCacheTypeError: a name that is no text, or a kind that is none.
+        """
+        if not isinstance(metric_name, str) or not metric_name:
+            raise MetricsCacheTypeError(f"a metric's name is text, got {metric_name!r}")
+        if not isinstance(metric_type, MetricTypes):
+            raise MetricsCacheTypeError(f"metric_type is a MetricTypes, got {metric_type!r}")
+        known = self.cache[metric_type].get(metric_name)
+        if known is None:
+            known = CachingMetric(metric_name, unit, dimension_names, metric_type, self)
+            self.cache[metric_type][metric_name] = known
+        return known
+
+    def get_metric(self, metric_name: str, metric_type: MetricTypes = MetricTypes.COUNTER) -> CachingMetric:
+        """A metric that was added or declared.
+
+        Raises:
+            MetricsCacheKeyError: there is none.
+        """
+        try:
+            return self.cache[metric_type][metric_name]
+        except KeyError:
+            raise MetricsCacheKeyError(f"no {metric_type.value.lower()} named {metric_name!r}") from None
+
+    def add_metric(  # noqa: PLR0917 - TorchServe's signature
+        self, name: str, value: float, unit: str = "", idx: int | None = None,
+        dimensions: Sequence[Dimension] | None = None, metric_type: MetricTypes = MetricTypes.COUNTER,
+    ) -> None:  # fmt: skip
+        """Emits ``value``, labelled with the model's name too."""
+        labels = {each.name: str(each.value) for each in dimensions or []}
+        labels |= {"ModelName": self.model_name, "Level": "Model"}
+        declared = self.cache[metric_type].get(name)
+        self.emit(name, value, declared.unit if declared else UNITS.get(unit, unit), metric_type, labels,
+                  self._request_id(idx))  # fmt: skip
+
+    def add_counter(
+        self, name: str, value: float, idx: int | None = None, dimensions: Sequence[Dimension] | None = None
+    ) -> None:
+        """Adds to a counter; a negative value is logged and not counted."""
+        if value < 0:
+            log.error("counter %s cannot be lowered by %s", name, value)
+            return
+        self.add_metric(name, value, "count", idx, dimensions, MetricTypes.COUNTER)
+
+    def add_time(  # noqa: PLR0917 - TorchServe's signature
+        self, name: str, value: float, idx: int | None = None, unit: str = "ms",
+        dimensions: Sequence[Dimension] | None = None, metric_type: MetricTypes = MetricTypes.GAUGE,
+    ) -> None:  # fmt: skip
+        """Emits a time in ``ms`` or ``s``.
+
+        Raises:
+            MetricsCacheValueError: another unit.
+        """
+        self._check_unit(name, unit, ("ms", "s"))
+        self.add_metric(name, value, unit, idx, dimensions, metric_type)
+
+    def add_size(  # noqa: PLR0917 - TorchServe's signature
+        self, name: str, value: float, idx: int | None = None, unit: str = "MB",
+        dimensions: Sequence[Dimension] | None = None, metric_type: MetricTypes = MetricTypes.GAUGE,
+    ) -> None:  # fmt: skip
+        """Emits a size in ``GB``, ``MB``, ``kB`` or ``B``.
+
+        Raises:
+            MetricsCacheValueError: another unit.
+        """
+        self._check_unit(name, unit, ("GB", "MB", "kB", "B"))
+        self.add_metric(name, value, unit, idx, dimensions, metric_type)
+
+    def add_percent(
+        self, name: str, value: float, idx: int | None = None, dimensions: Sequence[Dimension] | None = None,
+        metric_type: MetricTypes = MetricTypes.GAUGE,
+    ) -> None:  # fmt: skip
+        """Emits a percentage."""
+        self.add_metric(name, value, "percent", idx, dimensions, metric_type)
+
+    def add_error(self, name: str, value: float, dimensions: Sequence[Dimension] | None = None) -> None:
+        """Counts an error."""
+        labels = [*(dimensions or []), Dimension("Level", "Error")]
+        self.emit(name, value if isinstance(value, (int, float)) else 1, "unit", MetricTypes.COUNTER,
+                  {each.name: str(each.value) for each in labels}, self._request_id(None))  # fmt: skip
+
+    def _request_id(self, idx: int | None) -> str | None:
+        if idx is not None:
+            return self.request_ids.get(idx)
+        return ",".join(self.request_ids.values()) or None
+
+    @staticmethod
+    def _check_unit(name: str, unit: str, allowed: tuple[str, ...]) -> None:
+        if unit not in allowed:
+            raise MetricsCacheValueError(f"{name}: the unit is one of {', '.join(allowed)}, got {unit!r}")
+
+
+def emit_prediction_time(metrics: MetricsCache, milliseconds: float) -> None:
+    """How long a batch was in the worker."""
+    metrics.add_time("PredictionTime", round(milliseconds, 2))
+
+
+def read_metrics_yaml(path: str) -> list[tuple[MetricTypes, str, str, list[str]]]:
+    """(kind, name, unit, dimensions) of each of the ``model_metrics``.
+
+    Raises:
+        MetricsCachePyYamlError: it cannot be read, or is not of that form.
+    """
+    found = []
+    try:
+        with open(path) as file:
+            parsed = yaml.safe_load(file) or {}
+        for kind in MetricTypes:
+            for entry in (parsed.get("model_metrics") or {}).get(kind.value.lower()) or []:
+                dimensions = list(map(str, entry.get("dimensions") or []))
+                found.append((kind, str(entry["name"]), str(entry["unit"]), dimensions))
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise MetricsCachePyYamlError(f"{path} is no metrics.yaml: {error}") from error
+    return found
+
+
+class CustomMetrics:
+    """The server's sums of what all workers report. Loop thread only.
+
+    Reports come from processes that run anybody's code: what is no metric is dropped, and there is a bound on how many.
+    """
+
+    def __init__(self) -> None:
+        self._hostname = socket.gethostname()
+        # model -> (name, kind) -> (unit, labels -> value or [counts, sum])
+        self._models: dict[str, dict[tuple[str, str], tuple[str, dict[tuple[tuple[str, str], ...], Any]]]] = {}
+        self._told: set[str] = set()
+
+    def observe(self, model: str, values: Any) -> None:
+        """Adds what a worker of ``model`` reported."""
+        if not isinstance(values, list):
+            return
+        for value in values[:VALUES_MAX]:
+            try:
+                self._add(model, value)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                continue
+
+    def _add(self, model: str, value: dict[str, Any]) -> None:
+        number = float(value["value"])
+        kind = MetricTypes(value["type"]).value
+        name = _metric_name(value["name"])
+        if not math.isfinite(number) or (kind == "COUNTER" and number < 0):
+            return
+        metrics = self._models.setdefault(model, {})
+        key = (name, kind)
+        if key not in metrics:
+            if len(metrics) >= NAMES_MAX:
+                self._tell(model, f"more than {NAMES_MAX} metrics; further ones are dropped")
+                return
+            metrics[key] = (str(value["unit"])[:TEXT_SIZE_MAX], {})
+        labels = tuple((_label(key), str(text)[:TEXT_SIZE_MAX]) for key, text in value["dimensions"].items())
+        series = metrics[key][1]
+        if labels not in series:
+            if sum(len(each) for _, each in metrics.values()) >= SERIES_MAX:
+                self._tell(model, f"more than {SERIES_MAX} combinations of labels; further ones are dropped")
+                return
+            series[labels] = [[0] * (len(HISTOGRAM_BOUNDS) + 1), 0.0] if kind == "HISTOGRAM" else 0.0
+        if kind == "COUNTER":
+            series[labels] += number
+        elif kind == "GAUGE":
+            series[labels] = number
+        else:
+            counts, total = series[labels]
+            counts[next((i for i, bound in enumerate(HISTOGRAM_BOUNDS) if number <= bound), -1)] += 1
+            series[labels] = [counts, total + number]
+
+    def _tell(self, model: str, text: str) -> None:
+        if model not in self._told:
+            self._told.add(model)
+            log.warning("%s emits %s", model, text)
+
+    def keep(self, models: set[str]) -> None:
+        """Forgets all but these."""
+        self._models = {name: metrics for name, metrics in self._models.items() if name in models}
+
+    def collect(self) -> Iterator[Family]:
+        """A family per name and kind, over all models."""
+        families: dict[tuple[str, str], Family] = {}
+        for metrics in self._models.values():
+            for (name, kind), (unit, series) in metrics.items():
+                family = families.get((name, kind))
+                if family is None:
+                    lower = kind.lower()
+                    family = Family(name, f"Torchserve prometheus {lower} metric with unit: {unit}", lower)
+                    families[name, kind] = family
+                for labels, value in series.items():
+                    named = {**dict(labels), "Hostname": self._hostname}
+                    if kind == "HISTOGRAM":
+                        _add_histogram(family, named, *value)
+                    else:
+                        family.add_sample(name, named, value)
+        yield from families.values()
+
+
+def _add_histogram(family: Family, labels: dict[str, str], counts: list[int], total: float) -> None:
+    seen = 0
+    for bound, count in zip((*HISTOGRAM_BOUNDS, math.inf), counts, strict=True):
+        seen += count
+        text = "+Inf" if math.isinf(bound) else repr(bound)
+        family.add_sample(f"{family.name}_bucket", {**labels, "le": text}, seen)
+    family.add_sample(f"{family.name}_count", labels, seen)
+    family.add_sample(f"{family.name}_sum", labels, total)
+
+
+def _metric_name(text: Any) -> str:
+    return _identifier(str(text), allowed=":")
+
+
+def _label(text: Any) -> str:
+    return _identifier(str(text))
+
+
+def _identifier(text: str, allowed: str = "") -> str:
+    """What Prometheus takes for a name; other characters become ``_``.
+
+    Raises:
+        ValueError: nothing of it can be used.
+    """
+    name = "".join(each if each.isascii() and (each.isalnum() or each in "_" + allowed) else "_" for each in text)
+    name = name[:TEXT_SIZE_MAX]
+    if not name or name[0].isdigit():
+        name = f"_{name}"
+    if not name.strip("_"):
+        raise ValueError("a name without letters")
+    return name

@@ -1,0 +1,353 @@
+"""What both lanes of a model have in common: a request's admission, its limits and its one end.
+
+A lane is the way of one model's requests from the endpoint to the answer. `NativeLane` runs a network in C++ threads,
+`PythonLane` calls a handler in worker processes; both take batches from the same native batcher.
+
+Loop thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from pyserve.errors import DeadlineError, ExpiredError, HandlerError, JsonObject, OverloadedError, ServeError
+from pyserve.messages import Response
+from pyserve.model_settings import ModelSettings
+from pyserve.pending import OVER, PREPARING, SUBMITTED, Pending
+from pyserve.services import Services
+
+if TYPE_CHECKING:
+    from pyserve import _core
+
+log = logging.getLogger(__name__)
+
+# The ring is fixed when the lane is made; it leaves room for raising job_queue_size while running.
+RING_CAPACITY_MIN = 4096
+# Slack of the time limits: how often the lane looks for requests that are over them.
+SWEEP_INTERVAL_S = 0.1
+
+
+@dataclass
+class WorkerRow:
+    """One worker as the management API shows it. ``memory_usage`` is its whole process's, in bytes."""
+
+    id: str
+    start_time: datetime
+    status: str
+    memory_usage: int
+    pid: int
+    gpu: bool
+    gpu_usage: str = "N/A"
+
+
+def ring_capacity(settings: ModelSettings) -> int:
+    """A power of two, more than may ever wait."""
+    return 1 << (max(RING_CAPACITY_MIN, 4 * settings.queue_size) - 1).bit_length()
+
+
+class Lane:
+    """Requests of one model between admission and answer.
+
+    Args:
+        label: ``name version``, for the log.
+        core: the engine's side, made by the subclass.
+        settings: the model's; read at each use, so that changes hold at once.
+    """
+
+    def __init__(
+        self, services: Services, name: str, label: str, core: _core.Lane | _core.ProcessLane, settings: ModelSettings
+    ):
+        # Constant.
+        self.core: Any = core
+        self._services = services
+        self._name = name
+        self._label = label
+        self._is_strict = services.config.compat == "strict"
+        self._loop = asyncio.get_running_loop()
+        # Changes while it runs.
+        self.settings = settings
+        self._pending: dict[Pending, None] = {}  # in order of arrival
+        self._preparing_count = 0
+        self._sweep_timer: asyncio.TimerHandle | None = None
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # --- for subclasses -------------------------------------------------------------------------------------------
+
+    def begin(self, pending: Pending) -> None:
+        """Starts an admitted request on its way."""
+        raise NotImplementedError
+
+    def complete(self, completion: Any) -> None:
+        """A batch came to an end."""
+        raise NotImplementedError
+
+    def worker_rows(self) -> list[WorkerRow]:
+        """The workers, as the management API shows them."""
+        raise NotImplementedError
+
+    @property
+    def wanted_count(self) -> int:
+        """Workers that are there or coming."""
+        raise NotImplementedError
+
+    def set_workers(self, count: int) -> None:
+        """Begins to start or stop workers until there are ``count``."""
+        raise NotImplementedError
+
+    async def settled(self, timeout_s: float) -> str:
+        """Waits until every worker is ready or gone. Returns why one is not, or ``""``."""
+        raise NotImplementedError
+
+    @property
+    def failure(self) -> ServeError | None:
+        """The error of a worker that could not be started, if it is known in full."""
+        return None
+
+    async def close(self) -> None:
+        """Finishes what was admitted, then stops the workers."""
+        raise NotImplementedError
+
+    @property
+    def may_take(self) -> bool:
+        """Whether requests are admitted although no worker is ready: one is coming."""
+        return False
+
+    @property
+    def running_max(self) -> int:
+        """Batches that may run at once."""
+        raise NotImplementedError
+
+    def look_after_workers(self, now: int) -> bool:
+        """Called with each sweep; returns whether another one is wanted although no request waits for an answer."""
+        return False
+
+    # --- workers and settings -------------------------------------------------------------------------------------
+
+    @property
+    def ready_count(self) -> int:
+        """Workers that take batches now."""
+        return int(self.core.ready_count)
+
+    def apply_limits(self) -> None:
+        """Brings the settings to the engine; they hold from the next batch on."""
+        self.core.set_limits(
+            batch_size_max=self.settings.batch_size,
+            batch_size_min=self.settings.min_batch,
+            batch_delay_max_ns=self.settings.max_batch_delay_ms * 1_000_000,
+            running_max=self.running_max,
+        )
+
+    async def finish_requests(self) -> None:
+        """Takes no more requests, and returns when those that were admitted are answered."""
+        self._is_draining = True
+        if self.ready_count or self.may_take:
+            await self._idle.wait()
+        self.answer_all(self.refusal("draining"))
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        self.core.close()
+
+    # --- the way in -----------------------------------------------------------------------------------------------
+
+    def predict(self, pending: Pending) -> None:
+        """Admits the request and sees to its answer. Raises nothing that is the request's fault."""
+        refusal = self._admit()
+        if refusal is not None:
+            self._services.metrics.observe_rejection(self._name, refusal.detail["reason"])
+            self._answer_error(pending, refusal)
+            return
+        self._pending[pending] = None
+        self._idle.clear()
+        pending.exchange.on_disconnect = pending.cancel
+        if self._sweep_timer is None:
+            self._start_sweep()
+        self.begin(pending)
+
+    def _admit(self) -> OverloadedError | None:
+        """The one bound, before any work: what may wait, plus what idle workers will take at once."""
+        if self._is_draining:
+            return self.refusal("draining")
+        if not self.ready_count and not self.may_take:
+            return self.refusal("no worker")
+        if self._has_room():
+            return None
+        self.core.purge()  # requests whose clients have gone make room
+        return None if self._has_room() else self.refusal("queue full")
+
+    def _has_room(self) -> bool:
+        waiting = self.waiting_count
+        if self.settings.use_job_ticket:  # only what an idle worker takes at once
+            return waiting < self._waiting_max() - self.settings.queue_size
+        return waiting < self.settings.queue_size or waiting < self._waiting_max()
+
+    @property
+    def waiting_count(self) -> int:
+        return self._preparing_count + int(self.core.queue_size)
+
+    def _waiting_max(self) -> int:
+        # The engine counts a batch as running before it takes it from the queue, so a request is never missed.
+        idle = min(self.ready_count, self.running_max) - self.core.running
+        return self.settings.queue_size + max(0, idle) * self.settings.batch_size
+
+    def _deadline(self, pending: Pending) -> int:
+        return pending.arrived_at + int(self.settings.queue_limit_s * 1e9)
+
+    # --- the end of a request -------------------------------------------------------------------------------------
+
+    def _answer(self, pending: Pending, response: Response) -> None:
+        """Sends the answer, if none was sent yet."""
+        if pending.stage == OVER:
+            return
+        self._forget(pending)
+        self._observe(pending, response.status)
+        if pending.is_streaming:
+            pending.exchange.abort_stream()  # the head has left: the client must not take what it has for all
+        else:
+            pending.exchange.respond(response)
+
+    def _observe(self, pending: Pending, status: int) -> None:
+        self._services.metrics.observe_request(
+            self._name,
+            pending.version,
+            status,
+            pending.age_s(),
+            queue_s=pending.queue_s(),
+            url_version=pending.url_version,
+        )
+
+    def _answer_error(self, pending: Pending, error: ServeError) -> None:
+        self._answer(pending, self._services.error_format.response(error, pending.exchange.request.id))
+
+    def answer_all(self, error: ServeError) -> None:
+        """Answers every admitted request with ``error``; what is running is dropped when it is done."""
+        for pending in list(self._pending):
+            self._drop(pending)
+            self._answer_error(pending, error)
+
+    def cancel(self, pending: Pending) -> None:
+        """The client hung up."""
+        if pending.stage != OVER:
+            self._drop(pending)
+            self._forget(pending)
+            self._services.metrics.observe_abort(self._name, pending.version)
+
+    def _forget(self, pending: Pending) -> None:
+        pending.stage = OVER
+        self._pending.pop(pending, None)
+        if not self._pending:
+            self._idle.set()
+
+    def _drop(self, pending: Pending) -> None:
+        """Keeps it from running, or its result from being used."""
+        if pending.stage == SUBMITTED:
+            self.core.cancel(pending.ticket)
+
+    def expire(self, pending: Pending) -> None:
+        """It waited past its time and was dropped from the queue."""
+        if pending.stage == OVER:
+            return
+        self._services.metrics.observe_rejection(self._name, "expired")
+        limit = f"{self.settings.queue_limit_source}={self.settings.queue_limit_s:g} s"
+        error = ExpiredError(
+            f'Model "{self._name}" did not come to this request in time',
+            detail={"reason": "expired", "queued_s": round(pending.age_s(), 3), "limit": limit},
+            headers={"Retry-After": retry_after()},
+        )
+        self._answer_error(pending, error)
+
+    def _overrun(self, pending: Pending, started_at: int) -> None:
+        queued_s = (started_at - pending.arrived_at) / 1e9
+        ran_s = (time.monotonic_ns() - started_at) / 1e9
+        pending.started_at = started_at
+        error: ServeError = DeadlineError(
+            f"the model did not answer in time: queued {queued_s:.3f} s, ran {ran_s:.3f} s, limit "
+            f"response_timeout={self.settings.response_timeout_s} s",
+            detail={"reason": "response_timeout"},
+        )
+        if self._is_strict:
+            error = worker_died_error()
+        self._answer_error(pending, error)
+
+    def _start_sweep(self) -> None:
+        if self._sweep_timer is None:
+            self._sweep_timer = self._loop.call_later(SWEEP_INTERVAL_S, self._sweep)
+
+    def _sweep(self) -> None:
+        """Answers what is over its time. Nothing younger than the shorter limit can be, so the scan is short."""
+        self._sweep_timer = None
+        queue_limit_s, run_limit_s = self.settings.queue_limit_s, float(self.settings.response_timeout_s)
+        now = time.monotonic_ns()
+        for pending in list(self._pending):
+            age_s = (now - pending.arrived_at) / 1e9
+            if age_s < min(queue_limit_s, run_limit_s):
+                break
+            started_at = self.core.started_at(pending.ticket) if pending.stage != PREPARING else 0
+            # A stream is over its time when it has stood still for as long.
+            running_since = max(started_at, pending.progress_at)
+            if started_at > 0 and (now - running_since) / 1e9 >= run_limit_s:
+                self._drop(pending)
+                self._overrun(pending, started_at)
+            elif started_at == 0 and age_s >= queue_limit_s:
+                self._drop(pending)
+                self.expire(pending)
+        if self.look_after_workers(now) or self._pending:
+            self._start_sweep()
+
+    # --- what others ask ------------------------------------------------------------------------------------------
+
+    def refusal(self, reason: str) -> OverloadedError:
+        """Why a request is not admitted: TorchServe's one message, and a ``detail`` that tells the causes apart."""
+        detail: JsonObject = {"reason": reason}
+        if reason == "queue full":
+            detail["waiting"] = self.waiting_count
+            detail["job_queue_size"] = self.settings.queue_size
+            detail["workers"] = self.ready_count
+            detail["mend"] = f"retry later, or raise job_queue_size: PUT /models/{self._name}?job_queue_size=N"
+        return no_worker_error(self._name, detail)
+
+    @property
+    def in_flight_count(self) -> int:
+        return len(self._pending)
+
+    def stats(self) -> JsonObject:
+        """The native counters and histograms, plus ``running`` batches and the ``queue_size``."""
+        return {**self.core.stats(), "running": self.core.running, "queue_size": self.waiting_count}
+
+
+def no_worker_error(name: str, detail: JsonObject, retry_after_s: int | None = None) -> OverloadedError:
+    """TorchServe's one text for every reason not to admit a request."""
+    detail.setdefault("mend", f"PUT /models/{name}?min_worker=1 on the management address")
+    return OverloadedError(
+        f'Model "{name}" has no worker to serve inference request. Please use scale workers API to add workers.',
+        detail=detail,
+        headers={"Retry-After": retry_after() if retry_after_s is None else str(retry_after_s)},
+    )
+
+
+def worker_died_error(detail: JsonObject | None = None) -> HandlerError:
+    """TorchServe's text for a worker that is gone, with status 500."""
+    error = HandlerError("Worker died.", detail=detail)
+    error.status = 500
+    return error
+
+
+def retry_after() -> str:
+    """Seconds, spread over a few, so that refused clients do not come back together."""
+    return str(1 + time.monotonic_ns() % 3)
+
+
+def live(owners: list[Pending | None]) -> list[Pending]:
+    """Those that still wait for an answer."""
+    return [owner for owner in owners if owner is not None and owner.stage != OVER]
+
+
+def request_ids(pendings: list[Pending]) -> str:
+    """Their request ids, for the log."""
+    return ", ".join(pending.exchange.request.id for pending in pendings)

@@ -1,0 +1,166 @@
+"""Which lane a model runs in: the native one if its handler lets the engine run the network, else the python one."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pyserve.archive import Archive
+from pyserve.archive_cache import open_cache
+from pyserve.errors import ModelLoadError
+from pyserve.handler import BUILT_IN
+from pyserve.lane import Lane
+from pyserve.loader import load_network
+from pyserve.manifest import split_handler
+from pyserve.model_settings import ModelSettings
+from pyserve.native_lane import NativeLane
+from pyserve.placement import gpu_count
+from pyserve.python_lane import PythonLane
+from pyserve.requirements import prepare_environment
+from pyserve.sequence_lane import SequenceLane
+from pyserve.services import Services
+from pyserve.trace import NeedsPythonError, Progress, Tracing
+from pyserve.worker_spec import WorkerSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Wish:
+    """A model that wants a lane.
+
+    Attributes:
+        handler_name: in place of the manifest's; None for that one.
+        device: ``cpu`` or ``cuda:0``.
+        tracing: a conversion of the archive that was started already.
+        on_trouble: told why there is no worker and none is coming, and ``""`` when there is one again.
+    """
+
+    services: Services
+    archive: Archive
+    name: str
+    handler_name: str | None
+    device: str
+    settings: ModelSettings
+    progress: Progress
+    tracing: Tracing | None = None
+    on_trouble: Callable[[str], None] = lambda text: None
+
+    @property
+    def label(self) -> str:
+        """As the log has it."""
+        return f"{self.name} {self.archive.manifest.model_version}"
+
+
+def python_lane_reason(archive: Archive, handler_name: str | None) -> str:
+    """Why the handler needs a worker process; ``""`` if the engine may run the network.
+
+    Args:
+        handler_name: in place of the manifest's; None for that one.
+    """
+    named = handler_name or archive.manifest.handler
+    file, function = split_handler(named)
+    name = file.removesuffix(".py").removeprefix("ts.torch_handler.")
+    if function is not None:
+        return f"its handler is the function {named}"
+    # The archive's own file comes first, as in TorchServe, also when it bears a built-in handler's name.
+    if (archive.model_dir / f"{name}.py").is_file():
+        is_thread = archive.config.raw.get("isolation") == "thread"
+        return "" if is_thread else f"{name}.py is code of its own"
+    if name in BUILT_IN:
+        module, cls = BUILT_IN[name]
+        lane = getattr(getattr(importlib.import_module(module), cls), "lane", "native")
+        return f"{name} calls its model in Python" if lane == "python" else ""
+    return f"{named} is an installed module" if "." in name else ""
+
+
+async def open_lane(wish: Wish) -> Lane:
+    """The lane of a model, its weights loaded or its environment prepared, without workers.
+
+    Raises:
+        ServeError: it cannot be served; the text says why.
+    """
+    config = wish.services.config
+    reason = python_lane_reason(wish.archive, wish.handler_name or config.default_service_handler or None)
+    if not reason and config.service_envelope:
+        reason = f"service_envelope={config.service_envelope} wraps its handler"
+    if reason:
+        return await open_python_lane(wish)
+    try:
+        return await _open_native_lane(wish)
+    except NeedsPythonError as error:
+        log.warning("%s runs in worker processes, each with a copy of the model: %s", wish.label, error.message)
+        return await open_python_lane(wish)
+
+
+async def _open_native_lane(wish: Wish) -> NativeLane:
+    services = wish.services
+    network = await asyncio.to_thread(
+        load_network,
+        wish.archive,
+        name=wish.name,
+        handler_name=wish.handler_name,
+        device=wish.device,
+        batch_size=wish.settings.batch_size,
+        cpu_budget=services.engine.cpu_budget,
+        limit_max_image_pixels=services.config.limit_max_image_pixels,
+        startup_timeout_s=wish.settings.startup_timeout_s,
+        progress=wish.progress,
+        tracing=wish.tracing,
+    )
+    return NativeLane(services, wish.name, wish.label, network, wish.settings)
+
+
+async def open_python_lane(wish: Wish) -> PythonLane:
+    """The python lane of a model, whatever its handler would allow."""
+    config = wish.services.config
+    interpreter = None
+    manifest = wish.archive.manifest
+    if wish.archive.config.torchrun is not None or wish.archive.config.parallel_level:
+        raise ModelLoadError(
+            f"{wish.archive.name}: torchrun and parallelLevel, which spread one worker over several processes, are not "
+            "in this version; take them out of model-config.yaml to serve the model in one process per worker"
+        )
+    if manifest.requirements_file is not None:
+        if config.install_py_dep_per_model or wish.archive.config.use_venv:
+            interpreter = await asyncio.to_thread(prepare_environment, wish.archive, wish.name, wish.progress)
+        else:
+            log.info("%s: %s is not installed; install_py_dep_per_model=true in config.properties does that",
+                     wish.label, manifest.requirements_file)  # fmt: skip
+    wish.progress("unpacking the weights")
+    # Weights of TorchScript models are shared between workers through a file; see pyserve.handlers.
+    os.environ.setdefault("PYSERVE_WEIGHTS_CACHE", str(open_cache().root / "weights"))
+    spec = await asyncio.to_thread(
+        WorkerSpec.of,
+        wish.archive,
+        name=wish.name,
+        handler=wish.handler_name or manifest.handler or config.default_service_handler,
+        batch_size=wish.settings.batch_size,
+        gpu_id=None if wish.device == "cpu" else int(wish.device.partition(":")[2]),
+        decode_input=config.decode_input_request,
+        envelope=config.service_envelope or None,
+        limit_max_image_pixels=config.limit_max_image_pixels,
+        isolate_errors=config.isolate_errors and config.compat != "strict",
+        max_response_size=config.max_response_size,
+        header_keys=(
+            config.ts_header_key_sequence_id,
+            config.ts_header_key_sequence_start,
+            config.ts_header_key_sequence_end,
+        ),
+        metrics_config=config.metrics_config or None,
+        watch=config.watch,
+    )
+    device_ids = [] if spec.gpu_id is None else wish.archive.config.device_ids or list(
+        range(gpu_count(config.number_of_gpu))
+    )
+    options: dict[str, Any] = {
+        "device_ids": device_ids, "interpreter": interpreter, "on_trouble": wish.on_trouble
+    }  # fmt: skip
+    if wish.archive.config.sequence_batching:
+        return SequenceLane(wish.services, spec, wish.label, wish.settings, wish.archive.config, **options)
+    return PythonLane(wish.services, spec, wish.label, wish.settings, **options)

@@ -1,0 +1,307 @@
+"""Requests that belong together go to the same worker, one after the other (``sequenceBatching``).
+
+A handler of this kind keeps something between the requests of a sequence: the words said so far, a decoder's state.
+So each sequence stays with one worker, and its next request is handed over only when the last one was answered; a batch
+then holds at most one request of each sequence. Every worker has a queue of its own for that: a lane of one worker.
+
+Loop thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from pyserve.errors import JsonObject, OverloadedError, ServeError
+from pyserve.http1_answer import new_id
+from pyserve.lane import SWEEP_INTERVAL_S, WorkerRow
+from pyserve.messages import Response
+from pyserve.model_config import ModelConfig
+from pyserve.model_settings import ModelSettings
+from pyserve.pending import OVER, Pending
+from pyserve.python_lane import DESCRIBE, PythonLane
+from pyserve.services import Services
+from pyserve.worker_spec import WorkerSpec
+
+log = logging.getLogger(__name__)
+
+SEQUENCE_PREFIX = "ts-seq-"
+
+
+class Sequence:
+    """Requests that share an id.
+
+    Attributes:
+        member: the lane, of one worker, that has its state.
+        running: the request that was handed over and is not answered yet.
+        waiting: those after it.
+    """
+
+    def __init__(self, id: str, member: _Member):
+        self.id = id
+        self.member = member
+        self.running: Pending | None = None
+        self.waiting: deque[Pending] = deque()
+        self.started_at = self.used_at = time.monotonic()
+
+
+class _Member(PythonLane):
+    """One worker's lane; says when a request has come to its end."""
+
+    def __init__(self, *arguments: Any, on_answer: Callable[[Response], None], on_over: Callable[[Pending], None],
+                 **named: Any):  # fmt: skip
+        super().__init__(*arguments, **named)
+        self._on_answer = on_answer
+        self._on_over = on_over
+
+    def _answer(self, pending: Pending, response: Response) -> None:
+        if pending.stage != OVER:
+            self._on_answer(response)
+        super()._answer(pending, response)
+
+    def _forget(self, pending: Pending) -> None:
+        super()._forget(pending)
+        self._on_over(pending)
+
+
+class SequenceLane(PythonLane):
+    """The python lane of a model whose requests come in sequences; see `PythonLane` for the arguments.
+
+    Args:
+        config: the model's, for the limits of sequences.
+    """
+
+    def __init__(
+        self, services: Services, spec: WorkerSpec, label: str, settings: ModelSettings, config: ModelConfig,
+        **named: Any,
+    ):  # fmt: skip
+        self._arguments = (services, spec, label, settings)
+        self._named = named
+        self._members: list[_Member] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._by_pending: dict[Pending, Sequence] = {}
+        self._idle_max_s = (config.sequence_idle_max_ms or 0) / 1e3
+        self._lifetime_max_s = (config.sequence_timeout_ms or 0) / 1e3
+        self._count_max = config.sequence_count_max or 1
+        self._waiting_per_sequence_max = config.sequence_queue_size or 1
+        self._closing: list[asyncio.Task[None]] = []
+        self._look_timer: asyncio.TimerHandle | None = None
+        # The lane that it is itself has no worker and takes no request; members do.
+        super().__init__(services, spec, label, settings, **named)
+
+    # --- workers and settings -------------------------------------------------------------------------------------
+
+    def set_workers(self, count: int) -> None:
+        """Each worker is a lane of its own. Sequences of one that goes are over."""
+        while len(self._members) > count:
+            member = self._members.pop()
+            for sequence in [each for each in self._sequences.values() if each.member is member]:
+                self._end(sequence)
+            self._closing.append(asyncio.get_running_loop().create_task(member.close()))
+        while len(self._members) < count:
+            member = _Member(*self._arguments, on_answer=self._on_answer, on_over=self._on_over, **self._named)
+            self._members.append(member)
+        for member in self._members:
+            member.set_workers(1)
+
+    async def settled(self, timeout_s: float) -> str:
+        """Waits until every worker is ready or gone. Returns why one is not, or ``""``."""
+        failures = await asyncio.gather(*(member.settled(timeout_s) for member in self._members))
+        return next(filter(None, failures), "")
+
+    @property
+    def failure(self) -> ServeError | None:
+        """The error of a worker that could not be started, if it is known in full."""
+        return next((member.failure for member in self._members if member.failure is not None), None)
+
+    @property
+    def wanted_count(self) -> int:
+        """Workers that are there or coming."""
+        return sum(member.wanted_count for member in self._members)
+
+    @property
+    def ready_count(self) -> int:
+        """Workers that take batches now."""
+        return sum(member.ready_count for member in self._members)
+
+    @property
+    def may_take(self) -> bool:
+        """A worker is being started, or started again."""
+        return any(member.may_take for member in self._members)
+
+    def apply_limits(self) -> None:
+        """Brings the settings to the engine; they hold from the next batch on."""
+        for member in self._members:
+            member.apply_limits()
+
+    async def close(self) -> None:
+        """Finishes what was admitted, then stops the workers."""
+        self._is_draining = True
+        for sequence in list(self._sequences.values()):
+            while sequence.waiting:
+                self._answer_error(sequence.waiting.popleft(), self.refusal("draining"))
+        await asyncio.gather(*(member.close() for member in self._members), *self._closing)
+        if self._look_timer is not None:
+            self._look_timer.cancel()
+        await super().close()
+
+    def answer_all(self, error: ServeError) -> None:
+        """Answers every admitted request with ``error``."""
+        super().answer_all(error)
+        for member in self._members:
+            member.answer_all(error)
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def predict(self, pending: Pending) -> None:
+        """Hands the request to its sequence's worker, now or when the one before it is answered."""
+        if self._is_draining or not self._members:
+            self._refuse(pending, self.refusal("draining" if self._is_draining else "no worker"))
+            return
+        if pending.flags & DESCRIBE:
+            self._members[0].adopt(pending)
+            return
+        sequence = self._sequence_of(pending)
+        if sequence is None:
+            self._refuse(pending, self._limit_refusal("maxNumSequence", self._count_max))
+        elif sequence.running is None:
+            self._hand_over(sequence, pending)
+        elif len(sequence.waiting) >= self._waiting_per_sequence_max:
+            self._refuse(
+                pending, self._limit_refusal("maxSequenceJobQueueSize", self._waiting_per_sequence_max, sequence.id)
+            )
+        else:
+            sequence.waiting.append(pending)
+            pending.exchange.on_disconnect = lambda: self._leave(sequence, pending)
+        self._start_looking()
+
+    def _sequence_of(self, pending: Pending) -> Sequence | None:
+        headers = pending.exchange.request.headers
+        id_key, start_key, _ = self.spec.header_keys
+        id = pending.exchange.request.header(id_key)
+        if not id:
+            id = SEQUENCE_PREFIX + new_id()
+            headers += [(id_key, id), (start_key, "true")]
+        sequence = self._sequences.get(id)
+        if sequence is None:
+            if len(self._sequences) >= self._count_max:
+                return None
+            members = [sequence.member for sequence in self._sequences.values()]
+            sequence = self._sequences[id] = Sequence(id, min(self._members, key=members.count))
+        return sequence
+
+    def _hand_over(self, sequence: Sequence, pending: Pending) -> None:
+        sequence.running = pending
+        sequence.used_at = time.monotonic()
+        self._by_pending[pending] = sequence
+        sequence.member.adopt(pending)
+
+    def _on_over(self, pending: Pending) -> None:
+        sequence = self._by_pending.pop(pending, None)
+        if sequence is None:
+            return
+        sequence.running = None
+        sequence.used_at = time.monotonic()
+        # Not from within the answer of the one before: a refusal would recurse through all that wait.
+        self._loop.call_soon(self._hand_over_next, sequence)
+
+    def _hand_over_next(self, sequence: Sequence) -> None:
+        if sequence.running is None and sequence.waiting:
+            self._hand_over(sequence, sequence.waiting.popleft())
+
+    def _on_answer(self, response: Response) -> None:
+        """A handler ends sequences by naming them in a header of an answer."""
+        ended = response.headers.get(self.spec.header_keys[2], "")
+        for id in ended.split(";"):
+            sequence = self._sequences.get(id.strip())
+            if sequence is not None:
+                self._end(sequence)
+
+    def _leave(self, sequence: Sequence, pending: Pending) -> None:
+        if pending in sequence.waiting:
+            sequence.waiting.remove(pending)
+            pending.stage = OVER
+            self._services.metrics.observe_abort(self._name, pending.version)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Its id is free. What waits still runs, as the beginning of another sequence would."""
+        self._sequences.pop(sequence.id, None)
+        if sequence.running is None:
+            self._hand_over_next(sequence)
+
+    # --- limits ---------------------------------------------------------------------------------------------------
+
+    def _refuse(self, pending: Pending, error: OverloadedError) -> None:
+        self._services.metrics.observe_rejection(self._name, error.detail["reason"])
+        self._answer_error(pending, error)
+
+    def _limit_refusal(self, key: str, limit: int, id: str = "") -> OverloadedError:
+        error = super().refusal("sequence limit")
+        error.detail["limit"] = f"{key}={limit}" + (f", sequence {id}" if id else "")
+        error.detail["mend"] = f"end sequences that are over, wait for the answer, or raise {key} in model-config.yaml"
+        return error
+
+    def _start_looking(self) -> None:
+        if self._look_timer is None and self._sequences:
+            self._look_timer = self._loop.call_later(SWEEP_INTERVAL_S, self._look)
+
+    def _look(self) -> None:
+        """Ends sequences that stood still or lived too long, and answers what waited past its time."""
+        self._look_timer = None
+        now = time.monotonic()
+        for sequence in list(self._sequences.values()):
+            late = [each for each in sequence.waiting if each.age_s() >= self.settings.queue_limit_s]
+            for pending in late:
+                sequence.waiting.remove(pending)
+                self.expire(pending)
+            is_idle = sequence.running is None and not sequence.waiting
+            if is_idle and self._idle_max_s and now - sequence.used_at >= self._idle_max_s:
+                log.info("%s: sequence %s ended: idle for %g s", self._label, sequence.id, self._idle_max_s)
+                self._end(sequence)
+            elif self._lifetime_max_s and now - sequence.started_at >= self._lifetime_max_s:
+                log.info("%s: sequence %s ended: its lifetime of %g s is over", self._label, sequence.id,
+                         self._lifetime_max_s)  # fmt: skip
+                self._end(sequence)
+        self._start_looking()
+
+    # --- what others ask ------------------------------------------------------------------------------------------
+
+    def worker_rows(self) -> list[WorkerRow]:
+        """The workers, as the management API shows them."""
+        rows = [row for member in self._members for row in member.worker_rows()]
+        for index, row in enumerate(rows):
+            row.id = str(9000 + index)
+        return rows
+
+    @property
+    def waiting_count(self) -> int:
+        """Requests in the members' queues and in the sequences'."""
+        return sum(member.waiting_count for member in self._members) + sum(
+            len(sequence.waiting) for sequence in self._sequences.values()
+        )
+
+    @property
+    def in_flight_count(self) -> int:
+        """Requests admitted and not answered."""
+        waiting = sum(len(sequence.waiting) for sequence in self._sequences.values())
+        return sum(member.in_flight_count for member in self._members) + waiting
+
+    def stats(self) -> JsonObject:
+        """The sum of the members' counters and histograms."""
+        total = super().stats()
+        total["queue_size"] = self.waiting_count
+        for member in self._members:
+            for key, value in member.stats().items():
+                if key != "queue_size":
+                    total[key] = _added(total[key], value)
+        return total
+
+
+def _added(left: Any, right: Any) -> Any:
+    if isinstance(left, tuple):  # a histogram: bounds, counts, sum
+        return left[0], [a + b for a, b in zip(left[1], right[1], strict=True)], left[2] + right[2]
+    return left + right

@@ -1,0 +1,203 @@
+"""The inside of a worker process: loads a handler, then calls it for batches until the server says that it is enough.
+
+Batches come through the channel; what becomes of the load, logs and metrics go back as reports.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.serialization.config import load as load_options
+
+from pyserve import __version__
+from pyserve.context import Context
+from pyserve.custom_metrics import MetricsCache, emit_prediction_time
+from pyserve.engine import load_core
+from pyserve.entry_point import EntryPoint, HandlerLoadError, HandlerMemoryError, load_entry_point, load_error
+from pyserve.failure import HandlerTimeout
+from pyserve.invoker import Answer, Invoker, Parts, report_failure
+from pyserve.launch import Reporter
+from pyserve.reload import Reloader
+from pyserve.worker_spec import ASYNC, CONTINUOUS, WorkerSpec
+
+EXIT_LOAD_FAILED = 3
+# A call that has only just begun is not the one that the server wants to end.
+INTERRUPT_AGE_MIN_S = 0.05
+WATCH_INTERVAL_MS = 300
+
+
+def run_worker(spec: WorkerSpec, descriptors: tuple[int, int, int], reports: Reporter) -> int:
+    """Serves until the server closes the channel. Returns the exit code.
+
+    Args:
+        descriptors: socket, request memory and answer memory.
+        reports: where loads, logs and metrics are told.
+    """
+    began = time.monotonic()
+    try:
+        _set_up(spec, reports)
+        context = make_context(spec)
+        entry = load_entry_point(spec)
+        entry.initialize(context)
+    except (HandlerLoadError, HandlerMemoryError) as error:
+        _report_failed(reports, error)
+        return EXIT_LOAD_FAILED
+    except BaseException as error:  # whatever a handler raises while it is imported
+        _report_failed(reports, load_error(error, spec.model_dir))
+        return EXIT_LOAD_FAILED
+    gc.collect()
+    gc.freeze()
+    channel = load_core().WorkerChannel(*descriptors)
+    reports.send("loaded", load_s=round(time.monotonic() - began, 3), handler=entry.name, pid=os.getpid())
+    try:
+        _serve(spec, entry, context, channel, reports)
+    except EOFError:
+        pass  # told to stop, or the server is gone
+    return 0
+
+
+def make_context(spec: WorkerSpec) -> Context:
+    """The context of a model, as its handler sees it."""
+    context = Context(
+        spec.name,
+        spec.model_dir,
+        spec.manifest,
+        spec.batch_size,
+        spec.gpu_id,
+        __version__,
+        spec.limit_max_image_pixels,
+        MetricsCache(spec.name, config=spec.metrics_config),
+        model_yaml_config=spec.config,
+    )
+    id_key, start_key, end_key = spec.header_keys
+    context.header_key_sequence_id = id_key
+    context.header_key_sequence_start, context.header_key_sequence_end = start_key, end_key
+    return context
+
+
+def _set_up(spec: WorkerSpec, reports: Reporter) -> None:
+    os.chdir(spec.model_dir)
+    sys.argv = [f"pyserve-worker {spec.name}"]
+    torch.set_num_threads(spec.intra_op_threads)
+    load_options.mmap = True  # state dicts are mapped: workers share the pages
+    handler = _ReportHandler(reports)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+class _ReportHandler(logging.Handler):
+    """The handler's own log records, at their own level, a traceback in one piece."""
+
+    def __init__(self, reports: Reporter):
+        super().__init__()
+        self._reports = reports
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+        except Exception as error:  # arguments that do not fit the text
+            text = f"log record {record.msg!r} cannot be formatted: {error!r}"
+        level = "WARNING" if record.levelname == "WARN" else record.levelname
+        self._reports.send("log", level=level, logger=record.name, text=text, request_id=None)
+
+
+def _report_failed(reports: Reporter, error: HandlerLoadError | HandlerMemoryError) -> None:
+    reports.send("failed", status=error.status, message=error.message, detail=error.detail, repeats=error.repeats,
+                 traceback=error.traceback)  # fmt: skip
+
+
+class ChannelParts(Parts):
+    """Parts of streamed answers, sent at once."""
+
+    def __init__(self, channel: Any):
+        self._channel = channel
+        self.batch = 0
+
+    def send(self, answer: Answer) -> None:
+        """Sends one part."""
+        self._channel.send(self.batch, [answer])
+
+    def is_cancelled(self, ticket: int) -> bool:
+        """Whether its client has gone."""
+        return bool(self._channel.is_cancelled(ticket))
+
+
+def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, reports: Reporter) -> None:
+    if spec.mode == CONTINUOUS:
+        from pyserve.continuous import serve_continuously
+
+        serve_continuously(spec, entry, context, channel, reports)
+        return
+    if spec.mode == ASYNC:
+        from pyserve.async_worker import serve_coroutines
+
+        serve_coroutines(spec, entry, context, channel, reports)
+        return
+    parts = ChannelParts(channel)
+    invoker = Invoker(spec, entry, context, parts=parts, log_failure=report_failure(reports.send))
+    _let_calls_be_interrupted(invoker)
+    reloader = Reloader(spec, entry, reports) if spec.watch else None
+    timeout_ms = WATCH_INTERVAL_MS if reloader is not None else -1
+    threads = _Threads(spec.intra_op_threads)
+    metrics = context.metrics
+    while True:
+        batch = channel.receive(timeout_ms)
+        if reloader is not None:
+            reloader.look()
+        if batch is None:
+            continue
+        if batch.intra_op_threads != threads.wanted:
+            threads.set(batch.intra_op_threads)
+        channel.begin(batch.id)
+        parts.batch = batch.id
+        began = time.perf_counter()
+        try:
+            answers = invoker.run(batch.items)
+        except HandlerTimeout:  # it came just after the call had ended; the requests are answered already
+            answers = [(item[0], 1, 504, b"", b"{}") for item in batch.items]
+        channel.send(batch.id, answers)
+        emit_prediction_time(metrics, (time.perf_counter() - began) * 1e3)
+        values = metrics.drain()
+        if values:
+            reports.send("metrics", values=values)
+
+
+def _let_calls_be_interrupted(invoker: Invoker) -> None:
+    """SIGUSR1 ends the call of the handler that runs; between calls it does nothing."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if invoker.is_calling and time.monotonic() - invoker.called_at >= INTERRUPT_AGE_MIN_S:
+            invoker.is_calling = False
+            raise HandlerTimeout("the call went on past response_timeout")
+
+    signal.signal(signal.SIGUSR1, interrupt)
+
+
+class _Threads:
+    """torch's threads for one operation: the server's number, unless the handler has set its own."""
+
+    def __init__(self, count: int):
+        self.wanted = count
+        self._warned = False
+
+    def set(self, count: int) -> None:
+        if torch.get_num_threads() != self.wanted:
+            if not self._warned:
+                self._warned = True
+                logging.getLogger("pyserve.worker").warning(
+                    "the handler has set %d threads; with %d workers' share that would be %d. Leave it to the server, "
+                    "which changes it with the number of workers", torch.get_num_threads(), count, count,
+                )  # fmt: skip
+        else:
+            torch.set_num_threads(count)
+        self.wanted = count
