@@ -205,13 +205,15 @@ class BaseHandler:
         Raises:
             InputError: a row holds anything but numbers, or the rows have different shapes.
         """
-        if isinstance(data, (torch.Tensor, np.ndarray)):
-            return torch.as_tensor(data, device=self.device)
-        values = [row_value(row) for row in data]
+        given: Any = data
+        if isinstance(given, (torch.Tensor, np.ndarray)):  # from a handler that made numbers of the rows
+            return torch.as_tensor(given, device=self.device)
+        values: list[Any] = [row_value(row) for row in data]
+        values = [torch.as_tensor(value) if isinstance(value, np.ndarray) else value for value in values]
         if values and all(isinstance(value, torch.Tensor) for value in values):
             return torch.stack(values).to(self.get_device())
         for value in values:
-            if not isinstance(value, (list, int, float, np.ndarray)) or isinstance(value, bool):
+            if not isinstance(value, (list, int, float)) or isinstance(value, bool):
                 raise InputError(f"expected numbers as JSON (Content-Type: application/json), got {found(value)}")
         try:
             return torch.as_tensor(values, device=self.device)

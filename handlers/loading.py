@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,15 @@ def load_torchscript(path: Path, device: torch.device | None) -> torch.jit.Scrip
     """
     _check_exists(path)
     try:
-        model: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # who serves a model need not hear how it was made
+            model: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, OSError) as error:
         raise ModelLoadError(
             f"{path.name} is not a TorchScript file, and the archive has no --model-file to build an eager model from: "
-            f"{_first_line(error)}"
+            f"{_reason(error, path)}"
         ) from error
     model = model.eval()
     share_weights(model, path)
@@ -105,7 +108,7 @@ def load_package(path: Path, device: torch.device) -> Any:
     except Exception as error:
         # The reader raises errors of many classes on damaged files; whatever it was, the file is at fault.
         raise ModelLoadError(
-            f"{path.name} cannot be loaded as a .pt2 package: {_first_line(error)}. Export it with this torch "
+            f"{path.name} cannot be loaded as a .pt2 package: {_reason(error, path)}. Export it with this torch "
             f"({torch.__version__}) and, if it is compiled, on this kind of machine."
         ) from error
 
@@ -123,7 +126,7 @@ def load_library(path: Path, device: torch.device) -> Any:
         raise
     except Exception as error:
         raise ModelLoadError(
-            f"{path.name} cannot be loaded: {_first_line(error)}. Compile it again with this torch "
+            f"{path.name} cannot be loaded: {_reason(error, path)}. Compile it again with this torch "
             f"({torch.__version__}) on this kind of machine, preferably as a .pt2 package."
         ) from error
 
@@ -134,10 +137,10 @@ def setup_ort_session(model_pt_path: str, map_location: str) -> Any:
     Raises:
         ModelLoadError: onnxruntime is not installed, or cannot use the file.
     """
-    name = Path(model_pt_path).name
+    path = Path(model_pt_path)
     if not ONNX_AVAILABLE:
-        raise ModelLoadError(f"{name} needs onnxruntime, which is not installed here; pip install onnxruntime")
-    _check_exists(Path(model_pt_path))
+        raise ModelLoadError(f"{path.name} needs onnxruntime, which is not installed here; pip install onnxruntime")
+    _check_exists(path)
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -145,7 +148,7 @@ def setup_ort_session(model_pt_path: str, map_location: str) -> Any:
     try:
         return runtime.InferenceSession(model_pt_path, sess_options=options, providers=providers)
     except Exception as error:  # onnxruntime's errors have no common class of their own
-        raise ModelLoadError(f"{name} cannot be loaded by onnxruntime: {_first_line(error)}") from error
+        raise ModelLoadError(f"{path.name} cannot be loaded by onnxruntime: {_reason(error, path)}") from error
 
 
 def run_ort_session(session: Any, batch: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
@@ -160,6 +163,7 @@ def _check_exists(path: Path) -> None:
         raise ModelLoadError(f"{path.name} is not in the archive; repack it with --serialized-file")
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException, path: Path) -> str:
+    """The first line of ``error``'s text, without the folder of ``path``."""
     text = str(error).strip().splitlines()
-    return text[0][:300] if text else type(error).__name__
+    return text[0].replace(f"{path.parent}/", "")[:300] if text else type(error).__name__

@@ -78,5 +78,6 @@ def _takes_list(model: Any) -> bool:
     """Whether a TorchScript model declares that it takes a list; of an eager model nobody knows."""
     if not isinstance(model, torch.jit.ScriptModule):
         return False
-    arguments = model.forward.schema.arguments
-    return len(arguments) > 1 and arguments[1].type.kind() == "ListType"
+    forward: Any = model.forward
+    arguments = forward.schema.arguments
+    return len(arguments) > 1 and bool(arguments[1].type.kind() == "ListType")

@@ -123,7 +123,7 @@ def _write(path: Path, storages: list[tuple[torch.UntypedStorage, Any]]) -> None
     try:
         with open(descriptor, "wb") as file:
             for storage, _ in storages:
-                file.write(_bytes_of(storage).numpy())
+                file.write(_bytes_of(storage).numpy().data)
                 file.write(bytes(_padded(storage.nbytes()) - storage.nbytes()))
         os.replace(temporary, path)
     except BaseException:
@@ -155,7 +155,7 @@ def _matching_views(path: Path, storages: list[tuple[torch.UntypedStorage, Any]]
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def _give_back_memory() -> None:

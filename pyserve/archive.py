@@ -8,6 +8,8 @@ inflate to, and only then write; what is written appears by one rename.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -29,14 +31,20 @@ from pyserve.entries import (
     refuse,
     shown,
 )
-from pyserve.errors import ModelLoadError, ModelNotFoundError
+from pyserve.errors import InvalidModelError, ModelLoadError, ModelNotFoundError
 from pyserve.extract import find_root, open_reader, unpack, verify
 from pyserve.folder_reader import FolderReader
 from pyserve.manifest import Manifest, missing_manifest
 from pyserve.model_config import ModelConfig
 from pyserve.weights import FileIdentity, Weights, check_inflation
 
-__all__ = ["Archive", "Manifest", "ModelConfig", "Survey", "Weights", "open_archive", "survey"]
+__all__ = [
+    "Archive", "Manifest", "ModelConfig", "Survey", "Weights", "give_manifest", "has_manifest", "open_archive",
+    "survey",
+]
+
+# Folder -> text of the manifest that `pyserve dev` made up for it, JSON.
+_MANIFESTS_VARIABLE = "PYSERVE_DEV_MANIFESTS"
 
 
 @dataclass(frozen=True)
@@ -109,12 +117,15 @@ class Archive:
         self.close()
 
 
-def open_archive(path: str | Path, *, cache_dir: str | Path | None = None, limits: Limits = LIMITS) -> Archive:
+def open_archive(
+    path: str | Path, *, cache_dir: str | Path | None = None, limits: Limits = LIMITS, manifest: bytes | None = None
+) -> Archive:
     """Opens an archive, unpacking it the first time its content is seen.
 
     Args:
         path: a ``.mar``, ``.tar.gz``, ``.tgz`` or ``.tar`` file, or a folder.
         cache_dir: where to unpack; see `pyserve.archive_cache.open_cache` for the default.
+        manifest: text of MANIFEST.json for a folder without one; `give_manifest` gives it to all processes.
 
     Raises:
         ModelNotFoundError: there is no such file.
@@ -125,7 +136,7 @@ def open_archive(path: str | Path, *, cache_dir: str | Path | None = None, limit
     cache = open_cache(Path(cache_dir).absolute() if cache_dir is not None else None)
     try:
         if path.is_dir():
-            return _open_folder(path, cache, limits)
+            return _open_folder(path, cache, limits, manifest or _given_manifest(path))
         with _opened(path) as source:
             return _open_file(path, source, cache, limits)
     except OSError as error:
@@ -250,19 +261,48 @@ def _add(
     return contents
 
 
-def _open_folder(path: Path, cache: ArchiveCache, limits: Limits) -> Archive:
-    reader = FolderReader(_model_folder(path), path.name, limits)
+def _open_folder(path: Path, cache: ArchiveCache, limits: Limits, manifest: bytes | None) -> Archive:
+    if manifest is not None:
+        reader = FolderReader(path, path.name, limits, manifest=manifest)
+    else:
+        reader = FolderReader(_model_folder(path), path.name, limits)
     found = _survey(reader, limits)
     weights = None
     if found.weights is not None:
         weights = Weights(found.weights.name, reader.path / found.weights.name, 0, found.weights.size)
         check_inflation(weights, limits, path.name)
-    files = {entry.name: entry.size for entry in found.entries if not entry.is_folder}
-    key = folder_key(reader.path, found.entries)
+    files = {entry.name: entry.size for entry in reader.files if not entry.is_folder}
+    key = folder_key(reader.path, reader.files)
+    if manifest is not None:
+        key = hashlib.sha256(key.encode() + manifest).hexdigest()
     return Archive(
         path, cache, key, model_dir=reader.path, manifest=found.manifest, config=found.config, weights=weights,
         files=files,
     )
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether ``folder``, or the one folder in it, is a model with a MANIFEST.json."""
+    try:
+        _model_folder(folder)
+    except InvalidModelError:
+        return False
+    return True
+
+
+def give_manifest(folder: Path, manifest: bytes) -> None:
+    """Has this process, and those that it starts from now on, open ``folder`` with a manifest that is not in it."""
+    given = json.loads(os.environ.get(_MANIFESTS_VARIABLE, "{}"))
+    given[str(folder.resolve())] = manifest.decode()
+    os.environ[_MANIFESTS_VARIABLE] = json.dumps(given)
+
+
+def _given_manifest(path: Path) -> bytes | None:
+    given = os.environ.get(_MANIFESTS_VARIABLE)
+    if not given:
+        return None
+    text = json.loads(given).get(str(path.resolve()))
+    return None if text is None else str(text).encode()
 
 
 def _model_folder(path: Path) -> Path:

@@ -24,6 +24,11 @@ COMMANDS = {
     "status": "say whether a server is running and how its models are",
     "archive": "pack a model into an archive",
     "inspect": "show what is in an archive",
+    "dev": "serve a folder, and take on its handler's code whenever it is saved",
+    "debug": "call a model's handler in this terminal, so that breakpoint() works",
+    "check": "try a model for what would fail once it is served",
+    "doctor": "look for what is wrong with this machine, or with an archive on it",
+    "config": "show every setting, and where its value comes from",
     "example": "make an archive or a picture to try",
 }
 
@@ -32,6 +37,11 @@ _OVERRIDES = {
     "inference_address": "--inference-address",
     "management_address": "--management-address",
     "metrics_address": "--metrics-address",
+}
+_SWITCHES = {
+    "disable_token_auth": "disable_token_authorization",
+    "enable_model_api": "enable_model_api",
+    "strict": "strict",
 }
 _IGNORED = {
     "log_config": "--log-config is ignored: log4j2 files configure Java",
@@ -66,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         text = " ".join(str(error).split())
         print(f"pyserve: error: {text}", file=sys.stderr)
-        return EXIT_ERROR
+        return int(getattr(error, "exit_code", EXIT_ERROR))
 
 
 def _run(arguments: list[str]) -> int:
@@ -113,6 +123,26 @@ def _command(parsed: argparse.Namespace) -> int:
             from pyserve.archiver import inspect_command
 
             return inspect_command(parsed)
+        case "dev":
+            from pyserve.dev import dev_command
+
+            return dev_command(parsed.folder, _overrides(parsed), parsed)
+        case "debug":
+            from pyserve.debug import debug_command
+
+            return debug_command(parsed)
+        case "check":
+            from pyserve.check import check_command
+
+            return check_command(parsed)
+        case "doctor":
+            from pyserve.doctor import doctor_command
+
+            return doctor_command(parsed)
+        case "config":
+            from pyserve.config_report import config_command
+
+            return config_command(_overrides(parsed), parsed)
         case _:
             from pyserve.examples import example_command
 
@@ -136,6 +166,27 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
             from pyserve.archiver import add_inspect_arguments
 
             add_inspect_arguments(parser)
+        case "dev":
+            from pyserve.dev import add_dev_arguments
+
+            add_dev_arguments(parser)
+            _add_address_arguments(parser)
+            _add_pid_file(parser)
+        case "debug":
+            from pyserve.debug import add_debug_arguments
+
+            add_debug_arguments(parser)
+        case "check":
+            from pyserve.check import add_check_arguments
+
+            add_check_arguments(parser)
+        case "doctor":
+            from pyserve.doctor import add_doctor_arguments
+
+            add_doctor_arguments(parser)
+        case "config":
+            _add_start_arguments(parser)
+            parser.add_argument("--json", action="store_true", help="as JSON")
         case "example":
             from pyserve.examples import add_example_arguments
 
@@ -150,20 +201,26 @@ def _add_start_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model-store", metavar="DIR", help="folder with the archives")
     add("--models", nargs="+", metavar="MODEL", help="all, archive.mar, name=archive.mar or a path; repeatable")
-    add("--ts-config", metavar="FILE", help="a config.properties; $TS_CONFIG_FILE goes before it")
     add("--foreground", action="store_true", help="stay, and log to the terminal; Ctrl-C drains")
-    add("--strict", action="store_true", help="stop, with exit code 3, if a model cannot be loaded")
-    add("--inference-address", metavar="ADDRESS", help="http://host[:port] or unix:/path")
-    add("--management-address", metavar="ADDRESS")
-    add("--metrics-address", metavar="ADDRESS")
-    add("--disable-token-auth", "--dt", action="store_true", help="no tokens, wherever the server listens")
-    add("--enable-model-api", action="store_true", help="allow registering models, wherever the server listens")
+    add("--strict", action="store_true",
+        help="stop if a model cannot be loaded (exit code 3) or a key is not known (2)")  # fmt: skip
+    _add_address_arguments(parser)
     _add_pid_file(parser)
     ignored = parser.add_argument_group("accepted for TorchServe's sake")
     ignored.add_argument("--no-config-snapshots", "--ncs", action="store_true")
     ignored.add_argument("--log-config", metavar="FILE")
     ignored.add_argument("--plugins-path", "--ppath", metavar="DIR")
     ignored.add_argument("--workflow-store", metavar="DIR")
+
+
+def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--ts-config", metavar="FILE", help="a config.properties; $TS_CONFIG_FILE goes before it")
+    add("--inference-address", metavar="ADDRESS", help="http://host[:port] or unix:/path")
+    add("--management-address", metavar="ADDRESS")
+    add("--metrics-address", metavar="ADDRESS")
+    add("--disable-token-auth", "--dt", action="store_true", help="no tokens, wherever the server listens")
+    add("--enable-model-api", action="store_true", help="allow registering models, wherever the server listens")
 
 
 def _start(parsed: argparse.Namespace) -> int:
@@ -176,26 +233,26 @@ def _configured(parsed: argparse.Namespace) -> Config:
     from pyserve import console
     from pyserve.config import load_config
 
-    overrides = {}
-    for key, flag in _OVERRIDES.items():
-        if getattr(parsed, key) is not None:
-            overrides[key] = (getattr(parsed, key), flag)
-    if parsed.models:
-        overrides["load_models"] = (",".join(parsed.models), "--models")
-    if parsed.disable_token_auth:
-        overrides["disable_token_authorization"] = ("true", "--disable-token-auth")
-    if parsed.enable_model_api:
-        overrides["enable_model_api"] = ("true", "--enable-model-api")
-    if parsed.strict:
-        overrides["strict"] = ("true", "--strict")
     warnings: list[str] = []
     try:
-        config = load_config(overrides, ts_config=parsed.ts_config, warnings=warnings)
+        config = load_config(_overrides(parsed), ts_config=parsed.ts_config, warnings=warnings)
     finally:
         # Told even when the configuration cannot be used: a misspelt key may be the reason why.
         console.warn(warnings)
     config.notices += [text for name, text in _IGNORED.items() if getattr(parsed, name)]
     return config
+
+
+def _overrides(parsed: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """Key of the configuration -> (text, flag), of what the command line says."""
+    given = vars(parsed)
+    overrides = {key: (given[key], flag) for key, flag in _OVERRIDES.items() if given.get(key) is not None}
+    if given.get("models"):
+        overrides["load_models"] = (",".join(parsed.models), "--models")
+    for name, key in _SWITCHES.items():
+        if given.get(name):
+            overrides[key] = ("true", f"--{name.replace('_', '-')}")
+    return overrides
 
 
 def _pid_path(parsed: argparse.Namespace) -> Path:

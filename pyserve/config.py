@@ -1,7 +1,8 @@
 """The server's configuration: config.properties, command line and defaults made into one checked object.
 
-Precedence: command line, then file (``$TS_CONFIG_FILE``, else ``--ts-config``, else ``./config.properties``),
-then default. Where each value came from is kept in ``Config.origin``, so that messages can name the place.
+Precedence: environment variables (``TS_JOB_QUEUE_SIZE``; only with ``enable_envvars_config=true`` in the file), then
+command line, then file (``$TS_CONFIG_FILE``, else ``--ts-config``, else ``./config.properties``), then default. Where
+each value came from is kept in ``Config.origin``, so that messages can name the place, and what it overrides beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyserve.address import Address
-from pyserve.config_keys import ACCEPTED_KEYS, KINDS, MODEL_SETTINGS, ModelSettings
+from pyserve.config_keys import ACCEPTED_KEYS, FLAG_ONLY, KINDS, MODEL_SETTINGS, VARIABLES, ModelSettings
 from pyserve.errors import ConfigError, JsonObject
 from pyserve.model_source import ModelSource, list_store, resolve_models
 from pyserve.properties import PropertiesError, Property, parse_properties
@@ -26,6 +27,8 @@ MANAGEMENT_ADDRESS_DEFAULT = Address("127.0.0.1", 8081)
 METRICS_ADDRESS_DEFAULT = Address("127.0.0.1", 8082)
 ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
 
+# Of the file only: whether environment variables are read.
+_SWITCHES = frozenset({"enable_envvars_config", "use_env_allowed_urls"})
 _VARIABLE = re.compile(r"\$\$([^$]+)\$\$")
 
 
@@ -46,6 +49,8 @@ class Config:
         watch: handler code is loaded anew when it changes.
         strict: a model that fails to load at start ends the server.
         origin: key to place, such as ``"config.properties:12"``, ``"--model-store"`` or ``"default"``.
+        overridden: key to [place, text] of each setting that ``origin`` goes before, the strongest first.
+        unknown_keys: ``config.properties:7: unknown key 'bach_size'; ...`` for each; an error under ``strict``.
         warnings: what is probably a mistake, one line each.
         notices: what is harmless but worth knowing, one line each.
     """
@@ -91,6 +96,8 @@ class Config:
     cpu_budget: int = 0
     connection_count_max: int = 10_000
     origin: dict[str, str] = field(default_factory=dict)
+    overridden: dict[str, list[list[str]]] = field(default_factory=dict)
+    unknown_keys: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -127,6 +134,20 @@ class _Setting(NamedTuple):
     place: str
 
 
+class UnknownKeyError(ConfigError):
+    """A key of the file is not known, and ``strict`` is on.
+
+    Attributes:
+        exit_code: of the command.
+    """
+
+    exit_code = 2
+
+
+class MissingStoreError(ConfigError):
+    """There is no model store, and what is to be loaded lies in none."""
+
+
 def load_config(
     overrides: Mapping[str, tuple[str, str]] | None = None,
     *,
@@ -134,7 +155,24 @@ def load_config(
     environ: Mapping[str, str] | None = None,
     warnings: list[str] | None = None,
 ) -> Config:
-    """Read the file, lay ``overrides`` over it and check every value.
+    """`read_config` and `check_config`.
+
+    Raises:
+        ConfigError: names the place, the key, the value and what is allowed.
+    """
+    config = read_config(overrides, ts_config=ts_config, environ=environ, warnings=warnings)
+    check_config(config)
+    return config
+
+
+def read_config(
+    overrides: Mapping[str, tuple[str, str]] | None = None,
+    *,
+    ts_config: str | None = None,
+    environ: Mapping[str, str] | None = None,
+    warnings: list[str] | None = None,
+) -> Config:
+    """Read the file, lay ``overrides`` and then environment variables over it, and check each value by itself.
 
     Args:
         overrides: key to (text, flag), such as ``{"model_store": ("store", "--model-store")}``.
@@ -148,18 +186,25 @@ def load_config(
     environ = os.environ if environ is None else environ
     config = Config(warnings=[] if warnings is None else warnings)
     path = _config_path(ts_config, environ, config.warnings)
-    settings: dict[str, _Setting] = {}
+    settings: dict[str, list[_Setting]] = {}  # the weakest first
+    switches: set[str] = set()
     if path is not None:
-        settings = _read_file(path, environ, config)
+        settings, switches = _read_file(path, environ, config)
     for key, (text, flag) in (overrides or {}).items():
-        settings[key] = _Setting(text, flag)
+        settings.setdefault(key, []).append(_Setting(text, flag))
+    if "enable_envvars_config" in switches:
+        for key, variable in VARIABLES.items():
+            if variable in environ and (key != "allowed_urls" or "use_env_allowed_urls" in switches):
+                settings.setdefault(key, []).append(_Setting(environ[variable], f"${variable}"))
     for key in KINDS:
         if key in settings:
-            setattr(config, key, _value(key, settings[key]))
-            config.origin[key] = settings[key].place
+            *losers, winner = settings[key]
+            setattr(config, key, _value(key, winner))
+            config.origin[key] = winner.place
+            if losers:
+                config.overridden[key] = [[each.place, each.text.strip()] for each in reversed(losers)]
         else:
             config.origin[key] = "default"
-    _check(config)
     return config
 
 
@@ -181,14 +226,18 @@ def _existing(path: str, flag: str) -> Path:
     return Path(path)
 
 
-def _read_file(path: Path, environ: Mapping[str, str], config: Config) -> dict[str, _Setting]:
+def _read_file(
+    path: Path, environ: Mapping[str, str], config: Config
+) -> tuple[dict[str, list[_Setting]], set[str]]:
+    """The settings of a file, repeated ones in order, and which switches that are none of ours are ``true``."""
     try:
         entries = parse_properties(_read_text(path))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except PropertiesError as error:
         raise ConfigError(f"{path}:{error.line}: {error}") from None
-    settings: dict[str, _Setting] = {}
+    settings: dict[str, list[_Setting]] = {}
+    switches: set[str] = set()
     lines: dict[str, int] = {}
     unused: list[str] = []
     for entry in entries:
@@ -196,15 +245,18 @@ def _read_file(path: Path, environ: Mapping[str, str], config: Config) -> dict[s
         if key in lines:
             config.warnings.append(f"{place}: {key} was set in line {lines[key]} already; line {entry.line} counts")
         lines[key] = entry.line
-        if key in KINDS:
-            settings[key] = _Setting(_substitute(entry, place, environ), place)
+        if key in KINDS and key not in FLAG_ONLY:
+            settings.setdefault(key, []).append(_Setting(_substitute(entry, place, environ), place))
+        elif key in _SWITCHES:
+            (switches.add if entry.value.strip() == "true" else switches.discard)(key)
         elif key in ACCEPTED_KEYS:
             unused.append(key)
         else:
-            config.warnings.append(f"{place}: unknown key {key!r}{_nearest(key)}")
+            config.unknown_keys.append(f"{place}: unknown key {key!r}{_nearest(key)}")
+            config.warnings.append(config.unknown_keys[-1])
     if unused:
         config.notices.append(f"{path}: accepted, not used yet: {', '.join(sorted(set(unused)))}")
-    return settings
+    return settings, switches
 
 
 def _read_text(path: Path) -> str:
@@ -247,12 +299,19 @@ def _value(key: str, setting: _Setting) -> Any:
 def _nearest(name: str, known: frozenset[str] | None = None) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(name, known or (ACCEPTED_KEYS | KINDS.keys()), n=1, cutoff=0.6)
+    near = get_close_matches(name, known or ((ACCEPTED_KEYS | KINDS.keys()) - FLAG_ONLY), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _check(config: Config) -> None:
-    """The rules that concern more than the text of one value."""
+def check_config(config: Config) -> None:
+    """The rules that concern more than the text of one value.
+
+    Raises:
+        UnknownKeyError: under ``strict``.
+        MissingStoreError, ConfigError: it cannot be used.
+    """
+    if config.strict and config.unknown_keys:
+        raise UnknownKeyError(f"strict ({config.origin['strict']}): {'; '.join(config.unknown_keys)}")
     store_place = config.origin["model_store"]
     if config.model_store:
         store = Path(config.model_store).expanduser().absolute()
@@ -266,7 +325,7 @@ def _check(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"{config.origin['load_models']}: {error}") from None
     if config.model_store is None and (not sources or not all(source.exists for source in sources)):
-        raise ConfigError(
+        raise MissingStoreError(
             "Missing mandatory parameter --model-store; give the folder with the archives, "
             "here or as model_store in config.properties"
         )

@@ -178,3 +178,11 @@ ACCEPTED_KEYS = frozenset({
     "tsConfigFile", "ts_open_inference_protocol",
     "use_env_allowed_urls", "use_native_io", "version", "vmargs", "workflow_store",
 })
+
+# Not for the file: what a command asks for.
+FLAG_ONLY = frozenset({"watch"})
+
+# Key -> environment variable, read with enable_envvars_config=true.
+VARIABLES = {
+    key: f"TS_{key.removeprefix('ts_').upper()}" for key in KINDS if key != "models" and key not in FLAG_ONLY
+}

@@ -12,23 +12,36 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from pyserve.entries import CHUNK_SIZE, LIMITS, Entry, Limits, refuse, shown
+from pyserve.entries import CHUNK_SIZE, LIMITS, MANIFEST_NAME, Entry, Limits, refuse, shown
 
 
 class FolderReader:
-    """The files below ``path``. Raises InvalidModelError for links that leave it and for devices and pipes."""
+    """The files below ``path``. Raises InvalidModelError for links that leave it and for devices and pipes.
+
+    Args:
+        manifest: text of MANIFEST.json for a folder without one.
+    """
 
     kind = "folder"
     file_size = 0
 
-    def __init__(self, path: Path, label: str, limits: Limits = LIMITS):
+    def __init__(self, path: Path, label: str, limits: Limits = LIMITS, *, manifest: bytes | None = None):
         self.label = label
         self.path = path.resolve()
         self._limits = limits
+        self._manifest = manifest
+
+    @property
+    def files(self) -> list[Entry]:
+        """The entries that lie in the folder, not a manifest that was given."""
+        return self.entries if self._manifest is None else self.entries[1:]
 
     @cached_property
     def entries(self) -> list[Entry]:
         found: list[Entry] = []
+        if self._manifest is not None:
+            size = len(self._manifest)
+            found.append(Entry(MANIFEST_NAME, size, size, is_stored=True, offset=0))
         for folder, folder_names, file_names in os.walk(self.path):
             # Byte code and version control come and go, and are no part of the model.
             folder_names[:] = sorted(name for name in folder_names if not name.startswith((".", "__pycache__")))
@@ -47,6 +60,8 @@ class FolderReader:
         return found
 
     def read(self, entry: Entry, size_max: int) -> bytes:
+        if self._manifest is not None and entry.name == MANIFEST_NAME:
+            return self._manifest
         with (self.path / entry.name).open("rb") as file:
             content = file.read(size_max + 1)
         if len(content) > size_max:

@@ -50,7 +50,7 @@ class Inference:
     def _not_ready(self) -> dict[str, dict[str, str]]:
         reasons = {}
         for model in self._registry.default_models():
-            if model.wanted_workers > 0 and not model.has_ready_worker:
+            if model.state == "FAILED" or (model.wanted_workers > 0 and not model.has_ready_worker):
                 reasons[model.name] = self._reason(model.state, model.error)
         for failure in self._registry.failures:
             reasons[failure.name] = self._reason("FAILED", failure.error)

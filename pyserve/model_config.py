@@ -111,6 +111,11 @@ class ModelConfig:
         _check_together(config, label)
         return config
 
+    @staticmethod
+    def key_of(attribute: str) -> str:
+        """What ``attribute`` is called in the file."""
+        return next(key for key, (name, _) in _KEYS.items() if name == attribute)
+
     def _maybe_warn(self, key: object, label: str) -> None:
         if not isinstance(key, str) or len(key) > _KEY_SIZE_MAX:
             return
@@ -121,6 +126,14 @@ class ModelConfig:
                 f"{label}: unknown key {shown(key)}, did you mean {plain[close[0]]}? "
                 "It is passed to the handler and changes nothing else"
             )
+
+
+def config_lines(text: bytes) -> dict[str, int]:
+    """Top-level key -> its line, counted from 1, of a file that `ModelConfig.parse` has read without error."""
+    root = yaml.compose(text, Loader=_Loader)
+    if not isinstance(root, yaml.MappingNode):
+        return {}
+    return {key.value: key.start_mark.line + 1 for key, _ in root.value if isinstance(key, yaml.ScalarNode)}
 
 
 _Read = Callable[[str, str, Any, list[str]], Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -14,10 +15,11 @@ import torch
 from pyserve.archive import open_archive
 from pyserve.archiver import ArchiverConfig, write_archive
 from pyserve.context import Context
-from pyserve.handler import BUILT_IN, InputError, ModelLoadError, load_handler
+from pyserve.handler import BUILT_IN, NOT_BUILT_IN, InputError, ModelLoadError, load_handler, python_lane_reason
 from pyserve.handlers.base_handler import BaseHandler
 from pyserve.handlers.eager import SkipRandomFill, load_eager_model
 from pyserve.handlers.image_classifier import ImageClassifier
+from pyserve.manifest import BUILTIN_HANDLERS, PYTHON_HANDLERS
 
 
 def context_for(folder: Path, model: Mapping[str, str] | None = None, **config: Any) -> Context:
@@ -169,7 +171,10 @@ def test_archive_that_does_not_fit_together_says_why(
     [
         ({}, "names no weights"),
         ({"serializedFile": "weights.pth"}, "weights.pth is not a TorchScript file"),
-        ({"serializedFile": "m.onnx"}, "m.onnx: this handler loads TorchScript"),
+        ({"serializedFile": "m.bin"}, "m.bin: this handler loads TorchScript"),
+        ({"serializedFile": "gone.pt"}, "gone.pt is not in the archive"),
+        ({"serializedFile": "gone.pt2"}, "gone.pt2 is not in the archive"),
+        ({"serializedFile": "weights.pth", "modelFile": "gone.py"}, "gone.py is not in the archive"),
     ],
 )
 def test_weights_without_a_way_to_run_them_are_named(model_dir: Path, model: dict[str, str], text: str) -> None:
@@ -223,21 +228,43 @@ def test_every_built_in_handler_loads_from_a_packed_archive(tmp_path: Path, mode
 
 
 @pytest.mark.parametrize("name", ["my_handler", "my_handler.py:entry", "image_classifier"])
-def test_own_handler_code_is_refused_for_now(tmp_path: Path, name: str) -> None:
+def test_own_handler_code_does_not_run_in_the_server(tmp_path: Path, name: str) -> None:
     files = {name.partition(".")[0]: "def handle(data, context): return data"}
-    with (
-        open_archive(archive_with(tmp_path, name, **files), cache_dir=tmp_path / "cache") as archive,
-        pytest.raises(ModelLoadError, match=r"python lane.*base_handler, image_classifier, tensor"),
-    ):
-        load_handler(archive)
+    with open_archive(archive_with(tmp_path, name, **files), cache_dir=tmp_path / "cache") as archive:
+        assert "own" in python_lane_reason(archive)
+        with pytest.raises(ModelLoadError, match=r"own.*python lane.*base_handler, densenet_handler"):
+            load_handler(archive)
 
 
-def test_handler_of_torchserve_that_is_not_here_yet_is_named(tmp_path: Path) -> None:
-    with (
-        open_archive(archive_with(tmp_path, "text_classifier"), cache_dir=tmp_path / "cache") as archive,
-        pytest.raises(ModelLoadError, match="TorchServe's handler 'text_classifier'"),
-    ):
-        load_handler(archive)
+@pytest.mark.parametrize("name", sorted(NOT_BUILT_IN))
+def test_handler_of_torchserve_that_needs_a_package_names_it(tmp_path: Path, name: str) -> None:
+    with open_archive(archive_with(tmp_path, name), cache_dir=tmp_path / "cache") as archive:
+        assert not python_lane_reason(archive)
+        with pytest.raises(ModelLoadError, match=f"'{name}', which is not built in.*Install {NOT_BUILT_IN[name]}"):
+            load_handler(archive)
+
+
+def test_lists_of_built_in_handlers_agree() -> None:
+    assert set(BUILTIN_HANDLERS) == set(BUILT_IN) | set(NOT_BUILT_IN)
+    lanes = {name: getattr(importlib.import_module(module), cls).lane for name, (module, cls) in BUILT_IN.items()}
+    assert {name for name, lane in lanes.items() if lane == "python"} == set(PYTHON_HANDLERS)
+    assert set(lanes.values()) == {"python", "native"}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("image_classifier", ""),
+        ("ts.torch_handler.image_segmenter", ""),
+        ("text_classifier", "text_classifier calls the model in Python"),
+        ("object_detector.py", "object_detector calls the model in Python"),
+        ("json.decoder:scanstring", "json.decoder is a module, not a built-in handler"),
+    ],
+)
+def test_lane_follows_from_the_handler(tmp_path: Path, name: str, reason: str) -> None:
+    with open_archive(archive_with(tmp_path, name), cache_dir=tmp_path / "cache") as archive:
+        assert python_lane_reason(archive) == reason
+        assert python_lane_reason(archive, "tensor") == ""
 
 
 def test_missing_handler_file_is_named_with_the_nearest_name(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Metrics of handlers under TorchServe's names."""

@@ -1,0 +1,10 @@
+"""Errors of metrics under TorchServe's names."""
+
+from pyserve.custom_metrics import (
+    MetricsCacheKeyError,
+    MetricsCachePyYamlError,
+    MetricsCacheTypeError,
+    MetricsCacheValueError,
+)
+
+__all__ = ["MetricsCacheKeyError", "MetricsCachePyYamlError", "MetricsCacheTypeError", "MetricsCacheValueError"]

@@ -1,0 +1,5 @@
+"""`MetricsCache` under TorchServe's name."""
+
+from pyserve.custom_metrics import MetricsCache as MetricsCacheYamlImpl
+
+__all__ = ["MetricsCacheYamlImpl"]

@@ -1,0 +1,10 @@
+"""Units of metrics."""
+
+from pyserve.custom_metrics import UNITS
+
+
+class Units:
+    """Short names of units -> long ones."""
+
+    def __init__(self) -> None:
+        self.units = dict(UNITS)

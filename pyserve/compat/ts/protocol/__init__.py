@@ -1,0 +1,1 @@
+"""TorchServe's wire, as far as handlers import it."""

@@ -1,0 +1,5 @@
+"""`ImageClassifier` under TorchServe's name."""
+
+from pyserve.handlers.image_classifier import ImageClassifier
+
+__all__ = ["ImageClassifier"]

@@ -1,0 +1,5 @@
+"""`ObjectDetector` under TorchServe's name."""
+
+from pyserve.handlers.object_detector import ObjectDetector
+
+__all__ = ["ObjectDetector"]

@@ -1,0 +1,1 @@
+"""Envelopes: what other servers' requests and answers look like, around a handler."""

@@ -1,0 +1,117 @@
+"""Small things that handlers import."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from pyserve.handler import PredictionException
+from pyserve.handlers.labels import read_labels
+from pyserve.handlers.text import remove_accents
+
+__all__ = [
+    "CLEANUP_REGEX", "PT2Backend", "PredictionException", "check_valid_pt2_backend", "deprecated", "get_yaml_config",
+    "list_classes_from_module", "load_label_mapping", "map_class_to_label", "remove_accented_characters",
+]  # fmt: skip
+
+
+# Tags and entities of HTML.
+CLEANUP_REGEX = re.compile(r"<[^<>]*>|&(?:#?\w+);")
+
+
+class PT2Backend(str, enum.Enum):
+    """Backends of torch.compile that TorchServe's configuration takes."""
+
+    EAGER = "eager"
+    AOT_EAGER = "aot_eager"
+    INDUCTOR = "inductor"
+    NVFUSER = "nvfuser"
+    AOT_NVFUSER = "aot_nvfuser"
+    AOT_CUDAGRAPHS = "aot_cudagraphs"
+    OFI = "ofi"
+    FX2TRT = "fx2trt"
+    ONNXRT = "onnxrt"
+    IPEX = "ipex"
+    TORCHXLA_TRACE_ONCE = "torchxla_trace_once"
+    OPENVINO = "openvino"
+    TENSORRT = "tensorrt"
+    HPU_BACKEND = "hpu_backend"
+
+
+def check_valid_pt2_backend(backend: str) -> bool:
+    """Whether ``backend`` is one of `PT2Backend`; a warning if not."""
+    if backend in {each.value for each in PT2Backend}:
+        return True
+    warnings.warn(f"{backend!r} is no known backend of torch.compile", stacklevel=2)
+    return False
+
+
+def list_classes_from_module(module: ModuleType, parent_class: type | None = None) -> list[type]:
+    """The classes that ``module`` itself defines, those derived from ``parent_class`` if it is given."""
+    classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__]
+    return [cls for cls in classes if parent_class is None or issubclass(cls, parent_class)]
+
+
+def load_label_mapping(mapping_file_path: str | Path) -> dict[str, str] | None:
+    """Class index as text -> label, from an index_to_name.json; None without that file."""
+    path = Path(mapping_file_path)
+    if not path.is_file():
+        warnings.warn(f"{path.name} is missing: answers name classes by their numbers", stacklevel=2)
+        return None
+    return read_labels(path)
+
+
+def map_class_to_label(
+    probs: Any, mapping: Mapping[str, str] | None = None, lbl_classes: Any = None
+) -> list[dict[str, float]]:
+    """One dict of label -> probability per row, in the order of the row.
+
+    Args:
+        probs: rows of probabilities.
+        mapping: class index as text -> label; without it the index is the label.
+        lbl_classes: rows of class indices; by default those of the columns.
+    """
+    rows = []
+    for number, row in enumerate(probs):
+        classes = range(len(row)) if lbl_classes is None else lbl_classes[number]
+        names = (str(int(each)) for each in classes)
+        rows.append({(mapping or {}).get(name, name): value for name, value in zip(names, row, strict=True)})
+    return rows
+
+
+def get_yaml_config(yaml_file_path: str | Path) -> dict[str, Any]:
+    """A YAML file as a dict; only plain values."""
+    with open(yaml_file_path) as file:
+        config: dict[str, Any] = yaml.safe_load(file) or {}
+        return config
+
+
+def remove_accented_characters(text: str) -> str:
+    """``text`` without accents."""
+    return remove_accents(text)
+
+
+def deprecated(version: str = "", replacement: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Marks a function that goes with ``version``: a warning at each call."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            hint = f"; use {replacement}" if replacement else ""
+            warnings.warn(f"{function.__name__} goes with version {version}{hint}", DeprecationWarning, stacklevel=2)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
