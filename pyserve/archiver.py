@@ -2,7 +2,9 @@
 
 In the default format code is deflated but the weights are stored, their first byte on a 64-byte boundary of the file,
 so that a server can map them where they lie. The same files give the same bytes: entries are sorted and carry no
-times; only the manifest's ``createdOn`` moves, and ``SOURCE_DATE_EPOCH`` holds that still too.
+times; only the manifest's ``createdOn`` moves, and ``SOURCE_DATE_EPOCH`` holds that still too. The manifest also
+names the versions of Python and packages that it was packed with, unless ``SOURCE_DATE_EPOCH`` asks for the same bytes
+on all machines.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
+from pyserve import versions
 from pyserve.archive_formats import check_absent, write_file, write_folder, write_tar, write_zip
 from pyserve.archive_inspect import (
     add_inspect_arguments,
@@ -25,7 +28,7 @@ from pyserve.archive_inspect import (
     size_on_disk,
 )
 from pyserve.entries import MANIFEST_NAME, Entry, check_entries, shown
-from pyserve.errors import InvalidModelError, ModelLoadError, ServeError
+from pyserve.errors import InvalidModelError, JsonObject, ModelLoadError, ServeError
 from pyserve.manifest import (
     BUILTIN_HANDLERS,
     LSP_HANDLERS,
@@ -190,12 +193,15 @@ def _collect(config: ArchiverConfig, files: _Files) -> bytes:
         if pattern.strip():
             files.add_extra(pattern.strip())
     now = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
-    manifest = {
+    manifest: JsonObject = {
         "createdOn": time.strftime("%d/%m/%Y %H:%M:%S", time.gmtime(now)),
         "runtime": config.runtime,
         "model": model,
         "archiverVersion": ARCHIVER_VERSION,
     }
+    if not os.environ.get("SOURCE_DATE_EPOCH"):
+        python_files = [path for name, path in files.sources.items() if name.endswith(".py")]
+        manifest[versions.MANIFEST_KEY] = versions.running_versions(python_files)
     return json.dumps(manifest, indent=2).encode()
 
 

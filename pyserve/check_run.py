@@ -266,8 +266,8 @@ class _Calls:
         is_steady = again is not None and not describe_difference(single[0][0], again[0])
         if again is not None and not is_steady:
             self._told._note(
-                "the same request got two different answers, so that order and kept state were not looked into; if that "
-                "is not meant, is the model in training mode? Call model.eval()"
+                "the same request got two different answers, so that order and kept state were not looked into; if "
+                "that is not meant, is the model in training mode? Call model.eval()"
             )
         for size in self._sizes():
             batch = dry_run.fill_batch(self._inputs, size)

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyserve.address import Address
-from pyserve.config_keys import ACCEPTED_KEYS, FLAG_ONLY, KINDS, MODEL_SETTINGS, VARIABLES, ModelSettings
+from pyserve.config_keys import (
+    ACCEPTED_KEYS,
+    FLAG_ONLY,
+    KINDS,
+    MODEL_KEYS,
+    MODEL_SETTINGS,
+    VARIABLES,
+    ModelSettings,
+)
 from pyserve.errors import ConfigError, JsonObject
 from pyserve.model_source import ModelSource, list_store, resolve_models
 from pyserve.properties import PropertiesError, Property, parse_properties
@@ -155,12 +163,13 @@ def load_config(
     environ: Mapping[str, str] | None = None,
     warnings: list[str] | None = None,
 ) -> Config:
-    """`read_config` and `check_config`.
+    """`read_config`, `check_keys` and `check_config`.
 
     Raises:
         ConfigError: names the place, the key, the value and what is allowed.
     """
     config = read_config(overrides, ts_config=ts_config, environ=environ, warnings=warnings)
+    check_keys(config)
     check_config(config)
     return config
 
@@ -252,7 +261,7 @@ def _read_file(
         elif key in ACCEPTED_KEYS:
             unused.append(key)
         else:
-            config.unknown_keys.append(f"{place}: unknown key {key!r}{_nearest(key)}")
+            config.unknown_keys.append(f"{place}: unknown key {key!r}{_nearest_key(key)}")
             config.warnings.append(config.unknown_keys[-1])
     if unused:
         config.notices.append(f"{path}: accepted, not used yet: {', '.join(sorted(set(unused)))}")
@@ -296,22 +305,42 @@ def _value(key: str, setting: _Setting) -> Any:
         ) from None
 
 
-def _nearest(name: str, known: frozenset[str] | None = None) -> str:
+def _nearest_key(name: str) -> str:
+    near = _near(name, {*ACCEPTED_KEYS, *KINDS, *MODEL_KEYS} - FLAG_ONLY)
+    if near not in MODEL_KEYS:
+        return f"; did you mean {near!r}?" if near else ""
+    meant = f"did you mean {near!r}? It" if near != name else "it"
+    return f"; {meant} is a setting of each model: {MODEL_KEYS[near]} in its model-config.yaml, or in 'models'"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = _near(name, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def _near(name: str, known: Iterable[str]) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(name, known or ((ACCEPTED_KEYS | KINDS.keys()) - FLAG_ONLY), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = get_close_matches(name, known, n=1, cutoff=0.6)
+    return near[0] if near else ""
+
+
+def check_keys(config: Config) -> None:
+    """Under ``strict`` every key must be known.
+
+    Raises:
+        UnknownKeyError: names those that are not.
+    """
+    if config.strict and config.unknown_keys:
+        raise UnknownKeyError(f"strict ({config.origin['strict']}): {'; '.join(config.unknown_keys)}")
 
 
 def check_config(config: Config) -> None:
     """The rules that concern more than the text of one value.
 
     Raises:
-        UnknownKeyError: under ``strict``.
         MissingStoreError, ConfigError: it cannot be used.
     """
-    if config.strict and config.unknown_keys:
-        raise UnknownKeyError(f"strict ({config.origin['strict']}): {'; '.join(config.unknown_keys)}")
     store_place = config.origin["model_store"]
     if config.model_store:
         store = Path(config.model_store).expanduser().absolute()
@@ -332,6 +361,6 @@ def check_config(config: Config) -> None:
     for name, versions in config.models.items():
         for version, settings in versions.items():
             for key in settings.keys() - MODEL_SETTINGS.keys():
-                hint = _nearest(key, frozenset(MODEL_SETTINGS))
+                hint = _nearest(key, MODEL_SETTINGS)
                 place = config.origin["models"]
                 config.warnings.append(f"{place}: models: {name} {version}: unknown setting {key!r}{hint}")

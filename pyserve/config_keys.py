@@ -179,6 +179,12 @@ ACCEPTED_KEYS = frozenset({
     "use_env_allowed_urls", "use_native_io", "version", "vmargs", "workflow_store",
 })
 
+# What is set for each model, as the management API calls it -> as files do.
+MODEL_KEYS = {
+    "batch_size": "batchSize", "max_batch_delay": "maxBatchDelay", "min_workers": "minWorkers",
+    "max_workers": "maxWorkers", "response_timeout": "responseTimeout", "startup_timeout": "startupTimeout",
+}
+
 # Not for the file: what a command asks for.
 FLAG_ONLY = frozenset({"watch"})
 

@@ -13,7 +13,7 @@ import yaml
 
 from pyserve import console
 from pyserve.archive import open_archive
-from pyserve.config import Config, MissingStoreError, check_config, read_config
+from pyserve.config import Config, MissingStoreError, check_config, check_keys, read_config
 from pyserve.config_keys import FLAG_ONLY, KINDS
 from pyserve.errors import ConfigError, JsonObject, ServeError
 from pyserve.model_config import ModelConfig, config_lines
@@ -94,6 +94,10 @@ def config_command(overrides: Mapping[str, tuple[str, str]], parsed: argparse.Na
     except ConfigError as error:
         problem = error
     models = [model_report(config, source) for source in config.models_to_load()] if problem is None else []
+    try:
+        check_keys(config)
+    except ConfigError as error:
+        problem = error
     if parsed.json:
         print(json.dumps(_as_json(config, rows, models, problem), indent=2, default=str))
     else:

@@ -263,6 +263,7 @@ class Http1Protocol(asyncio.Protocol):
             arrived_at=self._connections.clock(),
         )
         exchange = Exchange(request, self._on_answer, head.keep_alive, wire_size, reserved)
+        exchange.is_http11 = head.is_http11
         self._slots.append(exchange)
         self._timer.deadline = math.inf
         if not head.keep_alive:
@@ -345,8 +346,12 @@ class Http1Protocol(asyncio.Protocol):
     def _on_answer(self, exchange: Exchange) -> None:
         if exchange.reserved:
             self._release(exchange)
-        if self._slots[0] is exchange:
+        if self._slots and self._slots[0] is exchange:
             self._flush()
+        if exchange.parts_size > self._limits.stream_backlog_max:
+            log.warning("request %s: its client does not read the parts of the answer; the connection is reset",
+                        exchange.request.id)  # fmt: skip
+            self._transport.abort()
 
     def _flush(self) -> None:
         """Writes the answers that are at the front of the queue."""
@@ -354,10 +359,17 @@ class Http1Protocol(asyncio.Protocol):
         while slots and self._writable:
             exchange = slots[0]
             response = exchange.response
-            if response is None:
+            if exchange.is_streaming:
+                if not self._write_parts(exchange, response):
+                    break
+                slots.popleft()
+                is_kept = exchange.keep_alive
+            elif response is None:
                 break
-            slots.popleft()
-            if not self._write(exchange, response):
+            else:
+                slots.popleft()
+                is_kept = self._write(exchange, response)
+            if not is_kept:
                 self._finish()
                 return
         if self._paused and self._writable and len(slots) <= self._limits.pipeline_max // 2:
@@ -381,6 +393,33 @@ class Http1Protocol(asyncio.Protocol):
         if body is not None:
             self._transport.write(body)
         return keep_alive
+
+    def _write_parts(self, exchange: Exchange, head: Response | None) -> bool:
+        """Writes what there is of a streamed answer; returns whether it is complete."""
+        is_chunked = exchange.is_http11
+        if head is not None:
+            exchange.response = None
+            if not is_chunked:
+                exchange.keep_alive = False  # the end of the connection is the end of the answer
+            written = self._connections.answers.stream_head(head, exchange.request, exchange.keep_alive, is_chunked)
+            if written is None:
+                exchange.is_aborted = True
+            else:
+                self._transport.write(written)
+        if exchange.is_aborted:
+            self._transport.abort()
+            return False
+        while exchange.parts and self._writable:
+            part = exchange.parts.pop(0)
+            size = memoryview(part).nbytes
+            exchange.parts_size -= size
+            if exchange.request.method != "HEAD":
+                self._transport.write(b"%x\r\n%b\r\n" % (size, part) if is_chunked else bytes(part))
+        if exchange.parts or not exchange.is_ended:
+            return False
+        if is_chunked and exchange.request.method != "HEAD":
+            self._transport.write(b"0\r\n\r\n")
+        return True
 
     def _write_continue(self, incoming: Incoming) -> None:
         incoming.continue_owed = False

@@ -111,8 +111,22 @@ class AnswerWriter:
             return head + body, None
         return head, memoryview(body)
 
-    def head(self, response: Response, request_id: str, keep_alive: bool, size: int | None) -> bytes:
-        """Status line and headers with the blank line. ``size`` of the body, None for statuses without one (204, 304).
+    def stream_head(self, response: Response, request: Request, keep_alive: bool, is_chunked: bool) -> bytes | None:
+        """The head of an answer whose parts follow. None, and a line in the log, if it cannot be written as HTTP."""
+        try:
+            framing = "transfer-encoding: chunked\r\n" if is_chunked else ""
+            return self.head(response, request.id, keep_alive, None, framing)
+        except Exception:
+            log.exception("answer to request %s %s %s cannot be sent", request.id, request.method, request.path)
+            return None
+
+    def head(
+        self, response: Response, request_id: str, keep_alive: bool, size: int | None, framing: str = ""
+    ) -> bytes:
+        """Status line and headers with the blank line.
+
+        Args:
+            size: of the body; None for statuses without one (204, 304), and when ``framing`` says how it ends.
 
         Raises:
             InvalidAnswerError: the response cannot be written as HTTP.
@@ -139,7 +153,7 @@ class AnswerWriter:
             if dropped:
                 common = "".join(line for name, line in _COMMON.items() if name not in dropped)
                 common += f"Date: {formatdate(second, usegmt=True)}\r\n"
-        length = "" if size is None else f"content-length: {size}\r\n"
+        length = framing if size is None else f"content-length: {size}\r\n"
         connection = "keep-alive" if keep_alive else "close"
         text = f"{line}x-request-id: {request_id}\r\n{common}{extra}{length}connection: {connection}\r\n\r\n"
         return text.encode("latin-1")

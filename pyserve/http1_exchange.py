@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from pyserve.messages import Request, Response
 
+Part = bytes | bytearray | memoryview
+
 log = logging.getLogger("pyserve.http1")
 
 
@@ -19,15 +21,20 @@ class Exchange:
         on_disconnect: called once, on the loop, if the connection is lost before ``respond`` was called. Set it before
             the app returns.
         disconnected: whether the connection is lost; ``respond`` then does nothing.
+        is_http11: whether the client can read chunks.
+        is_streaming: whether the answer goes out in parts, see `start_stream`.
         protocol_bytes: size of the request on the wire: head, body and framing.
         keep_alive: whether the connection may be kept after the answer. The protocol's.
-        response: the answer until it is written. The protocol's.
+        response: the answer, or its head, until it is written. The protocol's.
+        parts: those of a streamed answer that have not been written. The protocol's.
+        parts_size: bytes in them.
+        is_ended: no more parts come.
         reserved: bytes of the body budget this request holds. The protocol's.
     """
 
     __slots__ = (
-        "_deliver", "answered", "disconnected", "keep_alive", "on_disconnect", "protocol_bytes", "request", "reserved",
-        "response",
+        "_deliver", "answered", "disconnected", "is_aborted", "is_ended", "is_http11", "is_streaming", "keep_alive",
+        "on_disconnect", "parts", "parts_size", "protocol_bytes", "request", "reserved", "response",
     )  # fmt: skip
 
     def __init__(
@@ -46,6 +53,10 @@ class Exchange:
         self.keep_alive = keep_alive
         self.response: Response | None = None
         self.reserved = reserved
+        self.is_http11 = True
+        self.is_streaming = self.is_ended = self.is_aborted = False
+        self.parts: list[Part] = []
+        self.parts_size = 0
         self._deliver = deliver
 
     def respond(self, response: Response) -> None:
@@ -59,13 +70,59 @@ class Exchange:
             self.response = response
             self._deliver(self)
 
+    # --- an answer in parts ---------------------------------------------------------------------------------------
+
+    def start_stream(self, response: Response) -> None:
+        """Begins an answer that comes in parts: ``response`` is its head, and its body the first part.
+
+        `on_disconnect` stays: it is called if the connection is lost before the last part. A second answer is dropped.
+        """
+        if self.answered:
+            return
+        self.answered = True
+        self.is_streaming = True
+        if not self.disconnected:
+            self._add(response.body)
+            self.response = response
+            self._deliver(self)
+
+    def write(self, part: Part) -> None:
+        """The next part. Sent at once if it is this answer's turn, else kept."""
+        if self.is_streaming and not (self.disconnected or self.is_ended):
+            self._add(part)
+            self._deliver(self)
+
+    def end_stream(self, part: Part = b"") -> None:
+        """The last part."""
+        if self.is_streaming and not self.is_ended:
+            self.on_disconnect = None
+            if not self.disconnected:
+                self._add(part)
+                self.is_ended = True
+                self._deliver(self)
+
+    def abort_stream(self) -> None:
+        """There will be no more: resets the connection, so that the client does not take what it has for all."""
+        if self.is_streaming and not self.is_ended:
+            self.on_disconnect = None
+            self.is_ended = self.is_aborted = True
+            if not self.disconnected:
+                self._deliver(self)
+
+    def _add(self, part: Part) -> None:
+        size = memoryview(part).nbytes
+        if size:
+            self.parts.append(part)
+            self.parts_size += size
+
     def disconnect(self) -> None:
         """The connection is lost. Called by the protocol, once."""
         self.disconnected = True
         self.response = None
+        self.parts.clear()
         callback = self.on_disconnect
         self.on_disconnect = None
-        if callback is not None and not self.answered:
+        if callback is not None and (not self.answered or self.is_streaming):
             try:
                 callback()
             except Exception:

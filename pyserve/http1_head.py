@@ -70,6 +70,7 @@ class RequestHead:
         path: percent-decoded once; ``"*"`` for ``OPTIONS *``.
         query: raw, without ``?``.
         headers: as the client spelled them, names with underscores dropped.
+        is_http11: HTTP/1.1, else 1.0.
         keep_alive: whether the client wants the connection kept.
         length: announced body size in bytes; 0 if none.
         chunked: whether the body comes in chunks.
@@ -78,14 +79,17 @@ class RequestHead:
         id: the client's ``x-request-id`` if it is a valid one, else ``""``.
     """
 
-    __slots__ = ("chunked", "coding", "expect", "headers", "id", "keep_alive", "length", "method", "path", "query")
+    __slots__ = (
+        "chunked", "coding", "expect", "headers", "id", "is_http11", "keep_alive", "length", "method", "path", "query",
+    )  # fmt: skip
 
-    def __init__(self, method: str, path: str, query: str, headers: Headers, keep_alive: bool):
+    def __init__(self, method: str, path: str, query: str, headers: Headers, is_http11: bool):
         self.method = method
         self.path = path
         self.query = query
         self.headers = headers
-        self.keep_alive = keep_alive
+        self.is_http11 = is_http11
+        self.keep_alive = is_http11
         self.length = 0
         self.chunked = False
         self.expect = ""

@@ -24,6 +24,8 @@ class Http1Limits:
         body_grace_s: from the first wait for a body until ``body_rate_min`` counts.
         body_rate_min: mean rate a body must arrive at, bytes per second; below it 408 and close.
         body_stall_s: longest pause within a body; then 408 and close.
+        stream_backlog_max: bytes of a streamed answer that wait for its turn or for a slow reader; beyond it the
+            connection is reset.
         write_stall_s: time in which a client must take ``body_rate_min`` bytes per second of a waiting answer.
         idle_timeout_s: a kept connection without a request is closed after this long.
         pipeline_max: requests of one connection that may await their answers; reading stops there.
@@ -44,6 +46,7 @@ class Http1Limits:
     body_grace_s: float = 10.0
     body_rate_min: int = 500
     body_stall_s: float = 30.0
+    stream_backlog_max: int = 4 << 20
     write_stall_s: float = 30.0
     idle_timeout_s: float = 75.0
     pipeline_max: int = 32

@@ -295,7 +295,9 @@ class PythonWorkers:
             seen = row()
             return seen is None or seen["state"] in ("stopped", "died")
 
-        # The thread that serves it sees its end first. A process that goes on all the same broke the protocol.
+        # A thread whose worker is idle sleeps in the batcher and sees no end of a connection.
+        handle.exited.add_done_callback(lambda _: self._core.stop_worker(core_id))
+        # One that has a batch sees it first. A process that goes on all the same broke the protocol.
         await self._services.engine.wait_for_workers(has_ended)
         slot.core_id = None
         last = row()

@@ -30,7 +30,7 @@ from pyserve.errors import (
     ServeError,
     ServerError,
 )
-from pyserve.http1_exchange import Exchange
+from pyserve.http1_exchange import Exchange, Part
 from pyserve.messages import ErrorFormat, Request, Response, json_response
 from pyserve.metrics import Metrics
 
@@ -226,20 +226,39 @@ class CorsExchange(Exchange):
 
     def __init__(self, exchange: Exchange, cors: Mapping[str, str]):
         super().__init__(
-            exchange.request, self._pass_on, keep_alive=exchange.keep_alive, protocol_bytes=exchange.protocol_bytes
+            exchange.request, lambda _: None, keep_alive=exchange.keep_alive, protocol_bytes=exchange.protocol_bytes
         )
         self._exchange = exchange
         self._cors = cors
         exchange.on_disconnect = self.disconnect
 
-    def _pass_on(self, _: Exchange) -> None:
-        response = self.response
-        if response is None:
-            return
+    def respond(self, response: Response) -> None:
+        if not self.answered:
+            self.answered = True
+            self.on_disconnect = None
+            self._exchange.respond(self._with_cors(response))
+
+    def start_stream(self, response: Response) -> None:
+        if not self.answered:
+            self.answered = self.is_streaming = True
+            self._exchange.start_stream(self._with_cors(response))
+
+    def write(self, part: Part) -> None:
+        self._exchange.write(part)
+
+    def end_stream(self, part: Part = b"") -> None:
+        self.on_disconnect = None
+        self._exchange.end_stream(part)
+
+    def abort_stream(self) -> None:
+        self.on_disconnect = None
+        self._exchange.abort_stream()
+
+    def _with_cors(self, response: Response) -> Response:
         own = {name.lower() for name in response.headers}
         missing = {name: value for name, value in self._cors.items() if name not in own}
         response.headers = {**response.headers, **missing}
-        self._exchange.respond(response)
+        return response
 
 
 def cors_headers(config: Config) -> dict[str, str]:

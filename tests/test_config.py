@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyserve.address import Address
-from pyserve.config import Config, load_config
+from pyserve.config import Config, UnknownKeyError, load_config
 from pyserve.config_keys import ACCEPTED_KEYS, KINDS
 from pyserve.errors import ConfigError
 from pyserve.model_source import ModelSource
@@ -201,6 +201,45 @@ def test_unknown_key_is_named_with_its_place_and_the_nearest_known() -> None:
     assert config.job_queue_size == 100
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("bach_size", "did you mean 'batch_size'? It is a setting of each model: batchSize in its model-config.yaml"),
+        ("batch_size", "; it is a setting of each model: batchSize in its model-config.yaml, or in 'models'"),
+        ("watch", "unknown key 'watch'"),
+    ],
+)
+def test_key_of_another_place_is_told_where_it_belongs(key: str, hint: str) -> None:
+    (warning,) = load(f"{key}=8").warnings
+    assert hint in warning
+
+
+def test_unknown_key_is_an_error_under_strict() -> None:
+    assert load("bach_size=8\nstrict=false").unknown_keys[0].startswith("config.properties:1: unknown key 'bach_size'")
+    with pytest.raises(UnknownKeyError, match=r"strict \(config\.properties:2\): config\.properties:1: .*'batch_size'"):
+        load("bach_size=8\nstrict=true")
+
+
+def test_environment_variables_go_before_everything_when_the_file_asks_for_them() -> None:
+    variables = {"TS_JOB_QUEUE_SIZE": "44", "TS_ALLOWED_URLS": "x", "TS_HEADER_KEY_SEQUENCE_ID": "s"}
+    assert load("job_queue_size=7", environ=variables).job_queue_size == 7
+    text = "enable_envvars_config=true\njob_queue_size=7\njob_queue_size=8\n"
+    config = load(text, environ=variables, job_queue_size="9")
+    assert (config.job_queue_size, config.origin["job_queue_size"]) == (44, "$TS_JOB_QUEUE_SIZE")
+    assert config.overridden["job_queue_size"] == [
+        ["--job-queue-size", "9"], ["config.properties:3", "8"], ["config.properties:2", "7"],
+    ]  # fmt: skip
+    assert config.ts_header_key_sequence_id == "s"
+    assert config.allowed_urls == ""  # those need a switch of their own
+    assert load(text + "use_env_allowed_urls=true", environ=variables).allowed_urls == "x"
+    assert config.notices == []
+
+
+def test_wrong_environment_variable_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^\$TS_JOB_QUEUE_SIZE: job_queue_size cannot be 'many'"):
+        load("enable_envvars_config=true", environ={"TS_JOB_QUEUE_SIZE": "many"})
+
+
 def test_keys_without_an_effect_are_named_once() -> None:
     config = load("vmargs=-Xmx1g\nnumber_of_netty_threads=4\nvmargs=-Xmx2g")
     assert config.notices == ["config.properties: accepted, not used yet: number_of_netty_threads, vmargs"]
@@ -226,6 +265,10 @@ def test_repeated_key_is_named_with_both_lines() -> None:
         ("compat=loose", "default or strict"),
         ("error_detail=some", "auto or full or none"),
         ("metrics_address=ftp://h", "http://host"),
+        ("service_envelope=a/b", "body, json, kserve, kservev2, or the name of a module"),
+        ("blacklist_env_vars=(", "a regular expression of names"),
+        ("ts_header_key_sequence_id=a b", "the name of a header"),
+        ("isolate_errors=no", "true or false"),
         ("models=[1]", "a JSON object"),
         ("models={", "a JSON object"),
         ('models={"m": {"1.0": {"minWorkers": "2"}}}', "minWorkers is not of type int"),
@@ -266,7 +309,7 @@ def test_configuration_survives_json() -> None:
 
 
 def test_every_known_key_is_a_field_and_none_is_both_used_and_unused() -> None:
-    assert Config().to_json().keys() - KINDS.keys() == {"origin", "warnings", "notices"}
+    assert Config().to_json().keys() - KINDS.keys() == {"origin", "overridden", "unknown_keys", "warnings", "notices"}
     assert KINDS.keys() - Config().to_json().keys() == set()
     assert not ACCEPTED_KEYS & KINDS.keys()
 
