@@ -21,6 +21,9 @@ from pyserve import check_run, console, dry_run, launch
 from pyserve.dry_run import Input, Subject
 from pyserve.errors import JsonObject, ServeError
 
+STARTING = "starting"
+# Until the child has imported torch, which no model has a say in.
+START_LIMIT_S = 120.0
 OUTPUT_LINES_SHOWN = 10
 OUTPUT_SIZE_READ = 64 << 10
 # For a process that hangs to write down where.
@@ -140,7 +143,7 @@ class _Watch:
         self._report = report
         self._child = child
         self._stack = stack
-        self._step = "starting"
+        self._step = STARTING
         self._is_done = False
 
     def run(self, timeout_s: float | None) -> None:
@@ -162,6 +165,8 @@ class _Watch:
             self._find_death(self._child.popen.wait())
 
     def _limit(self, timeout_s: float | None) -> float:
+        if self._step == STARTING:
+            return START_LIMIT_S
         if timeout_s is not None:
             return timeout_s
         is_call = bool(self._report.calls) or "request" in self._step or "batch" in self._step

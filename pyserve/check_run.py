@@ -87,19 +87,20 @@ class Examination:
 
     def run(self, inputs: list[Input], *, calls: bool) -> bool:
         """Returns whether the handler could be called."""
+        # Before the first step: torch takes a while to import, and the steps have a time limit.
+        from pyserve.entry_point import HandlerLoadError, HandlerMemoryError, load_entry_point
+        from pyserve.worker import make_context
+
         folder = Path(self._spec.model_dir)
         self._step("reading its files")
         imports, broken = scan_folder(folder)
         for each in broken:
             self._find("syntax", f"SyntaxError: {each.text}", each.place, "mend it, or take it out of the archive")
-        self._step("importing the handler")
-        from pyserve.entry_point import HandlerLoadError, HandlerMemoryError, load_entry_point
-        from pyserve.worker import make_context
-
         for module, places in missing_imports(imports, folder).items():
             failure = describe_failure(ModuleNotFoundError(f"No module named {module!r}", name=module), folder)
             what = f"no module named {module!r}, imported at {', '.join(places)}"
             self._find("import", what, places[0], failure.hint, key=f"import {module}")
+        self._step("importing the handler")
         dry_run.enter(self._spec, self._config)
         sys.addaudithook(self._opened.watch)
         context = make_context(self._spec)
@@ -269,18 +270,24 @@ class _Calls:
                 "the same request got two different answers, so that order and kept state were not looked into; if "
                 "that is not meant, is the model in training mode? Call model.eval()"
             )
+        batches = []
         for size in self._sizes():
-            batch = dry_run.fill_batch(self._inputs, size)
-            answers = self._call(batch, f"a batch of {size}")
-            if answers is not None and is_steady:
-                self._compare(answers, single, size)
+            answers = self._call(dry_run.fill_batch(self._inputs, size), f"a batch of {size}")
+            if answers is not None:
+                batches.append(answers)
         last = self._call(self._inputs[:1], "the first request once more")
-        if is_steady and last is not None and describe_difference(single[0][0], last[0]):
+        if not is_steady:
+            return
+        difference = describe_difference(single[0][0], last[0]) if last is not None else ""
+        if difference:  # what then differs in a batch may be for the same reason
             self._told._find(
                 "state", "the first request is answered in another way after others came: something is kept from call "
-                f"to call ({describe_difference(single[0][0], last[0])})", self._place,
+                f"to call ({difference})", self._place,
                 "keep nothing of a request in self or in globals; empty lists at the beginning of each call",
             )  # fmt: skip
+            return
+        for answers in batches:
+            self._compare(answers, single)
 
     def _sizes(self) -> list[int]:
         if self._spec.mode != BATCH or self._spec.envelope in _SINGLE_ENVELOPES:
@@ -289,8 +296,8 @@ class _Calls:
         full = self._spec.batch_size if self._spec.batch_size > 1 else 8
         return sorted({2, full})
 
-    def _call(self, batch: list[Input], text: str) -> list[Any] | None:
-        """What the handler returned, or None after a finding."""
+    def _call(self, batch: list[Input], text: str) -> list[bytes] | None:
+        """The answers, or None after a finding."""
         told = self._told
         told._step(text)
         began = time.perf_counter()
@@ -333,10 +340,10 @@ class _Calls:
             fix = f"it works for one request; look at what it does with the {size} rows of data"
         told._find("call", f"{text}: {what}", where, fix)
 
-    def _compare(self, answers: list[Any], single: list[list[Any] | None], size: int) -> None:
+    def _compare(self, answers: list[bytes], single: list[list[bytes] | None]) -> None:
         """The answers of a batch beside those to the same requests alone."""
         told = self._told
-        count = len(self._inputs)
+        count, size = len(self._inputs), len(answers)
         expected = [single[number % count] for number in range(size)]
         outcome = AnswersDiffer.of(answers, [each[0] if each is not None else None for each in expected])
         if outcome is None:

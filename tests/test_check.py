@@ -44,14 +44,11 @@ def test_right_handler_passes_with_all_batch_sizes(tmp_path: Path) -> None:
     ("body", "kind", "what"),
     [
         ("return [data[0]['body']]", "shape", "a batch of 2: returned 1 for 2"),
-        ("return {'a': 1}", "shape", "one request: returned dict for 1"),
-        ("pass", "shape", "one request: returned None for 1"),
         ("return [{'boxes': [object()]} for row in data]", "element", 'holds a <class \'object\'> at ["boxes"][0]'),
         ("return [row['body'] for row in reversed(data)]", "order", "request 0 got the answer to request 1"),
         ("return [sum(map(sum, (row['body'] for row in data)))] * len(data)", "batch", "not the one it gets alone"),
         ("self.kept.append(data)\nreturn [len(self.kept) > 3 for row in data]", "state", "kept from call to call"),
         ("if len(data) > 1: raise ValueError('boom')\nreturn [1]", "call", "a batch of 2: ValueError: boom"),
-        ("import os\nif len(data) > 1: os._exit(3)\nreturn [1]", "crash", "a batch of 2: the process ended with exit "),
         ("import ctypes\nif len(data) > 1: ctypes.string_at(0)\nreturn [1]", "crash", "was killed by SIGSEGV"),
         ("open('out.txt', 'w').close()\nreturn [1] * len(data)", "file", "writes 'out.txt' into the unpacked archive"),
     ],
@@ -61,13 +58,12 @@ def test_each_mistake_is_one_finding(tmp_path: Path, body: str, kind: str, what:
     assert finding["kind"] == kind
     assert what in finding["what"]
     assert finding["fix"]
-    if "_exit" not in body:
-        assert re.match(r"handler\.py:\d+ in handle\Z", finding["where"])
+    assert re.match(r"handler\.py:\d+ in handle\Z", finding["where"])
 
 
 def test_endless_call_is_a_finding_with_its_place_and_leaves_no_process(tmp_path: Path) -> None:
     source = handler("import subprocess\nsubprocess.Popen(['sleep', '987'])\nwhile True:\n    pass")
-    (finding,) = checked(tmp_path, source, *TWO, "--timeout", "8")["findings"]
+    (finding,) = checked(tmp_path, source, *TWO, "--timeout", "3")["findings"]
     assert finding["kind"] == "timeout"
     assert re.match(r"handler\.py:1[0-9] in handle", finding["where"])
     assert not [each for each in psutil.process_iter(["cmdline"]) if each.info["cmdline"] == ["sleep", "987"]]
@@ -75,8 +71,8 @@ def test_endless_call_is_a_finding_with_its_place_and_leaves_no_process(tmp_path
 
 def test_endless_load_is_a_finding(tmp_path: Path) -> None:
     (finding,) = checked(tmp_path, handler("pass", initialize="import time; time.sleep(999)"), *TWO,
-                         "--timeout", "8")["findings"]  # fmt: skip
-    assert finding["what"] == "loading the model: not through after 8 s"
+                         "--timeout", "3")["findings"]  # fmt: skip
+    assert finding["what"] == "loading the model: not through after 3 s"
 
 
 def test_all_missing_imports_are_told_at_once(tmp_path: Path) -> None:
@@ -84,7 +80,7 @@ def test_all_missing_imports_are_told_at_once(tmp_path: Path) -> None:
     findings = checked(tmp_path, source, files={"words.py": "import nothing_b\n"})["findings"]
     assert [(each["what"].split(",")[0], each["where"]) for each in findings] == [
         ("no module named 'nothing_a'", "handler.py:1"),
-        ("no module named 'nothing_c'", "handler.py:10"),
+        ("no module named 'nothing_c'", "handler.py:9"),
         ("no module named 'nothing_b'", "words.py:1"),
     ]
     assert "pip install nothing_a" in findings[0]["fix"]
