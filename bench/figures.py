@@ -250,12 +250,13 @@ def handler(run: Run) -> Result:
     show("A handler that returns at once, 64 bytes", "", numbers, digits=3)
     if bin_folder is not None:
         for batch_size in (1, 16):
-            for clients, unit in (("1 client", "p50 ms"), ("64 clients", "requests/s")):
+            for clients_text, unit in (("1 client", "p50 ms"), ("64 clients", "requests/s")):
                 ours, theirs = (
-                    statistics.median(numbers[f"{side}, batch size {batch_size}, {clients}: {unit}"])
+                    statistics.median(numbers[f"{side}, batch size {batch_size}, {clients_text}: {unit}"])
                     for side in ("pyserve", "TorchServe")
                 )
-                print(f"| pyserve / TorchServe, batch size {batch_size}, {clients}: {unit} | {ours / theirs:.2f} |")
+                label = f"pyserve / TorchServe, batch size {batch_size}, {clients_text}: {unit}"
+                print(f"| {label} | {ours / theirs:.2f} |")
     return numbers
 
 

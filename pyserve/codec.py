@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 # It logs what it also raises; the answer to the client says it already.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
+FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 JSON_DEPTH_MAX = 100
 PARTS_MAX = 1000
 PART_HEAD_SIZE_MAX = 8 << 10
@@ -53,6 +54,12 @@ def decode_request(request: Request, *, decode: bool = True) -> dict[str, Any]:
     if media_type == "application/x-www-form-urlencoded":
         return _decode_urlencoded(request.body)
     return {"body": decode_value(request.body, media_type) if decode else request.body}
+
+
+def add_query(row: dict[str, Any], query: str) -> None:
+    """Adds the parameters of a raw query string to ``row``, as fields without a content type: ``bytearray``."""
+    for key, value in _decode_urlencoded(bytearray(query.replace(";", "&").encode("latin-1", "replace"))).items():
+        row[key] = value
 
 
 def decode_value(body: bytearray, content_type: str) -> Any:

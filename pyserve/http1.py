@@ -414,7 +414,7 @@ class Http1Protocol(asyncio.Protocol):
             size = memoryview(part).nbytes
             exchange.parts_size -= size
             if exchange.request.method != "HEAD":
-                self._transport.write(b"%x\r\n%b\r\n" % (size, part) if is_chunked else bytes(part))
+                self._transport.write(b"%x\r\n%b\r\n" % (size, bytes(part)) if is_chunked else bytes(part))
         if exchange.parts or not exchange.is_ended:
             return False
         if is_chunked and exchange.request.method != "HEAD":

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from pyserve import codec
+from pyserve.errors import BadRequestError
 from pyserve.http1_exchange import Exchange
-from pyserve.messages import Response, json_response
+from pyserve.messages import Request, Response, json_response
+from pyserve.model import EXPLAIN_HEADER
 from pyserve.registry import Registry
+from pyserve.routes import ANY, RouteRow
+
+PREDICT_HEADER = ("explain", "False")
+Headers = tuple[tuple[str, str], ...]
 
 
 class Inference:
@@ -22,12 +31,64 @@ class Inference:
         self._tells_errors = tells_errors
         self.is_ready = False
 
-    def predict(
-        self, exchange: Exchange, model_name: str, model_version: str | None = None, rest: str = ""
-    ) -> None:
-        """Runs the model on the body. Answers later, without a task."""
-        model = self._registry.get(model_name, model_version)
-        model.predict(exchange, model_version or "default", (("explain", "False"), ("url_path", rest)))
+    def routes(self) -> list[RouteRow]:
+        """What the inference listener answers."""
+        rows: list[RouteRow] = [("*", "/ping", self.ping), ("GET", "/ready", self.ready), ("GET", "/live", self.live)]
+        for name, header in (("predictions", PREDICT_HEADER), ("explanations", EXPLAIN_HEADER)):
+            run = self._endpoint(header, ("url_path", ""))
+            rows += [
+                (ANY, f"/{name}/{{model_name}}", run),
+                (ANY, f"/{name}/{{model_name}}/{{model_version}}", run),
+                (ANY, f"/{name}/{{model_name}}/{{model_version}}/{{rest...}}", self._endpoint_with_path(header)),
+            ]
+        return [
+            *rows,
+            # KServe's protocols, in JSON; what a body means is up to the model's envelope or handler.
+            (ANY, "/v1/models/{model_name}:predict", self._endpoint(PREDICT_HEADER)),
+            (ANY, "/v1/models/{model_name}:explain", self._endpoint(EXPLAIN_HEADER)),
+            (ANY, "/v2/models/{model_name}/infer", self._endpoint(PREDICT_HEADER)),
+            (ANY, "/v2/models/{model_name}/explain", self._endpoint(EXPLAIN_HEADER)),
+            # SageMaker's, and TorchServe's oldest: here the query's parameters are inputs.
+            (ANY, "/models/{model_name}/invoke", self._endpoint(query_is_input=True)),
+            (ANY, "/invocations", self.invoke),
+            (ANY, "/{model_name}/predict", self._endpoint(query_is_input=True)),
+            (ANY, "/{model_name}/{model_version}/predict", self._endpoint(query_is_input=True)),
+        ]
+
+    def _endpoint(self, *headers: tuple[str, str], query_is_input: bool = False) -> Callable[..., None]:
+        """Runs a model on the body, and answers later, without a task; ``headers`` are added for its handler."""
+
+        def run(exchange: Exchange, model_name: str, model_version: str | None = None) -> None:
+            model = self._registry.get(model_name, model_version)
+            model.predict(exchange, model_version or "default", headers, query_is_input=query_is_input)
+
+        return run
+
+    def _endpoint_with_path(self, header: tuple[str, str]) -> Callable[..., None]:
+        def run(exchange: Exchange, model_name: str, model_version: str, rest: str) -> None:
+            model = self._registry.get(model_name, model_version)
+            model.predict(exchange, model_version, (header, ("url_path", rest)))
+
+        return run
+
+    def invoke(self, exchange: Exchange) -> None:
+        """SageMaker's one path: the model is a parameter, or the only one there is."""
+        name = self._invoked_name(exchange.request)
+        self._registry.get(name, None).predict(exchange, query_is_input=True)
+
+    def _invoked_name(self, request: Request) -> str:
+        for key, value in request.params:
+            if key == "model_name" and value:
+                return value
+        loaded = [model.name for model in self._registry.default_models() if model.loaded_at_startup]
+        if len(loaded) == 1:
+            return loaded[0]
+        if request.content_type in codec.FORM_TYPES:
+            field = codec.decode_request(request).get("model_name")
+            named = field.decode("utf-8", "replace") if isinstance(field, bytearray) else field
+            if named:
+                return str(named)
+        raise BadRequestError("Parameter model_name is required.")
 
     def ping(self, exchange: Exchange) -> Response:
         """200 Healthy, or 500 Unhealthy when a model that should have workers has none that is ready."""

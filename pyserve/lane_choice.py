@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -13,10 +12,9 @@ from typing import Any
 from pyserve.archive import Archive
 from pyserve.archive_cache import open_cache
 from pyserve.errors import ModelLoadError
-from pyserve.handler import BUILT_IN
+from pyserve.handler import python_lane_reason
 from pyserve.lane import Lane
 from pyserve.loader import load_network
-from pyserve.manifest import split_handler
 from pyserve.model_settings import ModelSettings
 from pyserve.native_lane import NativeLane
 from pyserve.placement import gpu_count
@@ -55,28 +53,6 @@ class Wish:
     def label(self) -> str:
         """As the log has it."""
         return f"{self.name} {self.archive.manifest.model_version}"
-
-
-def python_lane_reason(archive: Archive, handler_name: str | None) -> str:
-    """Why the handler needs a worker process; ``""`` if the engine may run the network.
-
-    Args:
-        handler_name: in place of the manifest's; None for that one.
-    """
-    named = handler_name or archive.manifest.handler
-    file, function = split_handler(named)
-    name = file.removesuffix(".py").removeprefix("ts.torch_handler.")
-    if function is not None:
-        return f"its handler is the function {named}"
-    # The archive's own file comes first, as in TorchServe, also when it bears a built-in handler's name.
-    if (archive.model_dir / f"{name}.py").is_file():
-        is_thread = archive.config.raw.get("isolation") == "thread"
-        return "" if is_thread else f"{name}.py is code of its own"
-    if name in BUILT_IN:
-        module, cls = BUILT_IN[name]
-        lane = getattr(getattr(importlib.import_module(module), cls), "lane", "native")
-        return f"{name} calls its model in Python" if lane == "python" else ""
-    return f"{named} is an installed module" if "." in name else ""
 
 
 async def open_lane(wish: Wish) -> Lane:

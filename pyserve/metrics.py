@@ -73,7 +73,10 @@ class MeasuredModel(Protocol):
 
     name: str
     version: str
-    lane: str
+
+    @property
+    def lane(self) -> str:
+        """``native`` or ``python``."""
 
     @property
     def requests_in_flight(self) -> int:

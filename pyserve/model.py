@@ -281,7 +281,12 @@ class Model:
         request = Request(
             "GET", "", headers=[("describe", "True")], id=new_id(), arrived_at=time.monotonic_ns()
         )
-        exchange = Exchange(request, lambda _: answered.done() or answered.set_result(None))
+
+        def deliver(exchange: Exchange) -> None:
+            if not answered.done():
+                answered.set_result(None)
+
+        exchange = Exchange(request, deliver)
         lane.predict(Pending(lane, exchange, self.version, "default", flags=DESCRIBE))
         await answered
         response = exchange.response

@@ -132,6 +132,8 @@ class NativeLane(Lane):
         request = pending.exchange.request
         try:
             row = codec.decode_request(request, decode=self._services.config.decode_input_request)
+            if pending.query_is_input:
+                codec.add_query(row, request.query)
             return self.network.handler.preprocess([row])
         except ServeError as error:
             return error

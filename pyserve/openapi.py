@@ -135,8 +135,16 @@ _INFERENCE = (
     Operation("get", "/live", "live", "Tells that the server runs.", _LIVE),
     _prediction("/predictions/{model_name}", "predictions", "Predicts with the default version."),
     _prediction("/predictions/{model_name}/{model_version}", "version_predictions", "Predicts with that version."),
+    _prediction("/explanations/{model_name}", "explanations", "Explains what the default version predicts."),
+    _prediction("/explanations/{model_name}/{model_version}", "version_explanations",
+                "Explains what that version predicts."),
     _prediction("/v1/models/{model_name}:predict", "kserve_v1_predictions", "Predicts; KServe's protocol, version 1."),
+    _prediction("/v1/models/{model_name}:explain", "kserve_v1_explanations", "Explains; KServe's protocol, version 1."),
     _prediction("/v2/models/{model_name}/infer", "kserve_v2_predictions", "Predicts; KServe's protocol, version 2."),
+    _prediction("/v2/models/{model_name}/explain", "kserve_v2_explanations", "Explains; KServe's protocol, version 2."),
+    _prediction("/models/{model_name}/invoke", "invoke", "Predicts; the query's parameters are inputs. SageMaker's."),
+    Operation("post", "/invocations", "invocations", "Predicts with the model that is named, or the only one.",
+              _PREDICTED, _PREDICT_ERRORS, query=parameters.INVOKE, body=_INPUT),
     _SCRAPE,
 )
 

@@ -112,6 +112,9 @@ LIST = (
     integer("limit", "Models on a page; more than 100 means 100.", -COUNT_MAX - 1, COUNT_MAX),
     integer("next_page_token", "The nextPageToken of the page before.", -COUNT_MAX - 1, COUNT_MAX),
 )
+INVOKE = (
+    plain_text("model_name", "The model; may be left out when one was loaded at the start. A form may name it too."),
+)
 DESCRIBE = (boolean("customized", "Whether to add what the handler says of itself."),)
 REGISTER = (
     plain_text("url", "File name of an archive in the model store."),

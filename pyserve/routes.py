@@ -332,15 +332,17 @@ def inference_descriptions(rows: Iterable[RouteRow], find: Callable[[str, str | 
     def describe_api(exchange: Exchange) -> Response:
         return json_response(openapi.inference_api(patterns))
 
-    def describe_model(exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
+    def describe_model(
+        exchange: Exchange, model_name: str, model_version: str | None = None, rest: str = ""
+    ) -> Response:
         find(model_name, model_version)
         return json_response(openapi.model_api(model_name, patterns))
 
     return [
         ("OPTIONS", "/", describe_api),
         (ANY, "/api-description", describe_api),
-        ("OPTIONS", "/predictions/{model_name}", describe_model),
-        ("OPTIONS", "/predictions/{model_name}/{model_version}", describe_model),
+        *(("OPTIONS", each, describe_model) for each in patterns if "{model_name}" in each),
+        *(("OPTIONS", each, describe_api) for each in patterns if each == "/invocations"),
     ]
 
 

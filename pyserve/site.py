@@ -113,7 +113,8 @@ class Site:
         self._metrics.refused.append(connections.refused)
         rows: list[RouteRow] = []
         if "inference" in names:
-            rows += self._inference_rows()
+            inference = self._inference.routes()
+            rows += [*inference, *inference_descriptions(inference, self.registry.get)]
         if "management" in names:
             tells_errors = self._services.error_format.with_private_detail
             rows += Management(self.registry, config, tells_errors=tells_errors).routes()
@@ -132,18 +133,6 @@ class Site:
                 lambda: Http1Protocol(router, limits, connections), sock=sock, backlog=ACCEPT_BACKLOG
             )
         )
-
-    def _inference_rows(self) -> list[RouteRow]:
-        inference = self._inference
-        rows: list[RouteRow] = [
-            ("*", "/ping", inference.ping),
-            ("GET", "/ready", inference.ready),
-            ("GET", "/live", inference.live),
-            ("*", "/predictions/{model_name}", inference.predict),
-            ("*", "/predictions/{model_name}/{model_version}", inference.predict),
-            ("*", "/predictions/{model_name}/{model_version}/{rest...}", inference.predict),
-        ]
-        return [*rows, *inference_descriptions(rows, self.registry.get)]
 
     async def report(self) -> dict[str, Any]:
         """What the start-up table shows: ``models``, ``not_loaded`` and ``sample``."""
@@ -216,8 +205,6 @@ class Site:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
-
-
 
 
 def _single_threaded_pool(count: int) -> ThreadPoolExecutor:

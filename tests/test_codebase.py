@@ -13,40 +13,52 @@ ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in sorted((ROOT / "pyserve").glob("*.py"))}
 HANDLERS = {path.stem: path for path in sorted((ROOT / "handlers").glob("*.py"))}
 CSRC = sorted((ROOT / "csrc").iterdir())
+# What `import ts` finds in a worker process. Its file names are TorchServe's.
+COMPAT = sorted((ROOT / "pyserve" / "compat").rglob("*.py"))
 SOURCES = [*MODULES.values(), *HANDLERS.values(), *sorted((ROOT / "bench").glob("*.py")), ROOT / "setup.py"]
 
 # Each module imports only from earlier rows; within a row from the left.
 LEVELS = [
     # Ground: no module of another row.
-    "__init__ _build_info errors messages log address properties entries",
+    "__init__ _build_info errors messages log address properties entries failure import_scan versions",
     # Configuration and archives; no torch.
-    "settings model_source cpu_budget config_keys config pid_file console",
+    "settings model_source cpu_budget config_keys config pid_file console launch",
     "zip_reader tar_reader folder_reader manifest model_config weights archive_formats extract archive_cache archive "
-    "archive_inspect trace archiver",
+    "archive_inspect trace archiver folder_manifest worker_spec",
     # The wire.
     "http1_limits http1_errors http1_timer http1_exchange http1_connections http1_head http1_body http1_incoming "
     "http1_answer http1",
     # What a lane needs.
-    "context metrics codec handler engine placement",
-    "examples zoo sample loader services model_settings pending native_lane model",
+    "context custom_metrics metrics codec handler engine placement",
+    # Worker processes: their inside, then what looks after them.
+    "streaming entry_point invoker reload continuous async_worker worker",
+    "restart_policy requirements worker_output worker_handle zygote spawner",
+    "examples zoo sample loader services model_settings pending lane native_lane python_workers python_lane "
+    "sequence_lane lane_choice model",
     # The server's endpoints.
     "registry",
     "parameters openapi routes inference management",
+    # What looks at an archive without a server.
+    "dry_run debug result_check check_run check config_report doctor",
     # Processes.
-    "launch listeners site server",
-    "supervisor start status stop cli __main__",
+    "listeners site server",
+    "supervisor start status stop dev cli __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 # Never imported when these are: the supervisor, the command line, and the server until its archives are open.
 NO_TORCH = [
     "cli", "trace", "supervisor", "start", "status", "stop", "launch", "config", "archive", "archiver", "server",
+    "spawner", "zygote", "failure", "dev", "debug", "check", "dry_run", "config_report",
 ]  # fmt: skip
 
-BANNED_FILE_NAMES = {"util", "utils", "helper", "helpers", "manager", "misc", "common", "data", "info", "process"}
+BANNED_FILE_NAMES = {"util", "utils", "helper", "helpers", "manager", "misc", "common", "data", "info"}
 FILE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 80
-PLAIN_CPP = ["status.h", "clock.h", "probe.h", "ring.h", "waiter.h", "request.h", "completion.h", "batcher.h",
-             "stats.h"]  # fmt: skip
+PLAIN_CPP = [
+    "status.h", "clock.h", "probe.h", "ring.h", "waiter.h", "request.h", "completion.h", "batcher.h", "stats.h",
+    "pool.h", "result.h", "frame.h", "process_worker.h", "process_worker.cpp", "process_lane.h", "process_lane.cpp",
+    "worker_channel.h", "worker_channel.cpp",
+]  # fmt: skip
 
 
 def parse(path: Path) -> ast.Module:
@@ -97,6 +109,11 @@ def test_no_module_imports_itself_through_others() -> None:
         edges = {name: others for name, others in edges.items() if name not in free}
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_the_server_does_without_the_names_of_torchserve(name: str) -> None:
+    assert not {each for each in imports_of(parse(MODULES[name]), everywhere=True) if each.split(".")[0] == "ts"}
+
+
 @pytest.mark.parametrize("name", HANDLERS)
 def test_handlers_import_only_the_handler_contract(name: str) -> None:
     assert neighbours(HANDLERS[name], everywhere=True) <= {"handler", "context", "handlers"}
@@ -114,13 +131,18 @@ def test_what_runs_without_torch_does_not_import_it() -> None:
             todo |= neighbours(MODULES[module]) & set(MODULES) - seen
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *CSRC], ids=lambda path: f"{path.parent.name}/{path.name}")
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *CSRC], ids=named)
 def test_files_are_small_and_named_after_what_they_hold(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= FILE_LINES_MAX
     assert path.stem == "_build_info" or not set(path.stem.split("_")) & BANNED_FILE_NAMES
+    assert path.stem != "process"  # alone it says nothing; a process_lane is a lane of processes
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", [*SOURCES, *COMPAT], ids=named)
 def test_functions_are_short_and_files_say_what_they_are(path: Path) -> None:
     tree = parse(path)
     assert ast.get_docstring(tree) or not tree.body, "no docstring"
@@ -130,7 +152,7 @@ def test_functions_are_short_and_files_say_what_they_are(path: Path) -> None:
             assert length <= FUNCTION_LINES_MAX, f"{node.name} has {length} lines"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", [*SOURCES, *COMPAT], ids=named)
 def test_nothing_runs_text_or_unpickles_what_it_reads(path: Path) -> None:
     tree = parse(path)
     safe_loaders = {
@@ -157,7 +179,7 @@ def test_nothing_runs_text_or_unpickles_what_it_reads(path: Path) -> None:
         assert not called.startswith(("yaml.unsafe", "yaml.full")), where
 
 
-@pytest.mark.parametrize("path", CSRC, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CSRC, ids=named)
 def test_python_enters_the_native_code_in_one_file(path: Path) -> None:
     if path.name != "bindings.cpp":
         assert not re.search(r"pybind11|Python\.h|PyObject|torch/extension\.h|\bpy::", path.read_text())
@@ -171,6 +193,6 @@ def test_the_concurrency_half_needs_neither_torch_nor_python(name: str) -> None:
         assert included in PLAIN_CPP, included
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *CSRC], ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", [*SOURCES, *COMPAT, *CSRC], ids=named)
 def test_nothing_is_left_to_do(path: Path) -> None:
     assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", path.read_text())

@@ -29,6 +29,7 @@ from pyserve.errors import (
 from pyserve.http1_exchange import Exchange
 from pyserve.management import Management
 from pyserve.messages import Request, Response
+from pyserve.model_config import ModelConfig
 from pyserve.routes import Router
 
 STARTED = datetime(2026, 11, 23, 1, 57, 15, 723_999)
@@ -60,12 +61,18 @@ class FakeModel:
         self.response_timeout_s = self.startup_timeout_s = 120
         self.queue_size_max = 100
         self.settings = SimpleNamespace(client_timeout_ms=0)
-        self.archive = SimpleNamespace(config=SimpleNamespace(retry_timeout_max_s=None))
+        self.archive = SimpleNamespace(config=ModelConfig())
+        self.told: Any = None  # what the handler says of itself
         self.running = workers
         self.running_max = 1024
         self.scale_error: ServeError | None = None
         self.scalings: list[tuple[int, int]] = []
         self.measured: dict[str, Any] = {}
+
+    async def describe_handler(self) -> Any:
+        if isinstance(self.told, ServeError):
+            raise self.told
+        return self.told
 
     def worker_rows(self) -> list[Any]:
         row = {"memory_usage": 7, "pid": 42, "gpu": False, "gpu_usage": "N/A"}
@@ -270,6 +277,33 @@ def test_description_leaves_out_what_is_not_configured_or_asked_for() -> None:
         key for key in CONTRACT_KEYS if key not in ("deviceIds", "customizedMetadata")
     ]
     assert "error" not in described
+
+
+@pytest.mark.parametrize("told, shown", [({"a": [1]}, {"a": [1]}), (None, {}), ("text", {}), ([1], {})])
+def test_what_the_handler_says_of_itself_is_shown_if_it_is_an_object(told: object, shown: object) -> None:
+    model = FakeModel()
+    model.told = told
+    assert Api(model).ask("GET", "/models/m?customized=true").json[0]["customizedMetadata"] == shown
+
+
+def test_handler_that_cannot_describe_itself_is_an_error_of_its_own() -> None:
+    model = FakeModel()
+    model.told = ModelLoadError("it fell over")
+    answer = Api(model).ask("GET", "/models/m?customized=true")
+    assert (answer.status, answer.json["message"]) == (ModelLoadError("").status, "it fell over")
+
+
+def test_settings_of_the_yaml_file_are_described() -> None:
+    model = FakeModel()
+    model.archive.config = ModelConfig.parse(
+        b"maxRetryTimeoutInSec: 7\nsequenceBatching: true\nmaxNumSequence: 5\nuseJobTicket: true\nuseVenv: true\n"
+        b"sequenceMaxIdleMSec: 900\nmaxSequenceJobQueueSize: 3\n", "m"
+    )  # fmt: skip
+    [described] = Api(model).ask("GET", "/models/m").json
+    assert {
+        "maxRetryTimeoutInSec": 7, "stateful": True, "maxNumSequence": 5, "useJobTicket": True, "useVenv": True,
+        "sequenceMaxIdleMSec": 900, "maxSequenceJobQueueSize": 3, "continuousBatching": False,
+    }.items() <= described.items()  # fmt: skip
 
 
 def test_worker_is_described_with_local_time_and_a_literal_z() -> None:
