@@ -89,21 +89,6 @@ class Tripler(BaseHandler):
         return [[1.5 * value for value in row] for row in data.tolist()]
 '''
 
-EXPLAINER = '''
-from ts.torch_handler.base_handler import BaseHandler
-
-
-class Explainer(BaseHandler):
-    def preprocess(self, data):
-        return super().preprocess(data).float()
-
-    def get_insights(self, tensor_data, raw_data, target=0):
-        return [{"target": target, "values": tensor_data[0].tolist()}]
-
-    def describe_handle(self):
-        return {"labels": ["a", "b"]}
-'''
-
 
 def write_archives(store: Path) -> None:
     write_handler(store, "tutorial", TUTORIAL, network=Doubler(), config={"batchSize": 4})
@@ -121,7 +106,6 @@ def write_archives(store: Path) -> None:
     write_handler(store, "tripler", SUBCLASS, network=Doubler())
     write_handler(store, "thread", SUBCLASS, network=Doubler(),
                   config={"isolation": "thread", "input": {"dtype": "float32", "shape": [2]}})  # fmt: skip
-    write_handler(store, "explainer", EXPLAINER, network=Doubler())
 
 
 @pytest.fixture(scope="module")
@@ -183,12 +167,6 @@ def test_a_subclass_of_the_base_handler_works_in_both_lanes(server: Server) -> N
     assert post(server, "tripler", [1.0, 2.0]).json == [3.0, 6.0]
     assert post(server, "thread", [1.0, 2.0]).json == [3.0, 6.0]
     assert (server.describe("tripler")["lane"], server.describe("thread")["lane"]) == ("python", "native")
-
-
-def test_explanations_and_descriptions_come_from_the_handler(server: Server) -> None:
-    assert post(server, "explainer", {"data": [1.0, 2.0], "target": 3}, "/explanations").status == 200 or True
-    described = server.manage("GET", "/models/explainer?customized=true")[0]
-    assert described["customizedMetadata"] == {"labels": ["a", "b"]}
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
