@@ -1,7 +1,8 @@
 """Metrics that handlers make: what they call (`MetricsCache`, TorchServe's API), and the server's sums of it.
 
-A handler's call makes an emission, a small dict; the worker process reports them after the batch, and the server adds
-them up (`CustomMetrics`). Nothing has to be declared; a ``metrics.yaml`` only fixes units and the order of labels.
+What a handler emits is added up in its worker, reported a few times a second (`MetricsReport`), and added up over all
+workers by the server (`CustomMetrics`). Nothing has to be declared; a ``metrics.yaml`` only fixes units and the order
+of labels.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -28,6 +31,8 @@ NAMES_MAX = 200
 SERIES_MAX = 1000
 TEXT_SIZE_MAX = 200
 VALUES_MAX = 10_000
+# A report costs the server more than a request does.
+REPORT_INTERVAL_S = 0.1
 
 
 class MetricTypes(Enum):
@@ -119,7 +124,7 @@ class MetricsCache:
         self.request_ids: Mapping[int, str] = request_ids or {}
         self.cache: dict[MetricTypes, dict[str, CachingMetric]] = {kind: {} for kind in MetricTypes}
         self.store = self
-        self._emissions: list[dict[str, Any]] = []
+        self._emissions: dict[tuple[Any, ...], dict[str, Any]] = {}
         if config:
             for kind, name, unit, dimensions in read_metrics_yaml(config):
                 self.add_metric_to_cache(name, unit, dimensions, kind)
@@ -131,22 +136,41 @@ class MetricsCache:
         self.request_ids = request_ids
 
     def drain(self) -> list[dict[str, Any]]:
-        """Emissions since the last time."""
+        """What was emitted since the last time: of a counter the sum, of a gauge the last value, of a histogram all."""
         if not self._emissions:
             return []
-        emissions, self._emissions = self._emissions, []
+        emissions, self._emissions = list(self._emissions.values()), {}
         return emissions
 
     def emit(  # noqa: PLR0917
         self, name: str, value: float, unit: str, kind: MetricTypes, dimensions: Mapping[str, str],
         request_id: str | None,
     ) -> None:  # fmt: skip
-        """Notes one value."""
-        if len(self._emissions) < VALUES_MAX:
-            self._emissions.append(
-                {"name": name, "value": value, "unit": unit, "type": kind.value, "dimensions": dict(dimensions),
-                 "request_id": request_id}
-            )  # fmt: skip
+        """Notes one value.
+
+        Raises:
+            MetricsCacheTypeError: it is not a number.
+        """
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise MetricsCacheTypeError(f"the value of metric {name} is a number, got {value!r}") from None
+        key = (name, kind, *dimensions.items())
+        known = self._emissions.get(key)
+        if known is None:
+            if len(self._emissions) < VALUES_MAX:
+                self._emissions[key] = {
+                    "name": name, "value": [number] if kind is MetricTypes.HISTOGRAM else number, "unit": unit,
+                    "type": kind.value, "dimensions": dict(dimensions), "request_id": request_id,
+                }  # fmt: skip
+            return
+        known["request_id"] = request_id
+        if kind is MetricTypes.COUNTER:
+            known["value"] += number
+        elif kind is MetricTypes.GAUGE:
+            known["value"] = number
+        elif len(known["value"]) < VALUES_MAX:
+            known["value"].append(number)
 
     # --- for handlers ---------------------------------------------------------------------------------------------
 
@@ -248,9 +272,42 @@ class MetricsCache:
             raise MetricsCacheValueError(f"{name}: the unit is one of {', '.join(allowed)}, got {unit!r}")
 
 
-def emit_prediction_time(metrics: MetricsCache, milliseconds: float) -> None:
-    """How long a batch was in the worker."""
-    metrics.add_time("PredictionTime", round(milliseconds, 2))
+class MetricsReport:
+    """Tells the server what a worker's metrics have come to, ten times a second at most.
+
+    Args:
+        send: called with what `MetricsCache.drain` gave.
+    """
+
+    def __init__(self, metrics: MetricsCache, send: Callable[[list[dict[str, Any]]], None]):
+        self._metrics = metrics
+        self._send = send
+        self._next_at = 0.0
+        self._prediction_s = -1.0
+
+    def note_prediction(self, seconds: float) -> None:
+        """How long the last batch was in the worker: TorchServe's PredictionTime."""
+        self._prediction_s = seconds
+
+    def look(self) -> int:
+        """Reports if it is time to. Returns in how many ms it will be, -1 if there is nothing to report."""
+        if self._prediction_s < 0 and not self._metrics._emissions:
+            return -1
+        now = time.monotonic()
+        if now < self._next_at:
+            return int((self._next_at - now) * 1e3) + 1
+        self.flush()
+        self._next_at = now + REPORT_INTERVAL_S
+        return -1
+
+    def flush(self) -> None:
+        """Reports what there is."""
+        if self._prediction_s >= 0:
+            self._metrics.add_time("PredictionTime", round(self._prediction_s * 1e3, 2))
+            self._prediction_s = -1.0
+        values = self._metrics.drain()
+        if values:
+            self._send(values)
 
 
 def read_metrics_yaml(path: str) -> list[tuple[MetricTypes, str, str, list[str]]]:
@@ -295,10 +352,11 @@ class CustomMetrics:
                 continue
 
     def _add(self, model: str, value: dict[str, Any]) -> None:
-        number = float(value["value"])
         kind = MetricTypes(value["type"]).value
         name = _metric_name(value["name"])
-        if not math.isfinite(number) or (kind == "COUNTER" and number < 0):
+        told = value["value"] if kind == "HISTOGRAM" and isinstance(value["value"], list) else [value["value"]]
+        numbers = [float(each) for each in told[:VALUES_MAX]]
+        if not all(math.isfinite(each) and (each >= 0 or kind != "COUNTER") for each in numbers):
             return
         metrics = self._models.setdefault(model, {})
         key = (name, kind)
@@ -315,13 +373,14 @@ class CustomMetrics:
                 return
             series[labels] = [[0] * (len(HISTOGRAM_BOUNDS) + 1), 0.0] if kind == "HISTOGRAM" else 0.0
         if kind == "COUNTER":
-            series[labels] += number
+            series[labels] += sum(numbers)
         elif kind == "GAUGE":
-            series[labels] = number
+            series[labels] = numbers[-1]
         else:
             counts, total = series[labels]
-            counts[next((i for i, bound in enumerate(HISTOGRAM_BOUNDS) if number <= bound), -1)] += 1
-            series[labels] = [counts, total + number]
+            for number in numbers:
+                counts[bisect_left(HISTOGRAM_BOUNDS, number)] += 1
+            series[labels] = [counts, total + sum(numbers)]
 
     def _tell(self, model: str, text: str) -> None:
         if model not in self._told:

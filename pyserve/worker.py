@@ -19,7 +19,7 @@ from torch.utils.serialization.config import load as load_options
 
 from pyserve import __version__
 from pyserve.context import Context
-from pyserve.custom_metrics import MetricsCache, emit_prediction_time
+from pyserve.custom_metrics import MetricsCache, MetricsReport
 from pyserve.engine import load_core
 from pyserve.entry_point import EntryPoint, HandlerLoadError, HandlerMemoryError, load_entry_point, load_error
 from pyserve.failure import HandlerTimeout
@@ -147,11 +147,12 @@ def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, 
     invoker = Invoker(spec, entry, context, parts=parts, log_failure=report_failure(reports.send))
     _let_calls_be_interrupted(invoker)
     reloader = Reloader(spec, entry, reports) if spec.watch else None
-    timeout_ms = WATCH_INTERVAL_MS if reloader is not None else -1
+    watch_ms = WATCH_INTERVAL_MS if reloader is not None else -1
     threads = _Threads(spec.intra_op_threads)
-    metrics = context.metrics
+    report = MetricsReport(context.metrics, lambda values: reports.send("metrics", values=values))
     while True:
-        batch = channel.receive(timeout_ms)
+        report_ms = report.look()
+        batch = channel.receive(report_ms if report_ms >= 0 else watch_ms)
         if reloader is not None:
             reloader.look()
         if batch is None:
@@ -166,10 +167,7 @@ def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, 
         except HandlerTimeout:  # it came just after the call had ended; the requests are answered already
             answers = [(item[0], 1, 504, b"", b"{}") for item in batch.items]
         channel.send(batch.id, answers)
-        emit_prediction_time(metrics, (time.perf_counter() - began) * 1e3)
-        values = metrics.drain()
-        if values:
-            reports.send("metrics", values=values)
+        report.note_prediction(time.perf_counter() - began)
 
 
 def _let_calls_be_interrupted(invoker: Invoker) -> None:
