@@ -85,17 +85,23 @@ struct Completion {
 };
 
 // Every lane keeps its engine alive, so that what lanes leave behind is drained here at the latest.
-class Engine {
+class Engine : public Watched {
   public:
-    Engine() : completions(std::make_shared<Completions<>>()) {}
-    ~Engine() { drain(); }
+    Engine() : completions(std::make_shared<Completions<>>()), poller(std::make_shared<Poller>()) {
+        poller->add(completions->fd(), *this);
+    }
+    ~Engine() override { drain(); }
     Engine(const Engine&) = delete;
     Engine& operator=(const Engine&) = delete;
 
     std::shared_ptr<Completions<>> completions;
+    std::shared_ptr<Poller> poller;
+
+    void on_ready(uint32_t) noexcept override {}  // the drain that follows takes what is there
 
     std::vector<Completion> drain() {
         std::vector<Completion> out;
+        poller->run_ready();
         CompletionNode* node = completions->drain();
         while (node != nullptr) {
             const std::unique_ptr<Result> result(static_cast<Result*>(node));
@@ -124,7 +130,6 @@ class Engine {
         } else {
             of_process = static_cast<ProcessResult*>(&result);
             for (AnswerPart& part : of_process->answers) {
-                if (of_process->is_chunk) of_process->undrained->fetch_sub(static_cast<int64_t>(part.body.size()));
                 completion.answers.append(py::make_tuple(static_cast<int>(part.kind), part.status, py::bytes(part.head),
                                                          body_object(std::move(part.body))));
             }
@@ -436,7 +441,7 @@ PYBIND11_MODULE(_core, m) {
 
     py::class_<Engine>(m, "Engine")
         .def(py::init<>())
-        .def("fileno", [](const Engine& engine) { return engine.completions->fd(); })
+        .def("fileno", [](const Engine& engine) { return engine.poller->fd(); })
         .def("drain", &Engine::drain)
         .def_property_readonly("signals", [](const Engine& engine) { return engine.completions->signals(); });
 
@@ -468,12 +473,12 @@ PYBIND11_MODULE(_core, m) {
 
     py::class_<ProcessLane>(m, "ProcessLane")
         .def(py::init([](const Engine& engine, size_t capacity) {
-                 return std::make_unique<ProcessLane>(engine.completions, capacity);
+                 return std::make_unique<ProcessLane>(engine.completions, engine.poller, capacity);
              }),
              py::arg("engine"), py::arg("capacity"), py::keep_alive<1, 2>())
         .def("submit", &submit_bytes, py::arg("owner"), py::arg("head"), py::arg("body"), py::arg("flags"),
              py::arg("arrived_at"), py::arg("deadline"))
-        .def("cancel", &cancel<ProcessLane>, py::arg("ticket"))
+        .def("cancel", &ProcessLane::cancel, py::arg("ticket"))
         .def("started_at", &started_at<ProcessLane>, py::arg("ticket"))
         .def("set_limits", &set_limits<ProcessLane>, py::kw_only(), py::arg("batch_size_max"),
              py::arg("batch_size_min"), py::arg("batch_delay_max_ns"), py::arg("running_max"))
@@ -481,10 +486,10 @@ PYBIND11_MODULE(_core, m) {
         .def("add_worker", &ProcessLane::add_worker, py::arg("socket_fd"), py::arg("request_memory_fd"),
              py::arg("answer_memory_fd"), py::kw_only(), py::arg("in_flight_max") = 0)
         .def("stop_worker", &ProcessLane::stop_worker, py::arg("id"))
-        .def("remove_worker", &ProcessLane::remove_worker, py::arg("id"), py::call_guard<py::gil_scoped_release>())
+        .def("remove_worker", &ProcessLane::remove_worker, py::arg("id"))
         .def("purge", &ProcessLane::purge)
         .def("close", &ProcessLane::close)
-        .def("join", &ProcessLane::join, py::call_guard<py::gil_scoped_release>())
+        .def("join", &ProcessLane::join)
         .def("workers", &process_workers)
         .def("stats", &stats<ProcessLane>)
         .def_property_readonly("ready_count", &ProcessLane::ready_count)

@@ -41,13 +41,18 @@ class Completions {
     int fd() const noexcept { return fd_; }
 
     void push(CompletionNode* node) noexcept {
+        push_unsignalled(node);
+        signal();
+    }
+
+    // For the loop thread itself, just before it drains.
+    void push_unsignalled(CompletionNode* node) noexcept {
         CompletionNode* head = head_.load(std::memory_order_relaxed);
         do {
             node->next = head;
             Probe::at(Point::completions_before_push);
         } while (!head_.compare_exchange_weak(head, node, std::memory_order_release, std::memory_order_relaxed));
         Probe::at(Point::completions_after_push);
-        signal();
     }
 
     // Wakes the loop without a completion, for a change of a worker's state.

@@ -1,19 +1,38 @@
 #include "process_lane.h"
 
+#include <sys/timerfd.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
+#include <system_error>
 #include <utility>
 
 #include "clock.h"
 
 namespace pyserve {
 
-ProcessLane::ProcessLane(std::shared_ptr<Completions<>> completions, size_t capacity)
-    : completions_(std::move(completions)), batcher_(capacity) {
+ProcessLane::ProcessLane(std::shared_ptr<Completions<>> completions, std::shared_ptr<Poller> poller, size_t capacity)
+    : completions_(std::move(completions)), poller_(std::move(poller)), batcher_(capacity) {
     shared_.batcher = &batcher_;
     shared_.completions = completions_.get();
+    shared_.poller = poller_.get();
+    shared_.feed = [this] { feed(); };
+    timer_ = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+    if (timer_ < 0) throw std::system_error(errno, std::generic_category(), "a timer");
+    try {
+        poller_->add(timer_, *this);
+    } catch (...) {
+        ::close(timer_);
+        throw;
+    }
 }
 
-ProcessLane::~ProcessLane() { join(); }
+ProcessLane::~ProcessLane() {
+    join();
+    poller_->remove(timer_);
+    ::close(timer_);
+}
 
 ProcessRequest* ProcessLane::try_submit(std::string_view head, std::string_view body, uint32_t flags, void* owner,
                                         int64_t arrived_at, int64_t deadline) {
@@ -38,17 +57,65 @@ ProcessRequest* ProcessLane::try_submit(std::string_view head, std::string_view 
     request->state.store(State::queued, std::memory_order_release);
     shared_.stats.submitted.fetch_add(1, std::memory_order_relaxed);
     batcher_.try_push(request);  // cannot fail: this thread is the only producer and has looked
-    if (multiplexed_count_ > 0) {
-        for (const auto& worker : workers_) worker->wake();
-    }
+    // Not ahead: when the next answers come, all that has gathered goes in one write.
+    feed(false);
     return request;
+}
+
+bool ProcessLane::cancel(uint64_t ticket) {
+    ProcessRequest* request = find(ticket);
+    if (request == nullptr || !request->try_cancel()) return false;
+    for (const auto& worker : workers_) {
+        if (worker->is_multiplexed()) worker->tell_cancelled(ticket);
+    }
+    return true;
+}
+
+void ProcessLane::set_limits(const BatchLimits& limits) {
+    batcher_.set_limits(limits);
+    feed();
+}
+
+void ProcessLane::feed(bool ahead) noexcept {
+    if (is_feeding_) return;  // a worker that ends while it is given something
+    is_feeding_ = true;
+    int64_t wake_at = never_ns;
+    for (const auto& worker : workers_) {
+        if (batcher_.queue_size() == 0 && !is_closed_) break;
+        while (worker->take(wake_at)) {}
+    }
+    for (const auto& worker : workers_) {
+        if (!ahead || batcher_.queue_size() == 0) break;
+        while (worker->take_ahead()) {}
+        worker->flush();
+    }
+    set_timer(wake_at);
+    is_feeding_ = false;
+}
+
+void ProcessLane::on_ready(uint32_t) noexcept {
+    uint64_t count;
+    [[maybe_unused]] const ssize_t got = read(timer_, &count, sizeof count);
+    timer_at_ = never_ns;
+    feed();
+}
+
+void ProcessLane::set_timer(int64_t at) noexcept {
+    if (at == timer_at_) return;
+    timer_at_ = at;
+    itimerspec when{};  // all zero: disarmed
+    if (at != never_ns) {
+        at = std::max<int64_t>(at, 1);
+        when.it_value = {static_cast<time_t>(at / 1'000'000'000), static_cast<long>(at % 1'000'000'000)};
+    }
+    timerfd_settime(timer_, TFD_TIMER_ABSTIME, &when, nullptr);
 }
 
 uint32_t ProcessLane::add_worker(int socket, int request_memory, int answer_memory, size_t in_flight_max) {
     const uint32_t id = next_worker_id_++;
     workers_.push_back(
         std::make_unique<ProcessWorker>(shared_, id, socket, request_memory, answer_memory, in_flight_max));
-    if (in_flight_max > 0) ++multiplexed_count_;
+    feed();
     return id;
 }
 
@@ -61,19 +128,19 @@ void ProcessLane::stop_worker(uint32_t id) {
 void ProcessLane::remove_worker(uint32_t id) {
     const auto found = std::find_if(workers_.begin(), workers_.end(), [id](const auto& w) { return w->id() == id; });
     if (found == workers_.end()) return;
-    if ((*found)->is_multiplexed()) --multiplexed_count_;
+    const std::unique_ptr<ProcessWorker> removed = std::move(*found);
     workers_.erase(found);
 }
 
 void ProcessLane::close() {
     batcher_.close();
-    for (const auto& worker : workers_) worker->wake();
+    is_closed_ = true;
+    feed();  // those that have nothing end
 }
 
 void ProcessLane::join() {
     for (const auto& worker : workers_) worker->stop();
     workers_.clear();
-    multiplexed_count_ = 0;
     shared_.pool->cancel_queued();
     purge();
 }
@@ -86,12 +153,6 @@ void ProcessLane::purge() {
     result->pool = shared_.pool;
     shared_.stats.cancelled.fetch_add(result->requests.size(), std::memory_order_relaxed);
     completions_->push(result.release());
-}
-
-size_t ProcessLane::ready_count() const {
-    return static_cast<size_t>(std::count_if(workers_.begin(), workers_.end(), [](const auto& worker) {
-        return worker->state() == ProcessState::ready && !worker->is_stopping();
-    }));
 }
 
 std::vector<ProcessWorkerRow> ProcessLane::workers() const {

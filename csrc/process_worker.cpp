@@ -1,16 +1,12 @@
 #include "process_worker.h"
 
 #include <fcntl.h>
-#include <poll.h>
-#include <pthread.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <exception>
-#include <stdexcept>
 #include <system_error>
 #include <utility>
 
@@ -25,9 +21,8 @@ constexpr double ahead_time_ns = 1e6;
 constexpr size_t ahead_batches_max = 16;
 constexpr uint64_t measured_min = 8;      // batches, before their time is believed
 constexpr double average_weight = 0.1;
-constexpr int64_t undrained_max = 4 << 20;  // bytes of streamed parts that the loop has not come to
+constexpr int receives_max = 16;            // of 64 KiB, in one turn of the loop
 constexpr uint64_t memory_kept = 1 << 20;   // bytes of a memory file that an idle worker keeps
-constexpr int64_t stop_flush_ns = 1'000'000'000;
 
 int duplicate(int fd) {
     const int copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
@@ -62,101 +57,76 @@ ProcessWorker::ProcessWorker(ProcessLaneShared& shared, uint32_t id, int socket,
         socket_ = duplicate(socket);
         request_memory_ = duplicate(request_memory);
         answer_memory_ = duplicate(answer_memory);
-        wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-        if (wake_fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
-        thread_ = std::thread([this] { main(); });
+        shared_.poller->add(socket_, *this);
     } catch (...) {
-        for (const int fd : {socket_, request_memory_, answer_memory_, wake_fd_}) {
+        for (const int fd : {socket_, request_memory_, answer_memory_}) {
             if (fd >= 0) close(fd);
         }
         throw;
     }
+    ++shared_.ready_count;
 }
 
 ProcessWorker::~ProcessWorker() {
-    stop();
-    if (thread_.joinable()) thread_.join();
-    for (const int fd : {socket_, request_memory_, answer_memory_, wake_fd_}) close(fd);
+    if (state_ == ProcessState::ready) die("it was removed");
+    for (const int fd : {socket_, request_memory_, answer_memory_}) close(fd);
 }
 
 void ProcessWorker::stop() noexcept {
-    stop_.store(true, std::memory_order_release);
-    shared_.batcher->wake_all();
-    wake();
+    if (state_ != ProcessState::ready || is_stopping_) return;
+    is_stopping_ = true;
+    --shared_.ready_count;
+    end_if_done();
 }
 
-void ProcessWorker::wake() noexcept {
-    const uint64_t one = 1;
-    [[maybe_unused]] const ssize_t written = write(wake_fd_, &one, sizeof one);
-}
-
-void ProcessWorker::main() noexcept {
-    pthread_setname_np(pthread_self(), ("process-" + std::to_string(id_)).c_str());
-    shared_.ready_count.fetch_add(1);
+void ProcessWorker::on_ready(uint32_t events) noexcept {
+    if (state_ != ProcessState::ready) return;
     try {
-        serve();
+        if ((events & EPOLLOUT) != 0) flush();
+        if ((events & ~uint32_t{EPOLLOUT}) != 0 && !receive()) {
+            die(error_);
+        } else {
+            end_if_done();
+        }
+        shared_.feed();
+        flush();
     } catch (const std::exception& error) {
-        fail(std::string("the thread that serves it failed: ") + error.what());
-    } catch (...) {
-        fail("the thread that serves it failed");
+        die(std::string("serving it failed: ") + error.what());
     }
+}
+
+bool ProcessWorker::take(int64_t& wake_at) noexcept {
+    if (!takes_batches() || (is_multiplexed() ? in_flight_count_ >= in_flight_max_ : !flights_.empty())) return false;
     try {
-        abandon();
-    } catch (...) {
-        // Out of memory twice: the requests stay with the loop's time limits.
-    }
-    shared_.ready_count.fetch_sub(1);
-    running_since_.store(0, std::memory_order_relaxed);
-    state_.store(error_.empty() ? ProcessState::stopped : ProcessState::died, std::memory_order_release);
-    shutdown(socket_, SHUT_RDWR);
-    shared_.completions->signal();
-}
-
-void ProcessWorker::serve() {
-    Take take;
-    for (;;) {
-        int64_t wake_at = never_ns;
-        if (flights_.empty() && !is_multiplexed()) {
-            if (!wait_for_first(take)) break;
-            send_batch(take);
-        }
-        while (error_.empty() && take_more(take, wake_at)) send_batch(take);
-        if (!error_.empty()) return;
-        if (flights_.empty() && (is_stopping() || (is_multiplexed() && wake_at == 0))) break;
-        if (flights_.empty() && !is_multiplexed()) continue;  // it held dead requests only
-        if (!exchange(wake_at)) return;
-    }
-    FrameHead head;
-    head.type = FrameType::stop;
-    append(out_, head);
-    const int64_t limit = SteadyClock::now_ns() + stop_flush_ns;
-    while (flush() && out_sent_ < out_.size() && SteadyClock::now_ns() < limit) poll_once(limit);
-    error_.clear();  // whoever is told to stop may be gone already
-}
-
-// Sleeps until there is a batch. False when told to stop, or when the lane is closed and empty.
-bool ProcessWorker::wait_for_first(Take& take) { return shared_.batcher->next_batch(take, stop_) == Next::batch; }
-
-// Another batch for a worker that has some. In multiplexed mode `wake_at` 0 says that the lane is closed and empty.
-bool ProcessWorker::take_more(Take& take, int64_t& wake_at) {
-    wake_at = never_ns;
-    if (is_stopping()) return false;
-    if (is_multiplexed()) {
-        if (in_flight_count_ >= in_flight_max_) return false;
-        const Next next = shared_.batcher->try_next(take, wake_at, false, in_flight_max_ - in_flight_count_);
-        if (next == Next::batch) {
-            shared_.batcher->leave();  // how many may run is this worker's own affair
-            return true;
-        }
-        if (next == Next::closed) wake_at = 0;
+        int64_t ripe_at = never_ns;
+        const size_t room = is_multiplexed() ? in_flight_max_ - in_flight_count_ : SIZE_MAX;
+        const Next next = shared_.batcher->try_next(take_, ripe_at, false, room);
+        wake_at = std::min(wake_at, ripe_at);
+        if (next == Next::closed && flights_.empty()) stop();
+        if (next != Next::batch) return false;
+        if (is_multiplexed()) shared_.batcher->leave();  // how many may run is this worker's own affair
+        send_batch(take_);
+        return true;
+    } catch (const std::exception& error) {
+        die(std::string("sending to it failed: ") + error.what());
         return false;
     }
-    if (flights_.size() >= ahead_max()) return false;
+}
+
+bool ProcessWorker::take_ahead() noexcept {
+    if (!takes_batches() || is_multiplexed() || flights_.empty() || flights_.size() >= ahead_max()) return false;
     // What the others would take at once is left to them.
-    const size_t others = shared_.ready_count.load(std::memory_order_relaxed) - 1;
+    const size_t others = shared_.ready_count - 1;
     if (shared_.batcher->queue_size() <= others * shared_.batcher->batch_size_max()) return false;
-    int64_t unused;
-    return shared_.batcher->try_next(take, unused) == Next::batch;
+    try {
+        int64_t unused;
+        if (shared_.batcher->try_next(take_, unused) != Next::batch) return false;
+        send_batch(take_);
+        return true;
+    } catch (const std::exception& error) {
+        die(std::string("sending to it failed: ") + error.what());
+        return false;
+    }
 }
 
 size_t ProcessWorker::ahead_max() const {
@@ -171,7 +141,8 @@ void ProcessWorker::send_batch(Take& take) {
     flight.holds_permit = !is_multiplexed();
     flight.id = next_batch_++;
     try {
-        std::vector<Request*> dead = std::move(take.dropped);
+        std::vector<Request*> dead;
+        if (!take.dropped.empty()) dead = std::move(take.dropped);
         flight.requests.reserve(take.requests.size());
         for (Request* request : take.requests) {
             if (request->try_move(State::batched, State::running))
@@ -201,7 +172,7 @@ void ProcessWorker::send_batch(Take& take) {
     head.type = FrameType::batch;
     head.batch = sent.id;
     head.count = static_cast<uint32_t>(sent.requests.size());
-    head.flags = static_cast<uint32_t>(shared_.intra_op_threads.load(std::memory_order_relaxed));
+    head.flags = static_cast<uint32_t>(shared_.intra_op_threads);
     head.size = heads.size() + rest.size();
     append(out_, head);
     out_ += heads;
@@ -230,55 +201,35 @@ void ProcessWorker::write_item(const ProcessRequest& request, std::string& heads
     if (item.offset == in_frame) rest += content;
 }
 
-// Sends what the socket takes. False when the connection has ended.
-bool ProcessWorker::flush() {
+void ProcessWorker::flush() noexcept {
+    if (state_ != ProcessState::ready || out_.empty()) return;
     while (out_sent_ < out_.size()) {
         const ssize_t sent = send(socket_, out_.data() + out_sent_, out_.size() - out_sent_, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (sent < 0) {
             if (errno == EINTR) continue;
-            if (errno == EAGAIN || errno == EWOULDBLOCK) return true;
-            // What it sent before it went is still to be read.
-            out_sent_ = out_.size();
-            break;
+            if (errno == EAGAIN || errno == EWOULDBLOCK) {
+                watch_writing(true);
+                return;
+            }
+            break;  // it has gone, which is noticed when what it sent before has been read
         }
         out_sent_ += static_cast<size_t>(sent);
     }
-    out_.clear();
-    if (out_.capacity() > (1 << 20)) out_.shrink_to_fit();
+    watch_writing(false);
     out_sent_ = 0;
-    return true;
+    if (out_.capacity() > (1 << 20)) std::string().swap(out_);
+    out_.clear();
 }
 
-// One turn: sends, waits for something to happen, takes what came. False when it is over.
-bool ProcessWorker::exchange(int64_t wake_at) {
-    flush();
-    poll_once(wake_at);
-    return receive();
+void ProcessWorker::watch_writing(bool waits) noexcept {
+    if (waits == waits_to_write_) return;
+    waits_to_write_ = waits;
+    shared_.poller->change(socket_, *this, waits ? EPOLLIN | EPOLLOUT : EPOLLIN);
 }
 
-void ProcessWorker::poll_once(int64_t wake_at) {
-    // A loop that does not come to the parts of streams stops more from coming.
-    const bool reads = undrained_->load(std::memory_order_relaxed) < undrained_max;
-    pollfd fds[2] = {{socket_, 0, 0}, {wake_fd_, POLLIN, 0}};
-    if (reads) fds[0].events |= POLLIN;
-    if (out_sent_ < out_.size()) fds[0].events |= POLLOUT;
-    timespec wait{0, 5'000'000};
-    const bool bounded = wake_at != never_ns || !reads;
-    if (wake_at != never_ns && reads) {
-        const int64_t left = std::max<int64_t>(0, wake_at - SteadyClock::now_ns());
-        wait = {static_cast<time_t>(left / 1'000'000'000), static_cast<long>(left % 1'000'000'000)};
-    }
-    ppoll(fds, 2, bounded ? &wait : nullptr, nullptr);
-    if ((fds[1].revents & POLLIN) != 0) {
-        uint64_t count;
-        [[maybe_unused]] const ssize_t got = read(wake_fd_, &count, sizeof count);
-    }
-    if ((fds[0].revents & POLLOUT) != 0) flush();
-}
-
+// Takes what came. False when it is over. A process that sends without end does not keep the loop here.
 bool ProcessWorker::receive() {
-    if (undrained_->load(std::memory_order_relaxed) >= undrained_max) return true;
-    for (;;) {
+    for (int turn = 0; turn < receives_max; ++turn) {
         size_t room;
         char* to = in_.room(room);
         const ssize_t got = recv(socket_, to, room, MSG_DONTWAIT);
@@ -302,6 +253,7 @@ bool ProcessWorker::receive() {
         }
         if (static_cast<size_t>(got) < room) return true;
     }
+    return true;
 }
 
 bool ProcessWorker::on_frame(const FrameHead& head, std::string_view content) {
@@ -318,7 +270,7 @@ bool ProcessWorker::on_frame(const FrameHead& head, std::string_view content) {
         fail(std::string("it sent ") + problem);
         return false;
     }
-    if (!on_answers(*flight, head, parts_)) return false;
+    if (!on_answers(*flight, parts_)) return false;
     if (flight->open_count > 0) return true;
     const bool was_front = flight == flights_.begin();
     Flight ended = std::move(*flight);
@@ -326,19 +278,19 @@ bool ProcessWorker::on_frame(const FrameHead& head, std::string_view content) {
     if (was_front) finish_front(ended);
     if (ended.holds_permit) shared_.batcher->leave();
     shared_.stats.batches.fetch_add(1, std::memory_order_relaxed);
-    batches_.fetch_add(1, std::memory_order_relaxed);
+    ++batches_;
     trim(ended);
     if (was_front && !flights_.empty()) begin_front();
-    if (flights_.empty()) running_since_.store(0, std::memory_order_relaxed);
+    if (flights_.empty()) running_since_ = 0;
     return true;
 }
 
-bool ProcessWorker::on_answers(Flight& flight, const FrameHead&, const std::vector<Part<AnswerHead>>& parts) {
+bool ProcessWorker::on_answers(Flight& flight, const std::vector<Part<AnswerHead>>& parts) {
     auto result = std::make_unique<ProcessResult>();
     result->started_at = flight.started_at != 0 ? flight.started_at : flight.sent_at;
     result->staged_at = flight.sent_at;
     result->finished_at = SteadyClock::now_ns();
-    running_since_.store(result->finished_at, std::memory_order_relaxed);
+    running_since_ = result->finished_at;
     bool used_memory = false;
     for (const auto& part : parts) {
         Waiting* waiting = nullptr;
@@ -388,7 +340,7 @@ bool ProcessWorker::on_answers(Flight& flight, const FrameHead&, const std::vect
             else if (result->answers[i].kind == AnswerKind::error)
                 stats.failed.fetch_add(1, std::memory_order_relaxed);
         }
-        complete(std::move(result));
+        shared_.complete(std::move(result));
     }
     return error_.empty();
 }
@@ -417,28 +369,45 @@ bool ProcessWorker::read_body(const Part<AnswerHead>& part, std::string& body, b
 
 void ProcessWorker::on_chunk(Waiting& waiting, AnswerPart part, uint64_t ticket) {
     if (waiting.request->state.load(std::memory_order_acquire) != State::running) {
-        if (waiting.cancel_sent) return;
-        waiting.cancel_sent = true;
-        FrameHead cancel;
-        cancel.type = FrameType::cancel;
-        cancel.size = sizeof ticket;
-        append(out_, cancel);
-        append(out_, ticket);
+        write_cancel(waiting);
         return;
     }
     auto result = std::make_unique<ProcessResult>();
     result->is_chunk = true;
     result->chunk_ticket = ticket;
-    result->undrained = undrained_;
-    undrained_->fetch_add(static_cast<int64_t>(part.body.size()), std::memory_order_relaxed);
     result->answers.push_back(std::move(part));
-    complete(std::move(result));
+    shared_.complete(std::move(result));
+}
+
+void ProcessWorker::write_cancel(Waiting& waiting) {
+    if (std::exchange(waiting.cancel_sent, true)) return;
+    FrameHead cancel;
+    cancel.type = FrameType::cancel;
+    cancel.size = sizeof(uint64_t);
+    append(out_, cancel);
+    append(out_, ProcessPool::ticket_of(*waiting.request));
+}
+
+void ProcessWorker::tell_cancelled(uint64_t ticket) noexcept {
+    if (state_ != ProcessState::ready) return;
+    try {
+        for (Flight& flight : flights_) {
+            for (Waiting& waiting : flight.requests) {
+                if (waiting.is_over || ProcessPool::ticket_of(*waiting.request) != ticket) continue;
+                write_cancel(waiting);
+                flush();
+                return;
+            }
+        }
+    } catch (const std::exception&) {
+        // Without memory for it the process finishes in vain.
+    }
 }
 
 void ProcessWorker::begin_front() {
     Flight& front = flights_.front();
     front.started_at = SteadyClock::now_ns();
-    running_since_.store(front.started_at, std::memory_order_relaxed);
+    running_since_ = front.started_at;
     for (const Waiting& waiting : front.requests) {
         waiting.request->started_at.store(front.started_at, std::memory_order_relaxed);
     }
@@ -469,11 +438,6 @@ void ProcessWorker::trim(const Flight& flight) {
     }
 }
 
-void ProcessWorker::complete(std::unique_ptr<ProcessResult> result) {
-    result->pool = shared_.pool;
-    shared_.completions->push(result.release());
-}
-
 void ProcessWorker::drop(std::vector<Request*>& requests) {
     auto result = std::make_unique<ProcessResult>();
     result->status.code = Code::cancelled;  // each request's own state tells expired from cancelled
@@ -484,7 +448,37 @@ void ProcessWorker::drop(std::vector<Request*>& requests) {
     }
     result->requests = std::move(requests);
     requests.clear();
-    complete(std::move(result));
+    shared_.complete(std::move(result));
+}
+
+// Told to stop, and nothing left: the process may go.
+void ProcessWorker::end_if_done() {
+    if (state_ != ProcessState::ready || !is_stopping_ || !flights_.empty()) return;
+    FrameHead head;
+    head.type = FrameType::stop;
+    append(out_, head);
+    flush();  // if it does not take this, it sees the end of the connection
+    end(ProcessState::stopped);
+}
+
+void ProcessWorker::die(const std::string& text) noexcept {
+    if (state_ != ProcessState::ready) return;
+    try {
+        fail(text);
+        abandon();
+    } catch (const std::exception&) {
+        // Out of memory twice: the requests stay with the loop's time limits.
+    }
+    if (!is_stopping_) --shared_.ready_count;
+    end(ProcessState::died);
+}
+
+void ProcessWorker::end(ProcessState state) noexcept {
+    state_ = state;
+    running_since_ = 0;
+    shared_.poller->remove(socket_);
+    shutdown(socket_, SHUT_RDWR);
+    shared_.completions->signal();
 }
 
 // The end: whatever is still with the process comes back unanswered.
@@ -509,7 +503,7 @@ void ProcessWorker::abandon() {
                 shared_.stats.cancelled.fetch_add(1, std::memory_order_relaxed);
             result->requests.push_back(waiting.request);
         }
-        if (!result->requests.empty()) complete(std::move(result));
+        if (!result->requests.empty()) shared_.complete(std::move(result));
     }
 }
 

@@ -1,5 +1,8 @@
-// The server's side of one worker process: a thread that takes batches, sends them, and completes what comes back.
-// Never touches Python.
+// The server's side of one worker process: takes batches, sends them, and completes what comes back. Never touches
+// Python, and never waits.
+//
+// It has no thread. The loop, which reads the request and writes the answer, also hands it to the process and takes
+// it back: a thread between them would cost two wake-ups per request, which is more than all the rest of the work.
 //
 //     ready ──> stopped     told to stop: what it had was answered
 //       └─────> died        the connection ended, or what came over it was wrong; `error` says what
@@ -8,20 +11,20 @@
 // follows from the time that its batches take. Requests of a batch that the process has not come to yet do not count
 // as running: their started_at stays 0.
 //
-// Threads: construction, stop and join from the loop; the rest is its own.
+// Threads: loop thread only.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <vector>
 
 #include "batcher.h"
 #include "frame.h"
+#include "poller.h"
 #include "pool.h"
 #include "result.h"
 #include "stats.h"
@@ -66,45 +69,61 @@ struct ProcessResult : Result {
     std::vector<AnswerPart> answers;  // as many as requests, or none if there is no answer
     uint64_t chunk_ticket = 0;        // of a streamed part: `requests` is empty
     bool is_chunk = false;
-    // Bytes of parts that the loop has not seen yet; less by this one's when it does.
-    std::shared_ptr<std::atomic<int64_t>> undrained;
 };
 
-// What all workers of a lane share. Constant after construction, or thread-safe by itself.
+// What all workers of a lane share.
 struct ProcessLaneShared {
     Batcher<>* batcher = nullptr;
     Completions<>* completions = nullptr;
+    Poller* poller = nullptr;
     std::shared_ptr<ProcessPool> pool = std::make_shared<ProcessPool>();
     LaneStats stats;
-    std::atomic<int> intra_op_threads{1};
-    std::atomic<uint32_t> ready_count{0};
+    int intra_op_threads = 1;
+    size_t ready_count = 0;  // workers that take batches
+    std::function<void()> feed;  // gives workers what is queued
+
+    void complete(std::unique_ptr<ProcessResult> result) {
+        result->pool = pool;
+        // Within a turn of the poller the drain follows at once.
+        if (poller->is_running()) completions->push_unsignalled(result.release());
+        else completions->push(result.release());
+    }
 };
 
 enum class ProcessState : uint8_t { ready, stopped, died };
 
-class ProcessWorker {
+class ProcessWorker : public Watched {
   public:
     // Duplicates the descriptors. `in_flight_max` above 0: requests join and leave at any time (multiplexed).
     ProcessWorker(ProcessLaneShared& shared, uint32_t id, int socket, int request_memory, int answer_memory,
                   size_t in_flight_max);
-    ~ProcessWorker();  // stops and joins
+    ~ProcessWorker() override;  // what it has comes back unanswered
     ProcessWorker(const ProcessWorker&) = delete;
     ProcessWorker& operator=(const ProcessWorker&) = delete;
 
+    // It finishes what it has, then tells the process to end.
     void stop() noexcept;
-    // A request came: for a thread that does not sleep in the batcher.
-    void wake() noexcept;
-    bool is_stopping() const noexcept { return stop_.load(std::memory_order_acquire); }
-    bool is_multiplexed() const noexcept { return in_flight_max_ > 0; }
+    // Takes a batch if it has none, or, in multiplexed mode, what there is room for. False if there is nothing for it
+    // now; `wake_at` is then made earlier if there will be at some time.
+    bool take(int64_t& wake_at) noexcept;
+    // Takes a batch ahead of the one that runs. False if there is none for it.
+    bool take_ahead() noexcept;
+    // Tells the process that a client has gone, if it has that request.
+    void tell_cancelled(uint64_t ticket) noexcept;
+    // Sends what it was given, as far as the socket takes it.
+    void flush() noexcept;
+    void on_ready(uint32_t events) noexcept override;
 
     uint32_t id() const { return id_; }
-    ProcessState state() const noexcept { return state_.load(std::memory_order_acquire); }
-    bool is_over() const noexcept { return state() != ProcessState::ready; }
-    // REQUIRES: is_over().
+    ProcessState state() const noexcept { return state_; }
+    bool takes_batches() const noexcept { return state_ == ProcessState::ready && !is_stopping_; }
+    bool is_stopping() const noexcept { return is_stopping_; }
+    bool is_multiplexed() const noexcept { return in_flight_max_ > 0; }
+    // Why it died; empty if it did not.
     const std::string& error() const { return error_; }
     // When the batch at the front began, or last gave an answer, ns; 0 when idle.
-    int64_t running_since() const noexcept { return running_since_.load(std::memory_order_relaxed); }
-    uint64_t batches() const noexcept { return batches_.load(std::memory_order_relaxed); }
+    int64_t running_since() const noexcept { return running_since_; }
+    uint64_t batches() const noexcept { return batches_; }
 
   private:
     struct Waiting {
@@ -125,39 +144,37 @@ class ProcessWorker {
         bool holds_permit = false;
     };
 
-    void main() noexcept;
-    void serve();
-    bool wait_for_first(Take& take);
-    bool take_more(Take& take, int64_t& wake_at);
     size_t ahead_max() const;
     void send_batch(Take& take);
     void write_item(const ProcessRequest& request, std::string& heads, std::string& rest, Flight& flight);
-    bool flush();
-    bool exchange(int64_t wake_at);
-    void poll_once(int64_t wake_at);
+    void write_cancel(Waiting& waiting);
+    void watch_writing(bool waits) noexcept;
     bool receive();
     bool on_frame(const FrameHead& head, std::string_view content);
-    bool on_answers(Flight& flight, const FrameHead& head, const std::vector<Part<AnswerHead>>& parts);
+    bool on_answers(Flight& flight, const std::vector<Part<AnswerHead>>& parts);
     bool read_body(const Part<AnswerHead>& part, std::string& body, bool& used_memory);
     void on_chunk(Waiting& waiting, AnswerPart part, uint64_t ticket);
     void begin_front();
     void finish_front(const Flight& flight);
     void trim(const Flight& flight);
-    void complete(std::unique_ptr<ProcessResult> result);
     void drop(std::vector<Request*>& requests);
+    void end_if_done();
+    void end(ProcessState state) noexcept;
+    void die(const std::string& text) noexcept;
     void abandon();
     void fail(const std::string& text) { if (error_.empty()) error_ = text; }
 
     ProcessLaneShared& shared_;
     const uint32_t id_;
     const size_t in_flight_max_;
-    int socket_ = -1, request_memory_ = -1, answer_memory_ = -1, wake_fd_ = -1;
-    std::atomic<bool> stop_{false};
-    std::atomic<ProcessState> state_{ProcessState::ready};
-    std::atomic<int64_t> running_since_{0};
-    std::atomic<uint64_t> batches_{0};
+    int socket_ = -1, request_memory_ = -1, answer_memory_ = -1;
+    bool is_stopping_ = false;
+    bool waits_to_write_ = false;  // as the poller was told
+    ProcessState state_ = ProcessState::ready;
+    int64_t running_since_ = 0;
+    uint64_t batches_ = 0;
     std::string error_;
-    // Its own thread only.
+    Take take_;
     std::deque<Flight> flights_;
     size_t in_flight_count_ = 0;  // requests
     uint64_t next_batch_ = 1;
@@ -170,8 +187,6 @@ class ProcessWorker {
     size_t out_sent_ = 0;
     FrameBuffer in_;
     std::vector<Part<AnswerHead>> parts_;
-    std::shared_ptr<std::atomic<int64_t>> undrained_ = std::make_shared<std::atomic<int64_t>>(0);
-    std::thread thread_;  // last: starts when the rest is there
 };
 
 }  // namespace pyserve

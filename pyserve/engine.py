@@ -59,6 +59,7 @@ class Engine:
         self._lanes: dict[_core.Lane | _core.ProcessLane, int] = {}  # -> wanted workers; lanes on the CPU only
         # Called after each change of a worker's state; they unregister themselves.
         self._watchers: list[Callable[[], None]] = []
+        self._signals = 0
         loop.add_reader(self._engine.fileno(), self._on_readable)
 
     def add_lane(self, model: _core.TorchModel, example: list[torch.Tensor], capacity: int) -> _core.Lane:
@@ -119,8 +120,11 @@ class Engine:
             except Exception:
                 # One model's answers must not keep the others' from being delivered.
                 log.exception("delivering a batch failed")
-        for look in list(self._watchers):
-            look()
+        signals = self._engine.signals
+        if signals != self._signals:  # else no worker's state can have changed
+            self._signals = signals
+            for look in list(self._watchers):
+                look()
 
 
 def deliver(completion: _core.Completion) -> None:
