@@ -131,6 +131,7 @@ def deliver(completion: _core.Completion) -> None:
     """Hands a completion to the lane its requests belong to."""
     for owner in completion.expired:
         owner.lane.expire(owner)
-    first = next((owner for owner in completion.owners if owner is not None), None)
-    if first is not None:
-        first.lane.complete(completion)
+    for owner in completion.owners:
+        if owner is not None:
+            owner.lane.complete(completion)
+            return

@@ -38,6 +38,8 @@ log = logging.getLogger("pyserve.http1")
 
 _HEAD, _BODY, _CLOSED = range(3)
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+# A body of so many bytes that came together with its head needs no state of its own.
+_QUICK_BODY_MAX = 64 * 1024
 
 
 class Http1Protocol(asyncio.Protocol):
@@ -189,8 +191,18 @@ class Http1Protocol(asyncio.Protocol):
         if end - start > self._limits.line_size_max:
             check_head_size(data, start, end, self._limits)
         end += 4
-        self._on_head(data[start:end])
-        return end
+        head = self._connections.heads.read(data[start:end])
+        body_end = end + head.length
+        if body_end > len(data) or not head.is_simple or not self._is_quick(head.length):
+            self._on_head(head, end - start)
+            return end
+        self._blank_size = 0
+        self._complete(head, bytearray(data[end:body_end]), body_end - start, head.length)
+        return body_end
+
+    def _is_quick(self, size: int) -> bool:
+        """Takes ``size`` bytes from the budget if a body of that size can be had at once."""
+        return size <= _QUICK_BODY_MAX and size <= self._limits.body_size_max and self._connections.budget.reserve(size)
 
     def _extend_head(self, data: bytes, start: int) -> int:
         partial = self._partial
@@ -210,7 +222,7 @@ class Http1Protocol(asyncio.Protocol):
         end += 4
         head = bytes(memoryview(partial)[:end])
         partial.clear()
-        self._on_head(head)
+        self._on_head(self._connections.heads.read(head), end)
         return start + end - known
 
     def _count_blank(self) -> None:
@@ -218,15 +230,11 @@ class Http1Protocol(asyncio.Protocol):
         if self._blank_size > self._limits.line_size_max:
             raise InvalidHttpError("too many empty lines before the request")
 
-    def _on_head(self, raw: bytes) -> None:
-        head = self._connections.heads.read(raw)
+    def _on_head(self, head: RequestHead, size: int) -> None:
         self._blank_size = 0
-        if not (head.length or head.chunked or head.expect):
-            self._complete(head, bytearray(), len(raw))
-            return
         self._phase = _BODY
         self._client_id = head.id
-        incoming = self._incoming = Incoming(head, len(raw), self._limits, self._connections.budget)
+        incoming = self._incoming = Incoming(head, size, self._limits, self._connections.budget)
         if incoming.body.complete:
             self._end_body(incoming)
         elif incoming.continue_owed and not self._slots:
@@ -256,11 +264,12 @@ class Http1Protocol(asyncio.Protocol):
             head.method,
             head.path,
             query=head.query,
-            headers=head.headers.copy(),
+            headers=head.headers,
             body=content,
             client=self._client,
             id=head.id or new_id(),
             arrived_at=self._connections.clock(),
+            header_text=head.text,
         )
         exchange = Exchange(request, self._on_answer, head.keep_alive, wire_size, reserved)
         exchange.is_http11 = head.is_http11

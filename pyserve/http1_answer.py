@@ -40,6 +40,8 @@ _OWN_NAMES = frozenset(
      "upgrade", "x-request-id")
 )  # fmt: skip
 _ID_BATCH_SIZE = 16 * 256
+# Kinds of answers in one second, more or less; content types may be of a handler's making.
+_PLAIN_MAX = 64
 
 INTERNAL_ERROR = "Internal server error; the server's log has the reason."
 
@@ -86,6 +88,7 @@ class AnswerWriter:
         self._wall_clock = wall_clock
         self._second = -1
         self._common = ""
+        self._plain: dict[tuple[int, str | None, str | None, bool], tuple[bytes, bytes, bytes]] = {}
 
     def encode(self, response: Response, request: Request, keep_alive: bool) -> tuple[bytes, memoryview | None]:
         """The answer's bytes: all of them, or the head and beside it a body too big to copy.
@@ -93,6 +96,14 @@ class AnswerWriter:
         An answer that cannot be written as HTTP is logged and replaced by a 500.
         """
         body = response.body
+        if type(body) is bytes and not response.headers and request.method != "HEAD" and len(body) <= JOINED_SIZE_MAX:
+            # All but the id and the size is the same for a whole second.
+            second = int(self._wall_clock())
+            key = (response.status, response.reason, response.content_type, keep_alive)
+            parts = self._plain.get(key) if second == self._second else None
+            if parts is not None:
+                before, between, after = parts
+                return b"".join((before, request.id.encode("latin-1"), between, b"%d" % len(body), after, body)), None
         bodyless = response.status in _BODYLESS_STATUSES
         try:
             if type(body) is not bytes:
@@ -139,6 +150,7 @@ class AnswerWriter:
         second = int(self._wall_clock())
         if second != self._second:
             self._second = second
+            self._plain.clear()
             self._common = f"{_COMMON_LINES}Date: {formatdate(second, usegmt=True)}\r\n"
         common = self._common
         extra = ""
@@ -155,8 +167,13 @@ class AnswerWriter:
                 common += f"Date: {formatdate(second, usegmt=True)}\r\n"
         length = framing if size is None else f"content-length: {size}\r\n"
         connection = "keep-alive" if keep_alive else "close"
-        text = f"{line}x-request-id: {request_id}\r\n{common}{extra}{length}connection: {connection}\r\n\r\n"
-        return text.encode("latin-1")
+        before, between, after = f"{line}x-request-id: ", f"\r\n{common}{extra}", f"connection: {connection}\r\n\r\n"
+        if size is not None and not response.headers and len(self._plain) < _PLAIN_MAX:
+            self._plain[status, reason, content_type, keep_alive] = (
+                before.encode("latin-1"), f"{between}content-length: ".encode("latin-1"),
+                f"\r\n{after}".encode("latin-1"),
+            )  # fmt: skip
+        return f"{before}{request_id}{between}{length}{after}".encode("latin-1")
 
 
 def _status_line(status: int, reason: str | None) -> str:

@@ -23,7 +23,7 @@ from pyserve.http1_errors import (
     VersionError,
 )
 from pyserve.http1_limits import Http1Limits
-from pyserve.messages import Headers
+from pyserve.messages import Headers, join_headers
 
 _CACHE_COUNT_MAX = 1024
 _CACHED_SIZE_MAX = 256
@@ -77,10 +77,13 @@ class RequestHead:
         expect: lower-case ``Expect`` value; ``""`` if none, or for HTTP/1.0, which has no such header.
         coding: lower-case ``Content-Encoding``; ``""`` if none or ``identity``.
         id: the client's ``x-request-id`` if it is a valid one, else ``""``.
+        is_simple: neither chunked, nor with ``Expect`` or a coding.
+        text: ``headers`` joined, see `messages.join_headers`.
     """
 
     __slots__ = (
-        "chunked", "coding", "expect", "headers", "id", "is_http11", "keep_alive", "length", "method", "path", "query",
+        "chunked", "coding", "expect", "headers", "id", "is_http11", "is_simple", "keep_alive", "length", "method",
+        "path", "query", "text",
     )  # fmt: skip
 
     def __init__(self, method: str, path: str, query: str, headers: Headers, is_http11: bool):
@@ -95,6 +98,8 @@ class RequestHead:
         self.expect = ""
         self.coding = ""
         self.id = ""
+        self.is_simple = True
+        self.text = ""
 
 
 class _Fields:
@@ -187,6 +192,8 @@ def _read_head(data: bytes) -> RequestHead:
     head = _read_fields(fields.lines, RequestHead(method, path, query, [], version == b"HTTP/1.1"))
     if authority:  # it stands above the Host header (RFC 9112, 3.2.2)
         head.headers = [(name, authority if name.lower() == "host" else value) for name, value in head.headers]
+    head.is_simple = not (head.chunked or head.expect or head.coding)
+    head.text = join_headers(head.headers)
     return head
 
 

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pyserve import codec
 from pyserve.errors import BadRequestError
 from pyserve.http1_exchange import Exchange
-from pyserve.messages import Request, Response, json_response
+from pyserve.messages import ExtraHeaders, Request, Response, json_response
 from pyserve.model import EXPLAIN_HEADER
 from pyserve.registry import Registry
 from pyserve.routes import ANY, RouteRow
 
 PREDICT_HEADER = ("explain", "False")
-Headers = tuple[tuple[str, str], ...]
 
 
 class Inference:
@@ -58,16 +57,21 @@ class Inference:
     def _endpoint(self, *headers: tuple[str, str], query_is_input: bool = False) -> Callable[..., None]:
         """Runs a model on the body, and answers later, without a task; ``headers`` are added for its handler."""
 
+        extra = ExtraHeaders(*headers)
+        explains = EXPLAIN_HEADER in headers
+
         def run(exchange: Exchange, model_name: str, model_version: str | None = None) -> None:
+            exchange.request.add_headers(extra)
             model = self._registry.get(model_name, model_version)
-            model.predict(exchange, model_version or "default", headers, query_is_input=query_is_input)
+            model.predict(exchange, model_version or "default", explains=explains, query_is_input=query_is_input)
 
         return run
 
     def _endpoint_with_path(self, header: tuple[str, str]) -> Callable[..., None]:
         def run(exchange: Exchange, model_name: str, model_version: str, rest: str) -> None:
+            exchange.request.add_headers(ExtraHeaders(header, ("url_path", rest)))
             model = self._registry.get(model_name, model_version)
-            model.predict(exchange, model_version, (header, ("url_path", rest)))
+            model.predict(exchange, model_version, explains=header == EXPLAIN_HEADER)
 
         return run
 

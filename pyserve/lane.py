@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyserve.errors import DeadlineError, ExpiredError, HandlerError, JsonObject, OverloadedError, ServeError
 from pyserve.messages import Response
+from pyserve.metrics import RequestRecorder
 from pyserve.model_settings import ModelSettings
 from pyserve.pending import OVER, PREPARING, SUBMITTED, Pending
 from pyserve.services import Services
@@ -72,6 +73,7 @@ class Lane:
         # Changes while it runs.
         self.settings = settings
         self._pending: dict[Pending, None] = {}  # in order of arrival
+        self._recorders: dict[str, RequestRecorder] = {}  # by the version as in the URL: its own, or "default"
         self._preparing_count = 0
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._is_draining = False
@@ -158,7 +160,7 @@ class Lane:
 
     def predict(self, pending: Pending) -> None:
         """Admits the request and sees to its answer. Raises nothing that is the request's fault."""
-        refusal = self._admit()
+        refusal = None if self._is_admitted() else self._admit()
         if refusal is not None:
             self._services.metrics.observe_rejection(self._name, refusal.detail["reason"])
             self._answer_error(pending, refusal)
@@ -169,6 +171,14 @@ class Lane:
         if self._sweep_timer is None:
             self._start_sweep()
         self.begin(pending)
+
+    def _is_admitted(self) -> bool:
+        """Whether `_admit` has nothing to look into."""
+        core, settings = self.core, self.settings
+        waiting = self._preparing_count + core.queue_size
+        return bool(
+            waiting < settings.queue_size and core.ready_count and not (self._is_draining or settings.use_job_ticket)
+        )
 
     def _admit(self) -> OverloadedError | None:
         """The one bound, before any work: what may wait, plus what idle workers will take at once."""
@@ -213,14 +223,12 @@ class Lane:
             pending.exchange.respond(response)
 
     def _observe(self, pending: Pending, status: int) -> None:
-        self._services.metrics.observe_request(
-            self._name,
-            pending.version,
-            status,
-            pending.age_s(),
-            queue_s=pending.queue_s(),
-            url_version=pending.url_version,
-        )
+        url_version = pending.url_version
+        recorder = self._recorders.get(url_version)
+        if recorder is None:
+            recorder = self._services.metrics.recorder(self._name, pending.version, url_version)
+            self._recorders[url_version] = recorder
+        recorder.observe(status, pending.age_s(), pending.queue_s())
 
     def _answer_error(self, pending: Pending, error: ServeError) -> None:
         self._answer(pending, self._services.error_format.response(error, pending.exchange.request.id))

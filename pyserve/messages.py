@@ -12,15 +12,31 @@ from pyserve.errors import ServeError
 Headers = list[tuple[str, str]]
 
 
+def join_headers(headers: Headers) -> str:
+    """Names and values in turn, joined by newlines."""
+    return "\n".join([text for pair in headers for text in pair])
+
+
+class ExtraHeaders:
+    """Headers that the server adds to a request, made once for many."""
+
+    __slots__ = ("pairs", "text")
+
+    def __init__(self, *pairs: tuple[str, str]):
+        self.pairs = list(pairs)
+        self.text = join_headers(self.pairs)
+
+
 class Request:
     """One complete HTTP request.
 
     Attributes:
         method: upper-case token, e.g. ``"POST"``.
         path: percent-decoded path, e.g. ``"/predictions/digits"``.
-        segments: ``path`` split on ``/``, trailing empty segments dropped; ``("predictions", "digits")``.
         query: raw query string without ``?``; ``""`` if none.
-        headers: name/value pairs in order, names in the client's own spelling, decoded as latin-1.
+        headers: name/value pairs in order, names in the client's own spelling, decoded as latin-1. Shared with other
+            requests: `add_headers` changes them.
+        header_text: the same, as names and values in turn, joined by newlines.
         body: the whole body, dechunked. A ``bytearray`` owned by this request.
         client: ``"127.0.0.1:43090"``, or ``"unix"``.
         id: the client's ``x-request-id`` if it is a valid one, else a fresh UUID4.
@@ -28,8 +44,8 @@ class Request:
     """
 
     __slots__ = (
-        "_lower", "_params", "arrived_at", "body", "client", "headers", "id", "method", "path", "query", "segments",
-    )
+        "_lower", "_params", "arrived_at", "body", "client", "header_text", "headers", "id", "method", "path", "query",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -42,18 +58,31 @@ class Request:
         client: str = "",
         id: str = "",
         arrived_at: int = 0,
+        header_text: str | None = None,
     ):
         self.method = method
         self.path = path
         self.query = query
         self.headers: Headers = headers if headers is not None else []
+        self.header_text = header_text if header_text is not None else join_headers(self.headers)
         self.body = body if body is not None else bytearray()
         self.client = client
         self.id = id
         self.arrived_at = arrived_at
-        self.segments = tuple(path.rstrip("/").split("/")[1:])
         self._lower: dict[str, str] | None = None
         self._params: list[tuple[str, str]] | None = None
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """``path`` split on ``/``, trailing empty segments dropped; ``("predictions", "digits")``."""
+        return tuple(self.path.rstrip("/").split("/")[1:])
+
+    def add_headers(self, extra: ExtraHeaders) -> None:
+        """Adds what the server has to tell the handler."""
+        if extra.pairs:
+            self.headers = self.headers + extra.pairs
+            self.header_text = f"{self.header_text}\n{extra.text}" if self.header_text else extra.text
+            self._lower = None
 
     def header(self, name: str, default: str = "") -> str:
         """Value of header ``name`` (any case). A repeated header gives its last value."""

@@ -101,6 +101,33 @@ class _Series:
         self.duration_sum_s = 0.0
 
 
+def _class_of(status: int) -> int:
+    # All that is neither 2xx nor 4xx counts as 5XX, as in TorchServe.
+    return 0 if 200 <= status < 300 else 1 if 400 <= status < 500 else 2
+
+
+class RequestRecorder:
+    """Counts the requests of one version under one name."""
+
+    __slots__ = ("_classes", "_series", "_sums")
+
+    def __init__(self, series: _Series, sums: list[float], classes: list[int]):
+        self._series = series
+        self._sums = sums
+        self._classes = classes
+
+    def observe(self, status: int, duration_s: float, queue_s: float) -> None:
+        """As `Metrics.observe_request`."""
+        series, sums = self._series, self._sums
+        series.statuses[status] = series.statuses.get(status, 0) + 1
+        series.counts[bisect_left(REQUEST_BOUNDS_S, duration_s)] += 1
+        series.duration_sum_s += duration_s
+        sums[0] += 1
+        sums[1] += duration_s
+        sums[2] += queue_s
+        self._classes[_class_of(status)] += 1
+
+
 class Metrics(Collector):
     """All metrics of one server. Loop thread only.
 
@@ -151,15 +178,13 @@ class Metrics(Collector):
             queue_s: from arrival until a worker took it; 0 if none did.
             url_version: the version as in the URL; ``default`` if it names none, which is TorchServe's label.
         """
+        self.recorder(model, version, url_version).observe(status, duration_s, queue_s)
+
+    def recorder(self, model: str, version: str, url_version: str = "default") -> RequestRecorder:
+        """`observe_request` for many requests of one model, which may not outlive its registration."""
         series = self._series.get((model, version)) or self._new_series(model, version)
-        series.statuses[status] = series.statuses.get(status, 0) + 1
-        series.counts[bisect_left(REQUEST_BOUNDS_S, duration_s)] += 1
-        series.duration_sum_s += duration_s
         sums = self._torchserve.get((model, url_version)) or self._new_sums(model, url_version)
-        sums[0] += 1
-        sums[1] += duration_s
-        sums[2] += queue_s
-        self.observe_answer(status)
+        return RequestRecorder(series, sums, self._classes)
 
     def observe_rejection(self, model: str, reason: str) -> None:
         """Counts why a request for a registered model was refused; ``observe_request`` counts its answer.
@@ -175,8 +200,7 @@ class Metrics(Collector):
 
     def observe_answer(self, status: int) -> None:
         """Counts an answer of any listener in ``Requests2XX``, ``4XX`` or ``5XX``."""
-        # All that is neither 2xx nor 4xx counts as 5XX, as in TorchServe.
-        self._classes[{2: 0, 4: 1}.get(status // 100, 2)] += 1
+        self._classes[_class_of(status)] += 1
 
     def observe_custom(self, model: str, values: object) -> None:
         """Adds what a handler of ``model`` has emitted, as `CustomMetrics.observe` takes it."""

@@ -13,7 +13,6 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,14 +203,14 @@ class Model:
     # --- a request ------------------------------------------------------------------------------------------------
 
     def predict(
-        self, exchange: Exchange, url_version: str = "default", extra_headers: Sequence[tuple[str, str]] = (), *,
+        self, exchange: Exchange, url_version: str = "default", *, explains: bool = False,
         query_is_input: bool = False,
     ) -> None:  # fmt: skip
         """Sees to the request's answer.
 
         Args:
             url_version: the version as in the URL, for the metrics.
-            extra_headers: what handlers see besides the client's headers.
+            explains: an explanation is wanted.
             query_is_input: whether the query's parameters are inputs of the handler.
 
         Raises:
@@ -220,11 +219,10 @@ class Model:
         lane = self._lane
         if lane is None:
             raise no_worker_error(self.name, self._absence())
-        exchange.request.headers.extend(extra_headers)
-        if EXPLAIN_HEADER in extra_headers and isinstance(lane, NativeLane):
+        if explains and isinstance(lane, NativeLane):
             self._explain(exchange, url_version, query_is_input=query_is_input)
             return
-        lane.predict(Pending(lane, exchange, self.version, url_version, query_is_input=query_is_input))
+        lane.predict(Pending(lane, exchange, self.version, url_version, query_is_input))
 
     def _absence(self) -> JsonObject:
         detail = {"reason": "no worker", "state": self.state}

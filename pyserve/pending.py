@@ -32,7 +32,7 @@ class Pending:
     )  # fmt: skip
 
     def __init__(
-        self, lane: Any, exchange: Exchange, version: str, url_version: str, *, query_is_input: bool = False,
+        self, lane: Any, exchange: Exchange, version: str, url_version: str, query_is_input: bool = False,
         flags: int = 0,
     ):  # fmt: skip
         self.lane = lane

@@ -178,9 +178,8 @@ class PythonLane(Lane):
     def begin(self, pending: Pending) -> None:
         """Submits the request as it came."""
         request = pending.exchange.request
-        headers = "\n".join([text for pair in request.headers for text in pair])
         query = request.query if pending.query_is_input else ""
-        head = f"{request.id}\0{headers}\0{query}".encode("latin-1", "replace")
+        head = f"{request.id}\0{request.header_text}\0{query}".encode("latin-1", "replace")
         try:
             pending.ticket = self.core.submit(
                 pending, head, request.body, pending.flags, request.arrived_at, self._deadline(pending)

@@ -44,6 +44,9 @@ Guard = Callable[[Request], None]
 
 _METHOD_ORDER = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+# Of paths that were asked for before.
+_FOUND_MAX = 1024
+_FOUND_SIZE_MAX = 256
 
 
 class Route:
@@ -138,6 +141,7 @@ class Router:
             route = Route(*row)
             same = self._others if route.first is None else self._by_first.setdefault(route.first, [])
             same.append(route)
+        self._found: dict[tuple[str, str], tuple[Endpoint, dict[str, str]]] = {}
         # per request
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -148,7 +152,7 @@ class Router:
         try:
             if self._guard is not None:
                 self._guard(request)
-            endpoint, parameters = self._find(request)
+            endpoint, parameters = self._found.get((request.method, request.path)) or self._look_up(request)
             answer = endpoint(target, **parameters)
         except Exception as error:
             self.respond_error(target, error)
@@ -185,6 +189,15 @@ class Router:
             self.respond_error(exchange, error)
         else:
             self._respond(exchange, response)
+
+    def _look_up(self, request: Request) -> tuple[Endpoint, dict[str, str]]:
+        """`_find`, remembered: only what has a route of its own, so that strangers cannot crowd the others out."""
+        found = self._find(request)
+        if found[0] is not _preflight and len(request.path) <= _FOUND_SIZE_MAX:
+            if len(self._found) >= _FOUND_MAX:
+                self._found.clear()
+            self._found[request.method, request.path] = found
+        return found
 
     def _find(self, request: Request) -> tuple[Endpoint, dict[str, str]]:
         segments = request.segments

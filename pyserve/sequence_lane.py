@@ -20,6 +20,7 @@ from pyserve.errors import JsonObject, OverloadedError, ServeError
 from pyserve.http1_answer import new_id
 from pyserve.lane import SWEEP_INTERVAL_S, WorkerRow
 from pyserve.messages import Response
+from pyserve.messages import ExtraHeaders
 from pyserve.model_config import ModelConfig
 from pyserve.model_settings import ModelSettings
 from pyserve.pending import OVER, Pending
@@ -180,12 +181,12 @@ class SequenceLane(PythonLane):
         self._start_looking()
 
     def _sequence_of(self, pending: Pending) -> Sequence | None:
-        headers = pending.exchange.request.headers
+        request = pending.exchange.request
         id_key, start_key, _ = self.spec.header_keys
-        id = pending.exchange.request.header(id_key)
+        id = request.header(id_key)
         if not id:
             id = SEQUENCE_PREFIX + new_id()
-            headers += [(id_key, id), (start_key, "true")]
+            request.add_headers(ExtraHeaders((id_key, id), (start_key, "true")))
         sequence = self._sequences.get(id)
         if sequence is None:
             if len(self._sequences) >= self._count_max:
