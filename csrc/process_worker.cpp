@@ -1,16 +1,15 @@
 #include "process_worker.h"
 
-#include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <exception>
-#include <system_error>
 #include <utility>
 
 #include "clock.h"
+#include "memory_file.h"
 
 namespace pyserve {
 namespace {
@@ -23,30 +22,6 @@ constexpr uint64_t measured_min = 8;      // batches, before their time is belie
 constexpr double average_weight = 0.1;
 constexpr int receives_max = 16;            // of 64 KiB, in one turn of the loop
 constexpr uint64_t memory_kept = 1 << 20;   // bytes of a memory file that an idle worker keeps
-
-int duplicate(int fd) {
-    const int copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
-    if (copy < 0) throw std::system_error(errno, std::generic_category(), "a worker's descriptor");
-    return copy;
-}
-
-bool write_all(int fd, std::string_view bytes, uint64_t offset) {
-    while (!bytes.empty()) {
-        const ssize_t written = pwrite(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
-        if (written <= 0) {
-            if (written < 0 && errno == EINTR) continue;
-            return false;
-        }
-        bytes.remove_prefix(static_cast<size_t>(written));
-        offset += static_cast<uint64_t>(written);
-    }
-    return true;
-}
-
-void punch(int fd, uint64_t high) {
-    if (high > memory_kept)
-        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, memory_kept, static_cast<off_t>(high - memory_kept));
-}
 
 }  // namespace
 
@@ -190,7 +165,7 @@ void ProcessWorker::write_item(const ProcessRequest& request, std::string& heads
     item.head_size = static_cast<uint32_t>(request.head_size);
     item.body_size = content.size();
     if (content.size() > body_inline_max && content.size() <= memory_size_max - memory_used_ &&
-        write_all(request_memory_, content, memory_used_)) {
+        write_at(request_memory_, content, memory_used_)) {
         item.offset = memory_used_;
         memory_used_ += content.size();
         memory_high_ = std::max(memory_high_, memory_used_);
@@ -356,15 +331,7 @@ bool ProcessWorker::read_body(const Part<AnswerHead>& part, std::string& body, b
     const off_t end = lseek(answer_memory_, 0, SEEK_END);
     if (end < 0 || part.head.offset + part.head.body_size > static_cast<uint64_t>(end)) return false;
     body.resize(part.head.body_size);
-    size_t done = 0;
-    while (done < body.size()) {
-        const ssize_t got = pread(answer_memory_, body.data() + done, body.size() - done,
-                                  static_cast<off_t>(part.head.offset + done));
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) return false;
-        done += static_cast<size_t>(got);
-    }
-    return true;
+    return read_at(answer_memory_, body.data(), body.size(), part.head.offset);
 }
 
 void ProcessWorker::on_chunk(Waiting& waiting, AnswerPart part, uint64_t ticket) {
@@ -429,11 +396,11 @@ void ProcessWorker::finish_front(const Flight& flight) {
 void ProcessWorker::trim(const Flight& flight) {
     if (flight.uses_memory &&
         std::none_of(flights_.begin(), flights_.end(), [](const Flight& other) { return other.uses_memory; })) {
-        punch(request_memory_, memory_high_);
+        punch(request_memory_, memory_high_, memory_kept);
         memory_used_ = memory_high_ = 0;
     }
     if (flights_.empty() && answer_high_ > 0) {
-        punch(answer_memory_, answer_high_);
+        punch(answer_memory_, answer_high_, memory_kept);
         answer_high_ = 0;
     }
 }

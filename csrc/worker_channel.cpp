@@ -1,6 +1,5 @@
 #include "worker_channel.h"
 
-#include <fcntl.h>
 #include <poll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -11,6 +10,7 @@
 #include <utility>
 
 #include "clock.h"
+#include "memory_file.h"
 
 namespace pyserve {
 namespace {
@@ -19,12 +19,6 @@ namespace {
 constexpr int64_t out_time_max_ns = 200'000;
 constexpr size_t out_size_max = 65536;
 constexpr size_t cancelled_max = 4096;
-
-int duplicate(int fd) {
-    const int copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
-    if (copy < 0) throw std::system_error(errno, std::generic_category(), "a worker's descriptor");
-    return copy;
-}
 
 }  // namespace
 
@@ -89,20 +83,10 @@ bool WorkerChannel::send(uint64_t batch, const std::vector<OutgoingAnswer>& answ
         head.head_size = static_cast<uint32_t>(answer.head.size());
         head.body_size = answer.body.size();
         if (may_use_memory && answer.body.size() > body_inline_max &&
-            answer.body.size() <= memory_size_ - memory_used) {
-            size_t done = 0;
-            while (done < answer.body.size()) {
-                const ssize_t written = pwrite(answer_memory_, answer.body.data() + done, answer.body.size() - done,
-                                               static_cast<off_t>(memory_used + done));
-                if (written < 0 && errno == EINTR) continue;
-                if (written <= 0) break;
-                done += static_cast<size_t>(written);
-            }
-            if (done == answer.body.size()) {
-                head.offset = memory_used;
-                memory_used += done;
-                memory_busy_ = true;
-            }
+            answer.body.size() <= memory_size_ - memory_used && write_at(answer_memory_, answer.body, memory_used)) {
+            head.offset = memory_used;
+            memory_used += answer.body.size();
+            memory_busy_ = true;
         }
         append(heads, head);
         rest += answer.head;
@@ -129,14 +113,7 @@ bool WorkerChannel::is_cancelled(uint64_t ticket) {
 }
 
 bool WorkerChannel::read_body(const IncomingItem& item, char* to) const {
-    uint64_t done = 0;
-    while (done < item.body_size) {
-        const ssize_t got = pread(request_memory_, to + done, item.body_size - done, static_cast<off_t>(item.offset + done));
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) return false;
-        done += static_cast<uint64_t>(got);
-    }
-    return true;
+    return read_at(request_memory_, to, item.body_size, item.offset);
 }
 
 // Blocks until the server has taken all. It always takes, unless it holds a stream back.

@@ -247,9 +247,14 @@ def add_archiver_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-check", action="store_true", help="do not try whether an eager model loads and can be traced")
 
 
-def _check(path: Path) -> None:
+def _check(path: Path) -> str:
+    """Why a model that could share its weights between all requests will run in worker processes; or ``""``.
+
+    Raises:
+        ModelLoadError: it cannot be served.
+    """
     try:
-        check_packed(path, lambda text: None)
+        return check_packed(path, lambda text: None)
     except ServeError as error:
         raise ModelLoadError(f"{path} is packed, but cannot be served: {error.message}") from error
 
@@ -259,9 +264,10 @@ def archive_command(args: argparse.Namespace) -> int:
     try:
         given = {field.name: getattr(args, field.name) for field in fields(ArchiverConfig) if field.name != "version"}
         path = write_archive(ArchiverConfig(**given, version=args.model_version))
-        if not args.no_check:
-            _check(path)
+        note = "" if args.no_check else _check(path)
     except (ServeError, OSError) as error:
         return report_failure(error)
     print(f"{path} ({readable_size(size_on_disk(path))})")
+    if note:
+        print(f"note: it runs in worker processes, each with a copy of the model: {' '.join(note.split())}")
     return 0

@@ -28,7 +28,8 @@ from pyserve.dry_run import Input
 from pyserve.errors import JsonObject, ServeError
 from pyserve.failure import describe_failure
 from pyserve.import_scan import missing_imports, scan_folder
-from pyserve.result_check import AnswersDiffer, describe_difference, explain_shape, find_not_json
+from pyserve.json_encoding import find_not_json
+from pyserve.result_check import AnswersDiffer, describe_difference, explain_shape
 from pyserve.worker_spec import BATCH, WorkerSpec
 
 VARIABLE = "PYSERVE_CHECK"
@@ -103,6 +104,7 @@ class Examination:
         self._step("importing the handler")
         dry_run.enter(self._spec, self._config)
         sys.addaudithook(self._opened.watch)
+        sys.breakpointhook = self._find_breakpoint
         context = make_context(self._spec)
         try:
             entry = load_entry_point(self._spec)
@@ -154,6 +156,14 @@ class Examination:
         else:
             what = error.message
         self._find("load", f"cannot be loaded: {what}", where, str(detail.get("hint", "")))
+
+    def _find_breakpoint(self, *_: Any, **__: Any) -> None:
+        """In place of a debugger, which would find no terminal here; the handler goes on."""
+        frame = sys._getframe(1)
+        name = os.path.relpath(os.path.realpath(frame.f_code.co_filename), os.path.realpath(self._spec.model_dir))
+        self._find("breakpoint", "calls breakpoint(): a worker process has no terminal, and the call fails",
+                   f"{name}:{frame.f_lineno} in {frame.f_code.co_name}",
+                   "take it out; `pyserve debug` stops there")  # fmt: skip
 
     def _find_opened(self) -> None:
         for name, where in self._opened.missing.items():
@@ -224,6 +234,9 @@ class _Entry:
         """As of `EntryPoint`."""
         self.returned = self._entry.run(coroutine)
         return self.returned
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._entry, name)
 
 
 class _Calls:
@@ -324,7 +337,9 @@ class _Calls:
         detail = error.get("detail", {})
         where = str(detail.get("where") or self._place)
         if self._entry.was_returned and isinstance(returned, list):
-            found = find_not_json(returned[ticket])
+            value = returned[ticket]
+            as_it_is = isinstance(value, (bytes, bytearray, memoryview, str)) or type(value).__module__ == "torch"
+            found = None if as_it_is else find_not_json(value)
             if found is not None:
                 told._find("element", f"{text}: element {ticket} of the result holds {found.type}{found.place}; it "
                            "cannot become JSON", self._place, found.fix)  # fmt: skip

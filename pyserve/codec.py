@@ -11,7 +11,8 @@ import json
 import logging
 import re
 import string
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,13 +20,18 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
+from pyserve import json_encoding
 from pyserve.errors import BadRequestError, HandlerError, InputError, TooLargeError
-from pyserve.messages import Request
+from pyserve.failure import is_memory_error
 
 log = logging.getLogger(__name__)
 # It logs what it also raises; the answer to the client says it already.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
+NAN_WARNING = (
+    "a result holds NaN or an infinity, for which JSON has no word; it is answered as null. Said once; compat=strict "
+    "answers NaN as TorchServe does"
+)
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 JSON_DEPTH_MAX = 100
 PARTS_MAX = 1000
@@ -38,7 +44,19 @@ _JSON_TOKEN = re.compile(rb'"[^"]*"?|[\[\]{}]')
 _HEX_VALUES = np.array([int(chr(byte), 16) if chr(byte) in string.hexdigits else -1 for byte in range(256)], np.int16)
 
 
-def decode_request(request: Request, *, decode: bool = True) -> dict[str, Any]:
+class RequestParts(Protocol):
+    """What decoding looks at of a request; `messages.Request` has it."""
+
+    @property
+    def body(self) -> bytearray: ...
+
+    @property
+    def content_type(self) -> str: ...
+
+    def header(self, name: str, default: str = "") -> str: ...
+
+
+def decode_request(request: RequestParts, *, decode: bool = True) -> dict[str, Any]:
     """The row a handler receives for one request.
 
     Args:
@@ -130,7 +148,7 @@ def _unquote_form(text: bytes) -> bytes:
     return out[keep].tobytes()
 
 
-def _decode_multipart(request: Request, *, decode: bool) -> dict[str, Any]:
+def _decode_multipart(request: RequestParts, *, decode: bool) -> dict[str, Any]:
     _, options = parse_options_header(request.header("content-type"))
     boundary = options.get(b"boundary", b"")
     if not 0 < len(boundary) <= BOUNDARY_SIZE_MAX:
@@ -220,11 +238,16 @@ class _Form:
         self.is_complete = True
 
 
-def encode_result(value: Any) -> bytes | bytearray | memoryview:
+def encode_result(
+    value: Any, on_nan: Callable[[], None] | None = None
+) -> bytes | bytearray | memoryview:
     """What a handler returned for one request, as the bytes of the answer (contract: section 1.6).
 
+    Args:
+        on_nan: see `json_encoding.dump`.
+
     Raises:
-        HandlerError: the value is neither bytes, text, a tensor nor JSON.
+        HandlerError: the value is neither bytes, text, a tensor nor JSON; the text says where in it and how to mend it.
     """
     if isinstance(value, memoryview):
         # Its length counts bytes then, whatever it held.
@@ -236,10 +259,20 @@ def encode_result(value: Any) -> bytes | bytearray | memoryview:
         torch.save(value, file)
         return file.getvalue()
     try:
-        return value.encode() if isinstance(value, str) else json.dumps(value, indent=2).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        wanted = "UTF-8" if isinstance(value, str) else "JSON"
-        text = f"a {type(value).__name__} cannot become {wanted}: {error}"
+        return value.encode() if isinstance(value, str) else json_encoding.dump(value, on_nan)
+    except Exception as error:  # of any kind: a `tolist` or a property of the handler's classes may run
+        if is_memory_error(error):
+            raise
         raise HandlerError(
-            "Unsupported model output data type.", detail={"exception": type(error).__name__, "text": text}
+            "Unsupported model output data type.",
+            detail={"exception": type(error).__name__, "text": _why_not(value, error)},
         ) from error
+
+
+def _why_not(value: Any, error: Exception) -> str:
+    if isinstance(value, str):
+        return f"a str cannot become UTF-8: {error}"
+    found = json_encoding.find_not_json(value)
+    if found is None:
+        return f"a {type(value).__name__} cannot become JSON: {error}"
+    return f"{found.type}{found.place} cannot become JSON; {found.fix}"

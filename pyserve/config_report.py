@@ -197,7 +197,7 @@ def _as_json(config: Config, rows: list[Row], models: list[ModelReport], problem
 
 
 def _print(config: Config, rows: list[Row], models: list[ModelReport]) -> None:
-    width = min(52, max(len(f"{row.key} = {_shown(row.value)}") for row in rows))
+    width = min(VALUE_SHOWN_MAX, max(len(f"{row.key} = {_shown(row.value)}") for row in rows))
     for row in rows:
         print(row.line(width))
     for model in models:

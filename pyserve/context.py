@@ -138,6 +138,11 @@ class Context:
         return batch
 
     @property
+    def cancelled(self) -> bool:
+        """Whether every client of the batch has gone: nobody will see what is computed now."""
+        return self.cl_socket is not None and self.cl_socket.is_cancelled()
+
+    @property
     def request_ids(self) -> dict[int, str]:
         """Index in the batch -> request id."""
         ids = self._request_ids

@@ -12,9 +12,11 @@ import inspect
 import logging
 import os
 import pdb
+import re
 import sys
 import time
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any, cast
 
 from pyserve import console, dry_run
@@ -26,6 +28,12 @@ BODY_SHOWN_MAX = 4000
 _ITEMS_SHOWN_MAX = 3
 _TEXT_SHOWN_MAX = 60
 _DEPTH_MAX = 4
+# Of all answers alike, and no work of the handler's.
+_HEADERS_NOT_SHOWN = frozenset(
+    {"x-request-id", "pragma", "cache-control", "expires", "date", "content-length", "connection"}
+)
+# What shows the stages is called between them.
+_OUR_FRAMES = re.compile(r"^  \.\.\. \d+ frames? of pyserve\n", re.MULTILINE)
 # Whoever steps out of the handler's code does not want to walk through ours.
 _NOT_STEPPED_INTO = ["pyserve.debug", "pyserve.invoker", "pyserve.entry_point", "pyserve.dry_run", "pyserve.cli"]
 
@@ -109,16 +117,17 @@ class _Run:
                 """Shows one part."""
                 print(f"answer {answer[0] + 1}, a part: {shown(bytes(answer[4]))}", flush=True)
 
-        for number, each in enumerate(batch, 1):
-            print(f"request {number}: {each.label}, {len(each.body)} bytes, "
-                  f"content-type: {each.content_type or 'none'}")  # fmt: skip
+        told = [f"{each.label}, {len(each.body)} bytes, content-type: {each.content_type or 'none'}" for each in batch]
+        for numbers, text in _same_together(told):
+            print(f"request{numbers}: {text}")
         _show_stages(entry)
         invoker = Invoker(self._spec, entry, context, parts=ShownParts(), log_failure=self._tell_failure)
         answers = invoker.run([each.item(number) for number, each in enumerate(batch)])
         if self._was_left:
             return 1
-        for answer in sorted(answers, key=lambda answer: answer[0]):
-            self._show_answer(answer)
+        shown_answers = [self._answer_text(answer) for answer in sorted(answers, key=lambda answer: answer[0])]
+        for numbers, text in _same_together(shown_answers):
+            print(f"\nanswer{numbers}:\n{text}")
         failed = sum(answer[1] == ERROR for answer in answers)
         if failed and len(batch) > 1 and self._subject.config.isolate_errors:
             print("a server would now call the handler again with each request alone, so that the others get answers")
@@ -129,25 +138,23 @@ class _Run:
         if failure.exception == "BdbQuit":
             self._was_left = True
             return
-        print(f"\n{failure.traceback}", file=sys.stderr)
-        if failure.text not in failure.traceback:
+        if failure.where and failure.where in failure.traceback:
+            print(f"\n{_OUR_FRAMES.sub('', failure.traceback)}", file=sys.stderr)
+        else:  # what was returned is at fault, and only the server's own code was running
+            print(f"\n{f'  {failure.where}' if failure.where else ''}", file=sys.stderr)
             print(f"{failure.exception}: {failure.text}", file=sys.stderr)
-        if failure.where and failure.where not in failure.traceback:
-            print(f"  {failure.where}", file=sys.stderr)
         if failure.hint:
             print(f"hint: {failure.hint}", file=sys.stderr)
         print(file=sys.stderr, flush=True)
 
-    def _show_answer(self, answer: Any) -> None:
+    def _answer_text(self, answer: Any) -> str:
         from pyserve.http1_answer import AnswerWriter
 
-        ticket, _, _, _, body = answer
         response = self._response(answer)
-        head = AnswerWriter().head(response, f"request-{ticket}", True, len(response.body)).decode("latin-1").strip()
-        print(f"\nanswer {ticket + 1}:")
-        print("\n".join(f"  {line}" for line in head.splitlines()))
-        text = _body_text(bytes(response.body if body is not None else b""))
-        print("\n" + "\n".join(f"  {line}" for line in text.splitlines()))
+        head = AnswerWriter().head(response, "", True, len(response.body)).decode("latin-1").strip().splitlines()
+        kept = [line.rstrip() for line in head if line.partition(":")[0].lower() not in _HEADERS_NOT_SHOWN]
+        body = _body_text(bytes(response.body if answer[4] is not None else b"")).splitlines()
+        return "\n".join(f"  {line}".rstrip() for line in (*kept, "", *body))
 
     def _response(self, answer: Any) -> Any:
         import json
@@ -155,14 +162,14 @@ class _Run:
         from pyserve.invoker import ERROR
         from pyserve.messages import ErrorFormat, Response
 
-        ticket, kind, status, head, body = answer
+        _, kind, status, head, body = answer
         if kind == ERROR:
             told = json.loads(bytes(body))
             error = HandlerError(told["message"], detail=told["detail"])
             error.status, error.type = told["status"], told["type"]
             config = self._subject.config
             with_detail = config.compat != "strict" and config.error_detail != "none"
-            return ErrorFormat(with_detail=with_detail).response(error, f"request-{ticket}")
+            return ErrorFormat(with_detail=with_detail).response(error, "made-up")
         reason, *rest = head.decode("latin-1").split("\n")
         headers = dict(zip(rest[::2], rest[1::2], strict=False))
         content_type = headers.pop("content-type", None)
@@ -244,9 +251,19 @@ def _shown_call(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     wrapped: Any = call_coroutine if inspect.iscoroutinefunction(function) else call
     # Not functools.wraps as it is: BaseHandler takes what has __wrapped__ for a stage that measures itself.
     functools.update_wrapper(wrapped, function, updated=())
-    if not hasattr(function, "__wrapped__"):
+    if name not in ("handle", "explain_handle") and not hasattr(function, "__wrapped__"):
         del wrapped.__wrapped__
     return cast(Callable[..., Any], wrapped)
+
+
+def _same_together(texts: list[str]) -> list[tuple[str, str]]:
+    """Each text with its numbers, `` 2``, or ``s 2 to 5`` of those in a row that are the same."""
+    told, first = [], 1
+    for text, group in groupby(texts):
+        last = first + len(list(group)) - 1
+        told.append((f" {first}" if first == last else f"s {first} to {last}", text))
+        first = last + 1
+    return told
 
 
 # --- values, for people -----------------------------------------------------------------------------------------------

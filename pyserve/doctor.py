@@ -53,13 +53,15 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def doctor_command(parsed: argparse.Namespace) -> int:
     """Prints the list. Exit code: 1 if anything FAILs, else 0."""
-    failed = 0
+    counts = {PASS: 0, WARN: 0, FAIL: 0}
     for check in all_checks(parsed.archive, parsed.ts_config):
-        print(f"{check.level}  {check.name:<14} {check.text}")
-        if check.fix:
-            print(f"{'':<20} {check.fix}")
-        failed += check.level == FAIL
-    return 1 if failed else 0
+        first, *more = check.text.splitlines() or [""]
+        print(f"{check.level}  {check.name:<14} {first}", flush=True)
+        for line in (*more, *filter(None, [check.fix])):
+            print(f"{'':<20} {line}")
+        counts[check.level] += 1
+    print(", ".join(f"{count} {level}" for level, count in counts.items()))
+    return 1 if counts[FAIL] else 0
 
 
 def all_checks(archive: Path | None, ts_config: str | None) -> Iterator[Check]:
@@ -122,7 +124,7 @@ def _surroundings() -> Iterator[Check]:
         yield Check(PASS, "folder", os.getcwd())
     except OSError as error:
         yield Check(FAIL, "folder", f"the current folder is gone: {error.strerror}", "cd to one that exists")
-    yield Check(PASS, "sys.path", ":".join(sys.path))
+    yield Check(PASS, "sys.path", "\n".join(sys.path))
     if os.environ.get("PYTHONPATH"):
         yield Check(PASS, "PYTHONPATH", os.environ["PYTHONPATH"])
     try:

@@ -119,13 +119,13 @@ def read_inputs(parsed: argparse.Namespace) -> list[Input]:
     """The requests that the command line asks for, in the order files, JSON bodies, whole requests.
 
     Raises:
-        UsageError, OSError: a file cannot be read, or is not what it should be.
+        UsageError: a file cannot be read, or is not what it should be.
     """
     headers = [_header(text) for text in parsed.header]
     inputs = []
     for path in parsed.input:
         guessed = _TEXT_TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0]
-        inputs.append(_input(path.read_bytes(), path.name, headers, parsed.content_type or guessed))
+        inputs.append(_input(_content(path), path.name, headers, parsed.content_type or guessed))
     for text in parsed.json_body:
         try:
             json.loads(text)
@@ -136,6 +136,13 @@ def read_inputs(parsed: argparse.Namespace) -> list[Input]:
     for path in parsed.request:
         inputs.append(_whole_request(path, headers))
     return inputs
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"the input {path} cannot be read: {error.strerror}") from error
 
 
 def _header(text: str) -> tuple[str, str]:
@@ -153,7 +160,7 @@ def _input(body: bytes, label: str, headers: Headers, content_type: str | None) 
 
 def _whole_request(path: Path, more: Headers) -> Input:
     """A request as it was on the wire, line ends of either kind."""
-    content = path.read_bytes()
+    content = _content(path)
     match = re.search(rb"\r?\n\r?\n", content)
     head = content[: match.start() if match else len(content)].decode("latin-1").splitlines()
     words = head[0].split() if head else []
@@ -187,6 +194,8 @@ def open_subject(path: Path, *, ts_config: str | None = None) -> Subject:
     """
     if not path.exists():
         raise ModelNotFoundError(f"Model not found at: {path}")
+    if path.suffix == ".py":
+        raise ModelNotFoundError(f"{path} is a Python file; give the folder that it is in, or an archive")
     path = path.absolute()
     # Where the server's own models lie is of no matter here.
     overrides = {"model_store": (str(path.parent), "the archive's folder"), "load_models": ("", "the command line")}

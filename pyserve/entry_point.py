@@ -25,7 +25,7 @@ from typing import Any
 import pyserve
 from pyserve.context import Context
 from pyserve.errors import ModelLoadError, OutOfMemoryError
-from pyserve.failure import Failure, describe_failure
+from pyserve.failure import Failure, describe_failure, describe_place
 from pyserve.manifest import nearest_handler, split_handler
 from pyserve.worker_spec import WorkerSpec
 
@@ -119,6 +119,12 @@ class EntryPoint:
         return function(data, context) if function is not None else self.handler.handle(data, context)
 
     @property
+    def place(self) -> str:
+        """``handler.py:12 in handle``: where what is called is defined."""
+        function = self.code.function if self.code.function is not None else getattr(self.handler, "handle", None)
+        return describe_place(function, self.spec.model_dir)
+
+    @property
     def is_coroutine(self) -> bool:
         """Whether a call gives an awaitable."""
         function = self.code.function if self.code.function is not None else self.handler.handle
@@ -135,7 +141,13 @@ class EntryPoint:
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """The result of ``coroutine``, run to its end."""
-        return self.loop.run_until_complete(coroutine)
+        task = self.loop.create_task(coroutine)
+        try:
+            return self.loop.run_until_complete(task)
+        finally:
+            if not task.done():  # interrupted; it must not go on when the loop runs for the next call
+                task.cancel()
+                self.loop.run_until_complete(asyncio.wait([task]))
 
     def unload(self) -> None:
         """Forgets the archive's modules, so that another archive in this process may have files of the same names."""

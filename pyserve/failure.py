@@ -7,6 +7,8 @@ Files of the archive are named as they are in it (``handler.py:41``), wherever i
 
 from __future__ import annotations
 
+import functools
+import inspect
 import linecache
 import os
 import re
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyserve.errors import JsonObject, ServeError
 
@@ -61,6 +63,7 @@ class Failure:
         status, type, message: of the answer.
         hint: what would mend it, ``""`` if that is not known.
         is_expected: whether a handler or its caller meant it: no defect to be looked for.
+        is_own: whether `where` is in the archive.
     """
 
     exception: str
@@ -73,10 +76,13 @@ class Failure:
     message: str
     hint: str = ""
     is_expected: bool = False
+    is_own: bool = True
 
     def detail(self) -> JsonObject:
         """For ``detail`` of the answer."""
-        detail = {"exception": self.exception, "text": self.text, "where": self.where}
+        detail = {"exception": self.exception, "text": self.text}
+        if self.is_own or not self.is_expected:  # the caller's fault, found by us: no place to look at
+            detail["where"] = self.where
         return {**detail, "hint": self.hint} if self.hint else detail
 
     def line(self) -> str:
@@ -89,6 +95,17 @@ class Failure:
 
 def describe_failure(error: BaseException, model_dir: str | Path) -> Failure:
     """What ``error``, raised by a handler of the archive in ``model_dir`` or on its behalf, means."""
+    try:
+        return _described(error, model_dir)
+    except BaseException as own:  # an exception class of the handler's may do anything when it is looked at
+        name = type(error).__name__
+        text = f"<{name} that cannot be looked at: {type(own).__name__}>"
+        return Failure(
+            name, text, "", f"{name}: {text}", False, 503, "InternalServerException", PREDICTION_FAILED, is_own=False
+        )
+
+
+def _described(error: BaseException, model_dir: str | Path) -> Failure:
     folder = _Folder(model_dir)
     text = folder.shortened(_text_of(error))
     frames = _frames(error.__traceback__, folder)
@@ -114,9 +131,23 @@ def describe_failure(error: BaseException, model_dir: str | Path) -> Failure:
         status=status,
         type=kind,
         message=message,
-        hint=str(detail.get("hint") or "") or _hint(error, place, folder),
+        hint=str(detail.get("hint") or "") or _hint(error, folder),
         is_expected=is_expected,
+        is_own=bool(detail.get("where")) or any(not frame.owner for frame in frames),
     )
+
+
+def describe_place(function: Any, model_dir: str | Path) -> str:
+    """``handler.py:12 in handle``: where ``function`` or method is defined; ``""`` if that is not known."""
+    plain = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
+    code = getattr(plain, "__code__", None) or getattr(getattr(type(plain), "__call__", None), "__code__", None)
+    if code is None:
+        return ""
+    name = _Folder(model_dir).name_in(code.co_filename) or _foreign(code.co_filename)[0]
+    line = code.co_firstlineno
+    while linecache.getline(code.co_filename, line).lstrip().startswith(("@", "#")):
+        line += 1  # of a decorated function the line of `def`
+    return f"{name}:{line} in {code.co_name}"
 
 
 def is_memory_error(error: BaseException) -> bool:
@@ -161,7 +192,7 @@ def _own_answer(error: BaseException) -> tuple[int, str, bool]:
 def _text_of(error: BaseException) -> str:
     try:
         text = str(error.args[0]) if isinstance(error, SystemExit) and error.args else str(error)
-    except Exception:  # a class of the handler's may do anything here
+    except BaseException:  # a class of the handler's may do anything here
         return f"<{type(error).__name__} whose text cannot be made>"
     return text if len(text) <= TEXT_SIZE_MAX else text[: TEXT_SIZE_MAX - 3] + "..."
 
@@ -282,6 +313,8 @@ def _lines(error: BaseException, folder: _Folder) -> Iterator[str]:
     first = next((index for index, frame in enumerate(frames) if not frame.owner), None)
     if first is not None:
         frames = frames[first:]
+    elif isinstance(error, SyntaxError) and error.filename and folder.name_in(error.filename) is not None:
+        frames = []
     shown: list[str] = []
     for owner, run in groupby(frames, key=lambda frame: frame.owner):
         group = list(run)
@@ -311,10 +344,10 @@ def _lines(error: BaseException, folder: _Folder) -> Iterator[str]:
 # --- hints ----------------------------------------------------------------------------------------------------------
 
 
-def _hint(error: BaseException, place: str, folder: _Folder) -> str:
+def _hint(error: BaseException, folder: _Folder) -> str:
     """What would mend it; names no folder of this machine."""
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return _missing_module(error.name, place, folder)
+        return _missing_module(error.name, folder)
     if isinstance(error, FileNotFoundError) and isinstance(error.filename, str):
         return _missing_file(error.filename, folder)
     if isinstance(error, PermissionError) and isinstance(error.filename, str) and folder.name_in(error.filename):
@@ -329,23 +362,22 @@ def _hint(error: BaseException, place: str, folder: _Folder) -> str:
     return ""
 
 
-def _missing_module(name: str, place: str, folder: _Folder) -> str:
+def _missing_module(name: str, folder: _Folder) -> str:
     top = name.partition(".")[0]
     if top == "ts":
         return f"pyserve has no {name}; of TorchServe's modules it has those that handlers use"
     package = _PACKAGES.get(name, _PACKAGES.get(top, top))
-    importer = f"{place} imports it; " if place else ""
     file = Path(folder.path) / "requirements.txt"
     try:
         wanted = file.read_text("utf-8", "replace").lower().replace("_", "-")
     except OSError:
         return (
-            f"{importer}if it is a file of yours, pack it with --extra-files; else pip install {package} where pyserve "
+            f"if it is a file of yours, pack it with --extra-files; else pip install {package} where pyserve "
             f"runs, or pack a requirements.txt that names {package}"
         )
     if re.search(rf"^\s*{re.escape(package.lower().replace('_', '-'))}\b", wanted, re.MULTILINE):
-        return f"{importer}requirements.txt names {package}, but it is not installed: set install_py_dep_per_model=true"
-    return f"{importer}pip install {package} where pyserve runs, or add {package} to the archive's requirements.txt"
+        return f"requirements.txt names {package}, but it is not installed: set install_py_dep_per_model=true"
+    return f"pip install {package} where pyserve runs, or add {package} to the archive's requirements.txt"
 
 
 def _missing_file(filename: str, folder: _Folder) -> str:

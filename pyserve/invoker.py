@@ -7,6 +7,7 @@ called again item by item, once, and a result that cannot be encoded fails alone
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
@@ -14,14 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from urllib.parse import unquote_plus
 
 from pyserve import codec
 from pyserve.context import Context
 from pyserve.entry_point import EntryPoint
 from pyserve.errors import HandlerError, JsonObject, ServeError
 from pyserve.failure import Failure, HandlerTimeout, describe_failure
-from pyserve.streaming import STREAM_HEADER, encode_part
+from pyserve.result_check import ShapeProblem, explain_shape
+from pyserve.streaming import STREAM_HEADER
 from pyserve.worker_spec import WorkerSpec
 
 # csrc/frame.h
@@ -30,6 +31,9 @@ DESCRIBE = 1
 
 Item = tuple[int, int, bytes, bytearray]  # ticket, flags, head, body
 Answer = tuple[int, int, int, bytes, Any]  # ticket, kind, status, head, body
+HEADERS_KEPT_MAX = 256
+HEADERS_KEPT_SIZE_MAX = 4096
+
 LogFailure = Callable[[list[str], Failure], None]
 
 
@@ -45,37 +49,65 @@ class Parts:
         return False
 
 
+class RequestHeaders(NamedTuple):
+    """The headers of a request, and what decoding its body needs of them."""
+
+    pairs: list[tuple[str, Any]]
+    values: dict[str, str]  # by name in lower case; of a repeated one the last
+    content_type: str  # media type in lower case without parameters, "" if there is none
+
+    @classmethod
+    def parse(cls, text: str) -> RequestHeaders:
+        """From names and values in turn, joined by newlines."""
+        texts = text.split("\n") if text else []
+        pairs: list[tuple[str, Any]] = list(zip(texts[::2], texts[1::2], strict=True))
+        values = {name.lower(): value for name, value in pairs}
+        full_type = values.get("content-type", "")
+        if full_type:
+            # TorchServe's handlers find a parameter's own content type under its name.
+            pairs.append(("body", {"content-type": full_type}))
+        return cls(pairs, values, full_type.partition(";")[0].strip().lower())
+
+
+# A client sends the same headers again and again.
+_known_headers: dict[str, RequestHeaders] = {}
+
+
 class WorkerRequest:
     """One request as it came over the wire, with what `codec.decode_request` asks for."""
 
-    __slots__ = ("body", "flags", "headers", "id", "query", "row", "ticket")
+    __slots__ = ("_headers", "body", "content_type", "flags", "headers", "id", "query", "row", "ticket")
 
     def __init__(self, item: Item):
         self.ticket, self.flags, head, self.body = item
-        self.id, headers, self.query = head.decode("latin-1").split("\0")
-        texts = headers.split("\n") if headers else []
-        self.headers: list[tuple[str, Any]] = list(zip(texts[::2], texts[1::2], strict=True))
+        self.id, text, self.query = head.decode("latin-1").split("\0")
+        known = _known_headers.get(text)
+        if known is None:
+            known = RequestHeaders.parse(text)
+            if len(text) <= HEADERS_KEPT_SIZE_MAX:
+                if len(_known_headers) >= HEADERS_KEPT_MAX:
+                    _known_headers.clear()
+                _known_headers[text] = known
+        self._headers = known
+        self.headers = known.pairs
+        self.content_type = known.content_type
         self.row: dict[str, Any] = {}
 
     def header(self, name: str, default: str = "") -> str:
         """Value of header ``name`` (any case); of a repeated one the last."""
-        found = default
-        for key, value in self.headers:
-            if key.lower() == name:
-                found = value
-        return found
-
-    @property
-    def content_type(self) -> str:
-        """Media type in lower case without parameters, ``""`` if there is none."""
-        return self.header("content-type").partition(";")[0].strip().lower()
+        return self._headers.values.get(name.lower(), default)
 
 
 class Outcome(NamedTuple):
-    """What a call of the handler gave: results, one per request, or what it raised."""
+    """What a call of the handler gave: results, one per request, or what it raised.
+
+    Attributes:
+        is_shape: it raised nothing, but returned something else than a list of as many.
+    """
 
     results: list[Any]
     error: BaseException | None
+    is_shape: bool = False
 
 
 class Invoker:
@@ -89,7 +121,7 @@ class Invoker:
 
     Attributes:
         is_calling: whether the handler runs; read by the signal handler that interrupts it.
-        called_at: when it was called, ``time.monotonic()``.
+        called_at: when `run` began, ``time.monotonic()``.
     """
 
     def __init__(
@@ -101,12 +133,13 @@ class Invoker:
         self._context = context
         self._parts = parts or Parts()
         self._log_failure = log_failure
-        self._warned_not_finite = False
+        self._has_warned_of_nan = False
         self.is_calling = False
         self.called_at = 0.0
 
     def run(self, items: list[Item]) -> list[Answer]:
         """One final answer per item. Parts of streamed answers are sent meanwhile."""
+        self.called_at = time.monotonic()
         answers: list[Answer] = []
         requests: list[WorkerRequest] = []
         for item in items:
@@ -115,6 +148,9 @@ class Invoker:
                 self._decode(request)
             except ServeError as error:
                 answers.append(_error_answer(request.ticket, error.body()))
+                continue
+            except BaseException as error:  # one broken body must not cost the others
+                answers.append(self.fail_element(request, error))
                 continue
             if request.flags & DESCRIBE:
                 answers += self._run_batch([request])
@@ -129,17 +165,9 @@ class Invoker:
     def _decode(self, request: WorkerRequest) -> None:
         if request.flags & DESCRIBE:
             return
-        request.row = row = codec.decode_request(request, decode=self._spec.decode_input)
+        row = request.row = codec.decode_request(request, decode=self._spec.decode_input)
         if request.query:
-            for part in request.query.replace(";", "&").split("&"):
-                key, _, value = part.partition("=")
-                if key:
-                    row[unquote_plus(key)] = unquote_plus(value)
-        if "body" in row:
-            # TorchServe's handlers find a parameter's own content type under its name.
-            content_type = request.header("content-type")
-            if content_type:
-                request.headers.append(("body", {"content-type": content_type}))
+            codec.add_query(row, request.query)
 
     # --- the call -------------------------------------------------------------------------------------------------
 
@@ -149,31 +177,39 @@ class Invoker:
         if outcome.error is None:
             return call.answers(outcome.results)
         failure = describe_failure(outcome.error, self._spec.model_dir)
-        may_retry = len(requests) > 1 and not call.has_streamed and not isinstance(outcome.error, HandlerTimeout)
+        may_retry = len(requests) > 1 and not (
+            outcome.is_shape or call.has_streamed or isinstance(outcome.error, HandlerTimeout)
+        )
         if may_retry and failure.status == 507:
             return self._retry_halves(requests)
         if may_retry and self._spec.isolate_errors:
-            return [answer for request in requests for answer in self._run_batch([request])]
-        if not failure.is_expected:
-            self._log_failure([request.id for request in requests], failure)
-        body = {"status": failure.status, "type": failure.type, "message": failure.message, "detail": failure.detail()}
-        return [_error_answer(request.ticket, body) for request in requests]
+            return [answer for request in requests for answer in self._run_again([request])]
+        return self._fail(requests, failure)
+
+    def _run_again(self, requests: list[WorkerRequest]) -> list[Answer]:
+        for request in requests:
+            with contextlib.suppress(Exception):  # it may have changed the body too
+                self._decode(request)  # the call that failed may have changed its rows
+        return self._run_batch(requests)
 
     def _retry_halves(self, requests: list[WorkerRequest]) -> list[Answer]:
         """Memory ran out: what did not fit at once may fit in two goes."""
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # a GPU that has failed; the next call tells
+                torch.cuda.empty_cache()
         middle = len(requests) // 2
-        return self._run_batch(requests[:middle]) + self._run_batch(requests[middle:])
+        return self._run_again(requests[:middle]) + self._run_again(requests[middle:])
 
     def fail_element(self, request: WorkerRequest, error: BaseException) -> Answer:
         """The answer of a request whose result cannot be used."""
-        failure = describe_failure(error, self._spec.model_dir)
+        return self._fail([request], describe_failure(error, self._spec.model_dir))[0]
+
+    def _fail(self, requests: list[WorkerRequest], failure: Failure) -> list[Answer]:
         if not failure.is_expected:
-            self._log_failure([request.id], failure)
+            self._log_failure([request.id for request in requests], failure)
         body = {"status": failure.status, "type": failure.type, "message": failure.message, "detail": failure.detail()}
-        return _error_answer(request.ticket, body)
+        return [_error_answer(request.ticket, body) for request in requests]
 
     def encode(self, value: Any, request: WorkerRequest, context: Context, index: int, *, kind: int) -> Answer:
         """A result as an answer.
@@ -181,23 +217,44 @@ class Invoker:
         Raises:
             HandlerError: it cannot be encoded, or is too large.
         """
-        if type(value) is not bytes and type(value) is not str:
+        body: Any = value
+        if type(value) is not bytes:
             if isinstance(value, BaseException):
                 return self.fail_element(request, value)
-            value = self._prepared(value, context, index)
-        body = value if type(value) is bytes else codec.encode_result(value)
+            body = self.encode_body(value, context, index)
         if len(body) > self._spec.max_response_size:
             raise HandlerError(
                 f"the answer has {len(body)} bytes, more than max_response_size={self._spec.max_response_size}; "
-                "raise it in config.properties"
+                "raise it in config.properties",
+                detail={"where": self._entry.place},
             )
         status, phrase = context.get_response_status(index)
         return (request.ticket, kind, status, _head(phrase, context.get_response_headers(index)), body)
 
+    def encode_body(self, value: Any, context: Context, index: int) -> Any:
+        """A result, or a part of it, as bytes.
+
+        Raises:
+            HandlerError: it cannot be encoded; names the place in it, and the handler.
+        """
+        if type(value) is not str:
+            value = self._prepared(value, context, index)
+        try:
+            return codec.encode_result(value, self._warn_of_nan if self._spec.nan_as_null else None)
+        except HandlerError as error:
+            error.detail["text"] = f"element {index} of the result: {error.detail['text']}"
+            error.detail["where"] = self._entry.place
+            raise
+
+    def _warn_of_nan(self) -> None:
+        if not self._has_warned_of_nan:
+            self._has_warned_of_nan = True
+            logging.getLogger("pyserve.worker").warning("%s: %s", self._entry.place, codec.NAN_WARNING)
+
     def _prepared(self, value: Any, context: Context, index: int) -> Any:
         """What JSON has no word for, made into something that it has."""
-        image = sys.modules.get("PIL.Image")
-        if image is not None and isinstance(value, image.Image):
+        image_class = getattr(sys.modules.get("PIL.Image"), "Image", None)
+        if image_class is not None and isinstance(value, image_class):
             import io
 
             file = io.BytesIO()
@@ -236,7 +293,6 @@ class _Call:
         invoker = self._invoker
         try:
             try:
-                invoker.called_at = time.monotonic()
                 invoker.is_calling = True
                 returned = invoker._entry(self._rows, self.context)
                 if inspect.iscoroutine(returned):
@@ -245,11 +301,32 @@ class _Call:
                     returned = self._drain(returned)
             finally:
                 invoker.is_calling = False
-            return Outcome(_checked(returned, len(self._requests)), None)
-        except KeyboardInterrupt:
-            raise
+        except _ShapeError as error:
+            return Outcome([], error, is_shape=True)
         except BaseException as error:  # SystemExit and the like too: a handler must not take the worker along
             return Outcome([], error)
+        try:
+            return Outcome(self._checked(returned), None)
+        except BaseException as error:  # of any kind too: it asks the object what it is
+            return Outcome([], error, is_shape=True)
+
+    def _checked(self, returned: Any) -> list[Any]:
+        """``returned`` if it is a list with one element per request.
+
+        Raises:
+            _ShapeError: in TorchServe's words; the detail says what was returned and how to mend it.
+        """
+        count = len(self._requests)
+        if isinstance(returned, list) and len(returned) == count:
+            return returned
+        problem = explain_shape(returned, count) or ShapeProblem("type", "returned a stream", "yield lists")
+        raise _ShapeError(
+            "number of batch response mismatched" if isinstance(returned, list) else "Invalid model predict output",
+            detail={
+                "text": f"the handler {problem.what}", "exception": "ValueError", "where": self._invoker._entry.place,
+                "hint": f"{problem.fix}; `pyserve check` tries it with several batch sizes",
+            },
+        )  # fmt: skip
 
     def _drain(self, generator: Iterator[Any]) -> list[Any]:
         """The parts that a generator yields; the last one is what is answered in the end."""
@@ -257,7 +334,7 @@ class _Call:
         held: list[Any] | None = None
         for parts in generator:
             batch = parts if isinstance(parts, list) and (count > 1 or len(parts) == 1) else [parts]
-            _checked(batch, count)
+            self._checked(batch)
             if held is not None and not self._send_all(held):
                 generator.close()  # type: ignore[attr-defined]
                 break
@@ -274,6 +351,7 @@ class _Call:
         parts = self._invoker._parts
         if parts.is_cancelled(request.ticket):
             return False
+        body = part if type(part) is bytes else self._invoker.encode_body(part, context, index)
         head = b""
         status = 200
         if index not in self._streamed:
@@ -281,8 +359,13 @@ class _Call:
             context.set_response_header(index, STREAM_HEADER, "true")
             status, phrase = context.get_response_status(index)
             head = _head(phrase, context.get_response_headers(index))
-        parts.send((request.ticket, CHUNK, status, head, encode_part(part)))
+        parts.send((request.ticket, CHUNK, status, head, body))
         return True
+
+    def is_cancelled(self) -> bool:
+        """`streaming.PartSink`."""
+        is_cancelled = self._invoker._parts.is_cancelled
+        return all(is_cancelled(request.ticket) for request in self._requests)
 
     def answers(self, results: list[Any]) -> list[Answer]:
         """The final answers, one per request."""
@@ -293,50 +376,28 @@ class _Call:
                 value = self._drain_one(index, result) if inspect.isgenerator(result) else result
                 kind = LAST if index in self._streamed else ANSWER
                 answers.append(invoker.encode(value, request, self.context, index, kind=kind))
-            except Exception as error:
+            except BaseException as error:  # the others' answers are not touched by this one's
                 answers.append(invoker.fail_element(request, error))
         return answers
 
     def _drain_one(self, index: int, generator: Iterator[Any]) -> Any:
+        invoker = self._invoker
         held: Any = b""
         is_first = True
-        for part in generator:
-            if not is_first and not self.send_part(index, held, self.context):
-                generator.close()  # type: ignore[attr-defined]
-                break
-            held, is_first = part, False
+        try:
+            invoker.is_calling = True  # the code of a generator runs here
+            for part in generator:
+                if not is_first and not self.send_part(index, held, self.context):
+                    generator.close()  # type: ignore[attr-defined]
+                    break
+                held, is_first = part, False
+        finally:
+            invoker.is_calling = False
         return held
 
 
-def _checked(returned: Any, count: int) -> list[Any]:
-    """``returned`` if it is a list of ``count``.
-
-    Raises:
-        HandlerError: in TorchServe's words; the detail says what was returned and how to mend it.
-    """
-    if not isinstance(returned, list):
-        kind = type(returned).__name__
-        if returned is None:
-            mend = "return the answers: a list with one element per element of data"
-        elif count == 1:
-            mend = "wrap it: return [result]"
-        else:
-            mend = f"return a list with one element per element of data, {count} here, in order"
-        raise HandlerError(
-            "Invalid model predict output",
-            detail={"text": f"the handler returned {kind} for a batch of {count}; {mend}", "exception": "TypeError"},
-        )
-    if len(returned) != count:
-        hint = "Does it read data[0] only? " if len(returned) == 1 else ""
-        raise HandlerError(
-            "number of batch response mismatched",
-            detail={
-                "text": f"the handler returned a list of {len(returned)} for a batch of {count}; return one element "
-                f"per element of data, in order. {hint}`pyserve check` tries it with several batch sizes",
-                "exception": "ValueError",
-            },
-        )
-    return returned
+class _ShapeError(HandlerError):
+    """A handler returned something else than a list with one element per request."""
 
 
 def _head(phrase: str | None, headers: dict[str, str]) -> bytes:

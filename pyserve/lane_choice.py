@@ -122,6 +122,7 @@ async def open_python_lane(wish: Wish) -> PythonLane:
         envelope=config.service_envelope or None,
         limit_max_image_pixels=config.limit_max_image_pixels,
         isolate_errors=config.isolate_errors and config.compat != "strict",
+        nan_as_null=config.compat != "strict",
         max_response_size=config.max_response_size,
         header_keys=(
             config.ts_header_key_sequence_id,

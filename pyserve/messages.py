@@ -144,7 +144,7 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 
 # Members of ``detail`` that quote exceptions or name files: for eyes on this machine only.
-PRIVATE_DETAIL = frozenset({"text", "exception", "where"})
+PRIVATE_DETAIL = frozenset({"text", "exception", "where", "hint"})
 
 
 @dataclass(frozen=True)

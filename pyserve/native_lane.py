@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -40,6 +41,7 @@ class NativeLane(Lane):
         super().__init__(services, name, label, core, settings)
         self.network = network
         self._started: dict[int, datetime] = {}
+        self._has_warned_of_nan = False
         self.apply_limits()
 
     # --- workers and settings -------------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ class NativeLane(Lane):
                 self._complete_failed_postprocess([owner], error)
 
     def _response(self, result: Any, context: Any, index: int) -> Response:
-        body = codec.encode_result(result)
+        body = codec.encode_result(result, None if self._is_strict else self._warn_of_nan)
         size_max = self._services.config.max_response_size
         if len(body) > size_max:
             raise HandlerError(
@@ -206,6 +208,11 @@ class NativeLane(Lane):
         content_type = headers.pop("content-type", None)
         # TorchServe sends an empty phrase when the handler set none, and no content type of its own.
         return Response(status, body, content_type=content_type, reason=phrase or "", headers=headers)
+
+    def _warn_of_nan(self) -> None:
+        if not self._has_warned_of_nan:
+            self._has_warned_of_nan = True
+            log.warning("%s: %s", self._label, codec.NAN_WARNING)
 
     def _complete_failed(self, owners: list[Pending | None], completion: Any) -> None:
         # TorchScript puts its own traceback first; the last line is what the model said.
@@ -233,6 +240,8 @@ class NativeLane(Lane):
     def _handler_error(self, error: Exception, stage: str, ids: str) -> ServeError:
         model_dir = self.network.context.system_properties["model_dir"]
         failure = describe_failure(error, model_dir)
+        if not failure.is_own:  # of a built-in handler or ours
+            failure = replace(failure, where=stage)
         if not failure.is_expected:
             log.error("request %s failed in %s of %s: %s\n%s", ids, stage, self._label, failure.line(),
                       failure.traceback)  # fmt: skip

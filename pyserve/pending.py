@@ -31,7 +31,7 @@ class Pending:
         "url_version", "version",
     )  # fmt: skip
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - made for every request
         self, lane: Any, exchange: Exchange, version: str, url_version: str, query_is_input: bool = False,
         flags: int = 0,
     ):  # fmt: skip

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 # Sums of a batch are made in another order than those of one row.
 _RELATIVE_MAX = 1e-2
 _ABSOLUTE_MAX = 1e-3
-_DEPTH_MAX = 100
 
 
 class ShapeProblem(NamedTuple):
@@ -44,55 +43,6 @@ def explain_shape(returned: Any, count: int) -> ShapeProblem | None:
         return ShapeProblem("dict", f"returned dict for {count}", f"{per_row}; for one request that is [result]")
     fix = f"{per_row}; call .tolist() on tensors and arrays" if hasattr(returned, "tolist") else per_row
     return ShapeProblem("type", f"returned {kind} for {count}", fix)
-
-
-class NotJson(NamedTuple):
-    """Something in a result that cannot become JSON; ``place`` is like ``["boxes"][0]``, with `` at `` before it."""
-
-    type: str
-    place: str
-    fix: str
-
-
-def find_not_json(value: Any) -> NotJson | None:
-    """The first thing in ``value`` that has no form in JSON; None if it is all fine."""
-    if isinstance(value, (bytes, bytearray, memoryview, str)) or type(value).__module__ == "torch":
-        return None  # sent as they are
-    return _find(value, "", 0)
-
-
-def _find(value: Any, place: str, depth: int) -> NotJson | None:
-    if depth > _DEPTH_MAX:
-        return NotJson("a value that holds itself", f" at {place[:80]}", "flatten it")
-    if isinstance(value, dict):
-        for key, each in value.items():
-            if not isinstance(key, (str, int, float, bool, type(None))):
-                return NotJson(f"a key of {type(key)}", f" at {place}" if place else "", "use str(key)")
-            found = _find(each, f"{place}[{json.dumps(key)}]", depth + 1)
-            if found is not None:
-                return found
-        return None
-    if isinstance(value, (list, tuple)):
-        for index, each in enumerate(value):
-            found = _find(each, f"{place}[{index}]", depth + 1)
-            if found is not None:
-                return found
-        return None
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        return NotJson(f"a {type(value)}", f" at {place}" if place else "", _how_to_convert(value))
-    return None
-
-
-def _how_to_convert(value: Any) -> str:
-    if hasattr(value, "tolist"):
-        return "convert it with .tolist(), or .item() for one number"
-    if isinstance(value, (bytes, bytearray)):
-        return "convert it with base64.b64encode(value).decode()"
-    if isinstance(value, (set, frozenset)):
-        return "convert it with sorted(value)"
-    return "convert it with str(value), or to a dict of what it holds"
 
 
 # --- answers of several calls -----------------------------------------------------------------------------------------

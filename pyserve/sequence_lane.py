@@ -19,8 +19,7 @@ from typing import Any
 from pyserve.errors import JsonObject, OverloadedError, ServeError
 from pyserve.http1_answer import new_id
 from pyserve.lane import SWEEP_INTERVAL_S, WorkerRow
-from pyserve.messages import Response
-from pyserve.messages import ExtraHeaders
+from pyserve.messages import ExtraHeaders, Response
 from pyserve.model_config import ModelConfig
 from pyserve.model_settings import ModelSettings
 from pyserve.pending import OVER, Pending

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from pyserve.codec import encode_result
-
 STREAM_HEADER = "ts_stream_next"
 
 
@@ -19,6 +17,9 @@ class PartSink(Protocol):
 
     def send_part(self, index: int, part: Any, context: Any) -> bool:
         """Sends a part of answer ``index`` of the batch. False when nobody waits for it any more."""
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for any answer of the batch any more."""
 
 
 def send_intermediate_predict_response(
@@ -40,10 +41,4 @@ def send_intermediate_predict_response(
     if len(ret) != count:
         raise ValueError(f"send_intermediate_predict_response got {len(ret)} parts for a batch of {count}")
     for index, part in enumerate(ret):
-        if not context.cl_socket.send_part(index, part, context):
-            context.cancelled = True
-
-
-def encode_part(part: Any) -> bytes | bytearray | memoryview:
-    """A part as bytes, by the rules of whole answers."""
-    return encode_result(part)
+        context.cl_socket.send_part(index, part, context)

@@ -32,6 +32,7 @@ class WorkerSpec:
         limit_max_image_pixels: whether pictures above Pillow's pixel limit are refused.
         isolate_errors: whether a batch that failed is retried item by item.
         mode: BATCH, CONTINUOUS or ASYNC.
+        nan_as_null: whether NaN in a result is answered as null; else as NaN, which is no JSON.
         max_response_size: bytes; a larger answer is an error.
         header_keys: the three names of the sequence headers: id, start, end.
         metrics_config: path of the metrics.yaml, None for the built-in one.
@@ -52,6 +53,7 @@ class WorkerSpec:
     limit_max_image_pixels: bool = True
     isolate_errors: bool = True
     mode: str = BATCH
+    nan_as_null: bool = True
     max_response_size: int = 6_553_500
     header_keys: tuple[str, str, str] = (
         "ts_request_sequence_id", "ts_request_sequence_start", "ts_request_sequence_end",

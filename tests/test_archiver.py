@@ -25,6 +25,16 @@ from pyserve.archiver import (
 )
 from pyserve.errors import InvalidModelError
 
+# A tracer takes the sum for a constant, and numpy cannot be scripted.
+DEPENDS_ON_DATA = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return x * float(x.numpy().sum())
+"""
+
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -249,6 +259,20 @@ def test_archive_command_prints_path_and_size(sources: Path, capsys: pytest.Capt
                "-c", "model-config.yaml")
     assert code == 0
     assert capsys.readouterr().out == f"out/m.mar ({Path('out/m.mar').stat().st_size / 1024:.1f} KiB)\n"
+
+
+def test_archive_command_says_why_a_model_cannot_share_its_weights(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYSERVE_CACHE", str(sources / "cache"))
+    (sources / "model.py").write_text(DEPENDS_ON_DATA)
+    (sources / "shape.yaml").write_text("input: {dtype: float32, shape: [4]}\n")
+    arguments = ["--model-name", "m", "--version", "1.0", "--handler", "tensor", "--model-file", "model.py"]
+    assert run(add_archiver_arguments, archive_command, *arguments, "--config-file", "shape.yaml") == 0
+    path, note = capsys.readouterr().out.splitlines()
+    assert path.startswith(f"{sources / 'm.mar'} (")
+    assert note.startswith("note: it runs in worker processes, each with a copy of the model: ")
+    assert "differs from the eager one" in note and "--serialized-file" in note
 
 
 def test_archive_command_fails_with_one_line(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:

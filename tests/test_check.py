@@ -50,6 +50,7 @@ def test_right_handler_passes_with_all_batch_sizes(tmp_path: Path) -> None:
         ("self.kept.append(data)\nreturn [len(self.kept) > 3 for row in data]", "state", "kept from call to call"),
         ("if len(data) > 1: raise ValueError('boom')\nreturn [1]", "call", "a batch of 2: ValueError: boom"),
         ("import ctypes\nif len(data) > 1: ctypes.string_at(0)\nreturn [1]", "crash", "was killed by SIGSEGV"),
+        ("breakpoint()\nreturn [1] * len(data)", "breakpoint", "a worker process has no terminal"),
         ("open('out.txt', 'w').close()\nreturn [1] * len(data)", "file", "writes 'out.txt' into the unpacked archive"),
     ],
 )

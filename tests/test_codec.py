@@ -303,7 +303,7 @@ def test_the_size_of_a_memoryview_is_counted_in_bytes(array: Any) -> None:
     assert bytes(body) == array.tobytes()
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, {"a": b"x"}, 1j, np.float32(1), "\ud800", {(1, 2): 3}])
+@pytest.mark.parametrize("value", [object(), {1, 2}, {"a": b"x"}, 1j, "\ud800", {(1, 2): 3}])
 def test_what_cannot_be_encoded_is_the_handlers_error(value: object) -> None:
     with pytest.raises(HandlerError, match="Unsupported model output data type") as caught:
         codec.encode_result(value)

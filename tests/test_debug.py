@@ -56,7 +56,8 @@ def test_breakpoint_stops_in_the_handler_and_the_debugger_works(tmp_path: Path, 
     )  # fmt: skip
     os.close(inside)
     # Twelve steps lead out of preprocess and into the line after it.
-    orders = ["p type(data)", "q"] if quits else ["p type(data)", *["n"] * 9, "p 'out', model_input.tolist()", "c"]
+    through = ["p type(data)", "p len(data)", *["n"] * 9, "p 'out', model_input.tolist()", "c"]
+    orders = ["p type(data)", "q"] if quits else through
     text = converse(terminal, orders)
     code = debugged.wait(LIMIT_S)
     os.close(terminal)
@@ -68,6 +69,7 @@ def test_breakpoint_stops_in_the_handler_and_the_debugger_works(tmp_path: Path, 
         assert "Traceback" not in text and "answer 1" not in text
     else:
         assert code == 0, text
+        assert "(Pdb) p len(data)\r\n1\r\n" in text
         assert "('out', [[1.0, 2.0]])" in text
         assert "HTTP/1.1 200" in text
 
@@ -97,6 +99,8 @@ def test_exception_shows_the_handlers_own_frames_and_no_folder_of_this_machine(t
     assert f"handler.py:{line_of(BOOM, 'boom')} in preprocess" in debugged.stderr
     assert 'raise ValueError("boom")' in debugged.stderr and "ValueError: boom" in debugged.stderr
     assert str(tmp_path) not in debugged.stderr and "Traceback" not in debugged.stderr
+    assert "pyserve" not in debugged.stderr, "frames that are not the handler's"
+    assert "answers 1 to 2:" in debugged.stdout
     assert '"where": "handler.py:' in debugged.stdout and "HTTP/1.1 503" in debugged.stdout
     assert "again with each request alone" in debugged.stdout
 
@@ -119,7 +123,10 @@ def test_batch_that_is_not_answered_in_full_is_explained(tmp_path: Path) -> None
     archive = write_handler(tmp_path, "m", FIRST_ONLY)
     debugged = run(tmp_path, "debug", archive, "--json-body", "1", "-n", 2)
     assert debugged.returncode == 1
-    assert "returned a list of 1 for a batch of 2" in debugged.stderr
+    assert debugged.stderr.splitlines()[1:3] == [
+        "  handler.py:1 in handle", "ValueError: the handler returned 1 for 2",
+    ]  # fmt: skip
+    assert "one element per element of data" in debugged.stderr
 
 
 def test_parts_of_a_streamed_answer_are_shown(tmp_path: Path) -> None:
@@ -176,6 +183,7 @@ def test_handler_that_cannot_be_loaded_is_shown_with_the_mend(tmp_path: Path) ->
         (["--header", "no colon"], "--header 'no colon' is no header"),
         (["--json-body", "{"], "--json-body '{' is not JSON"),
         (["--request", "x.txt"], "x.txt is no HTTP request"),
+        (["-i", "kitten.jpg"], "the input kitten.jpg cannot be read: No such file or directory"),
     ],
 )
 def test_wrong_input_is_a_usage_error(
@@ -186,6 +194,12 @@ def test_wrong_input_is_a_usage_error(
     Path("x.txt").write_text("hello\n")
     assert main(["debug", str(write_handler(tmp_path, "m", FIRST_ONLY)), *arguments]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_python_file_is_told_from_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "handler.py").write_text(FIRST_ONLY)
+    assert main(["debug", str(tmp_path / "handler.py"), "--json-body", "1"]) == 1
+    assert "handler.py is a Python file; give the folder that it is in" in capsys.readouterr().err
 
 
 def test_query_becomes_input_only_where_torchserve_makes_it_so(tmp_path: Path) -> None:

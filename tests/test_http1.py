@@ -15,7 +15,7 @@ from http1_wire import Wire, echo, parse_answers, send_every_way
 
 from pyserve.errors import ModelNotFoundError
 from pyserve.http1 import BodyBudget, Connections, Exchange, Http1Limits
-from pyserve.messages import Response
+from pyserve.messages import ExtraHeaders, Response
 
 HOST = b"Host: a\r\n"
 GET = b"GET /ping HTTP/1.1\r\n" + HOST + b"\r\n"
@@ -122,7 +122,9 @@ def test_request_has_target_headers_body_client_and_time() -> None:
 def test_equal_heads_do_not_share_headers() -> None:
     wire = Wire(None).send(GET + GET)
     first, second = (exchange.request for exchange in wire.exchanges)
-    first.headers.append(("x", "y"))
+    first.add_headers(ExtraHeaders(("x", "y")))
+    assert first.headers == [("Host", "a"), ("x", "y")] and first.header("X") == "y"
+    assert (first.header_text, second.header_text) == ("Host\na\nx\ny", "Host\na")
     assert second.headers == [("Host", "a")]
 
 

@@ -32,6 +32,7 @@ from pyserve.model_settings import ModelSettings
 from pyserve.native_lane import NativeLane
 from pyserve.pending import Pending
 from pyserve.services import Services
+from pyserve.spawner import Spawner
 
 HANG_S = 60
 SHAPE = (4,)
@@ -65,9 +66,10 @@ class Stand:
         self.engine = Engine(loop, cpu_budget=2)
         self.metrics = Metrics(torch_version=torch.__version__)
         self.pool = ThreadPoolExecutor(2)
-        self.services = Services(config, self.engine, self.metrics, self.pool, 2, ErrorFormat(True, private))
+        self.services = Services(config, self.engine, self.metrics, self.pool, Spawner(), ErrorFormat(True, private))
         self.handler = Probe()
-        context = Context("m", "/", {}, model_yaml_config={"input": {"dtype": "float32", "shape": list(SHAPE)}})
+        folder = str(path.parent / "archive")
+        context = Context("m", folder, {}, model_yaml_config={"input": {"dtype": "float32", "shape": list(SHAPE)}})
         self.handler.prepare(context)
         example = [torch.zeros(1, *SHAPE)]
         network = Network(self.handler, context, _core.TorchModel.load(str(path), example), example, "cpu")

@@ -35,6 +35,7 @@ from pyserve.model import Model
 from pyserve.model_source import ModelSource
 from pyserve.registry import Registry
 from pyserve.services import Services
+from pyserve.spawner import Spawner
 
 HANG_S = 120
 
@@ -53,7 +54,7 @@ async def made(store: Path, *, started: bool = True, **config: Any) -> AsyncIter
     engine = Engine(asyncio.get_running_loop(), cpu_budget=2)
     pool = ThreadPoolExecutor(2)
     services = Services(
-        Config(model_store=str(store), **config), engine, Metrics(torch_version=torch.__version__), pool, 2,
+        Config(model_store=str(store), **config), engine, Metrics(torch_version=torch.__version__), pool, Spawner(),
         ErrorFormat(),
     )  # fmt: skip
     table = Registry(services, state_file=store.parent / "state.json")
@@ -185,13 +186,13 @@ def broken_archives(store: Path) -> dict[str, tuple[type[ServeError], str]]:
     (store / "junk.mar").write_bytes(b"junk")
     pack(store, name="state", network=Identity(), config="input: {dtype: float32, shape: [4]}\nminBatch: 4\n")
     pack(store, name="shape", network=Affine())
-    pack(store, name="handler", network=Identity(), handler="object_detector")
+    pack(store, name="handler", network=Identity(), handler="vllm_handler")
     pack(store, name="eager", model_code="import missing_module\n" + EAGER)
     return {
         "junk.mar": (InvalidModelError, "junk.mar"),
         "state-1.0.mar": (InvalidModelError, "minBatch"),
         "shape-1.0.mar": (ModelLoadError, "Failed to start workers"),
-        "handler-1.0.mar": (ModelLoadError, "object_detector"),
+        "handler-1.0.mar": (ModelLoadError, "vllm_handler"),
         "eager-1.0.mar": (ModelLoadError, "missing_module"),
     }
 
@@ -246,7 +247,7 @@ def hold_loading(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, Callab
         assert go.wait(HANG_S)
         return load(*args, **kwargs)
 
-    monkeypatch.setattr("pyserve.model.load_network", held)
+    monkeypatch.setattr("pyserve.lane_choice.load_network", held)
     return begun, go.set
 
 

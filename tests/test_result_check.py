@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from pyserve.result_check import AnswersDiffer, describe_difference, explain_shape, find_not_json
+from pyserve.result_check import AnswersDiffer, describe_difference, explain_shape
 
 
 @pytest.mark.parametrize(
@@ -34,32 +33,6 @@ def test_right_shapes_and_streams_are_no_problem() -> None:
     assert explain_shape([], 0) is None
     assert explain_shape([1, 2], 2) is None
     assert explain_shape((part for part in "ab"), 1) is None
-
-
-@pytest.mark.parametrize(
-    ("value", "kind", "place"),
-    [
-        ({"boxes": [object()]}, "object", ' at ["boxes"][0]'),
-        ([1, {"a": {2}}], "set", ' at [1]["a"]'),
-        (np.float32(1), "numpy.float32", ""),
-        ({"a": b"x"}, "bytes", ' at ["a"]'),
-        ({"a": {(1, 2): 3}}, "tuple", ' at ["a"]'),
-    ],
-)
-def test_place_of_what_is_no_json(value: Any, kind: str, place: str) -> None:
-    found = find_not_json(value)
-    assert found is not None
-    assert f"<class '{kind}'>" in found.type
-    assert found.place == place
-    assert found.fix
-
-
-def test_what_json_or_the_wire_can_take_is_fine() -> None:
-    for value in ({"a": [1, 2.5, None, True, "x"], 3: {}}, b"x", "x", torch.zeros(2), [float("nan")]):
-        assert find_not_json(value) is None
-    endless: list[Any] = []
-    endless.append(endless)
-    assert find_not_json(endless) is not None
 
 
 def bodies(*values: Any) -> list[bytes]:

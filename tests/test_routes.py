@@ -341,7 +341,10 @@ def test_inference_listener_describes_itself_and_its_models() -> None:
         if name != "m":
             raise ModelNotFoundError(f"Model not found: {name}")
 
-    rows = [(ANY, "/ping", echo), (ANY, "/predictions/{name}", echo), (ANY, "/predictions/{name}/{version}", echo)]
+    rows = [
+        (ANY, "/ping", echo), (ANY, "/predictions/{model_name}", echo),
+        (ANY, "/predictions/{model_name}/{model_version}", echo),
+    ]  # fmt: skip
     router = Router([*rows, *inference_descriptions(rows, find)])
     document = json.loads(bytes(ask(router, "OPTIONS", "/").body))
     assert list(document["paths"]) == [
@@ -352,4 +355,4 @@ def test_inference_listener_describes_itself_and_its_models() -> None:
         of_model = json.loads(bytes(ask(router, "OPTIONS", path).body))
         assert of_model["info"]["title"] == "RESTful API for: m"
     assert ask(router, "OPTIONS", "/predictions/x").status == 404
-    assert ask(router, "GET", "/predictions/x").body == b'["GET", {"name": "x"}]'
+    assert ask(router, "GET", "/predictions/x").body == b'["GET", {"model_name": "x"}]'

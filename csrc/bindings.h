@@ -1,0 +1,208 @@
+// What the parts of the border to Python share: completions, the engine that drains them, and a lane's common calls.
+//
+// Python objects enter with submit (an owner per request) and leave with drain, both on the loop thread with the
+// GIL held; between the two they are opaque pointers that no worker touches. The GIL is let go only around calls
+// that load a model or wait for threads.
+#pragma once
+
+#include <torch/csrc/jit/python/pybind_utils.h>
+#include <torch/extension.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "completion.h"
+#include "lane.h"
+#include "process_lane.h"
+
+namespace py = pybind11;
+
+namespace pyserve {
+
+inline const char* name_of(Code code) {
+    switch (code) {
+        case Code::ok: return "ok";
+        case Code::model_error: return "model_error";
+        case Code::out_of_memory: return "out_of_memory";
+        case Code::expired: return "expired";
+        case Code::cancelled: return "cancelled";
+        case Code::closed: return "closed";
+        case Code::worker_died: return "worker_died";
+        case Code::not_run: return "not_run";
+    }
+    return "unknown";
+}
+
+// Memory that Python looks at without copying it.
+struct Body {
+    std::string bytes;
+};
+
+// Larger bodies go to Python without another copy.
+inline constexpr size_t copied_body_max = 65536;
+
+inline py::object body_object(std::string&& bytes) {
+    if (bytes.size() < copied_body_max) return py::bytes(bytes);
+    const py::object body = py::cast(std::make_unique<Body>(Body{std::move(bytes)}));
+    return py::memoryview(body);
+}
+
+// A result as Python sees it. Its requests have been given back to their lane.
+struct Completion {
+    py::list owners;   // of those that ended with this outcome
+    py::list expired;  // owners of those that expired in the queue
+    py::list stamps;   // (arrived_at, queued_at) in ns, one per entry of owners; native lane only
+    py::list answers;  // (kind, status, head, body) per entry of owners; python lane only
+    const char* code;
+    std::string message;
+    c10::IValue output;
+    int64_t started_at, staged_at, finished_at;
+};
+
+// Every lane keeps its engine alive, so that what lanes leave behind is drained here at the latest.
+class Engine : public Watched {
+  public:
+    Engine() : completions(std::make_shared<Completions<>>()), poller(std::make_shared<Poller>()) {
+        poller->add(completions->fd(), *this);
+    }
+    ~Engine() override { drain(); }
+    Engine(const Engine&) = delete;
+    Engine& operator=(const Engine&) = delete;
+
+    std::shared_ptr<Completions<>> completions;
+    std::shared_ptr<Poller> poller;
+
+    void on_ready(uint32_t) noexcept override {}  // the drain that follows takes what is there
+
+    std::vector<Completion> drain() {
+        std::vector<Completion> out;
+        poller->run_ready();
+        CompletionNode* node = completions->drain();
+        while (node != nullptr) {
+            const std::unique_ptr<Result> result(static_cast<Result*>(node));
+            node = node->next;
+            out.push_back(to_completion(*result));
+        }
+        return out;
+    }
+
+  private:
+    // Cancelled requests were answered when they were cancelled; here only their memory comes back.
+    static Completion to_completion(Result& result) {
+        Completion completion{py::list(),
+                              py::list(),
+                              py::list(),
+                              py::list(),
+                              name_of(result.status.code),
+                              std::move(result.status.message),
+                              {},
+                              result.started_at,
+                              result.staged_at,
+                              result.finished_at};
+        ProcessResult* of_process = nullptr;
+        if (result.lane == Result::Lane::native) {
+            completion.output = std::move(static_cast<BatchResult&>(result).output);
+        } else {
+            of_process = static_cast<ProcessResult*>(&result);
+            for (AnswerPart& part : of_process->answers) {
+                completion.answers.append(py::make_tuple(static_cast<int>(part.kind), part.status, py::bytes(part.head),
+                                                         body_object(std::move(part.body))));
+            }
+            if (of_process->is_chunk) add_stream(completion, *of_process);
+        }
+        for (Request* request : result.requests) {
+            const State state = request->state.load(std::memory_order_acquire);
+            const int64_t arrived_at = request->arrived_at, queued_at = request->queued_at.load();
+            if (of_process != nullptr) release_buffer(*static_cast<ProcessRequest*>(request));
+            const auto owner =
+                py::reinterpret_steal<py::object>(static_cast<PyObject*>(result.pool->release(request)));
+            if (state == State::expired) {
+                completion.expired.append(owner);
+            } else {
+                // A place per row of the output, so that row i stays owner i's; None for a dropped result.
+                completion.owners.append(state == State::done ? owner : py::none());
+                if (of_process == nullptr) completion.stamps.append(py::make_tuple(arrived_at, queued_at));
+            }
+        }
+        return completion;
+    }
+
+    // The request of a streamed part goes on; it may be over already.
+    static void add_stream(Completion& completion, const ProcessResult& result) {
+        completion.code = "chunk";
+        auto* pool = static_cast<ProcessPool*>(result.pool.get());
+        const ProcessRequest* request = pool->find(result.chunk_ticket);
+        const bool goes_on = request != nullptr && request->state.load(std::memory_order_acquire) != State::cancelled;
+        completion.owners.append(goes_on ? py::reinterpret_borrow<py::object>(static_cast<PyObject*>(request->owner))
+                                         : py::none());
+    }
+
+    static void release_buffer(ProcessRequest& request) {
+        auto* buffer = static_cast<Py_buffer*>(std::exchange(request.buffer, nullptr));
+        if (buffer == nullptr) return;
+        PyBuffer_Release(buffer);
+        delete buffer;
+    }
+};
+
+inline std::unique_ptr<Py_buffer, void (*)(Py_buffer*)> buffer_of(const py::handle& object) {
+    auto view = std::make_unique<Py_buffer>();
+    if (PyObject_GetBuffer(object.ptr(), view.get(), PyBUF_SIMPLE) != 0) throw py::error_already_set();
+    return {view.release(), [](Py_buffer* held) {
+                PyBuffer_Release(held);
+                delete held;
+            }};
+}
+
+// When the request began to run, ns; 0 while it waits; -1 when it is over.
+template <class L>
+int64_t started_at(L& lane, uint64_t ticket) {
+    const auto* request = lane.find(ticket);
+    if (request == nullptr) return -1;
+    switch (request->state.load(std::memory_order_acquire)) {
+        case State::queued: return 0;
+        case State::batched:
+        case State::running: return request->started_at.load(std::memory_order_relaxed);
+        default: return -1;
+    }
+}
+
+template <size_t N>
+py::tuple histogram(const Histogram<N>& histogram) {
+    return py::make_tuple(py::cast(histogram.bounds()), py::cast(histogram.counts()), histogram.sum());
+}
+
+template <class L>
+py::dict stats(const L& lane) {
+    const LaneStats& s = lane.stats();
+    py::dict out;
+    out["queue"] = histogram(s.queue);
+    out["staging"] = histogram(s.staging);
+    out["inference"] = histogram(s.inference);
+    out["batch_size"] = histogram(s.batch_size);
+    out["submitted"] = s.submitted.load();
+    out["batches"] = s.batches.load();
+    out["failed"] = s.failed.load();
+    out["expired"] = s.expired.load();
+    out["cancelled"] = s.cancelled.load();
+    out["retried_singly"] = s.retried_singly.load();
+    out["staging_fallback"] = s.staging_fallback.load();
+    return out;
+}
+
+template <class L>
+void set_limits(L& lane, uint32_t batch_size_max, uint32_t batch_size_min, int64_t batch_delay_max_ns,
+                uint32_t running_max) {
+    BatchLimits limits;
+    limits.batch_size_max = batch_size_max;
+    limits.batch_size_min = batch_size_min;
+    limits.batch_delay_max_ns = batch_delay_max_ns;
+    limits.running_max = running_max;
+    lane.set_limits(limits);
+}
+
+void bind_process_lane(py::module_& m);
+
+}  // namespace pyserve
