@@ -8,7 +8,7 @@ import io
 import numpy as np
 import torch
 from PIL import Image
-from ts.torch_handler.base_handler import BaseHandler  # type: ignore[import-not-found]
+from ts.torch_handler.base_handler import BaseHandler
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

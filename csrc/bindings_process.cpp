@@ -24,7 +24,12 @@ uint64_t submit_bytes(ProcessLane& lane, const py::object& owner, const py::byte
     auto buffer = buffer_of(body);
     const std::string_view content(static_cast<const char*>(buffer->buf), static_cast<size_t>(buffer->len));
     const auto text = static_cast<std::string_view>(head);
-    if (text.size() > head_size_max) throw py::value_error("the head of a request is too long");
+    if (text.size() > head_size_max)
+        throw py::value_error("the head of a request may have " + std::to_string(head_size_max) + " bytes, not " +
+                              std::to_string(text.size()));
+    if (content.size() > body_size_max)
+        throw py::value_error("the body of a request may have " + std::to_string(body_size_max) + " bytes, not " +
+                              std::to_string(content.size()));
     ProcessRequest* request = lane.try_submit(text, content, flags, owner.ptr(), arrived_at, deadline);
     if (request == nullptr) throw std::overflow_error("the queue is full");
     if (content.size() > body_inline_max) request->buffer = buffer.release();
@@ -89,13 +94,21 @@ void send_answers(WorkerChannel& channel, uint64_t batch, const py::list& answer
     out.reserve(answers.size());
     held.reserve(answers.size());
     for (const py::handle& each : answers) {
+        if (!py::isinstance<py::tuple>(each) || py::len(each) != 5)
+            throw py::value_error("an answer is (ticket, kind, status, head, body)");
         const auto answer = py::reinterpret_borrow<py::tuple>(each);
-        if (answer.size() != 5) throw py::value_error("an answer is (ticket, kind, status, head, body)");
         OutgoingAnswer& made = out.emplace_back();
-        made.ticket = answer[0].cast<uint64_t>();
-        made.kind = static_cast<AnswerKind>(answer[1].cast<uint16_t>());
-        made.status = answer[2].cast<uint16_t>();
-        made.head = answer[3].cast<std::string_view>();
+        try {
+            made.ticket = answer[0].cast<uint64_t>();
+            made.kind = static_cast<AnswerKind>(answer[1].cast<uint16_t>());
+            made.status = answer[2].cast<uint16_t>();
+            made.head = answer[3].cast<std::string_view>();
+        } catch (const py::cast_error&) {
+            throw py::type_error("an answer is (ticket, kind, status, head, body): three numbers and two of bytes");
+        }
+        if (made.kind > AnswerKind::last)
+            throw py::value_error("the kind of an answer is 0, 1, 2 or 3, not " +
+                                  std::to_string(static_cast<int>(made.kind)));
         held.push_back(buffer_of(answer[4]));
         made.body = {static_cast<const char*>(held.back()->buf), static_cast<size_t>(held.back()->len)};
     }
@@ -150,7 +163,9 @@ void bind_process_lane(py::module_& m) {
         .def("receive", &receive, py::arg("timeout_ms") = -1)
         .def("begin", &WorkerChannel::begin, py::arg("batch_id"))
         .def("send", &send_answers, py::arg("batch_id"), py::arg("answers"))
-        .def("is_cancelled", &WorkerChannel::is_cancelled, py::arg("ticket"));
+        .def("is_cancelled", &WorkerChannel::is_cancelled, py::arg("ticket"))
+        .def("cancelled_tickets", &WorkerChannel::cancelled_tickets)
+        .def("fileno", &WorkerChannel::fd);
 }
 
 }  // namespace pyserve

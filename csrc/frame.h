@@ -30,6 +30,9 @@ inline constexpr uint32_t items_max = 1 << 16;
 inline constexpr uint64_t head_size_max = 1 << 20;
 inline constexpr uint64_t frame_size_max = uint64_t{1} << 30;
 inline constexpr uint64_t memory_size_max = uint64_t{1} << 30;
+// Of the heads and bodies of a batch together: as many as fit a frame even without the memory.
+inline constexpr uint64_t batch_bytes_max = frame_size_max - uint64_t{items_max} * 32;
+inline constexpr uint64_t body_size_max = batch_bytes_max - head_size_max;
 // Of the answer memory: the worker's notes, see WorkerNotes. Bodies lie behind it.
 inline constexpr uint64_t notes_size = 4096;
 
@@ -66,7 +69,7 @@ struct ItemHead {
     uint64_t body_size = 0;
     uint64_t offset = in_frame;
 };
-static_assert(sizeof(ItemHead) == 32);
+static_assert(sizeof(ItemHead) == 32);  // see batch_bytes_max
 
 struct AnswerHead {
     uint64_t ticket = 0;
@@ -105,7 +108,7 @@ struct Part {
     std::string_view body;  // empty when it lies in memory
 };
 
-// What is wrong with a frame's head, or nullptr. `expects` are the types that may come.
+// What is wrong with a frame's head, or nullptr.
 inline const char* problem_of(const FrameHead& head) {
     if (head.magic != frame_magic) return "bytes that are no frame";
     if (head.version != frame_version) return "a frame of another version";
@@ -121,6 +124,7 @@ const char* parse(const FrameHead& frame, std::string_view content, std::vector<
     const uint64_t heads_size = uint64_t{frame.count} * sizeof(Head);
     if (content.size() != frame.size || heads_size > content.size()) return "a frame whose size is not that of its parts";
     uint64_t at = heads_size;
+    uint64_t in_memory = 0;
     for (uint32_t i = 0; i < frame.count; ++i) {
         Part<Head> part{read_at<Head>(content.data() + i * sizeof(Head)), {}, {}};
         if (part.head.head_size > head_size_max || part.head.head_size > content.size() - at)
@@ -133,6 +137,10 @@ const char* parse(const FrameHead& frame, std::string_view content, std::vector<
             at += part.head.body_size;
         } else if (part.head.offset > memory_size_max || part.head.body_size > memory_size_max - part.head.offset) {
             return "a body beyond the end of the memory";
+        } else {
+            // The same bytes over and over would make a small frame one that fills our memory.
+            in_memory += part.head.body_size;
+            if (in_memory > memory_size_max) return "bodies that are larger than the memory";
         }
         parts.push_back(part);
     }

@@ -19,6 +19,19 @@ inline int duplicate(int fd) {
     return copy;
 }
 
+// A descriptor that is closed with its owner.
+class Descriptor {
+  public:
+    explicit Descriptor(int of) : fd_(duplicate(of)) {}
+    ~Descriptor() { close(fd_); }
+    Descriptor(const Descriptor&) = delete;
+    Descriptor& operator=(const Descriptor&) = delete;
+    operator int() const noexcept { return fd_; }
+
+  private:
+    const int fd_;
+};
+
 // False if not all could be written.
 inline bool write_at(int fd, std::string_view bytes, uint64_t offset) {
     while (!bytes.empty()) {

@@ -35,6 +35,8 @@ class Pool : public RequestOwner {
     T* allocate() {
         if (free_.empty()) {
             const auto index = static_cast<uint32_t>(requests_.size());
+            // Room for all of them, so that a release needs no memory.
+            if (free_.capacity() <= index) free_.reserve(2 * size_t{index} + 16);
             requests_.emplace_back().index = index;
             free_.push_back(index);
         }

@@ -39,9 +39,16 @@ ProcessRequest* ProcessLane::try_submit(std::string_view head, std::string_view 
     if (batcher_.queue_size() >= batcher_.capacity()) purge();
     if (batcher_.queue_size() >= batcher_.capacity()) return nullptr;
     ProcessRequest* request = shared_.pool->allocate();
+    const bool is_small = body.size() <= body_inline_max;
+    try {
+        request->text.reserve(head.size() + (is_small ? body.size() : 0));
+    } catch (...) {
+        shared_.pool->release(request);
+        throw;
+    }
     request->text.assign(head);
     request->head_size = head.size();
-    if (body.size() <= body_inline_max) {
+    if (is_small) {
         request->text += body;
     } else {
         request->body = body.data();
@@ -51,7 +58,7 @@ ProcessRequest* ProcessLane::try_submit(std::string_view head, std::string_view 
     request->owner = owner;
     request->arrived_at = arrived_at;
     request->deadline.store(deadline, std::memory_order_relaxed);
-    request->input_size.store(static_cast<int64_t>(body.size()), std::memory_order_relaxed);
+    request->input_size.store(static_cast<int64_t>(head.size() + body.size()), std::memory_order_relaxed);
     request->queued_at.store(SteadyClock::now_ns(), std::memory_order_relaxed);
     request->started_at.store(0, std::memory_order_relaxed);
     request->state.store(State::queued, std::memory_order_release);
@@ -72,7 +79,10 @@ bool ProcessLane::cancel(uint64_t ticket) {
 }
 
 void ProcessLane::set_limits(const BatchLimits& limits) {
-    batcher_.set_limits(limits);
+    BatchLimits fitting = limits;  // what one frame holds
+    fitting.batch_size_max = std::min(limits.batch_size_max, items_max);
+    fitting.batch_bytes_max = std::min(limits.batch_bytes_max, static_cast<int64_t>(batch_bytes_max));
+    batcher_.set_limits(fitting);
     feed();
 }
 
@@ -128,8 +138,10 @@ void ProcessLane::stop_worker(uint32_t id) {
 void ProcessLane::remove_worker(uint32_t id) {
     const auto found = std::find_if(workers_.begin(), workers_.end(), [id](const auto& w) { return w->id() == id; });
     if (found == workers_.end()) return;
-    const std::unique_ptr<ProcessWorker> removed = std::move(*found);
+    std::unique_ptr<ProcessWorker> removed = std::move(*found);
     workers_.erase(found);
+    removed.reset();
+    feed();  // others may run in its place
 }
 
 void ProcessLane::close() {

@@ -34,6 +34,7 @@ class ProcessLane : public Watched {
 
     // Queues one request. nullptr when the ring is full even without its dead requests. `head`, and `body` up to
     // body_inline_max bytes, are copied; a larger body must stay where it is until the request is released.
+    // REQUIRES: head.size() <= head_size_max and body.size() <= body_size_max.
     ProcessRequest* try_submit(std::string_view head, std::string_view body, uint32_t flags, void* owner,
                                int64_t arrived_at, int64_t deadline);
 

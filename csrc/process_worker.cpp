@@ -27,24 +27,19 @@ constexpr uint64_t memory_kept = 1 << 20;   // bytes of a memory file that an id
 
 ProcessWorker::ProcessWorker(ProcessLaneShared& shared, uint32_t id, int socket, int request_memory, int answer_memory,
                              size_t in_flight_max)
-    : shared_(shared), id_(id), in_flight_max_(in_flight_max) {
-    try {
-        socket_ = duplicate(socket);
-        request_memory_ = duplicate(request_memory);
-        answer_memory_ = duplicate(answer_memory);
-        shared_.poller->add(socket_, *this);
-    } catch (...) {
-        for (const int fd : {socket_, request_memory_, answer_memory_}) {
-            if (fd >= 0) close(fd);
-        }
-        throw;
-    }
+    : shared_(shared), id_(id), in_flight_max_(in_flight_max), socket_(socket), request_memory_(request_memory),
+      answer_memory_(answer_memory) {
+    shared_.poller->add(socket_, *this);
     ++shared_.ready_count;
 }
 
 ProcessWorker::~ProcessWorker() {
     if (state_ == ProcessState::ready) die("it was removed");
-    for (const int fd : {socket_, request_memory_, answer_memory_}) close(fd);
+    try {
+        abandon();  // nothing, unless it died for want of memory
+    } catch (const std::exception&) {
+        // The requests stay with the loop's time limits.
+    }
 }
 
 void ProcessWorker::stop() noexcept {
@@ -63,11 +58,11 @@ void ProcessWorker::on_ready(uint32_t events) noexcept {
         } else {
             end_if_done();
         }
-        shared_.feed();
-        flush();
     } catch (const std::exception& error) {
-        die(std::string("serving it failed: ") + error.what());
+        die("serving it failed: ", error.what());
     }
+    shared_.feed();
+    flush();
 }
 
 bool ProcessWorker::take(int64_t& wake_at) noexcept {
@@ -83,7 +78,7 @@ bool ProcessWorker::take(int64_t& wake_at) noexcept {
         send_batch(take_);
         return true;
     } catch (const std::exception& error) {
-        die(std::string("sending to it failed: ") + error.what());
+        die("sending to it failed: ", error.what());
         return false;
     }
 }
@@ -99,7 +94,7 @@ bool ProcessWorker::take_ahead() noexcept {
         send_batch(take_);
         return true;
     } catch (const std::exception& error) {
-        die(std::string("sending to it failed: ") + error.what());
+        die("sending to it failed: ", error.what());
         return false;
     }
 }
@@ -111,50 +106,48 @@ size_t ProcessWorker::ahead_max() const {
 }
 
 void ProcessWorker::send_batch(Take& take) {
-    Flight flight;
-    flight.taken_at = SteadyClock::now_ns();
-    flight.holds_permit = !is_multiplexed();
-    flight.id = next_batch_++;
     try {
-        std::vector<Request*> dead;
-        if (!take.dropped.empty()) dead = std::move(take.dropped);
-        flight.requests.reserve(take.requests.size());
-        for (Request* request : take.requests) {
-            if (request->try_move(State::batched, State::running))
-                flight.requests.push_back({static_cast<ProcessRequest*>(request)});
-            else
-                dead.push_back(request);
-        }
-        take.clear();
-        if (!dead.empty()) drop(dead);
+        flights_.emplace_back();
     } catch (...) {
-        if (flight.holds_permit) shared_.batcher->leave();
+        if (!is_multiplexed()) shared_.batcher->leave();
         throw;
     }
+    Flight& flight = flights_.back();
+    flight.taken_at = flight.sent_at = SteadyClock::now_ns();
+    flight.holds_permit = !is_multiplexed();
+    flight.id = next_batch_++;
+    flight.requests.reserve(take.requests.size());
+    for (Request* request : take.requests) {
+        if (request->try_move(State::batched, State::running))
+            flight.requests.push_back({static_cast<ProcessRequest*>(request)});
+        else
+            take.dropped.push_back(request);  // the batcher has reserved as much as the ring holds
+    }
+    take.requests.clear();
+    if (!take.dropped.empty()) drop(take.dropped);
     if (flight.requests.empty()) {
         if (flight.holds_permit) shared_.batcher->leave();
+        flights_.pop_back();
         return;
     }
     flight.open_count = flight.requests.size();
     in_flight_count_ += flight.open_count;
-    flights_.push_back(std::move(flight));
-    Flight& sent = flights_.back();
-    if (flights_.size() == 1) begin_front();
+    if (flights_.size() == 1 || is_multiplexed()) begin(flight);
 
     std::string heads, rest;
-    for (const Waiting& waiting : sent.requests) write_item(*waiting.request, heads, rest, sent);
+    for (const Waiting& waiting : flight.requests) write_item(*waiting.request, heads, rest, flight);
     FrameHead head;
     head.type = FrameType::batch;
-    head.batch = sent.id;
-    head.count = static_cast<uint32_t>(sent.requests.size());
+    head.batch = flight.id;
+    head.count = static_cast<uint32_t>(flight.requests.size());
     head.flags = static_cast<uint32_t>(shared_.intra_op_threads);
     head.size = heads.size() + rest.size();
     append(out_, head);
     out_ += heads;
     out_ += rest;
-    sent.sent_at = SteadyClock::now_ns();
+    flight.sent_at = SteadyClock::now_ns();
     // Several batches that go ahead leave in one write, unless there is much of it.
-    if (flights_.size() == 1 || out_.size() - out_sent_ > 65536) flush();
+    if (flights_.size() == 1 || is_multiplexed() || out_.size() - out_sent_ > 65536) flush();
 }
 
 void ProcessWorker::write_item(const ProcessRequest& request, std::string& heads, std::string& rest, Flight& flight) {
@@ -182,11 +175,10 @@ void ProcessWorker::flush() noexcept {
         const ssize_t sent = send(socket_, out_.data() + out_sent_, out_.size() - out_sent_, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (sent < 0) {
             if (errno == EINTR) continue;
-            if (errno == EAGAIN || errno == EWOULDBLOCK) {
-                watch_writing(true);
-                return;
-            }
-            break;  // it has gone, which is noticed when what it sent before has been read
+            if (errno == EAGAIN || errno == EWOULDBLOCK) return watch_writing(true);
+            // It takes nothing any more, though it may be there still: the end, when what it sent has been read.
+            shutdown(socket_, SHUT_RDWR);
+            break;
         }
         out_sent_ += static_cast<size_t>(sent);
     }
@@ -210,10 +202,7 @@ bool ProcessWorker::receive() {
         const ssize_t got = recv(socket_, to, room, MSG_DONTWAIT);
         if (got < 0 && errno == EINTR) continue;
         if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return true;
-        if (got <= 0) {
-            fail("its connection ended");
-            return false;
-        }
+        if (got <= 0) return fail("its connection ended");
         in_.received(static_cast<size_t>(got));
         FrameHead head;
         std::string_view content;
@@ -222,40 +211,28 @@ bool ProcessWorker::receive() {
             if (!on_frame(head, content)) return false;
             in_.take(head);
         }
-        if (problem != nullptr) {
-            fail(std::string("it sent ") + problem);
-            return false;
-        }
+        if (problem != nullptr) return fail(std::string("it sent ") + problem);
         if (static_cast<size_t>(got) < room) return true;
     }
     return true;
 }
 
 bool ProcessWorker::on_frame(const FrameHead& head, std::string_view content) {
-    if (head.type != FrameType::answers) {
-        fail("it sent a frame of a type that workers do not send");
-        return false;
-    }
+    if (head.type != FrameType::answers) return fail("it sent a frame of a type that workers do not send");
     const auto flight = std::find_if(flights_.begin(), flights_.end(), [&](const Flight& f) { return f.id == head.batch; });
-    if (flight == flights_.end()) {
-        fail("it sent answers for a batch that it does not have");
-        return false;
-    }
-    if (const char* problem = parse(head, content, parts_)) {
-        fail(std::string("it sent ") + problem);
-        return false;
-    }
+    if (flight == flights_.end()) return fail("it sent answers for a batch that it does not have");
+    if (const char* problem = parse(head, content, parts_)) return fail(std::string("it sent ") + problem);
     if (!on_answers(*flight, parts_)) return false;
     if (flight->open_count > 0) return true;
     const bool was_front = flight == flights_.begin();
     Flight ended = std::move(*flight);
     flights_.erase(flight);
-    if (was_front) finish_front(ended);
+    if (was_front || is_multiplexed()) observe(ended);
     if (ended.holds_permit) shared_.batcher->leave();
     shared_.stats.batches.fetch_add(1, std::memory_order_relaxed);
     ++batches_;
     trim(ended);
-    if (was_front && !flights_.empty()) begin_front();
+    if (was_front && !flights_.empty() && !is_multiplexed()) begin(flights_.front());
     if (flights_.empty()) running_since_ = 0;
     return true;
 }
@@ -266,6 +243,20 @@ bool ProcessWorker::on_answers(Flight& flight, const std::vector<Part<AnswerHead
     result->staged_at = flight.sent_at;
     result->finished_at = SteadyClock::now_ns();
     running_since_ = result->finished_at;
+    try {
+        collect(flight, parts, *result);
+    } catch (...) {
+        deliver(std::move(result));  // what is in it has left the flight
+        throw;
+    }
+    deliver(std::move(result));
+    return error_.empty();
+}
+
+void ProcessWorker::collect(Flight& flight, const std::vector<Part<AnswerHead>>& parts, ProcessResult& result) {
+    const size_t count = std::min(parts.size(), flight.open_count);
+    result.answers.reserve(count);
+    result.requests.reserve(count);
     bool used_memory = false;
     for (const auto& part : parts) {
         Waiting* waiting = nullptr;
@@ -294,8 +285,8 @@ bool ProcessWorker::on_answers(Flight& flight, const std::vector<Part<AnswerHead
             fail("it sent an answer of an unknown kind");
             break;
         }
-        result->answers.push_back(std::move(answer));
-        result->requests.push_back(waiting->request);
+        result.answers.push_back(std::move(answer));
+        result.requests.push_back(waiting->request);
         waiting->is_over = true;
         --flight.open_count;
         --in_flight_count_;
@@ -305,19 +296,20 @@ bool ProcessWorker::on_answers(Flight& flight, const std::vector<Part<AnswerHead
         copied.type = FrameType::copied;
         append(out_, copied);
     }
-    if (!result->requests.empty()) {
-        LaneStats& stats = shared_.stats;
-        for (size_t i = 0; i < result->requests.size(); ++i) {
-            Request* request = result->requests[i];
-            stats.queue.observe(static_cast<double>(result->started_at - request->queued_at.load()) * seconds_per_ns);
-            if (!request->try_move(State::running, State::done))
-                stats.cancelled.fetch_add(1, std::memory_order_relaxed);
-            else if (result->answers[i].kind == AnswerKind::error)
-                stats.failed.fetch_add(1, std::memory_order_relaxed);
-        }
-        shared_.complete(std::move(result));
+}
+
+void ProcessWorker::deliver(std::unique_ptr<ProcessResult> result) noexcept {
+    if (result->requests.empty()) return;
+    LaneStats& stats = shared_.stats;
+    for (size_t i = 0; i < result->requests.size(); ++i) {
+        Request* request = result->requests[i];
+        stats.queue.observe(static_cast<double>(result->started_at - request->queued_at.load()) * seconds_per_ns);
+        if (!request->try_move(State::running, State::done))
+            stats.cancelled.fetch_add(1, std::memory_order_relaxed);
+        else if (result->answers[i].kind == AnswerKind::error)
+            stats.failed.fetch_add(1, std::memory_order_relaxed);
     }
-    return error_.empty();
+    shared_.complete(std::move(result));
 }
 
 bool ProcessWorker::read_body(const Part<AnswerHead>& part, std::string& body, bool& used_memory) {
@@ -371,16 +363,18 @@ void ProcessWorker::tell_cancelled(uint64_t ticket) noexcept {
     }
 }
 
-void ProcessWorker::begin_front() {
-    Flight& front = flights_.front();
-    front.started_at = SteadyClock::now_ns();
-    running_since_ = front.started_at;
-    for (const Waiting& waiting : front.requests) {
-        waiting.request->started_at.store(front.started_at, std::memory_order_relaxed);
+// The process comes to it now.
+void ProcessWorker::begin(Flight& flight) {
+    flight.started_at = SteadyClock::now_ns();
+    // In multiplexed mode a process that is stuck does not come to life by what it is sent.
+    if (running_since_ == 0 || !is_multiplexed()) running_since_ = flight.started_at;
+    for (const Waiting& waiting : flight.requests) {
+        if (waiting.is_over) continue;
+        waiting.request->started_at.store(flight.started_at, std::memory_order_relaxed);
     }
 }
 
-void ProcessWorker::finish_front(const Flight& flight) {
+void ProcessWorker::observe(const Flight& flight) {
     const auto time = static_cast<double>(SteadyClock::now_ns() - flight.started_at);
     batch_time_ns_ = measured_ == 0 ? time : batch_time_ns_ + average_weight * (time - batch_time_ns_);
     // One slow batch says more than many fast ones: what is sent behind it waits for it.
@@ -428,13 +422,17 @@ void ProcessWorker::end_if_done() {
     end(ProcessState::stopped);
 }
 
-void ProcessWorker::die(const std::string& text) noexcept {
+void ProcessWorker::die(std::string_view what, std::string_view why) noexcept {
     if (state_ != ProcessState::ready) return;
     try {
-        fail(text);
+        fail(std::string(what).append(why));
+    } catch (const std::exception&) {
+        // Without memory for the reason it dies all the same.
+    }
+    try {
         abandon();
     } catch (const std::exception&) {
-        // Out of memory twice: the requests stay with the loop's time limits.
+        // What is left comes back when the worker is removed.
     }
     if (!is_stopping_) --shared_.ready_count;
     end(ProcessState::died);
@@ -448,30 +446,42 @@ void ProcessWorker::end(ProcessState state) noexcept {
     shared_.completions->signal();
 }
 
-// The end: whatever is still with the process comes back unanswered.
+// The end: whatever is still with the process comes back unanswered. If it throws, nothing is lost: see flights_.
 void ProcessWorker::abandon() {
     WorkerNotes notes;
     if (pread(answer_memory_, &notes, sizeof notes, 0) != sizeof notes) notes.begun = UINT64_MAX;
     while (!flights_.empty()) {
-        Flight flight = std::move(flights_.front());
-        flights_.pop_front();
-        if (flight.holds_permit) shared_.batcher->leave();
-        auto result = std::make_unique<ProcessResult>();
-        result->status.code = flight.id > notes.begun ? Code::not_run : Code::worker_died;
-        result->status.message = error_;
-        result->started_at = flight.started_at;
-        result->staged_at = flight.sent_at;
-        result->finished_at = SteadyClock::now_ns();
+        const Flight& flight = flights_.front();
+        std::vector<Request*> open;
+        open.reserve(flight.requests.size());
         for (const Waiting& waiting : flight.requests) {
-            if (waiting.is_over) continue;
-            if (waiting.request->try_move(State::running, State::done))
-                shared_.stats.failed.fetch_add(1, std::memory_order_relaxed);
-            else
-                shared_.stats.cancelled.fetch_add(1, std::memory_order_relaxed);
-            result->requests.push_back(waiting.request);
+            if (!waiting.is_over) open.push_back(waiting.request);
         }
-        if (!result->requests.empty()) shared_.complete(std::move(result));
+        hand_back(open, flight.id > notes.begun ? Code::not_run : Code::worker_died, flight);
+        if (flight.holds_permit) shared_.batcher->leave();
+        flights_.pop_front();
     }
+    hand_back(take_.requests, Code::not_run, {});
+    if (!take_.dropped.empty()) drop(take_.dropped);
+}
+
+void ProcessWorker::hand_back(std::vector<Request*>& requests, Code code, const Flight& flight) {
+    if (requests.empty()) return;
+    auto result = std::make_unique<ProcessResult>();
+    result->status.message = error_;
+    result->status.code = code;
+    result->started_at = flight.started_at;
+    result->staged_at = flight.sent_at;
+    result->finished_at = SteadyClock::now_ns();
+    for (Request* request : requests) {
+        if (request->try_move(State::running, State::done) || request->try_move(State::batched, State::done))
+            shared_.stats.failed.fetch_add(1, std::memory_order_relaxed);
+        else
+            shared_.stats.cancelled.fetch_add(1, std::memory_order_relaxed);
+    }
+    result->requests = std::move(requests);
+    requests.clear();
+    shared_.complete(std::move(result));
 }
 
 }  // namespace pyserve

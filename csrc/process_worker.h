@@ -9,7 +9,10 @@
 //
 // Cheap handlers are given several batches ahead, so that the process need not wait for the next one to come; how many
 // follows from the time that its batches take. Requests of a batch that the process has not come to yet do not count
-// as running: their started_at stays 0.
+// as running: their started_at stays 0. In multiplexed mode all of them run.
+//
+// Every request is at any moment in one place, `flights_` or `take_`; it leaves that place when the result that carries
+// it is complete. So when memory runs out half-way, what was taken still comes back.
 //
 // Threads: loop thread only.
 #pragma once
@@ -24,6 +27,7 @@
 
 #include "batcher.h"
 #include "frame.h"
+#include "memory_file.h"
 #include "poller.h"
 #include "pool.h"
 #include "result.h"
@@ -139,7 +143,7 @@ class ProcessWorker : public Watched {
         size_t next = 0;  // where the next answer's request probably is
         int64_t taken_at = 0;
         int64_t sent_at = 0;
-        int64_t started_at = 0;  // 0 until it is at the front
+        int64_t started_at = 0;  // 0 until the process has come to it
         bool uses_memory = false;
         bool holds_permit = false;
     };
@@ -152,22 +156,28 @@ class ProcessWorker : public Watched {
     bool receive();
     bool on_frame(const FrameHead& head, std::string_view content);
     bool on_answers(Flight& flight, const std::vector<Part<AnswerHead>>& parts);
+    void collect(Flight& flight, const std::vector<Part<AnswerHead>>& parts, ProcessResult& result);
+    void deliver(std::unique_ptr<ProcessResult> result) noexcept;
     bool read_body(const Part<AnswerHead>& part, std::string& body, bool& used_memory);
     void on_chunk(Waiting& waiting, AnswerPart part, uint64_t ticket);
-    void begin_front();
-    void finish_front(const Flight& flight);
+    void begin(Flight& flight);
+    void observe(const Flight& flight);
     void trim(const Flight& flight);
     void drop(std::vector<Request*>& requests);
     void end_if_done();
     void end(ProcessState state) noexcept;
-    void die(const std::string& text) noexcept;
+    void die(std::string_view what, std::string_view why = {}) noexcept;
     void abandon();
-    void fail(const std::string& text) { if (error_.empty()) error_ = text; }
+    void hand_back(std::vector<Request*>& requests, Code code, const Flight& flight);
+    bool fail(const std::string& text) {
+        if (error_.empty()) error_ = text;
+        return false;
+    }
 
     ProcessLaneShared& shared_;
     const uint32_t id_;
     const size_t in_flight_max_;
-    int socket_ = -1, request_memory_ = -1, answer_memory_ = -1;
+    const Descriptor socket_, request_memory_, answer_memory_;
     bool is_stopping_ = false;
     bool waits_to_write_ = false;  // as the poller was told
     ProcessState state_ = ProcessState::ready;

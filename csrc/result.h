@@ -15,7 +15,7 @@ namespace pyserve {
 struct Result : CompletionNode {
     enum class Lane : uint8_t { native, process };
 
-    explicit Result(Lane lane) : lane(lane) {}
+    explicit Result(Lane of) : lane(of) {}
     virtual ~Result() = default;
 
     const Lane lane;

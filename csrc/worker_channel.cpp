@@ -5,7 +5,10 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <climits>
+#include <stdexcept>
 #include <system_error>
 #include <utility>
 
@@ -22,10 +25,8 @@ constexpr size_t cancelled_max = 4096;
 
 }  // namespace
 
-WorkerChannel::WorkerChannel(int socket, int request_memory, int answer_memory) {
-    socket_ = duplicate(socket);
-    request_memory_ = duplicate(request_memory);
-    answer_memory_ = duplicate(answer_memory);
+WorkerChannel::WorkerChannel(int socket, int request_memory, int answer_memory)
+    : socket_(socket), request_memory_(request_memory), answer_memory_(answer_memory) {
     const off_t size = lseek(answer_memory_, 0, SEEK_END);
     memory_size_ = size < 0 ? 0 : static_cast<uint64_t>(size);
     if (memory_size_ < notes_size) throw std::system_error(EINVAL, std::generic_category(), "the answer memory");
@@ -35,21 +36,20 @@ WorkerChannel::WorkerChannel(int socket, int request_memory, int answer_memory) 
 }
 
 WorkerChannel::~WorkerChannel() {
-    if (notes_ != nullptr) munmap(notes_, notes_size);
-    for (const int fd : {socket_, request_memory_, answer_memory_}) {
-        if (fd >= 0) close(fd);
-    }
+    munmap(notes_, notes_size);
 }
 
 WorkerChannel::Got WorkerChannel::receive(IncomingBatch& batch, int timeout_ms) {
     const int64_t limit = timeout_ms < 0 ? never_ns : SteadyClock::now_ns() + int64_t{timeout_ms} * 1'000'000;
     for (;;) {
+        // Without a server nobody waits for the batches that are here; it may have given them to another worker.
+        if (is_closed_) return Got::closed;
         if (!batches_.empty()) {
             batch = std::move(batches_.front());
             batches_.pop_front();
             return Got::batch;
         }
-        if (told_to_stop_ || is_closed_) {
+        if (told_to_stop_) {
             flush();
             return Got::closed;
         }
@@ -60,7 +60,7 @@ WorkerChannel::Got WorkerChannel::receive(IncomingBatch& batch, int timeout_ms) 
         if (timeout_ms >= 0) {
             const int64_t left = limit - SteadyClock::now_ns();
             if (left <= 0) return Got::timeout;
-            wait_ms = static_cast<int>(left / 1'000'000) + 1;
+            wait_ms = static_cast<int>(std::min<int64_t>(left / 1'000'000 + 1, INT_MAX));
         }
         const int ready = poll(&fd, 1, wait_ms);
         if (ready < 0 && errno == EINTR) return Got::interrupted;
@@ -71,28 +71,35 @@ WorkerChannel::Got WorkerChannel::receive(IncomingBatch& batch, int timeout_ms) 
 void WorkerChannel::begin(uint64_t batch) noexcept { __atomic_store_n(&notes_->begun, batch, __ATOMIC_RELEASE); }
 
 bool WorkerChannel::send(uint64_t batch, const std::vector<OutgoingAnswer>& answers) {
-    if (out_.empty()) out_since_ = SteadyClock::now_ns();
+    if (answers.size() > items_max) throw std::length_error("a batch has too many answers");
     std::string heads, rest;
     uint64_t memory_used = notes_size;
-    const bool may_use_memory = !memory_busy_;
     for (const OutgoingAnswer& answer : answers) {
+        if (answer.head.size() > head_size_max)
+            throw std::length_error("the head of an answer may have " + std::to_string(head_size_max) +
+                                    " bytes, not " + std::to_string(answer.head.size()));
         AnswerHead head;
         head.ticket = answer.ticket;
         head.kind = answer.kind;
         head.status = answer.status;
         head.head_size = static_cast<uint32_t>(answer.head.size());
         head.body_size = answer.body.size();
-        if (may_use_memory && answer.body.size() > body_inline_max &&
+        if (!memory_busy_ && answer.body.size() > body_inline_max &&
             answer.body.size() <= memory_size_ - memory_used && write_at(answer_memory_, answer.body, memory_used)) {
             head.offset = memory_used;
             memory_used += answer.body.size();
-            memory_busy_ = true;
         }
         append(heads, head);
         rest += answer.head;
         if (head.offset == in_frame) rest += answer.body;
+        if (heads.size() + rest.size() > frame_size_max)
+            throw std::length_error("the answers of a batch may have " + std::to_string(frame_size_max) + " bytes");
+    }
+    for (const OutgoingAnswer& answer : answers) {
         if (answer.kind != AnswerKind::chunk) cancelled_.erase(answer.ticket);
     }
+    if (memory_used > notes_size) memory_busy_ = true;
+    if (out_.empty()) out_since_ = SteadyClock::now_ns();
     FrameHead frame;
     frame.type = FrameType::answers;
     frame.batch = batch;
@@ -184,7 +191,7 @@ void WorkerChannel::on_frame(const FrameHead& head, std::string_view content) {
         }
         case FrameType::cancel:
             if (content.size() != sizeof(uint64_t)) break;
-            if (cancelled_.size() < cancelled_max) cancelled_.insert(read_at<uint64_t>(content.data()));
+            on_cancel(read_at<uint64_t>(content.data()));
             return;
         case FrameType::copied:
             memory_busy_ = false;
@@ -196,6 +203,15 @@ void WorkerChannel::on_frame(const FrameHead& head, std::string_view content) {
             break;
     }
     is_closed_ = true;  // not our server
+}
+
+// The answer may have left already, so that some are kept in vain: the oldest are forgotten.
+void WorkerChannel::on_cancel(uint64_t ticket) {
+    if (!cancelled_.insert(ticket).second) return;
+    cancels_.push_back(ticket);
+    if (cancels_.size() <= cancelled_max) return;
+    cancelled_.erase(cancels_.front());
+    cancels_.pop_front();
 }
 
 }  // namespace pyserve

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "frame.h"
+#include "memory_file.h"
 
 namespace pyserve {
 
@@ -53,9 +54,14 @@ class WorkerChannel {
     // The batch is about to be handed to the handler.
     void begin(uint64_t batch) noexcept;
     // False when the server is gone. Answers of cheap batches may leave together, at the latest with `receive`.
+    // Throws std::length_error if they do not fit a frame; none of them is sent then.
     bool send(uint64_t batch, const std::vector<OutgoingAnswer>& answers);
     // Whether the client of a request has gone, as far as the server has said.
     bool is_cancelled(uint64_t ticket);
+    // Those of which is_cancelled is true.
+    std::vector<uint64_t> cancelled_tickets() const { return {cancelled_.begin(), cancelled_.end()}; }
+    // Readable when receive() may have something.
+    int fd() const noexcept { return socket_; }
     // Copies a body out of the request memory. False if it is not there.
     bool read_body(const IncomingItem& item, char* to) const;
 
@@ -63,12 +69,14 @@ class WorkerChannel {
     bool flush();
     bool read_available();
     void on_frame(const FrameHead& head, std::string_view content);
+    void on_cancel(uint64_t ticket);
 
-    int socket_ = -1, request_memory_ = -1, answer_memory_ = -1;
+    Descriptor socket_, request_memory_, answer_memory_;
     WorkerNotes* notes_ = nullptr;
     FrameBuffer in_;
     std::deque<IncomingBatch> batches_;
     std::unordered_set<uint64_t> cancelled_;
+    std::deque<uint64_t> cancels_;  // as they came, also of requests that are over
     std::vector<Part<ItemHead>> parts_;
     std::string out_;
     int64_t out_since_ = 0;       // ns

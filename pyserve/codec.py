@@ -238,9 +238,7 @@ class _Form:
         self.is_complete = True
 
 
-def encode_result(
-    value: Any, on_nan: Callable[[], None] | None = None
-) -> bytes | bytearray | memoryview:
+def encode_result(value: Any, on_nan: Callable[[], None] | None = None) -> bytes | bytearray | memoryview:
     """What a handler returned for one request, as the bytes of the answer (contract: section 1.6).
 
     Args:

@@ -184,6 +184,7 @@ class Code:
         function: what is called, None if `handler` is.
         handler: an instance of the module's class, None if there is a function.
         name: for people.
+        names_set: names of each module of the archive that had a value once it was imported; for `pyserve dev`.
     """
 
     def __init__(self, spec: WorkerSpec):
@@ -196,6 +197,7 @@ class Code:
         self.function: Callable[[Any, Context], Any] | None = None
         self.handler: Any = None
         self.name = ""
+        self.names_set: dict[str, set[str]] = {}
         self._path_before = list(sys.path)
         self._displaced: dict[str, ModuleType] = {}
 
@@ -206,6 +208,11 @@ class Code:
         if file.is_file():
             self.module = import_file(file, self.module_name)
             self._take(self.module, file.name)
+            if self._spec.watch:
+                self.names_set = {
+                    name: {key for key, value in vars(module).items() if value is not None}
+                    for name, module in self.own_modules().items()
+                }
             return
         from pyserve.handler import BUILT_IN  # brings torch
 
@@ -246,12 +253,16 @@ class Code:
         try:
             fresh.load()
         except BaseException:
-            for name in self.own_modules():
-                del sys.modules[name]
-            sys.modules.update(old)
+            fresh.give_way(old)
             raise
-        fresh._path_before, fresh._displaced = self._path_before, self._displaced
+        fresh._path_before, fresh._displaced = self._path_before, {**fresh._displaced, **self._displaced}
         return fresh
+
+    def give_way(self, old: dict[str, ModuleType]) -> None:
+        """Puts the modules ``old`` in place of this code's."""
+        for name in self.own_modules():
+            del sys.modules[name]
+        sys.modules.update(old)
 
     def own_modules(self) -> dict[str, ModuleType]:
         """Name -> module, of those whose file is in the archive."""
@@ -278,16 +289,52 @@ class Code:
         """Finds in ``module`` what is to be called."""
         found = getattr(module, self.function_name or DEFAULT_FUNCTION, None)
         if callable(found) and not inspect.isclass(found):
-            _check_call(found, 2, f"{self.function_name or DEFAULT_FUNCTION} in {label}", "(data, context)")
+            self._check_call(found, 2, f"{self.function_name or DEFAULT_FUNCTION} in {label}", "(data, context)")
             self.function = found
             self.name = f"{self.function_name or DEFAULT_FUNCTION} in {label}"
             return
-        if found is None and self.function_name is not None:
-            raise ModelLoadError(f"{label} has no function {self.function_name!r}; it defines: {_functions(module)}")
+        if self.function_name is not None and not callable(found):
+            raise ModelLoadError(
+                f"{label} has no function {self.function_name!r}; it defines: {_functions(module)}",
+                detail={"where": label},
+            )
         cls = found if inspect.isclass(found) else _only_class(module, label)
         self.name = f"{cls.__name__} in {label}"
-        _check_class(cls, self.name)
+        self._check_class(cls, self.name)
         self.handler = cls()
+
+    def _check_class(self, cls: type, label: str) -> None:
+        missing = [name for name in ("initialize", "handle") if not callable(getattr(cls, name, None))]
+        if missing:
+            raise ModelLoadError(
+                f"{label} has no method {' and no method '.join(missing)}; a handler needs initialize(self, context) "
+                "and handle(self, data, context). Derive it from ts.torch_handler.base_handler.BaseHandler to inherit "
+                "them.",
+                detail={"where": describe_place(cls, self.model_dir)},
+            )
+        try:
+            inspect.signature(cls).bind()
+        except TypeError as error:
+            raise ModelLoadError(
+                f"{label} is made without arguments, but its __init__ needs some: {error}",
+                detail={"where": describe_place(cls.__init__, self.model_dir)},  # type: ignore[misc]
+            ) from None
+        except ValueError:
+            pass  # no signature to look at
+        for name, count, wanted in (("initialize", 2, "(self, context)"), ("handle", 3, "(self, data, context)")):
+            is_static = isinstance(inspect.getattr_static(cls, name), staticmethod)
+            self._check_call(getattr(cls, name), count - is_static, f"{name} of {label}", wanted)
+
+    def _check_call(self, function: Callable[..., Any], count: int, label: str, wanted: str) -> None:
+        if not inspect.isfunction(function):
+            return
+        try:
+            inspect.signature(function).bind(*[None] * count)
+        except TypeError as error:
+            raise ModelLoadError(
+                f"{label} takes {inspect.signature(function)}; it is called with {wanted}: {error}",
+                detail={"where": describe_place(function, self.model_dir)},
+            ) from None
 
 
 def import_file(path: Path, name: str) -> ModuleType:
@@ -331,7 +378,8 @@ def _only_class(module: ModuleType, label: str) -> type:
     if not classes:
         raise ModelLoadError(
             f"{label} defines neither a function handle(data, context) nor a class; define one of them, or name "
-            f"another function with --handler {label}:function. It defines: {_functions(module)}"
+            f"another function with --handler {label}:function. It defines: {_functions(module)}",
+            detail={"where": label},
         )
     names = ", ".join(cls.__name__ for cls in classes)
     handlers = [cls for cls in classes if callable(getattr(cls, "handle", None))]
@@ -342,7 +390,10 @@ def _only_class(module: ModuleType, label: str) -> type:
         mend += "another file, packed with --extra-files"
     else:
         mend = "keep the handler's class there and move the others to another file, packed with --extra-files"
-    raise ModelLoadError(f"{label} defines {len(classes)} classes ({names}); the handler must be the only one. {mend}")
+    raise ModelLoadError(
+        f"{label} defines {len(classes)} classes ({names}); the handler must be the only one. {mend}",
+        detail={"where": label},
+    )
 
 
 def _functions(module: ModuleType) -> str:
@@ -352,34 +403,6 @@ def _functions(module: ModuleType) -> str:
         if inspect.isfunction(value) and value.__module__ == module.__name__
     ]
     return ", ".join(names) or "no function"
-
-
-def _check_class(cls: type, label: str) -> None:
-    missing = [name for name in ("initialize", "handle") if not callable(getattr(cls, name, None))]
-    if missing:
-        raise ModelLoadError(
-            f"{label} has no method {' and no method '.join(missing)}; a handler needs initialize(self, context) and "
-            "handle(self, data, context). Derive it from ts.torch_handler.base_handler.BaseHandler to inherit them."
-        )
-    try:
-        inspect.signature(cls).bind()
-    except TypeError as error:
-        raise ModelLoadError(f"{label} is made without arguments, but its __init__ needs some: {error}") from error
-    except ValueError:
-        pass  # no signature to look at
-    _check_call(cls.initialize, 2, f"initialize of {label}", "(self, context)")  # type: ignore[attr-defined]
-    _check_call(cls.handle, 3, f"handle of {label}", "(self, data, context)")  # type: ignore[attr-defined]
-
-
-def _check_call(function: Callable[..., Any], count: int, label: str, wanted: str) -> None:
-    if isinstance(function, (staticmethod, classmethod)) or not inspect.isfunction(function):
-        return
-    try:
-        inspect.signature(function).bind(*[None] * count)
-    except TypeError as error:
-        raise ModelLoadError(
-            f"{label} takes {inspect.signature(function)}; it is called with {wanted}: {error}"
-        ) from error
 
 
 def _envelope_class(name: str) -> Any:

@@ -27,12 +27,16 @@ TEXT_SIZE_MAX = 2000
 # Of the archive's own frames; a recursion has thousands.
 FRAMES_MAX = 30
 CHAIN_MAX = 8
+# Lines before a `def`.
+DECORATORS_MAX = 20
 
 OUT_OF_RESOURCES = "Out of resources"
 PREDICTION_FAILED = "Prediction failed"
 
 # What the CPU's allocators of torch say; the class is RuntimeError.
 _ALLOCATION = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
+
+_DEFINITION = re.compile(r"\s*(async\s+)?def\s")
 
 # Module -> what to install for it, where the two differ.
 _PACKAGES = {
@@ -138,15 +142,23 @@ def _described(error: BaseException, model_dir: str | Path) -> Failure:
 
 
 def describe_place(function: Any, model_dir: str | Path) -> str:
-    """``handler.py:12 in handle``: where ``function`` or method is defined; ``""`` if that is not known."""
+    """``handler.py:12 in handle``: where ``function``, method or class is defined; ``""`` if that is not known."""
+    if inspect.isclass(function):
+        try:
+            name = _Folder(model_dir).name_in(inspect.getfile(function)) or ""
+            return f"{name}:{inspect.findsource(function)[1] + 1} in {function.__name__}" if name else ""
+        except (OSError, TypeError):
+            return ""
     plain = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
-    code = getattr(plain, "__code__", None) or getattr(getattr(type(plain), "__call__", None), "__code__", None)
+    code = getattr(plain, "__code__", None)
+    if code is None and callable(plain):
+        code = getattr(type(plain).__call__, "__code__", None)  # an object that is called
     if code is None:
         return ""
     name = _Folder(model_dir).name_in(code.co_filename) or _foreign(code.co_filename)[0]
-    line = code.co_firstlineno
-    while linecache.getline(code.co_filename, line).lstrip().startswith(("@", "#")):
-        line += 1  # of a decorated function the line of `def`
+    first = code.co_firstlineno  # its first decorator, if it has any
+    lines = range(first, first + DECORATORS_MAX)
+    line = next((each for each in lines if _DEFINITION.match(linecache.getline(code.co_filename, each))), first)
     return f"{name}:{line} in {code.co_name}"
 
 
@@ -191,7 +203,10 @@ def _own_answer(error: BaseException) -> tuple[int, str, bool]:
 
 def _text_of(error: BaseException) -> str:
     try:
-        text = str(error.args[0]) if isinstance(error, SystemExit) and error.args else str(error)
+        if isinstance(error, SyntaxError):
+            text = str(error.msg)  # without the place, which is told beside it
+        else:
+            text = str(error.args[0]) if isinstance(error, SystemExit) and error.args else str(error)
     except BaseException:  # a class of the handler's may do anything here
         return f"<{type(error).__name__} whose text cannot be made>"
     return text if len(text) <= TEXT_SIZE_MAX else text[: TEXT_SIZE_MAX - 3] + "..."
@@ -313,8 +328,10 @@ def _lines(error: BaseException, folder: _Folder) -> Iterator[str]:
     first = next((index for index, frame in enumerate(frames) if not frame.owner), None)
     if first is not None:
         frames = frames[first:]
-    elif isinstance(error, SyntaxError) and error.filename and folder.name_in(error.filename) is not None:
-        frames = []
+    elif isinstance(error, ServeError) or (
+        isinstance(error, SyntaxError) and error.filename and folder.name_in(error.filename) is not None
+    ):
+        frames = []  # what pyserve finds fault with says it all
     shown: list[str] = []
     for owner, run in groupby(frames, key=lambda frame: frame.owner):
         group = list(run)
@@ -348,6 +365,8 @@ def _hint(error: BaseException, folder: _Folder) -> str:
     """What would mend it; names no folder of this machine."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return _missing_module(error.name, folder)
+    if isinstance(error, ImportError) and "relative import" in _text_of(error):
+        return "files of an archive are modules of no package: import them by name, without a dot"
     if isinstance(error, FileNotFoundError) and isinstance(error.filename, str):
         return _missing_file(error.filename, folder)
     if isinstance(error, PermissionError) and isinstance(error.filename, str) and folder.name_in(error.filename):
@@ -359,6 +378,15 @@ def _hint(error: BaseException, folder: _Folder) -> str:
         )
     if isinstance(error, TypeError) and "JSON object must be str, bytes or bytearray, not" in _text_of(error):
         return "a body sent as application/json arrives parsed; call json.loads only on str, bytes or bytearray"
+    if isinstance(error, (TypeError, AttributeError)):
+        text = _text_of(error)
+        if re.search(r"\bbytearray\b", text):
+            return (
+                "a body that is sent neither as JSON nor as text arrives as bytearray: bytes(value) makes bytes of it, "
+                "value.decode() text, io.BytesIO(value) a file"
+            )
+        if "'str' object has no attribute 'decode'" in text:
+            return "a body sent as text arrives as str; decode only bytes and bytearray"
     return ""
 
 

@@ -143,14 +143,9 @@ class Invoker:
         answers: list[Answer] = []
         requests: list[WorkerRequest] = []
         for item in items:
-            request = WorkerRequest(item)
-            try:
-                self._decode(request)
-            except ServeError as error:
-                answers.append(_error_answer(request.ticket, error.body()))
-                continue
-            except BaseException as error:  # one broken body must not cost the others
-                answers.append(self.fail_element(request, error))
+            request, refusal = self.read(item)
+            if refusal is not None:
+                answers.append(refusal)
                 continue
             if request.flags & DESCRIBE:
                 answers += self._run_batch([request])
@@ -162,6 +157,22 @@ class Invoker:
 
     # --- in -------------------------------------------------------------------------------------------------------
 
+    @property
+    def model_dir(self) -> str:
+        """Folder of the unpacked archive."""
+        return self._spec.model_dir
+
+    def read(self, item: Item) -> tuple[WorkerRequest, Answer | None]:
+        """The request of ``item``; and its answer, if its body cannot be decoded."""
+        request = WorkerRequest(item)
+        try:
+            self._decode(request)
+        except ServeError as error:
+            return request, _error_answer(request.ticket, error.body())
+        except BaseException as error:  # one broken body must not cost the others
+            return request, self.fail_element(request, error)
+        return request, None
+
     def _decode(self, request: WorkerRequest) -> None:
         if request.flags & DESCRIBE:
             return
@@ -172,7 +183,7 @@ class Invoker:
     # --- the call -------------------------------------------------------------------------------------------------
 
     def _run_batch(self, requests: list[WorkerRequest]) -> list[Answer]:
-        call = _Call(self, requests)
+        call = Call(self, requests)
         outcome = call.invoke()
         if outcome.error is None:
             return call.answers(outcome.results)
@@ -184,7 +195,7 @@ class Invoker:
             return self._retry_halves(requests)
         if may_retry and self._spec.isolate_errors:
             return [answer for request in requests for answer in self._run_again([request])]
-        return self._fail(requests, failure)
+        return self.fail(requests, failure)
 
     def _run_again(self, requests: list[WorkerRequest]) -> list[Answer]:
         for request in requests:
@@ -203,9 +214,10 @@ class Invoker:
 
     def fail_element(self, request: WorkerRequest, error: BaseException) -> Answer:
         """The answer of a request whose result cannot be used."""
-        return self._fail([request], describe_failure(error, self._spec.model_dir))[0]
+        return self.fail([request], describe_failure(error, self._spec.model_dir))[0]
 
-    def _fail(self, requests: list[WorkerRequest], failure: Failure) -> list[Answer]:
+    def fail(self, requests: list[WorkerRequest], failure: Failure) -> list[Answer]:
+        """One answer per request that says what failed; the log is told once."""
         if not failure.is_expected:
             self._log_failure([request.id for request in requests], failure)
         body = {"status": failure.status, "type": failure.type, "message": failure.message, "detail": failure.detail()}
@@ -265,13 +277,17 @@ class Invoker:
         return value
 
 
-class _Call:
+class Call:
     """One call of the handler: its batch, its context, and what was streamed while it ran."""
 
-    def __init__(self, invoker: Invoker, requests: list[WorkerRequest]):
+    def __init__(
+        self, invoker: Invoker, requests: list[WorkerRequest], *, streamed: set[int] | None = None,
+        parts: Parts | None = None,
+    ):  # fmt: skip
         self._invoker = invoker
         self._requests = requests
-        self._streamed: set[int] = set()
+        self._parts = parts or invoker._parts
+        self._streamed: set[int] = streamed if streamed is not None else set()
         self.context = invoker._context.for_batch(
             [request.id for request in requests], [request.headers for request in requests]
         )
@@ -280,9 +296,9 @@ class _Call:
         if metrics is not None:
             metrics.bind(self.context.request_ids)
         if requests[0].flags & DESCRIBE:
-            self._rows: list[dict[str, Any]] = [{}]
+            self.rows: list[dict[str, Any]] = [{}]
         else:
-            self._rows = [request.row for request in requests]
+            self.rows = [request.row for request in requests]
 
     @property
     def has_streamed(self) -> bool:
@@ -294,7 +310,7 @@ class _Call:
         try:
             try:
                 invoker.is_calling = True
-                returned = invoker._entry(self._rows, self.context)
+                returned = invoker._entry(self.rows, self.context)
                 if inspect.iscoroutine(returned):
                     returned = invoker._entry.run(returned)
                 if inspect.isgenerator(returned):
@@ -306,11 +322,11 @@ class _Call:
         except BaseException as error:  # SystemExit and the like too: a handler must not take the worker along
             return Outcome([], error)
         try:
-            return Outcome(self._checked(returned), None)
+            return Outcome(self.checked(returned), None)
         except BaseException as error:  # of any kind too: it asks the object what it is
             return Outcome([], error, is_shape=True)
 
-    def _checked(self, returned: Any) -> list[Any]:
+    def checked(self, returned: Any) -> list[Any]:
         """``returned`` if it is a list with one element per request.
 
         Raises:
@@ -334,7 +350,7 @@ class _Call:
         held: list[Any] | None = None
         for parts in generator:
             batch = parts if isinstance(parts, list) and (count > 1 or len(parts) == 1) else [parts]
-            self._checked(batch)
+            self.checked(batch)
             if held is not None and not self._send_all(held):
                 generator.close()  # type: ignore[attr-defined]
                 break
@@ -348,7 +364,7 @@ class _Call:
     def send_part(self, index: int, part: Any, context: Context) -> bool:
         """`streaming.PartSink`."""
         request = self._requests[index]
-        parts = self._invoker._parts
+        parts = self._parts
         if parts.is_cancelled(request.ticket):
             return False
         body = part if type(part) is bytes else self._invoker.encode_body(part, context, index)
@@ -364,7 +380,7 @@ class _Call:
 
     def is_cancelled(self) -> bool:
         """`streaming.PartSink`."""
-        is_cancelled = self._invoker._parts.is_cancelled
+        is_cancelled = self._parts.is_cancelled
         return all(is_cancelled(request.ticket) for request in self._requests)
 
     def answers(self, results: list[Any]) -> list[Answer]:

@@ -133,23 +133,24 @@ class ChannelParts(Parts):
 
 
 def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, reports: Reporter) -> None:
+    parts = ChannelParts(channel)
+    invoker = Invoker(spec, entry, context, parts=parts, log_failure=report_failure(reports.send))
+    report = MetricsReport(context.metrics, lambda values: reports.send("metrics", values=values))
     if spec.mode == CONTINUOUS:
         from pyserve.continuous import serve_continuously
 
-        serve_continuously(spec, entry, context, channel, reports)
-        return
+        _let_calls_be_interrupted(invoker)
+        serve_continuously(channel, invoker, parts, context, report)
     if spec.mode == ASYNC:
         from pyserve.async_worker import serve_coroutines
 
-        serve_coroutines(spec, entry, context, channel, reports)
-        return
-    parts = ChannelParts(channel)
-    invoker = Invoker(spec, entry, context, parts=parts, log_failure=report_failure(reports.send))
+        # A request over its limit is cancelled like one whose client has gone.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        serve_coroutines(channel, invoker, entry, report)
     _let_calls_be_interrupted(invoker)
     reloader = Reloader(spec, entry, reports) if spec.watch else None
     watch_ms = WATCH_INTERVAL_MS if reloader is not None else -1
     threads = _Threads(spec.intra_op_threads)
-    report = MetricsReport(context.metrics, lambda values: reports.send("metrics", values=values))
     while True:
         report_ms = report.look()
         batch = channel.receive(report_ms if report_ms >= 0 else watch_ms)

@@ -11,7 +11,7 @@ except ImportError as error:
     raise ImportError("hf_batch_streamer needs the package transformers: pip install transformers") from error
 
 
-class TextIteratorStreamerBatch(BaseStreamer):  # type: ignore[misc]
+class TextIteratorStreamerBatch(BaseStreamer):
     """An iterator over lists of new text, one element per sequence of the batch.
 
     Args:
