@@ -48,6 +48,7 @@ class Slot:
         kill_reason: why we ended the process.
         interrupted_batch: the batch whose handler call was asked to end.
         is_wanted: False once it was told to go.
+        hurry: set to end the pause before its next process.
     """
 
     def __init__(self, index: int) -> None:
@@ -63,6 +64,7 @@ class Slot:
         self.kill_reason = ""
         self.interrupted_batch = -1
         self.task: asyncio.Task[None] | None = None
+        self.hurry = asyncio.Event()
 
 
 class PythonWorkers:
@@ -148,6 +150,9 @@ class PythonWorkers:
         if count:
             self._policy.reset()
             self.trouble = ""
+            for slot in self._slots:
+                if slot.state == WAITING:
+                    slot.hurry.set()
         wanted = [slot for slot in self._slots if slot.is_wanted]
         for slot in wanted[count:]:
             self._let_go(slot)
@@ -352,7 +357,9 @@ class PythonWorkers:
         self._changed.set()
         if decision.delay_s > 0:
             log.warning("%s: the next worker is started in %.1f s: %s", self._label, decision.delay_s, decision.reason)
-            await asyncio.sleep(decision.delay_s)
+            slot.hurry.clear()
+            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(slot.hurry.wait(), decision.delay_s)
         return True
 
     def _set_trouble(self, text: str) -> None:
