@@ -413,12 +413,16 @@ void ProcessWorker::drop(std::vector<Request*>& requests) {
 }
 
 // Told to stop, and nothing left: the process may go.
-void ProcessWorker::end_if_done() {
+void ProcessWorker::end_if_done() noexcept {
     if (state_ != ProcessState::ready || !is_stopping_ || !flights_.empty()) return;
-    FrameHead head;
-    head.type = FrameType::stop;
-    append(out_, head);
-    flush();  // if it does not take this, it sees the end of the connection
+    try {
+        FrameHead head;
+        head.type = FrameType::stop;
+        append(out_, head);
+        flush();
+    } catch (const std::exception&) {
+        // Without it, it sees the end of the connection.
+    }
     end(ProcessState::stopped);
 }
 

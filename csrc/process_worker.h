@@ -164,7 +164,7 @@ class ProcessWorker : public Watched {
     void observe(const Flight& flight);
     void trim(const Flight& flight);
     void drop(std::vector<Request*>& requests);
-    void end_if_done();
+    void end_if_done() noexcept;
     void end(ProcessState state) noexcept;
     void die(std::string_view what, std::string_view why = {}) noexcept;
     void abandon();

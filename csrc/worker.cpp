@@ -5,8 +5,12 @@
 #include <c10/core/InferenceMode.h>
 #include <pthread.h>
 
+#include <chrono>
+#include <cstddef>
 #include <exception>
 #include <new>
+#include <stdexcept>
+#include <thread>
 #include <utility>
 
 #include "clock.h"
@@ -160,64 +164,75 @@ void Worker::apply_settings() {
 }
 
 void Worker::serve() {
-    Take take;
-    for (;;) {
-        int64_t wake_at = never_ns;
-        // With one batch on the device only a full one is worth taking early: a smaller one may still grow. None is
-        // taken when there is something to be done between two batches.
-        Next next = Next::nothing;
-        if (in_flight_.empty()) {
-            next = shared_.batcher->next_batch(take, stop_);
-        } else if (!is_stopping() && has_settings()) {
-            next = shared_.batcher->try_next(take, wake_at, /*full_only=*/true);
-        }
-        if (next == Next::batch) {
-            if (in_flight_.empty()) apply_settings();
-            begin(take);
-            if (staging_->is_async() && in_flight_.size() < 2) continue;
-        }
-        if (!in_flight_.empty()) {
-            finish(in_flight_.front());
-            in_flight_.erase(in_flight_.begin());
-        } else if (next == Next::closed) {
-            return;
-        }
+    for (bool goes_on = true; goes_on;) {
+        const Status status = guarded([&] { goes_on = step(); });
+        if (status.ok()) continue;
+        // Not for one request's sake, as those are guarded by themselves. Without any it would happen again at once.
+        if (!holds_permit_ && in_flight_.empty() && take_.empty()) throw std::runtime_error(status.message);
+        give_back(status);
     }
 }
 
-void Worker::begin(Take& take) {
+// Takes a batch, or finishes one. False when there is nothing more to do.
+bool Worker::step() {
+    int64_t wake_at = never_ns;
+    // With one batch on the device only a full one is worth taking early: a smaller one may still grow. None is
+    // taken when there is something to be done between two batches.
+    Next next = Next::nothing;
+    if (in_flight_.empty()) {
+        next = shared_.batcher->next_batch(take_, stop_);
+    } else if (!is_stopping() && has_settings()) {
+        next = shared_.batcher->try_next(take_, wake_at, /*full_only=*/true);
+    }
+    if (next == Next::batch) {
+        holds_permit_ = true;
+        if (in_flight_.empty()) apply_settings();
+        begin();
+        if (staging_->is_async() && in_flight_.size() < 2) return true;
+    }
+    if (in_flight_.empty()) return next != Next::closed;
+    finish(in_flight_.front());
+    in_flight_.erase(in_flight_.begin());
+    return true;
+}
+
+void Worker::begin() {
     const int64_t now = SteadyClock::now_ns();
     running_since_.store(now, std::memory_order_relaxed);
-    if (!take.dropped.empty()) drop(take.dropped);
-    auto groups = group_by_shape(take.requests);
+    if (!take_.dropped.empty()) drop(take_.dropped);
+    auto groups = group_by_shape(take_.requests);
     if (groups.empty()) {
         running_since_.store(0, std::memory_order_relaxed);
-        shared_.batcher->leave();
+        leave(holds_permit_);
         return;
     }
-    for (size_t i = 0; i < groups.size(); ++i) {
-        Flight flight;
-        flight.requests = std::move(groups[i]);
+    size_t at = in_flight_.size();
+    in_flight_.reserve(at + groups.size());
+    take_.requests.clear();
+    for (auto& group : groups) {
+        Flight& flight = in_flight_.emplace_back();
+        flight.requests = std::move(group);
         flight.started_at = now;
-        flight.holds_permit = i + 1 == groups.size();
-        launch(flight);
-        in_flight_.push_back(std::move(flight));
-        // Every group but the last is finished here; the last one may stay in flight.
-        if (!in_flight_.back().holds_permit) {
-            finish(in_flight_.back());
-            in_flight_.pop_back();
-        }
+    }
+    in_flight_.back().holds_permit = std::exchange(holds_permit_, false);
+    // Every group but the last is finished here; the last one may stay in flight.
+    for (;;) {
+        launch(in_flight_[at]);
+        if (at + 1 == in_flight_.size()) return;
+        finish(in_flight_[at]);
+        in_flight_.erase(in_flight_.begin() + static_cast<std::ptrdiff_t>(at));
     }
 }
 
 void Worker::launch(Flight& flight) {
-    std::vector<Request*> live, dead;
+    size_t live = 0;
     for (Request* request : flight.requests) {
         request->started_at.store(flight.started_at, std::memory_order_relaxed);
-        (request->try_move(State::batched, State::running) ? live : dead).push_back(request);
+        if (request->try_move(State::batched, State::running)) flight.requests[live++] = request;
+        else take_.dropped.push_back(request);  // the batcher has reserved as much as the ring holds
     }
-    if (!dead.empty()) drop(dead);
-    flight.requests = std::move(live);
+    flight.requests.resize(live);
+    if (!take_.dropped.empty()) drop(take_.dropped);
     flight.staged_at = flight.started_at;
     if (flight.requests.empty()) return;
     flight.status = guarded([&] {
@@ -244,23 +259,23 @@ void Worker::finish(Flight& flight) {
     }
     if (flight.holds_permit) {
         running_since_.store(0, std::memory_order_relaxed);
-        shared_.batcher->leave();
+        leave(flight.holds_permit);
     }
 }
 
 // A batch is a set of independent outcomes: when it fails, each request is run alone, once, so that only the one
 // at fault fails.
-void Worker::run_singly(const Flight& flight) {
-    for (Request* request : flight.requests) {
+void Worker::run_singly(Flight& flight) {
+    for (; !flight.requests.empty(); flight.requests.erase(flight.requests.begin())) {
         Flight single;
-        single.requests = {request};
+        single.requests = {flight.requests.front()};
         single.started_at = flight.started_at;
         shared_.stats.retried_singly.fetch_add(1, std::memory_order_relaxed);
         // Its state is running already; launch would take it for cancelled.
         single.staged_at = SteadyClock::now_ns();
         single.status = guarded([&] {
             const Staging::ComputeScope scope(*staging_);
-            single.staged = staging_->gather({&inputs_of(request)});
+            single.staged = staging_->gather({&inputs_of(single.requests.front())});
             single.staged.output = shared_.model->run(single.staged.inputs);
             check_rows(single.staged.output, 1);
             staging_->fetch(single.staged);
@@ -268,6 +283,37 @@ void Worker::run_singly(const Flight& flight) {
         });
         complete(single);
     }
+}
+
+// Ends whatever the worker holds with one outcome, and waits for the memory that this takes.
+void Worker::give_back(const Status& status) noexcept {
+    const auto end = [&](Flight& flight) {
+        if (!flight.requests.empty()) {
+            guarded([&] { Staging::wait(flight.staged); });  // the device may still read what the loop will free
+            for (Request* request : flight.requests) request->try_move(State::batched, State::running);
+            flight.status = status;
+            complete(flight);
+        }
+        leave(flight.holds_permit);
+    };
+    while (holds_permit_ || !in_flight_.empty() || !take_.empty()) {
+        const Status given = guarded([&] {
+            if (!take_.dropped.empty()) drop(take_.dropped);
+            for (; !in_flight_.empty(); in_flight_.erase(in_flight_.begin())) end(in_flight_.front());
+            Flight taken;
+            taken.started_at = taken.staged_at = SteadyClock::now_ns();
+            taken.requests = take_.requests;
+            end(taken);
+            take_.requests.clear();
+            leave(holds_permit_);
+        });
+        if (!given.ok()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    running_since_.store(0, std::memory_order_relaxed);
+}
+
+void Worker::leave(bool& holds_permit) noexcept {
+    if (std::exchange(holds_permit, false)) shared_.batcher->leave();
 }
 
 void Worker::complete(Flight& flight) {

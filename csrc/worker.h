@@ -84,10 +84,13 @@ class Worker {
     void serve();
     bool has_settings() const;
     void apply_settings();
-    void begin(Take& take);
+    bool step();
+    void begin();
     void launch(Flight& flight);
     void finish(Flight& flight);
-    void run_singly(const Flight& flight);
+    void run_singly(Flight& flight);
+    void give_back(const Status& status) noexcept;
+    void leave(bool& holds_permit) noexcept;
     void drop(std::vector<Request*>& requests);
     void complete(Flight& flight);
     void push(std::unique_ptr<BatchResult> result);
@@ -99,7 +102,11 @@ class Worker {
     std::atomic<int64_t> running_since_{0};
     std::atomic<uint64_t> batches_{0};
     std::string error_;
-    // Its own thread only.
+    // Its own thread only. Every request that the worker holds is at any moment in one place, `take_` or `in_flight_`;
+    // it leaves that place when the result that carries it is complete. So when memory runs out half-way, all of them
+    // come back: see give_back.
+    Take take_;
+    bool holds_permit_ = false;  // of what is in take_; later the last of its flights holds it
     std::unique_ptr<Staging> staging_;
     std::vector<Flight> in_flight_;  // at most one on a CPU, two on an accelerator
     int threads_ = 0;

@@ -71,6 +71,7 @@ WorkerChannel::Got WorkerChannel::receive(IncomingBatch& batch, int timeout_ms) 
 void WorkerChannel::begin(uint64_t batch) noexcept { __atomic_store_n(&notes_->begun, batch, __ATOMIC_RELEASE); }
 
 bool WorkerChannel::send(uint64_t batch, const std::vector<OutgoingAnswer>& answers) {
+    if (is_closed_) return false;
     if (answers.size() > items_max) throw std::length_error("a batch has too many answers");
     std::string heads, rest;
     uint64_t memory_used = notes_size;

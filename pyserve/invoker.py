@@ -28,6 +28,7 @@ from pyserve.worker_spec import WorkerSpec
 # csrc/frame.h
 ANSWER, ERROR, CHUNK, LAST = range(4)
 DESCRIBE = 1
+HEAD_SIZE_MAX = 1 << 20
 
 Item = tuple[int, int, bytes, bytearray]  # ticket, flags, head, body
 Answer = tuple[int, int, int, bytes, Any]  # ticket, kind, status, head, body
@@ -241,7 +242,22 @@ class Invoker:
                 detail={"where": self._entry.place},
             )
         status, phrase = context.get_response_status(index)
+        if status != 200:
+            status = self.checked_status(status)
         return (request.ticket, kind, status, _head(phrase, context.get_response_headers(index)), body)
+
+    def checked_status(self, status: Any) -> int:
+        """A status that a handler set.
+
+        Raises:
+            HandlerError: HTTP has no such status for an answer.
+        """
+        if not isinstance(status, int) or not 200 <= status <= 599:
+            raise HandlerError(
+                f"the handler set the response status {status!r}; use an int from 200 to 599",
+                detail={"where": self._entry.place},
+            )
+        return int(status)
 
     def encode_body(self, value: Any, context: Context, index: int) -> Any:
         """A result, or a part of it, as bytes.
@@ -371,10 +387,11 @@ class Call:
         head = b""
         status = 200
         if index not in self._streamed:
-            self._streamed.add(index)
             context.set_response_header(index, STREAM_HEADER, "true")
             status, phrase = context.get_response_status(index)
+            status = self._invoker.checked_status(status)
             head = _head(phrase, context.get_response_headers(index))
+            self._streamed.add(index)
         parts.send((request.ticket, CHUNK, status, head, body))
         return True
 
@@ -420,7 +437,10 @@ def _head(phrase: str | None, headers: dict[str, str]) -> bytes:
     if not phrase and not headers:
         return b""
     texts = [phrase or "", *(text for pair in headers.items() for text in pair)]
-    return "\n".join(text.replace("\n", " ").replace("\r", " ") for text in texts).encode("latin-1", "replace")
+    head = "\n".join(text.replace("\n", " ").replace("\r", " ") for text in texts).encode("latin-1", "replace")
+    if len(head) > HEAD_SIZE_MAX:
+        raise HandlerError(f"the response headers have {len(head)} bytes; {HEAD_SIZE_MAX} are allowed")
+    return head
 
 
 def _error_answer(ticket: int, body: JsonObject) -> Answer:

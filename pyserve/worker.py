@@ -167,8 +167,16 @@ def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, 
             answers = invoker.run(batch.items)
         except HandlerTimeout:  # it came just after the call had ended; the requests are answered already
             answers = [(item[0], 1, 504, b"", b"{}") for item in batch.items]
-        channel.send(batch.id, answers)
+        _send(channel, batch.id, answers)
         report.note_prediction(time.perf_counter() - began)
+
+
+def _send(channel: Any, batch: int, answers: list[Answer]) -> None:
+    try:
+        channel.send(batch, answers)
+    except ValueError:  # together they are too large for a frame
+        for answer in answers:
+            channel.send(batch, [answer])
 
 
 def _let_calls_be_interrupted(invoker: Invoker) -> None:

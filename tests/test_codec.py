@@ -310,6 +310,48 @@ def test_what_cannot_be_encoded_is_the_handlers_error(value: object) -> None:
     assert caught.value.status == 503 and caught.value.detail["text"]
 
 
+class Odd:
+    """Asked what it is in JSON, it raises."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+
+    def tolist(self) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("value", "exception", "text"),
+    [
+        ({"boxes": [{1, 2}]}, "TypeError", """a <class 'set'> at ["boxes"][0] cannot become JSON; convert it with"""),
+        ([1, {"raw": b"x"}], "TypeError", """a <class 'bytes'> at [1]["raw"] cannot become JSON; convert"""),
+        ({"by": {np.int64(1): 2}}, "TypeError", """a key of <class 'numpy.int64'> at ["by"] cannot become JSON; use"""),
+        ([Odd(RuntimeError("no"))], "RuntimeError", "Odd'> at [0] cannot become JSON"),
+        ("\ud800", "UnicodeEncodeError", "a str cannot become UTF-8"),
+    ],
+)  # fmt: skip
+def test_the_error_names_the_place_in_the_result_and_the_mend(value: object, exception: str, text: str) -> None:
+    with pytest.raises(HandlerError) as caught:
+        codec.encode_result(value, lambda: None)
+    assert caught.value.detail["exception"] == exception
+    assert text in caught.value.detail["text"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), SystemExit(1)])
+def test_what_says_nothing_about_the_result_passes_through(error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        codec.encode_result([Odd(error)])
+
+
+def test_plain_json_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda value, **options: calls.append(value) or dumps(value, **options))
+    value = {"label": "cat", "boxes": [[1.0, 2.0]], "array": np.zeros(2)}
+    codec.encode_result(value, lambda: None)
+    assert calls == [value]
+
+
 def test_an_answer_that_holds_itself_is_the_handlers_error() -> None:
     loop: list[Any] = []
     loop.append(loop)

@@ -275,6 +275,33 @@ def test_status_headers_and_content_type_are_each_items_own(load: Load) -> None:
     assert (third.status, third.reason, third.headers, third.kind) == (200, "", {}, ANSWER)
 
 
+@pytest.mark.parametrize(
+    ("status", "phrase", "size", "said"),
+    [
+        ("204", "", 1, "response status '204'; use an int from 200 to 599"),
+        (None, "", 1, "response status None"),
+        (70_000, "", 1, "response status 70000"),
+        (100, "", 1, "response status 100"),
+        (200, "", 1 << 20, "1048576 are allowed"),
+    ],
+)
+def test_a_head_that_cannot_be_sent_costs_its_own_item_and_not_the_worker(
+    load: Load, status: object, phrase: str, size: int, said: str
+) -> None:
+    source = f"""
+        def handle(data, context):
+            if data is None:
+                return
+            context.set_response_status({status!r}, {phrase!r}, idx=1)
+            context.set_response_header(1, "x-long", "x" * {size})
+            return ["a", "b"]
+    """
+    fine, wrong = load(source).ask(1, 2)
+    assert fine.body == b"a"
+    assert wrong.is_error and wrong.status == 503
+    assert said in wrong.value["message"]
+
+
 def test_an_element_that_cannot_be_encoded_fails_alone_and_names_its_place(load: Load) -> None:
     source = """
         class Odd:

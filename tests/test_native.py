@@ -1,4 +1,4 @@
-"""Builds and runs the native tests of the ring, the batcher and the completions.
+"""Builds and runs the native tests of the ring, the batcher, the completions and the lane of worker processes.
 
 Each program of ``tests/native`` runs three times: plain, under ThreadSanitizer and under AddressSanitizer with
 UndefinedBehaviorSanitizer. The builds go to ``build/native`` and are kept. A failing random test names its seed;
@@ -61,5 +61,8 @@ def test_native_program_passes(build: Path, program: str) -> None:
 
 
 def test_there_is_a_program_for_each_part() -> None:
-    parts = {"ring", "waiter", "completion", "batcher", "batcher_threads", "stall", "simulation", "schedule", "stats"}
+    parts = {
+        "ring", "waiter", "completion", "batcher", "batcher_threads", "stall", "simulation", "schedule", "stats",
+        "frame", "process_lane", "process_memory", "hostile_peer",
+    }  # fmt: skip
     assert {program.removesuffix("_test") for program in PROGRAMS} == parts

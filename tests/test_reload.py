@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,7 @@ def test_objects_get_their_old_code_back_when_another_cannot_take_over(watch: An
     path.write_text(path.read_text().replace('"second"', '"third"'))
     assert watched.replace("('weights',)", "('weights', 'more')")["event"] == "reload_failed"
     assert watched.answer()[0] == "second"
+    assert sys.modules["handler"] is watched.loaded.module
 
 
 def test_nothing_is_reported_when_nothing_changed(load: Load) -> None:
