@@ -199,10 +199,6 @@ def test_status_and_headers_are_the_handlers(server: Server) -> None:
     assert (answer.status, answer.headers["x-name"]) == (207, "x")
 
 
-def test_a_body_that_is_no_json_never_reaches_the_handler(server: Server) -> None:
-    assert server.ask("POST", "/predictions/handler", b"{", JSON).status == 400
-
-
 def test_a_task_over_response_timeout_is_cancelled_and_the_others_go_on(server: Server) -> None:
     pid = seen(server, "slow")["pid"]
     answer = ask(server, {"name": "late", "wait": "never"}, "slow")

@@ -148,7 +148,8 @@ TEST(every_request_comes_back_once_with_its_own_answer_while_workers_die) {
                 while (loop.lane->ready_count() < workers) hire();
                 for (const ProcessWorkerRow& row : loop.lane->workers()) {
                     if (row.state == ProcessState::ready) continue;
-                    CHECK(row.state == ProcessState::died && row.error == "its connection ended");
+                    CHECK(row.state == ProcessState::died);
+                    CHECK(row.error == "its connection ended");
                     loop.lane->remove_worker(row.id);
                 }
                 for (size_t burst = random.below(40); burst > 0 && loop.entries.size() < count; --burst) {
@@ -198,7 +199,8 @@ TEST(stop_remove_close_and_join_at_any_moment_lose_nothing) {
                 loop.until([&] { return loop.lane->ready_count() == 0; });
                 loop.until([&] {
                     const auto rows = loop.lane->workers();
-                    return std::all_of(rows.begin(), rows.end(), [](const auto& row) { return row.state != ProcessState::ready; });
+                    return std::none_of(rows.begin(), rows.end(),
+                                        [](const auto& row) { return row.state == ProcessState::ready; });
                 });
             }
             loop.lane->join();
@@ -244,7 +246,8 @@ TEST(a_stopped_worker_answers_what_it_has_and_then_sees_the_end) {
 
 TEST(large_bodies_pass_both_ways_within_the_memory_and_beyond_it) {
     // (request memory, answer memory): ample; too small, so that bodies go in the frame.
-    for (const auto& [request_size, answer_size] : {std::pair{size_t{1} << 24, size_t{1} << 24}, std::pair{size_t{4096}, size_t{20'000}}}) {
+    const std::pair<size_t, size_t> memory_sizes[] = {{size_t{1} << 24, size_t{1} << 24}, {4096, 20'000}};
+    for (const auto& [request_size, answer_size] : memory_sizes) {
         forget_begun();
         std::deque<Peer> peers;
         Loop loop;
@@ -281,7 +284,8 @@ TEST(parts_of_a_stream_come_in_order_and_a_cancel_reaches_the_worker) {
                         break;
                     }
                     const std::string part(i % 10 == 3 ? 6000 : 5, static_cast<char>('a' + i % 26));
-                    if (!channel.send(batch.id, {answer(item.ticket, std::to_string(i) + part, AnswerKind::chunk)})) return false;
+                    const std::string body = std::to_string(i) + part;
+                    if (!channel.send(batch.id, {answer(item.ticket, body, AnswerKind::chunk)})) return false;
                 }
                 if (!channel.send(batch.id, {answer(item.ticket, "end", AnswerKind::last)})) return false;
             }
@@ -298,7 +302,10 @@ TEST(parts_of_a_stream_come_in_order_and_a_cancel_reaches_the_worker) {
         CHECK(endless->state == State::cancelled);
         CHECK_EQ(endless->chunks.size(), seen);  // none after the cancel
         CHECK_EQ(whole->chunks.size(), static_cast<size_t>(parts));
-        for (int i = 0; i < parts; ++i) CHECK(whole->chunks[static_cast<size_t>(i)].starts_with(std::to_string(i) + static_cast<char>('a' + i % 26)));
+        for (int i = 0; i < parts; ++i) {
+            const std::string start = std::to_string(i) + static_cast<char>('a' + i % 26);
+            CHECK(whole->chunks[static_cast<size_t>(i)].starts_with(start));
+        }
         CHECK(whole->answer.kind == AnswerKind::last && whole->answer.body == "end");
         loop.check_at_rest();
         loop.lane->close();

@@ -79,10 +79,10 @@ bool run(int64_t allowed, int64_t failures, size_t in_flight_max) {
         }
     }
     loop.lane->stop_worker(id);
-    loop.lane->remove_worker(id);
     const bool failed = failures_left < failures;
     allocations_left = -1;
-    // With memory again: what is still queued finds another worker.
+    // With memory again: what could not come back yet does, and what is still queued finds another worker.
+    loop.lane->remove_worker(id);
     loop.add(spare);
     channel = spare.channel();
     for (int turn = 0; turn < 50 && loop.over_count < loop.entries.size(); ++turn) {
@@ -96,9 +96,10 @@ bool run(int64_t allowed, int64_t failures, size_t in_flight_max) {
 
 }  // namespace
 
-void* operator new(size_t size) { return allocate(size); }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+// Not inlined: gcc would take the free for that of memory which another operator new gave.
+[[gnu::noinline]] void* operator new(size_t size) { return allocate(size); }
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 TEST(no_request_is_lost_whichever_allocation_fails) {
     for (const size_t in_flight_max : {size_t{0}, size_t{5}}) {
