@@ -125,11 +125,13 @@ def is_there(name: str, folder: Path) -> bool:
     if top in sys.builtin_module_names or top in sys.stdlib_module_names:
         return True
     try:
-        found = importlib.util.find_spec(top) is not None
+        spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
-        found = False
-    if found or top != "ts":
-        return found
+        spec = None
+    # Our own `ts` may be on the path already, and has not every part.
+    is_ours = spec is None or str(spec.origin or "").startswith(str(_COMPAT_DIR))
+    if top != "ts" or not is_ours:
+        return spec is not None
     return _in_folder(_COMPAT_DIR, name.replace(".", "/"))
 
 
