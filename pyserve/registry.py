@@ -235,13 +235,17 @@ class Registry:
         self, archive: Archive, name: str | None, url: str, *, at_startup: bool, handler: str | None = None,
         settings: dict[str, int] | None = None, workers: int | None = None,
     ) -> Model:  # fmt: skip
-        """A new row of the table, LOADING. Closes the archive if there cannot be one."""
+        """A new row of the table, LOADING. Closes the archive if there cannot be one.
+
+        Not one that another row has: at start the same file may be named twice, and is opened once.
+        """
         try:
             return self._new_row(
                 archive, name, url, handler=handler, settings=settings or {}, workers=workers, at_startup=at_startup
             )
         except ServeError:
-            archive.close()
+            if all(model.archive is not archive for model in self.all_models()):
+                archive.close()
             raise
 
     def _new_row(

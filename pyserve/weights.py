@@ -177,17 +177,18 @@ class Weights:
 
     @contextlib.contextmanager
     def pinned(self) -> Iterator[int]:
-        """A descriptor of the file the window lies in, checked to be the one that was opened first."""
-        descriptor = self._descriptor
-        if descriptor is None:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        """A descriptor of the file the window lies in, checked to be the one that was opened first.
+
+        It is the caller's own: `close` in another thread does not take it away.
+        """
+        ours = self._descriptor
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC) if ours is None else os.dup(ours)
         try:
             if self._identity is not None and FileIdentity.of(descriptor) != self._identity:
                 refuse(self.path.name, "was replaced or overwritten while it was in use; register it again")
             yield descriptor
         finally:
-            if descriptor != self._descriptor:
-                os.close(descriptor)
+            os.close(descriptor)
 
 
 def check_inflation(weights: Weights, limits: Limits, label: str) -> None:

@@ -577,3 +577,17 @@ def test_archive_without_config_has_an_empty_one(tmp_path: Path, cache: Path) ->
     config = open_with(tmp_path, cache).config
     assert not config.has_file and config.batch_size is None and config.raw == {}
     assert manifest() == (open_with(tmp_path, cache).model_dir / "MAR-INF/MANIFEST.json").read_bytes()
+
+
+def test_letting_go_of_weights_does_not_close_the_descriptor_of_who_is_reading_them(
+    tmp_path: Path, cache: Path
+) -> None:
+    weights = open_archive(write_mar(tmp_path / "m.mar"), cache_dir=cache).weights
+    assert weights is not None
+    with weights.pinned() as descriptor:
+        weights.close()
+        reused = os.open(os.devnull, os.O_RDONLY)  # what was closed would be given out again here
+        try:
+            assert os.fstat(descriptor).st_ino == (tmp_path / "m.mar").stat().st_ino != os.fstat(reused).st_ino
+        finally:
+            os.close(reused)
