@@ -51,6 +51,13 @@ class Config:
         number_of_gpu: the most GPUs to use; ``None`` means all.
         allowed_urls: comma-joined patterns; empty means that no URL is fetched.
         enable_model_api: ``None`` means on exactly when management listens on loopback.
+        token_expiration_min: minutes.
+        enable_grpc: ``auto`` means wherever grpcio is installed.
+        metrics_mode: ``""`` means ``prometheus``, and ``log`` under ``compat=strict``.
+        model_snapshot: models to load instead of ``load_models``, as a snapshot names them; ``{}`` for none.
+        restore: load what the newest snapshot in the log folder names.
+        allow_private_addresses: archives may be fetched from addresses that are not public.
+        server_timing: every answer tells its stages, not only those that are asked for them.
         preprocess_threads: 0 means as many as the CPU budget.
         cpu_budget: CPUs to use; 0 means what the cgroup allows.
         isolate_errors: a batch of a handler that fails is called again item by item.
@@ -94,6 +101,35 @@ class Config:
     ts_header_key_sequence_id: str = "ts_request_sequence_id"
     ts_header_key_sequence_start: str = "ts_request_sequence_start"
     ts_header_key_sequence_end: str = "ts_request_sequence_end"
+    token_expiration_min: float = 60.0
+    private_key_file: str = ""
+    certificate_file: str = ""
+    keystore: str = ""
+    keystore_pass: str = "changeit"
+    keystore_type: str = "PKCS12"
+    enable_grpc: str = "auto"
+    enable_grpc_ssl: bool = False
+    grpc_inference_address: str = "127.0.0.1"
+    grpc_inference_port: int = 7070
+    grpc_inference_max_connection_age_ms: int | None = None
+    grpc_inference_max_connection_age_grace_ms: int | None = None
+    grpc_management_address: str = "127.0.0.1"
+    grpc_management_port: int = 7071
+    grpc_management_max_connection_age_ms: int | None = None
+    grpc_management_max_connection_age_grace_ms: int | None = None
+    metrics_mode: str = ""
+    model_metrics_auto_detect: bool = False
+    disable_system_metrics: bool = False
+    metric_time_interval: int = 60
+    model_snapshot: JsonObject = field(default_factory=dict)
+    restore: bool = False
+    no_config_snapshots: bool = False
+    download_size_max: int = 16 << 30
+    download_timeout_s: int = 600
+    allow_private_addresses: bool = False
+    log_format: str = "text"
+    server_timing: bool = False
+    initial_worker_port: int = 9000
     isolate_errors: bool = True
     watch: bool = False
     preprocess_threads: int = 0

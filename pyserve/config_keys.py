@@ -6,6 +6,7 @@ for it is accepted, and a misspelt key is told apart from an unused one.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pyserve.address import Address
 
 INT32_MAX = 2**31 - 1
 TIMEOUT_MAX_S = 86_400
+MINUTES_MAX = 60 * 24 * 366 * 10
 ModelSettings = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -77,6 +79,30 @@ def _parse_pattern(text: str) -> str:
     return text
 
 
+def _parse_snapshot(text: str) -> Any:
+    """A JSON object; ``{}`` when there is none. What is in it is judged when it is restored."""
+    if not text:
+        return {}
+    try:
+        snapshot = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+    if not isinstance(snapshot, dict):
+        raise ValueError("it is not a JSON object")
+    return snapshot
+
+
+def _parse_minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes <= MINUTES_MAX:
+        raise ValueError
+    return minutes
+
+
+def _parse_ip(text: str) -> str:
+    return str(ipaddress.ip_address(text.strip("[]")))
+
+
 def _parse_header(text: str) -> str:
     if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", text):
         raise ValueError
@@ -89,6 +115,9 @@ _BOOLEAN = Kind(_parse_boolean, "true or false")
 _TEXT = Kind(_parse_text, "text")
 _SECONDS = _integer(1, TIMEOUT_MAX_S)
 _SIZE = _integer(1, INT32_MAX)
+_PORT = _integer(0, 65_535)
+_IP = Kind(_parse_ip, "an IP address, such as 127.0.0.1 or ::")
+_MILLISECONDS = _integer(1, 2**53)
 
 MODEL_SETTINGS: dict[str, type] = {
     "defaultVersion": bool, "marName": str, "minWorkers": int, "maxWorkers": int, "batchSize": int,
@@ -153,6 +182,35 @@ KINDS: dict[str, Kind] = {
     "ts_header_key_sequence_id": _HEADER,
     "ts_header_key_sequence_start": _HEADER,
     "ts_header_key_sequence_end": _HEADER,
+    "token_expiration_min": Kind(_parse_minutes, "minutes, more than 0"),
+    "private_key_file": _TEXT,
+    "certificate_file": _TEXT,
+    "keystore": _TEXT,
+    "keystore_pass": _TEXT,
+    "keystore_type": _TEXT,
+    "enable_grpc": _choice("auto", "true", "false"),
+    "enable_grpc_ssl": _BOOLEAN,
+    "grpc_inference_address": _IP,
+    "grpc_inference_port": _PORT,
+    "grpc_inference_max_connection_age_ms": _MILLISECONDS,
+    "grpc_inference_max_connection_age_grace_ms": _MILLISECONDS,
+    "grpc_management_address": _IP,
+    "grpc_management_port": _PORT,
+    "grpc_management_max_connection_age_ms": _MILLISECONDS,
+    "grpc_management_max_connection_age_grace_ms": _MILLISECONDS,
+    "metrics_mode": _choice("log", "prometheus", "legacy"),
+    "model_metrics_auto_detect": _BOOLEAN,
+    "disable_system_metrics": _BOOLEAN,
+    "metric_time_interval": _SECONDS,
+    "model_snapshot": Kind(_parse_snapshot, 'a JSON object such as {"name": "startup.cfg", "models": {...}}'),
+    "restore": _BOOLEAN,
+    "no_config_snapshots": _BOOLEAN,
+    "download_size_max": _integer(1, 2**50),
+    "download_timeout_s": _SECONDS,
+    "allow_private_addresses": _BOOLEAN,
+    "log_format": _choice("text", "json"),
+    "server_timing": _BOOLEAN,
+    "initial_worker_port": _integer(1, 65_535),
     "isolate_errors": _BOOLEAN,
     "watch": _BOOLEAN,
     "preprocess_threads": _integer(0, 1024),
@@ -165,18 +223,11 @@ KINDS: dict[str, Kind] = {
 }
 
 ACCEPTED_KEYS = frozenset({
-    "NUM_WORKERS", "async_logging", "certificate_file", "cpp_log_config",
-    "cpu_launcher_args", "cpu_launcher_enable", "debug", "disable_system_metrics", "enable_envvars_config",
-    "enable_grpc_ssl", "grpc_inference_address", "grpc_inference_max_connection_age_grace_ms",
-    "grpc_inference_max_connection_age_ms", "grpc_inference_port", "grpc_management_address",
-    "grpc_management_max_connection_age_grace_ms", "grpc_management_max_connection_age_ms",
-    "grpc_management_port", "initial_distribution_port", "initial_worker_port",
-    "io_ratio", "ipex_enable", "ipex_gpu_enable", "keystore", "keystore_pass", "keystore_type",
-    "metric_time_interval", "metrics_mode", "model_metrics_auto_detect", "model_server_home",
-    "model_snapshot", "netty_client_threads", "number_of_netty_threads", "plugins_path", "prefer_direct_buffer",
-    "private_key_file", "python", "system_metrics_cmd", "token_expiration_min",
-    "tsConfigFile", "ts_open_inference_protocol",
-    "use_env_allowed_urls", "use_native_io", "version", "vmargs", "workflow_store",
+    "NUM_WORKERS", "async_logging", "cpp_log_config", "cpu_launcher_args", "cpu_launcher_enable", "debug",
+    "enable_envvars_config", "initial_distribution_port", "io_ratio", "ipex_enable", "ipex_gpu_enable",
+    "model_server_home", "netty_client_threads", "number_of_netty_threads", "plugins_path", "prefer_direct_buffer",
+    "python", "system_metrics_cmd", "tsConfigFile", "ts_open_inference_protocol", "use_env_allowed_urls",
+    "use_native_io", "version", "vmargs", "workflow_store",
 })
 
 # What is set for each model, as the management API calls it -> as files do.
@@ -189,6 +240,6 @@ MODEL_KEYS = {
 FLAG_ONLY = frozenset({"watch"})
 
 # Key -> environment variable, read with enable_envvars_config=true.
-VARIABLES = {
-    key: f"TS_{key.removeprefix('ts_').upper()}" for key in KINDS if key != "models" and key not in FLAG_ONLY
-}
+_WITHOUT_VARIABLE = FLAG_ONLY | {"models", "model_snapshot", "metric_time_interval"}
+VARIABLES = {key: f"TS_{key.removeprefix('ts_').upper()}" for key in KINDS if key not in _WITHOUT_VARIABLE}
+VARIABLES["token_expiration_min"] = "TS_TOKEN_EXPIRATION_TIME_MIN"
