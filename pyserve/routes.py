@@ -12,25 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import ipaddress
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from pyserve import openapi
-from pyserve.address import Address
-from pyserve.config import Config
-from pyserve.entries import shown
+from pyserve.cors import CorsExchange
 from pyserve.errors import (
-    ForbiddenError,
     MethodNotAllowedError,
     OverloadedError,
     ResourceNotFoundError,
     ServeError,
     ServerError,
 )
-from pyserve.http1_exchange import Exchange, Part
+from pyserve.http1_exchange import Exchange
 from pyserve.messages import ErrorFormat, Request, Response, json_response
 from pyserve.metrics import Metrics
 
@@ -43,7 +38,6 @@ Guard = Callable[[Request], None]
 
 
 _METHOD_ORDER = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
-_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # Of paths that were asked for before.
 _FOUND_MAX = 1024
 _FOUND_SIZE_MAX = 256
@@ -230,109 +224,6 @@ class Router:
 def _preflight(exchange: Exchange) -> Response:
     """A browser asks before a cross-origin call; the answer is in the CORS headers."""
     return Response(200)
-
-
-class CorsExchange(Exchange):
-    """An exchange whose answer gets the CORS headers, unless it has them already."""
-
-    __slots__ = ("_cors", "_exchange")
-
-    def __init__(self, exchange: Exchange, cors: Mapping[str, str]):
-        super().__init__(
-            exchange.request, lambda _: None, keep_alive=exchange.keep_alive, protocol_bytes=exchange.protocol_bytes
-        )
-        self._exchange = exchange
-        self._cors = cors
-        exchange.on_disconnect = self.disconnect
-
-    def respond(self, response: Response) -> None:
-        if not self.answered:
-            self.answered = True
-            self.on_disconnect = None
-            self._exchange.respond(self._with_cors(response))
-
-    def start_stream(self, response: Response) -> None:
-        if not self.answered:
-            self.answered = self.is_streaming = True
-            self._exchange.start_stream(self._with_cors(response))
-
-    def write(self, part: Part) -> None:
-        self._exchange.write(part)
-
-    def end_stream(self, part: Part = b"") -> None:
-        self.on_disconnect = None
-        self._exchange.end_stream(part)
-
-    def abort_stream(self) -> None:
-        self.on_disconnect = None
-        self._exchange.abort_stream()
-
-    def _with_cors(self, response: Response) -> Response:
-        own = {name.lower() for name in response.headers}
-        missing = {name: value for name, value in self._cors.items() if name not in own}
-        response.headers = {**response.headers, **missing}
-        return response
-
-
-def cors_headers(config: Config) -> dict[str, str]:
-    """The ``access-control-*`` headers that the configuration asks for."""
-    headers = {
-        "access-control-allow-origin": config.cors_allowed_origin,
-        "access-control-allow-methods": config.cors_allowed_methods,
-        "access-control-allow-headers": config.cors_allowed_headers,
-    }
-    return {name: value for name, value in headers.items() if value}
-
-
-class BrowserGuard:
-    """Refuses what a web page could make a browser send to a management listener.
-
-    A page of any site can post to ``http://127.0.0.1:8081``, and by DNS rebinding read from it under a name of its
-    own. Such requests show in ``Host``, which is then not a name of this machine's loopback interface, and in
-    ``Origin``, which browsers send with everything but GET and HEAD.
-
-    Args:
-        address: where the listener listens. ``Host`` is checked only on loopback TCP addresses.
-        allowed_origin: ``cors_allowed_origin``; an origin named here may make changes, ``*`` names none.
-    """
-
-    def __init__(self, address: Address, allowed_origin: str = ""):
-        self._checks_host = address.is_loopback and not address.is_unix
-        self._host = address.host.lower()
-        self._allowed_origin = allowed_origin.lower().rstrip("/")
-
-    def __call__(self, request: Request) -> None:
-        """Raises ForbiddenError for a request to refuse."""
-        host = request.header("host").lower()
-        if self._checks_host and host and not self._is_local(host):
-            raise ForbiddenError(
-                f"Host {shown(host)} is not a name of this machine's loopback interface, on which this API listens; "
-                "ask for localhost, or let the proxy in front send 'Host: localhost'."
-            )
-        origin = request.header("origin").lower().rstrip("/")
-        if origin and request.method not in _SAFE_METHODS and not self._is_own(origin, host):
-            raise ForbiddenError(
-                f"Origin {shown(origin)} may not make changes here; name it in cors_allowed_origin to allow it."
-            )
-
-    def _is_local(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        name = name.rstrip(".")
-        if name in ("localhost", self._host) or name.endswith(".localhost"):
-            return True
-        try:
-            return ipaddress.ip_address(name).is_loopback
-        except ValueError:
-            return False
-
-    def _is_own(self, origin: str, host: str) -> bool:
-        if origin == self._allowed_origin:
-            return True
-        scheme, _, authority = origin.partition("://")
-        return scheme in ("http", "https") and authority == host
 
 
 def inference_descriptions(rows: Iterable[RouteRow], find: Callable[[str, str | None], object]) -> list[RouteRow]:

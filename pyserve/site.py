@@ -14,6 +14,8 @@ import torch
 
 from pyserve.archive import Archive
 from pyserve.archive_cache import open_cache
+from pyserve.browser_guard import BrowserGuard
+from pyserve.cors import cors_headers
 from pyserve.cpu_budget import cpu_budget
 from pyserve.engine import Engine
 from pyserve.errors import JsonObject, ServeError
@@ -25,7 +27,7 @@ from pyserve.messages import ErrorFormat
 from pyserve.metrics import Metrics
 from pyserve.model_source import ModelSource
 from pyserve.registry import Registry
-from pyserve.routes import BrowserGuard, Router, RouteRow, cors_headers, inference_descriptions, metrics_routes
+from pyserve.routes import Router, RouteRow, inference_descriptions, metrics_routes
 from pyserve.services import Services
 from pyserve.spawner import Spawner
 from pyserve.trace import Tracing

@@ -38,6 +38,7 @@ LEVELS = [
     "sequence_lane lane_choice model",
     # The server's endpoints.
     "registry",
+    "browser_guard cors "
     "parameters openapi routes inference management",
     # What looks at an archive without a server.
     "dry_run debug check_run check config_report doctor",

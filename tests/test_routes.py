@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from pyserve.address import Address
+from pyserve.browser_guard import BrowserGuard
 from pyserve.config import Config
+from pyserve.cors import cors_headers
 from pyserve.errors import BadRequestError, HandlerError, ModelNotFoundError, OverloadedError
 from pyserve.http1_exchange import Exchange
 from pyserve.messages import ErrorFormat, Request, Response
 from pyserve.metrics import Metrics
-from pyserve.routes import ANY, BrowserGuard, Route, Router, cors_headers, inference_descriptions, metrics_routes
+from pyserve.routes import ANY, Route, Router, inference_descriptions, metrics_routes
 
 
 def exchange_for(method: str, path: str, headers: dict[str, str] | None = None) -> tuple[Exchange, list[Response]]:
