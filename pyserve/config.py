@@ -51,6 +51,8 @@ class Config:
         number_of_gpu: the most GPUs to use; ``None`` means all.
         allowed_urls: comma-joined patterns; empty means that no URL is fetched.
         enable_model_api: ``None`` means on exactly when management listens on loopback.
+        disable_token_authorization: ``None`` means that only management needs tokens, where it is not on loopback.
+        token_file: keys that somebody else made; ``""`` to have them made.
         token_expiration_min: minutes.
         enable_grpc: ``auto`` means wherever grpcio is installed.
         metrics_mode: ``""`` means ``prometheus``, and ``log`` under ``compat=strict``.
@@ -89,7 +91,8 @@ class Config:
     default_service_handler: str = ""
     allowed_urls: str = ""
     enable_model_api: bool | None = None
-    disable_token_authorization: bool = False
+    disable_token_authorization: bool | None = None
+    token_file: str = ""
     enable_metrics_api: bool = True
     cors_allowed_origin: str = ""
     cors_allowed_methods: str = ""
@@ -151,6 +154,12 @@ class Config:
         if self.enable_metrics_api:
             addresses["metrics"] = self.metrics_address
         return addresses
+
+    @property
+    def management_is_local(self) -> bool:
+        """Whether only this machine can reach the management APIs."""
+        grpc = Address(self.grpc_management_address)
+        return self.management_address.is_loopback and (self.enable_grpc == "false" or grpc.is_loopback)
 
     def models_to_load(self) -> list[ModelSource]:
         """What ``load_models`` asks for, in order, each once."""

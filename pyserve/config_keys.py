@@ -182,6 +182,7 @@ KINDS: dict[str, Kind] = {
     "ts_header_key_sequence_id": _HEADER,
     "ts_header_key_sequence_start": _HEADER,
     "ts_header_key_sequence_end": _HEADER,
+    "token_file": _TEXT,
     "token_expiration_min": Kind(_parse_minutes, "minutes, more than 0"),
     "private_key_file": _TEXT,
     "certificate_file": _TEXT,

@@ -5,6 +5,7 @@
     │   ├── BadRequestError         400 BadRequestException
     │   │   └── InputError          400 BadRequestException   (raised by handlers for one item's input)
     │   ├── InvalidModelError       400 InvalidModelException
+    │   ├── TokenError              401 InvalidKeyException          (400 under compat=strict)
     │   ├── ModelNotFoundError      404 ModelNotFoundException
     │   ├── VersionNotFoundError    404 ModelVersionNotFoundException
     │   ├── ResourceNotFoundError   404 ResourceNotFoundException
@@ -92,6 +93,21 @@ class InputError(BadRequestError):
 class InvalidModelError(ClientError):
     status = 400
     type = "InvalidModelException"
+
+
+class TokenError(ClientError):
+    """A call needs a key and came without the right one. The texts are TorchServe's."""
+
+    status = 401
+    type = "InvalidKeyException"
+
+    AUTHORIZATION = "Token Authorization failed. Token either incorrect, expired, or not provided correctly"
+    AUTHENTICATION = "Token Authentication failed. Token either incorrect, expired, or not provided correctly"
+
+    def __init__(self, message: str = AUTHORIZATION, *, detail: JsonObject | None = None, is_strict: bool = False):
+        super().__init__(message, detail=detail, headers=None if is_strict else {"WWW-Authenticate": "Bearer"})
+        if is_strict:
+            self.status = 400
 
 
 class ModelNotFoundError(ClientError):

@@ -10,11 +10,16 @@ from pyserve.engine import Engine
 from pyserve.messages import ErrorFormat
 from pyserve.metrics import Metrics
 from pyserve.spawner import Spawner
+from pyserve.tokens import Tokens
 
 
 @dataclass
 class Services:
-    """Constant while the server runs."""
+    """Constant while the server runs.
+
+    Attributes:
+        tokens: None if no call needs a key.
+    """
 
     config: Config
     engine: Engine
@@ -22,3 +27,4 @@ class Services:
     preprocess_pool: Executor
     spawner: Spawner
     error_format: ErrorFormat
+    tokens: Tokens | None = None

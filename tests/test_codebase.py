@@ -24,6 +24,7 @@ LEVELS = [
     "result_check",
     # Configuration and archives; no torch.
     "settings model_source cpu_budget config_keys config pid_file console launch",
+    "tokens "
     "zip_reader tar_reader folder_reader manifest model_config weights archive_formats extract archive_cache archive "
     "archive_inspect trace archiver folder_manifest worker_spec",
     # The wire.
