@@ -11,8 +11,9 @@ import json
 import logging
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
+from urllib.parse import quote_plus, unquote_plus
 
 import numpy as np
 import torch
@@ -32,9 +33,12 @@ NAN_WARNING = (
     "a result holds NaN or an infinity, for which JSON has no word; it is answered as null. Said once; compat=strict "
     "answers NaN as TorchServe does"
 )
+# Flag of a request whose body is fields' values and whose query their sizes, see `split_fields`.
+FIELDS = 2
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 JSON_DEPTH_MAX = 100
 PARTS_MAX = 1000
+FIELD_NAMES_SIZE_MAX = 64 << 10  # of all together, see `join_fields`
 PART_HEAD_SIZE_MAX = 8 << 10
 BOUNDARY_SIZE_MAX = 70  # RFC 2046, section 5.1.1
 
@@ -78,6 +82,39 @@ def add_query(row: dict[str, Any], query: str) -> None:
     """Adds the parameters of a raw query string to ``row``, as fields without a content type: ``bytearray``."""
     for key, value in _decode_urlencoded(bytearray(query.replace(";", "&").encode("latin-1", "replace"))).items():
         row[key] = value
+
+
+def split_fields(body: bytearray, sizes: str) -> dict[str, Any]:
+    """The row of a request whose body is its fields' values one after the other, as they came: ``bytearray``.
+
+    Args:
+        sizes: names and sizes, ``data=4096&id=16``, as `join_fields` gives them.
+    """
+    if not sizes:
+        return {}
+    pairs = [(unquote_plus(name), int(size)) for name, _, size in (part.partition("=") for part in sizes.split("&"))]
+    if len(pairs) == 1:
+        return {pairs[0][0]: body}
+    row: dict[str, Any] = {}
+    start = 0
+    for name, size in pairs:
+        row[name] = body[start : start + size]
+        start += size
+    return row
+
+
+def join_fields(fields: Mapping[str, bytes]) -> tuple[bytearray, str]:
+    """The inverse of `split_fields`: body and sizes.
+
+    Raises:
+        TooLargeError: too many fields, or names that are too long.
+    """
+    if len(fields) > PARTS_MAX:
+        raise TooLargeError(f"the request has {len(fields)} inputs; at most {PARTS_MAX} are allowed")
+    sizes = "&".join([f"{quote_plus(name)}={len(value)}" for name, value in fields.items()])
+    if len(sizes) > FIELD_NAMES_SIZE_MAX:
+        raise TooLargeError(f"the names of the inputs have more than {FIELD_NAMES_SIZE_MAX} bytes; use shorter ones")
+    return bytearray().join(fields.values()), sizes
 
 
 def decode_value(body: bytearray, content_type: str) -> Any:

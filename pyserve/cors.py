@@ -40,9 +40,9 @@ class CorsExchange(Exchange):
         self.on_disconnect = None
         self._exchange.end_stream(part)
 
-    def abort_stream(self) -> None:
+    def abort_stream(self, failure: Response | None = None) -> None:
         self.on_disconnect = None
-        self._exchange.abort_stream()
+        self._exchange.abort_stream(failure)
 
     def _with_cors(self, response: Response) -> Response:
         own = {name.lower() for name in response.headers}

@@ -30,11 +30,12 @@ class Exchange:
         parts_size: bytes in them.
         is_ended: no more parts come.
         reserved: bytes of the body budget this request holds. The protocol's.
+        failure: why there are no more parts, of a stream that was aborted.
     """
 
     __slots__ = (
-        "_deliver", "answered", "disconnected", "is_aborted", "is_ended", "is_http11", "is_streaming", "keep_alive",
-        "on_disconnect", "parts", "parts_size", "protocol_bytes", "request", "reserved", "response",
+        "_deliver", "answered", "disconnected", "failure", "is_aborted", "is_ended", "is_http11", "is_streaming",
+        "keep_alive", "on_disconnect", "parts", "parts_size", "protocol_bytes", "request", "reserved", "response",
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +53,7 @@ class Exchange:
         self.protocol_bytes = protocol_bytes
         self.keep_alive = keep_alive
         self.response: Response | None = None
+        self.failure: Response | None = None
         self.reserved = reserved
         self.is_http11 = True
         self.is_streaming = self.is_ended = self.is_aborted = False
@@ -101,9 +103,13 @@ class Exchange:
                 self.is_ended = True
                 self._deliver(self)
 
-    def abort_stream(self) -> None:
-        """There will be no more: resets the connection, so that the client does not take what it has for all."""
+    def abort_stream(self, failure: Response | None = None) -> None:
+        """There will be no more: resets the connection, so that the client does not take what it has for all.
+
+        ``failure`` is the error answer that comes too late, for protocols that can still send it.
+        """
         if self.is_streaming and not self.is_ended:
+            self.failure = failure
             self.on_disconnect = None
             self.is_ended = self.is_aborted = True
             if not self.disconnected:

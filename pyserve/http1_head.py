@@ -40,7 +40,7 @@ _BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]*)?\Z")
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
-_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 
 # A dash and an underscore look the same once a proxy or a CGI-style environment has rewritten names, so a header
 # spelled with underscores could pose as another one. These three are TorchServe's own and have no dashed twin.
@@ -221,7 +221,7 @@ def _read_fields(lines: list[tuple[bytes, bytes]], head: RequestHead) -> Request
         elif kind == _CONNECTION:
             connections.append(value)
         elif kind == _ID_FIELD:
-            if _ID.match(headers[-1][1]):
+            if REQUEST_ID.match(headers[-1][1]):
                 head.id = headers[-1][1]
         elif kind == _EXPECT:
             head.expect = headers[-1][1].lower() if modern else ""

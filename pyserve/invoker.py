@@ -177,6 +177,9 @@ class Invoker:
     def _decode(self, request: WorkerRequest) -> None:
         if request.flags & DESCRIBE:
             return
+        if request.flags & codec.FIELDS:
+            request.row = codec.split_fields(request.body, request.query)
+            return
         row = request.row = codec.decode_request(request, decode=self._spec.decode_input)
         if request.query:
             codec.add_query(row, request.query)

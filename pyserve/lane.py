@@ -218,7 +218,7 @@ class Lane:
         self._forget(pending)
         self._observe(pending, response.status)
         if pending.is_streaming:
-            pending.exchange.abort_stream()  # the head has left: the client must not take what it has for all
+            pending.exchange.abort_stream(response)  # the head has left: the client must not take what it has for all
         else:
             pending.exchange.respond(response)
 

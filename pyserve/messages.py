@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_plus
 
-from pyserve.errors import ServeError
+from pyserve.errors import JsonObject, ServeError
 
 Headers = list[tuple[str, str]]
 
@@ -113,9 +113,10 @@ class Response:
         content_type: value of ``content-type``; ``None`` sends none (as TorchServe does for predictions).
         reason: ``None`` means the standard phrase; ``""`` an empty one (as TorchServe does for predictions).
         headers: further headers. Framing headers (content-length, connection, ...) belong to the protocol.
+        error: what this is the answer to, for protocols with error answers of their own; None for any other answer.
     """
 
-    __slots__ = ("body", "content_type", "headers", "reason", "status")
+    __slots__ = ("body", "content_type", "error", "headers", "reason", "status")
 
     def __init__(
         self,
@@ -131,6 +132,7 @@ class Response:
         self.content_type = content_type
         self.reason = reason
         self.headers = headers or {}
+        self.error: ServeError | None = None
 
 
 def dump_json(value: Any) -> bytes:
@@ -162,9 +164,16 @@ class ErrorFormat:
     def response(self, error: ServeError, request_id: str) -> Response:
         """The answer to a failed request. ``detail`` tells its id too, so that the log can be searched for it."""
         body = error.body()
-        detail = body.pop("detail", {})
+        body.pop("detail", None)
         if self.with_detail:
-            if not self.with_private_detail:
-                detail = {key: value for key, value in detail.items() if key not in PRIVATE_DETAIL}
-            body["detail"] = {**detail, "request_id": request_id}
-        return json_response(body, error.status, error.headers)
+            body["detail"] = self.detail(error, request_id)
+        response = json_response(body, error.status, error.headers)
+        response.error = error
+        return response
+
+    def detail(self, error: ServeError, request_id: str) -> JsonObject:
+        """What may be told of ``error`` beside its message; ``{}`` without ``with_detail``."""
+        if not self.with_detail:
+            return {}
+        hidden = frozenset() if self.with_private_detail else PRIVATE_DETAIL
+        return {**{key: value for key, value in error.detail.items() if key not in hidden}, "request_id": request_id}

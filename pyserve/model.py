@@ -204,7 +204,7 @@ class Model:
 
     def predict(
         self, exchange: Exchange, url_version: str = "default", *, explains: bool = False,
-        query_is_input: bool = False,
+        query_is_input: bool = False, flags: int = 0,
     ) -> None:  # fmt: skip
         """Sees to the request's answer.
 
@@ -212,6 +212,7 @@ class Model:
             url_version: the version as in the URL, for the metrics.
             explains: an explanation is wanted.
             query_is_input: whether the query's parameters are inputs of the handler.
+            flags: of the item, as a worker process sees them.
 
         Raises:
             OverloadedError: the model is not there yet, or not any more.
@@ -222,7 +223,7 @@ class Model:
         if explains and isinstance(lane, NativeLane):
             self._explain(exchange, url_version, query_is_input=query_is_input)
             return
-        lane.predict(Pending(lane, exchange, self.version, url_version, query_is_input))
+        lane.predict(Pending(lane, exchange, self.version, url_version, query_is_input, flags))
 
     def _absence(self) -> JsonObject:
         detail = {"reason": "no worker", "state": self.state}

@@ -133,9 +133,12 @@ class NativeLane(Lane):
         """Body to input tensor. Any thread."""
         request = pending.exchange.request
         try:
-            row = codec.decode_request(request, decode=self._services.config.decode_input_request)
-            if pending.query_is_input:
-                codec.add_query(row, request.query)
+            if pending.flags & codec.FIELDS:
+                row = codec.split_fields(request.body, request.query)
+            else:
+                row = codec.decode_request(request, decode=self._services.config.decode_input_request)
+                if pending.query_is_input:
+                    codec.add_query(row, request.query)
             return self.network.handler.preprocess([row])
         except ServeError as error:
             return error
