@@ -270,6 +270,7 @@ class Http1Protocol(asyncio.Protocol):
             id=head.id or new_id(),
             arrived_at=self._connections.clock(),
             header_text=head.text,
+            has_timing=head.has_timing,
         )
         exchange = Exchange(request, self._on_answer, head.keep_alive, wire_size, reserved)
         exchange.is_http11 = head.is_http11

@@ -23,7 +23,7 @@ from pyserve.http1_errors import (
     VersionError,
 )
 from pyserve.http1_limits import Http1Limits
-from pyserve.messages import Headers, join_headers
+from pyserve.messages import TIMING_HEADERS, Headers, join_headers
 
 _CACHE_COUNT_MAX = 1024
 _CACHED_SIZE_MAX = 256
@@ -46,7 +46,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 # spelled with underscores could pose as another one. These three are TorchServe's own and have no dashed twin.
 _UNDERSCORE_NAMES = (b"ts_request_sequence_id", b"ts_request_sequence_start", b"ts_request_sequence_end")
 
-_PLAIN, _DROPPED, _HOST_FIELD, _LENGTH, _TRANSFER, _CONNECTION, _EXPECT, _CODING, _ID_FIELD = range(9)
+_PLAIN, _DROPPED, _HOST_FIELD, _LENGTH, _TRANSFER, _CONNECTION, _EXPECT, _CODING, _ID_FIELD, _TIMING = range(10)
 _KINDS = {
     b"host": _HOST_FIELD,
     b"content-length": _LENGTH,
@@ -55,6 +55,7 @@ _KINDS = {
     b"expect": _EXPECT,
     b"content-encoding": _CODING,
     b"x-request-id": _ID_FIELD,
+    **{name.encode(): _TIMING for name in TIMING_HEADERS},
 }
 
 _names: dict[bytes, tuple[str, int]] = {}
@@ -77,13 +78,14 @@ class RequestHead:
         expect: lower-case ``Expect`` value; ``""`` if none, or for HTTP/1.0, which has no such header.
         coding: lower-case ``Content-Encoding``; ``""`` if none or ``identity``.
         id: the client's ``x-request-id`` if it is a valid one, else ``""``.
+        has_timing: whether one of TIMING_HEADERS is among the headers.
         is_simple: neither chunked, nor with ``Expect`` or a coding.
         text: ``headers`` joined, see `messages.join_headers`.
     """
 
     __slots__ = (
-        "chunked", "coding", "expect", "headers", "id", "is_http11", "is_simple", "keep_alive", "length", "method",
-        "path", "query", "text",
+        "chunked", "coding", "expect", "has_timing", "headers", "id", "is_http11", "is_simple", "keep_alive",
+        "length", "method", "path", "query", "text",
     )  # fmt: skip
 
     def __init__(self, method: str, path: str, query: str, headers: Headers, is_http11: bool):
@@ -98,6 +100,7 @@ class RequestHead:
         self.expect = ""
         self.coding = ""
         self.id = ""
+        self.has_timing = False
         self.is_simple = True
         self.text = ""
 
@@ -223,6 +226,8 @@ def _read_fields(lines: list[tuple[bytes, bytes]], head: RequestHead) -> Request
         elif kind == _ID_FIELD:
             if REQUEST_ID.match(headers[-1][1]):
                 head.id = headers[-1][1]
+        elif kind == _TIMING:
+            head.has_timing = True
         elif kind == _EXPECT:
             head.expect = headers[-1][1].lower() if modern else ""
         elif value.lower() != b"identity":

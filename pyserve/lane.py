@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from pyserve.errors import DeadlineError, ExpiredError, HandlerError, JsonObject, OverloadedError, ServeError
-from pyserve.messages import Response
+from pyserve.messages import TIMEOUT_HEADER, Response
 from pyserve.metrics import RequestRecorder
 from pyserve.model_settings import ModelSettings
 from pyserve.pending import OVER, PREPARING, SUBMITTED, Pending
@@ -168,6 +168,8 @@ class Lane:
         self._pending[pending] = None
         self._idle.clear()
         pending.exchange.on_disconnect = pending.cancel
+        if pending.client_deadline:
+            self._start_limit(pending)
         if self._sweep_timer is None:
             self._start_sweep()
         self.begin(pending)
@@ -207,7 +209,8 @@ class Lane:
         return self.settings.queue_size + max(0, idle) * self.settings.batch_size
 
     def _deadline(self, pending: Pending) -> int:
-        return pending.arrived_at + int(self.settings.queue_limit_s * 1e9)
+        deadline = pending.arrived_at + int(self.settings.queue_limit_s * 1e9)
+        return min(deadline, pending.client_deadline) if pending.client_deadline else deadline
 
     # --- the end of a request -------------------------------------------------------------------------------------
 
@@ -248,6 +251,9 @@ class Lane:
 
     def _forget(self, pending: Pending) -> None:
         pending.stage = OVER
+        if pending.limit_timer is not None:
+            pending.limit_timer.cancel()
+            pending.limit_timer = None
         self._pending.pop(pending, None)
         if not self._pending:
             self._idle.set()
@@ -262,11 +268,45 @@ class Lane:
         if pending.stage == OVER:
             return
         self._services.metrics.observe_rejection(self._name, "expired")
+        age_s, limit_ms = pending.age_s(), pending.client_limit_ms()
         limit = f"{self.settings.queue_limit_source}={self.settings.queue_limit_s:g} s"
+        if limit_ms and age_s * 1e3 >= limit_ms and limit_ms < self.settings.queue_limit_s * 1e3:
+            limit = f"{TIMEOUT_HEADER}={limit_ms}"
         error = ExpiredError(
             f'Model "{self._name}" did not come to this request in time',
-            detail={"reason": "expired", "queued_s": round(pending.age_s(), 3), "limit": limit},
+            detail={"reason": "expired", "queued_s": round(age_s, 3), "limit": limit},
             headers={"Retry-After": retry_after()},
+        )
+        self._answer_error(pending, error)
+
+    def _start_limit(self, pending: Pending) -> None:
+        """Sees to it that the client has an answer when it stops waiting."""
+        if pending.limit_timer is not None:  # it was another lane's
+            pending.limit_timer.cancel()
+        remaining_s = (pending.client_deadline - time.monotonic_ns()) / 1e9
+        pending.limit_timer = self._loop.call_later(max(0.0, remaining_s), self.reach_client_limit, pending)
+
+    def reach_client_limit(self, pending: Pending) -> None:
+        """Its client waits no longer: what has not begun never runs, and what runs is not used."""
+        pending.limit_timer = None
+        if pending.stage == OVER:
+            return
+        if time.monotonic_ns() < pending.client_deadline:  # the loop's timers are coarser
+            self._start_limit(pending)
+            return
+        started_at = self.core.started_at(pending.ticket) if pending.stage == SUBMITTED else 0
+        if started_at < 0:
+            return  # it has just come to its end; its answer is on the way here
+        self._drop(pending)
+        if started_at == 0:
+            self.expire(pending)
+            return
+        pending.started_at = started_at
+        queued_s, ran_s = (started_at - pending.arrived_at) / 1e9, (time.monotonic_ns() - started_at) / 1e9
+        error = DeadlineError(
+            f"the model did not answer in the client's time: queued {queued_s:.3f} s, ran {ran_s:.3f} s, limit "
+            f"{TIMEOUT_HEADER}={pending.client_limit_ms()}",
+            detail={"reason": TIMEOUT_HEADER, "queued_s": round(queued_s, 3), "ran_s": round(ran_s, 3)},
         )
         self._answer_error(pending, error)
 

@@ -11,6 +11,10 @@ from pyserve.errors import JsonObject, ServeError
 
 Headers = list[tuple[str, str]]
 
+TIMEOUT_HEADER = "x-request-timeout-ms"
+# What a client may ask about time, in lower case. Most requests have none of them, and then nobody looks for one.
+TIMING_HEADERS = frozenset({TIMEOUT_HEADER})
+
 
 def join_headers(headers: Headers) -> str:
     """Names and values in turn, joined by newlines."""
@@ -41,10 +45,12 @@ class Request:
         client: ``"127.0.0.1:43090"``, or ``"unix"``.
         id: the client's ``x-request-id`` if it is a valid one, else a fresh UUID4.
         arrived_at: when the last byte was read, in ns of ``time.monotonic_ns()``.
+        has_timing: whether one of TIMING_HEADERS is among the headers.
     """
 
     __slots__ = (
-        "_lower", "_params", "arrived_at", "body", "client", "header_text", "headers", "id", "method", "path", "query",
+        "_lower", "_params", "arrived_at", "body", "client", "has_timing", "header_text", "headers", "id", "method",
+        "path", "query",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +65,7 @@ class Request:
         id: str = "",
         arrived_at: int = 0,
         header_text: str | None = None,
+        has_timing: bool | None = None,
     ):
         self.method = method
         self.path = path
@@ -69,6 +76,9 @@ class Request:
         self.client = client
         self.id = id
         self.arrived_at = arrived_at
+        if has_timing is None:
+            has_timing = any(name.lower() in TIMING_HEADERS for name, _ in self.headers)
+        self.has_timing = has_timing
         self._lower: dict[str, str] | None = None
         self._params: list[tuple[str, str]] | None = None
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
+from pyserve.client_limit import client_deadline
 from pyserve.http1_exchange import Exchange
 
 PREPARING, SUBMITTED, OVER = range(3)
@@ -24,11 +26,16 @@ class Pending:
         started_at: ns; when its batch began to run; 0 until its completion tells.
         is_streaming: a part of the answer has left.
         progress_at: ns; when the last part came; 0 if none did.
+        client_deadline: ns; when its client stops waiting; 0 if it did not say.
+        limit_timer: fires at ``client_deadline``; the lane's.
+
+    Raises:
+        BadRequestError: what the client says about time cannot be understood.
     """
 
     __slots__ = (
-        "exchange", "flags", "is_streaming", "lane", "progress_at", "query_is_input", "stage", "started_at", "ticket",
-        "url_version", "version",
+        "client_deadline", "exchange", "flags", "is_streaming", "lane", "limit_timer", "progress_at", "query_is_input",
+        "stage", "started_at", "ticket", "url_version", "version",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0917 - made for every request
@@ -46,6 +53,8 @@ class Pending:
         self.started_at = 0
         self.is_streaming = False
         self.progress_at = 0
+        self.client_deadline = client_deadline(exchange.request) if exchange.request.has_timing else 0
+        self.limit_timer: asyncio.TimerHandle | None = None
 
     @property
     def arrived_at(self) -> int:
@@ -58,6 +67,10 @@ class Pending:
     def queue_s(self) -> float:
         """From arrival until a worker took it; 0 if none did."""
         return (self.started_at - self.arrived_at) / 1e9 if self.started_at else 0.0
+
+    def client_limit_ms(self) -> int:
+        """What the client said; 0 if nothing."""
+        return (self.client_deadline - self.arrived_at) // 1_000_000 if self.client_deadline else 0
 
     def age_s(self) -> float:
         return (time.monotonic_ns() - self.arrived_at) / 1e9

@@ -239,6 +239,8 @@ class SequenceLane(PythonLane):
             )
         else:
             sequence.waiting.append(pending)
+            if pending.client_deadline:
+                self._start_limit(pending)
             pending.exchange.on_disconnect = lambda: self._leave(sequence, pending)
         self._start_looking()
 
@@ -304,10 +306,17 @@ class SequenceLane(PythonLane):
             if sequence is not None:
                 self._end(sequence)
 
+    def expire(self, pending: Pending) -> None:
+        """Of one that waits in its sequence; those that were handed over are the members'."""
+        for sequence in self._sequences.values():
+            if pending in sequence.waiting:
+                sequence.waiting.remove(pending)
+        super().expire(pending)
+
     def _leave(self, sequence: Sequence, pending: Pending) -> None:
         if pending in sequence.waiting:
             sequence.waiting.remove(pending)
-            pending.stage = OVER
+            self._forget(pending)
             self._services.metrics.observe_abort(self._name, pending.version)
 
     def _end(self, sequence: Sequence) -> None:
@@ -384,7 +393,6 @@ class SequenceLane(PythonLane):
         for sequence in list(self._sequences.values()):
             late = [each for each in sequence.waiting if each.age_s() >= self.settings.queue_limit_s]
             for pending in late:
-                sequence.waiting.remove(pending)
                 self.expire(pending)
             self._look_after(sequence)
             is_idle = sequence.running is None and not sequence.waiting

@@ -35,6 +35,7 @@ LEVELS = [
     # Worker processes: their inside, then what looks after them.
     "streaming entry_point invoker reload continuous async_worker worker",
     "restart_policy requirements worker_output worker_handle zygote spawner",
+    "client_limit "
     "examples zoo sample loader services model_settings pending lane native_lane python_workers python_lane "
     "sequence_lane lane_choice model",
     # The server's endpoints.

@@ -1,0 +1,224 @@
+"""A client's own limit, told in ``x-request-timeout-ms``: it holds in the queue and while running, on every path."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyserve.client_limit import TIMEOUT_MAX_MS, client_deadline
+from pyserve.errors import BadRequestError
+from pyserve.messages import TIMEOUT_HEADER, Request
+from tests import serving_models
+from tests.handler_archives import write_handler
+from tests.serving import JSON, LIMIT_S, Answer, Server
+
+LONG = str(TIMEOUT_MAX_MS)
+
+# Notes each request that it is called with; a request may wait for a file.
+NOTES = '''
+import os
+import time
+
+
+class Notes:
+    def initialize(self, context):
+        self.context = context
+
+    def handle(self, data, context):
+        orders = [row["body"] for row in data]
+        for order in orders:
+            with open(order["notes"], "a") as file:
+                file.write(order["name"] + "\\n")
+        for order in orders:
+            while "until" in order and not os.path.exists(order["until"]):
+                time.sleep(0.001)
+        return [{"name": order["name"], "batch": len(orders), "pid": os.getpid()} for order in orders]
+'''
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("deadlines"))
+    serving_models.write_burn(server.store)
+    write_handler(server.store, "notes", NOTES)
+    write_handler(server.store, "pairs", NOTES, config={"batchSize": 2, "minBatch": 2, "maxBatchDelay": 600_000})
+    write_handler(server.store, "sequence", NOTES, config={
+        "sequenceBatching": True, "maxNumSequence": 10, "maxSequenceJobQueueSize": 10,
+    })  # fmt: skip
+    server.start("--models", "all")
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+class Desk:
+    """Sends requests to handlers of NOTES from threads, and reads their notes."""
+
+    def __init__(self, server: Server, folder: Path):
+        self._server = server
+        self._notes = folder / "notes"
+        self._gate = folder / "open"
+        self._pool = ThreadPoolExecutor(8)
+
+    def send(self, path: str, name: str, timeout_ms: str | None = None, **headers: str) -> Future[Answer]:
+        """A request that waits until the gate is open, unless its name is ``quick``."""
+        order = {"name": name, "notes": str(self._notes)}
+        if name != "quick":
+            order["until"] = str(self._gate)
+        more = {TIMEOUT_HEADER: timeout_ms} if timeout_ms is not None else {}
+        return self._pool.submit(
+            self._server.ask, "POST", path, json.dumps(order).encode(), {**JSON, **more, **headers}
+        )  # fmt: skip
+
+    def notes(self) -> list[str]:
+        return self._notes.read_text().split() if self._notes.exists() else []
+
+    def wait_for_note(self, name: str) -> None:
+        self._server.wait_for(lambda: name in self.notes(), f"the call for {name}")
+
+    def open(self) -> None:
+        self._gate.touch()
+
+    def close(self) -> None:
+        self.open()
+        self._pool.shutdown()
+
+
+@pytest.fixture
+def desk(server: Server, tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(server, tmp_path)
+    yield desk
+    desk.close()
+
+
+def of(pairs: list[tuple[str, str]]) -> Request:
+    return Request("POST", "/", headers=pairs, arrived_at=5)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", 1_000_005), (LONG, TIMEOUT_MAX_MS * 1_000_000 + 5)])
+def test_a_limit_counts_from_the_arrival(value: str, expected: int) -> None:
+    request = of([("X-Request-Timeout-Ms", value)])
+    assert request.has_timing and client_deadline(request) == expected
+
+
+def test_without_the_header_there_is_no_limit() -> None:
+    request = of([("Accept", "*/*")])
+    assert not request.has_timing and client_deadline(request) == 0
+
+
+BAD = ["0", "-1", "", "1.5", "1e3", "nan", "100 ms", "+5", "١", str(TIMEOUT_MAX_MS + 1), "9" * 5000, "5, 6"]
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_what_is_no_limit_is_refused(value: str) -> None:
+    with pytest.raises(BadRequestError, match=rf"{TIMEOUT_HEADER} must be .* from 1 to {TIMEOUT_MAX_MS}"):
+        client_deadline(of([(TIMEOUT_HEADER, value)]))
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "9" * 100])
+@pytest.mark.parametrize("path", [
+    "/predictions/notes", "/predictions/burn", "/v1/models/notes:predict", "/v2/models/notes/infer",
+    "/models/notes/invoke", "/explanations/notes", "/notes/predict", "/invocations?model_name=notes",
+])  # fmt: skip
+def test_a_bad_limit_is_a_400_that_names_it_and_the_model_is_not_called(
+    desk: Desk, path: str, value: str
+) -> None:  # fmt: skip
+    answer = desk.send(path, "quick", value).result()
+    assert (answer.status, answer.json["type"]) == (400, "BadRequestException")
+    assert TIMEOUT_HEADER in answer.json["message"] and f"from 1 to {TIMEOUT_MAX_MS}" in answer.json["message"]
+    assert desk.notes() == []
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("path", [
+    "/predictions/notes", "/predictions/notes/1.0", "/v1/models/notes:predict", "/models/notes/invoke",
+    "/invocations?model_name=notes", "/explanations/notes",
+])  # fmt: skip
+def test_a_request_that_waits_past_its_clients_limit_never_runs(server: Server, desk: Desk, path: str) -> None:
+    first = desk.send("/predictions/notes", "first")
+    desk.wait_for_note("first")
+    late = desk.send(path, "late", "30").result()
+    assert (late.status, late.json["type"]) == (503, "ServiceUnavailableException")
+    assert (late.detail["reason"], late.detail["limit"]) == ("expired", f"{TIMEOUT_HEADER}=30")
+    assert late.detail["queued_s"] >= 0.03 and int(late.headers["retry-after"]) > 0
+    patient = desk.send(path, "patient", LONG)
+    desk.open()
+    assert (first.result().status, patient.result().status) == (200, 200)
+    assert desk.notes() == ["first", "patient"]
+
+
+@pytest.mark.server
+def test_one_that_runs_is_answered_at_its_limit_and_its_batch_goes_on(server: Server, desk: Desk) -> None:
+    late = desk.send("/predictions/pairs", "late", "2000")
+    other = desk.send("/predictions/pairs", "other")
+    answer = late.result()
+    assert (answer.status, answer.json["type"]) == (504, "InternalServerException")
+    assert answer.detail["reason"] == TIMEOUT_HEADER and f"limit {TIMEOUT_HEADER}=2000" in answer.json["message"]
+    assert not other.done()
+    pid = server.describe("pairs")["workers"][0]["pid"]
+    desk.open()
+    assert other.result().json == {"name": "other", "batch": 2, "pid": pid}  # the worker lives, and it is the same
+    assert sorted(desk.notes()) == ["late", "other"]
+    assert server.describe("pairs")["workers"][0]["pid"] == pid
+
+
+@pytest.mark.server
+def test_a_limit_longer_than_the_models_changes_nothing(server: Server, desk: Desk) -> None:
+    server.manage("PUT", "/models/notes?response_timeout=1")
+    try:
+        answer = desk.send("/predictions/notes", "slow", LONG).result()
+        assert answer.status == 504 and "response_timeout=1 s" in answer.json["message"]
+    finally:
+        desk.open()
+        server.manage("PUT", "/models/notes?response_timeout=120")
+    assert desk.send("/predictions/notes", "quick").result().status == 200
+
+
+@pytest.mark.server
+def test_in_a_sequence_one_that_waits_for_the_one_before_it_expires(server: Server, desk: Desk) -> None:
+    first = desk.send("/predictions/sequence", "first", ts_request_sequence_id="a")
+    desk.wait_for_note("first")
+    late = desk.send("/predictions/sequence", "late", "30", ts_request_sequence_id="a").result()
+    assert (late.status, late.detail["limit"]) == (503, f"{TIMEOUT_HEADER}=30")
+    after = desk.send("/predictions/sequence", "after", LONG, ts_request_sequence_id="a")
+    desk.open()
+    assert (first.result().status, after.result().status) == (200, 200)
+    assert desk.notes() == ["first", "after"]
+
+
+def burn(server: Server, rounds: int, timeout_ms: str | None = None) -> Callable[[], Answer]:
+    headers = {**JSON, **({TIMEOUT_HEADER: timeout_ms} if timeout_ms else {})}
+    return lambda: server.ask("POST", "/predictions/burn", json.dumps([7, rounds]).encode(), headers)
+
+
+@pytest.mark.server
+def test_the_native_lane_keeps_a_clients_limit_while_queued_and_while_running(server: Server) -> None:
+    rounds = 1000
+    while burn(server, rounds, "400")().status == 200:  # as many as this machine does not do in that time
+        rounds *= 2
+    answers: list[Any] = []
+    running = threading.Thread(target=lambda: answers.append(burn(server, 2 * rounds)()))
+    batches = server.metric("pyserve_batches_total", model="burn")
+    server.wait_for(lambda: server.metric("pyserve_batches_running", model="burn") == 0, "the last round's batch")
+    running.start()
+    server.wait_for(lambda: server.metric("pyserve_batches_running", model="burn") == 1, "the batch")
+    expired = server.metric("pyserve_requests_rejected_total", model="burn", reason="expired")
+    late = burn(server, 1, "20")()
+    assert (late.status, late.detail["limit"]) == (503, f"{TIMEOUT_HEADER}=20")
+    assert server.metric("pyserve_requests_rejected_total", model="burn", reason="expired") == expired + 1
+    running.join(LIMIT_S)
+    assert answers[0].status == 200 and answers[0].json == [7.0]
+    assert burn(server, 1)().status == 200
+    overrun = burn(server, 4 * rounds, "400")()
+    assert overrun.status == 504 and overrun.detail["reason"] == TIMEOUT_HEADER
+    assert overrun.detail["ran_s"] > 0
+    server.wait_for(lambda: server.metric("pyserve_batches_running", model="burn") == 0, "its end")
+    assert server.metric("pyserve_batches_total", model="burn") >= batches + 3
