@@ -26,6 +26,7 @@
 
 #include "clock.h"
 #include "probe.h"
+#include "release.h"
 #include "request.h"
 #include "ring.h"
 #include "waiter.h"
@@ -44,8 +45,10 @@ struct BatchLimits {
 struct Take {
     std::vector<Request*> requests;  // state batched, in order of arrival
     std::vector<Request*> dropped;   // ended while queued: expired or cancelled
+    Release release = Release::none;  // of `requests`
 
     void clear() {
+        release = Release::none;
         requests.clear();
         dropped.clear();
     }
@@ -216,23 +219,33 @@ class Batcher {
             const bool first = filled == 0;
             const size_t room = std::min(size_max - filled, ring_.capacity() - take.dropped.size());
             const size_t claimed = ring_.try_claim(out, room, [&](Request* const* seen, size_t count) {
-                if (first && !is_ripe(seen, count, size_max, now, full_only, wake_at)) return size_t{0};
+                if (first && !is_ripe(seen, count, size_max, now, full_only, wake_at, take.release)) return size_t{0};
                 return within_bytes(seen, count, bytes_max - bytes, first, bytes_reached);
             });
             if (claimed == 0) break;
             filled += keep_live(out, claimed, now, take.dropped, bytes);
         }
         take.requests.resize(filled);
+        if (filled == 0) take.release = Release::none;
+        else if (filled == size_max) take.release = Release::full;
+        else if (bytes_reached) take.release = Release::bytes;
     }
 
-    // Whether a batch that begins with `seen` may leave now. Sets `wake_at` if it may later.
+    // Whether a batch that begins with `seen` may leave now, and why. Sets `wake_at` if it may later.
     bool is_ripe(Request* const* seen, size_t count, size_t size_max, int64_t now, bool full_only,
-                 int64_t& wake_at) const noexcept {
+                 int64_t& wake_at, Release& release) const noexcept {
+        release = Release::full;
         if (full_only) return count >= size_max;
         const size_t size_min = std::min<size_t>(batch_size_min_.load(std::memory_order_relaxed), size_max);
-        if (count >= size_min || closed_.load(std::memory_order_acquire)) return true;
+        release = size_min > 1 ? Release::min_batch : Release::idle;
+        if (count >= size_min) return true;
+        release = Release::closing;
+        if (closed_.load(std::memory_order_acquire)) return true;
         int64_t look_at = seen[0]->queued_at.load(std::memory_order_relaxed) +
                           batch_delay_max_ns_.load(std::memory_order_relaxed);
+        release = Release::delay;
+        if (now >= look_at) return true;
+        release = Release::deadline;
         // A request that expires inside the window must be dropped in time. Claims are from the front, so its
         // deadline ends the window for those before it.
         for (size_t i = 0; i < count; ++i) {

@@ -140,7 +140,9 @@ PYBIND11_MODULE(_core, m) {
                                [](const Completion& completion) { return torch::jit::toPyObject(completion.output); })
         .def_readonly("started_at", &Completion::started_at)
         .def_readonly("staged_at", &Completion::staged_at)
-        .def_readonly("finished_at", &Completion::finished_at);
+        .def_readonly("finished_at", &Completion::finished_at)
+        .def_readonly("batch_size", &Completion::batch_size)
+        .def_readonly("release", &Completion::release);
 
     py::class_<Engine>(m, "Engine")
         .def(py::init<>())

@@ -59,6 +59,8 @@ struct Completion {
     std::string message;
     c10::IValue output;
     int64_t started_at, staged_at, finished_at;
+    uint32_t batch_size;  // of the batch that they were part of
+    const char* release;  // why that batch left the queue
 };
 
 // Every lane keeps its engine alive, so that what lanes leave behind is drained here at the latest.
@@ -100,7 +102,9 @@ class Engine : public Watched {
                               {},
                               result.started_at,
                               result.staged_at,
-                              result.finished_at};
+                              result.finished_at,
+                              result.batch_size,
+                              name_of(result.release)};
         ProcessResult* of_process = nullptr;
         if (result.lane == Result::Lane::native) {
             completion.output = std::move(static_cast<BatchResult&>(result).output);

@@ -72,9 +72,7 @@ ProcessRequest* ProcessLane::try_submit(std::string_view head, std::string_view 
 bool ProcessLane::cancel(uint64_t ticket) {
     ProcessRequest* request = find(ticket);
     if (request == nullptr || !request->try_cancel()) return false;
-    for (const auto& worker : workers_) {
-        if (worker->is_multiplexed()) worker->tell_cancelled(ticket);
-    }
+    for (const auto& worker : workers_) worker->tell_cancelled(ticket);
     return true;
 }
 

@@ -115,6 +115,7 @@ void ProcessWorker::send_batch(Take& take) {
     Flight& flight = flights_.back();
     flight.taken_at = flight.sent_at = SteadyClock::now_ns();
     flight.holds_permit = !is_multiplexed();
+    flight.release = take.release;
     flight.id = next_batch_++;
     flight.requests.reserve(take.requests.size());
     for (Request* request : take.requests) {
@@ -242,6 +243,8 @@ bool ProcessWorker::on_answers(Flight& flight, const std::vector<Part<AnswerHead
     result->started_at = flight.started_at != 0 ? flight.started_at : flight.sent_at;
     result->staged_at = flight.sent_at;
     result->finished_at = SteadyClock::now_ns();
+    result->batch_size = static_cast<uint32_t>(flight.requests.size());
+    result->release = flight.release;
     running_since_ = result->finished_at;
     try {
         collect(flight, parts, *result);

@@ -144,6 +144,7 @@ class ProcessWorker : public Watched {
         int64_t taken_at = 0;
         int64_t sent_at = 0;
         int64_t started_at = 0;  // 0 until the process has come to it
+        Release release = Release::none;
         bool uses_memory = false;
         bool holds_permit = false;
     };

@@ -7,6 +7,7 @@
 
 #include "completion.h"
 #include "pool.h"
+#include "release.h"
 #include "request.h"
 #include "status.h"
 
@@ -24,6 +25,8 @@ struct Result : CompletionNode {
     int64_t started_at = 0;  // ns: taken from the queue
     int64_t staged_at = 0;   // ns: gathered and on its way
     int64_t finished_at = 0; // ns: outputs on the host
+    uint32_t batch_size = 0;     // of the batch that they were part of
+    Release release = Release::none;  // of that batch
     std::shared_ptr<RequestOwner> pool;  // that `requests` go back to
 };
 

@@ -213,6 +213,7 @@ void Worker::begin() {
         Flight& flight = in_flight_.emplace_back();
         flight.requests = std::move(group);
         flight.started_at = now;
+        flight.release = take_.release;
     }
     in_flight_.back().holds_permit = std::exchange(holds_permit_, false);
     // Every group but the last is finished here; the last one may stay in flight.
@@ -270,6 +271,7 @@ void Worker::run_singly(Flight& flight) {
         Flight single;
         single.requests = {flight.requests.front()};
         single.started_at = flight.started_at;
+        single.release = flight.release;
         shared_.stats.retried_singly.fetch_add(1, std::memory_order_relaxed);
         // Its state is running already; launch would take it for cancelled.
         single.staged_at = SteadyClock::now_ns();
@@ -325,6 +327,8 @@ void Worker::complete(Flight& flight) {
     result->status = std::move(flight.status);
     if (result->status.ok()) result->output = std::move(flight.staged.output);
     const size_t count = flight.requests.size();
+    result->batch_size = static_cast<uint32_t>(count);
+    result->release = flight.release;
     for (Request* request : flight.requests) {
         stats.queue.observe(static_cast<double>(flight.started_at - request->queued_at.load()) * seconds_per_ns);
         if (!request->try_move(State::running, State::done)) {

@@ -76,6 +76,7 @@ class Worker {
         Status status;
         int64_t started_at = 0;
         int64_t staged_at = 0;
+        Release release = Release::none;
         bool holds_permit = false;  // the last group of its take gives the permit back
     };
 

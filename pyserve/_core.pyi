@@ -40,6 +40,8 @@ class Completion:
     started_at: int
     staged_at: int
     finished_at: int
+    batch_size: int  # of the batch that they were part of
+    release: str  # why it left the queue: idle, full, bytes, min_batch, delay, deadline, closing
     @property
     def output(self) -> Any: ...
 

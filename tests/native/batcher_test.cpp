@@ -11,6 +11,7 @@
 using pyserve::BatchLimits;
 using pyserve::Batcher;
 using pyserve::Next;
+using pyserve::Release;
 using pyserve::Request;
 using pyserve::State;
 using pyserve::Take;
@@ -253,6 +254,51 @@ TEST(a_ring_full_of_dead_requests_is_purged_in_order) {
     CHECK_EQ(bench.batcher.queue_size(), size_t{5});
     bench.push();
     bench.check_takes({1, 2, 4, 5, 6, 8});
+}
+
+TEST(a_batch_says_why_it_left) {
+    Bench bench(8, {.batch_size_max = 4, .batch_size_min = 2, .batch_delay_max_ns = 100, .batch_bytes_max = 10});
+    const auto check_why = [&](std::initializer_list<uint32_t> expected, Release why) {
+        bench.check_takes(expected);
+        CHECK_EQ(static_cast<int>(bench.take.release), static_cast<int>(why));
+    };
+    bench.push();
+    bench.check_waits(1100);
+    CHECK(bench.take.release == Release::none);
+    bench.push();
+    check_why({0, 1}, Release::min_batch);
+    bench.push_many(5);
+    check_why({2, 3, 4, 5}, Release::full);
+    HandClock::time = 1100;
+    check_why({6}, Release::delay);
+    bench.push();
+    bench.push(1150);
+    CHECK(bench.requests[7].try_cancel());
+    HandClock::time = 1150;
+    CHECK(bench.look() == Next::batch);
+    CHECK(bench.take.requests.empty() && bench.take.release == Release::none);  // it holds only dropped ones
+    bench.batcher.leave();
+    bench.batcher.set_limits({.batch_size_max = 4, .batch_size_min = 3, .batch_delay_max_ns = 100, .batch_bytes_max = 10});
+    bench.push();
+    bench.push(1180);
+    bench.check_waits(1180);
+    HandClock::time = 1180;
+    bench.check_takes({9}, {10});
+    CHECK(bench.take.release == Release::deadline);
+    bench.batcher.set_limits({.batch_size_max = 4, .batch_bytes_max = 10});
+    bench.push(never_ns, 9);
+    bench.push(never_ns, 9);
+    check_why({11}, Release::bytes);
+    check_why({12}, Release::idle);
+    bench.push();
+    bench.push();
+    CHECK(bench.requests[13].try_cancel());
+    bench.check_takes({14}, {13});
+    CHECK(bench.take.release == Release::idle);
+    bench.batcher.set_limits({.batch_size_max = 4, .batch_size_min = 4, .batch_delay_max_ns = 100});
+    bench.push();
+    bench.batcher.close();
+    check_why({15}, Release::closing);
 }
 
 TEST(a_stopped_worker_takes_nothing) {

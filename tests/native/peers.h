@@ -76,6 +76,8 @@ struct Entry {
     Code code{};
     State state{};  // when it came back
     AnswerPart answer;
+    uint32_t batch_size = 0;
+    Release release = Release::none;
     std::vector<std::string> chunks;
 };
 
@@ -194,6 +196,8 @@ class Loop : private Watched {
             entry->is_over = true;
             entry->code = result.status.code;
             entry->state = state;
+            entry->batch_size = result.batch_size;
+            entry->release = result.release;
             if (!result.answers.empty()) entry->answer = std::move(result.answers[i]);
             ++over_count;
         }

@@ -312,6 +312,33 @@ TEST(parts_of_a_stream_come_in_order_and_a_cancel_reaches_the_worker) {
     }
 }
 
+TEST(a_batch_that_runs_learns_which_of_its_clients_have_gone) {
+    forget_begun();
+    std::atomic<bool> saw{false};
+    std::deque<Peer> peers;
+    Loop loop;
+    loop.limit(2, 2, 3'600'000'000'000);
+    peers.emplace_back(loop, [&](WorkerChannel& channel, const IncomingBatch& batch) {
+        begin(channel, batch);
+        while (!channel.is_cancelled(batch.items[0].ticket)) std::this_thread::yield();
+        saw = !channel.is_cancelled(batch.items[1].ticket);
+        std::vector<OutgoingAnswer> answers;
+        for (const IncomingItem& item : batch.items) answers.push_back(answer(item.ticket, item.head));
+        return channel.send(batch.id, answers);
+    });
+    Entry* gone = loop.submit("gone");
+    Entry* other = loop.submit("other");
+    loop.until([&] { return loop.lane->find(gone->ticket)->started_at != 0; });
+    CHECK(loop.lane->cancel(gone->ticket));
+    loop.until_over();
+    CHECK(saw.load());
+    CHECK(gone->state == State::cancelled);
+    CHECK(other->code == Code::ok && other->answer.body == "1");
+    CHECK(other->batch_size == 2 && other->release == Release::full);
+    loop.check_at_rest();
+    loop.lane->close();
+}
+
 TEST(cancels_that_come_too_late_do_not_make_a_worker_deaf) {
     Wire wire;
     const auto channel = wire.channel();
