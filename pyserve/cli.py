@@ -42,12 +42,13 @@ _SWITCHES = {
     "disable_token_auth": "disable_token_authorization",
     "enable_model_api": "enable_model_api",
     "strict": "strict",
+    "restore": "restore",
+    "no_config_snapshots": "no_config_snapshots",
 }
 _IGNORED = {
     "log_config": "--log-config is ignored: log4j2 files configure Java",
     "plugins_path": "--plugins-path is ignored: plug-ins are Java archives",
     "workflow_store": "--workflow-store is ignored: workflows are not available in this version",
-    "no_config_snapshots": "--no-config-snapshots is the default: no snapshot is restored unasked",
 }
 
 
@@ -204,10 +205,11 @@ def _add_start_arguments(parser: argparse.ArgumentParser) -> None:
     add("--foreground", action="store_true", help="stay, and log to the terminal; Ctrl-C drains")
     add("--strict", action="store_true",
         help="stop if a model cannot be loaded (exit code 3) or a key is not known (2)")  # fmt: skip
+    add("--restore", action="store_true", help="serve what the newest snapshot in logs/config names, not --models")
+    add("--no-config-snapshots", "--ncs", action="store_true", help="write no snapshots to logs/config")
     _add_address_arguments(parser)
     _add_pid_file(parser)
     ignored = parser.add_argument_group("accepted for TorchServe's sake")
-    ignored.add_argument("--no-config-snapshots", "--ncs", action="store_true")
     ignored.add_argument("--log-config", metavar="FILE")
     ignored.add_argument("--plugins-path", "--ppath", metavar="DIR")
     ignored.add_argument("--workflow-store", metavar="DIR")

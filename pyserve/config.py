@@ -398,6 +398,11 @@ def check_config(config: Config) -> None:
         sources = config.models_to_load()
     except ValueError as error:
         raise ConfigError(f"{config.origin['load_models']}: {error}") from None
+    if config.model_snapshot and config.load_models:
+        config.notices.append(
+            f"{config.origin['load_models']}: load_models is ignored: {config.origin['model_snapshot']} has a "
+            "model_snapshot"
+        )
     if config.model_store is None and (not sources or not all(source.exists for source in sources)):
         raise MissingStoreError(
             "Missing mandatory parameter --model-store; give the folder with the archives, "

@@ -164,7 +164,7 @@ class Management:
         answer: JsonObject = {"status": SCALING}
         if settings:
             changed = model.configure(settings)
-            self._registry.changed()
+            await self._registry.changed()
             answer["changed"] = {name: f"{old} -> {new}" for name, (old, new) in changed.items()}
         unused = [name for name in _UNUSED_NAMES if name in values]
         if unused:
@@ -184,11 +184,11 @@ class Management:
             answer["status"] += f", version: {version}"
         return json_response(answer)
 
-    def set_default_version(self, exchange: Exchange, model_name: str, model_version: str) -> Response:
+    async def set_default_version(self, exchange: Exchange, model_name: str, model_version: str) -> Response:
         """``PUT /models/{m}/{v}/set-default``."""
         self._read(exchange.request, parameters.NONE)
         try:
-            self._registry.set_default(model_name, model_version)
+            await self._registry.set_default(model_name, model_version)
         except VersionNotFoundError:
             # Here, and only here, TorchServe's text has no colon after "version".
             raise VersionNotFoundError(
@@ -263,7 +263,7 @@ class Management:
             text = f"Failed to start workers for model {model.name} version: {version or 'null'}"
             detail = error.detail if error.message == text else {"reason": error.message, **error.detail}
             raise type(error)(text, detail=detail) from error
-        self._registry.changed()
+        await self._registry.changed()
         return running
 
     def _watch(self, future: Awaitable[Any], text: str) -> None:

@@ -126,6 +126,11 @@ class Model:
         if self.state != "LOADING":
             raise ConflictError(f"Model {self.name} version {self.version} was unregistered while it was loading")
 
+    async def loaded(self) -> None:
+        """Returns when it is not LOADING any more."""
+        async with self._loading:
+            pass
+
     async def drain(self) -> None:
         """Finishes what was admitted, then stops the workers and lets go of the weights. Takes no more requests.
 
@@ -165,7 +170,7 @@ class Model:
             lane = self._lane
             if lane is None:
                 raise self._scaling_error(self.error or "it is being unregistered")
-            before = lane.wanted_count
+            before, bounds_before = lane.wanted_count, (self.settings.workers_min, self.settings.workers_max)
             wanted = min(max(before, workers_min), max(workers_min, workers_max))
             self.settings.workers_min, self.settings.workers_max = workers_min, workers_max
             self.wanted_workers = wanted
@@ -175,6 +180,7 @@ class Model:
                 raise self._scaling_error("it is being unregistered")
             if failure:
                 error = self._scaling_error(failure, lane.failure)
+                self.settings.workers_min, self.settings.workers_max = bounds_before
                 self.wanted_workers = min(before, wanted)
                 lane.set_workers(self.wanted_workers)
                 raise error

@@ -1,4 +1,4 @@
-"""Java properties files, read by the rules of ``java.util.Properties.load``.
+"""Java properties files, read by the rules of ``java.util.Properties.load`` and written by those of ``store``.
 
 A *natural* line is what ends in a line break; a *logical* line is one or more natural lines joined by a
 backslash at the end. Keys end at the first unescaped ``=``, ``:`` or blank.
@@ -7,12 +7,13 @@ backslash at the end. Keys end at the first unescaped ``=``, ``:`` or blank.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 _BLANKS = " \t\f"
 _ESCAPES = {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
+_ESCAPED = {char: f"\\{letter}" for letter, char in _ESCAPES.items()} | {char: f"\\{char}" for char in "\\=:#!"}
 _UNICODE = re.compile(r"[0-9A-Fa-f]{4}")
 
 
@@ -101,3 +102,32 @@ def _unescape(text: str, line: int) -> str:
         out.append(char)
     # Java files spell characters outside the basic plane as two \u escapes; join the surrogates.
     return "".join(out).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def format_properties(values: Mapping[str, str], comment: str) -> str:
+    """The text of a file that `parse_properties`, and Java, read as ``values``; ``comment`` is its first line."""
+    lines = [f"#{line}" for line in comment.splitlines()]
+    lines += [f"{_escape(key).replace(' ', _BLANK)}={_escape_value(value)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+_BLANK = "\\ "
+
+
+def _escape_value(value: str) -> str:
+    # Blanks are told from the separator's only at the beginning.
+    text = value.lstrip(" ")
+    return _BLANK * (len(value) - len(text)) + _escape(text)
+
+
+def _escape(text: str) -> str:
+    out = []
+    for char in text:
+        if char in _ESCAPED:
+            out.append(_ESCAPED[char])
+        elif " " <= char <= "~":
+            out.append(char)
+        else:
+            units = char.encode("utf-16-be", "surrogatepass").hex()
+            out += [f"\\u{units[at:at + 4].upper()}" for at in range(0, len(units), 4)]
+    return "".join(out)

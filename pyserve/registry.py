@@ -1,18 +1,14 @@
 """The table of models: what is served, under which names and versions, and how that changes.
 
-Loop thread only. A change that answers success has been written to the state file before, so that a server that is
-started again after a crash serves the same models.
+Loop thread only. A change that answers success has been written down before (`pyserve.kept_state`), so that a server
+that is started again after a crash serves the same models.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +21,19 @@ from pyserve.errors import (
     ServeError,
     VersionNotFoundError,
 )  # fmt: skip
+from pyserve.kept_state import LoadFailure, StateKeeper, snapshot_of, state_of
 from pyserve.manifest import check_model_name
 from pyserve.model import Model
-from pyserve.model_settings import ModelSettings, first_settings, first_workers
+from pyserve.model_settings import first_settings, first_workers
 from pyserve.model_source import ModelSource
 from pyserve.placement import choose_device, gpu_count
 from pyserve.services import Services
+from pyserve.snapshot import CHANGE, SHUTDOWN, STARTUP, SnapshotFolder
 from pyserve.trace import Tracing
 
 log = logging.getLogger(__name__)
 
 ProgressOf = Callable[[str, str], None]  # model name, text
-
-@dataclass
-class LoadFailure:
-    """An archive that could not even be opened; there is no model of it."""
-
-    name: str
-    url: str
-    error: str
 
 
 class Registry:
@@ -51,12 +41,16 @@ class Registry:
 
     Args:
         state_file: where the runtime state is kept; None keeps none.
+        snapshots: where snapshots go; None writes none.
         progress: told what a loading model is doing; any thread.
     """
 
-    def __init__(self, services: Services, *, state_file: Path | None = None, progress: ProgressOf | None = None):
+    def __init__(
+        self, services: Services, *, state_file: Path | None = None, snapshots: SnapshotFolder | None = None,
+        progress: ProgressOf | None = None,
+    ):  # fmt: skip
         self._services = services
-        self._state_file = state_file
+        self._keeper = StateKeeper(state_file, snapshots, self._capture)
         self._progress = progress or (lambda name, text: None)
         self._models: dict[str, dict[str, Model]] = {}
         self._defaults: dict[str, str] = {}
@@ -120,7 +114,7 @@ class Registry:
         )
         await self._load_or_remove(model, stays=(model.name, model.version) in failed)
         self.failures = [failure for failure in self.failures if failure.url != url]
-        self.save_state()
+        await self.changed()
         return model
 
     def start_register(
@@ -145,20 +139,45 @@ class Registry:
         if model.version == self._defaults[name] and len(self._models[name]) > 1:
             raise DefaultVersionError(f"Cannot remove default version for model {name}")
         self._remove(model)
-        self.save_state()
-        await model.drain()
+        draining = asyncio.get_running_loop().create_task(model.drain())
+        try:
+            await self.changed()
+        finally:
+            await draining
 
-    def set_default(self, name: str, version: str) -> None:
+    async def set_default(self, name: str, version: str) -> None:
+        """Requests without a version go to ``version`` from now on. One that is loading is waited for.
+
+        Raises:
+            ConflictError: it FAILED; the default stays as it was.
+        """
+        model = self._version(name, version)
+        await model.loaded()
+        if self._version(name, version) is not model:
+            raise ConflictError(f"Model version {version} of model {name} was replaced meanwhile")
+        if model.state == "FAILED" and model.version != self._defaults[name]:
+            raise ConflictError(
+                f"Model version {version} of model {name} cannot be the default version: it FAILED",
+                detail={"text": model.error, "mend": "mend the archive and register it again"},
+            )
+        self._defaults[name] = version
+        await self.changed()
+
+    def _version(self, name: str, version: str) -> Model:
         if name not in self._models:
             raise ModelNotFoundError(f"Model not found: {name}")
         if version not in self._models[name]:
             raise VersionNotFoundError(f"Model version {version} does not exist for model {name}")
-        self._defaults[name] = version
-        self.save_state()
+        return self._models[name][version]
 
-    def changed(self) -> None:
-        """To be called after a model's workers or settings were changed."""
-        self.save_state()
+    async def changed(self, kind: str = CHANGE) -> None:
+        """To be called after a model's workers or settings were changed; returns when that is written down.
+
+        Args:
+            kind: of the snapshot.
+        """
+        if self._keeps_state:
+            await self._keeper.save(kind)
 
     async def load_at_start(
         self, sources: Iterable[ModelSource], archives: dict[str, Archive | ServeError], tracings: dict[str, Tracing]
@@ -173,7 +192,7 @@ class Registry:
             for source in sources
         ))  # fmt: skip
         self._keeps_state = True
-        self.save_state()
+        await self.changed(STARTUP)
 
     async def _load_source(self, source: ModelSource, archive: Archive | ServeError, tracing: Tracing | None) -> None:
         file = Path(source.path_or_file).name
@@ -195,41 +214,78 @@ class Registry:
         log.error("cannot be loaded: %s", error.message)  # the message names the file
         self.failures.append(LoadFailure(name, url, error.message))
 
-    async def restore(self, state: JsonObject) -> None:
-        """Brings back what `save_state` wrote."""
-        await asyncio.gather(*(self._restore_model(entry) for entry in state["models"]))
-        for name, version in state["defaults"].items():
-            if version in self._models.get(name, {}):
+    async def restore(
+        self, state: JsonObject, archives: dict[str, Archive | ServeError] | None = None,
+        tracings: dict[str, Tracing] | None = None,
+    ) -> None:  # fmt: skip
+        """Brings back what the state file or a snapshot says.
+
+        Args:
+            archives, tracings: by path; what was opened and begun before torch was imported.
+        """
+        archives = {} if archives is None else archives
+        opened = [
+            archives.pop(path) if path in archives else await _opened(path)
+            for path in (entry["path"] for entry in state["models"])
+        ]
+        versions = await asyncio.gather(*(
+            self._restore_model(entry, archive, (tracings or {}).get(entry["path"]))
+            for entry, archive in zip(state["models"], opened, strict=True)
+        ))  # fmt: skip
+        actual = {(entry["name"], entry["version"]): version
+                  for entry, version in zip(state["models"], versions, strict=True)}  # fmt: skip
+        for name, wanted in state["defaults"].items():
+            version = actual.get((name, wanted))
+            if version is not None:
                 self._defaults[name] = version
+            elif name in self._models:
+                log.error("%s: the default version %s could not be restored; %s is it now", name, wanted,
+                          self._defaults[name])  # fmt: skip
         self.failures += [LoadFailure(**failure) for failure in state["failures"]]
         self._keeps_state = True
-        self.save_state()
+        await self.changed(STARTUP)
 
-    async def _restore_model(self, entry: JsonObject) -> None:
+    async def _restore_model(
+        self, entry: JsonObject, archive: Archive | ServeError, tracing: Tracing | None
+    ) -> str | None:
+        """The version that it is; None if there is no model of it."""
         try:
-            archive = await asyncio.to_thread(open_archive, entry["path"])
+            if isinstance(archive, ServeError):
+                raise archive
             model = self._add(
                 archive, entry["name"], entry["url"],
                 handler=entry["handler"], at_startup=entry["loaded_at_startup"],
             )  # fmt: skip
-            model.settings = ModelSettings(**entry["settings"])
         except ServeError as error:
             self._note_failure(entry["name"], entry["url"], error)
-            return
+            self.failures[-1].version, self.failures[-1].entry = entry["version"], entry.get("entry")
+            return None
+        if model.version != entry["version"]:
+            log.warning("%s: its archive has version %s, not %s", model.name, model.version, entry["version"])
+        for attribute, value in entry["settings"].items():
+            setattr(model.settings, attribute, value)
+        model.wanted_workers = entry["workers"]
         try:
-            await model.load(entry["workers"], lambda text: self._progress(model.name, text))
+            await model.load(entry["workers"], lambda text: self._progress(model.name, text), tracing)
         except Exception as error:
             log.error("%s", model.error or error)
-            return
         # It may have had more workers than its least, and loading took their number for that.
         model.settings.workers_min = entry["settings"]["workers_min"]
+        return model.version
 
     async def drain(self) -> None:
         """Finishes what all models have admitted and stops them."""
+        await self._changed_at_the_end()
         self._keeps_state = False
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*(model.drain() for model in self.all_models()))
+
+    async def _changed_at_the_end(self) -> None:
+        try:
+            await self.changed(SHUTDOWN)
+        except OSError as error:
+            log.error("what is served could not be written down at the end: %s", error)
 
     def _add(
         self, archive: Archive, name: str | None, url: str, *, at_startup: bool, handler: str | None = None,
@@ -304,38 +360,15 @@ class Registry:
 
     # --- state ----------------------------------------------------------------------------------------------------
 
-    def save_state(self) -> None:
-        """Writes what is served, atomically: a crash leaves the old state or the new one."""
-        if self._state_file is None or not self._keeps_state:
-            return
-        state = {
-            "models": [
-                {
-                    "path": str(model.archive.path),
-                    "name": model.name,
-                    "url": model.url,
-                    "handler": model.handler_name,
-                    "loaded_at_startup": model.loaded_at_startup,
-                    "workers": model.wanted_workers,
-                    "settings": asdict(model.settings),
-                }
-                for model in self.all_models()
-                # Not promised to anyone yet; and a model that kills the server while it loads must not come back.
-                if model.state != "LOADING"
-            ],
-            "defaults": self._defaults,
-            "failures": [asdict(failure) for failure in self.failures],
-        }
-        descriptor, temporary = tempfile.mkstemp(dir=self._state_file.parent, prefix=".state-")
-        try:
-            with open(descriptor, "w") as file:
-                json.dump(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._state_file)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+    def _capture(self) -> tuple[JsonObject, JsonObject]:
+        # What is loading is not promised to anyone yet; and a model that kills the server while it loads must not
+        # come back.
+        models = [model for model in self.all_models() if model.state != "LOADING"]
+        store = self._services.config.model_store
+        return (
+            state_of(models, self._defaults, self.failures),
+            snapshot_of(models, self._defaults, self.failures, store),
+        )
 
     def _keep(self, task: asyncio.Task[Any], what: str) -> None:
         self._tasks.add(task)
@@ -346,3 +379,10 @@ class Registry:
                 log.error("%s failed: %s", what, finished.exception())
 
         task.add_done_callback(done)
+
+
+async def _opened(path: str) -> Archive | ServeError:
+    try:
+        return await asyncio.to_thread(open_archive, path)
+    except ServeError as error:
+        return error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import os
 import re
@@ -24,8 +23,11 @@ import uvloop
 from pyserve import log as log_setup
 from pyserve.archive import Archive, open_archive
 from pyserve.errors import ConfigError, InvalidModelError, JsonObject, ModelNotFoundError, ServeError
+from pyserve.kept_state import read_state
 from pyserve.launch import EXIT_DRAINED, EXIT_WILL_FAIL_AGAIN, ServerStart, receive_server_start
 from pyserve.model_source import ModelSource
+from pyserve.snapshot import models_to_restore, snapshot_folder
+from pyserve.snapshot_models import SnapshotError, restored_state
 from pyserve.spawner import Spawner
 from pyserve.trace import Tracing, needs_tracing, runs_in_python
 
@@ -54,8 +56,8 @@ def main() -> int:
 
 async def _serve(start: ServerStart) -> int:
     stop = _StopSignals()
-    state = _read_state(start)
-    sources = [] if state is not None else start.config.models_to_load()
+    state = _state_to_restore(start)
+    sources = start.config.models_to_load() if state is None else _sources_of(state)
     store_files = start.config.store_files()
     archives = {source.path_or_file: _open(source, store_files) for source in sources}
     tracings = _begin_tracing(archives)
@@ -126,15 +128,26 @@ def _begin_tracing(archives: dict[str, Archive | ServeError]) -> dict[str, Traci
     }
 
 
-def _read_state(start: ServerStart) -> JsonObject | None:
-    """What the server before this one served, if there was one that got as far as serving."""
-    if start.restart == 0:
-        return None
-    try:
-        state: JsonObject = json.loads(start.state_file.read_text())
+def _state_to_restore(start: ServerStart) -> JsonObject | None:
+    """What the server before this one served, if it got as far as serving; else what a snapshot says, if one is to be
+    restored.
+
+    Raises:
+        ConfigError: ``model_snapshot`` in the configuration cannot be used.
+    """
+    state = read_state(start.state_file) if start.restart else None
+    if state is not None:
         return state
-    except (OSError, ValueError):
-        return None
+    try:
+        models = models_to_restore(start.config, snapshot_folder())
+    except SnapshotError as error:
+        place = start.config.origin.get("model_snapshot", "the configuration")
+        raise ConfigError(f"{place}: model_snapshot: {error}") from None
+    return None if models is None else restored_state(models)
+
+
+def _sources_of(state: JsonObject) -> list[ModelSource]:
+    return [ModelSource(entry["name"], entry["path"]) for entry in state["models"]]
 
 
 class _StopSignals:

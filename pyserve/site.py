@@ -29,6 +29,7 @@ from pyserve.model_source import ModelSource
 from pyserve.registry import Registry
 from pyserve.routes import Router, RouteRow, inference_descriptions, metrics_routes
 from pyserve.services import Services
+from pyserve.snapshot import SnapshotFolder, snapshot_folder
 from pyserve.spawner import Spawner
 from pyserve.trace import Tracing
 
@@ -76,7 +77,12 @@ class Site:
                 ),
             ),
         )
-        self.registry = Registry(services, state_file=start.state_file, progress=start.report.progress)
+        self.registry = Registry(
+            services,
+            state_file=start.state_file,
+            snapshots=None if config.no_config_snapshots else SnapshotFolder(snapshot_folder(), config),
+            progress=start.report.progress,
+        )
         self._metrics.models = self.registry.all_models
         self._inference = Inference(self.registry, tells_errors=services.error_format.with_private_detail)
         self._servers: list[asyncio.AbstractServer] = []
@@ -91,9 +97,9 @@ class Site:
         tracings: dict[str, Tracing],
         state: JsonObject | None,
     ) -> None:
-        """Loads what the server is started with, or what the one before it served."""
+        """Loads what the server is started with, or what the one before it, or a snapshot, says was served."""
         if state is not None:
-            await self.registry.restore(state)
+            await self.registry.restore(state, archives, tracings)
         else:
             await self.registry.load_at_start(sources, archives, tracings)
 

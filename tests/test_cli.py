@@ -123,8 +123,9 @@ def test_torchserves_other_flags_are_accepted_and_named(started: list[Config]) -
     ]
     assert cli.main(arguments) == 0
     assert [line.split()[0] for line in started[0].notices] == [
-        "--log-config", "--plugins-path", "--workflow-store", "--no-config-snapshots",
+        "--log-config", "--plugins-path", "--workflow-store",
     ]
+    assert (started[0].no_config_snapshots, started[0].restore) == (True, False)
 
 
 def test_unset_switches_leave_the_file_alone(started: list[Config]) -> None:

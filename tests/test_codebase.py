@@ -25,6 +25,7 @@ LEVELS = [
     # Configuration and archives; no torch.
     "settings model_source cpu_budget config_keys config pid_file console launch",
     "tokens "
+    "snapshot_models snapshot "
     "zip_reader tar_reader folder_reader manifest model_config weights archive_formats extract archive_cache archive "
     "archive_inspect trace archiver folder_manifest worker_spec",
     # The wire.
@@ -39,6 +40,7 @@ LEVELS = [
     "examples zoo sample loader services model_settings pending lane native_lane python_workers python_lane "
     "sequence_lane lane_choice model",
     # The server's endpoints.
+    "kept_state "
     "registry",
     "browser_guard cors "
     "parameters openapi routes inference management",
@@ -52,6 +54,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.spl
 # Never imported when these are: the supervisor, the command line, and the server until its archives are open.
 NO_TORCH = [
     "cli", "trace", "supervisor", "start", "status", "stop", "launch", "config", "archive", "archiver", "server",
+    "kept_state",
     "spawner", "zygote", "failure", "dev", "debug", "check", "dry_run", "config_report",
 ]  # fmt: skip
 

@@ -153,11 +153,11 @@ class FakeRegistry:
         self.models.remove(model)
         await self.drained.wait()
 
-    def set_default(self, name: str, version: str) -> None:
+    async def set_default(self, name: str, version: str) -> None:
         self.get(name, version)
         self.defaults[name] = version
 
-    def changed(self) -> None:
+    async def changed(self) -> None:
         self.saves += 1
 
 

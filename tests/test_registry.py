@@ -16,7 +16,7 @@ import torch
 from networks import Affine, Identity
 from packing import EAGER, TENSOR_CONFIG, pack
 
-from pyserve import loader, registry
+from pyserve import loader, snapshot
 from pyserve.archive import open_archive
 from pyserve.config import Config
 from pyserve.engine import Engine
@@ -152,7 +152,7 @@ def test_the_first_version_is_the_default_until_another_is_named(store: Path) ->
                 await table.unregister("m", None)
             with pytest.raises(DefaultVersionError):
                 await table.unregister("m", "1.0")
-            table.set_default("m", "2.0")
+            await table.set_default("m", "2.0")
             assert table.get("m").version == "2.0" and state(store)["defaults"] == {"m": "2.0"}
             await table.unregister("m", "1.0")
             assert [model.version for model in table.versions("m")] == ["2.0"]
@@ -168,12 +168,14 @@ def test_what_is_not_there_is_not_found(store: Path) -> None:
         pack(store, network=Identity())
         async with made(store) as table:
             await register(table, workers=0)
-            for change in (lambda: table.get("m", "9"), lambda: table.set_default("m", "9")):
-                with pytest.raises(VersionNotFoundError, match="9 does not exist for model"):
-                    change()
-            for change in (lambda: table.get("x"), lambda: table.set_default("x", "1.0")):
-                with pytest.raises(ModelNotFoundError):
-                    change()
+            with pytest.raises(VersionNotFoundError, match="9 does not exist for model"):
+                table.get("m", "9")
+            with pytest.raises(VersionNotFoundError, match="9 does not exist for model"):
+                await table.set_default("m", "9")
+            with pytest.raises(ModelNotFoundError):
+                table.get("x")
+            with pytest.raises(ModelNotFoundError):
+                await table.set_default("x", "1.0")
             with pytest.raises(VersionNotFoundError):
                 await table.unregister("m", "9")
             with pytest.raises(ModelNotFoundError):
@@ -281,7 +283,7 @@ def test_a_model_that_is_loading_is_not_in_the_state_yet(store: Path, monkeypatc
             begun, go = hold_loading(monkeypatch)
             loading = asyncio.ensure_future(register(table))
             await begun.wait()
-            table.changed()
+            await table.changed()
             assert [entry["name"] for entry in state(store)["models"]] == ["other"]
             go()
             await loading
@@ -299,10 +301,10 @@ def test_the_state_brings_back_models_settings_workers_and_defaults(store: Path)
             await register(table, settings={"batch_size": 4})
             model = await register(table, "m-2.0.mar", workers=0)
             await register(table, "gone-1.0.mar", workers=0)
-            table.set_default("m", "2.0")
+            await table.set_default("m", "2.0")
             await model.scale(2, 3)
             model.configure({"max_batch_delay": 7, "job_queue_size": 50})
-            table.changed()
+            await table.changed()
         kept = state(store)
         assert len(kept["models"]) == 3  # draining is no change
         (store / "gone-1.0.mar").unlink()
@@ -325,7 +327,7 @@ def test_the_state_file_is_replaced_in_one_step(store: Path, monkeypatch: pytest
         async with made(store) as table:
             before = (store.parent / "state.json").read_bytes()
             with monkeypatch.context() as patch:
-                patch.setattr(registry.os, "replace", fail)
+                patch.setattr(snapshot.os, "replace", fail)
                 with pytest.raises(OSError, match="full"):
                     await register(table, workers=0)
             assert (store.parent / "state.json").read_bytes() == before
