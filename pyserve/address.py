@@ -1,4 +1,4 @@
-"""Where a server listens: ``http://host[:port]`` or ``unix:/path``."""
+"""Where a server listens: ``http://host[:port]``, ``https://host[:port]`` or ``unix:/path``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from urllib.parse import quote
 
 UNIX_PATH_SIZE_MAX = 107  # bytes; sockaddr_un.sun_path holds 108 with its final NUL
 
-_HTTP = re.compile(r"http://(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?/?", re.IGNORECASE)
+_HTTP = re.compile(
+    r"http(?P<tls>s?)://(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?/?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -20,30 +22,31 @@ class Address:
         host: name or IP address without brackets; ``""`` for a unix socket.
         port: TCP port; 0 lets the system choose one. 0 for a unix socket, too.
         path: path of the unix socket; ``""`` for TCP.
+        is_tls: whether it speaks TLS.
     """
 
     host: str = ""
     port: int = 0
     path: str = ""
+    is_tls: bool = False
 
     @classmethod
-    def parse(cls, text: str, port_default: int) -> Address:
-        """Read ``text``; ``port_default`` is taken when it names no port.
+    def parse(cls, text: str, port_default: int, tls_port_default: int = 0) -> Address:
+        """Read ``text``; one of the default ports is taken when it names none.
 
         Raises:
             ValueError: the text is not an address; the message says what is allowed.
         """
         if text.startswith("unix:"):
             return cls._parse_unix(text[len("unix:"):])
-        if text[:8].lower() == "https://":
-            raise ValueError("TLS is not available in this version; listen on http:// and put a TLS proxy in front")
         match = _HTTP.fullmatch(text)
         if match is None:
-            raise ValueError("allowed are http://host[:port] and unix:/path")
-        port = int(match["port"]) if match["port"] else port_default
+            raise ValueError("allowed are http://host[:port], https://host[:port] and unix:/path")
+        is_tls = bool(match["tls"])
+        port = int(match["port"]) if match["port"] else tls_port_default if is_tls else port_default
         if port > 65535:
             raise ValueError(f"port {port} is too large; the largest is 65535")
-        return cls(host=match["host"].strip("[]"), port=port)
+        return cls(host=match["host"].strip("[]"), port=port, is_tls=is_tls)
 
     @classmethod
     def _parse_unix(cls, path: str) -> Address:
@@ -76,10 +79,10 @@ class Address:
         if self.is_unix:
             return "http+unix://" + quote(self.path, safe="")
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return str(Address(host=host, port=self.port))
+        return str(Address(host=host, port=self.port, is_tls=self.is_tls))
 
     def __str__(self) -> str:
         if self.is_unix:
             return "unix:" + self.path
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"{'https' if self.is_tls else 'http'}://{host}:{self.port}"

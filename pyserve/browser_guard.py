@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from pyserve.address import Address
@@ -22,13 +23,13 @@ class BrowserGuard:
 
     Args:
         address: where the listener listens. ``Host`` is checked only on loopback TCP addresses.
-        allowed_origin: ``cors_allowed_origin``; an origin named here may make changes, ``*`` names none.
+        allowed_origins: those of ``cors_allowed_origin``; they may make changes, but ``*`` names none.
     """
 
-    def __init__(self, address: Address, allowed_origin: str = ""):
+    def __init__(self, address: Address, allowed_origins: Iterable[str] = ()):
         self._checks_host = address.is_loopback and not address.is_unix
         self._host = address.host.lower()
-        self._allowed_origin = allowed_origin.lower().rstrip("/")
+        self._allowed_origins = {each.lower().rstrip("/") for each in allowed_origins}
 
     def __call__(self, request: Request) -> None:
         """Raises ForbiddenError for a request to refuse."""
@@ -58,7 +59,7 @@ class BrowserGuard:
             return False
 
     def _is_own(self, origin: str, host: str) -> bool:
-        if origin == self._allowed_origin:
+        if origin in self._allowed_origins:
             return True
         scheme, _, authority = origin.partition("://")
         return scheme in ("http", "https") and authority == host

@@ -37,6 +37,7 @@ _OVERRIDES = {
     "inference_address": "--inference-address",
     "management_address": "--management-address",
     "metrics_address": "--metrics-address",
+    "token_file": "--token-file",
 }
 _SWITCHES = {
     "disable_token_auth": "disable_token_authorization",
@@ -218,9 +219,10 @@ def _add_start_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--ts-config", metavar="FILE", help="a config.properties; $TS_CONFIG_FILE goes before it")
-    add("--inference-address", metavar="ADDRESS", help="http://host[:port] or unix:/path")
+    add("--inference-address", metavar="ADDRESS", help="http://host[:port], https://host[:port] or unix:/path")
     add("--management-address", metavar="ADDRESS")
     add("--metrics-address", metavar="ADDRESS")
+    add("--token-file", metavar="FILE", help="keys that callers must show; default: made at start, where one is needed")
     add("--disable-token-auth", "--dt", action="store_true", help="no tokens, wherever the server listens")
     add("--enable-model-api", action="store_true", help="allow registering models, wherever the server listens")
 

@@ -65,6 +65,7 @@ class Config:
         isolate_errors: a batch of a handler that fails is called again item by item.
         watch: handler code is loaded anew when it changes.
         strict: a model that fails to load at start ends the server.
+        self_signed_dir: no key of the file: the supervisor puts the certificate there that it makes if none is given.
         origin: key to place, such as ``"config.properties:12"``, ``"--model-store"`` or ``"default"``.
         overridden: key to [place, text] of each setting that ``origin`` goes before, the strongest first.
         unknown_keys: ``config.properties:7: unknown key 'bach_size'; ...`` for each; an error under ``strict``.
@@ -142,6 +143,7 @@ class Config:
     strict: bool = False
     cpu_budget: int = 0
     connection_count_max: int = 10_000
+    self_signed_dir: str = ""
     origin: dict[str, str] = field(default_factory=dict)
     overridden: dict[str, list[list[str]]] = field(default_factory=dict)
     unknown_keys: list[str] = field(default_factory=list)

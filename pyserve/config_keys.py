@@ -48,8 +48,11 @@ def _choice(*choices: str) -> Kind:
     return Kind(parse, " or ".join(choices))
 
 
-def _address(port_default: int) -> Kind:
-    return Kind(lambda text: Address.parse(text, port_default), "http://host[:port] or unix:/path")
+def _address(port_default: int, tls_port_default: int) -> Kind:
+    return Kind(
+        lambda text: Address.parse(text, port_default, tls_port_default),
+        "http://host[:port], https://host[:port] or unix:/path",
+    )
 
 
 def _parse_boolean(text: str) -> bool:
@@ -151,9 +154,9 @@ def parse_models(text: str) -> ModelSettings:
 
 
 KINDS: dict[str, Kind] = {
-    "inference_address": _address(80),
-    "management_address": _address(8081),
-    "metrics_address": _address(8082),
+    "inference_address": _address(80, 443),
+    "management_address": _address(8081, 8444),
+    "metrics_address": _address(8082, 8445),
     "model_store": _TEXT,
     "load_models": _TEXT,
     "models": Kind(parse_models, 'a JSON object such as {"m": {"1.0": {"minWorkers": 1}}}'),

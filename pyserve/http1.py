@@ -67,6 +67,7 @@ class Http1Protocol(asyncio.Protocol):
         # per connection
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connection_made
         self._client = "unix"
+        self._is_tls = False
         self._slots: deque[Exchange] = deque()
         self._timer = LazyTimer(self._loop, self._on_deadline)
         self._phase = _HEAD
@@ -80,7 +81,7 @@ class Http1Protocol(asyncio.Protocol):
         # per request
         self._partial = bytearray()  # of a head
         self._blank_size = 0  # of empty lines before it
-        self._client_id = ""  # the request's own x-request-id
+        self._head: RequestHead | None = None  # of a request whose body is being read
         self._incoming: Incoming | None = None  # of a body
 
     # transport -> protocol
@@ -88,6 +89,7 @@ class Http1Protocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=JOINED_SIZE_MAX)
+        self._is_tls = transport.get_extra_info("sslcontext") is not None
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self._client = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
@@ -112,7 +114,8 @@ class Http1Protocol(asyncio.Protocol):
         self._eof = True
         if not self._paused:
             self._on_eof()
-        return True  # the answers still go out; the protocol closes after them
+        # The answers still go out and the protocol closes after them; but TLS has no half-closed connections.
+        return not self._is_tls
 
     def pause_writing(self) -> None:
         self._writable = False
@@ -233,7 +236,7 @@ class Http1Protocol(asyncio.Protocol):
     def _on_head(self, head: RequestHead, size: int) -> None:
         self._blank_size = 0
         self._phase = _BODY
-        self._client_id = head.id
+        self._head = head
         incoming = self._incoming = Incoming(head, size, self._limits, self._connections.budget)
         if incoming.body.complete:
             self._end_body(incoming)
@@ -247,8 +250,7 @@ class Http1Protocol(asyncio.Protocol):
         return end
 
     def _end_body(self, incoming: Incoming) -> None:
-        self._incoming = None
-        self._client_id = ""
+        self._incoming = self._head = None
         self._phase = _HEAD
         self._complete(incoming.head, incoming.body.content, incoming.wire_size, incoming.reserved, incoming.refusal)
 
@@ -280,15 +282,21 @@ class Http1Protocol(asyncio.Protocol):
             self._phase = _CLOSED
         if refusal is not None:
             self._connections.refused[refusal.status] += 1
-            exchange.respond(error_response(refusal))
+            self._respond_error(exchange, refusal)
             return
         try:
             self._app(exchange)
         except ServeError as error:
-            exchange.respond(error_response(error))
+            self._respond_error(exchange, error)
         except Exception:
             log.exception("request %s %s %s failed", request.id, request.method, request.path)
-            exchange.respond(error_response(ServerError(INTERNAL_ERROR)))
+            self._respond_error(exchange, ServerError(INTERNAL_ERROR))
+
+    def _respond_error(self, exchange: Exchange, error: ServeError) -> None:
+        response = error_response(error)
+        if self._connections.decorate is not None:
+            self._connections.decorate(exchange.request, response)
+        exchange.respond(response)
 
     def _refuse(self, error: ServeError) -> None:
         """Answers a request that cannot be read on, after those before it, and ends the connection."""
@@ -296,19 +304,20 @@ class Http1Protocol(asyncio.Protocol):
         if isinstance(error, BodyTooLargeError):
             # An honest client sends all it announced before it reads; let it, as far as the time goes.
             self._discarded_max = max(self._discarded_max, error.announced)
-        id = self._client_id or new_id()
+        id, headers = (self._head.id, self._head.headers) if self._head is not None else ("", None)
         self._forget_request()
         self._phase = _CLOSED
         self._timer.deadline = math.inf
         self._linger = not isinstance(error, SlowClientError)
-        exchange = Exchange(Request("", "", client=self._client, id=id), self._on_answer)
+        request = Request("", "", client=self._client, id=id or new_id(), headers=headers)
+        exchange = Exchange(request, self._on_answer)
         self._slots.append(exchange)
-        exchange.respond(error_response(error))
+        self._respond_error(exchange, error)
 
     def _forget_request(self) -> None:
         self._partial.clear()
         self._backlog = b""
-        self._client_id = ""
+        self._head = None
         if self._incoming is not None:
             self._incoming.release()
             self._incoming = None

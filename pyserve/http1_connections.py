@@ -12,6 +12,7 @@ from pyserve.errors import OverloadedError, ServeError
 from pyserve.http1_answer import AnswerWriter
 from pyserve.http1_head import HeadReader
 from pyserve.http1_limits import Http1Limits
+from pyserve.messages import Request, Response
 
 _REFUSED_COUNT_MAX = 128
 
@@ -56,6 +57,7 @@ class Connections:
         answers: builds the heads of answers.
         clock: ns, monotonic; stamps ``Request.arrived_at``.
         draining: whether the listener is going away.
+        decorate: adds headers to the answers the protocol gives itself, such as those that browsers want to see.
         refused: answers the protocol gave itself, without asking the app, counted by status.
     """
 
@@ -64,6 +66,7 @@ class Connections:
         limits: Http1Limits,
         budget: BodyBudget | None = None,
         *,
+        decorate: Callable[[Request, Response], None] | None = None,
         wall_clock: Callable[[], float] = time.time,
         clock: Callable[[], int] = time.monotonic_ns,
     ):
@@ -72,6 +75,7 @@ class Connections:
         self.answers = AnswerWriter(wall_clock)
         self.heads = HeadReader(limits)
         self.clock = clock
+        self.decorate = decorate
         self.draining = False
         self.refused: Counter[int] = Counter()
         self._open: set[Connection] = set()

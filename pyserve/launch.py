@@ -7,7 +7,8 @@ write end of a pipe for reports. An environment variable tells the child the two
 Reports are JSON objects, one a line, told apart by ``event``:
 
     progress    {"model": name, "text": "reading weights 40/110 MB"}
-    ready       {"models": [row, ...], "not_loaded": [file, ...], "sample": "curl ..."}
+    ready       {"models": [row, ...], "not_loaded": [file, ...], "sample": "curl ..."}; the supervisor adds
+                "notes": [[kind, text], ...]
     failed      {"reason": text}
 """
 

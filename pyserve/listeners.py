@@ -54,6 +54,8 @@ class Listeners:
         for other, made in self.sockets.items():
             # Port 0 asks for any free port, so two such addresses are two ports.
             if made.getsockname() == target[1] and made.family == target[0]:
+                if address.is_tls != self.addresses[other].is_tls:
+                    raise ConfigError(f"{key}: {address} is {other}_address too, but one of the two speaks TLS only")
                 self.sockets[name], self.addresses[name] = made, self.addresses[other]
                 return
         listener = self._listen_unix(address, key) if address.is_unix else _listen_tcp(target, address, key, name)

@@ -28,6 +28,7 @@ class RunningServer:
         addresses: ``inference``, ``management`` and ``metrics`` to address text.
         log_file: absolute path; ``""`` if the log goes to a terminal.
         drain_timeout_s: how long it drains at most.
+        key_file: absolute path of the file with the keys that calls need; ``""`` if they need none.
     """
 
     pid: int
@@ -35,6 +36,7 @@ class RunningServer:
     addresses: dict[str, str] = field(default_factory=dict)
     log_file: str = ""
     drain_timeout_s: float = 30
+    key_file: str = ""
 
     @property
     def is_alive(self) -> bool:

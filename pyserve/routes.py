@@ -13,11 +13,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from pyserve import openapi
-from pyserve.cors import CorsExchange
+from pyserve.cors import Cors, CorsExchange, is_preflight
 from pyserve.errors import (
     MethodNotAllowedError,
     OverloadedError,
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 ANY = "*"
 Endpoint = Callable[..., Response | Coroutine[Any, Any, Response] | None]
 RouteRow = tuple[str, str, Endpoint]  # methods separated by blanks, or ANY; pattern; endpoint
-Guard = Callable[[Request], None]
 
 
 _METHOD_ORDER = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
@@ -105,9 +104,8 @@ class Router:
     Args:
         rows: (methods, pattern, endpoint). Of several that match, the first whose methods are listed wins; then the
             first that takes any method.
-        guard: called with each request before anything else; raises to refuse it.
         error_format: how errors become answers.
-        cors: headers for every answer.
+        cors: what other sites' pages may read; preflights are answered for every path there is.
         on_answer: called with the status of each answer that the router itself gives: those of endpoints that return
             a ``Response``, and errors. Answers that an endpoint gives by ``exchange.respond`` are not seen here.
 
@@ -119,15 +117,13 @@ class Router:
         self,
         rows: Iterable[RouteRow],
         *,
-        guard: Guard | None = None,
         error_format: ErrorFormat | None = None,
-        cors: Mapping[str, str] | None = None,
+        cors: Cors | None = None,
         on_answer: Callable[[int], None] | None = None,
     ):
         # constant
-        self._guard = guard
         self._error_format = error_format or ErrorFormat()
-        self._cors = dict(cors or {})
+        self._cors = cors or None
         self._on_answer = on_answer
         self._by_first: dict[str, list[Route]] = {}
         self._others: list[Route] = []
@@ -142,11 +138,11 @@ class Router:
     def __call__(self, exchange: Exchange) -> None:
         """Sees to it that ``exchange`` is answered, now or later."""
         request = exchange.request
-        target = CorsExchange(exchange, self._cors) if self._cors else exchange
+        target = exchange if self._cors is None else CorsExchange(exchange, self._cors)
         try:
-            if self._guard is not None:
-                self._guard(request)
             endpoint, parameters = self._found.get((request.method, request.path)) or self._look_up(request)
+            if self._cors is not None and is_preflight(request):
+                endpoint, parameters = _preflight, {}
             answer = endpoint(target, **parameters)
         except Exception as error:
             self.respond_error(target, error)
@@ -216,7 +212,7 @@ class Router:
             raise ResourceNotFoundError()
         if "GET" in allowed:
             allowed.add("HEAD")
-        if method == "OPTIONS" and self._cors and request.header("access-control-request-method"):
+        if self._cors is not None and is_preflight(request):
             return _preflight, {}
         raise MethodNotAllowedError(", ".join(each for each in _METHOD_ORDER if each in allowed))
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
+import shlex
+import ssl
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
 from pyserve.archive import Archive
 from pyserve.archive_cache import open_cache
 from pyserve.browser_guard import BrowserGuard
-from pyserve.cors import cors_headers
+from pyserve.cors import Cors, allowed_origins
 from pyserve.cpu_budget import cpu_budget
 from pyserve.engine import Engine
 from pyserve.errors import JsonObject, ServeError
@@ -26,11 +30,14 @@ from pyserve.management import Management
 from pyserve.messages import ErrorFormat
 from pyserve.metrics import Metrics
 from pyserve.model_source import ModelSource
+from pyserve.protect import protected, rotation_routes
 from pyserve.registry import Registry
 from pyserve.routes import Router, RouteRow, inference_descriptions, metrics_routes
 from pyserve.services import Services
 from pyserve.snapshot import SnapshotFolder, snapshot_folder
 from pyserve.spawner import Spawner
+from pyserve.tls import curl_option, server_context
+from pyserve.tokens import Tokens
 from pyserve.trace import Tracing
 
 log = logging.getLogger(__name__)
@@ -38,6 +45,9 @@ log = logging.getLogger(__name__)
 ACCEPT_BACKLOG = 2048
 # Clients that connect without end must not keep the server from draining.
 ACCEPT_WAITING_MAX_S = 1.0
+TLS_HANDSHAKE_S = 10.0
+# Until a client that is slow to read has got its answer; Http1Protocol cuts off those that read nothing.
+TLS_SHUTDOWN_S = 120.0
 # Time for the last answers to leave when draining is cut short.
 CUT_SHORT_WRITE_S = 0.1
 
@@ -67,6 +77,7 @@ class Site:
             metrics=self._metrics,
             preprocess_pool=self._pool,
             spawner=spawner,
+            tokens=Tokens.open(config, start.state_file.parent, Path.cwd()),
             error_format=ErrorFormat(
                 with_detail=config.compat != "strict" and config.error_detail != "none",
                 with_private_detail=config.error_detail == "full"
@@ -87,6 +98,7 @@ class Site:
         self._inference = Inference(self.registry, tells_errors=services.error_format.with_private_detail)
         self._servers: list[asyncio.AbstractServer] = []
         self._connections: list[Connections] = []
+        self._tls: ssl.SSLContext | None = None
         log.info("%d CPUs for %d preprocessing threads and the workers of all models", budget,
                  config.preprocess_threads or budget)  # fmt: skip
 
@@ -116,31 +128,47 @@ class Site:
     async def _listen(self, sock: Any, names: list[str], budget: BodyBudget) -> None:
         config = self._start.config
         limits = Http1Limits(body_size_max=config.max_request_size, connection_count_max=config.connection_count_max)
-        connections = Connections(limits, budget)
+        cors = Cors(config)
+        connections = Connections(limits, budget, decorate=cors.add if cors else None)
         self._connections.append(connections)
         self._metrics.refused.append(connections.refused)
-        rows: list[RouteRow] = []
-        if "inference" in names:
-            inference = self._inference.routes()
-            rows += [*inference, *inference_descriptions(inference, self.registry.get)]
-        if "management" in names:
-            tells_errors = self._services.error_format.with_private_detail
-            rows += Management(self.registry, config, tells_errors=tells_errors).routes()
-        if "metrics" in names:
-            rows += metrics_routes(self._metrics) if names == ["metrics"] else metrics_routes(self._metrics)[2:]
-        guard = BrowserGuard(config.management_address, config.cors_allowed_origin) if "management" in names else None
         router = Router(
-            rows,
-            guard=guard,
+            self._rows(names),
             error_format=self._services.error_format,
-            cors=cors_headers(config),
+            cors=cors,
             on_answer=self._metrics.observe_answer,
         )
         self._servers.append(
             await asyncio.get_running_loop().create_server(
-                lambda: Http1Protocol(router, limits, connections), sock=sock, backlog=ACCEPT_BACKLOG
+                lambda: Http1Protocol(router, limits, connections), sock=sock, backlog=ACCEPT_BACKLOG,
+                **self._tls_options(names[0]),
             )
-        )
+        )  # fmt: skip
+
+    def _tls_options(self, name: str) -> dict[str, Any]:
+        """Of a listener; none if it speaks plain HTTP."""
+        if not self._start.config.addresses()[name].is_tls:
+            return {}
+        if self._tls is None:
+            self._tls = server_context(self._start.config)
+        return {"ssl": self._tls, "ssl_handshake_timeout": TLS_HANDSHAKE_S, "ssl_shutdown_timeout": TLS_SHUTDOWN_S}
+
+    def _rows(self, names: list[str]) -> list[RouteRow]:
+        """What the listener of ``names`` answers. Each path has the checks of its own API, also where all share one."""
+        config, tokens = self._start.config, self._services.tokens
+        rows: list[RouteRow] = []
+        if "inference" in names:
+            inference = self._inference.routes()
+            rows += protected([*inference, *inference_descriptions(inference, self.registry.get)], tokens, "inference")
+        if "management" in names:
+            tells_errors = self._services.error_format.with_private_detail
+            guard = BrowserGuard(config.management_address, allowed_origins(config))
+            management = Management(self.registry, config, tells_errors=tells_errors).routes()
+            rows += protected(management, tokens, "management", guard)
+            rows += protected(rotation_routes(tokens), None, "api", guard)
+        if "metrics" in names:
+            rows += metrics_routes(self._metrics) if names == ["metrics"] else metrics_routes(self._metrics)[2:]
+        return rows
 
     async def report(self) -> dict[str, Any]:
         """What the start-up table shows: ``models``, ``not_loaded`` and ``sample``."""
@@ -174,12 +202,25 @@ class Site:
         """One line that a person can paste."""
         ready = [model for model in self.registry.default_models() if model.has_ready_worker]
         if not ready:
-            return f"curl {self._start.config.inference_address}/ping"
+            return f"{self._curl()}/ping"
         model = ready[0]
         folder = open_cache().root / "samples"
         # Drawing a picture takes a moment, and requests are being answered already.
         arguments = await asyncio.to_thread(model.sample_arguments, folder)
-        return f"curl {self._start.config.inference_address}/predictions/{model.name} {arguments}"
+        return f"{self._curl()}/predictions/{model.name} {arguments}"
+
+    def _curl(self) -> str:
+        """The command up to the path, for a client on this machine."""
+        config, tokens = self._start.config, self._services.tokens
+        address = config.inference_address
+        words = ["curl"]
+        if address.is_unix:
+            words += ["--unix-socket", shlex.quote(address.path)]
+        elif address.is_tls:
+            words.append(curl_option(config, urlsplit(address.client_url).hostname or ""))
+        if tokens is not None and tokens.guards("inference"):
+            words.append('-H "Authorization: Bearer KEY"')
+        return " ".join([*words, "http://localhost" if address.is_unix else address.client_url])
 
     async def drain(self) -> None:
         """In this order: no new connections, answer what was accepted, stop the models."""

@@ -140,6 +140,8 @@ def _report_ready(event: JsonObject, config: Config, supervisor: subprocess.Pope
 
 def _print_outcome(event: JsonObject, config: Config) -> bool:
     """Print the table. Returns whether the server goes on; under ``strict`` it does not with a failed model."""
+    for kind, text in event.get("notes", []):
+        console.warn([text], kind=kind)
     failed = [str(row.get("model")) for row in event.get("models", []) if row.get("state") == "FAILED"]
     if not (config.strict and failed):
         console.print_ready(event)

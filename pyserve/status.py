@@ -5,13 +5,15 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import ssl
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from pyserve import console, pid_file
 from pyserve.address import Address
-from pyserve.errors import JsonObject
+from pyserve.errors import ConfigError, JsonObject
+from pyserve.tokens import read_keys
 
 ANSWER_TIMEOUT_S = 5.0
 ANSWER_SIZE_MAX = 16 << 20
@@ -23,15 +25,24 @@ EXIT_UNKNOWN = 4
 
 
 class _Connection(http.client.HTTPConnection):
-    """HTTP to an ``Address``, unix sockets included."""
+    """HTTP to an ``Address``, unix sockets and TLS included.
 
-    def __init__(self, address: Address):
+    The certificate is not checked: it need not be for this machine's own name, and the address is from our pid file.
+    """
+
+    def __init__(self, address: Address, key: str = ""):
         super().__init__(address.host or "localhost", address.port or None, timeout=ANSWER_TIMEOUT_S)
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._address = address
 
     def connect(self) -> None:
         if not self._address.is_unix:
             super().connect()
+            if self._address.is_tls:
+                context = ssl.create_default_context()
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
+                self.sock = context.wrap_socket(self.sock)
             return
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
@@ -54,8 +65,10 @@ def print_status(pid_path: Path) -> int:
     if running.log_file:
         print(f"{'log':<10}  {running.log_file}")
     try:
-        rows = model_rows(_local(running.addresses["management"]), running.addresses.get("inference", ""))
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+        rows = model_rows(
+            _local(running.addresses["management"]), running.addresses.get("inference", ""), _key(running.key_file)
+        )
+    except (ConfigError, OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         print(f"the management address gives no list of models: {error or type(error).__name__}")
         return EXIT_UNKNOWN
     rows += _failed_rows(_local(running.addresses["inference"]), {str(row["model"]) for row in rows})
@@ -63,13 +76,16 @@ def print_status(pid_path: Path) -> int:
     return EXIT_RUNNING
 
 
-def model_rows(management: Address, inference: str) -> list[JsonObject]:
+def model_rows(management: Address, inference: str, key: str = "") -> list[JsonObject]:
     """One row for every version of every model, as the management API describes them.
+
+    Args:
+        key: that management calls need; ``""`` for none.
 
     Raises:
         OSError, http.client.HTTPException, ValueError: no answer, or one that is no description.
     """
-    connection = _Connection(management)
+    connection = _Connection(management, key)
     try:
         names: list[str] = []
         token = ""
@@ -108,13 +124,26 @@ def _local(text: str) -> Address:
     return address if address.is_unix else Address.parse(address.client_url, 0)
 
 
+def _key(file: str) -> str:
+    """The key of management calls.
+
+    Raises:
+        ConfigError: the file of keys cannot be read.
+    """
+    if not file:
+        return ""
+    key = read_keys(Path(file)).get("management")
+    return "" if key is None else key.text
+
+
 def _get(connection: _Connection, path: str) -> Any:
-    connection.request("GET", path)
+    connection.request("GET", path, headers=connection.headers)
     answer = connection.getresponse()
     body = answer.read(ANSWER_SIZE_MAX)
     if answer.status != 200:
         try:
-            reason = json.loads(body)["message"]
+            told = json.loads(body)
+            reason = f"{told['message']} ({told['detail']['reason']})" if answer.status == 401 else told["message"]
         except (ValueError, KeyError, TypeError):
             reason = answer.reason
         raise ValueError(f"{answer.status} {reason}")

@@ -29,10 +29,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from pyserve import launch, log, pid_file
+from pyserve import launch, log, pid_file, tls
 from pyserve.config import Config
 from pyserve.errors import ConfigError, JsonObject
 from pyserve.listeners import Listeners
+from pyserve.tokens import Tokens, key_file
 
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 10.0
@@ -295,33 +296,48 @@ def supervise(
     server_command: list[str],
     drains_on_hangup: bool,
 ) -> int:
-    """Open the sockets, write the pid file, run a server until it is stopped, and clear everything away.
+    """Open the sockets, write pid file and keys, run a server until it is stopped, and clear everything away.
 
     Raises:
-        ConfigError: an address or the pid file cannot be had.
+        ConfigError: an address, the pid file, a certificate or the file of keys cannot be had.
     """
-    listeners = Listeners.open(config)
-    state_dir = Path(tempfile.mkdtemp(prefix="pyserve-"))
     pid = os.getpid()
+    tokens: Tokens | None = None
+    listeners = Listeners()
+    state_dir = Path(tempfile.mkdtemp(prefix="pyserve-"))  # for its owner only
     try:
+        notes = tls.prepare(config, state_dir)
+        listeners = Listeners.open(config)
         addresses = {name: str(address) for name, address in listeners.addresses.items()}
         for name, address in listeners.addresses.items():
             setattr(config, f"{name}_address", address)
         started = pid_file.start_time(pid)
         assert started is not None
+        folder = Path.cwd()
+        keys = str(key_file(config, folder) or "")
         pid_file.write(
-            pid_path, pid_file.RunningServer(pid, started, addresses, log_file, float(config.drain_timeout_s))
+            pid_path, pid_file.RunningServer(pid, started, addresses, log_file, float(config.drain_timeout_s), keys)
         )
+        tokens = Tokens.create(config, state_dir, folder)  # behind the pid file: another server's keys stay its own
+        if tokens is not None:
+            notes += tokens.notes()
         logger.info("listening on %s", ", ".join(f"{address} ({name})" for name, address in addresses.items()))
         supervisor = Supervisor(
-            config, listeners, state_dir, on_event,
+            config, listeners, state_dir, lambda event: on_event(_with_notes(event, notes)),
             server_command=server_command, drains_on_hangup=drains_on_hangup,
         )
         return supervisor.run()
     finally:
+        if tokens is not None:
+            tokens.discard()
         pid_file.remove(pid_path, pid)
         listeners.close()
         shutil.rmtree(state_dir, ignore_errors=True)
+
+
+def _with_notes(event: JsonObject, notes: list[tuple[str, str]]) -> JsonObject:
+    """Told together with the table, which is what people read."""
+    return {**event, "notes": notes} if event["event"] == "ready" else event
 
 
 def main() -> int:

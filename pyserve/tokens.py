@@ -15,7 +15,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -69,6 +69,13 @@ def guarded_scopes(config: Config) -> frozenset[Scope]:
     if config.disable_token_authorization is False or config.compat == "strict":
         return frozenset({"management", "inference"})
     return frozenset() if config.management_is_local else frozenset({"management"})
+
+
+def key_file(config: Config, folder: Path) -> Path | None:
+    """Where the keys can be read; None if no call needs one."""
+    if config.token_file:
+        return Path(config.token_file).expanduser().absolute()
+    return folder / KEY_FILE if guarded_scopes(config) else None
 
 
 class Tokens:
@@ -235,6 +242,14 @@ class Tokens:
             self._keys = keys
         log.info("the %s key was replaced", scope)
 
+    def notes(self) -> list[tuple[str, str]]:
+        """What the user should know: (``warning`` or ``note``, one line). Tells no key."""
+        scopes = " and ".join(sorted(self._guarded))
+        notes = [("note", f"{scopes} calls need 'Authorization: Bearer KEY'; the keys are in {self.file}")]
+        if any(len(key.text) < KEY_LENGTH_SAFE for key in self._keys.values()):
+            notes.append(("warning", f"{self.file}: a key of fewer than {KEY_LENGTH_SAFE} characters can be guessed"))
+        return notes
+
     def reload(self) -> None:
         """Reads a ``token_file`` again.
 
@@ -312,11 +327,6 @@ def read_keys(path: Path) -> Keys:
     if not keys:
         raise ConfigError(_unusable(path))
     return keys
-
-
-def short_keys(keys: Iterable[Key]) -> bool:
-    """Whether one of the keys is short enough to be guessed."""
-    return any(len(key.text) < KEY_LENGTH_SAFE for key in keys)
 
 
 def _checked(key: object, path: Path) -> str:

@@ -26,6 +26,7 @@ LEVELS = [
     "settings model_source cpu_budget config_keys config pid_file console launch",
     "tokens "
     "snapshot_models snapshot "
+    "tls "
     "zip_reader tar_reader folder_reader manifest model_config weights archive_formats extract archive_cache archive "
     "archive_inspect trace archiver folder_manifest worker_spec",
     # The wire.
@@ -43,7 +44,9 @@ LEVELS = [
     "kept_state "
     "registry",
     "browser_guard cors "
-    "parameters openapi routes inference management",
+    "parameters openapi routes "
+    "protect "
+    "inference management",
     # What looks at an archive without a server.
     "dry_run debug check_run check config_report doctor",
     # Processes.

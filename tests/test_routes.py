@@ -12,11 +12,12 @@ import pytest
 from pyserve.address import Address
 from pyserve.browser_guard import BrowserGuard
 from pyserve.config import Config
-from pyserve.cors import cors_headers
+from pyserve.cors import Cors
 from pyserve.errors import BadRequestError, HandlerError, ModelNotFoundError, OverloadedError
 from pyserve.http1_exchange import Exchange
 from pyserve.messages import ErrorFormat, Request, Response
 from pyserve.metrics import Metrics
+from pyserve.protect import protected
 from pyserve.routes import ANY, Route, Router, inference_descriptions, metrics_routes
 
 
@@ -240,7 +241,8 @@ LOOPBACK = Address("127.0.0.1", 8081)
     ],
 )  # fmt: skip
 def test_loopback_listener_answers_only_for_loopback_names(host: str, allowed: bool) -> None:
-    response = ask(Router(ROWS, guard=BrowserGuard(LOOPBACK)), "GET", "/models", {"Host": host})
+    router = Router(protected(ROWS, None, "management", BrowserGuard(LOOPBACK)))
+    response = ask(router, "GET", "/models", {"Host": host})
     assert response.status == (200 if allowed else 403)
     if not allowed:
         assert error_of(response)["type"] == "BadRequestException"
@@ -248,7 +250,7 @@ def test_loopback_listener_answers_only_for_loopback_names(host: str, allowed: b
 
 @pytest.mark.parametrize("address", [Address("0.0.0.0", 8081), Address("10.0.0.1", 8081), Address(path="/run/x.sock")])
 def test_host_is_not_checked_where_browsers_elsewhere_may_ask(address: Address) -> None:
-    router = Router(ROWS, guard=BrowserGuard(address))
+    router = Router(protected(ROWS, None, "management", BrowserGuard(address)))
     assert ask(router, "POST", "/models", {"Host": "models.example"}).status == 200
 
 
@@ -272,7 +274,7 @@ def test_host_is_not_checked_where_browsers_elsewhere_may_ask(address: Address) 
 def test_other_origins_make_no_changes(method: str, origin: str, allowed_origin: str, status: int) -> None:
     rows = [("GET POST PUT DELETE", "/models", echo)]
     headers = {"Host": "localhost:8081", "content-type": "text/plain", **({"Origin": origin} if origin else {})}
-    router = Router(rows, guard=BrowserGuard(LOOPBACK, allowed_origin))
+    router = Router(protected(rows, None, "management", BrowserGuard(LOOPBACK, [allowed_origin])))
     assert ask(router, method, "/models", headers).status == status
 
 
@@ -286,7 +288,7 @@ def test_cors_headers_are_on_every_answer_unless_set_already() -> None:
         ("GET", "/later", lambda exchange: exchange.respond(Response(200))),
         *ROWS,
     ]
-    router = Router(rows, cors=cors_headers(CORS))
+    router = Router(rows, cors=Cors(CORS))
     for method, path in (("GET", "/models"), ("GET", "/nowhere"), ("GET", "/later")):
         headers = ask(router, method, path).headers
         assert headers["access-control-allow-origin"] == "https://ui.example"
@@ -297,9 +299,9 @@ def test_cors_headers_are_on_every_answer_unless_set_already() -> None:
 
 def test_preflight_is_answered_only_where_cors_is_configured() -> None:
     asked = {"Origin": "https://ui.example", "Access-Control-Request-Method": "PUT"}
-    assert ask(Router(ROWS, cors=cors_headers(CORS)), "OPTIONS", "/models/a", asked).status == 200
+    assert ask(Router(ROWS, cors=Cors(CORS)), "OPTIONS", "/models/a", asked).status == 200
     assert ask(Router(ROWS), "OPTIONS", "/models/a", asked).status == 405
-    assert ask(Router(ROWS, cors=cors_headers(CORS)), "OPTIONS", "/nowhere", asked).status == 404
+    assert ask(Router(ROWS, cors=Cors(CORS)), "OPTIONS", "/nowhere", asked).status == 404
 
 
 def test_client_that_goes_away_is_told_to_the_endpoint_behind_cors() -> None:
@@ -309,13 +311,13 @@ def test_client_that_goes_away_is_told_to_the_endpoint_behind_cors() -> None:
         exchange.on_disconnect = lambda: gone.append(exchange.request.id)
 
     exchange, answers = exchange_for("GET", "/x")
-    Router([(ANY, "/x", endpoint)], cors=cors_headers(CORS))(exchange)
+    Router([(ANY, "/x", endpoint)], cors=Cors(CORS))(exchange)
     exchange.disconnect()
     assert gone == ["an-id"] and not answers
 
 
 def test_configuration_without_cors_adds_no_headers() -> None:
-    assert cors_headers(Config()) == {}
+    assert not Cors(Config())
 
 
 @pytest.mark.parametrize(
