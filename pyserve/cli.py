@@ -22,6 +22,7 @@ COMMANDS = {
     "start": "start a server, in the background unless --foreground",
     "stop": "drain the running server and stop it",
     "status": "say whether a server is running and how its models are",
+    "deploy": "put a new version of a model in the place of the one that is served, without a gap",
     "archive": "pack a model into an archive",
     "inspect": "show what is in an archive",
     "dev": "serve a folder, and take on its handler's code whenever it is saved",
@@ -117,6 +118,10 @@ def _command(parsed: argparse.Namespace) -> int:
             from pyserve.status import print_status
 
             return print_status(_pid_path(parsed))
+        case "deploy":
+            from pyserve.deploy import deploy_command
+
+            return deploy_command(parsed, _pid_path(parsed))
         case "archive":
             from pyserve.archiver import archive_command
 
@@ -159,6 +164,11 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
             _add_pid_file(parser)
             parser.add_argument("--timeout", type=float, metavar="S", help="how long to wait for it to drain, in s")
         case "status":
+            _add_pid_file(parser)
+        case "deploy":
+            from pyserve.deploy import add_deploy_arguments
+
+            add_deploy_arguments(parser)
             _add_pid_file(parser)
         case "archive":
             from pyserve.archiver import add_archiver_arguments

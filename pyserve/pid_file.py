@@ -29,6 +29,7 @@ class RunningServer:
         log_file: absolute path; ``""`` if the log goes to a terminal.
         drain_timeout_s: how long it drains at most.
         key_file: absolute path of the file with the keys that calls need; ``""`` if they need none.
+        model_store: absolute path; ``""`` if there is none.
     """
 
     pid: int
@@ -37,6 +38,7 @@ class RunningServer:
     log_file: str = ""
     drain_timeout_s: float = 30
     key_file: str = ""
+    model_store: str = ""
 
     @property
     def is_alive(self) -> bool:

@@ -3,50 +3,19 @@
 from __future__ import annotations
 
 import http.client
-import json
-import socket
-import ssl
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from pyserve import console, pid_file
 from pyserve.address import Address
+from pyserve.api_client import Connection, local_address, management_key
 from pyserve.errors import ConfigError, JsonObject
-from pyserve.tokens import read_keys
-
-ANSWER_TIMEOUT_S = 5.0
-ANSWER_SIZE_MAX = 16 << 20
 
 EXIT_RUNNING = 0
 EXIT_NOT_RUNNING = 3
 EXIT_UNKNOWN = 4
 """As LSB init scripts do: 4 when the supervisor runs and the server does not answer."""
-
-
-class _Connection(http.client.HTTPConnection):
-    """HTTP to an ``Address``, unix sockets and TLS included.
-
-    The certificate is not checked: it need not be for this machine's own name, and the address is from our pid file.
-    """
-
-    def __init__(self, address: Address, key: str = ""):
-        super().__init__(address.host or "localhost", address.port or None, timeout=ANSWER_TIMEOUT_S)
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._address = address
-
-    def connect(self) -> None:
-        if not self._address.is_unix:
-            super().connect()
-            if self._address.is_tls:
-                context = ssl.create_default_context()
-                context.check_hostname = False
-                context.verify_mode = ssl.CERT_NONE
-                self.sock = context.wrap_socket(self.sock)
-            return
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._address.path)
 
 
 def print_status(pid_path: Path) -> int:
@@ -66,12 +35,14 @@ def print_status(pid_path: Path) -> int:
         print(f"{'log':<10}  {running.log_file}")
     try:
         rows = model_rows(
-            _local(running.addresses["management"]), running.addresses.get("inference", ""), _key(running.key_file)
+            local_address(running.addresses["management"]),
+            running.addresses.get("inference", ""),
+            management_key(running.key_file),
         )
     except (ConfigError, OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         print(f"the management address gives no list of models: {error or type(error).__name__}")
         return EXIT_UNKNOWN
-    rows += _failed_rows(_local(running.addresses["inference"]), {str(row["model"]) for row in rows})
+    rows += _failed_rows(local_address(running.addresses["inference"]), {str(row["model"]) for row in rows})
     print("\n".join(console.table_lines(rows)) if rows else "no model is loaded")
     return EXIT_RUNNING
 
@@ -85,7 +56,7 @@ def model_rows(management: Address, inference: str, key: str = "") -> list[JsonO
     Raises:
         OSError, http.client.HTTPException, ValueError: no answer, or one that is no description.
     """
-    connection = _Connection(management, key)
+    connection = Connection(management, key)
     try:
         names: list[str] = []
         token = ""
@@ -106,11 +77,9 @@ def model_rows(management: Address, inference: str, key: str = "") -> list[JsonO
 
 def _failed_rows(inference: Address, known: set[str]) -> list[JsonObject]:
     """Archives that could not even be opened at start: the management API does not list them, ``/ready`` does."""
-    connection = _Connection(inference)
+    connection = Connection(inference)
     try:
-        connection.request("GET", "/ready")
-        answer = json.loads(connection.getresponse().read(ANSWER_SIZE_MAX))
-        reasons = answer.get("models", {}).items()
+        reasons = connection.ask("GET", "/ready").json.get("models", {}).items()
         return [{"model": name, **reason} for name, reason in reasons if name not in known]
     except (OSError, http.client.HTTPException, ValueError, AttributeError, TypeError):
         return []
@@ -118,36 +87,13 @@ def _failed_rows(inference: Address, known: set[str]) -> list[JsonObject]:
         connection.close()
 
 
-def _local(text: str) -> Address:
-    """The address, as a client on this machine reaches it."""
-    address = Address.parse(text, 0)
-    return address if address.is_unix else Address.parse(address.client_url, 0)
-
-
-def _key(file: str) -> str:
-    """The key of management calls.
-
-    Raises:
-        ConfigError: the file of keys cannot be read.
-    """
-    if not file:
-        return ""
-    key = read_keys(Path(file)).get("management")
-    return "" if key is None else key.text
-
-
-def _get(connection: _Connection, path: str) -> Any:
-    connection.request("GET", path, headers=connection.headers)
-    answer = connection.getresponse()
-    body = answer.read(ANSWER_SIZE_MAX)
+def _get(connection: Connection, path: str) -> Any:
+    answer = connection.ask("GET", path)
     if answer.status != 200:
-        try:
-            told = json.loads(body)
-            reason = f"{told['message']} ({told['detail']['reason']})" if answer.status == 401 else told["message"]
-        except (ValueError, KeyError, TypeError):
-            reason = answer.reason
-        raise ValueError(f"{answer.status} {reason}")
-    return json.loads(body)
+        raise ValueError(answer.text)
+    if answer.json is None:
+        raise ValueError("no JSON")
+    return answer.json
 
 
 def _row(version: JsonObject, inference: str) -> JsonObject:

@@ -316,7 +316,10 @@ def supervise(
         folder = Path.cwd()
         keys = str(key_file(config, folder) or "")
         pid_file.write(
-            pid_path, pid_file.RunningServer(pid, started, addresses, log_file, float(config.drain_timeout_s), keys)
+            pid_path,
+            pid_file.RunningServer(
+                pid, started, addresses, log_file, float(config.drain_timeout_s), keys, config.model_store or ""
+            ),
         )
         tokens = Tokens.create(config, state_dir, folder)  # behind the pid file: another server's keys stay its own
         if tokens is not None:

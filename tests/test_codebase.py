@@ -51,6 +51,8 @@ LEVELS = [
     "dry_run debug check_run check config_report doctor",
     # Processes.
     "listeners site server",
+    "api_client "
+    "deploy "
     "supervisor start status stop dev cli __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
@@ -58,6 +60,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.spl
 NO_TORCH = [
     "cli", "trace", "supervisor", "start", "status", "stop", "launch", "config", "archive", "archiver", "server",
     "kept_state",
+    "deploy",
     "spawner", "zygote", "failure", "dev", "debug", "check", "dry_run", "config_report",
 ]  # fmt: skip
 
