@@ -50,7 +50,7 @@ class Config:
         default_workers_per_model: 0 means one on a CPU, one per GPU.
         number_of_gpu: the most GPUs to use; ``None`` means all.
         allowed_urls: comma-joined patterns; empty means that no URL is fetched.
-        enable_model_api: ``None`` means on exactly when management listens on loopback.
+        enable_model_api: ``None`` means on exactly when management listens on loopback, and off in strict mode.
         disable_token_authorization: ``None`` means that only management needs tokens, where it is not on loopback.
         token_file: keys that somebody else made; ``""`` to have them made.
         token_expiration_min: minutes.
@@ -162,6 +162,13 @@ class Config:
         """Whether only this machine can reach the management APIs."""
         grpc = Address(self.grpc_management_address)
         return self.management_address.is_loopback and (self.enable_grpc == "false" or grpc.is_loopback)
+
+    @property
+    def allows_model_api(self) -> bool:
+        """Whether models may be registered and unregistered."""
+        if self.enable_model_api is not None:
+            return self.enable_model_api
+        return self.management_is_local and self.compat != "strict"
 
     def models_to_load(self) -> list[ModelSource]:
         """What ``load_models`` asks for, in order, each once."""

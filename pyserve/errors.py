@@ -142,9 +142,10 @@ class MethodNotAllowedError(ClientError):
     status = 405
     type = "MethodNotAllowedException"
 
-    def __init__(self, allowed: str = ""):
+    def __init__(self, allowed: str = "", *, detail: JsonObject | None = None):
         super().__init__(
             "Requested method is not allowed, please refer to API document.",
+            detail=detail,
             headers={"Allow": allowed} if allowed else None,
         )
 

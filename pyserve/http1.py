@@ -67,7 +67,6 @@ class Http1Protocol(asyncio.Protocol):
         # per connection
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connection_made
         self._client = "unix"
-        self._is_tls = False
         self._slots: deque[Exchange] = deque()
         self._timer = LazyTimer(self._loop, self._on_deadline)
         self._phase = _HEAD
@@ -89,7 +88,6 @@ class Http1Protocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=JOINED_SIZE_MAX)
-        self._is_tls = transport.get_extra_info("sslcontext") is not None
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self._client = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
@@ -114,8 +112,7 @@ class Http1Protocol(asyncio.Protocol):
         self._eof = True
         if not self._paused:
             self._on_eof()
-        # The answers still go out and the protocol closes after them; but TLS has no half-closed connections.
-        return not self._is_tls
+        return True  # the answers still go out; the protocol closes after them
 
     def pause_writing(self) -> None:
         self._writable = False
@@ -132,6 +129,10 @@ class Http1Protocol(asyncio.Protocol):
         self._timer.cancel()
         self._stall.cancel()
         self._connections.remove(self)
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Nobody can be answered any more."""
         self._forget_request()
         slots, self._slots = self._slots, deque()
         for exchange in slots:
@@ -452,13 +453,16 @@ class Http1Protocol(asyncio.Protocol):
             self._close()
             return
         # Closing with unread input would reset the connection, and the client might lose the answer.
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
         if self._paused:
             self._paused = False
             self._transport.resume_reading()
+        self._end_output()
         self._timer.set(self._loop.time() + self._limits.linger_timeout_s)
         self._stall.watch()
+
+    def _end_output(self) -> None:
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
 
     def _close(self) -> None:
         self._phase = _CLOSED

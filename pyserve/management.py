@@ -213,11 +213,9 @@ class Management:
     # --- checks ---------------------------------------------------------------------------------------------------
 
     def _check_model_api(self) -> None:
-        enabled = self._config.enable_model_api
-        if enabled is None:
-            enabled = self._config.management_address.is_loopback and not self._is_strict
-        if not enabled:
-            raise MethodNotAllowedError()
+        if not self._config.allows_model_api:
+            detail = {"reason": "registering and unregistering are off here; start with --enable-model-api"}
+            raise MethodNotAllowedError(detail=detail)
 
     def _read(self, request: Request, known: tuple[Parameter, ...]) -> dict[str, Any]:
         return read_values(request.params, known, lenient=self._is_strict)

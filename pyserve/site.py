@@ -24,6 +24,7 @@ from pyserve.cpu_budget import cpu_budget
 from pyserve.engine import Engine
 from pyserve.errors import JsonObject, ServeError
 from pyserve.http1 import BodyBudget, Connections, Http1Limits, Http1Protocol
+from pyserve.http1_tls import Http1TlsProtocol
 from pyserve.inference import Inference
 from pyserve.launch import ServerStart
 from pyserve.management import Management
@@ -32,6 +33,7 @@ from pyserve.metrics import Metrics
 from pyserve.model_source import ModelSource
 from pyserve.protect import protected, rotation_routes
 from pyserve.registry import Registry
+from pyserve.renewal import keep_renewed, watched
 from pyserve.routes import Router, RouteRow, inference_descriptions, metrics_routes
 from pyserve.services import Services
 from pyserve.snapshot import SnapshotFolder, snapshot_folder
@@ -46,7 +48,7 @@ ACCEPT_BACKLOG = 2048
 # Clients that connect without end must not keep the server from draining.
 ACCEPT_WAITING_MAX_S = 1.0
 TLS_HANDSHAKE_S = 10.0
-# Until a client that is slow to read has got its answer; Http1Protocol cuts off those that read nothing.
+# Until a client that is slow to read has got its answer; Http1TlsProtocol hangs up on the others much sooner.
 TLS_SHUTDOWN_S = 120.0
 # Time for the last answers to leave when draining is cut short.
 CUT_SHORT_WRITE_S = 0.1
@@ -99,6 +101,7 @@ class Site:
         self._servers: list[asyncio.AbstractServer] = []
         self._connections: list[Connections] = []
         self._tls: ssl.SSLContext | None = None
+        self._renewing: asyncio.Future[None] | None = None
         log.info("%d CPUs for %d preprocessing threads and the workers of all models", budget,
                  config.preprocess_threads or budget)  # fmt: skip
 
@@ -123,6 +126,8 @@ class Site:
             names_by_socket.setdefault(sock, []).append(name)
         for sock, names in names_by_socket.items():
             await self._listen(sock, names, budget)
+        all_watched = watched(self._start.config, self._tls, self._services.tokens)
+        self._renewing = asyncio.ensure_future(keep_renewed(all_watched))
         self._inference.is_ready = True
 
     async def _listen(self, sock: Any, names: list[str], budget: BodyBudget) -> None:
@@ -138,12 +143,13 @@ class Site:
             cors=cors,
             on_answer=self._metrics.observe_answer,
         )
+        tls_options = self._tls_options(names[0])
+        protocol = Http1TlsProtocol if tls_options else Http1Protocol
         self._servers.append(
             await asyncio.get_running_loop().create_server(
-                lambda: Http1Protocol(router, limits, connections), sock=sock, backlog=ACCEPT_BACKLOG,
-                **self._tls_options(names[0]),
+                lambda: protocol(router, limits, connections), sock=sock, backlog=ACCEPT_BACKLOG, **tls_options
             )
-        )  # fmt: skip
+        )
 
     def _tls_options(self, name: str) -> dict[str, Any]:
         """Of a listener; none if it speaks plain HTTP."""
@@ -252,6 +258,8 @@ class Site:
             connections.abort()
 
     def close(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
 

@@ -33,7 +33,7 @@ from pyserve import launch, log, pid_file, tls
 from pyserve.config import Config
 from pyserve.errors import ConfigError, JsonObject
 from pyserve.listeners import Listeners
-from pyserve.tokens import Tokens, key_file
+from pyserve.tokens import Tokens, key_file, notes_of
 
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 10.0
@@ -322,8 +322,7 @@ def supervise(
             ),
         )
         tokens = Tokens.create(config, state_dir, folder)  # behind the pid file: another server's keys stay its own
-        if tokens is not None:
-            notes += tokens.notes()
+        notes += notes_of(config, tokens)
         logger.info("listening on %s", ", ".join(f"{address} ({name})" for name, address in addresses.items()))
         supervisor = Supervisor(
             config, listeners, state_dir, lambda event: on_event(_with_notes(event, notes)),

@@ -304,7 +304,7 @@ def _read(path: Path, place: str) -> bytes:
 
 def _explained(error: ssl.SSLError) -> str:
     match error.reason:
-        case "KEY_VALUES_MISMATCH" | "KEY_TYPE_MISMATCH":
+        case "KEY_VALUES_MISMATCH" | "KEY_TYPE_MISMATCH" | "NO_CERTIFICATE_ASSIGNED":
             return (
                 "key and certificate do not belong together; in a file with a chain the server's own certificate "
                 "comes first"

@@ -242,13 +242,15 @@ class Tokens:
             self._keys = keys
         log.info("the %s key was replaced", scope)
 
-    def notes(self) -> list[tuple[str, str]]:
-        """What the user should know: (``warning`` or ``note``, one line). Tells no key."""
-        scopes = " and ".join(sorted(self._guarded))
-        notes = [("note", f"{scopes} calls need 'Authorization: Bearer KEY'; the keys are in {self.file}")]
-        if any(len(key.text) < KEY_LENGTH_SAFE for key in self._keys.values()):
-            notes.append(("warning", f"{self.file}: a key of fewer than {KEY_LENGTH_SAFE} characters can be guessed"))
-        return notes
+    @property
+    def guarded(self) -> list[str]:
+        """The scopes that need a key, sorted."""
+        return sorted(self._guarded)
+
+    @property
+    def can_be_guessed(self) -> bool:
+        """Whether a key is too short."""
+        return any(len(key.text) < KEY_LENGTH_SAFE for key in self._keys.values())
 
     def reload(self) -> None:
         """Reads a ``token_file`` again.
@@ -296,6 +298,19 @@ class Tokens:
         finally:
             for draft in drafts:
                 draft.unlink(missing_ok=True)
+
+
+def notes_of(config: Config, tokens: Tokens | None) -> list[tuple[str, str]]:
+    """What the user should know at start: (``warning`` or ``note``, one line). Tells no key."""
+    notes = []
+    if tokens is not None:
+        scopes = " and ".join(tokens.guarded)
+        notes.append(("note", f"{scopes} calls need 'Authorization: Bearer KEY'; the keys are in {tokens.file}"))
+        if tokens.can_be_guessed:
+            notes.append(("warning", f"{tokens.file}: a key of fewer than {KEY_LENGTH_SAFE} characters can be guessed"))
+    if not config.management_is_local and (tokens is None or not tokens.guards("management")):
+        notes.append(("warning", "management is not on loopback and needs no key: who reaches it can change models"))
+    return notes
 
 
 def read_keys(path: Path) -> Keys:

@@ -9,6 +9,7 @@ import random
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -51,10 +52,13 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """One connection that is kept."""
+    """One connection that is kept; certificates are not checked."""
 
-    def __init__(self, address: tuple[str, int]):
-        self._connection = http.client.HTTPConnection(*address, timeout=LIMIT_S)
+    def __init__(self, address: tuple[str, int], *, is_tls: bool = False):
+        self._connection = (
+            http.client.HTTPSConnection(*address, timeout=LIMIT_S, context=ssl._create_unverified_context())
+            if is_tls else http.client.HTTPConnection(*address, timeout=LIMIT_S)
+        )  # fmt: skip
 
     def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
         self._connection.request(method, path, body, headers or {})
@@ -177,11 +181,11 @@ class Server:
         return self.running.addresses[name].replace("0.0.0.0", "127.0.0.1")
 
     def address(self, name: str = "inference") -> tuple[str, int]:
-        host, _, port = self.url(name).removeprefix("http://").rpartition(":")
+        host, _, port = self.url(name).partition("://")[2].rpartition(":")
         return host, int(port)
 
     def client(self, name: str = "inference") -> Client:
-        return Client(self.address(name))
+        return Client(self.address(name), is_tls=self.url(name).startswith("https"))
 
     def connect(self, name: str = "inference") -> socket.socket:
         return socket.create_connection(self.address(name), timeout=LIMIT_S)

@@ -27,11 +27,13 @@ LEVELS = [
     "tokens "
     "snapshot_models snapshot "
     "tls "
+    "renewal "
     "zip_reader tar_reader folder_reader manifest model_config weights archive_formats extract archive_cache archive "
     "archive_inspect trace archiver folder_manifest worker_spec",
     # The wire.
     "http1_limits http1_errors http1_timer http1_exchange http1_connections http1_head http1_body http1_incoming "
-    "http1_answer http1",
+    "http1_answer http1 "
+    "http1_tls",
     # What a lane needs.
     "context custom_metrics metrics codec handler engine placement",
     # Worker processes: their inside, then what looks after them.
