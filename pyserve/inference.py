@@ -115,7 +115,10 @@ class Inference:
     def _not_ready(self) -> dict[str, dict[str, str]]:
         reasons = {}
         for model in self._registry.default_models():
-            if model.state == "FAILED" or (model.wanted_workers > 0 and not model.has_ready_worker):
+            # A model that somebody adds, or gives its first workers, must not take the others out of rotation.
+            is_coming = model.state == "LOADING" or model.starts_first_workers
+            is_short = model.wanted_workers > 0 and not model.has_ready_worker and not is_coming
+            if model.state == "FAILED" or is_short:
                 reasons[model.name] = self._reason(model.state, model.error)
         for failure in self._registry.failures:
             reasons[failure.name] = self._reason("FAILED", failure.error)

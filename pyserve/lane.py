@@ -35,7 +35,12 @@ SWEEP_INTERVAL_S = 0.1
 
 @dataclass
 class WorkerRow:
-    """One worker as the management API shows it. ``memory_usage`` is its whole process's, in bytes."""
+    """One worker as the management API shows it.
+
+    Attributes:
+        memory_usage: of its whole process, in bytes.
+        gpu_id: as torch counts; None on a CPU, and for the model's own device.
+    """
 
     id: str
     start_time: datetime
@@ -43,7 +48,7 @@ class WorkerRow:
     memory_usage: int
     pid: int
     gpu: bool
-    gpu_usage: str = "N/A"
+    gpu_id: int | None = None
 
 
 def ring_capacity(settings: ModelSettings) -> int:

@@ -30,11 +30,13 @@ from pyserve.errors import (
     ServeError,
     VersionNotFoundError,
 )
+from pyserve.gpu_usage import GpuUsage
 from pyserve.http1_exchange import Exchange
 from pyserve.messages import Request, Response, json_response
 from pyserve.parameters import Parameter, json_pairs, read_values
 
 if TYPE_CHECKING:  # both import torch, which takes seconds
+    from pyserve.lane import WorkerRow
     from pyserve.model import Model
     from pyserve.registry import Registry
 
@@ -60,6 +62,7 @@ class Management:
         self._registry = registry
         self._config = config
         self._is_strict = config.compat == "strict"
+        self._gpu_usage = GpuUsage()
         self._background: set[asyncio.Future[Any]] = set()
 
     def routes(self) -> list[tuple[str, str, Callable[..., Response | Coroutine[Any, Any, Response]]]]:
@@ -115,13 +118,18 @@ class Management:
             versions = self._registry.versions(model_name)
             if not versions:
                 raise ModelNotFoundError(f"Model not found: {model_name}")
-            return json_response([describe(model, tells_errors=self._tells_errors) for model in versions])
+            await self._gpu_usage.refresh({id_ for model in versions for id_ in gpu_ids(model)})
+            return json_response([self._describe(model) for model in versions])
         model = self._registry.get(model_name, model_version)
-        metadata = None
-        if values.get("customized", False):
-            told = await model.describe_handler()
-            metadata = told if isinstance(told, dict) else {}
-        return json_response([describe(model, metadata=metadata, tells_errors=self._tells_errors)])
+        told = await model.describe_handler() if values.get("customized", False) else None
+        await self._gpu_usage.refresh(gpu_ids(model))
+        if told is None:
+            return json_response([self._describe(model)])
+        metadata = told.value if isinstance(told.value, dict) else {}
+        return json_response([self._describe(model, metadata)], told.status, told.headers)
+
+    def _describe(self, model: Model, metadata: JsonObject | None = None) -> JsonObject:
+        return describe(model, metadata=metadata, tells_errors=self._tells_errors, gpu_usage=self._gpu_usage)
 
     def show_readiness(self, exchange: Exchange, model_name: str) -> Response:
         """``GET /v1/models/{m}``, KServe's protocol."""
@@ -162,6 +170,7 @@ class Management:
         settings = _settings(values, parameters.LIVE_SETTINGS)
         workers = _wanted_workers(model, values, has_settings=bool(settings))
         answer: JsonObject = {"status": SCALING}
+        changed: dict[str, tuple[int, int]] = {}
         if settings:
             changed = model.configure(settings)
             await self._registry.changed()
@@ -171,10 +180,10 @@ class Management:
             answer["unused"] = unused
         if not values.get("synchronous", False):
             if workers is not None:
-                self._watch(self._scale(model, workers, version), f"scaling {model.name} {model.version}")
+                self._watch(self._scale(model, workers, version, changed), f"scaling {model.name} {model.version}")
             return json_response(answer, 202)
         if workers is not None:
-            running = await self._scale(model, workers, version)
+            running = await self._scale(model, workers, version, changed)
             if running < workers[0]:
                 answer["status"] = "Workers scaling in progress..."
                 return json_response(answer, 206)
@@ -253,16 +262,23 @@ class Management:
             raise ModelNotFoundError(f"Model not found at: {url}")
         return name
 
-    async def _scale(self, model: Model, workers: tuple[int, int], version: str | None) -> int:
-        """Running workers when all that were asked for are ready or gone."""
+    async def _scale(
+        self, model: Model, workers: tuple[int, int], version: str | None, changed: dict[str, tuple[int, int]]
+    ) -> int:
+        """Running workers when all that were asked for are ready or gone.
+
+        Args:
+            changed: settings of the same call, old and new; they are taken back when the workers cannot be had.
+        """
         try:
-            running = await model.scale(*workers)
+            return await model.scale(*workers)
         except (ModelLoadError, OutOfMemoryError) as error:
+            model.take_back(changed)
             text = f"Failed to start workers for model {model.name} version: {version or 'null'}"
             detail = error.detail if error.message == text else {"reason": error.message, **error.detail}
             raise type(error)(text, detail=detail) from error
-        await self._registry.changed()
-        return running
+        finally:
+            await self._registry.changed()
 
     def _watch(self, future: Awaitable[Any], text: str) -> None:
         """Keeps a reference until ``future`` is done, and logs why it failed: nobody waits for it."""
@@ -280,12 +296,28 @@ class Management:
         task.add_done_callback(finish)
 
 
-def describe(model: Model, *, metadata: JsonObject | None = None, tells_errors: bool = True) -> JsonObject:
+def gpu_ids(model: Model) -> set[int]:
+    """GPUs that its workers run on, as torch counts them."""
+    return {id_ for row in model.worker_rows() if (id_ := _gpu_id(model, row)) is not None}
+
+
+def _gpu_id(model: Model, row: WorkerRow) -> int | None:
+    if row.gpu_id is not None or not row.gpu:
+        return row.gpu_id
+    return int(model.device.partition(":")[2] or 0)
+
+
+def describe(
+    model: Model, *, metadata: JsonObject | None = None, tells_errors: bool = True,
+    gpu_usage: GpuUsage | None = None,
+) -> JsonObject:  # fmt: skip
     """One version as the management API shows it: TorchServe's keys in its order, then pyserve's own.
 
     Args:
         metadata: what the handler says of itself; None when it was not asked.
+        gpu_usage: refreshed for this model's `gpu_ids`; None when nobody asked.
     """
+    gpu_usage = gpu_usage or GpuUsage()
     yaml = model.archive.config
     retry_timeout_s = yaml.retry_timeout_max_s
     remaining, pending = model.queue_status()
@@ -302,8 +334,8 @@ def describe(model: Model, *, metadata: JsonObject | None = None, tells_errors: 
         "startupTimeout": model.startup_timeout_s,
         "maxRetryTimeoutInSec": RETRY_TIMEOUT_DEFAULT_S if retry_timeout_s is None else retry_timeout_s,
         "clientTimeoutInMills": model.settings.client_timeout_ms,
-        "parallelType": "",
-        "parallelLevel": 0,
+        "parallelType": yaml.parallel_type or "",
+        "parallelLevel": yaml.parallel_level or 0,
         "deviceType": model.device_type,
     }
     if model.device_ids:
@@ -326,7 +358,7 @@ def describe(model: Model, *, metadata: JsonObject | None = None, tells_errors: 
                 "memoryUsage": row.memory_usage,
                 "pid": row.pid,
                 "gpu": row.gpu,
-                "gpuUsage": row.gpu_usage,
+                "gpuUsage": gpu_usage.text(_gpu_id(model, row)),
             }
             for row in model.worker_rows()
         ],

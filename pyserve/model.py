@@ -10,24 +10,20 @@ Loop thread only; loading runs in threads and comes back to it.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import time
 from pathlib import Path
-from typing import Any
 
 from pyserve.archive import Archive
-from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError, ServerError
-from pyserve.http1_answer import new_id
+from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError
 from pyserve.http1_exchange import Exchange
 from pyserve.lane import RING_CAPACITY_MIN, Lane, WorkerRow, no_worker_error
 from pyserve.lane_choice import Wish, open_lane, open_python_lane
-from pyserve.messages import Request
 from pyserve.model_settings import PARAMETERS, ModelSettings
 from pyserve.native_lane import NativeLane
 from pyserve.pending import Pending
-from pyserve.python_lane import DESCRIBE, PythonLane
+from pyserve.python_lane import PythonLane
 from pyserve.sample import sample_arguments
+from pyserve.self_description import SelfDescription, ask_handler
 from pyserve.services import Services
 from pyserve.trace import Progress, Tracing
 
@@ -51,6 +47,7 @@ class Model:
         state: a key of STATES.
         error: why it FAILED.
         wanted_workers: how many it is to have.
+        starts_first_workers: it has had none, and some are being started.
     """
 
     def __init__(
@@ -72,6 +69,7 @@ class Model:
         self.state = "LOADING"
         self.error = ""
         self.wanted_workers = settings.workers_min
+        self.starts_first_workers = False
         self._lane: Lane | None = None
         self._explain_lane: PythonLane | None = None  # a native model's, made for the first explanation
         self._opening_explain_lane = asyncio.Lock()
@@ -175,7 +173,11 @@ class Model:
             self.settings.workers_min, self.settings.workers_max = workers_min, workers_max
             self.wanted_workers = wanted
             lane.set_workers(wanted)
-            failure = await lane.settled(self.settings.startup_timeout_s)
+            self.starts_first_workers = not before
+            try:
+                failure = await lane.settled(self.settings.startup_timeout_s)
+            finally:
+                self.starts_first_workers = False
             if self._lane is not lane:
                 raise self._scaling_error("it is being unregistered")
             if failure:
@@ -205,6 +207,16 @@ class Model:
         if self._lane is not None:
             self._lane.apply_limits()
         return changed
+
+    def take_back(self, changed: dict[str, tuple[int, int]]) -> None:
+        """Undoes a `configure` that returned ``changed``, except for what was changed again since."""
+        now = {name: getattr(self.settings, PARAMETERS[name]) for name in changed}
+        for name, (old, new) in changed.items():
+            if now[name] == new:
+                setattr(self.settings, PARAMETERS[name], old)
+        self.settings.min_batch = min(self.settings.min_batch, self.settings.batch_size)
+        if self._lane is not None:
+            self._lane.apply_limits()
 
     # --- a request ------------------------------------------------------------------------------------------------
 
@@ -273,43 +285,13 @@ class Model:
                 return
             self._explain_lane = lane
 
-    async def describe_handler(self) -> Any:
-        """What the handler says of itself, parsed from JSON; None when it says nothing, or runs in the native lane.
+    async def describe_handler(self) -> SelfDescription:
+        """What the handler says of itself.
 
         Raises:
             ServeError: it could not be asked, or failed.
         """
-        lane = self._lane
-        if not isinstance(lane, PythonLane):
-            return None
-        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        request = Request(
-            "GET", "", headers=[("describe", "True")], id=new_id(), arrived_at=time.monotonic_ns()
-        )
-
-        def deliver(exchange: Exchange) -> None:
-            if not answered.done():
-                answered.set_result(None)
-
-        exchange = Exchange(request, deliver)
-        lane.predict(Pending(lane, exchange, self.version, "default", flags=DESCRIBE))
-        await answered
-        response = exchange.response
-        assert response is not None
-        body = bytes(response.body)
-        if response.status >= 400:
-            error = ServerError(f'Model "{self.name}" could not be asked to describe itself')
-            try:
-                told = json.loads(body)
-                error = ServerError(str(told["message"]), detail=told.get("detail"))
-            except (ValueError, KeyError, TypeError):
-                pass
-            error.status = response.status
-            raise error
-        try:
-            return json.loads(body)
-        except ValueError:
-            return None
+        return await ask_handler(self._lane, self.name, self.version)
 
     # --- what others ask ------------------------------------------------------------------------------------------
 

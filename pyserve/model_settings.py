@@ -19,6 +19,7 @@ PARAMETERS = {
     "response_timeout": "response_timeout_s",
     "startup_timeout": "startup_timeout_s",
     "job_queue_size": "queue_size",
+    "client_timeout": "client_timeout_ms",
 }
 # Key of config.properties' ``models`` block -> attribute.
 BLOCK_KEYS = {
@@ -28,7 +29,7 @@ BLOCK_KEYS = {
     "startupTimeout": "startup_timeout_s",
 }
 # Attributes that model-config.yaml sets under the same names.
-YAML_ATTRIBUTES = (*PARAMETERS.values(), "client_timeout_ms", "use_job_ticket")
+YAML_ATTRIBUTES = (*PARAMETERS.values(), "use_job_ticket")
 
 
 @dataclass

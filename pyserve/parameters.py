@@ -107,7 +107,9 @@ LIVE_SETTINGS = (
     *SETTINGS,
     setting("min_batch", "Requests to wait for, at most max_batch_delay, even while a worker is idle.", "min_batch"),
     setting("job_queue_size", "Requests that may wait; one more is refused with 503.", "queue_size"),
-)
+    setting("client_timeout", "Longest wait of a request before it runs, in ms; 0 means response_timeout.",
+            "client_timeout_ms"),
+)  # fmt: skip
 LIST = (
     integer("limit", "Models on a page; more than 100 means 100.", -COUNT_MAX - 1, COUNT_MAX),
     integer("next_page_token", "The nextPageToken of the page before.", -COUNT_MAX - 1, COUNT_MAX),

@@ -108,6 +108,7 @@ class PythonLane(Lane):
                 memory_usage=slot.handle.memory_usage() if slot.handle is not None else 0,
                 pid=slot.handle.pid if slot.handle is not None else -1,
                 gpu=self.is_on_gpu,
+                gpu_id=self.workers.gpu_id_of(slot),
             )
             for slot in self.workers.slots()
         ]

@@ -334,13 +334,16 @@ class PythonWorkers:
             return ASYNC_IN_FLIGHT_MAX
         return 0 if self._spec.mode == BATCH else self._settings.batch_size
 
+    def gpu_id_of(self, slot: Slot) -> int | None:
+        """The GPU of its process; None on a CPU."""
+        return self._device_ids[slot.index % len(self._device_ids)] if self._device_ids else self._spec.gpu_id
+
     def _spec_of(self, slot: Slot) -> WorkerSpec:
         changes: dict[str, Any] = {
             "batch_size": self._settings.batch_size,
             "intra_op_threads": self._services.engine.intra_op_threads,
         }
-        if self._device_ids:
-            changes["gpu_id"] = self._device_ids[slot.index % len(self._device_ids)]
+        changes["gpu_id"] = self.gpu_id_of(slot)
         return replace(self._spec, **changes)
 
     async def _may_go_on(self, slot: Slot) -> bool:

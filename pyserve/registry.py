@@ -132,9 +132,16 @@ class Registry:
     async def unregister(self, name: str, version: str | None) -> None:
         """Finishes what a version has admitted and removes it; without ``version`` the default one.
 
+        Of an archive that could not be opened the failure is forgotten.
+
         Raises:
             DefaultVersionError: it is the default while there are others.
         """
+        forgotten = [each for each in self.failures if each.name == name and each.version in (version or "", "")]
+        if name not in self._models and forgotten:
+            self.failures = [each for each in self.failures if each not in forgotten]
+            await self.changed()
+            return
         model = self.get(name, version)
         if model.version == self._defaults[name] and len(self._models[name]) > 1:
             raise DefaultVersionError(f"Cannot remove default version for model {name}")

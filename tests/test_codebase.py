@@ -41,7 +41,9 @@ LEVELS = [
     "restart_policy requirements worker_output worker_handle zygote spawner",
     "client_limit "
     "examples zoo sample loader services model_settings pending lane native_lane python_workers python_lane "
-    "sequence_lane lane_choice model",
+    "sequence_lane lane_choice "
+    "self_description gpu_usage "
+    "model",
     # The server's endpoints.
     "kept_state "
     "registry",

@@ -36,7 +36,7 @@ STARTED = datetime(2026, 11, 23, 1, 57, 15, 723_999)
 ATTRIBUTES = {
     "batch_size": "batch_size", "max_batch_delay": "max_batch_delay_ms", "min_batch": "min_batch",
     "response_timeout": "response_timeout_s", "startup_timeout": "startup_timeout_s",
-    "job_queue_size": "queue_size_max",
+    "job_queue_size": "queue_size_max", "client_timeout": "client_timeout_ms",
 }  # fmt: skip
 
 
@@ -60,6 +60,7 @@ class FakeModel:
         self.batch_size, self.max_batch_delay_ms, self.min_batch = 1, 100, 1
         self.response_timeout_s = self.startup_timeout_s = 120
         self.queue_size_max = 100
+        self.client_timeout_ms = 0
         self.settings = SimpleNamespace(client_timeout_ms=0)
         self.archive = SimpleNamespace(config=ModelConfig())
         self.told: Any = None  # what the handler says of itself
@@ -72,10 +73,10 @@ class FakeModel:
     async def describe_handler(self) -> Any:
         if isinstance(self.told, ServeError):
             raise self.told
-        return self.told
+        return SimpleNamespace(value=self.told, status=200, headers={})
 
     def worker_rows(self) -> list[Any]:
-        row = {"memory_usage": 7, "pid": 42, "gpu": False, "gpu_usage": "N/A"}
+        row = {"memory_usage": 7, "pid": 42, "gpu": False, "gpu_id": None}
         return [
             SimpleNamespace(id=str(9000 + index), start_time=STARTED, status="READY", **row)
             for index in range(self.running)
@@ -95,6 +96,9 @@ class FakeModel:
         self.workers_min, self.workers_max = workers_min, workers_max
         self.running = min(self.running_max, max(workers_min, min(self.running, workers_max)))
         return self.running
+
+    def take_back(self, changed: dict[str, tuple[int, int]]) -> None:
+        self.configure({name: old for name, (old, _) in changed.items()})
 
     def configure(self, changes: dict[str, int]) -> dict[str, tuple[int, int]]:
         if changes.get("min_batch", self.min_batch) > changes.get("batch_size", self.batch_size):
@@ -319,7 +323,7 @@ def test_worker_start_in_another_zone_is_shown_in_local_time() -> None:
     model = FakeModel()
     aware = STARTED.astimezone(timezone.utc)
     model.worker_rows = lambda: [  # type: ignore[method-assign]
-        SimpleNamespace(id="1", start_time=aware, status="READY", memory_usage=0, pid=1, gpu=False, gpu_usage="N/A")
+        SimpleNamespace(id="1", start_time=aware, status="READY", memory_usage=0, pid=1, gpu=False, gpu_id=None)
     ]
     assert Api(model).ask("GET", "/models/m").json[0]["workers"][0]["startTime"] == "2026-11-23T01:57:15.723Z"
 

@@ -19,6 +19,7 @@ SOURCES = [
     ("response_timeout_s", "response_timeout", "responseTimeout", "responseTimeout", "default_response_timeout", 120),
     ("startup_timeout_s", "startup_timeout", "startupTimeout", "startupTimeout", "default_startup_timeout", 120),
     ("queue_size", "job_queue_size", "jobQueueSize", None, "job_queue_size", 100),
+    ("client_timeout_ms", "client_timeout", "clientTimeoutInMills", None, None, 0),
 ]
 
 

@@ -1,0 +1,81 @@
+"""What the GPUs are doing, in TorchServe's words, as ``nvidia-smi`` tells it. Loop thread only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+log = logging.getLogger(__name__)
+
+NO_GPU = "N/A"
+UNKNOWN = "failed to obtained gpu usage"  # TorchServe's words
+KEPT_S = 5.0  # asking takes a good part of a second
+TIMEOUT_S = 3.0
+_COMMAND = ("nvidia-smi", "--query-gpu=utilization.gpu,utilization.memory,memory.used", "--format=csv,noheader,nounits")
+
+
+async def ask_driver(index: int) -> str:
+    """Three numbers separated by commas, of the GPU that torch counts as ``index``.
+
+    Raises:
+        OSError, ValueError, RuntimeError, TimeoutError: they are not to be had.
+    """
+    import torch
+
+    # The driver counts all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves; both know the name.
+    name = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+    process = await asyncio.create_subprocess_exec(
+        *_COMMAND, f"--id={name}", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        raise
+    if process.returncode:
+        raise ValueError(f"nvidia-smi exited with {process.returncode}")
+    return output.decode("ascii", "replace")
+
+
+class GpuUsage:
+    """The last known usage of each GPU.
+
+    Args:
+        ask: see `ask_driver`.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, ask: Callable[[int], Awaitable[str]] = ask_driver, clock: Callable[[], float] = time.monotonic
+    ):
+        self._ask = ask
+        self._clock = clock
+        self._texts: dict[int, tuple[float, str]] = {}
+
+    async def refresh(self, indexes: set[int]) -> None:
+        """Asks for those whose usage is not known or older than KEPT_S."""
+        now = self._clock()
+        stale = sorted(index for index in indexes if now - self._texts.get(index, (-KEPT_S, ""))[0] >= KEPT_S)
+        for index, text in zip(stale, await asyncio.gather(*map(self._text, stale)), strict=True):
+            self._texts[index] = (now, text)
+
+    def text(self, index: int | None) -> str:
+        """``gpuId::0 utilization.gpu::3 % ...``; None is no GPU."""
+        if index is None:
+            return NO_GPU
+        return self._texts.get(index, (0.0, UNKNOWN))[1]
+
+    async def _text(self, index: int) -> str:
+        try:
+            gpu, memory, used = (int(each) for each in (await self._ask(index)).split(","))
+        except (OSError, ValueError, RuntimeError, AttributeError, TimeoutError) as error:
+            log.debug("the usage of GPU %d cannot be had: %s", index, error)
+            return UNKNOWN
+        return (
+            f"gpuId::{index} utilization.gpu::{gpu} % utilization.memory::{memory} % memory.used::{used} MiB"
+        )
