@@ -39,6 +39,9 @@ _OVERRIDES = {
     "management_address": "--management-address",
     "metrics_address": "--metrics-address",
     "token_file": "--token-file",
+    "enable_grpc": "--grpc",
+    "grpc_inference_port": "--grpc-inference-port",
+    "grpc_management_port": "--grpc-management-port",
 }
 _SWITCHES = {
     "disable_token_auth": "disable_token_authorization",
@@ -232,6 +235,9 @@ def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
     add("--inference-address", metavar="ADDRESS", help="http://host[:port], https://host[:port] or unix:/path")
     add("--management-address", metavar="ADDRESS")
     add("--metrics-address", metavar="ADDRESS")
+    add("--grpc", dest="enable_grpc", metavar="WHETHER", help="true, false or auto: if grpcio is installed (default)")
+    add("--grpc-inference-port", metavar="PORT", help="default: 7070")
+    add("--grpc-management-port", metavar="PORT", help="default: 7071")
     add("--token-file", metavar="FILE", help="keys that callers must show; default: made at start, where one is needed")
     add("--disable-token-auth", "--dt", action="store_true", help="no tokens, wherever the server listens")
     add("--enable-model-api", action="store_true", help="allow registering models, wherever the server listens")

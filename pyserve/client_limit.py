@@ -19,6 +19,8 @@ def client_deadline(request: Request) -> int:
     Raises:
         BadRequestError: the header's value is no whole number of milliseconds in the allowed range.
     """
+    if request.deadline:
+        return request.deadline
     text = request.header(TIMEOUT_HEADER)
     if not text:
         if any(name.lower() == TIMEOUT_HEADER for name, _ in request.headers):

@@ -58,6 +58,8 @@ def ready_lines(event: JsonObject, *, colored: bool = False) -> list[str]:
         lines.append(
             f"found in model store, not loaded: {names} (start with --models {first} or POST /models?url={first})"
         )
+    if event.get("grpc"):
+        lines.append("gRPC: " + ", ".join(f"{name.removeprefix('grpc_')} {at}" for name, at in event["grpc"].items()))
     lines.append(READY_LINE)
     if event.get("sample"):
         lines.append(str(event["sample"]))

@@ -96,8 +96,13 @@ class Inference:
 
     def ping(self, exchange: Exchange) -> Response:
         """200 Healthy, or 500 Unhealthy when a model that should have workers has none that is ready."""
-        healthy = self.is_ready and not self._not_ready()
+        healthy = self.is_healthy
         return json_response({"status": "Healthy" if healthy else "Unhealthy"}, 200 if healthy else 500)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the server takes requests, and every model that should have workers has one."""
+        return self.is_ready and not self._not_ready()
 
     def ready(self, exchange: Exchange) -> Response:
         """200 when every model can answer; else 503 with the reason for each that cannot."""

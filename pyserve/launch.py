@@ -7,8 +7,9 @@ write end of a pipe for reports. An environment variable tells the child the two
 Reports are JSON objects, one a line, told apart by ``event``:
 
     progress    {"model": name, "text": "reading weights 40/110 MB"}
-    ready       {"models": [row, ...], "not_loaded": [file, ...], "sample": "curl ..."}; the supervisor adds
-                "notes": [[kind, text], ...]
+    ready       {"models": [row, ...], "not_loaded": [file, ...], "sample": "curl ...",
+                 "grpc": {"grpc_inference": "127.0.0.1:7070", ...}, "notes": [[kind, text], ...]}; the supervisor has
+                notes of its own to add
     failed      {"reason": text}
 """
 
@@ -216,9 +217,9 @@ class Reporter:
     def progress(self, model: str, text: str) -> None:
         self.send("progress", model=model, text=text)
 
-    def ready(self, models: list[JsonObject], not_loaded: list[str], sample: str) -> None:
+    def ready(self, models: list[JsonObject], not_loaded: list[str], sample: str, **more: Any) -> None:
         """``models``: rows with model, version, state, workers, device, batch, url and error."""
-        self.send("ready", models=models, not_loaded=not_loaded, sample=sample)
+        self.send("ready", models=models, not_loaded=not_loaded, sample=sample, **more)
 
     def failed(self, reason: str) -> None:
         self.send("failed", reason=reason)

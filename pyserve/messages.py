@@ -45,12 +45,13 @@ class Request:
         client: ``"127.0.0.1:43090"``, or ``"unix"``.
         id: the client's ``x-request-id`` if it is a valid one, else a fresh UUID4.
         arrived_at: when the last byte was read, in ns of ``time.monotonic_ns()``.
-        has_timing: whether one of TIMING_HEADERS is among the headers.
+        has_timing: whether one of TIMING_HEADERS is among the headers, or there is a ``deadline``.
+        deadline: ns of the same clock; when the client stops waiting, if the protocol tells; else 0.
     """
 
     __slots__ = (
-        "_lower", "_params", "arrived_at", "body", "client", "has_timing", "header_text", "headers", "id", "method",
-        "path", "query",
+        "_lower", "_params", "arrived_at", "body", "client", "deadline", "has_timing", "header_text",
+        "headers", "id", "method", "path", "query",
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +80,7 @@ class Request:
         if has_timing is None:
             has_timing = any(name.lower() in TIMING_HEADERS for name, _ in self.headers)
         self.has_timing = has_timing
+        self.deadline = 0
         self._lower: dict[str, str] | None = None
         self._params: list[tuple[str, str]] | None = None
 

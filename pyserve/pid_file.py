@@ -93,13 +93,9 @@ def write(path: Path, running: RunningServer) -> None:
     Raises:
         ConfigError: another server holds it, or it cannot be written.
     """
-    rest = {name: value for name, value in vars(running).items() if name != "pid"}
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        draft.unlink(missing_ok=True)
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        with open(fd, "w") as file:
-            file.write(f"{running.pid}\n{json.dumps(rest)}\n")
+        _write_draft(draft, running)
         try:
             _link(draft, path)
         finally:
@@ -108,6 +104,24 @@ def write(path: Path, running: RunningServer) -> None:
         raise ConfigError(
             f"the pid file {path} cannot be written: {error.strerror}; choose another with --pid-file"
         ) from None
+
+
+def update(path: Path, running: RunningServer) -> None:
+    """Replaces what our own file says, in one step. That it could be written once is no promise; then it stays."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        _write_draft(draft, running)
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+
+
+def _write_draft(draft: Path, running: RunningServer) -> None:
+    rest = {name: value for name, value in vars(running).items() if name != "pid"}
+    draft.unlink(missing_ok=True)
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with open(fd, "w") as file:
+        file.write(f"{running.pid}\n{json.dumps(rest)}\n")
 
 
 def _link(draft: Path, path: Path) -> None:

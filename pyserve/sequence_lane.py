@@ -231,7 +231,7 @@ class SequenceLane(PythonLane):
         sequence = self._sequence_of(pending)
         if sequence is None:
             self._refuse(pending, self._limit_refusal("maxNumSequence", self._count_max))
-        elif sequence.running is None:
+        elif sequence.running is None and not sequence.waiting:  # not past those whose turn has just come
             self._hand_over(sequence, pending)
         elif len(sequence.waiting) >= self._waiting_per_sequence_max:
             self._refuse(

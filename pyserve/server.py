@@ -90,6 +90,7 @@ async def _serve(start: ServerStart) -> int:
         for tracing in tracings.values():
             tracing.stop()
         await spawner.close()
+        await site.grpc.close()
         site.close()
 
 

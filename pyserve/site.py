@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from pyserve.address import Address
 from pyserve.archive import Archive
 from pyserve.archive_cache import open_cache
 from pyserve.browser_guard import BrowserGuard
@@ -23,6 +24,7 @@ from pyserve.cors import Cors, allowed_origins
 from pyserve.cpu_budget import cpu_budget
 from pyserve.engine import Engine
 from pyserve.errors import JsonObject, ServeError
+from pyserve.grpc_site import GrpcSite
 from pyserve.http1 import BodyBudget, Connections, Http1Limits, Http1Protocol
 from pyserve.http1_tls import Http1TlsProtocol
 from pyserve.inference import Inference
@@ -86,7 +88,8 @@ class Site:
                 or (
                     config.error_detail == "auto"
                     and config.inference_address.is_loopback
-                    and config.management_address.is_loopback
+                    and config.management_is_local
+                    and (config.enable_grpc == "false" or Address(config.grpc_inference_address).is_loopback)
                 ),
             ),
         )
@@ -98,6 +101,7 @@ class Site:
         )
         self._metrics.models = self.registry.all_models
         self._inference = Inference(self.registry, tells_errors=services.error_format.with_private_detail)
+        self.grpc = GrpcSite(config, start.restart)
         self._servers: list[asyncio.AbstractServer] = []
         self._connections: list[Connections] = []
         self._tls: ssl.SSLContext | None = None
@@ -112,7 +116,25 @@ class Site:
         tracings: dict[str, Tracing],
         state: JsonObject | None,
     ) -> None:
-        """Loads what the server is started with, or what the one before it, or a snapshot, says was served."""
+        """Loads what the server is started with, or what the one before it, or a snapshot, says was served.
+
+        Meanwhile gRPC takes its ports.
+        """
+        binding = asyncio.ensure_future(self.grpc.bind())
+        loading = asyncio.ensure_future(self._load_models(sources, archives, tracings, state))
+        try:
+            await asyncio.gather(binding, loading)
+        finally:
+            for task in (binding, loading):
+                task.cancel()
+
+    async def _load_models(
+        self,
+        sources: Sequence[ModelSource],
+        archives: dict[str, Archive | ServeError],
+        tracings: dict[str, Tracing],
+        state: JsonObject | None,
+    ) -> None:
         if state is not None:
             await self.registry.restore(state, archives, tracings)
         else:
@@ -129,6 +151,7 @@ class Site:
         all_watched = watched(self._start.config, self._tls, self._services.tokens)
         self._renewing = asyncio.ensure_future(keep_renewed(all_watched))
         self._inference.is_ready = True
+        await self.grpc.open(self._services, self.registry, self._inference, budget)
 
     async def _listen(self, sock: Any, names: list[str], budget: BodyBudget) -> None:
         config = self._start.config
@@ -177,7 +200,7 @@ class Site:
         return rows
 
     async def report(self) -> dict[str, Any]:
-        """What the start-up table shows: ``models``, ``not_loaded`` and ``sample``."""
+        """What the start-up table shows, see `launch`."""
         config = self._start.config
         rows = [
             {
@@ -202,6 +225,8 @@ class Site:
             "models": rows,
             "not_loaded": [file for file in config.store_files() if file not in loaded],
             "sample": await self._sample(),
+            "grpc": self.grpc.addresses,
+            "notes": self.grpc.notes,
         }
 
     async def _sample(self) -> str:
@@ -234,7 +259,7 @@ class Site:
         await self._accept_waiting()
         for server in self._servers:
             server.close()
-        await asyncio.gather(*(connections.drain() for connections in self._connections))
+        await asyncio.gather(self.grpc.drain(), *(connections.drain() for connections in self._connections))
         await self.registry.drain()
         log.info("drained")
 

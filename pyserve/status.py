@@ -29,10 +29,11 @@ def print_status(pid_path: Path) -> int:
         print("pyserve is not currently running.")
         return EXIT_NOT_RUNNING
     print(f"pyserve is running (pid {running.pid})")
+    width = max(10, *map(len, running.addresses))
     for name, text in running.addresses.items():
-        print(f"{name:<10}  {text}")
+        print(f"{name:<{width}}  {text}")
     if running.log_file:
-        print(f"{'log':<10}  {running.log_file}")
+        print(f"{'log':<{width}}  {running.log_file}")
     try:
         rows = model_rows(
             local_address(running.addresses["management"]),

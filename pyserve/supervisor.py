@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -85,6 +86,7 @@ class Supervisor:
         *,
         server_command: list[str],
         drains_on_hangup: bool,
+        on_grpc: Callable[[dict[str, str]], None] = lambda addresses: None,
     ):
         # Constant after construction.
         self._config = config
@@ -93,6 +95,7 @@ class Supervisor:
         self._on_event = on_event
         self._server_command = server_command
         self._drains_on_hangup = drains_on_hangup
+        self._on_grpc = on_grpc
         self._selector = selectors.DefaultSelector()
         # Per supervisor.
         self._policy = RestartPolicy(random.Random())
@@ -224,12 +227,19 @@ class Supervisor:
         self._phase = "serving"
         first = not self._has_served
         self._has_served = True
+        self._take_grpc(event.get("grpc") or {})
         if not first:
             return
         self._on_event(event)
         if self._config.strict and any(row.get("state") == "FAILED" for row in event.get("models", [])):
             self._code_when_stopped = EXIT_MODEL_FAILED
             self._stop("a model failed to load and strict is set")
+
+    def _take_grpc(self, addresses: dict[str, str]) -> None:
+        """A server that takes this one's place is to have the same ports, also if the system chose them."""
+        for name, address in addresses.items():
+            setattr(self._config, f"{name}_port", int(address.rpartition(":")[2]))
+        self._on_grpc(addresses)
 
     def _server_ended(self) -> None:
         assert self._child is not None
@@ -315,19 +325,18 @@ def supervise(
         assert started is not None
         folder = Path.cwd()
         keys = str(key_file(config, folder) or "")
-        pid_file.write(
-            pid_path,
-            pid_file.RunningServer(
-                pid, started, addresses, log_file, float(config.drain_timeout_s), keys, config.model_store or ""
-            ),
+        running = pid_file.RunningServer(
+            pid, started, addresses, log_file, float(config.drain_timeout_s), keys, config.model_store or ""
         )
+        pid_file.write(pid_path, running)
         tokens = Tokens.create(config, state_dir, folder)  # behind the pid file: another server's keys stay its own
         notes += notes_of(config, tokens)
         logger.info("listening on %s", ", ".join(f"{address} ({name})" for name, address in addresses.items()))
         supervisor = Supervisor(
             config, listeners, state_dir, lambda event: on_event(_with_notes(event, notes)),
             server_command=server_command, drains_on_hangup=drains_on_hangup,
-        )
+            on_grpc=lambda grpc: pid_file.update(pid_path, replace(running, addresses={**addresses, **grpc})),
+        )  # fmt: skip
         return supervisor.run()
     finally:
         if tokens is not None:
@@ -339,7 +348,7 @@ def supervise(
 
 def _with_notes(event: JsonObject, notes: list[tuple[str, str]]) -> JsonObject:
     """Told together with the table, which is what people read."""
-    return {**event, "notes": notes} if event["event"] == "ready" else event
+    return {**event, "notes": [*notes, *event.get("notes", [])]} if event["event"] == "ready" else event
 
 
 def main() -> int:

@@ -102,6 +102,10 @@ class Server:
             for name in NAMES:
                 if f"--{name}-address" not in more:
                     arguments += [f"--{name}-address", "http://127.0.0.1:0"]
+            if "--grpc" not in more:  # its default ports are for one server of the machine
+                arguments += ["--grpc", "false"]
+            elif "--grpc-inference-port" not in more:
+                arguments += ["--grpc-inference-port", "0", "--grpc-management-port", "0"]
         return [*arguments, *more]
 
     def run(self, command: str, *more: str) -> subprocess.CompletedProcess[str]:
@@ -183,6 +187,10 @@ class Server:
     def address(self, name: str = "inference") -> tuple[str, int]:
         host, _, port = self.url(name).partition("://")[2].rpartition(":")
         return host, int(port)
+
+    def grpc(self, name: str = "inference") -> str:
+        """``host:port`` of a gRPC listener."""
+        return self.running.addresses[f"grpc_{name}"]
 
     def client(self, name: str = "inference") -> Client:
         return Client(self.address(name), is_tls=self.url(name).startswith("https"))

@@ -47,6 +47,7 @@ LEVELS = [
     # The server's endpoints.
     "kept_state "
     "registry",
+    "grpc_messages grpc_status grpc_call grpc_service",
     "browser_guard cors "
     "parameters openapi routes "
     "protect "
@@ -54,7 +55,9 @@ LEVELS = [
     # What looks at an archive without a server.
     "dry_run debug check_run check config_report doctor",
     # Processes.
-    "listeners site server",
+    "listeners "
+    "grpc_inference grpc_management grpc_health grpc_server grpc_site "
+    "site server",
     "api_client "
     "deploy "
     "supervisor start status stop dev cli __main__",

@@ -1,0 +1,224 @@
+"""One gRPC call, and a request on its way from it through a model.
+
+A request takes the way of HTTP's: the same admission, batches, limits, metrics and errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from pyserve.errors import HandlerError, TooLargeError
+from pyserve.http1_answer import new_id
+from pyserve.http1_exchange import Exchange, Part
+from pyserve.http1_head import REQUEST_ID
+from pyserve.messages import Headers, Request, Response
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID_KEY = "x-request-id"
+# What of a call's metadata a handler sees as headers: the trace that it is part of.
+FORWARDED_KEYS = ("traceparent", "tracestate")
+# Bytes of a streamed answer that wait for a client that does not read them; as in HTTP.
+STREAM_BACKLOG_MAX = 4 << 20
+# Of one stream of requests: how many may be under way.
+STREAM_REQUESTS_MAX = 128
+
+Asked = TypeVar("Asked")
+Told = TypeVar("Told")
+
+
+class Call:
+    """One call. Loop thread only.
+
+    Attributes:
+        context: grpc's.
+        path: ``/package.Service/Method``.
+        id: the client's ``x-request-id``, if it is a valid one, else a new one.
+        arrived_at: ns of ``time.monotonic_ns()``.
+        headers: what handlers see of the metadata.
+        authorization: of the metadata; ``""`` if there is none.
+        is_counted: a model counts its answer in the metrics.
+    """
+
+    __slots__ = ("arrived_at", "authorization", "context", "headers", "id", "is_counted", "path")
+
+    def __init__(self, context: Any, path: str):
+        self.context = context
+        self.path = path
+        self.arrived_at = time.monotonic_ns()
+        self.id = ""
+        self.authorization = ""
+        self.is_counted = False
+        self.headers: Headers = []
+        for key, value in context.invocation_metadata() or ():
+            if key == REQUEST_ID_KEY:
+                self.id = value if REQUEST_ID.match(value) else ""
+            elif key == "authorization":
+                self.authorization = value
+            elif key in FORWARDED_KEYS and "\n" not in value:
+                self.headers.append((key, value))
+        self.id = self.id or new_id()
+
+    @property
+    def client(self) -> str:
+        """``127.0.0.1:43090``, as of HTTP's requests."""
+        return unquote(self.context.peer()).partition(":")[2]
+
+    def request(
+        self, *, headers: Headers | None = None, body: bytearray | None = None, query: str = "", id: str = "",
+        is_new: bool = False,
+    ) -> Request:  # fmt: skip
+        """A request for a model that this call makes; one that ``is_new`` came after the call had begun."""
+        remaining_s = self.context.time_remaining()
+        request = Request(
+            "POST", self.path, query=query, headers=self.headers + (headers or []), body=body, client=self.client,
+            id=id or self.id, arrived_at=time.monotonic_ns() if is_new else self.arrived_at,
+        )  # fmt: skip
+        if remaining_s is not None:
+            request.deadline = time.monotonic_ns() + max(1, int(remaining_s * 1e9))
+            request.has_timing = True
+        return request
+
+
+class Prediction:
+    """A request on its way through a model, to be waited for. Whoever waits no more has hung up."""
+
+    def __init__(self, request: Request, size_max: int):
+        """``size_max`` is that of an answer whose parts are joined, in bytes."""
+        self.exchange = Exchange(request, self._on_news)
+        self._size_max = size_max
+        self._news: asyncio.Future[None] | None = None
+
+    def _on_news(self, exchange: Exchange) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    async def _wait(self) -> None:
+        self._news = asyncio.get_running_loop().create_future()
+        await self._news
+
+    async def answer(self) -> Response:
+        """The whole answer; that of a handler that streams is joined.
+
+        Raises:
+            ServeError: it is an error.
+        """
+        exchange = self.exchange
+        try:
+            while exchange.response is None or (exchange.is_streaming and not exchange.is_ended):
+                if exchange.parts_size > self._size_max:
+                    raise HandlerError(f"the parts of the answer together have more than max_response_size="
+                                       f"{self._size_max} bytes; raise it, or ask for a stream")  # fmt: skip
+                await self._wait()
+        except BaseException:
+            exchange.disconnect()
+            raise
+        response = exchange.response
+        _check(exchange.failure or response)
+        if exchange.is_streaming:
+            response.body = b"".join(exchange.parts)
+        return response
+
+    async def parts(self) -> AsyncIterator[Part]:
+        """The parts as they come; an answer that is not streamed is one part.
+
+        Raises:
+            ServeError: it is an error, or became one.
+        """
+        exchange = self.exchange
+        is_complete = False
+        try:
+            while exchange.response is None:
+                await self._wait()
+            _check(exchange.response)
+            if not exchange.is_streaming:
+                is_complete = True
+                yield exchange.response.body
+                return
+            while True:
+                parts, exchange.parts, exchange.parts_size = exchange.parts, [], 0
+                is_complete = exchange.is_ended
+                for part in parts:
+                    yield part
+                    if exchange.parts_size > STREAM_BACKLOG_MAX:
+                        raise TooLargeError("the client does not read the parts of the answer")
+                if is_complete:
+                    break
+                if not exchange.parts and not exchange.is_ended:
+                    await self._wait()
+            _check(exchange.failure)
+        finally:
+            if not is_complete:
+                exchange.disconnect()
+
+
+def _check(response: Response | None) -> None:
+    if response is not None and response.error is not None:
+        raise response.error
+
+
+class Streams:
+    """Calls in which both sides stream: each request is begun when it comes, and answers leave as they come.
+
+    Attributes:
+        is_draining: no more requests are read.
+    """
+
+    def __init__(self) -> None:
+        self.is_draining = False
+        self._readers: set[asyncio.Task[None]] = set()
+
+    def drain(self) -> None:
+        """Reads no more requests; the calls end when those that were read are answered."""
+        self.is_draining = True
+        for reader in self._readers:
+            reader.cancel()
+
+    async def run(
+        self, requests: AsyncIterator[Asked], begin: Callable[[Asked], AsyncIterator[Told]]
+    ) -> AsyncIterator[Told]:
+        """The answers to all ``requests``. ``begin`` is called in their order and must not raise."""
+        answers: asyncio.Queue[Told | None] = asyncio.Queue(STREAM_REQUESTS_MAX)
+        running: set[asyncio.Task[None]] = set()
+        room = asyncio.Semaphore(STREAM_REQUESTS_MAX)
+        failures: list[Exception] = []
+
+        async def forward(stream: AsyncIterator[Told]) -> None:
+            try:
+                async for each in stream:
+                    await answers.put(each)
+            finally:
+                room.release()
+
+        async def read() -> None:
+            try:
+                async for request in requests:
+                    await room.acquire()
+                    task = asyncio.ensure_future(forward(begin(request)))
+                    running.add(task)
+                    task.add_done_callback(running.discard)
+            except asyncio.CancelledError:
+                if not self.is_draining:
+                    raise
+            except Exception as error:
+                failures.append(error)
+            while running:
+                await asyncio.wait(set(running))
+            await answers.put(None)
+
+        reader = asyncio.ensure_future(read())
+        self._readers.add(reader)
+        try:
+            while (answer := await answers.get()) is not None:
+                yield answer
+            if failures:
+                raise failures[0]
+        finally:
+            self._readers.discard(reader)
+            for task in (reader, *running):
+                task.cancel()

@@ -1,0 +1,141 @@
+"""TorchServe's inference service over gRPC.
+
+Inputs reach the handler as they came: ``bytearray`` under the names that the client gave them, without headers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pyserve import codec
+from pyserve.config import Config
+from pyserve.errors import BadRequestError, ServeError
+from pyserve.grpc_call import Call, Prediction, Streams
+from pyserve.grpc_messages import INFERENCE, message
+from pyserve.grpc_service import Method, Service
+from pyserve.grpc_status import MissingParameterError, judge_prediction, status_text
+from pyserve.http1_answer import new_id
+from pyserve.inference import Inference
+from pyserve.messages import ErrorFormat, Headers
+from pyserve.registry import Registry
+from pyserve.sequence_lane import SEQUENCE_PREFIX
+
+_Request = message(f"{INFERENCE}.PredictionsRequest")
+_Response = message(f"{INFERENCE}.PredictionResponse")
+_Health = message(f"{INFERENCE}.TorchServeHealthResponse")
+_Empty = message("google.protobuf.Empty")
+
+
+class InferenceService:
+    """``InferenceAPIsService``. Loop thread only."""
+
+    def __init__(
+        self, registry: Registry, inference: Inference, config: Config, error_format: ErrorFormat, streams: Streams
+    ):
+        self._registry = registry
+        self._inference = inference
+        self._size_max = config.max_response_size
+        self._id_key = config.ts_header_key_sequence_id
+        self._start_key = config.ts_header_key_sequence_start
+        self._error_format = error_format
+        self._streams = streams
+
+    def service(self) -> Service:
+        """Its table."""
+        methods = (
+            Method("Ping", self.ping, _Empty),
+            Method("Predictions", self.predictions, _Request),
+            Method("StreamPredictions", self.stream_predictions, _Request, tells_many=True),
+            Method("StreamPredictions2", self.stream_predictions_2, _Request, tells_many=True, asks_many=True),
+        )
+        return Service(f"{INFERENCE}.InferenceAPIsService", methods, judge_prediction, "inference")
+
+    async def ping(self, call: Call, _: Any) -> Any:
+        """Healthy or Unhealthy, as ``/ping``; both are answers, not errors."""
+        status = "Healthy" if self._inference.is_healthy else "Unhealthy"
+        return _Health(health=json.dumps({"status": status}, indent=2))
+
+    async def predictions(self, call: Call, message: Any) -> Any:
+        """One request, one answer."""
+        prediction = self._begin(call, message, self._sequence_headers(message))
+        return _Response(prediction=bytes((await prediction.answer()).body))
+
+    async def stream_predictions(self, call: Call, message: Any) -> AsyncIterator[Any]:
+        """One request, its answer in the parts that the handler makes; of one that makes none in one."""
+        prediction = self._begin(call, message, self._sequence_headers(message))
+        async for part in prediction.parts():
+            yield _Response(prediction=bytes(part))
+
+    async def stream_predictions_2(self, call: Call, messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Requests of sequences; each one's answers bear its id, and its errors come as a status beside it."""
+        last_id = ""
+
+        def begin(message: Any) -> AsyncIterator[Any]:
+            nonlocal last_id
+            id = message.sequence_id
+            request_id = new_id()
+            try:
+                headers = self._sequence_headers(message)
+                if not headers and not last_id:
+                    raise BadRequestError(
+                        f"The stream's first request needs sequence_id, or an input {self._start_key} that is true."
+                    )
+                id = id or (headers[0][1] if headers else last_id)
+                last_id = id
+                prediction = self._begin(call, message, headers or [(self._id_key, id)], request_id)
+            except ServeError as error:
+                return _one(self._failed(error, id, request_id))
+            return self._answers(prediction, id, request_id)
+
+        async for answer in self._streams.run(messages, begin):
+            yield answer
+
+    async def _answers(self, prediction: Prediction, id: str, request_id: str) -> AsyncIterator[Any]:
+        try:
+            async for part in prediction.parts():
+                yield _Response(prediction=bytes(part), sequence_id=id)
+        except ServeError as error:
+            yield self._failed(error, id, request_id)
+
+    def _failed(self, error: ServeError, id: str, request_id: str) -> Any:
+        verdict = judge_prediction(error)
+        answer = _Response(sequence_id=id or None)
+        answer.status.code = verdict.code.value[0]
+        answer.status.message = status_text(error, verdict, self._error_format, request_id)
+        return answer
+
+    def _begin(self, call: Call, message: Any, headers: Headers, request_id: str = "") -> Prediction:
+        """Hands the request to its model.
+
+        Raises:
+            ServeError: it cannot be.
+        """
+        if not message.model_name:
+            raise MissingParameterError("model_name")
+        version = message.model_version or None
+        model = self._registry.get(message.model_name, version)
+        body, sizes = codec.join_fields(message.input)
+        request = call.request(headers=headers, body=body, query=sizes, id=request_id, is_new=bool(request_id))
+        prediction = Prediction(request, self._size_max)
+        model.predict(prediction.exchange, version or "default", query_is_input=True, flags=codec.FIELDS)
+        call.is_counted = True
+        return prediction
+
+    def _sequence_headers(self, message: Any) -> Headers:
+        """What tells the lane about the sequence; nothing if the request says nothing about one."""
+        starts = message.input[self._start_key].strip().lower() if self._start_key in message.input else b""
+        is_start = starts not in (b"", b"false", b"0")
+        id = message.sequence_id
+        if not id and is_start:
+            id = SEQUENCE_PREFIX + new_id()
+        if not id:
+            return []
+        if not (id.isascii() and id.isprintable()):
+            raise BadRequestError("sequence_id must be printable ASCII text.")
+        return [(self._id_key, id), *([(self._start_key, "true")] if is_start else [])]
+
+
+async def _one(answer: Any) -> AsyncIterator[Any]:
+    yield answer
