@@ -8,6 +8,7 @@ copy bound to the requests of one batch. Per-request objects are made only when 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,15 +124,24 @@ class Context:
         # Per batch.
         self.stopping_criteria: list[Any] | None = None
         self.cl_socket: Any = None
+        self._request_deadlines: Sequence[int] = ()
         self._request_ids: Sequence[str] | Mapping[int, str] = ()
         self._request_headers: Sequence[HeaderList] = ()
         self._processors: list[RequestProcessor | None] = []
 
-    def for_batch(self, request_ids: Sequence[str], request_headers: Sequence[HeaderList]) -> Context:
-        """A copy for one batch: request id and headers of item ``i`` at index ``i`` of the two lists."""
+    def for_batch(
+        self, request_ids: Sequence[str], request_headers: Sequence[HeaderList], deadlines: Sequence[int] = ()
+    ) -> Context:
+        """A copy for one batch: request id and headers of item ``i`` at index ``i`` of the two lists.
+
+        Args:
+            deadlines: when the clients stop waiting, ns of ``time.monotonic_ns()``, 0 for one that did not say; empty
+                if none did.
+        """
         batch = object.__new__(type(self))
         batch.__dict__.update(self.__dict__)
         batch.stopping_criteria = None
+        batch._request_deadlines = deadlines
         batch._request_ids = request_ids
         batch._request_headers = request_headers
         batch._processors = [None] * len(request_headers)
@@ -141,6 +151,18 @@ class Context:
     def cancelled(self) -> bool:
         """Whether every client of the batch has gone: nobody will see what is computed now."""
         return self.cl_socket is not None and self.cl_socket.is_cancelled()
+
+    def is_cancelled(self, idx: int = 0) -> bool:
+        """Whether nobody waits for answer ``idx`` any more: its client has gone, or its time is over."""
+        return self.cl_socket is not None and self.cl_socket.is_cancelled(idx)
+
+    def remaining_s(self, idx: int = 0) -> float | None:
+        """Seconds until client ``idx`` stops waiting, 0 if it has; None if it set no ``x-request-timeout-ms``.
+
+        Worker processes know it; in the native lane it is None.
+        """
+        deadline = self._request_deadlines[idx] if self._request_deadlines else 0
+        return max(0.0, (deadline - time.monotonic_ns()) / 1e9) if deadline else None
 
     @property
     def request_ids(self) -> dict[int, str]:

@@ -22,6 +22,7 @@ from pyserve.entry_point import EntryPoint
 from pyserve.errors import HandlerError, JsonObject, ServeError
 from pyserve.failure import Failure, HandlerTimeout, describe_failure
 from pyserve.result_check import ShapeProblem, explain_shape
+from pyserve.stages import TIMED, worker_note
 from pyserve.streaming import STREAM_HEADER
 from pyserve.worker_spec import WorkerSpec
 
@@ -77,11 +78,12 @@ _known_headers: dict[str, RequestHeaders] = {}
 class WorkerRequest:
     """One request as it came over the wire, with what `codec.decode_request` asks for."""
 
-    __slots__ = ("_headers", "body", "content_type", "flags", "headers", "id", "query", "row", "ticket")
+    __slots__ = ("_headers", "body", "content_type", "deadline", "flags", "headers", "id", "query", "row", "ticket")
 
     def __init__(self, item: Item):
         self.ticket, self.flags, head, self.body = item
-        self.id, text, self.query = head.decode("latin-1").split("\0")
+        self.id, text, self.query, *deadline = head.decode("latin-1").split("\0")
+        self.deadline = int(deadline[0]) if deadline else 0
         known = _known_headers.get(text)
         if known is None:
             known = RequestHeaders.parse(text)
@@ -123,6 +125,7 @@ class Invoker:
     Attributes:
         is_calling: whether the handler runs; read by the signal handler that interrupts it.
         called_at: when `run` began, ``time.monotonic()``.
+        call_began_at, call_ended_at: of the last call of the handler, ``time.monotonic_ns()``.
     """
 
     def __init__(
@@ -137,10 +140,12 @@ class Invoker:
         self._has_warned_of_nan = False
         self.is_calling = False
         self.called_at = 0.0
+        self.call_began_at = self.call_ended_at = 0
 
     def run(self, items: list[Item]) -> list[Answer]:
         """One final answer per item. Parts of streamed answers are sent meanwhile."""
-        self.called_at = time.monotonic()
+        began_at = time.monotonic_ns()
+        self.called_at = began_at / 1e9
         answers: list[Answer] = []
         requests: list[WorkerRequest] = []
         for item in items:
@@ -154,6 +159,13 @@ class Invoker:
                 requests.append(request)
         if requests:
             answers += self._run_batch(requests)
+            timed = {request.ticket for request in requests if request.flags & TIMED}
+            if timed:
+                times = (began_at, self.call_began_at, self.call_ended_at, time.monotonic_ns())
+                return [
+                    (ticket, kind, status, worker_note(head, *times) if ticket in timed else head, body)
+                    for ticket, kind, status, head, body in answers
+                ]
         return answers
 
     # --- in -------------------------------------------------------------------------------------------------------
@@ -307,9 +319,11 @@ class Call:
         self._requests = requests
         self._parts = parts or invoker._parts
         self._streamed: set[int] = streamed if streamed is not None else set()
+        deadlines = [request.deadline for request in requests]
         self.context = invoker._context.for_batch(
-            [request.id for request in requests], [request.headers for request in requests]
-        )
+            [request.id for request in requests], [request.headers for request in requests],
+            deadlines if any(deadlines) else (),
+        )  # fmt: skip
         self.context.cl_socket = self
         metrics = self.context.metrics
         if metrics is not None:
@@ -329,6 +343,7 @@ class Call:
         try:
             try:
                 invoker.is_calling = True
+                invoker.call_began_at = time.monotonic_ns()
                 returned = invoker._entry(self.rows, self.context)
                 if inspect.iscoroutine(returned):
                     returned = invoker._entry.run(returned)
@@ -336,6 +351,7 @@ class Call:
                     returned = self._drain(returned)
             finally:
                 invoker.is_calling = False
+                invoker.call_ended_at = time.monotonic_ns()
         except _ShapeError as error:
             return Outcome([], error, is_shape=True)
         except BaseException as error:  # SystemExit and the like too: a handler must not take the worker along
@@ -398,10 +414,11 @@ class Call:
         parts.send((request.ticket, CHUNK, status, head, body))
         return True
 
-    def is_cancelled(self) -> bool:
+    def is_cancelled(self, index: int | None = None) -> bool:
         """`streaming.PartSink`."""
         is_cancelled = self._parts.is_cancelled
-        return all(is_cancelled(request.ticket) for request in self._requests)
+        asked = self._requests if index is None else [self._requests[index]]
+        return all(is_cancelled(request.ticket) for request in asked)
 
     def answers(self, results: list[Any]) -> list[Answer]:
         """The final answers, one per request."""

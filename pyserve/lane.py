@@ -21,6 +21,7 @@ from pyserve.metrics import RequestRecorder
 from pyserve.model_settings import ModelSettings
 from pyserve.pending import OVER, PREPARING, SUBMITTED, Pending
 from pyserve.services import Services
+from pyserve.stages import Stages
 
 if TYPE_CHECKING:
     from pyserve import _core
@@ -74,6 +75,7 @@ class Lane:
         self._name = name
         self._label = label
         self._is_strict = services.config.compat == "strict"
+        self._times_all = services.config.server_timing or services.tracer is not None
         self._loop = asyncio.get_running_loop()
         # Changes while it runs.
         self.settings = settings
@@ -165,6 +167,8 @@ class Lane:
 
     def predict(self, pending: Pending) -> None:
         """Admits the request and sees to its answer. Raises nothing that is the request's fault."""
+        if self._times_all:
+            self._begin_stages(pending)
         refusal = None if self._is_admitted() else self._admit()
         if refusal is not None:
             self._services.metrics.observe_rejection(self._name, refusal.detail["reason"])
@@ -224,6 +228,8 @@ class Lane:
         if pending.stage == OVER:
             return
         self._forget(pending)
+        if pending.stages is not None and pending.stages.is_told and not pending.is_streaming:
+            pending.stages.tell(response, pending.arrived_at)
         self._observe(pending, response.status)
         if pending.is_streaming:
             pending.exchange.abort_stream(response)  # the head has left: the client must not take what it has for all
@@ -237,6 +243,21 @@ class Lane:
             recorder = self._services.metrics.recorder(self._name, pending.version, url_version)
             self._recorders[url_version] = recorder
         recorder.observe(status, pending.age_s(), pending.queue_s())
+        if pending.stages is not None:
+            self._end_stages(pending, status)
+
+    def _begin_stages(self, pending: Pending) -> None:
+        """Of every request, since the configuration or the environment asks for it."""
+        services = self._services
+        stages = pending.stages
+        if stages is None:
+            stages = pending.stages = Stages(is_told=services.config.server_timing)
+        if services.tracer is not None and stages.span is None:
+            stages.span = services.tracer.begin(pending.exchange.request, self._name, pending.version)
+
+    def _end_stages(self, pending: Pending, status: int | None) -> None:
+        if pending.stages is not None and pending.stages.span is not None and self._services.tracer is not None:
+            self._services.tracer.end(pending.stages, status)
 
     def _answer_error(self, pending: Pending, error: ServeError) -> None:
         self._answer(pending, self._services.error_format.response(error, pending.exchange.request.id))
@@ -252,7 +273,11 @@ class Lane:
         if pending.stage != OVER:
             self._drop(pending)
             self._forget(pending)
-            self._services.metrics.observe_abort(self._name, pending.version)
+            self._observe_abort(pending)
+
+    def _observe_abort(self, pending: Pending) -> None:
+        self._services.metrics.observe_abort(self._name, pending.version)
+        self._end_stages(pending, None)
 
     def _forget(self, pending: Pending) -> None:
         pending.stage = OVER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_plus
@@ -13,7 +14,8 @@ Headers = list[tuple[str, str]]
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 # What a client may ask about time, in lower case. Most requests have none of them, and then nobody looks for one.
-TIMING_HEADERS = frozenset({TIMEOUT_HEADER})
+ASK_HEADER = "x-server-timing"
+TIMING_HEADERS = frozenset({TIMEOUT_HEADER, ASK_HEADER})
 
 
 def join_headers(headers: Headers) -> str:
@@ -95,6 +97,12 @@ class Request:
             self.headers = self.headers + extra.pairs
             self.header_text = f"{self.header_text}\n{extra.text}" if self.header_text else extra.text
             self._lower = None
+
+    def replace_headers(self, names: Sequence[str], pairs: Headers) -> None:
+        """Puts ``pairs`` in the place of the headers called ``names``, which are in lower case."""
+        self.headers = [pair for pair in self.headers if pair[0].lower() not in names] + pairs
+        self.header_text = join_headers(self.headers)
+        self._lower = None
 
     def header(self, name: str, default: str = "") -> str:
         """Value of header ``name`` (any case). A repeated header gives its last value."""

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from datetime import datetime
@@ -131,6 +132,16 @@ class NativeLane(Lane):
 
     def _prepare(self, pending: Pending) -> torch.Tensor | ServeError:
         """Body to input tensor. Any thread."""
+        stages = pending.stages
+        if stages is None:
+            return self._preprocess(pending)
+        began = time.monotonic_ns()
+        prepared = self._preprocess(pending)
+        stages.times["admission"] = (pending.arrived_at, began)
+        stages.times["preprocess"] = (began, time.monotonic_ns())
+        return prepared
+
+    def _preprocess(self, pending: Pending) -> torch.Tensor | ServeError:
         request = pending.exchange.request
         try:
             if pending.flags & codec.FIELDS:
@@ -173,6 +184,8 @@ class NativeLane(Lane):
         for owner in owners:
             if owner is not None:
                 owner.started_at = completion.started_at
+                if owner.stages is not None:
+                    owner.stages.note_native(completion, completion.stamps[owners.index(owner)][1])
         if completion.code != "ok":
             self._complete_failed(owners, completion)
             return
@@ -193,7 +206,11 @@ class NativeLane(Lane):
             if owner is None:
                 continue
             try:
-                self._answer(owner, self._response(result, context, index))
+                response = self._response(result, context, index)
+                if owner.stages is not None:
+                    delivered_at = owner.stages.times["delivery"][1]
+                    owner.stages.times["postprocess"] = (delivered_at, time.monotonic_ns())
+                self._answer(owner, response)
             except Exception as error:
                 # The others' answers are not touched by this one's.
                 self._complete_failed_postprocess([owner], error)

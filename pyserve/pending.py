@@ -8,6 +8,7 @@ from typing import Any
 
 from pyserve.client_limit import client_deadline
 from pyserve.http1_exchange import Exchange
+from pyserve.stages import Stages, asked_stages
 
 PREPARING, SUBMITTED, OVER = range(3)
 
@@ -27,6 +28,7 @@ class Pending:
         is_streaming: a part of the answer has left.
         progress_at: ns; when the last part came; 0 if none did.
         client_deadline: ns; when its client stops waiting; 0 if it did not say.
+        stages: where its time goes; None if nobody asks.
         limit_timer: fires at ``client_deadline``; the lane's.
 
     Raises:
@@ -35,7 +37,7 @@ class Pending:
 
     __slots__ = (
         "client_deadline", "exchange", "flags", "is_streaming", "lane", "limit_timer", "progress_at", "query_is_input",
-        "stage", "started_at", "ticket", "url_version", "version",
+        "stage", "stages", "started_at", "ticket", "url_version", "version",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0917 - made for every request
@@ -53,7 +55,11 @@ class Pending:
         self.started_at = 0
         self.is_streaming = False
         self.progress_at = 0
-        self.client_deadline = client_deadline(exchange.request) if exchange.request.has_timing else 0
+        self.client_deadline = 0
+        self.stages: Stages | None = None
+        if exchange.request.has_timing:
+            self.client_deadline = client_deadline(exchange.request)
+            self.stages = asked_stages(exchange.request)
         self.limit_timer: asyncio.TimerHandle | None = None
 
     @property

@@ -24,13 +24,14 @@ from pyserve.model_settings import ModelSettings
 from pyserve.pending import OVER, SUBMITTED, Pending
 from pyserve.python_workers import READY, PythonWorkers
 from pyserve.services import Services
+from pyserve.stages import TIMED
 from pyserve.worker_spec import BATCH, WorkerSpec
 
 log = logging.getLogger(__name__)
 
 # Kinds of answers, csrc/frame.h.
 ANSWER, ERROR, CHUNK, LAST = range(4)
-# Flags of items.
+# Flag of items; others are codec.FIELDS and stages.TIMED.
 DESCRIBE = 1
 # How long a handler call may go on after it was asked to end.
 INTERRUPT_GRACE_S = 1.0
@@ -181,9 +182,14 @@ class PythonLane(Lane):
         request = pending.exchange.request
         query = request.query if pending.query_is_input else ""
         head = f"{request.id}\0{request.header_text}\0{query}".encode("latin-1", "replace")
+        flags = pending.flags
+        if pending.client_deadline:
+            head += b"\0%d" % pending.client_deadline
+        if pending.stages is not None:
+            flags |= TIMED
         try:
             pending.ticket = self.core.submit(
-                pending, head, request.body, pending.flags, request.arrived_at, self._deadline(pending)
+                pending, head, request.body, flags, request.arrived_at, self._deadline(pending)
             )
             pending.stage = SUBMITTED
         except OverflowError:
@@ -200,6 +206,11 @@ class PythonLane(Lane):
             for owner, answer in zip(owners, completion.answers, strict=True):
                 if owner is not None and owner.stage != OVER:
                     owner.started_at = started_at
+                    if owner.stages is not None:
+                        kind, status, head, body = answer
+                        head = owner.stages.note_python(completion, owner.arrived_at, head)
+                        self._finish(owner, kind, status, head, body)
+                        continue
                     self._finish(owner, *answer)
         elif code == "chunk":
             for owner, (_, status, head, body) in zip(owners, completion.answers, strict=True):
@@ -226,8 +237,13 @@ class PythonLane(Lane):
         if pending.is_streaming:
             pending.exchange.write(body)
         else:
+            response = _response(status, head, body)
+            if pending.stages is not None and pending.stages.is_told:
+                # Only what is known so far.
+                pending.stages.times["queue"] = (pending.arrived_at, self.core.started_at(pending.ticket))
+                pending.stages.tell(response, pending.arrived_at)
             pending.is_streaming = True
-            pending.exchange.start_stream(_response(status, head, body))
+            pending.exchange.start_stream(response)
 
     def _submit_again(self, pending: Pending) -> None:
         """Its worker died before it came to this request."""

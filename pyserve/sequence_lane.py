@@ -239,6 +239,8 @@ class SequenceLane(PythonLane):
             )
         else:
             sequence.waiting.append(pending)
+            if self._times_all:
+                self._begin_stages(pending)
             if pending.client_deadline:
                 self._start_limit(pending)
             pending.exchange.on_disconnect = lambda: self._leave(sequence, pending)
@@ -317,7 +319,7 @@ class SequenceLane(PythonLane):
         if pending in sequence.waiting:
             sequence.waiting.remove(pending)
             self._forget(pending)
-            self._services.metrics.observe_abort(self._name, pending.version)
+            self._observe_abort(pending)
 
     def _end(self, sequence: Sequence) -> None:
         """Its id is free. What waits still runs, as the beginning of another sequence would."""

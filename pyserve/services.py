@@ -9,6 +9,7 @@ from pyserve.config import Config
 from pyserve.engine import Engine
 from pyserve.messages import ErrorFormat
 from pyserve.metrics import Metrics
+from pyserve.spans import Tracer
 from pyserve.spawner import Spawner
 from pyserve.tokens import Tokens
 
@@ -19,6 +20,7 @@ class Services:
 
     Attributes:
         tokens: None if no call needs a key.
+        tracer: None if nobody wants spans.
     """
 
     config: Config
@@ -28,3 +30,4 @@ class Services:
     spawner: Spawner
     error_format: ErrorFormat
     tokens: Tokens | None = None
+    tracer: Tracer | None = None

@@ -39,6 +39,7 @@ from pyserve.renewal import keep_renewed, watched
 from pyserve.routes import Router, RouteRow, inference_descriptions, metrics_routes
 from pyserve.services import Services
 from pyserve.snapshot import SnapshotFolder, snapshot_folder
+from pyserve.spans import open_tracer
 from pyserve.spawner import Spawner
 from pyserve.tls import curl_option, server_context
 from pyserve.tokens import Tokens
@@ -82,6 +83,7 @@ class Site:
             preprocess_pool=self._pool,
             spawner=spawner,
             tokens=Tokens.open(config, start.state_file.parent, Path.cwd()),
+            tracer=open_tracer(),
             error_format=ErrorFormat(
                 with_detail=config.compat != "strict" and config.error_detail != "none",
                 with_private_detail=config.error_detail == "full"
@@ -287,6 +289,8 @@ class Site:
             self._renewing.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
+        if self._services.tracer is not None:
+            self._services.tracer.close()
 
 
 def _single_threaded_pool(count: int) -> ThreadPoolExecutor:

@@ -18,8 +18,8 @@ class PartSink(Protocol):
     def send_part(self, index: int, part: Any, context: Any) -> bool:
         """Sends a part of answer ``index`` of the batch. False when nobody waits for it any more."""
 
-    def is_cancelled(self) -> bool:
-        """Whether nobody waits for any answer of the batch any more."""
+    def is_cancelled(self, index: int | None = None) -> bool:
+        """Whether nobody waits for answer ``index`` any more; None: for any answer of the batch."""
 
 
 def send_intermediate_predict_response(

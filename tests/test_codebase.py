@@ -35,6 +35,8 @@ LEVELS = [
     "http1_answer http1 "
     "http1_tls",
     # What a lane needs.
+    "stages "
+    "spans "
     "context custom_metrics metrics codec handler engine placement",
     # Worker processes: their inside, then what looks after them.
     "streaming entry_point invoker reload continuous async_worker worker",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,12 +43,39 @@ class Notes:
 '''
 
 
+# Says when it runs, then goes on until its client has gone, which it notes.
+WATCHER = '''
+import json
+import time
+
+
+class Watcher:
+    def initialize(self, context):
+        self.context = context
+
+    def handle(self, data, context):
+        orders = [row["body"] for row in data]
+        remaining = [context.remaining_s(index) for index in range(len(data))]
+        for order in orders:
+            open(order["notes"] + ".running", "w").close()
+        while not context.is_cancelled(0):
+            time.sleep(0.001)
+        gone = [context.is_cancelled(index) for index in range(len(data))] + [context.cancelled]
+        with open(orders[0]["notes"], "w") as file:
+            json.dump({"gone": gone, "remaining": remaining}, file)
+        return ["seen"] * len(data)
+'''
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("deadlines"))
     serving_models.write_burn(server.store)
     write_handler(server.store, "notes", NOTES)
     write_handler(server.store, "pairs", NOTES, config={"batchSize": 2, "minBatch": 2, "maxBatchDelay": 600_000})
+    write_handler(server.store, "watcher", WATCHER, config={
+        "batchSize": 2, "minBatch": 2, "maxBatchDelay": 600_000,
+    })  # fmt: skip
     write_handler(server.store, "sequence", NOTES, config={
         "sequenceBatching": True, "maxNumSequence": 10, "maxSequenceJobQueueSize": 10,
     })  # fmt: skip
@@ -58,18 +86,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.kill()
 
 
+def hang_up(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset
+    connection.close()
+
+
 class Desk:
     """Sends requests to handlers of NOTES from threads, and reads their notes."""
 
     def __init__(self, server: Server, folder: Path):
         self._server = server
-        self._notes = folder / "notes"
+        self.path = folder / "notes"
         self._gate = folder / "open"
         self._pool = ThreadPoolExecutor(8)
 
     def send(self, path: str, name: str, timeout_ms: str | None = None, **headers: str) -> Future[Answer]:
         """A request that waits until the gate is open, unless its name is ``quick``."""
-        order = {"name": name, "notes": str(self._notes)}
+        order = {"name": name, "notes": str(self.path)}
         if name != "quick":
             order["until"] = str(self._gate)
         more = {TIMEOUT_HEADER: timeout_ms} if timeout_ms is not None else {}
@@ -78,7 +111,7 @@ class Desk:
         )  # fmt: skip
 
     def notes(self) -> list[str]:
-        return self._notes.read_text().split() if self._notes.exists() else []
+        return self.path.read_text().split() if self.path.exists() else []
 
     def wait_for_note(self, name: str) -> None:
         self._server.wait_for(lambda: name in self.notes(), f"the call for {name}")
@@ -222,3 +255,49 @@ def test_the_native_lane_keeps_a_clients_limit_while_queued_and_while_running(se
     assert overrun.detail["ran_s"] > 0
     server.wait_for(lambda: server.metric("pyserve_batches_running", model="burn") == 0, "its end")
     assert server.metric("pyserve_batches_total", model="burn") >= batches + 3
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_handler_sees_who_has_gone_and_how_long_the_others_wait(
+    server: Server, tmp_path: Path, leaves: bool
+) -> None:  # fmt: skip
+    notes = tmp_path / "notes"
+    body = json.dumps({"notes": str(notes)}).encode()
+    limit = b"" if leaves else f"{TIMEOUT_HEADER}: 3000\r\n".encode()
+    head = b"POST /predictions/watcher HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n%b"
+    first = server.connect()
+    first.sendall(head % limit + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    server.wait_for(lambda: server.metric("pyserve_queue_size", model="watcher") == 1, "the first in the queue")
+    with ThreadPoolExecutor(1) as pool:
+        patient = pool.submit(server.ask, "POST", "/predictions/watcher", body, {**JSON, TIMEOUT_HEADER: LONG})
+        server.wait_for((tmp_path / "notes.running").exists, "the call")
+        assert not notes.exists()
+        if leaves:
+            hang_up(first)
+        assert patient.result().body == b"seen"
+    seen = json.loads(notes.read_text())
+    assert seen["gone"] == [True, False, False]
+    assert seen["remaining"][0] is None if leaves else 0 < seen["remaining"][0] < 3
+    assert 80_000 < seen["remaining"][1] < 86_400
+    if not leaves:
+        assert first.recv(12) == b"HTTP/1.1 504"
+        first.close()
+
+
+@pytest.mark.server
+def test_a_client_that_hangs_up_while_it_waits_is_never_run(server: Server, desk: Desk) -> None:
+    aborted = server.metric("pyserve_requests_aborted_total", model="notes")
+    first = desk.send("/predictions/notes", "first")
+    desk.wait_for_note("first")
+    body = json.dumps({"name": "gone", "notes": str(desk.path)}).encode()
+    with server.connect() as gone:
+        gone.sendall(b"POST /predictions/notes HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: %d\r\n\r\n%b" % (len(body), body))  # fmt: skip
+        server.wait_for(lambda: server.metric("pyserve_queue_size", model="notes") == 1, "it in the queue")
+        hang_up(gone)
+    server.wait_for(lambda: server.metric("pyserve_requests_aborted_total", model="notes") == aborted + 1, "its end")
+    after = desk.send("/predictions/notes", "after")
+    desk.open()
+    assert (first.result().status, after.result().status) == (200, 200)
+    assert desk.notes() == ["first", "after"]
