@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pyserve.address import Address
+from pyserve.allowed_urls import AllowedUrls
 
 INT32_MAX = 2**31 - 1
 TIMEOUT_MAX_S = 86_400
@@ -79,6 +80,11 @@ def _parse_pattern(text: str) -> str:
         re.compile(text)
     except re.error as error:
         raise ValueError(f"it is no regular expression: {error}") from None
+    return text
+
+
+def _parse_allowed_urls(text: str) -> str:
+    AllowedUrls(text)
     return text
 
 
@@ -171,7 +177,7 @@ KINDS: dict[str, Kind] = {
     "limit_max_image_pixels": _BOOLEAN,
     "decode_input_request": _BOOLEAN,
     "default_service_handler": _TEXT,
-    "allowed_urls": _TEXT,
+    "allowed_urls": Kind(_parse_allowed_urls, r"patterns such as https://models\.example\.com/.*, joined by commas"),
     "enable_model_api": _BOOLEAN,
     "disable_token_authorization": _BOOLEAN,
     "enable_metrics_api": _BOOLEAN,

@@ -125,7 +125,7 @@ def model_report(config: Config, source: ModelSource) -> ModelReport:
     """The settings that a model would start with."""
     label = source.name or Path(source.path_or_file).name
     if "://" in source.path_or_file:
-        return ModelReport(label, error=f"{source.path_or_file}: URLs are not fetched")
+        return ModelReport(label, error=f"{source.shown}: it is fetched when the server starts; its settings show then")
     try:
         with open_archive(source.path_or_file) as archive:
             manifest = archive.manifest

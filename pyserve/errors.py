@@ -6,6 +6,8 @@
     │   │   └── InputError          400 BadRequestException   (raised by handlers for one item's input)
     │   ├── InvalidModelError       400 InvalidModelException
     │   ├── TokenError              401 InvalidKeyException          (400 under compat=strict)
+    │   ├── RequirementsError       400 ModelException
+    │   ├── DownloadError           400 DownloadArchiveException
     │   ├── ModelNotFoundError      404 ModelNotFoundException
     │   ├── VersionNotFoundError    404 ModelVersionNotFoundException
     │   ├── ResourceNotFoundError   404 ResourceNotFoundException
@@ -108,6 +110,20 @@ class TokenError(ClientError):
         super().__init__(message, detail=detail, headers=None if is_strict else {"WWW-Authenticate": "Bearer"})
         if is_strict:
             self.status = 400
+
+
+class RequirementsError(ClientError):
+    """What an archive's requirements name could not be installed."""
+
+    status = 400
+    type = "ModelException"
+
+
+class DownloadError(ClientError):
+    """An archive could not be fetched from its URL."""
+
+    status = 400
+    type = "DownloadArchiveException"
 
 
 class ModelNotFoundError(ClientError):

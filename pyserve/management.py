@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -139,10 +138,12 @@ class Management:
     # --- changing -------------------------------------------------------------------------------------------------
 
     async def register_model(self, exchange: Exchange) -> Response:
-        """``POST /models``: loads an archive of the model store."""
+        """``POST /models``: loads an archive of the model store, or of a URL that is allowed."""
         self._check_model_api()
         values = self._read_registration(exchange.request)
-        url = self._archive_name(values.get("url"))
+        url = values.get("url")
+        if url is None:
+            raise BadRequestError("Parameter url is required.")
         if values.get("runtime") == "LSP":
             raise BadRequestError(
                 "Invalid RuntimeType value: LSP",
@@ -156,11 +157,13 @@ class Management:
             "initial_workers": workers,
             "settings": _settings(values, parameters.SETTINGS),
         }
-        if workers and not values.get("synchronous", True):
-            self._registry.start_register(url, **arguments)
-            return json_response({"status": SCALING}, 202)
-        model = await self._registry.register(url, **arguments)
-        return json_response({"status": _registered(model)})
+        waits = values.get("synchronous", True)
+        model = await self._registry.register(url, waits=waits, **arguments)
+        answer: JsonObject = {"status": _registered(model) if waits or not model.workers_min else SCALING}
+        # Object stores read what KMS encrypted without being told; nothing else has such keys.
+        if values.get("s3_sse_kms") and not model.url.startswith("s3://"):
+            answer["unused"] = ["s3_sse_kms"]
+        return json_response(answer, 200 if waits or not model.workers_min else 202)
 
     async def scale_model(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
         """``PUT /models/{m}[/{v}]``: changes settings between two batches, and the number of workers."""
@@ -234,33 +237,6 @@ class Management:
         if request.content_type == "application/json" and request.body.strip():
             return read_values(json_pairs(request.body), parameters.REGISTER, lenient=self._is_strict)
         return self._read(request, parameters.REGISTER)
-
-    def _archive_name(self, url: str | None) -> str:
-        """The name in the model store that ``url`` stands for. Only its last part counts.
-
-        Raises:
-            BadRequestError: there is no url.
-            ModelNotFoundError: it is not the name of something in the model store.
-        """
-        if url is None:
-            raise BadRequestError("Parameter url is required.")
-        if not url.strip():
-            raise ModelNotFoundError("empty url")
-        if ".." in url:
-            raise ModelNotFoundError(f"Relative path is not allowed in url: {url}")
-        if "://" in url:
-            raise ModelNotFoundError(
-                f"Given URL {url} does not match any allowed URL(s)",
-                detail={"mend": "archives are not fetched in this version; put the file into the model store and "
-                                "give its name"},
-            )  # fmt: skip
-        store = self._config.model_store
-        if store is None:
-            raise ModelNotFoundError("Model store has not been configured.")
-        name = url.rstrip("/").rpartition("/")[2]
-        if not name or name.startswith(".") or not os.path.exists(os.path.join(store, name)):
-            raise ModelNotFoundError(f"Model not found at: {url}")
-        return name
 
     async def _scale(
         self, model: Model, workers: tuple[int, int], version: str | None, changed: dict[str, tuple[int, int]]

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from pyserve.archive_url import is_url, without_secrets
+
 ARCHIVE_SUFFIXES = (".mar", ".model", ".tar.gz", ".tgz")
 
 
@@ -14,11 +16,20 @@ class ModelSource(NamedTuple):
 
     Attributes:
         name: the name it is to be served under; ``None`` leaves that to its manifest.
-        path_or_file: absolute path of an archive or folder, or an ``http(s)://`` or ``file://`` URL.
+        path_or_file: absolute path of an archive or folder, or the URL of an archive.
+        url: where the archive at that path was fetched from; ``None`` if it was not.
     """
 
     name: str | None
     path_or_file: str
+    url: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """What answers call the archive: its URL or the name of its file."""
+        if is_url(self.path_or_file):  # it could not be fetched
+            return without_secrets(self.path_or_file)
+        return self.url or Path(self.path_or_file).name
 
     @property
     def exists(self) -> bool:
@@ -57,7 +68,7 @@ def resolve_models(wanted: str, store: str | None) -> list[ModelSource]:
                 sources[ModelSource(None, os.path.join(store or "", file))] = None
             continue
         name, equals, item = part.partition("=")
-        if not equals:
+        if not equals or is_url(name):  # the equals sign of a query
             sources[ModelSource(None, _locate(part, store))] = None
         elif not name.strip() or not item.strip():
             raise ValueError(f"cannot read the model {part!r}; write archive.mar or name=archive.mar")
@@ -67,7 +78,7 @@ def resolve_models(wanted: str, store: str | None) -> list[ModelSource]:
 
 
 def _locate(item: str, store: str | None) -> str:
-    if item.startswith(("http://", "https://", "file://")):
+    if is_url(item):
         return item
     here = Path(item).expanduser().absolute()
     if store is None:

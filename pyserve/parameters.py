@@ -119,7 +119,7 @@ INVOKE = (
 )
 DESCRIBE = (boolean("customized", "Whether to add what the handler says of itself."),)
 REGISTER = (
-    plain_text("url", "File name of an archive in the model store."),
+    plain_text("url", "Name of an archive in the model store, a path in it, or a URL that allowed_urls allows."),
     plain_text("model_name", "Name to serve it under; by default the one in its manifest.", check_model_name),
     plain_text("runtime", "By default the one in its manifest.", _check_runtime),
     plain_text("handler", "By default the one in its manifest.", split_handler),
@@ -127,7 +127,7 @@ REGISTER = (
     integer("initial_workers", "Workers to start; 0 or less registers the model without any.", -COUNT_MAX - 1,
             BOUNDS["workers_min"].most, "workers"),
     boolean("synchronous", _SYNCHRONOUS, default=True),
-    boolean("s3_sse_kms", _UNUSED),
+    boolean("s3_sse_kms", "Accepted for TorchServe's clients; s3:// URLs are always read with signed requests."),
 )  # fmt: skip
 SCALE = (
     setting("min_worker", "Least number of workers; 1 by default if no setting is given.", "workers_min"),

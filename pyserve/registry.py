@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pyserve.archive import Archive, open_archive
+from pyserve.archive_sources import ArchiveSources, open_obtained
+from pyserve.archive_url import is_url
 from pyserve.errors import (
     ConflictError,
     DefaultVersionError,
@@ -50,6 +52,7 @@ class Registry:
         progress: ProgressOf | None = None,
     ):  # fmt: skip
         self._services = services
+        self._sources = ArchiveSources(services.config)
         self._keeper = StateKeeper(state_file, snapshots, self._capture)
         self._progress = progress or (lambda name, text: None)
         self._models: dict[str, dict[str, Model]] = {}
@@ -92,45 +95,52 @@ class Registry:
     # --- changing -------------------------------------------------------------------------------------------------
 
     async def register(
-        self, url: str, *, model_name: str | None, handler: str | None, initial_workers: int, settings: dict[str, int]
-    ) -> Model:
-        """Opens, loads and warms an archive of the model store; returns when it is READY.
+        self, url: str, *, model_name: str | None, handler: str | None, initial_workers: int, settings: dict[str, int],
+        waits: bool = True,
+    ) -> Model:  # fmt: skip
+        """Finds or fetches an archive, then loads and warms it; returns when it is READY.
 
         It may take the place of a version that FAILED at start, and keeps that place as FAILED if it fails too.
 
         Args:
-            url: file name in the store.
+            url: name in the model store, path or URL; see `ArchiveSources`.
             settings: management parameters; what is left out comes from model-config.yaml, then the ``models``
                 block, then the defaults.
+            waits: for the workers. Otherwise they start in the background, and a failure of that is logged.
 
         Raises:
-            ServeError: nothing was registered.
+            ServeError: nothing was registered, and nothing that was fetched is left.
         """
-        path = Path(self._services.config.model_store or ".") / url
-        archive = await asyncio.to_thread(open_archive, path)
-        failed = {(model.name, model.version) for model in self.all_models() if model.state == "FAILED"}
-        model = self._add(
-            archive, model_name, url, handler=handler, settings=settings, workers=initial_workers, at_startup=False
-        )
-        await self._load_or_remove(model, stays=(model.name, model.version) in failed)
-        self.failures = [failure for failure in self.failures if failure.url != url]
-        await self.changed()
+        source = await self._sources.obtain(url, in_use=[model.archive.path for model in self.all_models()])
+        try:
+            archive = await asyncio.to_thread(open_obtained, source)
+            failed = {(model.name, model.version) for model in self.all_models() if model.state == "FAILED"}
+            model = self._add(
+                archive, model_name, source.url, handler=handler, settings=settings, workers=initial_workers,
+                at_startup=False,
+            )  # fmt: skip
+        except BaseException:
+            await self._discard(source.path, source.url)
+            raise
+        loading = self._finish_register(model, stays=(model.name, model.version) in failed)
+        if waits or not model.workers_min:
+            await loading
+        else:
+            self._keep(asyncio.get_running_loop().create_task(loading), f"registering {source.url}")
         return model
 
-    def start_register(
-        self, url: str, *, model_name: str | None, handler: str | None, initial_workers: int, settings: dict[str, int]
-    ) -> asyncio.Task[Model]:
-        """`register` without waiting; a failure is logged."""
-        task = asyncio.get_running_loop().create_task(
-            self.register(
-                url, model_name=model_name, handler=handler, initial_workers=initial_workers, settings=settings
-            )
-        )
-        self._keep(task, f"registering {url}")
-        return task
+    async def _finish_register(self, model: Model, *, stays: bool) -> None:
+        try:
+            await self._load_or_remove(model, stays=stays)
+        except BaseException:
+            await self._discard(model.archive.path, model.url)
+            raise
+        self.failures = [failure for failure in self.failures if failure.url != model.url]
+        await self.changed()
 
     async def unregister(self, name: str, version: str | None) -> None:
-        """Finishes what a version has admitted and removes it; without ``version`` the default one.
+        """Finishes what a version has admitted and removes it; without ``version`` the default one. An archive that was
+        fetched from a URL goes with it.
 
         Of an archive that could not be opened the failure is forgotten.
 
@@ -151,6 +161,12 @@ class Registry:
             await self.changed()
         finally:
             await draining
+        await self._discard(model.archive.path, model.url)
+
+    async def _discard(self, path: Path, url: str) -> None:
+        """Removes an archive that was fetched from a URL, unless a model is served from it."""
+        if is_url(url) and all(model.archive.path != path for model in self.all_models()):
+            await asyncio.to_thread(self._sources.remove, path)
 
     async def set_default(self, name: str, version: str) -> None:
         """Requests without a version go to ``version`` from now on. One that is loading is waited for.
@@ -202,7 +218,7 @@ class Registry:
         await self.changed(STARTUP)
 
     async def _load_source(self, source: ModelSource, archive: Archive | ServeError, tracing: Tracing | None) -> None:
-        file = Path(source.path_or_file).name
+        file = source.shown
         if isinstance(archive, ServeError):
             self._note_failure(source.name or file, file, archive)
             return
@@ -284,6 +300,7 @@ class Registry:
         """Finishes what all models have admitted and stops them."""
         await self._changed_at_the_end()
         self._keeps_state = False
+        self._sources.stop()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*(model.drain() for model in self.all_models()))

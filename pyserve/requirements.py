@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pyserve.archive import Archive
 from pyserve.archive_cache import open_cache
-from pyserve.errors import InvalidModelError
+from pyserve.errors import RequirementsError
 from pyserve.trace import Progress
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def prepare_environment(archive: Archive, name: str, progress: Progress) -> str:
     Takes as long as pip does. Any thread.
 
     Raises:
-        InvalidModelError: pip failed, or a requirement wants another torch than the one that runs.
+        RequirementsError: pip failed, or a requirement wants another torch than the one that runs.
     """
     assert archive.manifest.requirements_file is not None
     requirements = archive.model_dir / archive.manifest.requirements_file
@@ -102,6 +102,6 @@ def _install(archive: Archive, requirements: Path, interpreter: Path, name: str,
         status = pip.wait(INSTALL_TIMEOUT_S)
     if status != 0:
         said = next((text for text in reversed(last) if text.startswith("ERROR")), last[-1] if last else "")
-        raise InvalidModelError(
+        raise RequirementsError(
             f"Custom pip package installation failed for model {name}", detail={"text": f"pip: {said}"}
         )

@@ -16,13 +16,14 @@ import signal
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
 from pyserve import log as log_setup
 from pyserve.archive import Archive, open_archive
-from pyserve.errors import ConfigError, InvalidModelError, JsonObject, ModelNotFoundError, ServeError
+from pyserve.archive_sources import obtain_at_start
+from pyserve.errors import ConfigError, JsonObject, ModelNotFoundError, ServeError
 from pyserve.kept_state import read_state
 from pyserve.launch import EXIT_DRAINED, EXIT_WILL_FAIL_AGAIN, ServerStart, receive_server_start
 from pyserve.model_source import ModelSource
@@ -58,8 +59,14 @@ async def _serve(start: ServerStart) -> int:
     stop = _StopSignals()
     state = _state_to_restore(start)
     sources = start.config.models_to_load() if state is None else _sources_of(state)
-    store_files = start.config.store_files()
-    archives = {source.path_or_file: _open(source, store_files) for source in sources}
+    fetching = asyncio.ensure_future(obtain_at_start(start.config, sources, start.report.progress))
+    first: list[asyncio.Future[Any]] = [fetching, stop.first]
+    await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+    if not fetching.done():
+        fetching.cancel()
+        return EXIT_DRAINED
+    sources, errors = fetching.result()
+    archives = _open_all(sources, errors, start.config.store_files())
     tracings = _begin_tracing(archives)
     hidden = re.compile(start.config.blacklist_env_vars) if start.config.blacklist_env_vars else None
     spawner = Spawner(lambda name: hidden is not None and hidden.fullmatch(name) is not None)
@@ -109,9 +116,21 @@ async def _drain(site: Site, stop: _StopSignals, timeout_s: int) -> int:
     os._exit(EXIT_DRAIN_CUT_SHORT)
 
 
+def _open_all(
+    sources: list[ModelSource], errors: dict[str, ServeError], store_files: list[str]
+) -> dict[str, Archive | ServeError]:
+    """The archives by path; ``errors`` are of those that could not even be fetched."""
+    archives: dict[str, Archive | ServeError] = {**errors}
+    for source in sources:
+        path = source.path_or_file
+        if path not in archives:
+            archives[path] = _open(source, store_files)
+            if source.url is not None and isinstance(archives[path], ServeError):
+                Path(path).unlink(missing_ok=True)  # so that the next start fetches it anew
+    return archives
+
+
 def _open(source: ModelSource, store_files: list[str]) -> Archive | ServeError:
-    if "://" in source.path_or_file:
-        return InvalidModelError(f"{source.path_or_file}: URLs are not fetched; put the archive into the model store")
     try:
         return open_archive(source.path_or_file)
     except ModelNotFoundError as error:

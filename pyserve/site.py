@@ -222,7 +222,8 @@ class Site:
              "error": failure.error}
             for failure in self.registry.failures
         ]  # fmt: skip
-        loaded = {model.url for model in self.registry.all_models()} | {f.url for f in self.registry.failures}
+        loaded = {model.archive.path.name for model in self.registry.all_models()}
+        loaded |= {failure.url for failure in self.registry.failures}
         return {
             "models": rows,
             "not_loaded": [file for file in config.store_files() if file not in loaded],

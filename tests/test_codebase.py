@@ -23,6 +23,7 @@ LEVELS = [
     "__init__ _build_info errors messages log address properties entries failure import_scan versions json_encoding "
     "result_check",
     # Configuration and archives; no torch.
+    "archive_url allowed_urls public_address transfer",
     "settings model_source cpu_budget config_keys config pid_file console launch",
     "tokens "
     "snapshot_models snapshot "
@@ -30,6 +31,8 @@ LEVELS = [
     "renewal "
     "zip_reader tar_reader folder_reader manifest model_config weights archive_formats extract archive_cache archive "
     "archive_inspect trace archiver folder_manifest worker_spec",
+    # What archives come through.
+    "http_fetch object_fetch archive_sources",
     # The wire.
     "http1_limits http1_errors http1_timer http1_exchange http1_connections http1_head http1_body http1_incoming "
     "http1_answer http1 "

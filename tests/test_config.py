@@ -220,7 +220,7 @@ def test_unknown_key_is_an_error_under_strict() -> None:
 
 
 def test_environment_variables_go_before_everything_when_the_file_asks_for_them() -> None:
-    variables = {"TS_JOB_QUEUE_SIZE": "44", "TS_ALLOWED_URLS": "x", "TS_HEADER_KEY_SEQUENCE_ID": "s"}
+    variables = {"TS_JOB_QUEUE_SIZE": "44", "TS_ALLOWED_URLS": "https://x/.*", "TS_HEADER_KEY_SEQUENCE_ID": "s"}
     assert load("job_queue_size=7", environ=variables).job_queue_size == 7
     text = "enable_envvars_config=true\njob_queue_size=7\njob_queue_size=8\n"
     config = load(text, environ=variables, job_queue_size="9")
@@ -230,7 +230,7 @@ def test_environment_variables_go_before_everything_when_the_file_asks_for_them(
     ]  # fmt: skip
     assert config.ts_header_key_sequence_id == "s"
     assert config.allowed_urls == ""  # those need a switch of their own
-    assert load(text + "use_env_allowed_urls=true", environ=variables).allowed_urls == "x"
+    assert load(text + "use_env_allowed_urls=true", environ=variables).allowed_urls == "https://x/.*"
     assert config.notices == []
 
 

@@ -147,9 +147,6 @@ class FakeRegistry:
         self.defaults.setdefault(model.name, model.version)
         return model
 
-    def start_register(self, url: str, **arguments: Any) -> None:
-        self.calls.append({"url": url, "waits": False, **arguments})
-
     async def unregister(self, name: str, version: str | None) -> None:
         model = self.get(name, version)
         if len(self.versions(name)) > 1 and model.version == self.defaults[name]:
@@ -409,7 +406,7 @@ def test_register_passes_on_what_was_given_and_nothing_else(store: Path) -> None
         "&response_timeout=60&startup_timeout=61&initial_workers=1&synchronous=false&s3_sse_kms=false",
     )
     assert api.registry.calls == [
-        {"url": "m.mar", "model_name": None, "handler": None, "initial_workers": 0, "settings": {}},
+        {"url": "m.mar", "waits": True, "model_name": None, "handler": None, "initial_workers": 0, "settings": {}},
         {
             "url": "m.mar", "waits": False, "model_name": "n", "handler": "h.py:f", "initial_workers": 1,
             "settings": {"batch_size": 4, "max_batch_delay": 20, "response_timeout": 60, "startup_timeout": 61},
@@ -439,22 +436,6 @@ def test_number_of_workers_defaults_to_the_configuration_and_yields_to_the_archi
     [
         ("", 400, "BadRequestException", "Parameter url is required."),
         ("?model_name=m", 400, "BadRequestException", "Parameter url is required."),
-        ("?url=", 404, "ModelNotFoundException", "empty url"),
-        ("?url=%20", 404, "ModelNotFoundException", "empty url"),
-        ("?url=x.mar", 404, "ModelNotFoundException", "Model not found at: x.mar"),
-        ("?url=.", 404, "ModelNotFoundException", "Model not found at: ."),
-        ("?url=/", 404, "ModelNotFoundException", "Model not found at: /"),
-        ("?url=.hidden.mar", 404, "ModelNotFoundException", "Model not found at: .hidden.mar"),
-        ("?url=/etc/passwd", 404, "ModelNotFoundException", "Model not found at: /etc/passwd"),
-        ("?url=../m.mar", 404, "ModelNotFoundException", "Relative path is not allowed in url: ../m.mar"),
-        ("?url=http://h/../m.mar", 404, "ModelNotFoundException",
-         "Relative path is not allowed in url: http://h/../m.mar"),
-        ("?url=https://h/m.mar", 404, "ModelNotFoundException",
-         "Given URL https://h/m.mar does not match any allowed URL(s)"),
-        ("?url=file:///m.mar", 404, "ModelNotFoundException",
-         "Given URL file:///m.mar does not match any allowed URL(s)"),
-        ("?url=S3://b/m.mar", 404, "ModelNotFoundException",
-         "Given URL S3://b/m.mar does not match any allowed URL(s)"),
         ("?url=m.mar&runtime=java", 400, "BadRequestException", "Invalid RuntimeType value: java"),
         ("?url=m.mar&runtime=LSP", 400, "BadRequestException", "Invalid RuntimeType value: LSP"),
     ],
@@ -468,21 +449,10 @@ def test_archive_that_may_not_be_registered_is_refused(
     assert api.registry.calls == []
 
 
-def test_refused_url_says_that_nothing_is_fetched(store: Path) -> None:
-    answer = Api(store=store).ask("POST", "/models?url=http://h/m.mar")
-    assert "not fetched in this version" in answer.json["detail"]["mend"]
-
-
-@pytest.mark.parametrize("url", ["sub/m.mar", "/anywhere/m.mar", "folder", "folder/"])
-def test_only_the_last_part_of_a_path_counts(store: Path, url: str) -> None:
+def test_key_of_an_object_store_is_of_no_use_elsewhere(store: Path) -> None:
     api = Api(store=store)
-    assert api.ask("POST", f"/models?url={url}").status == 200
-    assert api.registry.calls[0]["url"] in ("m.mar", "folder")
-
-
-def test_register_without_a_model_store_says_so() -> None:
-    answer = Api().ask("POST", "/models?url=m.mar")
-    assert (answer.status, answer.json["message"]) == (404, "Model store has not been configured.")
+    assert api.ask("POST", "/models?url=m.mar&s3_sse_kms=true").json["unused"] == ["s3_sse_kms"]
+    assert "unused" not in api.ask("POST", "/models?url=s3://b/m.mar&s3_sse_kms=true").json
 
 
 @pytest.mark.parametrize(
