@@ -72,10 +72,15 @@ class Batcher {
     // REQUIRES: request.state == queued and its fields are set. False when the ring is full (of which dead
     // requests may be a part: see purge).
     bool try_push(Request* request) noexcept {
-        if (!ring_.try_push(request)) return false;
-        arrivals_.notify();
+        if (!try_push_unannounced(request)) return false;
+        announce();
         return true;
     }
+
+    // try_push in two halves, for a producer that has several requests: a sleeping worker may stay asleep until
+    // `announce`, which must follow; one that is awake may take them at once.
+    bool try_push_unannounced(Request* request) noexcept { return ring_.try_push(request); }
+    void announce() noexcept { arrivals_.notify(); }
 
     // Takes dead requests (cancelled) out of the ring, keeping the order of the others, into `dropped`.
     // Between claim and push the ring looks empty to workers, which is not the end even if it is closed: see

@@ -1,6 +1,8 @@
 // The border to Python: the module, and the native lane's part of it.
 #include "bindings.h"
 
+#include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -55,6 +57,58 @@ uint64_t submit(Lane& lane, const py::object& owner, const py::object& inputs, i
     if (request == nullptr) throw std::overflow_error("the queue is full");
     owner.inc_ref();  // until drain gives it back
     return RequestPool::ticket_of(*request);
+}
+
+// Whether a request that comes now may wait: the usual answer in one call.
+bool has_room(const Lane& lane, size_t waiting_max) {
+    return lane.queue_size() < waiting_max && lane.ready_count() != 0;
+}
+
+// `body` holds one item as it lies in memory. Copied only if it is read-only, since a model may write to its input,
+// or not aligned for its numbers.
+uint64_t submit_bytes(Lane& lane, const py::object& owner, const py::object& body, int64_t arrived_at,
+                      int64_t deadline) {
+    if (lane.example().size() != 1) throw py::value_error("the model does not take one tensor");
+    const at::Tensor& item = lane.example().front();
+    auto buffer = buffer_of(body);
+    if (static_cast<size_t>(buffer->len) != item.nbytes()) {
+        throw py::value_error("an item of this model has " + std::to_string(item.nbytes()) + " bytes, not " +
+                              std::to_string(buffer->len));
+    }
+    const bool is_aligned = reinterpret_cast<uintptr_t>(buffer->buf) % item.element_size() == 0;
+    Inputs inputs;
+    if (buffer->readonly != 0 || !is_aligned) {
+        inputs.push_back(at::empty(item.sizes(), item.options()));
+        std::memcpy(inputs.front().data_ptr(), buffer->buf, item.nbytes());
+        buffer.reset();
+    } else {
+        inputs.push_back(at::from_blob(buffer->buf, item.sizes(), item.options()));
+    }
+    TensorRequest* request = lane.try_submit(std::move(inputs), owner.ptr(), arrived_at, deadline);
+    if (request == nullptr) throw std::overflow_error("the queue is full");
+    request->buffer = buffer.release();
+    owner.inc_ref();  // until drain gives it back
+    return RequestPool::ticket_of(*request);
+}
+
+// The output cut into its rows, as they lie in memory; None in the place of a row that nobody waits for. None if the
+// output is not one tensor with a row per request.
+py::object rows_of(const Completion& completion) {
+    if (!completion.output.isTensor()) return py::none();
+    at::Tensor output = completion.output.toTensor();
+    const size_t count = completion.owners.size();
+    if (output.layout() != at::kStrided || !output.device().is_cpu() || output.dim() < 1 ||
+        static_cast<size_t>(output.size(0)) != count || count == 0) {
+        return py::none();
+    }
+    output = output.resolve_conj().resolve_neg().contiguous();
+    const size_t size = output.nbytes() / count;
+    const char* row = static_cast<const char*>(output.data_ptr());
+    py::list rows(count);
+    for (size_t i = 0; i < count; ++i, row += size) {
+        rows[i] = completion.owners[i].is_none() ? py::object(py::none()) : py::object(py::bytes(row, size));
+    }
+    return rows;
 }
 
 bool is_leaving(const WorkerRow& row) {
@@ -133,6 +187,7 @@ PYBIND11_MODULE(_core, m) {
         .def_readonly("owners", &Completion::owners)
         .def_readonly("answers", &Completion::answers)
         .def_readonly("expired", &Completion::expired)
+        .def("rows", &rows_of)
         .def_readonly("stamps", &Completion::stamps)
         .def_readonly("code", &Completion::code)
         .def_readonly("message", &Completion::message)
@@ -156,6 +211,10 @@ PYBIND11_MODULE(_core, m) {
              }),
              py::arg("engine"), py::arg("model"), py::arg("example"), py::arg("capacity"), py::keep_alive<1, 2>())
         .def("submit", &submit, py::arg("owner"), py::arg("inputs"), py::arg("arrived_at"), py::arg("deadline"))
+        .def("submit_bytes", &submit_bytes, py::arg("owner"), py::arg("body"), py::arg("arrived_at"),
+             py::arg("deadline"))
+        .def("announce", &Lane::announce)
+        .def("has_room", &has_room, py::arg("waiting_max"))
         .def("cancel", &cancel, py::arg("ticket"))
         .def("started_at", &started_at<Lane>, py::arg("ticket"))
         .def("set_limits", &set_limits<Lane>, py::kw_only(), py::arg("batch_size_max"), py::arg("batch_size_min"),

@@ -40,6 +40,11 @@ struct Body {
     std::string bytes;
 };
 
+inline void release_buffer(Py_buffer* buffer) {
+    PyBuffer_Release(buffer);
+    delete buffer;
+}
+
 // Larger bodies go to Python without another copy.
 inline constexpr size_t copied_body_max = 65536;
 
@@ -119,9 +124,12 @@ class Engine : public Watched {
         for (Request* request : result.requests) {
             const State state = request->state.load(std::memory_order_acquire);
             const int64_t arrived_at = request->arrived_at, queued_at = request->queued_at.load();
-            if (of_process != nullptr) release_buffer(*static_cast<ProcessRequest*>(request));
+            void*& buffer = of_process != nullptr ? static_cast<ProcessRequest*>(request)->buffer
+                                                  : static_cast<TensorRequest*>(request)->buffer;
+            auto* held = static_cast<Py_buffer*>(std::exchange(buffer, nullptr));
             const auto owner =
                 py::reinterpret_steal<py::object>(static_cast<PyObject*>(result.pool->release(request)));
+            if (held != nullptr) release_buffer(held);  // after the tensors that lie in it
             if (state == State::expired) {
                 completion.expired.append(owner);
             } else {
@@ -143,21 +151,12 @@ class Engine : public Watched {
                                          : py::none());
     }
 
-    static void release_buffer(ProcessRequest& request) {
-        auto* buffer = static_cast<Py_buffer*>(std::exchange(request.buffer, nullptr));
-        if (buffer == nullptr) return;
-        PyBuffer_Release(buffer);
-        delete buffer;
-    }
 };
 
 inline std::unique_ptr<Py_buffer, void (*)(Py_buffer*)> buffer_of(const py::handle& object) {
     auto view = std::make_unique<Py_buffer>();
     if (PyObject_GetBuffer(object.ptr(), view.get(), PyBUF_SIMPLE) != 0) throw py::error_already_set();
-    return {view.release(), [](Py_buffer* held) {
-                PyBuffer_Release(held);
-                delete held;
-            }};
+    return {view.release(), release_buffer};
 }
 
 // When the request began to run, ns; 0 while it waits; -1 when it is over.

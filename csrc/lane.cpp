@@ -44,7 +44,7 @@ TensorRequest* Lane::try_submit(Inputs inputs, void* owner, int64_t arrived_at, 
     request->started_at.store(0, std::memory_order_relaxed);
     request->state.store(State::queued, std::memory_order_release);
     shared_.stats.submitted.fetch_add(1, std::memory_order_relaxed);
-    batcher_.try_push(request);  // cannot fail: this thread is the only producer and has looked
+    batcher_.try_push_unannounced(request);  // cannot fail: this thread is the only producer and has looked
     return request;
 }
 

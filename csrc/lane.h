@@ -33,9 +33,11 @@ class Lane {
     Lane(const Lane&) = delete;
     Lane& operator=(const Lane&) = delete;
 
-    // Queues one request. nullptr when the ring is full even without its dead requests.
+    // Queues one request. nullptr when the ring is full even without its dead requests. Nobody is woken for it before
+    // `announce`, so that one wake-up serves all requests of one turn of the loop.
     // REQUIRES: every input is on the host with dim() >= 1 and size(0) == 1.
     TensorRequest* try_submit(Inputs inputs, void* owner, int64_t arrived_at, int64_t deadline);
+    void announce() { batcher_.announce(); }
 
     // The request of a ticket, or nullptr if it has been freed.
     TensorRequest* find(uint64_t ticket) { return shared_.pool->find(ticket); }
@@ -61,6 +63,8 @@ class Lane {
     uint32_t running() const { return batcher_.running(); }
     const LaneStats& stats() const { return shared_.stats; }
     const std::shared_ptr<TorchModel>& model() const { return shared_.model; }
+    // One item, each input [1, ...].
+    const Inputs& example() const { return shared_.example; }
 
   private:
     std::shared_ptr<Completions<>> completions_;

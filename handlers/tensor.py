@@ -20,7 +20,7 @@ from pyserve.context import Context
 from pyserve.handler import HandlerError, InputError
 from pyserve.handlers.base_handler import BaseHandler
 from pyserve.handlers.rows import found, row_value
-from pyserve.handlers.tensor_spec import TensorSpec, dtype_name, raw_bytes
+from pyserve.handlers.tensor_spec import HOST_IS_BIG_ENDIAN, TensorSpec, dtype_name, raw_bytes
 
 RAW = "application/octet-stream"
 JSON = "application/json"
@@ -44,6 +44,24 @@ class TensorHandler(BaseHandler):
 
     def is_quick(self, size: int) -> bool:
         return size <= QUICK_SIZE_MAX
+
+    @property
+    def raw_item_size(self) -> int:
+        """Bytes of one item, if it goes to the network as it comes; 0 if its bytes have to be looked at first."""
+        # A subclass may do anything in its own preprocess and postprocess.
+        if type(self) is not TensorHandler or self.spec is None or -1 in self.spec.shape or HOST_IS_BIG_ENDIAN:
+            return 0
+        return self.spec.fixed_size
+
+    def takes_raw(self, content_type: str, accept: str) -> bool:
+        """Whether a request with these headers sends an item's bytes and is answered with bytes."""
+        media = content_type.partition(";")[0].strip().lower()
+        # JSON, text and forms are decoded; what is in them may be none the less as long as an item.
+        return media not in (JSON, *FORMS) and not media.startswith("text") and _wants_raw(content_type, accept)
+
+    def raw_headers(self, output: torch.Tensor) -> list[tuple[str, str]]:
+        """The headers of an answer with the bytes of a row of ``output``."""
+        return _tensor_headers(((output.dtype, output.shape),), ())
 
     def preprocess(self, data: Sequence[Any]) -> torch.Tensor:
         """Rows -> tensor [n, *shape] on the CPU, or on the device when running stand-alone on one.
@@ -146,10 +164,13 @@ def _tensor_headers(kinds: tuple[tuple[torch.dtype, torch.Size], ...], names: tu
 
 
 def _answers_raw(context: Context, idx: int) -> bool:
-    accept = context.get_request_header(idx, "Accept")
+    content_type = context.get_request_header(idx, "Content-Type") or ""
+    return _wants_raw(content_type, context.get_request_header(idx, "Accept") or "")
+
+
+def _wants_raw(content_type: str, accept: str) -> bool:
     wanted = accepted_kind(accept) if accept else None
     if wanted is None:
-        content_type = context.get_request_header(idx, "Content-Type") or ""
         return content_type.partition(";")[0].strip().lower() not in (JSON, *FORMS)
     return wanted == RAW
 

@@ -274,6 +274,7 @@ class Http1Protocol(asyncio.Protocol):
             arrived_at=self._connections.clock(),
             header_text=head.text,
             has_timing=head.has_timing,
+            lower=head.lower,
         )
         exchange = Exchange(request, self._on_answer, head.keep_alive, wire_size, reserved)
         exchange.is_http11 = head.is_http11

@@ -16,7 +16,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 
 from pyserve.errors import ServeError, ServerError
-from pyserve.messages import Request, Response, dump_json
+from pyserve.messages import Request, Response, SharedHeaders, dump_json
 
 JOINED_SIZE_MAX = 64 * 1024  # a larger body is written beside its head, not copied behind it
 
@@ -39,6 +39,8 @@ _OWN_NAMES = frozenset(
     ("connection", "content-length", "date", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding",
      "upgrade", "x-request-id")
 )  # fmt: skip
+# Status, reason, content type, whether the connection is kept, further headers.
+_Kind = tuple[int, str | None, str | None, bool, SharedHeaders | None]
 _ID_BATCH_SIZE = 16 * 256
 # Kinds of answers in one second, more or less; content types may be of a handler's making.
 _PLAIN_MAX = 64
@@ -88,7 +90,7 @@ class AnswerWriter:
         self._wall_clock = wall_clock
         self._second = -1
         self._common = ""
-        self._plain: dict[tuple[int, str | None, str | None, bool], tuple[bytes, bytes, bytes]] = {}
+        self._plain: dict[_Kind, tuple[bytes, bytes, bytes]] = {}
 
     def encode(self, response: Response, request: Request, keep_alive: bool) -> tuple[bytes, memoryview | None]:
         """The answer's bytes: all of them, or the head and beside it a body too big to copy.
@@ -96,11 +98,15 @@ class AnswerWriter:
         An answer that cannot be written as HTTP is logged and replaced by a 500.
         """
         body = response.body
-        if type(body) is bytes and not response.headers and request.method != "HEAD" and len(body) <= JOINED_SIZE_MAX:
+        if type(body) is bytes and request.method != "HEAD" and len(body) <= JOINED_SIZE_MAX:
             # All but the id and the size is the same for a whole second.
-            second = int(self._wall_clock())
-            key = (response.status, response.reason, response.content_type, keep_alive)
-            parts = self._plain.get(key) if second == self._second else None
+            parts = None
+            if int(self._wall_clock()) == self._second:
+                headers = response.headers
+                shared = headers if type(headers) is SharedHeaders else None
+                if shared is not None or not headers:
+                    key = (response.status, response.reason, response.content_type, keep_alive, shared)
+                    parts = self._plain.get(key)
             if parts is not None:
                 before, between, after = parts
                 return b"".join((before, request.id.encode("latin-1"), between, b"%d" % len(body), after, body)), None
@@ -168,8 +174,10 @@ class AnswerWriter:
         length = framing if size is None else f"content-length: {size}\r\n"
         connection = "keep-alive" if keep_alive else "close"
         before, between, after = f"{line}x-request-id: ", f"\r\n{common}{extra}", f"connection: {connection}\r\n\r\n"
-        if size is not None and not response.headers and len(self._plain) < _PLAIN_MAX:
-            self._plain[status, reason, content_type, keep_alive] = (
+        headers = response.headers
+        shared = headers if type(headers) is SharedHeaders else None
+        if size is not None and (shared is not None or not headers) and len(self._plain) < _PLAIN_MAX:
+            self._plain[status, reason, content_type, keep_alive, shared] = (
                 before.encode("latin-1"), f"{between}content-length: ".encode("latin-1"),
                 f"\r\n{after}".encode("latin-1"),
             )  # fmt: skip

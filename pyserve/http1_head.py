@@ -23,7 +23,7 @@ from pyserve.http1_errors import (
     VersionError,
 )
 from pyserve.http1_limits import Http1Limits
-from pyserve.messages import TIMING_HEADERS, Headers, join_headers
+from pyserve.messages import TIMING_HEADERS, Headers, join_headers, lower_names
 
 _CACHE_COUNT_MAX = 1024
 _CACHED_SIZE_MAX = 256
@@ -81,11 +81,12 @@ class RequestHead:
         has_timing: whether one of TIMING_HEADERS is among the headers.
         is_simple: neither chunked, nor with ``Expect`` or a coding.
         text: ``headers`` joined, see `messages.join_headers`.
+        lower: ``headers`` by name, see `messages.lower_names`.
     """
 
     __slots__ = (
         "chunked", "coding", "expect", "has_timing", "headers", "id", "is_http11", "is_simple", "keep_alive",
-        "length", "method", "path", "query", "text",
+        "length", "lower", "method", "path", "query", "text",
     )  # fmt: skip
 
     def __init__(self, method: str, path: str, query: str, headers: Headers, is_http11: bool):
@@ -103,6 +104,7 @@ class RequestHead:
         self.has_timing = False
         self.is_simple = True
         self.text = ""
+        self.lower: dict[str, str] = {}
 
 
 class _Fields:
@@ -197,6 +199,7 @@ def _read_head(data: bytes) -> RequestHead:
         head.headers = [(name, authority if name.lower() == "host" else value) for name, value in head.headers]
     head.is_simple = not (head.chunked or head.expect or head.coding)
     head.text = join_headers(head.headers)
+    head.lower = lower_names(head.headers)
     return head
 
 

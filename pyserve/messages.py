@@ -23,14 +23,20 @@ def join_headers(headers: Headers) -> str:
     return "\n".join([text for pair in headers for text in pair])
 
 
+def lower_names(headers: Headers) -> dict[str, str]:
+    """Value by name in lower case; the last one of a repeated header."""
+    return {name.lower(): value for name, value in headers}
+
+
 class ExtraHeaders:
     """Headers that the server adds to a request, made once for many."""
 
-    __slots__ = ("pairs", "text")
+    __slots__ = ("lower", "pairs", "text")
 
     def __init__(self, *pairs: tuple[str, str]):
         self.pairs = list(pairs)
         self.text = join_headers(self.pairs)
+        self.lower = lower_names(self.pairs)
 
 
 class Request:
@@ -40,9 +46,8 @@ class Request:
         method: upper-case token, e.g. ``"POST"``.
         path: percent-decoded path, e.g. ``"/predictions/digits"``.
         query: raw query string without ``?``; ``""`` if none.
-        headers: name/value pairs in order, names in the client's own spelling, decoded as latin-1. Shared with other
-            requests: `add_headers` changes them.
-        header_text: the same, as names and values in turn, joined by newlines.
+        client_text: the client's own headers, as names and values in turn, joined by newlines. Requests with the same
+            head share it.
         body: the whole body, dechunked. A ``bytearray`` owned by this request.
         client: ``"127.0.0.1:43090"``, or ``"unix"``.
         id: the client's ``x-request-id`` if it is a valid one, else a fresh UUID4.
@@ -52,8 +57,8 @@ class Request:
     """
 
     __slots__ = (
-        "_lower", "_params", "arrived_at", "body", "client", "deadline", "has_timing", "header_text",
-        "headers", "id", "method", "path", "query",
+        "_extra", "_headers", "_lower", "_params", "arrived_at", "body", "client", "client_text", "deadline",
+        "has_timing", "id", "method", "path", "query",
     )  # fmt: skip
 
     def __init__(
@@ -69,21 +74,23 @@ class Request:
         arrived_at: int = 0,
         header_text: str | None = None,
         has_timing: bool | None = None,
+        lower: dict[str, str] | None = None,
     ):
         self.method = method
         self.path = path
         self.query = query
-        self.headers: Headers = headers if headers is not None else []
-        self.header_text = header_text if header_text is not None else join_headers(self.headers)
+        self._headers: Headers = headers if headers is not None else []
+        self._extra: ExtraHeaders | None = None
+        self.client_text = header_text if header_text is not None else join_headers(self._headers)
         self.body = body if body is not None else bytearray()
         self.client = client
         self.id = id
         self.arrived_at = arrived_at
         if has_timing is None:
-            has_timing = any(name.lower() in TIMING_HEADERS for name, _ in self.headers)
+            has_timing = any(name.lower() in TIMING_HEADERS for name, _ in self._headers)
         self.has_timing = has_timing
         self.deadline = 0
-        self._lower: dict[str, str] | None = None
+        self._lower = lower
         self._params: list[tuple[str, str]] | None = None
 
     @property
@@ -92,23 +99,37 @@ class Request:
         return tuple(self.path.rstrip("/").split("/")[1:])
 
     def add_headers(self, extra: ExtraHeaders) -> None:
-        """Adds what the server has to tell the handler."""
+        """Adds what the server has to tell the handler. Nothing is joined before somebody looks."""
         if extra.pairs:
-            self.headers = self.headers + extra.pairs
-            self.header_text = f"{self.header_text}\n{extra.text}" if self.header_text else extra.text
-            self._lower = None
+            self._extra = extra if self._extra is None else ExtraHeaders(*self._extra.pairs, *extra.pairs)
+
+    @property
+    def headers(self) -> Headers:
+        """Name/value pairs in order, names in the client's own spelling, decoded as latin-1. Not to be changed."""
+        return self._headers if self._extra is None else self._headers + self._extra.pairs
+
+    @property
+    def header_text(self) -> str:
+        """The same, as names and values in turn, joined by newlines."""
+        if self._extra is None:
+            return self.client_text
+        return f"{self.client_text}\n{self._extra.text}" if self.client_text else self._extra.text
 
     def replace_headers(self, names: Sequence[str], pairs: Headers) -> None:
         """Puts ``pairs`` in the place of the headers called ``names``, which are in lower case."""
-        self.headers = [pair for pair in self.headers if pair[0].lower() not in names] + pairs
-        self.header_text = join_headers(self.headers)
+        self._headers = [pair for pair in self.headers if pair[0].lower() not in names] + pairs
+        self._extra = None
+        self.client_text = join_headers(self._headers)
         self._lower = None
 
     def header(self, name: str, default: str = "") -> str:
         """Value of header ``name`` (any case). A repeated header gives its last value."""
+        name = name.lower()
+        if self._extra is not None and name in self._extra.lower:
+            return self._extra.lower[name]
         if self._lower is None:
-            self._lower = {key.lower(): value for key, value in self.headers}
-        return self._lower.get(name.lower(), default)
+            self._lower = lower_names(self._headers)
+        return self._lower.get(name, default)
 
     @property
     def content_type(self) -> str:
@@ -122,6 +143,18 @@ class Request:
             pairs = [part.partition("=") for part in self.query.replace(";", "&").split("&") if part]
             self._params = [(unquote_plus(key), unquote_plus(value)) for key, _, value in pairs]
         return self._params
+
+
+class SharedHeaders(dict[str, str]):
+    """Headers that many answers have in common and nobody changes, so that their bytes are made once."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 class Response:

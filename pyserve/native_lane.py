@@ -1,8 +1,9 @@
 """The native lane of one model, seen from the event loop: a request's way in, and its answer's way out.
 
     admission ──> preprocess ──> engine ──> postprocess ──> answer
-    (lane.py)     (pool, or      (C++)      (here, once
-                  here if quick)            per batch)
+    (lane.py) │   (pool, or      (C++)      (here, once  ↑
+              │   here if quick)            per batch)   │
+              └── raw rows (raw_rows.py) ──> engine ─────┘
 
 Loop thread only, but for `_prepare`.
 """
@@ -29,6 +30,7 @@ from pyserve.loader import Network
 from pyserve.messages import Response
 from pyserve.model_settings import ModelSettings
 from pyserve.pending import OVER, SUBMITTED, Pending
+from pyserve.raw_rows import RAW_TYPE, RawRows
 from pyserve.services import Services
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ class NativeLane(Lane):
         self.network = network
         self._started: dict[int, datetime] = {}
         self._has_warned_of_nan = False
+        self._raw = RawRows.of(network.handler, network.example)
+        self._is_announcing = False
         self.apply_limits()
 
     # --- workers and settings -------------------------------------------------------------------------------------
@@ -123,6 +127,16 @@ class NativeLane(Lane):
 
     def begin(self, pending: Pending) -> None:
         """Preprocesses, here or in the pool, and submits."""
+        if self._raw is not None and not (pending.flags or pending.query_is_input or pending.stages):
+            request = pending.exchange.request
+            if self._raw.takes(request):
+                pending.is_raw = True
+                pending.ticket = self.core.submit_bytes(
+                    pending, request.body, request.arrived_at, self._deadline(pending)
+                )
+                pending.stage = SUBMITTED
+                self._announce_soon()
+                return
         if self.network.handler.is_quick(len(pending.exchange.request.body)):
             self._submit(pending, self._prepare(pending))
             return
@@ -171,10 +185,21 @@ class NativeLane(Lane):
         try:
             pending.ticket = self.core.submit(pending, prepared, pending.arrived_at, self._deadline(pending))
             pending.stage = SUBMITTED
+            self._announce_soon()
         except OverflowError:
             self._answer_error(pending, self.refusal("queue full"))
         except (TypeError, ValueError) as error:
             self._answer_error(pending, self._handler_error(error, "preprocess", pending.exchange.request.id))
+
+    def _announce_soon(self) -> None:
+        """Wakes a worker for all requests that this turn of the loop brings: one wake-up, and a batch of them all."""
+        if not self._is_announcing:
+            self._is_announcing = True
+            self._loop.call_soon(self._announce)
+
+    def _announce(self) -> None:
+        self._is_announcing = False
+        self.core.announce()
 
     # --- the way out ----------------------------------------------------------------------------------------------
 
@@ -188,6 +213,8 @@ class NativeLane(Lane):
                     owner.stages.note_native(completion, completion.stamps[owners.index(owner)][1])
         if completion.code != "ok":
             self._complete_failed(owners, completion)
+            return
+        if self._raw is not None and self._answer_rows(self._raw, owners, completion):
             return
         requests = [owner.exchange.request if owner is not None else None for owner in owners]
         context = self.network.context.for_batch(
@@ -214,6 +241,20 @@ class NativeLane(Lane):
             except Exception as error:
                 # The others' answers are not touched by this one's.
                 self._complete_failed_postprocess([owner], error)
+
+    def _answer_rows(self, raw: RawRows, owners: list[Pending | None], completion: Any) -> bool:
+        """Answers a batch of raw requests; returns whether it was one."""
+        for owner in owners:
+            if owner is not None and not owner.is_raw:
+                return False
+        rows: list[bytes | None] | None = completion.rows()
+        if rows is None or any(row is not None and len(row) > self._services.config.max_response_size for row in rows):
+            return False  # the other way has the words for it
+        headers = raw.headers(completion.output)
+        for owner, row in zip(owners, rows, strict=True):
+            if owner is not None and row is not None:
+                self._answer(owner, Response(200, row, content_type=RAW_TYPE, reason="", headers=headers))
+        return True
 
     def _response(self, result: Any, context: Any, index: int) -> Response:
         body = codec.encode_result(result, None if self._is_strict else self._warn_of_nan)

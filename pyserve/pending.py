@@ -25,6 +25,7 @@ class Pending:
         ticket: the engine's, once submitted.
         stage: PREPARING, SUBMITTED or OVER. It moves forward only, and only the move to OVER answers.
         started_at: ns; when its batch began to run; 0 until its completion tells.
+        is_raw: it is answered with the bytes of its row of the output, see `raw_rows`.
         is_streaming: a part of the answer has left.
         progress_at: ns; when the last part came; 0 if none did.
         client_deadline: ns; when its client stops waiting; 0 if it did not say.
@@ -36,8 +37,8 @@ class Pending:
     """
 
     __slots__ = (
-        "client_deadline", "exchange", "flags", "is_streaming", "lane", "limit_timer", "progress_at", "query_is_input",
-        "stage", "stages", "started_at", "ticket", "url_version", "version",
+        "client_deadline", "exchange", "flags", "is_raw", "is_streaming", "lane", "limit_timer", "progress_at",
+        "query_is_input", "stage", "stages", "started_at", "ticket", "url_version", "version",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0917 - made for every request
@@ -53,7 +54,7 @@ class Pending:
         self.ticket = 0
         self.stage = PREPARING
         self.started_at = 0
-        self.is_streaming = False
+        self.is_raw = self.is_streaming = False
         self.progress_at = 0
         self.client_deadline = 0
         self.stages: Stages | None = None

@@ -53,7 +53,9 @@ class LaneBench:
         return [row["state"] for row in self.lane.workers()]
 
     def submit(self, owner: Any, inputs: Any, deadline: int = FAR) -> int:
-        return self.lane.submit(owner, inputs, _core.now_ns(), deadline)
+        ticket = self.lane.submit(owner, inputs, _core.now_ns(), deadline)
+        self.lane.announce()
+        return ticket
 
     def hold(self, count: int) -> None:
         """Makes ``count`` requests wait for one another, so that they become one batch."""

@@ -45,6 +45,7 @@ LEVELS = [
     "streaming entry_point invoker reload continuous async_worker worker",
     "restart_policy requirements worker_output worker_handle zygote spawner",
     "client_limit "
+    "raw_rows "
     "examples zoo sample loader services model_settings pending lane native_lane python_workers python_lane "
     "sequence_lane lane_choice "
     "self_description gpu_usage "

@@ -5,103 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from networks import POISON, Gate, Gated, Greedy, Identity, Poisoned, save_script
-from torch import nn
+from lane_stand import HANG_S, Probe, error, run, standing
+from networks import POISON, Gate, Gated, Greedy, Identity, Poisoned
 
-from pyserve import _core
 from pyserve.config import Config
-from pyserve.context import Context
-from pyserve.engine import Engine
 from pyserve.errors import InputError
 from pyserve.handler import PredictionException
-from pyserve.handlers.tensor import TensorHandler
 from pyserve.http1_exchange import Exchange
-from pyserve.loader import Network
-from pyserve.messages import ErrorFormat, Request, Response
-from pyserve.metrics import Metrics
-from pyserve.model_settings import ModelSettings
-from pyserve.native_lane import NativeLane
-from pyserve.pending import Pending
-from pyserve.services import Services
-from pyserve.spawner import Spawner
-
-HANG_S = 60
-SHAPE = (4,)
-
-
-class Probe(TensorHandler):
-    """A handler that a test can make slow to preprocess or wrong."""
-
-    is_fast = True
-    preprocess_error: Exception | None = None
-    preprocessed: Any = None
-    postprocessor: Any = None  # what to call with the output instead
-
-    def is_quick(self, size: int) -> bool:
-        return self.is_fast
-
-    def preprocess(self, data: Any) -> Any:
-        if self.preprocess_error is not None:
-            raise self.preprocess_error
-        return super().preprocess(data) if self.preprocessed is None else self.preprocessed
-
-    def postprocess(self, data: Any) -> Any:
-        return super().postprocess(data) if self.postprocessor is None else self.postprocessor(data)
-
-
-class Stand:
-    """A lane with its surroundings. ``answers``: what the exchanges were answered, by request id."""
-
-    def __init__(self, path: Path, settings: ModelSettings, config: Config, *, private: bool):
-        loop = asyncio.get_running_loop()
-        self.engine = Engine(loop, cpu_budget=2)
-        self.metrics = Metrics(torch_version=torch.__version__)
-        self.pool = ThreadPoolExecutor(2)
-        self.services = Services(config, self.engine, self.metrics, self.pool, Spawner(), ErrorFormat(True, private))
-        self.handler = Probe()
-        folder = str(path.parent / "archive")
-        context = Context("m", folder, {}, model_yaml_config={"input": {"dtype": "float32", "shape": list(SHAPE)}})
-        self.handler.prepare(context)
-        example = [torch.zeros(1, *SHAPE)]
-        network = Network(self.handler, context, _core.TorchModel.load(str(path), example), example, "cpu")
-        self.lane = NativeLane(self.services, "m", "m 1.0", network, settings)
-        self.answers: dict[str, Response] = {}
-
-    def post(self, *numbers: float, body: bytes | None = None, id: str = "") -> Exchange:
-        values = list(numbers) + [0.0] * (SHAPE[0] - len(numbers))
-        request = Request(
-            "POST", "/predictions/m", headers=[("Content-Type", "application/json")],
-            body=bytearray(json.dumps(values).encode() if body is None else body),
-            id=id or f"r{time.monotonic_ns()}", arrived_at=time.monotonic_ns(),
-        )  # fmt: skip
-
-        def deliver(exchange: Exchange) -> None:
-            assert exchange.response is not None and request.id not in self.answers
-            self.answers[request.id] = exchange.response
-
-        exchange = Exchange(request, deliver)
-        self.lane.predict(Pending(self.lane, exchange, "1.0", "default"))
-        return exchange
-
-    async def until(self, is_done: Callable[[], bool]) -> None:
-        end = time.monotonic() + HANG_S
-        while not is_done():
-            assert time.monotonic() < end, "hangs"
-            await asyncio.sleep(0)
-
-    async def answer(self, *numbers: float, **options: Any) -> Response:
-        exchange = self.post(*numbers, **options)
-        await self.until(lambda: exchange.answered)
-        return self.answers[exchange.request.id]
 
 
 @pytest.fixture
@@ -109,32 +25,6 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     gate = Gate(tmp_path / "gate")
     yield gate
     gate.open()
-
-
-@asynccontextmanager
-async def standing(
-    path: Path, network: nn.Module, *, workers: int = 1, config: Config | None = None, private: bool = True,
-    **settings: Any,
-) -> AsyncIterator[Stand]:  # fmt: skip
-    stand = Stand(save_script(network, path / "m.pt"), ModelSettings(**settings), config or Config(), private=private)
-    stand.lane.set_workers(workers)
-    assert await stand.lane.settled(HANG_S) == ""
-    try:
-        yield stand
-    finally:
-        await stand.lane.close()
-        stand.pool.shutdown()
-        stand.engine.close()
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 2 * HANG_S))
-
-
-def error(response: Response) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads(bytes(response.body))
-    assert body["code"] == response.status
-    return body
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

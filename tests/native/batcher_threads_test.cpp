@@ -59,7 +59,9 @@ class Life {
         workers_.pop_front();
     }
 
-    bool try_push(int64_t deadline) {
+    void announce() { batcher_.announce(); }
+
+    bool try_push(int64_t deadline, bool announces = true) {
         if (free_.empty() || batcher_.queue_size() >= batcher_.capacity()) return false;
         Request* request = free_.back();
         free_.pop_back();
@@ -67,7 +69,7 @@ class Life {
         request->deadline.store(deadline, std::memory_order_relaxed);
         request->input_size.store(static_cast<int64_t>(pushed_ % 7), std::memory_order_relaxed);
         request->state.store(State::queued, std::memory_order_release);
-        CHECK(batcher_.try_push(request));
+        CHECK(announces ? batcher_.try_push(request) : batcher_.try_push_unannounced(request));
         ++pushed_;
         return true;
     }
@@ -172,6 +174,20 @@ TEST(one_request_at_a_time_never_waits_for_a_lost_wake_up) {
         for (int i = 0; i < 3; ++i) life.add_worker();
         for (int64_t i = 0; i < harness::scaled(30'000); ++i) {
             CHECK(life.try_push(never_ns));
+            while (life.ended() < life.pushed()) life.drain(-1);
+        }
+        life.close_and_join();
+    }
+}
+
+TEST(one_announcement_wakes_for_all_that_was_pushed_before_it) {
+    for (const uint32_t running_max : {1u, 2u, UINT32_MAX}) {
+        Life life(16);
+        life.set_limits({.batch_size_max = 4, .running_max = running_max});
+        for (int i = 0; i < 3; ++i) life.add_worker();
+        for (int64_t i = 0; i < harness::scaled(10'000); ++i) {
+            for (int64_t count = 1 + i % 9; count > 0; --count) CHECK(life.try_push(never_ns, /*announces=*/false));
+            life.announce();
             while (life.ended() < life.pushed()) life.drain(-1);
         }
         life.close_and_join();
