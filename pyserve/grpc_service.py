@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import grpc
 from google.protobuf.message import DecodeError
 
-from pyserve.errors import BadRequestError, OverloadedError, ServeError, ServerError, TooLargeError
+from pyserve.errors import BadRequestError, OverloadedError, ServeError, ServerError, TokenError, TooLargeError
 from pyserve.grpc_call import REQUEST_ID_KEY, Call, Streams
 from pyserve.grpc_messages import method_path
-from pyserve.grpc_status import Judge, Verdict, status_text
+from pyserve.grpc_status import TOKEN_VERDICT, Judge, Verdict, status_text
 from pyserve.http1_connections import BodyBudget
 from pyserve.services import Services
 
@@ -224,7 +224,7 @@ class _Observed:
         if not isinstance(error, ServeError):
             log.error("request %s %s failed", self._call.id, self._call.path, exc_info=error)
             error = ServerError("Internal error")
-        verdict = self._judge(error)
+        verdict = TOKEN_VERDICT if isinstance(error, TokenError) else self._judge(error)
         remaining_s = self._call.context.time_remaining()
         if remaining_s is not None and remaining_s <= 0:  # the client says the same, perhaps a moment later
             verdict = verdict._replace(code=grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -66,6 +66,9 @@ class Verdict(NamedTuple):
     augmentation: str = ""
 
 
+# Of a call without the right key, whatever the service.
+TOKEN_VERDICT = Verdict(Code.PERMISSION_DENIED)
+
 Judge = Callable[[ServeError], Verdict]
 
 
