@@ -50,21 +50,18 @@ bool cancel(Lane& lane, uint64_t ticket) {
     return request != nullptr && request->try_cancel();
 }
 
-uint64_t submit(Lane& lane, const py::object& owner, const py::object& inputs, int64_t arrived_at,
-                int64_t deadline) {
+// `announces` wakes a worker at once; without it `announce` must follow.
+uint64_t submit(Lane& lane, const py::object& owner, const py::object& inputs, int64_t arrived_at, int64_t deadline,
+                bool announces) {
     Inputs tensors = checked_inputs(inputs);
     TensorRequest* request = lane.try_submit(std::move(tensors), owner.ptr(), arrived_at, deadline);
     if (request == nullptr) throw std::overflow_error("the queue is full");
     owner.inc_ref();  // until drain gives it back
+    if (announces) lane.announce();
     return RequestPool::ticket_of(*request);
 }
 
-// Whether a request that comes now may wait: the usual answer in one call.
-bool has_room(const Lane& lane, size_t waiting_max) {
-    return lane.queue_size() < waiting_max && lane.ready_count() != 0;
-}
-
-// `body` holds one item as it lies in memory. Copied only if it is read-only, since a model may write to its input,
+// As `submit` without announcing. `body` holds one item as it lies in memory. Copied only if it is read-only, since a model may write to its input,
 // or not aligned for its numbers.
 uint64_t submit_bytes(Lane& lane, const py::object& owner, const py::object& body, int64_t arrived_at,
                       int64_t deadline) {
@@ -210,11 +207,12 @@ PYBIND11_MODULE(_core, m) {
                  return std::make_unique<Lane>(engine.completions, std::move(model), std::move(example), capacity);
              }),
              py::arg("engine"), py::arg("model"), py::arg("example"), py::arg("capacity"), py::keep_alive<1, 2>())
-        .def("submit", &submit, py::arg("owner"), py::arg("inputs"), py::arg("arrived_at"), py::arg("deadline"))
+        .def("submit", &submit, py::arg("owner"), py::arg("inputs"), py::arg("arrived_at"), py::arg("deadline"),
+             py::arg("announces") = true)
         .def("submit_bytes", &submit_bytes, py::arg("owner"), py::arg("body"), py::arg("arrived_at"),
              py::arg("deadline"))
         .def("announce", &Lane::announce)
-        .def("has_room", &has_room, py::arg("waiting_max"))
+        .def("has_room", &has_room<Lane>, py::arg("waiting_max"))
         .def("cancel", &cancel, py::arg("ticket"))
         .def("started_at", &started_at<Lane>, py::arg("ticket"))
         .def("set_limits", &set_limits<Lane>, py::kw_only(), py::arg("batch_size_max"), py::arg("batch_size_min"),

@@ -172,6 +172,12 @@ int64_t started_at(L& lane, uint64_t ticket) {
     }
 }
 
+// Whether there is a worker and less than `waiting_max` waits for it: the usual question about a request in one call.
+template <class L>
+bool has_room(const L& lane, int64_t waiting_max) {
+    return static_cast<int64_t>(lane.queue_size()) < waiting_max && lane.ready_count() != 0;
+}
+
 template <size_t N>
 py::tuple histogram(const Histogram<N>& histogram) {
     return py::make_tuple(py::cast(histogram.bounds()), py::cast(histogram.counts()), histogram.sum());

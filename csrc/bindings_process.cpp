@@ -133,6 +133,7 @@ void bind_process_lane(py::module_& m) {
              py::arg("engine"), py::arg("capacity"), py::keep_alive<1, 2>())
         .def("submit", &submit_bytes, py::arg("owner"), py::arg("head"), py::arg("body"), py::arg("flags"),
              py::arg("arrived_at"), py::arg("deadline"))
+        .def("has_room", &has_room<ProcessLane>, py::arg("waiting_max"))
         .def("cancel", &ProcessLane::cancel, py::arg("ticket"))
         .def("started_at", &started_at<ProcessLane>, py::arg("ticket"))
         .def("set_limits", &set_limits<ProcessLane>, py::kw_only(), py::arg("batch_size_max"),

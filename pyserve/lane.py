@@ -185,11 +185,9 @@ class Lane:
 
     def _is_admitted(self) -> bool:
         """Whether `_admit` has nothing to look into."""
-        core, settings = self.core, self.settings
-        waiting = self._preparing_count + core.queue_size
-        return bool(
-            waiting < settings.queue_size and core.ready_count and not (self._is_draining or settings.use_job_ticket)
-        )
+        settings = self.settings
+        has_room: bool = self.core.has_room(settings.queue_size - self._preparing_count)
+        return has_room and not (self._is_draining or settings.use_job_ticket)
 
     def _admit(self) -> OverloadedError | None:
         """The one bound, before any work: what may wait, plus what idle workers will take at once."""
