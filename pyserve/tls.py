@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import socket
 import ssl
 import subprocess
@@ -189,7 +190,7 @@ def inspect(key: bytes, chain: bytes, source: str) -> Certificate:
 
 
 def curl_option(config: Config, host: str) -> str:
-    """What ``curl`` needs to trust the server under the name ``host``: ``--cacert FILE``, or ``-k``."""
+    """What ``curl`` needs to trust the server under the name ``host``: ``--cacert FILE``, quoted, or ``-k``."""
     if config.keystore:
         return "-k"
     path = Path(config.self_signed_dir, _CERTIFICATE_FILE) if config.self_signed_dir else _path(config.certificate_file)
@@ -200,7 +201,7 @@ def curl_option(config: Config, host: str) -> str:
         _handshake(context, _client_context(chain), host)
     except (ConfigError, ssl.SSLError):
         return "-k"
-    return f"--cacert {path}"
+    return f"--cacert {shlex.quote(str(path))}"
 
 
 def make_self_signed(folder: Path, hosts: list[str]) -> None:

@@ -179,6 +179,11 @@ class Server:
         finally:
             os.close(process_fd)
 
+    def key(self, scope: str = "management") -> dict[str, str]:
+        """The header that calls need where keys are asked for."""
+        keys = json.loads((self.folder / "key_file.json").read_text())
+        return {"Authorization": f"Bearer {keys[scope]['key']}"}
+
     # --- over the network -----------------------------------------------------------------------------------------
 
     def url(self, name: str = "inference") -> str:

@@ -100,6 +100,15 @@ def test_http_address(text: str, host: str, port: int, shown: str, loopback: boo
     assert Address.parse(str(address), 0) == address
 
 
+def test_tls_addresses_have_ports_of_their_own() -> None:
+    config = load("inference_address=https://h\nmanagement_address=HTTPS://h/\nmetrics_address=https://[::1]")
+    addresses = config.addresses().values()
+    assert [str(each) for each in addresses] == ["https://h:443", "https://h:8444", "https://[::1]:8445"]
+    assert all(each.is_tls and Address.parse(str(each), 0) == each for each in addresses)
+    assert Address.parse("https://0.0.0.0:8443", 80).client_url == "https://127.0.0.1:8443"
+    assert Config.from_json(config.to_json()) == config
+
+
 def test_unix_address_is_loopback_and_short_enough() -> None:
     longest = "/" + "p" * 106
     address = Address.parse(f"unix:{longest}", 80)

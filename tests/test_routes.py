@@ -266,6 +266,10 @@ def test_host_is_not_checked_where_browsers_elsewhere_may_ask(address: Address) 
         ("POST", "http://evil.example", "*", 403),
         ("POST", "https://ui.example", "https://ui.example", 200),
         ("POST", "https://ui.example.evil", "https://ui.example", 403),
+        ("POST", "HTTPS://UI.example", "https://ui.example", 200),
+        ("POST", "http://LOCALHOST:8081", "", 200),
+        ("POST", "http://localhost", "", 403),
+        ("POST", "file://", "", 403),
         ("PUT", "http://evil.example", "", 403),
         ("DELETE", "http://evil.example", "", 403),
         ("GET", "http://evil.example", "", 200),
@@ -295,6 +299,29 @@ def test_cors_headers_are_on_every_answer_unless_set_already() -> None:
         assert headers["access-control-allow-methods"] == "GET, PUT"
         assert headers["access-control-allow-headers"] == "X-A"
     assert "access-control-allow-origin" not in ask(router, "GET", "/own").headers
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "shown", "varies"),
+    [
+        ("*", "http://a.example", "*", False),
+        ("http://a.example", "http://b.example", "http://a.example", False),  # as it stands, as in TorchServe
+        ("http://a.example, http://b.example/", "HTTP://B.example", "http://b.example/", True),
+        ("http://a.example,http://b.example", "http://c.example", "", True),
+        ("http://a.example,http://b.example", "", "", True),
+        ("http://a.example, *", "http://c.example", "http://c.example", True),
+        (" , ", "http://a.example", "", False),
+    ],
+)
+def test_one_of_several_origins_gets_its_own_back(allowed: str, origin: str, shown: str, varies: bool) -> None:
+    rows = [("GET", "/x", echo), ("GET", "/own", lambda exchange: Response(200, headers={"Vary": "Accept"}))]
+    router = Router(rows, cors=Cors(Config(cors_allowed_origin=allowed)))
+    headers = {"Origin": origin} if origin else {}
+    answer = ask(router, "GET", "/x", headers).headers
+    assert answer.get("access-control-allow-origin", "") == shown
+    assert answer.get("vary", "") == ("Origin" if varies else "")
+    kept = {name.lower(): value for name, value in ask(router, "GET", "/own", headers).headers.items()}
+    assert kept["vary"] == ("Accept, Origin" if varies else "Accept")
 
 
 def test_preflight_is_answered_only_where_cors_is_configured() -> None:

@@ -395,6 +395,17 @@ def test_equal_addresses_share_one_socket(tmp_path: Path) -> None:
         listeners.close()
 
 
+def test_one_port_speaks_tls_or_not(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = config_with(
+        tmp_path, inference_address=f"https://127.0.0.1:{port}", management_address=f"http://127.0.0.1:{port}"
+    )
+    with pytest.raises(ConfigError, match="is inference_address too, but one of the two speaks TLS only"):
+        Listeners.open(config)
+    socket.create_server(("127.0.0.1", port)).close()  # nothing stayed open
+
+
 def test_live_unix_socket_and_other_files_are_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as live:
