@@ -109,7 +109,7 @@ class Config:
     private_key_file: str = ""
     certificate_file: str = ""
     keystore: str = ""
-    keystore_pass: str = "changeit"
+    keystore_pass: str = field(default="changeit", repr=False)
     keystore_type: str = "PKCS12"
     enable_grpc: str = "auto"
     enable_grpc_ssl: bool = False

@@ -246,6 +246,9 @@ MODEL_KEYS = {
     "max_workers": "maxWorkers", "response_timeout": "responseTimeout", "startup_timeout": "startupTimeout",
 }
 
+# Shown to nobody.
+SECRET_KEYS = frozenset({"keystore_pass"})
+
 # Not for the file: what a command asks for.
 FLAG_ONLY = frozenset({"watch"})
 

@@ -14,13 +14,14 @@ import yaml
 from pyserve import console
 from pyserve.archive import open_archive
 from pyserve.config import Config, MissingStoreError, check_config, check_keys, read_config
-from pyserve.config_keys import FLAG_ONLY, KINDS
+from pyserve.config_keys import FLAG_ONLY, KINDS, SECRET_KEYS
 from pyserve.errors import ConfigError, JsonObject, ServeError
 from pyserve.model_config import ModelConfig, config_lines
 from pyserve.model_settings import BLOCK_KEYS, YAML_ATTRIBUTES, ModelSettings, first_settings, first_workers
 from pyserve.model_source import ModelSource
 
 VALUE_SHOWN_MAX = 60
+HIDDEN = "(hidden)"
 # Attribute of ModelSettings -> the server-wide key that is its default.
 _SERVER_KEYS = {
     "response_timeout_s": "default_response_timeout",
@@ -112,13 +113,17 @@ def config_command(overrides: Mapping[str, tuple[str, str]], parsed: argparse.Na
 
 
 def server_rows(config: Config) -> list[Row]:
-    """All settings under their names in config.properties."""
+    """All settings under their names in config.properties; of the secret ones, whether they are set."""
     values = config.to_json()
+    values |= {key: HIDDEN for key in SECRET_KEYS if config.origin[key] != "default"}
     return [
-        Row(key, values[key], config.origin[key], [(place, text) for place, text in config.overridden.get(key, [])])
+        Row(
+            key, values[key], config.origin[key],
+            [(place, HIDDEN if key in SECRET_KEYS else text) for place, text in config.overridden.get(key, [])],
+        )
         for key in KINDS
         if key not in FLAG_ONLY
-    ]
+    ]  # fmt: skip
 
 
 def model_report(config: Config, source: ModelSource) -> ModelReport:

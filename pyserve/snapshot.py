@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pyserve import __version__
 from pyserve.config import Config
-from pyserve.config_keys import FLAG_ONLY, KINDS
+from pyserve.config_keys import FLAG_ONLY, KINDS, SECRET_KEYS
 from pyserve.errors import JsonObject
 from pyserve.properties import format_properties, parse_properties
 from pyserve.snapshot_models import SavedModel, SnapshotError, check_complete, saved_models
@@ -34,7 +34,7 @@ SNAPSHOT_SIZE_MAX = 64 << 20
 """Bytes; a larger file is not read."""
 
 # How a server was started is not for the next one, and a snapshot lies where logs lie.
-_LEFT_OUT = FLAG_ONLY | {"keystore_pass", "model_snapshot", "restore"}
+_LEFT_OUT = FLAG_ONLY | SECRET_KEYS | {"model_snapshot", "restore"}
 _NAME = re.compile(r"([0-9]{17})-(startup|snapshot|shutdown)\.cfg", re.ASCII)
 _DRAFT_PREFIX = ".snapshot-"
 _DRAFT_AGE_MAX_S = 60.0

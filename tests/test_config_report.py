@@ -104,3 +104,11 @@ def test_without_a_store_all_is_shown_with_a_note(capsys: pytest.CaptureFixture[
 
 def test_store_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert report(capsys, "--model-store", "nowhere", code=1)["problem"].startswith("--model-store directory not found")
+
+
+def test_secret_values_are_not_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.properties").write_text("keystore_pass=sesame-1\nkeystore_pass=sesame-2\n")
+    for form in ((), ("--json",)):
+        assert cli.main(["config", "--model-store", "store", *form]) == 0
+        told = capsys.readouterr()
+        assert "sesame" not in told.out + told.err and "(hidden)" in told.out
