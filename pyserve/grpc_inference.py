@@ -45,7 +45,7 @@ class InferenceService:
     def service(self) -> Service:
         """Its table."""
         methods = (
-            Method("Ping", self.ping, _Empty),
+            Method("Ping", self.ping, _Empty, is_open=True),
             Method("Predictions", self.predictions, _Request),
             Method("StreamPredictions", self.stream_predictions, _Request, tells_many=True),
             Method("StreamPredictions2", self.stream_predictions_2, _Request, tells_many=True, asks_many=True),

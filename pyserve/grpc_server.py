@@ -108,6 +108,8 @@ class GrpcServer:
         """Begins to answer on one listener."""
         for service in services:
             listener.server.add_generic_rpc_handlers((dispatcher.handler(service),))
+            for method in service.methods:
+                _add_file(method.request.DESCRIPTOR.file)
         _add_reflection(listener.server, [service.name for service in services])
         await listener.server.start()
 

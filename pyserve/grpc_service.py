@@ -34,6 +34,7 @@ class Method(NamedTuple):
         run: ``async run(call, message) -> message``; with ``tells_many`` an async generator; with ``asks_many`` it gets
             an async iterator of messages.
         request: the class of its request.
+        is_open: it needs no token, whatever its service's others need.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Method(NamedTuple):
     request: Any
     tells_many: bool = False
     asks_many: bool = False
+    is_open: bool = False
 
 
 class Service(NamedTuple):
@@ -131,7 +133,7 @@ class Dispatcher:
             call = Call(context, path)
             with _Observed(self, call, service, 0) as observed:
                 try:
-                    self._check_token(call, service)
+                    self._check_token(call, service, method)
                     messages = self._read_all(call, method, requests)
                     async for answer in method.run(call, messages):
                         yield answer.SerializeToString()
@@ -153,7 +155,7 @@ class Dispatcher:
         if self.streams.is_draining:
             raise _draining()
         self._check_size(len(raw))
-        self._check_token(call, service)
+        self._check_token(call, service, method)
         return _parse(method, raw)
 
     def _check_size(self, size: int) -> None:
@@ -164,9 +166,9 @@ class Dispatcher:
                 detail={"max_request_size": self._size_max, "request_size": size},
             )
 
-    def _check_token(self, call: Call, service: Service) -> None:
+    def _check_token(self, call: Call, service: Service, method: Method) -> None:
         tokens = self._services.tokens
-        if tokens is not None and service.scope is not None:
+        if tokens is not None and service.scope is not None and not method.is_open:
             tokens.check(service.scope, call.authorization)  # type: ignore[arg-type]
 
     # --- after ----------------------------------------------------------------------------------------------------
