@@ -44,9 +44,9 @@ class Watched:
         try:
             self.renew()
         except ConfigError as error:
-            log.error("%s changed and cannot be used, what was read before stays: %s", names, error)
+            log.error("changed, but cannot be used, so that what was read before stays: %s: %s", names, error)
         else:
-            log.info("%s changed and was read again", names)
+            log.info("read again, because it changed: %s", names)
 
 
 def watched(config: Config, context: ssl.SSLContext | None, tokens: Tokens | None) -> list[Watched]:
