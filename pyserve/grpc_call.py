@@ -16,13 +16,13 @@ from pyserve.errors import HandlerError, TooLargeError
 from pyserve.http1_answer import new_id
 from pyserve.http1_exchange import Exchange, Part
 from pyserve.http1_head import REQUEST_ID
-from pyserve.messages import Headers, Request, Response
+from pyserve.messages import TIMING_HEADERS, Headers, Request, Response
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
-# What of a call's metadata a handler sees as headers: the trace that it is part of.
-FORWARDED_KEYS = ("traceparent", "tracestate")
+# What of a call's metadata is a header of its requests: the trace that it is part of, and what it asks about time.
+FORWARDED_KEYS = frozenset({"traceparent", "tracestate"}) | TIMING_HEADERS
 # Bytes of a streamed answer that wait for a client that does not read them; as in HTTP.
 STREAM_BACKLOG_MAX = 4 << 20
 # Of one stream of requests: how many may be under way.
@@ -42,10 +42,14 @@ class Call:
         arrived_at: ns of ``time.monotonic_ns()``.
         headers: what handlers see of the metadata.
         authorization: of the metadata; ``""`` if there is none.
+        has_timing: it asks something about time.
         is_counted: a model counts its answer in the metrics.
+        told: metadata that goes with the answer.
     """
 
-    __slots__ = ("arrived_at", "authorization", "context", "headers", "id", "is_counted", "path")
+    __slots__ = (
+        "arrived_at", "authorization", "context", "has_timing", "headers", "id", "is_counted", "path", "told",
+    )  # fmt: skip
 
     def __init__(self, context: Any, path: str):
         self.context = context
@@ -53,7 +57,8 @@ class Call:
         self.arrived_at = time.monotonic_ns()
         self.id = ""
         self.authorization = ""
-        self.is_counted = False
+        self.is_counted = self.has_timing = False
+        self.told: Headers = []
         self.headers: Headers = []
         for key, value in context.invocation_metadata() or ():
             if key == REQUEST_ID_KEY:
@@ -62,6 +67,7 @@ class Call:
                 self.authorization = value
             elif key in FORWARDED_KEYS and "\n" not in value:
                 self.headers.append((key, value))
+                self.has_timing = self.has_timing or key in TIMING_HEADERS
         self.id = self.id or new_id()
 
     @property
@@ -79,6 +85,7 @@ class Call:
             "POST", self.path, query=query, headers=self.headers + (headers or []), body=body, client=self.client,
             id=id or self.id, arrived_at=time.monotonic_ns() if is_new else self.arrived_at,
         )  # fmt: skip
+        request.has_timing = self.has_timing
         if remaining_s is not None:
             request.deadline = time.monotonic_ns() + max(1, int(remaining_s * 1e9))
             request.has_timing = True

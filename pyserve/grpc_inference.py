@@ -21,6 +21,7 @@ from pyserve.inference import Inference
 from pyserve.messages import ErrorFormat, Headers
 from pyserve.registry import Registry
 from pyserve.sequence_lane import SEQUENCE_PREFIX
+from pyserve.stages import ANSWER_HEADER
 
 _Request = message(f"{INFERENCE}.PredictionsRequest")
 _Response = message(f"{INFERENCE}.PredictionResponse")
@@ -59,8 +60,10 @@ class InferenceService:
 
     async def predictions(self, call: Call, message: Any) -> Any:
         """One request, one answer."""
-        prediction = self._begin(call, message, self._sequence_headers(message))
-        return _Response(prediction=bytes((await prediction.answer()).body))
+        response = await self._begin(call, message, self._sequence_headers(message)).answer()
+        if ANSWER_HEADER in response.headers:
+            call.told.append((ANSWER_HEADER.lower(), response.headers[ANSWER_HEADER]))
+        return _Response(prediction=bytes(response.body))
 
     async def stream_predictions(self, call: Call, message: Any) -> AsyncIterator[Any]:
         """One request, its answer in the parts that the handler makes; of one that makes none in one."""

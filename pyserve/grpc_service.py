@@ -106,7 +106,7 @@ class Dispatcher:
                     answer: bytes = (await method.run(call, message)).SerializeToString()
                     if len(answer) > CLIENT_SIZE_DEFAULT:
                         await self._hint(call, len(answer))
-                    context.set_trailing_metadata(((REQUEST_ID_KEY, call.id),))
+                    context.set_trailing_metadata(((REQUEST_ID_KEY, call.id), *call.told))
                     return answer
                 except Exception as error:
                     await observed.fail(error)

@@ -131,6 +131,19 @@ def test_of_the_metadata_the_trace_reaches_the_handler_and_the_id_comes_back(cli
     assert dict(ended.trailing_metadata())["x-request-id"] == "mine-1"
 
 
+def test_the_stages_of_an_answer_are_told_if_the_client_asks(client: Stub) -> None:
+    call, request = client.method("Predictions")
+    for model in ("linear", "echo"):
+        asked = request(model_name=model, input={"data": numbers(0, 0, 0, 0)})
+        _, ended = call.with_call(asked, metadata=(("x-server-timing", "1"),), timeout=LIMIT_S)
+        told = dict(ended.trailing_metadata())["server-timing"]
+        assert "queue;dur=" in told and "total;dur=" in told
+        _, ended = call.with_call(asked, timeout=LIMIT_S)
+        assert "server-timing" not in dict(ended.trailing_metadata())
+    error = refused(client.Predictions, model_name="linear", metadata=(("x-request-timeout-ms", "soon"),))
+    assert error.code() == Code.INVALID_ARGUMENT and "x-request-timeout-ms" in error.details()
+
+
 @pytest.mark.parametrize(("model", "inputs", "code", "first", "second"), [
     ("", {}, Code.INTERNAL, "Parameter model_name is required.", "BadRequestException.()"),
     ("none", {}, Code.INTERNAL, "Model not found: none", "org.pytorch.serve.archive.model.ModelNotFoundException"),
