@@ -19,16 +19,15 @@ def client_deadline(request: Request) -> int:
     Raises:
         BadRequestError: the header's value is no whole number of milliseconds in the allowed range.
     """
-    if request.deadline:
-        return request.deadline
     text = request.header(TIMEOUT_HEADER)
     if not text:
         if any(name.lower() == TIMEOUT_HEADER for name, _ in request.headers):
             raise _refusal(text)
-        return 0
+        return request.deadline
     if not (text.isascii() and text.isdigit()) or len(text) > 20 or not 1 <= int(text) <= TIMEOUT_MAX_MS:
         raise _refusal(text)
-    return request.arrived_at + int(text) * 1_000_000
+    limit = request.arrived_at + int(text) * 1_000_000
+    return min(limit, request.deadline) if request.deadline else limit
 
 
 def _refusal(text: str) -> BadRequestError:

@@ -155,6 +155,12 @@ class Dispatcher:
         if self.streams.is_draining:
             raise _draining()
         self._check_size(len(raw))
+        if self._budget.size > self._budget.size_max:
+            raise OverloadedError(
+                "The server holds as many request bodies as it may; retry later.",
+                detail={"reason": "body budget", "body_budget_size": self._budget.size_max},
+                headers={"Retry-After": "1"},
+            )
         self._check_token(call, service, method)
         return _parse(method, raw)
 

@@ -45,6 +45,8 @@ _BY_HTTP_STATUS = {
     503: Code.UNAVAILABLE,
     504: Code.DEADLINE_EXCEEDED,
 }
+# Of refusals that TorchServe does not have.
+_OWN_REASONS = ("draining", "body budget")
 _JAVA_NAMES = {
     "ModelNotFoundException": "org.pytorch.serve.archive.model.ModelNotFoundException",
     "ModelVersionNotFoundException": "org.pytorch.serve.archive.model.ModelVersionNotFoundException",
@@ -88,7 +90,7 @@ def judge_prediction(error: ServeError) -> Verdict:
     if isinstance(error, MissingParameterError):
         return Verdict(Code.INTERNAL, "BadRequestException.()")
     if isinstance(error, OverloadedError) and not isinstance(error, ExpiredError):
-        if error.detail.get("reason") != "draining":
+        if error.detail.get("reason") not in _OWN_REASONS:
             return Verdict(Code.INTERNAL, "InternalServerException.()")
     elif error.type == "InternalServerException":
         return Verdict(code_of(error.status), _JAVA_NAMES[error.type])
