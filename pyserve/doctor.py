@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyserve import pid_file, versions
+from pyserve import pid_file, tls, versions
 from pyserve.address import Address
 from pyserve.archive import Archive
 from pyserve.archive_cache import open_cache
 from pyserve.config import Config, read_config
 from pyserve.cpu_budget import cpu_budget
 from pyserve.errors import ConfigError, ServeError
+from pyserve.tokens import KEY_FILE, guarded_scopes, read_keys
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 OPTIONAL = {
@@ -79,6 +80,7 @@ def all_checks(archive: Path | None, ts_config: str | None) -> Iterator[Check]:
         yield Check(WARN, "configuration", warning)
     yield from _folders(config)
     yield from _addresses(config)
+    yield from _strangers(config)
     yield from _packages()
     if archive is not None:
         yield from _archive(archive, ts_config)
@@ -258,6 +260,34 @@ def _addresses(config: Config) -> Iterator[Check]:
     if is_container() and address.is_loopback and not address.is_unix:
         yield Check(WARN, "container", f"listening on {address.host} inside a container: not reachable from outside",
                     f"set inference_address=http://0.0.0.0:{address.port}")  # fmt: skip
+
+
+def _strangers(config: Config) -> Iterator[Check]:
+    """What keeps them out: certificates and keys."""
+    if tls.is_wanted(config) and not tls.has_certificate(config):
+        yield Check(WARN, "certificate", "none is given: one is made at start, which clients cannot check",
+                    "set private_key_file and certificate_file, or keystore")  # fmt: skip
+    elif tls.is_wanted(config):
+        try:
+            kind, text = tls.examine(config)
+            yield Check(PASS if kind == "note" else WARN, "certificate", text)
+        except ConfigError as error:
+            yield Check(FAIL, "certificate", error.message)
+    scopes = " and ".join(sorted(guarded_scopes(config)))
+    if config.token_file:
+        try:
+            read_keys(Path(config.token_file))
+            yield Check(PASS, "keys", f"in {config.token_file}")
+        except ConfigError as error:
+            yield Check(FAIL, "keys", error.message)
+    elif scopes and not _is_writable(Path.cwd()):
+        yield Check(FAIL, "keys", f"{scopes} calls need keys, and {Path.cwd()} cannot be written",
+                    "start in another folder, or set token_file, or disable_token_authorization=true")  # fmt: skip
+    elif scopes:
+        yield Check(PASS, "keys", f"{scopes} calls will need keys, written to {Path.cwd() / KEY_FILE}")
+    elif not config.management_is_local:
+        yield Check(WARN, "keys", "management is not on loopback and needs no key: who reaches it can change models",
+                    "leave out disable_token_authorization")  # fmt: skip
 
 
 def _cannot_listen(address: Address) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
@@ -41,7 +40,7 @@ from pyserve.services import Services
 from pyserve.snapshot import SnapshotFolder, snapshot_folder
 from pyserve.spans import open_tracer
 from pyserve.spawner import Spawner
-from pyserve.tls import curl_option, server_context
+from pyserve.tls import curl_target, server_context
 from pyserve.tokens import Tokens
 from pyserve.trace import Tracing
 
@@ -247,14 +246,15 @@ class Site:
         """The command up to the path, for a client on this machine."""
         config, tokens = self._start.config, self._services.tokens
         address = config.inference_address
-        words = ["curl"]
+        words, url = ["curl"], address.client_url
         if address.is_unix:
-            words += ["--unix-socket", shlex.quote(address.path)]
+            words, url = ["curl", "--unix-socket", shlex.quote(address.path)], "http://localhost"
         elif address.is_tls:
-            words.append(curl_option(config, urlsplit(address.client_url).hostname or ""))
+            url, option = curl_target(config, address)
+            words.append(option)
         if tokens is not None and tokens.guards("inference"):
             words.append('-H "Authorization: Bearer KEY"')
-        return " ".join([*words, "http://localhost" if address.is_unix else address.client_url])
+        return " ".join([*words, url])
 
     async def drain(self) -> None:
         """In this order: no new connections, answer what was accepted, stop the models."""

@@ -13,15 +13,19 @@ import shlex
 import socket
 import ssl
 import subprocess
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from pyserve.address import Address
 from pyserve.config import Config
 from pyserve.errors import ConfigError
 
 FILE_SIZE_MAX = 1 << 20
 SELF_SIGNED_DAYS = 825
+EXPIRES_SOON_DAYS = 14
 OPENSSL_TIMEOUT_S = 30
 WILDCARDS = ("0.0.0.0", "::")
 _KEY_FILE, _CERTIFICATE_FILE = "key.pem", "certificate.pem"
@@ -63,7 +67,7 @@ def prepare(config: Config, folder: Path) -> list[tuple[str, str]]:
     if not is_wanted(config):
         return []
     said = []
-    if not (config.keystore or config.private_key_file or config.certificate_file):
+    if not has_certificate(config):
         config.self_signed_dir = str(folder)
         hosts = [each.host for each in config.addresses().values()]
         make_self_signed(folder, [each for each in hosts if each not in ("", *WILDCARDS)])
@@ -72,10 +76,28 @@ def prepare(config: Config, folder: Path) -> list[tuple[str, str]]:
             "TLS with a certificate that was made just now and that no client can check (curl needs -k); "
             "give one by private_key_file and certificate_file, or by keystore",
         ))
-    key, chain = key_and_chain_pem(config)
-    certificate = inspect(key, chain, sources(config))
+    return [*said, examine(config)]
+
+
+def has_certificate(config: Config) -> bool:
+    """Whether one is configured, so that none has to be made."""
+    return bool(config.keystore or config.private_key_file or config.certificate_file)
+
+
+def examine(config: Config) -> tuple[str, str]:
+    """Tries key and certificate.
+
+    Returns:
+        ``note``, or ``warning`` if it is valid for a short time only; and a line that says what it is.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    certificate = inspect(*key_and_chain_pem(config), sources(config))
+    days_left = (ssl.cert_time_to_seconds(certificate.not_after) - time.time()) / 86_400
     names = ", ".join(certificate.names) or "no name"
-    return [*said, ("note", f"TLS: a certificate for {names}, valid until {certificate.not_after}")]
+    kind = "note" if days_left > EXPIRES_SOON_DAYS else "warning"
+    return kind, f"TLS: a certificate for {names}, valid until {certificate.not_after}"
 
 
 def server_context(config: Config) -> ssl.SSLContext:
@@ -189,19 +211,32 @@ def inspect(key: bytes, chain: bytes, source: str) -> Certificate:
     return Certificate(tuple(name for _, name in told.get("subjectAltName", ())), told.get("notAfter", ""))
 
 
-def curl_option(config: Config, host: str) -> str:
-    """What ``curl`` needs to trust the server under the name ``host``: ``--cacert FILE``, quoted, or ``-k``."""
-    if config.keystore:
-        return "-k"
-    path = Path(config.self_signed_dir, _CERTIFICATE_FILE) if config.self_signed_dir else _path(config.certificate_file)
+def curl_target(config: Config, address: Address) -> tuple[str, str]:
+    """The URL by which ``curl`` on this machine reaches the server, and what it needs to trust it: ``--cacert FILE``,
+    quoted, or ``-k``.
+    """
+    hosts = [urlsplit(address.client_url).hostname or ""]
+    if address.is_loopback or address.host in WILDCARDS:
+        hosts.append("localhost")
+    if not config.keystore:
+        folder = config.self_signed_dir
+        path = Path(folder, _CERTIFICATE_FILE) if folder else _path(config.certificate_file)
+        for host in hosts:
+            if _is_trusted(config, host):
+                return str(replace(address, host=host)), f"--cacert {shlex.quote(str(path))}"
+    return address.client_url, "-k"
+
+
+def _is_trusted(config: Config, host: str) -> bool:
+    """Whether a client that trusts the certificate file accepts it for ``host``."""
     try:
         key, chain = key_and_chain_pem(config)
         context = _bare_context()
         load(context, key, chain, "")
         _handshake(context, _client_context(chain), host)
     except (ConfigError, ssl.SSLError):
-        return "-k"
-    return f"--cacert {shlex.quote(str(path))}"
+        return False
+    return True
 
 
 def make_self_signed(folder: Path, hosts: list[str]) -> None:

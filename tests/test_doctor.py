@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from pyserve import cli, doctor, versions
+from pyserve.config import read_config
+from tests import certificates
 from tests.handler_archives import ECHO, write_handler
 
 FREE = "inference_address=http://127.0.0.1:0\nmanagement_address=http://127.0.0.1:0\nmetrics_address=http://127.0.0.1:0\n"
@@ -135,3 +137,27 @@ def test_least_memory_limit_of_all_groups_counts(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert doctor.memory_limit(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ("", ""),
+        ("inference_address=https://127.0.0.1:0\n", "WARN certificate none is given: one is made at start"),
+        ("inference_address=https://127.0.0.1:0\ncertificate_file=server.pem\n",
+         "FAIL certificate certificate_file (config.properties:5) is set without private_key_file"),
+        ("inference_address=https://127.0.0.1:0\ncertificate_file=server.pem\nprivate_key_file=server.key\n",
+         "PASS certificate TLS: a certificate for localhost, 127.0.0.1, valid until"),
+        ("management_address=http://0.0.0.0:0\n", "PASS keys management calls will need keys, written to"),
+        ("management_address=http://0.0.0.0:0\ndisable_token_authorization=true\n",
+         "WARN keys management is not on loopback and needs no key"),
+        ("token_file=absent\n", "FAIL keys the file of keys absent cannot be read: No such file or directory"),
+        ("token_file=keys\n", "PASS keys in keys"),
+    ],
+)  # fmt: skip
+def test_what_keeps_strangers_out(folder: Path, settings: str, line: str) -> None:
+    certificates.self_signed(folder)
+    (folder / "keys").write_text("a-key-of-some-length\n")
+    (folder / "config.properties").write_text(FREE + settings)
+    told = [f"{each.level} {each.name} {each.text}" for each in doctor._strangers(read_config())]
+    assert told[0].startswith(line) if line else not told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,9 +180,30 @@ def test_nothing_is_made_or_read_where_no_port_speaks_tls(tmp_path: Path) -> Non
     assert tls.prepare(Config(enable_grpc_ssl=True), tmp_path)
 
 
-@pytest.mark.parametrize(("host", "trusted"), [("localhost", True), ("127.0.0.1", True), ("models.example", False)])
-def test_curl_is_told_how_to_trust_the_server(pair: Pair, host: str, trusted: bool) -> None:
-    assert tls.curl_option(config_for(pair), host) == (f"--cacert {pair.certificate}" if trusted else "-k")
+@pytest.mark.parametrize(
+    ("listening", "host", "url", "trusted"),
+    [
+        ("127.0.0.1", "localhost", "https://127.0.0.1:8443", True),
+        ("0.0.0.0", "localhost", "https://127.0.0.1:8443", True),
+        ("models.example", "models.example", "https://models.example:8443", True),
+        ("models.example", "localhost", "https://models.example:8443", False),
+        ("10.1.2.3", "localhost", "https://10.1.2.3:8443", False),
+        ("::1", "localhost", "https://localhost:8443", True),
+        ("::", "models.example", "https://[::1]:8443", False),
+    ],
+)
+def test_curl_is_told_how_to_trust_the_server(
+    tmp_path: Path, listening: str, host: str, url: str, trusted: bool
+) -> None:
+    pair = certificates.self_signed(tmp_path, host=host)
+    told = tls.curl_target(config_for(pair), Address(listening, 8443, is_tls=True))
+    assert told == (url, f"--cacert {pair.certificate}" if trusted else "-k")
+
+
+def test_certificate_that_ends_soon_is_warned_of(tmp_path: Path) -> None:
+    soon = time.strftime("%Y%m%d%H%M%SZ", time.gmtime(time.time() + 86_400))
+    [(kind, text)] = tls.prepare(config_for(certificates.dated(tmp_path, "soon", "20200101000000Z", soon)), tmp_path)
+    assert kind == "warning" and "valid until" in text
 
 
 def test_renewed_certificate_is_taken_on_and_a_broken_one_is_not(tmp_path: Path) -> None:
