@@ -197,19 +197,7 @@ class ArchiveSources:
 
     def _transfer(self, url: ArchiveUrl, store: Path, name: str, abort: Abort, in_use: Collection[Path]) -> Path:
         """Fetches ``url`` and returns where it lies. In a thread."""
-        is_cached = False
-        try:
-            transfer = Transfer(store, name, self._limits, abort)
-        except OSError as error:
-            if error.errno not in _READ_ONLY:
-                raise TransferError(f"it cannot be kept in the model store: {error.strerror}") from None
-            folder = _downloads() / hashlib.sha256(url.base.encode()).hexdigest()[:16]
-            if folder / name in in_use:
-                raise ExistsError from None
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            log.warning("the model store is read-only; keeping %s in %s", name, folder)
-            is_cached = True
-            transfer = Transfer(folder, name, self._limits, abort)
+        transfer, replaces = self._begin(url, store, name, abort, in_use)
         with transfer:
             if url.scheme in WEB_SCHEMES:
                 fetch_http(url, self._allowed, self._network, transfer)
@@ -217,9 +205,31 @@ class ArchiveSources:
                 fetch_object(url, transfer)
             else:
                 _copy(url, self._allowed, transfer)
-            transfer.commit(replaces=is_cached)
+            transfer.commit(replaces=replaces)
         log.info("fetched %s: %d bytes", url.base, transfer.size)
         return transfer.target
+
+    def _begin(
+        self, url: ArchiveUrl, store: Path, name: str, abort: Abort, in_use: Collection[Path]
+    ) -> tuple[Transfer, bool]:
+        """A transfer into the store, or into the cache if that is read-only; and whether it replaces what is there."""
+        try:
+            return Transfer(store, name, self._limits, abort), False
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise TransferError(f"it cannot be kept in the model store: {error.strerror}") from None
+        folder = _downloads() / hashlib.sha256(url.base.encode()).hexdigest()[:16]
+        if folder / name in in_use:
+            raise ExistsError
+        log.warning("the model store is read-only; keeping %s in %s", name, folder)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return Transfer(folder, name, self._limits, abort), True
+        except OSError as error:
+            raise TransferError(
+                f"the model store is read-only, and the cache cannot be written: {error.strerror}",
+                mend="set PYSERVE_CACHE to a folder that can be written",
+            ) from None
 
 
 def _downloads() -> Path:
@@ -249,7 +259,7 @@ def _copy(url: ArchiveUrl, allowed: AllowedUrls, transfer: Transfer) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise TransferError(f"the file cannot be opened: {reason}") from None
-    with open(descriptor, "rb", buffering=0) as file:
+    try:
         real = os.readlink(f"/proc/self/fd/{descriptor}")
         if not allowed.match(ArchiveUrl("file", "", 0, quote(real, safe="/!$&'()*+,;=:@~"))):
             raise TransferError("it is a link to a place that allowed_urls does not allow", is_refused=True)
@@ -257,8 +267,12 @@ def _copy(url: ArchiveUrl, allowed: AllowedUrls, transfer: Transfer) -> None:
         if not stat.S_ISREG(status.st_mode):
             raise TransferError("it is not a regular file; give an archive")
         transfer.expect(status.st_size)
-        while chunk := file.read(CHUNK_SIZE):
+        while chunk := os.read(descriptor, CHUNK_SIZE):
             transfer.write(chunk)
+    except OSError as error:
+        raise TransferError(f"the file cannot be read: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
 
 
 async def obtain_at_start(

@@ -137,7 +137,7 @@ def parse_url(text: str) -> ArchiveUrl:
             is_refused=unusual[0] == "\\" or _UNUSUAL.search(authority) is not None,
         )
     if fragment is not None:
-        raise UrlError("has a fragment (#...)")
+        raise UrlError("has a fragment (#...)", is_refused=True)
     if "@" in authority:
         raise UrlError("holds a user name or password; give the host alone", is_refused=True)
     path = _normal_path(path)
