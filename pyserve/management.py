@@ -246,6 +246,7 @@ class Management:
         Args:
             changed: settings of the same call, old and new; they are taken back when the workers cannot be had.
         """
+        await model.loaded()
         try:
             return await model.scale(*workers)
         except (ModelLoadError, OutOfMemoryError) as error:

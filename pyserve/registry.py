@@ -127,6 +127,7 @@ class Registry:
             await loading
         else:
             self._keep(asyncio.get_running_loop().create_task(loading), f"registering {source.url}")
+            await asyncio.sleep(0)  # it has begun, and whoever asks for the model from now on can wait for that
         return model
 
     async def _finish_register(self, model: Model, *, stays: bool) -> None:

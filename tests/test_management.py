@@ -70,6 +70,9 @@ class FakeModel:
         self.scalings: list[tuple[int, int]] = []
         self.measured: dict[str, Any] = {}
 
+    async def loaded(self) -> None:
+        pass
+
     async def describe_handler(self) -> Any:
         if isinstance(self.told, ServeError):
             raise self.told
