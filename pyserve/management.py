@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +54,13 @@ class Management:
     Args:
         registry: the models.
         config: ``model_store``, ``enable_model_api``, ``compat`` and time limits are read.
+        neighbours: patterns of what else the listener answers that belongs to this API, for its description.
     """
 
-    def __init__(self, registry: Registry, config: Config, *, tells_errors: bool = True):
+    def __init__(
+        self, registry: Registry, config: Config, *, tells_errors: bool = True, neighbours: Iterable[str] = ()
+    ):  # fmt: skip
+        self._neighbours = frozenset(neighbours)
         self._tells_errors = tells_errors
         self._registry = registry
         self._config = config
@@ -88,7 +92,7 @@ class Management:
 
     def describe_api(self, exchange: Exchange) -> Response:
         """``OPTIONS /``."""
-        return json_response(openapi.management_api({pattern for _, pattern, _ in self.routes()}))
+        return json_response(openapi.management_api({pattern for _, pattern, _ in self.routes()} | self._neighbours))
 
     def describe_model_api(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
         """``OPTIONS /models/{m}[/{v}]``."""

@@ -28,11 +28,13 @@ LSP_HANDLERS = ("BaseHandler", "TorchScriptHandler")  # of TorchServe's C++ back
 RUNTIMES = ("python", "python3", "LSP")
 DEFAULT_VERSION = "1.0"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*\Z")
-_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.+]*\Z")
+MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_\-.]*"
+_NAME = re.compile(MODEL_NAME_PATTERN + r"\Z")
+VERSION_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_\-.+]*"
+_VERSION = re.compile(VERSION_PATTERN + r"\Z")
 _FUNCTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-.]*\Z")
-_NAME_SIZE_MAX = 255
+NAME_SIZE_MAX = 255
 _RESERVED = "all"  # /models/{name}/all lists every version
 
 _TOP_KEYS = frozenset({"createdOn", "runtime", "model", "archiverVersion"})
@@ -49,17 +51,17 @@ _HOW_TO_MAKE = (
 
 def check_model_name(name: str, label: str = "model name") -> str:
     """``name`` itself; raises InvalidModelError unless it can stand in a URL and a file name."""
-    if not _NAME.match(name) or len(name) > _NAME_SIZE_MAX or name.lower() == _RESERVED:
+    if not _NAME.match(name) or len(name) > NAME_SIZE_MAX or name.lower() == _RESERVED:
         refuse(label, f"modelName {shown(name)} cannot be used: it must begin with a letter or digit, hold only "
-               f"letters, digits, '_', '-' and '.', have at most {_NAME_SIZE_MAX} of them, and not be '{_RESERVED}'")
+               f"letters, digits, '_', '-' and '.', have at most {NAME_SIZE_MAX} of them, and not be '{_RESERVED}'")
     return name
 
 
 def check_model_version(version: str, label: str = "model version") -> str:
     """``version`` itself; raises InvalidModelError unless it can stand in a URL and a file name."""
-    if not _VERSION.match(version) or len(version) > _NAME_SIZE_MAX or version.lower() == _RESERVED:
+    if not _VERSION.match(version) or len(version) > NAME_SIZE_MAX or version.lower() == _RESERVED:
         refuse(label, f"modelVersion {shown(version)} cannot be used: it must begin with a letter or digit, hold only "
-               f"letters, digits, '_', '-', '.', '+', have at most {_NAME_SIZE_MAX} of them, and not be '{_RESERVED}'")
+               f"letters, digits, '_', '-', '.', '+', have at most {NAME_SIZE_MAX} of them, and not be '{_RESERVED}'")
     return version
 
 

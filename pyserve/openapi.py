@@ -11,21 +11,28 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pyserve import __version__, parameters
+from pyserve import openapi_schemas as schemas
 from pyserve.errors import JsonObject
+from pyserve.openapi_schemas import ANYTHING, FLAG, JSON, TEXT, array, record, reference
 from pyserve.parameters import Parameter
 
 TITLE = "TorchServe APIs"  # what TorchServe's clients look for
-_JSON = "application/json"
 _ERRORS = {
-    400: "A parameter or the input cannot be used; the message says which and why.",
+    400: "A parameter, a header or the input cannot be used; the message says which and why.",
+    401: "A key is needed, and this is none.",
     403: "Refused.",
     404: "There is no such model or version.",
     405: "This listener does not do that.",
-    409: "This version of the model is registered already.",
+    408: "It is not gone yet; it goes on.",
+    409: "This version of the model is registered already, or another call is changing it.",
+    413: "The body or the form is too large; the message names the limit.",
+    415: "The body is of a kind that is not taken.",
     500: "The model cannot be loaded or failed.",
-    503: "The model cannot take the request now; detail.reason says why.",
-    504: "The model ran past its time limit.",
+    503: "The model cannot take the request now, or its handler failed; detail says why.",
+    504: "The model ran past its time limit, or the client's.",
+    507: "Out of memory.",
 }
+_HTTP_ERRORS = "What HTTP itself refuses: 400, 408, 411, 413, 414, 415, 417, 431, 501, 503, 505."
 
 
 class Operation(NamedTuple):
@@ -40,6 +47,10 @@ class Operation(NamedTuple):
         errors: statuses answered with the error body.
         query: parameters of the query.
         body: media type to schema of the request body.
+        headers: Parameter Objects of request headers.
+        may_set_status: the handler may answer with any status and body.
+        is_open: no key is ever needed.
+        is_old: kept for old clients.
     """
 
     method: str
@@ -50,103 +61,74 @@ class Operation(NamedTuple):
     errors: tuple[int, ...] = ()
     query: Iterable[Parameter] = ()
     body: JsonObject | None = None
+    headers: tuple[JsonObject, ...] = (schemas.REQUEST_ID,)
+    may_set_status: bool = False
+    is_open: bool = False
+    is_old: bool = False
 
 
-def _object(**properties: JsonObject) -> JsonObject:
-    return {"type": "object", "properties": properties}
-
-
-def _array(items: JsonObject) -> JsonObject:
-    return {"type": "array", "items": items}
-
-
-_TEXT: JsonObject = {"type": "string"}
-_COUNT: JsonObject = {"type": "integer"}
-_FLAG: JsonObject = {"type": "boolean"}
-_BYTES: JsonObject = {"type": "string", "format": "binary"}
-_ANYTHING: JsonObject = {}
-_ERROR = _object(code=_COUNT, type=_TEXT, message=_TEXT, detail={"type": "object"})
-_STATUS = _object(status=_TEXT)
-_SCALED = _object(
-    status=_TEXT,
-    changed={"type": "object", "additionalProperties": _TEXT, "example": {"batch_size": "1 -> 8"}},
-    unused=_array(_TEXT),
-)
-_LISTED = _object(nextPageToken=_TEXT, models=_array(_object(modelName=_TEXT, modelUrl=_TEXT)))
-_WORKER = _object(
-    id=_TEXT, startTime=_TEXT, status={"type": "string", "enum": ["READY", "UNLOADING"]}, memoryUsage=_COUNT,
-    pid=_COUNT, gpu=_FLAG, gpuUsage=_TEXT,
-)  # fmt: skip
-_DESCRIBED = _array(_object(
-    modelName=_TEXT, modelVersion=_TEXT, modelUrl=_TEXT, runtime=_TEXT, minWorkers=_COUNT, maxWorkers=_COUNT,
-    batchSize=_COUNT, maxBatchDelay=_COUNT, responseTimeout=_COUNT, startupTimeout=_COUNT,
-    maxRetryTimeoutInSec=_COUNT, clientTimeoutInMills=_COUNT, parallelType=_TEXT, parallelLevel=_COUNT,
-    deviceType=_TEXT, deviceIds=_array(_COUNT), continuousBatching=_FLAG, useJobTicket=_FLAG, useVenv=_FLAG,
-    stateful=_FLAG, sequenceMaxIdleMSec=_COUNT, sequenceTimeoutMSec=_COUNT, maxNumSequence=_COUNT,
-    maxSequenceJobQueueSize=_COUNT, loadedAtStartup=_FLAG, workers=_array(_WORKER),
-    jobQueueStatus=_object(remainingCapacity=_COUNT, pendingRequests=_COUNT), customizedMetadata={"type": "object"},
-    lane=_TEXT, state=_TEXT, error=_TEXT, device=_TEXT, weightsShared=_FLAG, copies=_COUNT, weightsSize=_COUNT,
-    minBatch=_COUNT, precision=_TEXT, batchSizeHistogram={"type": "object", "additionalProperties": _COUNT},
-    meanQueueMs={"type": "number"},
-))  # fmt: skip
-_INPUT: JsonObject = {
-    "*/*": {"schema": _BYTES},
-    _JSON: {"schema": _ANYTHING},
-    "multipart/form-data": {"schema": {"type": "object", "additionalProperties": _BYTES}},
-    "application/x-www-form-urlencoded": {"schema": {"type": "object", "additionalProperties": _TEXT}},
-}
-_REGISTRATION: JsonObject = {
-    _JSON: {"schema": _object(**{each.name: each.schema for each in parameters.REGISTER})}
-}  # fmt: skip
-
-_PREDICTED = {200: ("What the handler returned; its content type is the handler's.", "*/*", _ANYTHING)}
-_PREDICT_ERRORS = (400, 404, 503, 504)
-_DOCUMENT = {200: ("An OpenAPI 3.0.1 document.", _JSON, {"type": "object"})}
+_STATUS = reference("Status")
+# Any content, and none of a type that could be named: it is the handler's, which need not say one.
+_UNSAID = ""
+_PREDICTED = {200: ("What the handler returned, with the content type that it sets, or none.", _UNSAID, ANYTHING)}
+_PREDICT_ERRORS = (400, 401, 404, 409, 413, 415, 500, 503, 504, 507)
+_DOCUMENT = {200: ("An OpenAPI 3.0.1 document.", JSON, schemas.DOCUMENT)}
 _HEALTH = {
-    200: ("Healthy.", _JSON, _STATUS),
-    500: ("A model that was loaded at start has no ready worker.", _JSON, _STATUS),
+    200: ("Healthy.", JSON, schemas.HEALTH),
+    500: ("A model that should have workers has none that is ready.", JSON, schemas.HEALTH),
 }
 _READY = {
-    200: ("Every model can answer.", _JSON, _STATUS),
-    503: ("Not every model can; with the reason for each that cannot.", _JSON, _object(
-        status=_TEXT, reason=_TEXT,
-        models={"type": "object", "additionalProperties": _object(state=_TEXT, error=_TEXT)},
-    )),
-}  # fmt: skip
-_LIVE = {200: ("The server runs.", _JSON, _STATUS)}
-_METRICS = {200: ("Prometheus' text format, version 0.0.4.", "text/plain; version=0.0.4; charset=utf-8", _TEXT)}
-_NAMES = Parameter("name[]", str, "", "Names of samples to answer; all by default.", _array(_TEXT))
+    200: ("Every model can answer.", JSON, schemas.READINESS),
+    503: ("Not every model can; with the reason for each that cannot.", JSON, schemas.READINESS),
+}
+_LIVE = {200: ("The server runs.", JSON, record(status={**TEXT, "enum": ["Live"]}))}
+_METRICS = {200: ("Prometheus' text format, version 0.0.4.", "text/plain; version=0.0.4; charset=utf-8", TEXT)}
+_NAMES = Parameter("name[]", str, "", "Names of samples to answer; all by default.", array(TEXT))
+_ROTATED = {200: ("The key is another one; key_file.json has it.", _UNSAID, ANYTHING)}
+_SCOPE = Parameter("type", str, "", "Which key.", {**TEXT, "enum": ["management", "inference"]})
 
 _ABOUT_THE_API = (
-    Operation("options", "/", "apiDescription", "Describes this API.", _DOCUMENT),
-    Operation("get", "/api-description", "api-description", "Describes this API; the older form.", _DOCUMENT),
-)
-_SCRAPE = Operation("get", "/metrics", "metrics", "Gives the metrics.", _METRICS, query=(_NAMES,))
+    Operation("options", "/", "apiDescription", "Describes this API.", _DOCUMENT, is_open=True),
+    Operation("get", "/api-description", "api-description", "Describes this API; the older form.", _DOCUMENT,
+              is_open=True, is_old=True),
+)  # fmt: skip
+_SCRAPE = Operation("get", "/metrics", "metrics", "Gives the metrics.", _METRICS, query=(_NAMES,), is_open=True)
 
 
-def _prediction(pattern: str, operation_id: str, about: str) -> Operation:
-    return Operation("post", pattern, operation_id, about, _PREDICTED, _PREDICT_ERRORS, body=_INPUT)
+def _prediction(pattern: str, operation_id: str, about: str, **rest: Any) -> Operation:
+    return Operation(
+        "post", pattern, operation_id, about, _PREDICTED, _PREDICT_ERRORS, body=schemas.INPUT,
+        headers=(schemas.REQUEST_ID, *schemas.TIME_HEADERS), may_set_status=True, **rest,
+    )  # fmt: skip
 
 
 _INFERENCE = (
     *_ABOUT_THE_API,
-    Operation("get", "/ping", "ping", "Tells the health of the server.", _HEALTH),
-    Operation("get", "/ready", "ready", "Tells whether every model can answer.", _READY),
-    Operation("get", "/live", "live", "Tells that the server runs.", _LIVE),
+    Operation("get", "/ping", "ping", "Tells the health of the server.", _HEALTH, is_open=True),
+    Operation("get", "/ready", "ready", "Tells whether every model can answer.", _READY, is_open=True),
+    Operation("get", "/live", "live", "Tells that the server runs.", _LIVE, is_open=True),
     _prediction("/predictions/{model_name}", "predictions", "Predicts with the default version."),
     _prediction("/predictions/{model_name}/{model_version}", "version_predictions", "Predicts with that version."),
+    _prediction("/predictions/{model_name}/{model_version}/{rest}", "path_predictions",
+                "Predicts; the rest of the path is for the handler, as in v1/chat/completions."),
     _prediction("/explanations/{model_name}", "explanations", "Explains what the default version predicts."),
     _prediction("/explanations/{model_name}/{model_version}", "version_explanations",
                 "Explains what that version predicts."),
+    _prediction("/explanations/{model_name}/{model_version}/{rest}", "path_explanations",
+                "Explains; the rest of the path is for the handler."),
     _prediction("/v1/models/{model_name}:predict", "kserve_v1_predictions", "Predicts; KServe's protocol, version 1."),
     _prediction("/v1/models/{model_name}:explain", "kserve_v1_explanations", "Explains; KServe's protocol, version 1."),
     _prediction("/v2/models/{model_name}/infer", "kserve_v2_predictions", "Predicts; KServe's protocol, version 2."),
     _prediction("/v2/models/{model_name}/explain", "kserve_v2_explanations", "Explains; KServe's protocol, version 2."),
     _prediction("/models/{model_name}/invoke", "invoke", "Predicts; the query's parameters are inputs. SageMaker's."),
-    Operation("post", "/invocations", "invocations", "Predicts with the model that is named, or the only one.",
-              _PREDICTED, _PREDICT_ERRORS, query=parameters.INVOKE, body=_INPUT),
+    _prediction("/invocations", "invocations", "Predicts with the model that is named, or the only one.",
+                query=parameters.INVOKE),
+    _prediction("/{model_name}/predict", "legacy_predictions", "Predicts; the query's parameters are inputs.",
+                is_old=True),
+    _prediction("/{model_name}/{model_version}/predict", "version_legacy_predictions",
+                "Predicts; the query's parameters are inputs.", is_old=True),
     _SCRAPE,
-)
+)  # fmt: skip
 
 
 def _versions(method: str, operation_id: str, about: str, **rest: Any) -> tuple[Operation, Operation]:
@@ -160,35 +142,38 @@ def _versions(method: str, operation_id: str, about: str, **rest: Any) -> tuple[
 _MANAGE_MODEL = (
     *_versions(
         "get", "describeModel", "Describes the default version; the version 'all' stands for every one.",
-        answers={200: ("One object for each version.", _JSON, _DESCRIBED)}, errors=(400, 404),
-        query=parameters.DESCRIBE,
+        answers={200: ("One object for each version.", JSON, array(reference("Model")))},
+        errors=(400, 401, 403, 404, 500, 503, 504), query=parameters.DESCRIBE,
     ),
     *_versions(
         "put", "setAutoScale", "Changes the number of workers, and settings, while the model serves.",
         answers={
-            200: ("Done.", _JSON, _SCALED),
-            202: ("Under way.", _JSON, _SCALED),
-            206: ("Fewer workers run than were asked for.", _JSON, _SCALED),
+            200: ("Done.", JSON, schemas.SCALED),
+            202: ("Under way.", JSON, schemas.SCALED),
+            206: ("Fewer workers run than were asked for.", JSON, schemas.SCALED),
         },
-        errors=(400, 403, 404, 500), query=parameters.SCALE,
+        errors=(400, 401, 403, 404, 409, 500, 507), query=parameters.SCALE,
     ),
     *_versions(
         "delete", "unregisterModel", "Finishes the requests the model has, then removes it.",
-        answers={200: ("Removed.", _JSON, _STATUS)}, errors=(400, 403, 404, 405), query=parameters.UNREGISTER,
+        answers={200: ("Removed.", JSON, _STATUS)}, errors=(400, 401, 403, 404, 405, 408, 409),
+        query=parameters.UNREGISTER,
     ),
     Operation("put", "/models/{model_name}/{model_version}/set-default", "setDefault", "Makes it the default version.",
-              {200: ("Done.", _JSON, _STATUS)}, (403, 404)),
+              {200: ("Done.", JSON, _STATUS)}, (400, 401, 403, 404, 409)),
 )  # fmt: skip
 _MANAGEMENT = (
     *_ABOUT_THE_API,
     Operation("get", "/models", "listModels", "Lists the default versions by name.",
-              {200: ("One page.", _JSON, _LISTED)}, (400,), query=parameters.LIST),
+              {200: ("One page.", JSON, schemas.LISTED)}, (400, 401, 403), query=parameters.LIST),
     Operation("post", "/models", "registerModel", "Loads an archive. Parameters come in the query or as a JSON body.",
-              {200: ("Registered.", _JSON, _STATUS), 202: ("Under way.", _JSON, _STATUS)},
-              (400, 403, 404, 405, 409, 500), query=parameters.REGISTER, body=_REGISTRATION),
+              {200: ("Registered.", JSON, _STATUS), 202: ("Under way.", JSON, _STATUS)},
+              (400, 401, 403, 404, 405, 409, 500, 507), query=parameters.REGISTER, body=schemas.REGISTRATION),
     *_MANAGE_MODEL,
     Operation("get", "/v1/models/{model_name}", "modelReady", "Whether the model is ready; KServe's protocol.",
-              {200: ("Known.", _JSON, _object(name=_TEXT, ready=_FLAG))}, (404,)),
+              {200: ("Known.", JSON, record(name=TEXT, ready=FLAG))}, (401, 403, 404)),
+    Operation("get", "/token", "rotateKey", "Replaces a key; needs the API key.", _ROTATED, (400, 401, 403),
+              query=(_SCOPE,)),
     _SCRAPE,
 )  # fmt: skip
 
@@ -237,27 +222,57 @@ def _document(title: str, version: str, operations: Iterable[Operation]) -> Json
     paths: JsonObject = {}
     for operation in operations:
         paths.setdefault(operation.pattern, {})[operation.method] = _operation(operation)
-    return {"openapi": "3.0.1", "info": {"title": title, "version": version}, "paths": paths}
+    return {
+        "openapi": "3.0.1",
+        "info": {"title": title, "version": version},
+        "paths": paths,
+        "components": {"schemas": schemas.COMPONENTS, "securitySchemes": schemas.KEY_SCHEMES},
+    }
 
 
 def _operation(operation: Operation) -> JsonObject:
     """An Operation Object, OpenAPI 3.0.1 section 4.7.10."""
-    in_path = [name for name in ("model_name", "model_version") if f"{{{name}}}" in operation.pattern]
     described: JsonObject = {"description": operation.about, "operationId": operation.id}
-    rows = [{"in": "path", "name": name, "required": True, "schema": _TEXT} for name in in_path]
+    if operation.is_old:
+        described["deprecated"] = True
+    rows = [
+        {"in": "path", "name": name, "required": True, **schemas.PATH_PARAMETERS[name]}
+        for name in re.findall(r"\{(\w+)\}", operation.pattern)
+    ]
     rows += [
         {"in": "query", "name": each.name, "description": each.about, "schema": each.schema}
         for each in operation.query
     ]
-    if rows:
-        described["parameters"] = rows
+    described["parameters"] = [*rows, *operation.headers]
     if operation.body is not None:
         described["requestBody"] = {"content": operation.body}
+    described["responses"] = _answers(operation)
+    if not operation.is_open:
+        described["security"] = [{}, {"key": []}]  # a server without keys asks for none
+    return described
+
+
+def _answers(operation: Operation) -> JsonObject:
+    """A Responses Object."""
+    timed = operation.may_set_status
     answers = {
-        str(status): {"description": about, "content": {media_type: {"schema": schema}}}
+        str(status): _answer(about, media_type, schema, schemas.TIMED_HEADERS if timed else schemas.ANSWER_HEADERS)
         for status, (about, media_type, schema) in operation.answers.items()
     }
+    error = reference("Error")
+    if operation.pattern.startswith("/v2/"):
+        error = {"anyOf": [error, schemas.V2_ERROR]}
     for status in operation.errors:
-        answers.setdefault(str(status), {"description": _ERRORS[status], "content": {_JSON: {"schema": _ERROR}}})
-    described["responses"] = answers
-    return described
+        headers = schemas.LATER_HEADERS if status == 503 else schemas.ANSWER_HEADERS
+        answers.setdefault(str(status), _answer(_ERRORS[status], JSON, error, headers))
+    if operation.may_set_status:
+        about = f"What the handler says with a status of its own. {_HTTP_ERRORS}"
+        answers["default"] = _answer(about, _UNSAID, ANYTHING, schemas.ANSWER_HEADERS)
+    else:
+        answers["default"] = _answer(_HTTP_ERRORS, JSON, reference("Error"), schemas.ANSWER_HEADERS)
+    return answers
+
+
+def _answer(about: str, media_type: str, schema: JsonObject, headers: JsonObject) -> JsonObject:
+    content = {} if media_type == _UNSAID else {"content": {media_type: {"schema": schema}}}
+    return {"description": about, "headers": headers, **content}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from pyserve.entries import shown
 from pyserve.errors import BadRequestError, InvalidModelError, JsonObject
-from pyserve.manifest import RUNTIMES, check_model_name, split_handler
+from pyserve.manifest import MODEL_NAME_PATTERN, NAME_SIZE_MAX, RUNTIMES, check_model_name, split_handler
 from pyserve.settings import BOUNDS
 
 COUNT_MAX = 2**31 - 1  # what TorchServe reads into a Java int
@@ -74,8 +74,14 @@ def boolean(name: str, about: str, default: bool = False) -> Parameter:
     return Parameter(name, parse, "true or false", about, {"type": "boolean", "default": default})
 
 
-def plain_text(name: str, about: str, check: Callable[[str], object] | None = None) -> Parameter:
-    """Text without control characters; ``check`` raises InvalidModelError for one that cannot be used."""
+def plain_text(
+    name: str, about: str, check: Callable[[str], object] | None = None, schema: JsonObject | None = None
+) -> Parameter:
+    """Text without control characters; ``check`` raises InvalidModelError for one that cannot be used.
+
+    Args:
+        schema: what ``check`` wants, for the API description.
+    """
 
     def parse(value: str) -> str:
         if len(value) > TEXT_SIZE_MAX or _CONTROL.search(value):
@@ -85,7 +91,8 @@ def plain_text(name: str, about: str, check: Callable[[str], object] | None = No
         return value
 
     allowed = f"text of at most {TEXT_SIZE_MAX} characters without control characters"
-    return Parameter(name, parse, allowed, about, {"type": "string"})
+    known: JsonObject = {"type": "string", "maxLength": TEXT_SIZE_MAX, "pattern": "^[^\\x00-\\x1f\\x7f]*$"}
+    return Parameter(name, parse, allowed, about, {**known, **(schema or {})})
 
 
 def _check_runtime(value: str) -> None:
@@ -120,9 +127,11 @@ INVOKE = (
 DESCRIBE = (boolean("customized", "Whether to add what the handler says of itself."),)
 REGISTER = (
     plain_text("url", "Name of an archive in the model store, a path in it, or a URL that allowed_urls allows."),
-    plain_text("model_name", "Name to serve it under; by default the one in its manifest.", check_model_name),
-    plain_text("runtime", "By default the one in its manifest.", _check_runtime),
-    plain_text("handler", "By default the one in its manifest.", split_handler),
+    plain_text("model_name", "Name to serve it under; by default the one in its manifest.", check_model_name,
+               {"pattern": f"^{MODEL_NAME_PATTERN}$", "maxLength": NAME_SIZE_MAX}),
+    plain_text("runtime", "By default the one in its manifest.", _check_runtime, {"enum": list(RUNTIMES[:2])}),
+    plain_text("handler", "By default the one in its manifest.", split_handler,
+               {"pattern": f"^([A-Za-z0-9_-]+/)*{MODEL_NAME_PATTERN}(:[A-Za-z_][A-Za-z0-9_]*)?$"}),
     *SETTINGS,
     integer("initial_workers", "Workers to start; 0 or less registers the model without any.", -COUNT_MAX - 1,
             BOUNDS["workers_min"].most, "workers"),

@@ -193,9 +193,11 @@ class Site:
         if "management" in names:
             tells_errors = self._services.error_format.with_private_detail
             guard = BrowserGuard(config.management_address, allowed_origins(config))
-            management = Management(self.registry, config, tells_errors=tells_errors).routes()
+            rotation = rotation_routes(tokens)
+            neighbours = [pattern for _, pattern, _ in rotation]
+            management = Management(self.registry, config, tells_errors=tells_errors, neighbours=neighbours).routes()
             rows += protected(management, tokens, "management", guard)
-            rows += protected(rotation_routes(tokens), None, "api", guard)
+            rows += protected(rotation, None, "api", guard)
         if "metrics" in names:
             rows += metrics_routes(self._metrics) if names == ["metrics"] else metrics_routes(self._metrics)[2:]
         return rows

@@ -55,7 +55,7 @@ LEVELS = [
     "registry",
     "grpc_messages grpc_status grpc_call grpc_service",
     "browser_guard cors "
-    "parameters openapi routes "
+    "parameters openapi_schemas openapi routes "
     "protect "
     "inference management",
     # What looks at an archive without a server.

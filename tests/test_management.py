@@ -752,8 +752,7 @@ def test_description_of_a_model_is_described_in_full() -> None:
     model.device_ids, model.error = [0], "x"
     model.measured = {"batch_size": ([1.0], [1, 0], 1.0), "queue": ([1.0], [1, 0], 1.0)}
     [described] = Api(model).ask("GET", "/models/m?customized=true").json
-    schema = Api().ask("OPTIONS", "/").json["paths"]["/models/{model_name}"]["get"]["responses"]["200"]
-    properties = schema["content"]["application/json"]["schema"]["items"]["properties"]
+    properties = Api().ask("OPTIONS", "/").json["components"]["schemas"]["Model"]["properties"]
     assert list(described) == list(properties)
 
 
