@@ -1,0 +1,117 @@
+"""The same predictions over HTTP and over gRPC, side by side, in a closed loop against a server that runs.
+
+    python bench/transports.py --model digits --data digit.bin --concurrency 8
+
+Both clients are asyncio's: gRPC's own, and for HTTP the wire of bench/latency.py. Either takes more CPU than the server
+does for a cheap model, so run it on a machine with cores to spare, and read the figures as those of both ends together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: its folder is on the path, the repository's root is not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import grpc.aio
+import uvloop
+
+from pyserve.grpc_messages import INFERENCE, message
+
+Ask = Callable[[int], Awaitable[None]]
+
+WARMUP_S = 1.0
+
+
+class HttpClients:
+    """Kept connections, one per client."""
+
+    def __init__(self, address: str, model: str, body: bytes):
+        host, _, port = address.rpartition(":")
+        self._address = host, int(port)
+        head = (f"POST /predictions/{model} HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/octet-stream\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n")  # fmt: skip
+        self._request = head.encode() + body
+        self._streams: dict[int, tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
+
+    async def ask(self, client: int) -> None:
+        """One request, its answer read."""
+        if client not in self._streams:
+            self._streams[client] = await asyncio.open_connection(*self._address)
+        reader, writer = self._streams[client]
+        writer.write(self._request)
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        if not head.startswith(b"http/1.1 200"):
+            raise RuntimeError(head.decode())
+        await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+
+
+class GrpcClients:
+    """One channel for all clients, as gRPC's users have it."""
+
+    def __init__(self, address: str, model: str, body: bytes):
+        channel = grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+        request = message(f"{INFERENCE}.PredictionsRequest")(model_name=model, input={"data": body})
+        self._channel = channel
+        self._request = request
+        self._call = channel.unary_unary(
+            f"/{INFERENCE}.InferenceAPIsService/Predictions",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=message(f"{INFERENCE}.PredictionResponse").FromString,
+        )
+
+    async def ask(self, client: int) -> None:
+        """One call."""
+        await self._call(self._request)
+
+
+async def measure(ask: Ask, concurrency: int, seconds: float) -> list[float]:
+    """Latencies in s of the answers within the window, after a warm-up."""
+    started = time.perf_counter()
+    opens, ends = started + WARMUP_S, started + WARMUP_S + seconds
+    latencies: list[float] = []
+
+    async def run(client: int) -> None:
+        while (began := time.perf_counter()) < ends:
+            await ask(client)
+            if began >= opens:
+                latencies.append(time.perf_counter() - began)
+
+    await asyncio.gather(*(run(client) for client in range(concurrency)))
+    return sorted(latencies)
+
+
+async def compare(arguments: argparse.Namespace) -> None:
+    body = arguments.data.read_bytes()
+    sides = {
+        "HTTP": HttpClients(arguments.http, arguments.model, body).ask,
+        "gRPC": GrpcClients(arguments.grpc, arguments.model, body).ask,
+    }
+    print(f"{arguments.model}, {len(body)} bytes, {arguments.concurrency} clients, {arguments.seconds:g} s each")
+    print(f"{'':6}{'per s':>10}{'p50 ms':>10}{'p99 ms':>10}")
+    for name, ask in sides.items():
+        latencies = await measure(ask, arguments.concurrency, arguments.seconds)
+        count = len(latencies)
+        p50, p99 = latencies[count // 2] * 1e3, latencies[min(count - 1, count * 99 // 100)] * 1e3
+        print(f"{name:6}{count / arguments.seconds:>10.0f}{p50:>10.2f}{p99:>10.2f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="the body, and the input 'data'")
+    parser.add_argument("--http", default="127.0.0.1:8080", metavar="HOST:PORT")
+    parser.add_argument("--grpc", default="127.0.0.1:7070", metavar="HOST:PORT")
+    parser.add_argument("--concurrency", type=int, default=8, metavar="N")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S")
+    uvloop.run(compare(parser.parse_args()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
