@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import grpc
 import grpc.aio
 
+from pyserve import tls
 from pyserve.config import Config
 from pyserve.errors import ConfigError
 from pyserve.grpc_messages import POOL
 from pyserve.grpc_service import Dispatcher, Service
 from pyserve.listeners import port_owner
+from pyserve.renewal import Watched
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +83,7 @@ class GrpcServer:
         shown = f"[{host}]" if ":" in host else host
         try:
             if config.enable_grpc_ssl:
-                from pyserve import tls
-
-                credentials = grpc.ssl_server_credentials([tls.key_and_chain_pem(config)])
-                bound = server.add_secure_port(f"{shown}:{port}", credentials)
+                bound = server.add_secure_port(f"{shown}:{port}", _credentials(config))
             else:
                 bound = server.add_insecure_port(f"{shown}:{port}")
         except RuntimeError:
@@ -117,6 +116,28 @@ class GrpcServer:
         """Closes the ports. REQUIRES: the calls that are to be answered have been."""
         for listener in self.listeners:
             await listener.server.stop(STOP_GRACE_S)
+
+
+def _credentials(config: Config) -> Any:
+    """Key and certificate as they are when a client connects.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    pair = tls.key_and_chain_pem(config)
+
+    def read() -> None:
+        nonlocal pair
+        key, chain = tls.key_and_chain_pem(config)
+        tls.inspect(key, chain, tls.sources(config))
+        pair = key, chain
+
+    watch = Watched(tls.files(config), read)
+
+    def changed() -> Any:
+        return grpc.ssl_server_certificate_configuration([pair]) if watch.look() else None
+
+    return grpc.dynamic_ssl_server_credentials(grpc.ssl_server_certificate_configuration([pair]), changed)
 
 
 def _places(config: Config) -> list[tuple[tuple[str, ...], str, int]]:

@@ -34,19 +34,20 @@ class Watched:
         self.renew = renew
         self._stamp = stamp_of(files)
 
-    def look(self) -> None:
-        """Reads them again if they have changed. Touches the disk."""
+    def look(self) -> bool:
+        """Reads them again if they have changed, and returns whether that was done. Touches the disk."""
         stamp = stamp_of(self.files)
         if stamp == self._stamp:
-            return
+            return False
         self._stamp = stamp
         names = ", ".join(map(str, self.files))
         try:
             self.renew()
         except ConfigError as error:
             log.error("changed, but cannot be used, so that what was read before stays: %s: %s", names, error)
-        else:
-            log.info("read again, because it changed: %s", names)
+            return False
+        log.info("read again, because it changed: %s", names)
+        return True
 
 
 def watched(config: Config, context: ssl.SSLContext | None, tokens: Tokens | None) -> list[Watched]:

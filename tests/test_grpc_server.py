@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import certificates
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -205,22 +206,24 @@ def test_tokens(own: Server) -> None:
 
 
 def test_tls(own: Server) -> None:
-    key, certificate = own.folder / "key.pem", own.folder / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
-         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    pair = certificates.self_signed(own.folder)
     (own.folder / "config.properties").write_text(
-        f"enable_grpc_ssl=true\nprivate_key_file={key}\ncertificate_file={certificate}\n"
+        f"enable_grpc_ssl=true\nprivate_key_file={pair.key}\ncertificate_file={pair.certificate}\n"
     )
     own.start("--grpc", "true", "--models", "linear.mar")
     with stub(own) as plain:
         assert refused(plain.Ping, timeout=5).code() in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
-    credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
-    with grpc.secure_channel(own.grpc(), credentials) as channel:
-        answer = channel.unary_unary(f"/{PREDICTIONS}/Ping")(b"", timeout=LIMIT_S)
-        assert b"Healthy" in answer
+
+    def ping(certificate: bytes) -> bytes:
+        with grpc.secure_channel(own.grpc(), grpc.ssl_channel_credentials(certificate)) as channel:
+            answer: bytes = channel.unary_unary(f"/{PREDICTIONS}/Ping")(b"", timeout=LIMIT_S)
+            return answer
+
+    first = pair.certificate.read_bytes()
+    assert b"Healthy" in ping(first)
+    certificates.self_signed(own.folder)  # renewed: who connects from now on sees it
+    renewed = pair.certificate.read_bytes()
+    assert renewed != first and b"Healthy" in ping(renewed)
 
 
 def test_the_model_api_is_off_where_strangers_reach_grpc(own: Server) -> None:
