@@ -1,8 +1,9 @@
 """The server's configuration: config.properties, command line and defaults made into one checked object.
 
-Precedence: environment variables (``TS_JOB_QUEUE_SIZE``; only with ``enable_envvars_config=true`` in the file), then
-command line, then file (``$TS_CONFIG_FILE``, else ``--ts-config``, else ``./config.properties``), then default. Where
-each value came from is kept in ``Config.origin``, so that messages can name the place, and what it overrides beside it.
+Precedence: environment variables (``PYSERVE_JOB_QUEUE_SIZE``; then ``TS_JOB_QUEUE_SIZE``, but only with
+``enable_envvars_config=true`` in the file), then command line, then file (``$TS_CONFIG_FILE``, else ``--ts-config``,
+else ``./config.properties``), then default. Where each value came from is kept in ``Config.origin``, so that messages
+can name the place, and what it overrides beside it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from pyserve.config_keys import (
     KINDS,
     MODEL_KEYS,
     MODEL_SETTINGS,
-    VARIABLES,
+    SNAPSHOT_KEYS,
+    SWITCH_KEYS,
     ModelSettings,
 )
+from pyserve.config_variables import misspelt, settings_of
 from pyserve.errors import ConfigError, JsonObject
 from pyserve.model_source import ModelSource, list_store, resolve_models
 from pyserve.properties import PropertiesError, Property, parse_properties
@@ -35,8 +38,6 @@ MANAGEMENT_ADDRESS_DEFAULT = Address("127.0.0.1", 8081)
 METRICS_ADDRESS_DEFAULT = Address("127.0.0.1", 8082)
 ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
 
-# Of the file only: whether environment variables are read.
-_SWITCHES = frozenset({"enable_envvars_config", "use_env_allowed_urls"})
 _VARIABLE = re.compile(r"\$\$([^$]+)\$\$")
 
 
@@ -63,12 +64,15 @@ class Config:
         preprocess_threads: 0 means as many as the CPU budget.
         cpu_budget: CPUs to use; 0 means what the cgroup allows.
         isolate_errors: a batch of a handler that fails is called again item by item.
+        debug: one worker for each model, and as much time as there is.
+        ts_open_inference_protocol: the Open Inference Protocol's server endpoints are there, as TorchServe has them.
         watch: handler code is loaded anew when it changes.
         strict: a model that fails to load at start ends the server.
         self_signed_dir: no key of the file: the supervisor puts the certificate there that it makes if none is given.
         origin: key to place, such as ``"config.properties:12"``, ``"--model-store"`` or ``"default"``.
         overridden: key to [place, text] of each setting that ``origin`` goes before, the strongest first.
         unknown_keys: ``config.properties:7: unknown key 'bach_size'; ...`` for each; an error under ``strict``.
+        repeated_keys: the same of keys that stand twice in the file; the last one counts.
         warnings: what is probably a mistake, one line each.
         notices: what is harmless but worth knowing, one line each.
     """
@@ -133,6 +137,10 @@ class Config:
     allow_private_addresses: bool = False
     log_format: str = "text"
     server_timing: bool = False
+    debug: bool = False
+    ipex_enable: bool = False
+    ipex_gpu_enable: bool = False
+    ts_open_inference_protocol: bool = False
     initial_worker_port: int = 9000
     isolate_errors: bool = True
     watch: bool = False
@@ -147,6 +155,7 @@ class Config:
     origin: dict[str, str] = field(default_factory=dict)
     overridden: dict[str, list[list[str]]] = field(default_factory=dict)
     unknown_keys: list[str] = field(default_factory=list)
+    repeated_keys: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -197,7 +206,7 @@ class _Setting(NamedTuple):
 
 
 class UnknownKeyError(ConfigError):
-    """A key of the file is not known, and ``strict`` is on.
+    """A key of the file is not known, or stands there twice, and ``strict`` is on.
 
     Attributes:
         exit_code: of the command.
@@ -255,10 +264,12 @@ def read_config(
         settings, switches = _read_file(path, environ, config)
     for key, (text, flag) in (overrides or {}).items():
         settings.setdefault(key, []).append(_Setting(text, flag))
-    if "enable_envvars_config" in switches:
-        for key, variable in VARIABLES.items():
-            if variable in environ and (key != "allowed_urls" or "use_env_allowed_urls" in switches):
-                settings.setdefault(key, []).append(_Setting(environ[variable], f"${variable}"))
+    config.warnings += misspelt(environ)
+    for key, text, variable in settings_of(environ, switches):
+        for other in settings.get(key, []):
+            if other.place.startswith("--") and other.text != text:
+                config.warnings.append(f"{other.place} {other.text} is not used, because ${variable} is set")
+        settings.setdefault(key, []).append(_Setting(text, f"${variable}"))
     for key in KINDS:
         if key in settings:
             *losers, winner = settings[key]
@@ -302,23 +313,29 @@ def _read_file(
     settings: dict[str, list[_Setting]] = {}
     switches: set[str] = set()
     lines: dict[str, int] = {}
-    unused: list[str] = []
+    unused: dict[str, list[str]] = {}  # why -> keys
     for entry in entries:
         key, place = entry.key, f"{path}:{entry.line}"
         if key in lines:
-            config.warnings.append(f"{place}: {key} was set in line {lines[key]} already; line {entry.line} counts")
+            told = f"{place}: {key} was set in line {lines[key]} already; line {entry.line} counts"
+            config.repeated_keys.append(told)
+            config.warnings.append(told)
         lines[key] = entry.line
         if key in KINDS and key not in FLAG_ONLY:
             settings.setdefault(key, []).append(_Setting(_substitute(entry, place, environ), place))
-        elif key in _SWITCHES:
+        elif key in SNAPSHOT_KEYS:
+            continue
+        elif key in SWITCH_KEYS:
             (switches.add if entry.value.strip() == "true" else switches.discard)(key)
         elif key in ACCEPTED_KEYS:
-            unused.append(key)
+            keys = unused.setdefault(ACCEPTED_KEYS[key], [])
+            keys += [key] if key not in keys else []
         else:
             config.unknown_keys.append(f"{place}: unknown key {key!r}{_nearest_key(key)}")
             config.warnings.append(config.unknown_keys[-1])
     if unused:
-        config.notices.append(f"{path}: accepted, not used yet: {', '.join(sorted(set(unused)))}")
+        told = "; ".join(f"{', '.join(keys)} ({why})" for why, keys in unused.items())
+        config.notices.append(f"{path}: accepted, without effect here: {told}")
     return settings, switches
 
 
@@ -380,13 +397,14 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def check_keys(config: Config) -> None:
-    """Under ``strict`` every key must be known.
+    """Under ``strict`` every key must be known, and set once.
 
     Raises:
         UnknownKeyError: names those that are not.
     """
-    if config.strict and config.unknown_keys:
-        raise UnknownKeyError(f"strict ({config.origin['strict']}): {'; '.join(config.unknown_keys)}")
+    wrong = config.unknown_keys + config.repeated_keys
+    if config.strict and wrong:
+        raise UnknownKeyError(f"strict ({config.origin['strict']}): {'; '.join(wrong)}")
 
 
 def check_config(config: Config) -> None:

@@ -118,6 +118,11 @@ def _parse_header(text: str) -> str:
     return text
 
 
+def _parse_open_inference(text: str) -> bool:
+    """``oip`` is what TorchServe's variable of that name says."""
+    return text.lower() == "oip" or _parse_boolean(text)
+
+
 ENVELOPES = ("body", "json", "kserve", "kservev2")
 _HEADER = Kind(_parse_header, "the name of a header")
 _BOOLEAN = Kind(_parse_boolean, "true or false")
@@ -220,6 +225,10 @@ KINDS: dict[str, Kind] = {
     "allow_private_addresses": _BOOLEAN,
     "log_format": _choice("text", "json"),
     "server_timing": _BOOLEAN,
+    "debug": _BOOLEAN,
+    "ipex_enable": _BOOLEAN,
+    "ipex_gpu_enable": _BOOLEAN,
+    "ts_open_inference_protocol": Kind(_parse_open_inference, "true, oip or false"),
     "initial_worker_port": _integer(1, 65_535),
     "isolate_errors": _BOOLEAN,
     "watch": _BOOLEAN,
@@ -232,13 +241,34 @@ KINDS: dict[str, Kind] = {
     "connection_count_max": _integer(1, 1_000_000),
 }
 
-ACCEPTED_KEYS = frozenset({
-    "NUM_WORKERS", "async_logging", "cpp_log_config", "cpu_launcher_args", "cpu_launcher_enable", "debug",
-    "enable_envvars_config", "initial_distribution_port", "io_ratio", "ipex_enable", "ipex_gpu_enable",
-    "model_server_home", "netty_client_threads", "number_of_netty_threads", "plugins_path", "prefer_direct_buffer",
-    "python", "system_metrics_cmd", "tsConfigFile", "ts_open_inference_protocol", "use_env_allowed_urls",
-    "use_native_io", "version", "vmargs", "workflow_store",
-})
+_JAVA = "there is no JVM here"
+_ONE_LOOP = "one event loop serves all connections"
+_NO_TORCHRUN = "torchrun is not in this version"
+
+# TorchServe's keys that change nothing here, and why.
+ACCEPTED_KEYS: dict[str, str] = {
+    "NUM_WORKERS": "it belongs to a Java plug-in",
+    "async_logging": "the log never waits",
+    "cpp_log_config": "there is no C++ backend to log for: TorchScript runs in the server",
+    "cpu_launcher_args": "the threads of all workers share cpu_budget CPUs",
+    "cpu_launcher_enable": "the threads of all workers share cpu_budget CPUs",
+    "initial_distribution_port": _NO_TORCHRUN,
+    "io_ratio": _JAVA,
+    "model_server_home": "pyserve knows where it is installed",
+    "netty_client_threads": _ONE_LOOP,
+    "number_of_netty_threads": _ONE_LOOP,
+    "plugins_path": "plug-ins are Java archives",
+    "prefer_direct_buffer": _JAVA,
+    "system_metrics_cmd": "the server measures by itself",
+    "python": "workers run in the server's own Python, and with useVenv in one beside it",
+    "use_native_io": _JAVA,
+    "vmargs": _JAVA,
+    "workflow_store": "workflows are not in this version",
+}
+# What TorchServe writes into snapshots about itself: neither said nor used.
+SNAPSHOT_KEYS = frozenset({"tsConfigFile", "version"})
+# Of the file only: whether environment variables are read. Only the text ``true`` counts, as there.
+SWITCH_KEYS = frozenset({"enable_envvars_config", "use_env_allowed_urls"})
 
 # What is set for each model, as the management API calls it -> as files do.
 MODEL_KEYS = {
@@ -252,7 +282,11 @@ SECRET_KEYS = frozenset({"keystore_pass"})
 # Not for the file: what a command asks for.
 FLAG_ONLY = frozenset({"watch"})
 
-# Key -> environment variable, read with enable_envvars_config=true.
+# Key -> TorchServe's environment variable, read with enable_envvars_config=true.
 _WITHOUT_VARIABLE = FLAG_ONLY | {"models", "model_snapshot", "metric_time_interval"}
 VARIABLES = {key: f"TS_{key.removeprefix('ts_').upper()}" for key in KINDS if key not in _WITHOUT_VARIABLE}
 VARIABLES["token_expiration_min"] = "TS_TOKEN_EXPIRATION_TIME_MIN"
+# Read whatever enable_envvars_config says.
+ALWAYS_READ = frozenset({"ts_open_inference_protocol"})
+# Key -> our own environment variable, which is always read.
+OWN_VARIABLES = {key: f"PYSERVE_{key.upper()}" for key in KINDS if key not in FLAG_ONLY}

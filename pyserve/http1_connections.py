@@ -50,6 +50,9 @@ class BodyBudget:
 class Connections:
     """The open connections of one listener. Loop thread only.
 
+    Args:
+        takes_ids: a request keeps its client's ``x-request-id``.
+
     Attributes:
         limits: the listener's limits.
         budget: bytes of bodies in flight.
@@ -67,13 +70,14 @@ class Connections:
         budget: BodyBudget | None = None,
         *,
         decorate: Callable[[Request, Response], None] | None = None,
+        takes_ids: bool = True,
         wall_clock: Callable[[], float] = time.time,
         clock: Callable[[], int] = time.monotonic_ns,
     ):
         self.limits = limits
         self.budget = budget or BodyBudget(limits.body_budget_size)
         self.answers = AnswerWriter(wall_clock)
-        self.heads = HeadReader(limits)
+        self.heads = HeadReader(limits, takes_ids=takes_ids)
         self.clock = clock
         self.decorate = decorate
         self.draining = False

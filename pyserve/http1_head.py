@@ -149,8 +149,9 @@ class HeadReader:
     A client on a kept connection repeats its head byte for byte; what was read once is not read again.
     """
 
-    def __init__(self, limits: Http1Limits):
+    def __init__(self, limits: Http1Limits, *, takes_ids: bool = True):
         self._limits = limits
+        self._takes_ids = takes_ids
         self._known: dict[bytes, RequestHead] = {}
 
     def read(self, data: bytes) -> RequestHead:
@@ -165,6 +166,8 @@ class HeadReader:
             if data.count(b"\r\n") - 2 > self._limits.header_count_max:
                 raise HeadTooLargeError(f"Request has more than {self._limits.header_count_max} headers.")
             head = _read_head(data)
+            if not self._takes_ids:
+                head.id = ""
             if len(data) <= _CACHED_HEAD_SIZE_MAX:
                 if len(self._known) >= _CACHE_COUNT_MAX:
                     self._known.clear()

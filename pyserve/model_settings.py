@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyserve.config import Config
+from pyserve.config_keys import TIMEOUT_MAX_S
+from pyserve.cpu_budget import cpu_budget
 from pyserve.errors import BadRequestError, InvalidModelError
 from pyserve.model_config import ModelConfig
 from pyserve.settings import validate_setting
@@ -30,6 +32,7 @@ BLOCK_KEYS = {
 }
 # Attributes that model-config.yaml sets under the same names.
 YAML_ATTRIBUTES = (*PARAMETERS.values(), "use_job_ticket")
+_TIMEOUTS = frozenset({"response_timeout_s", "startup_timeout_s"})
 
 
 @dataclass
@@ -85,6 +88,8 @@ def first_settings(
 ) -> ModelSettings:
     """Parameter, else model-config.yaml, else the ``models`` block, else the default. Workers are set elsewhere.
 
+    ``compat=strict`` lets model-config.yaml's time limits go before the parameters; ``debug`` lifts them.
+
     Args:
         label: the archive's name, for messages.
 
@@ -105,7 +110,12 @@ def first_settings(
         if value is not None:
             setattr(settings, attribute, value)
     for parameter, value in parameters.items():
-        setattr(settings, PARAMETERS[parameter], value)
+        attribute = PARAMETERS[parameter]
+        if config.compat == "strict" and attribute in _TIMEOUTS and getattr(yaml, attribute) is not None:
+            continue  # there model-config.yaml has the last word on these two
+        setattr(settings, attribute, value)
+    if config.debug:
+        settings.response_timeout_s = settings.startup_timeout_s = TIMEOUT_MAX_S
     if settings.min_batch > settings.batch_size:
         raise InvalidModelError(
             f"{label}: minBatch ({settings.min_batch}) must not be larger than the batch size ({settings.batch_size})"
@@ -114,16 +124,25 @@ def first_settings(
 
 
 def first_workers(
-    config: Config, yaml: ModelConfig, block: Mapping[str, Any], asked: int | None
+    config: Config, yaml: ModelConfig, block: Mapping[str, Any], asked: int | None, *, gpus: int = 0
 ) -> tuple[int, int]:
     """(workers_min, workers_max) to start with; ``asked`` is None at start-up.
 
-    One by default: on a CPU its threads take all cores, and on a GPU it takes the GPU.
+    One by default: on a CPU its threads take all cores, and on a GPU it takes the GPU. Under ``compat=strict`` one per
+    GPU, or per CPU if there are none.
+
+    Args:
+        gpus: how many there are.
     """
+    if config.debug:
+        return 1, 1
     low, high = yaml.workers_min, yaml.workers_max
     if low is None or high is None:
         low, high = block.get("minWorkers"), block.get("maxWorkers")
     if isinstance(low, int) and isinstance(high, int) and 0 < low <= high:
         return low, high
-    count = (config.default_workers_per_model or 1) if asked is None else max(0, asked)
+    default = config.default_workers_per_model or 1
+    if config.compat == "strict" and not config.default_workers_per_model:
+        default = gpus or cpu_budget(config.cpu_budget)
+    count = default if asked is None else max(0, asked)
     return count, count

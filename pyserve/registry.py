@@ -342,8 +342,8 @@ class Registry:
         config = self._services.config
         block = config.models.get(name, {}).get(version, {})
         first = first_settings(config, archive.config, block, settings, archive.name)
-        first.workers_min, first.workers_max = first_workers(config, archive.config, block, workers)
         gpus = gpu_count(config.number_of_gpu)
+        first.workers_min, first.workers_max = first_workers(config, archive.config, block, workers, gpus=gpus)
         model = Model(
             self._services,
             archive,

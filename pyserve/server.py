@@ -23,6 +23,7 @@ import uvloop
 from pyserve import log as log_setup
 from pyserve.archive import Archive, open_archive
 from pyserve.archive_sources import obtain_at_start
+from pyserve.config import Config
 from pyserve.errors import ConfigError, JsonObject, ModelNotFoundError, ServeError
 from pyserve.kept_state import read_state
 from pyserve.launch import EXIT_DRAINED, EXIT_WILL_FAIL_AGAIN, ServerStart, receive_server_start
@@ -69,7 +70,9 @@ async def _serve(start: ServerStart) -> int:
     archives = _open_all(sources, errors, start.config.store_files())
     tracings = _begin_tracing(archives)
     hidden = re.compile(start.config.blacklist_env_vars) if start.config.blacklist_env_vars else None
-    spawner = Spawner(lambda name: hidden is not None and hidden.fullmatch(name) is not None)
+    spawner = Spawner(
+        lambda name: hidden is not None and hidden.fullmatch(name) is not None, worker_environment(start.config)
+    )
     if any(isinstance(archive, Archive) and runs_in_python(archive) for archive in archives.values()):
         spawner.prepare()
 
@@ -99,6 +102,15 @@ async def _serve(start: ServerStart) -> int:
         await spawner.close()
         await site.grpc.close()
         site.close()
+
+
+def worker_environment(config: Config) -> dict[str, str]:
+    """What handlers find in their environment as TorchServe's do."""
+    return {
+        name: "true"
+        for name, is_set in (("TS_IPEX_ENABLE", config.ipex_enable), ("TS_IPEX_GPU_ENABLE", config.ipex_gpu_enable))
+        if is_set
+    }
 
 
 async def _drain(site: Site, stop: _StopSignals, timeout_s: int) -> int:

@@ -158,7 +158,8 @@ class Site:
         config = self._start.config
         limits = Http1Limits(body_size_max=config.max_request_size, connection_count_max=config.connection_count_max)
         cors = Cors(config)
-        connections = Connections(limits, budget, decorate=cors.add if cors else None)
+        connections = Connections(limits, budget, decorate=cors.add if cors else None,
+                                  takes_ids=config.compat != "strict")  # fmt: skip
         self._connections.append(connections)
         self._metrics.refused.append(connections.refused)
         router = Router(

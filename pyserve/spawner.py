@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyserve.errors import JsonObject, ModelLoadError
@@ -33,10 +33,14 @@ class Spawner:
 
     Args:
         without: names of environment variables that workers do not get.
+        environment: variables that they get beside the server's own.
     """
 
-    def __init__(self, without: Callable[[str], bool] = lambda name: False):
+    def __init__(
+        self, without: Callable[[str], bool] = lambda name: False, environment: Mapping[str, str] | None = None
+    ):
         self._without = without
+        self._environment = dict(environment or {})
         self._zygotes: dict[str, _Zygote] = {}
 
     def prepare(self, interpreter: str | None = None) -> None:
@@ -65,7 +69,7 @@ class Spawner:
     def _zygote(self, interpreter: str) -> _Zygote:
         zygote = self._zygotes.get(interpreter)
         if zygote is None or zygote.is_gone:
-            zygote = self._zygotes[interpreter] = _Zygote(interpreter, self._without)
+            zygote = self._zygotes[interpreter] = _Zygote(interpreter, self._without, self._environment)
         return zygote
 
     async def close(self) -> None:
@@ -77,8 +81,9 @@ class Spawner:
 class _Zygote:
     """One zygote process and the workers it has forked."""
 
-    def __init__(self, interpreter: str, without: Callable[[str], bool]):
+    def __init__(self, interpreter: str, without: Callable[[str], bool], environment: Mapping[str, str]):
         self._loop = asyncio.get_running_loop()
+        self._environment = environment
         self._without = without
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
@@ -123,7 +128,7 @@ class _Zygote:
             "number": number,
             "title": f"py-{spec.name}",
             "spec": spec.to_json(),
-            "environment": {},
+            "environment": self._environment,
             "without": [name for name in os.environ if self._without(name)],
         }
         try:

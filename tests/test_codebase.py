@@ -24,6 +24,7 @@ LEVELS = [
     "result_check",
     # Configuration and archives; no torch.
     "archive_url allowed_urls public_address transfer",
+    "config_variables "
     "settings model_source cpu_budget config_keys config pid_file console launch",
     "tokens "
     "snapshot_models snapshot "

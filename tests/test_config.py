@@ -249,8 +249,19 @@ def test_wrong_environment_variable_is_named() -> None:
 
 
 def test_keys_without_an_effect_are_named_once() -> None:
-    config = load("vmargs=-Xmx1g\nnumber_of_netty_threads=4\nvmargs=-Xmx2g")
-    assert config.notices == ["config.properties: accepted, not used yet: number_of_netty_threads, vmargs"]
+    config = load("vmargs=-Xmx1g\nnumber_of_netty_threads=4\nio_ratio=50\nvmargs=-Xmx2g\nversion=0.12.0")
+    assert config.notices == [
+        "config.properties: accepted, without effect here: vmargs, io_ratio (there is no JVM here); "
+        "number_of_netty_threads (one event loop serves all connections)"
+    ]
+
+
+def test_every_key_without_an_effect_says_why() -> None:
+    config = load("".join(f"{key}=1\n" for key in ACCEPTED_KEYS))
+    assert (config.unknown_keys, config.warnings) == ([], [])
+    (notice,) = config.notices
+    for key, why in ACCEPTED_KEYS.items():
+        assert key in notice and f"({why})" in notice
 
 
 def test_repeated_key_is_named_with_both_lines() -> None:
@@ -318,10 +329,10 @@ def test_configuration_survives_json() -> None:
 
 def test_every_known_key_is_a_field_and_none_is_both_used_and_unused() -> None:
     assert Config().to_json().keys() - KINDS.keys() == {
-        "origin", "overridden", "unknown_keys", "warnings", "notices", "self_signed_dir",
+        "origin", "overridden", "unknown_keys", "repeated_keys", "warnings", "notices", "self_signed_dir",
     }  # fmt: skip
     assert KINDS.keys() - Config().to_json().keys() == set()
-    assert not ACCEPTED_KEYS & KINDS.keys()
+    assert not ACCEPTED_KEYS.keys() & KINDS.keys()
 
 
 def fill_store() -> Path:
