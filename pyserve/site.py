@@ -41,6 +41,7 @@ from pyserve.snapshot import SnapshotFolder, snapshot_folder
 from pyserve.spans import open_tracer
 from pyserve.spawner import Spawner
 from pyserve.tls import curl_target, server_context
+from pyserve.tls import restore as restore_certificate
 from pyserve.tokens import Tokens
 from pyserve.trace import Tracing
 
@@ -71,6 +72,7 @@ class Site:
         budget = cpu_budget(config.cpu_budget)
         # Preprocessing runs on threads of its own, one per CPU; torch must not multiply them.
         torch.set_num_threads(1)
+        restore_certificate(config)
         self._start = start
         self._metrics = Metrics(torch_version=torch.__version__)
         self._engine = Engine(asyncio.get_running_loop(), budget)

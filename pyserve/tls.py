@@ -69,8 +69,7 @@ def prepare(config: Config, folder: Path) -> list[tuple[str, str]]:
     said = []
     if not has_certificate(config):
         config.self_signed_dir = str(folder)
-        hosts = [each.host for each in config.addresses().values()]
-        make_self_signed(folder, [each for each in hosts if each not in ("", *WILDCARDS)])
+        _make_for(config, folder)
         said.append((
             "warning",
             "TLS with a certificate that was made just now and that no client can check (curl needs -k); "
@@ -98,6 +97,18 @@ def examine(config: Config) -> tuple[str, str]:
     names = ", ".join(certificate.names) or "no name"
     kind = "note" if days_left > EXPIRES_SOON_DAYS else "warning"
     return kind, f"TLS: a certificate for {names}, valid until {certificate.not_after}"
+
+
+def restore(config: Config) -> None:
+    """Makes the certificate of `prepare` again if somebody who clears away temporary files took it.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    folder = Path(config.self_signed_dir)
+    if config.self_signed_dir and not all((folder / name).exists() for name in (_KEY_FILE, _CERTIFICATE_FILE)):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_for(config, folder)
 
 
 def server_context(config: Config) -> ssl.SSLContext:
@@ -237,6 +248,11 @@ def _is_trusted(config: Config, host: str) -> bool:
     except (ConfigError, ssl.SSLError):
         return False
     return True
+
+
+def _make_for(config: Config, folder: Path) -> None:
+    hosts = [each.host for each in config.addresses().values()]
+    make_self_signed(folder, [each for each in hosts if each not in ("", *WILDCARDS)])
 
 
 def make_self_signed(folder: Path, hosts: list[str]) -> None:

@@ -146,13 +146,23 @@ class Tokens:
         """The server's: reads what the supervisor made by ``create`` with the same arguments.
 
         Raises:
-            ConfigError: it is not there, or not to be used.
+            ConfigError: it is not to be used, or it is gone and cannot be made again.
         """
         if config.token_file:
             return cls._provided_by(config)
         if not guarded_scopes(config):
             return None
-        return cls._new(config, state_dir, read_keys(state_dir / _COPY), (folder / KEY_FILE,))
+        # Whoever clears away temporary files may have come by since the supervisor began.
+        for path in (state_dir / _COPY, folder / KEY_FILE):
+            try:
+                keys = read_keys(path)
+            except ConfigError as error:
+                log.warning("%s", error)
+            else:
+                if keys.keys() == _NAMES.keys():
+                    return cls._new(config, state_dir, keys, (folder / KEY_FILE,))
+        log.warning("the keys are lost; new ones are in %s", folder / KEY_FILE)
+        return cls.create(config, state_dir, folder)
 
     @classmethod
     def _new(cls, config: Config, state_dir: Path, keys: Keys, files: tuple[Path, ...]) -> Tokens:
@@ -289,6 +299,7 @@ class Tokens:
         content = (json.dumps(members, indent=2) + "\n").encode()
         drafts = [path.with_name(f".{path.name}.{secrets.token_hex(8)}") for path in self._files]
         try:
+            self._files[-1].parent.mkdir(mode=0o700, exist_ok=True)  # the supervisor's own, if a cleaner took it
             for draft in drafts:
                 fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 with open(fd, "wb") as file:

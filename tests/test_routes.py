@@ -282,6 +282,10 @@ def test_other_origins_make_no_changes(method: str, origin: str, allowed_origin:
     assert ask(router, method, "/models", headers).status == status
 
 
+def test_nothing_stands_before_an_endpoint_that_nothing_has_to_protect() -> None:
+    assert all(row[2] is own[2] for row, own in zip(protected(ROWS, None, "inference"), ROWS, strict=True))
+
+
 CORS = Config(cors_allowed_origin="https://ui.example", cors_allowed_methods="GET, PUT", cors_allowed_headers="X-A")
 
 

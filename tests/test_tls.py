@@ -168,6 +168,18 @@ def test_without_a_certificate_one_is_made_and_said_loudly(tmp_path: Path) -> No
     assert tls.key_and_chain_pem(again) == tls.key_and_chain_pem(config)
 
 
+def test_certificate_that_a_cleaner_took_is_made_again(tmp_path: Path) -> None:
+    config = config_for()
+    tls.prepare(config, tmp_path)
+    first = (tmp_path / "certificate.pem").read_bytes()
+    tls.restore(config)
+    assert (tmp_path / "certificate.pem").read_bytes() == first
+    (tmp_path / "key.pem").unlink()
+    tls.restore(config)
+    assert served_certificate(tls.server_context(config), (tmp_path / "certificate.pem").read_bytes())
+    tls.restore(Config())  # has none
+
+
 def test_no_openssl_is_said_with_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"openssl cannot make one .*; give a certificate by private_key_file"):

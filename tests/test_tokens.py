@@ -195,6 +195,20 @@ def test_next_server_takes_over_the_keys_even_if_the_file_is_gone(folders: tuple
     assert reason(tokens, "management", key + "x") == "token wrong"
 
 
+def test_keys_that_a_cleaner_took_are_read_from_the_other_file_or_made_again(folders: tuple[Path, Path]) -> None:
+    config = Config(management_address=ELSEWHERE)
+    made(folders)
+    key = f"Bearer {file_of(folders)['management']['key']}"
+    (folders[0] / "keys.json").unlink()
+    folders[0].rmdir()
+    tokens = Tokens.open(config, *folders)
+    assert tokens is not None and reason(tokens, "management", key) == ""
+    (folders[1] / KEY_FILE).write_text('{"management": {"key": "half-of-it"}}')
+    tokens = Tokens.open(config, *folders)
+    assert tokens is not None and reason(tokens, "management", key) == "token wrong"
+    assert reason(tokens, "management", f"Bearer {file_of(folders)['management']['key']}") == ""
+
+
 def test_file_is_removed_at_the_end_unless_it_is_another_servers(folders: tuple[Path, Path], tmp_path: Path) -> None:
     first = made(folders)
     (tmp_path / "other").mkdir()
