@@ -21,7 +21,7 @@ async def ask_driver(index: int) -> str:
     """Three numbers separated by commas, of the GPU that torch counts as ``index``.
 
     Raises:
-        OSError, ValueError, RuntimeError, TimeoutError: they are not to be had.
+        OSError, ValueError, RuntimeError, AssertionError, TimeoutError: they are not to be had.
     """
     import torch
 
@@ -73,7 +73,7 @@ class GpuUsage:
     async def _text(self, index: int) -> str:
         try:
             gpu, memory, used = (int(each) for each in (await self._ask(index)).split(","))
-        except (OSError, ValueError, RuntimeError, AttributeError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError, AssertionError, TimeoutError) as error:  # torch asserts that it can
             log.debug("the usage of GPU %d cannot be had: %s", index, error)
             return UNKNOWN
         return (

@@ -168,7 +168,9 @@ class Model:
             lane = self._lane
             if lane is None:
                 raise self._scaling_error(self.error or "it is being unregistered")
-            before, bounds_before = lane.wanted_count, (self.settings.workers_min, self.settings.workers_max)
+            before, wanted_before = lane.wanted_count, self.wanted_workers
+            bounds_before = self.settings.workers_min, self.settings.workers_max
+            trouble_before = self.error if self.state == "FAILED" else ""
             wanted = min(max(before, workers_min), max(workers_min, workers_max))
             self.settings.workers_min, self.settings.workers_max = workers_min, workers_max
             self.wanted_workers = wanted
@@ -183,8 +185,10 @@ class Model:
             if failure:
                 error = self._scaling_error(failure, lane.failure)
                 self.settings.workers_min, self.settings.workers_max = bounds_before
-                self.wanted_workers = min(before, wanted)
-                lane.set_workers(self.wanted_workers)
+                self.wanted_workers = wanted_before
+                lane.set_workers(min(before, wanted))
+                if trouble_before:
+                    self._on_trouble(trouble_before)
                 raise error
             return wanted
 

@@ -153,6 +153,8 @@ class PythonWorkers:
             for slot in self._slots:
                 if slot.state == WAITING:
                     slot.hurry.set()
+        else:
+            self._set_trouble("")  # nobody wants a worker, so none is missing
         wanted = [slot for slot in self._slots if slot.is_wanted]
         for slot in wanted[count:]:
             self._let_go(slot)
@@ -368,6 +370,7 @@ class PythonWorkers:
     def _set_trouble(self, text: str) -> None:
         if text and (self._is_closing or any(slot.state == READY for slot in self._slots)):
             return
-        if text != self.trouble:
+        # That there is a worker is always told: who asked for another one has made us forget the trouble.
+        if text != self.trouble or not text:
             self.trouble = text
             self._on_trouble(text)
