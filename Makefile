@@ -50,7 +50,7 @@ test: lint
 	$(BIN)/python -m pytest -q
 
 bench: build
-	$(BIN)/python bench/figures.py
+	$(BIN)/python bench/compare.py
 
 clean:
 	rm -rf build bench/out pyserve/_core*.so pyserve/_build_info.py $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache

@@ -182,7 +182,8 @@ def _torchserve_archive(run: Run, bin_folder: Path) -> Path:
     subprocess.run(
         [str(bin_folder / "torch-model-archiver"), "--model-name", "densenet161", "--version", "1.0", "--force",
          "--model-file", str(model_file), "--serialized-file", str(source.weights.as_file()),
-         "--handler", str(BENCH / "torchserve_classifier.py"), "--extra-files", str(ROOT / "pyserve" / "zoo.py"),
+         "--handler", str(BENCH / "peers" / "torchserve_classifier.py"),
+         "--extra-files", str(ROOT / "pyserve" / "zoo.py"),
          "--archive-format", "zip-store", "--export-path", str(store)],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip

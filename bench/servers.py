@@ -45,11 +45,13 @@ class Server:
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.inference_port}{path}"
 
-    def ask(self, method: str, port: int, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    def ask(
+        self, method: str, port: int, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes]:
         """(status, body); (0, b"") when nothing answers."""
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         try:
-            connection.request(method, path, body)
+            connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             return response.status, response.read()
         except (OSError, http.client.HTTPException):

@@ -1,7 +1,9 @@
 """Tensors in, tensors out: JSON nested lists, or raw little-endian bytes.
 
 model-config.yaml says what one item is: ``input: {dtype: float32, shape: [1, 8, 8]}``, the shape without
-the batch dimension, -1 for any size. Answers come in kind (raw to raw, JSON to JSON and forms) unless ``Accept`` asks
+the batch dimension, -1 for any size. With ``pad_to: [32, 64, 128]`` a free dimension is filled up with ``pad_value``
+(0) to the next of these sizes, so that items of similar length share batches; the model must know what to leave out.
+Answers come in kind (raw to raw, JSON to JSON and forms) unless ``Accept`` asks
 for ``application/octet-stream`` or ``application/json``. A raw answer has the headers ``x-tensor-dtype``
 (``float32``) and ``x-tensor-shape`` (``10``, ``3,224,224``; empty for a single number). A model with several
 outputs answers with their bytes one after the other, dtypes separated by ``,`` and shapes by ``;``; if it

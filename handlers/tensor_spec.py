@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -44,10 +44,15 @@ class TensorSpec:
     Attributes:
         dtype: name as in torch, without ``torch.``.
         shape: without the batch dimension; -1 stands for any size.
+        pad_to: sizes, rising, to the next of which the one free dimension is filled up, so that items of similar
+            size share a batch; empty for none.
+        pad_value: what it is filled up with.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    pad_to: tuple[int, ...] = ()
+    pad_value: float = 0
     # Derived, computed once because they are used for every request.
     torch_dtype: torch.dtype = field(init=False, repr=False)
     fixed_size: int = field(init=False, repr=False)  # bytes, or of one step of the free dimensions
@@ -79,14 +84,15 @@ class TensorSpec:
             isinstance(size, int) and not isinstance(size, bool) and (size > 0 or size == -1) for size in shape
         ):
             raise ModelLoadError(f"'input.shape' in model-config.yaml is {shape!r}, not a list of sizes; {form}")
-        return cls(dtype, tuple(shape))
+        return cls(dtype, tuple(shape), *_padding(entry, shape))
 
     def __str__(self) -> str:
         return f"{self.dtype} [{', '.join('any' if size == -1 else str(size) for size in self.shape)}]"
 
     def example(self) -> torch.Tensor:
         """A tensor [1, *shape]: seeded numbers in [0, 1), zeros for whole numbers; free dimensions get size 16."""
-        shape = [1, *(EXAMPLE_DIMENSION if size == -1 else size for size in self.shape)]
+        free = self.pad_to[0] if self.pad_to else EXAMPLE_DIMENSION
+        shape = [1, *(free if size == -1 else size for size in self.shape)]
         if not self.torch_dtype.is_floating_point:
             return torch.zeros(shape, dtype=self.torch_dtype)
         return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.torch_dtype)
@@ -95,7 +101,7 @@ class TensorSpec:
         """Raw little-endian numbers -> tensor [1, *shape], without a copy when ``body`` is writable.
 
         Raises:
-            InputError: the number of bytes does not make one item.
+            InputError: the number of bytes does not make one item, or it is larger than ``pad_to`` allows.
         """
         free = self.shape.count(-1)
         size = len(body) if not isinstance(body, memoryview) else body.nbytes
@@ -105,7 +111,7 @@ class TensorSpec:
             body = _byte_swapped(body, self.torch_dtype.itemsize)
         elif not isinstance(body, bytearray) and (isinstance(body, bytes) or body.readonly):
             body = bytearray(body)  # torch writes to tensors; it cannot be kept from writing to this one
-        return torch.frombuffer(body, dtype=self.torch_dtype).view(1, *self.shape)
+        return self._padded(torch.frombuffer(body, dtype=self.torch_dtype).view(1, *self.shape))
 
     def _size_error(self, body: bytes | bytearray | memoryview, free: int) -> str:
         if free > 1:
@@ -121,7 +127,7 @@ class TensorSpec:
         """Nested lists of numbers, one list level per dimension -> tensor [1, *shape].
 
         Raises:
-            InputError: levels, sizes or values do not fit.
+            InputError: levels, sizes or values do not fit, or it is larger than ``pad_to`` allows.
         """
         flat: Any = [value]
         sizes = []
@@ -144,10 +150,27 @@ class TensorSpec:
             raise InputError(self._value_error(flat)) from error
         tensor = torch.frombuffer(numbers, dtype=array_dtype).view(1, *sizes)
         if dtype is array_dtype:
-            return tensor
+            return self._padded(tensor)
         if dtype is torch.bool and tensor.max().item() > 1:
             raise InputError(f"expected {self}, got numbers other than 0 and 1")
-        return tensor.to(dtype)
+        return self._padded(tensor.to(dtype))
+
+    def _padded(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not self.pad_to:
+            return tensor
+        axis = self.shape.index(-1) + 1
+        size = tensor.shape[axis]
+        target = next((each for each in self.pad_to if each >= size), None)
+        if target is None:
+            raise InputError(
+                f"expected {self} with a size of at most {self.pad_to[-1]}, got {size}; send less, or raise "
+                "'input.pad_to' in model-config.yaml"
+            )
+        if target == size:
+            return tensor
+        padded = tensor.new_full([target if i == axis else each for i, each in enumerate(tensor.shape)], self.pad_value)
+        padded.narrow(axis, 0, size).copy_(tensor)
+        return padded
 
     def _value_error(self, flat: list[Any]) -> str:
         typecode = _DTYPES[self.dtype][1]
@@ -158,6 +181,27 @@ class TensorSpec:
                 kind = "numbers" if typecode in "fd" else "whole numbers in its range"
                 return f"expected {self}: {kind}, got {found(value)} at flat position {position}"
         return f"expected {self}"
+
+
+def _padding(entry: Mapping[str, Any], shape: Sequence[int]) -> tuple[tuple[int, ...], float]:
+    """``pad_to`` and ``pad_value`` of an ``input`` entry.
+
+    Raises:
+        ModelLoadError: they are not of their form, or there is not exactly one free dimension to fill up.
+    """
+    sizes, value = entry.get("pad_to", []), entry.get("pad_value", 0)
+    are_sizes = isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
+    if not are_sizes or sorted(set(sizes)) != sizes:
+        raise ModelLoadError(
+            f"'input.pad_to' in model-config.yaml is {sizes!r}, not a list of rising sizes such as [32, 64, 128]"
+        )
+    if sizes and list(shape).count(-1) != 1:
+        raise ModelLoadError(
+            f"'input.pad_to' in model-config.yaml needs exactly one -1 in 'input.shape', which is {list(shape)}"
+        )
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ModelLoadError(f"'input.pad_value' in model-config.yaml is {value!r}, not a number")
+    return tuple(sizes), value
 
 
 def _byte_swapped(body: bytes | bytearray | memoryview, itemsize: int) -> bytearray:

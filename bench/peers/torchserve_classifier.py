@@ -15,10 +15,10 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 class Classifier(BaseHandler):
-    def preprocess(self, data):  # type: ignore[no-untyped-def]
+    def preprocess(self, data):
         return torch.stack([self._picture(row.get("data") or row.get("body")) for row in data])
 
-    def _picture(self, body):  # type: ignore[no-untyped-def]
+    def _picture(self, body):
         picture = Image.open(io.BytesIO(body)).convert("RGB")
         width, height = picture.size
         short = min(width, height)
@@ -27,7 +27,7 @@ class Classifier(BaseHandler):
         pixels = np.asarray(picture.crop((left, top, left + 224, top + 224)), dtype=np.float32)
         return (torch.from_numpy(pixels / 255).permute(2, 0, 1) - MEAN) / STD
 
-    def postprocess(self, data):  # type: ignore[no-untyped-def]
+    def postprocess(self, data):
         values, classes = torch.softmax(data, 1).topk(5)
         return [
             {str(label): value for label, value in zip(row_classes, row_values, strict=True)}

@@ -1,0 +1,207 @@
+"""pyserve beside other servers, all with the same TorchScript file, preprocessing and threads, in one run.
+
+    python bench/compare.py                                   # everything; makes virtual environments for the peers
+    python bench/compare.py nothing resnet18 --rounds 2 --duration 8
+    python bench/compare.py nothing --peers mosec
+
+Each round starts every side in turn, every other round backwards, drives it with the same load generator, and stops
+it; only one server runs at a time. Beside the servers stand two limits: the same work called directly in one process
+(bench/direct.py) and, for the model that costs nothing, a bare echo (bench/echo.py). The method is in bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: its folder is on the path, the repository's root is not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.report import machine
+from bench.servers import ROOT, free_ports
+from bench.sides import (
+    Side,
+    environment_of,
+    litserve_side,
+    mosec_side,
+    pyserve_side,
+    torchserve_side,
+    versions_of,
+)
+from bench.verdict import Results, print_tables, save_plot
+from bench.workloads import WORKLOADS, Workload
+
+BENCH = Path(__file__).parent
+PEER_SIDES = {"torchserve": torchserve_side, "litserve": litserve_side, "mosec": mosec_side}
+WORKERS = (1, 2)
+OPEN_LOOP_SHARES = (0.5, 0.8, 0.95)
+
+
+class Run:
+    """Folder, peers and options of one run."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace):
+        self.folder = folder
+        self.options = options
+        self.cores = machine()["cores"]
+        self.peers = {
+            name: environment_of(options.environments, name, options.torch) for name in options.peers
+        }
+        self.results: Results = {}
+
+    def sides(self, load: Workload) -> list[Side]:
+        sides = [pyserve_side(self.folder, load, "fp32", workers) for workers in WORKERS]
+        if load.kind == "floats":
+            sides.append(pyserve_side(self.folder, load, "fp32", 1, wants_json=True))
+        sides += [pyserve_side(self.folder, load, name, 2) for name in load.archives if name != "fp32"]
+        for name, bin_folder in self.peers.items():
+            if load.kind == "tokens" and name == "litserve":
+                continue  # its numbers go as JSON, which is another comparison
+            sides += [PEER_SIDES[name](self.folder, bin_folder, load, workers, self.cores) for workers in WORKERS]
+        return sides
+
+    def measure(self, load: Workload) -> None:
+        sides = self.sides(load)
+        for number in range(self.options.rounds):
+            for side in sides if number % 2 == 0 else list(reversed(sides)):
+                with side.start() as url:
+                    for clients in load.clients:
+                        self.drive(load, side, url, clients)
+            if load.kind == "floats":
+                self.measure_echo(load)
+            if load.kind == "picture":
+                self.measure_direct(load)
+        if load.name == "resnet18":
+            self.open_loop(load)
+
+    def drive(self, load: Workload, side: Side, url: str, clients: int) -> None:
+        label = side.label
+        report = self.latency(url, side.content_type, side.bodies, "--concurrency", str(clients), "--warmup", "2s")
+        row = self.results.setdefault(load.name, {}).setdefault(label, {}).setdefault(str(clients), {})
+        row.setdefault("rate", []).append(report["rates"]["requests_per_s"])
+        row.setdefault("p50_ms", []).append(report["latency_ms"]["p50"])
+        row.setdefault("p99_ms", []).append(report["latency_ms"]["p99"])
+        row.setdefault("failed", []).append(report["requests"]["failed"])
+        print(f"{load.name}: {label}, {clients} clients: {report['rates']['requests_per_s']:.2f}/s, "
+              f"p50 {report['latency_ms']['p50']:.3f} ms, failed {report['requests']['failed']}", file=sys.stderr)
+
+    def latency(self, url: str, content_type: str, bodies: list[bytes], *flags: str) -> dict[str, Any]:
+        """One load test: its report."""
+        out = self.folder / "latency.json"
+        files = []
+        for number, body in enumerate(bodies):
+            path = self.folder / f"body-{number}"
+            path.write_bytes(body)
+            files += ["--data", str(path)]
+        kind = ["--content-type", content_type] if content_type else []
+        subprocess.run(
+            [sys.executable, str(BENCH / "latency.py"), "--url", url, "--duration", str(self.options.duration),
+             "--json", str(out), *files, *kind, *flags],
+            check=False, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        report: dict[str, Any] = json.loads(out.read_text())
+        out.unlink()
+        return report
+
+    def measure_echo(self, load: Workload) -> None:
+        side = Side("bare echo", 0, echo, "", load.bodies)
+        with side.start() as url:
+            for clients in load.clients:
+                self.drive(load, side, url, clients)
+
+    def measure_direct(self, load: Workload) -> None:
+        """The same work in one process, at its best split of the threads."""
+        out = self.folder / "direct.json"
+        body = self.folder / "direct-body"
+        body.write_bytes(load.bodies[0])
+        splits = [f"{workers}x{max(1, self.cores // workers)}" for workers in WORKERS]
+        for archive in load.archives.values():
+            if archive.stem != load.name:
+                continue
+            subprocess.run(
+                [sys.executable, str(BENCH / "direct.py"), "--archive", str(archive), "--data", str(body), "--threads",
+                 *splits, "--rounds", "1", "--duration", str(self.options.duration), "--json", str(out)],
+                check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+            best = json.loads(out.read_text())["splits"][0]
+            row = self.results[load.name].setdefault("called directly", {}).setdefault(str(load.clients[0]), {})
+            row.setdefault("rate", []).append(best["items_per_s"])
+            print(f"{load.name}: called directly, {best['split']}: {best['items_per_s']:.2f}/s", file=sys.stderr)
+
+    def open_loop(self, load: Workload) -> None:
+        """At shares of the peak that the closed loop has just measured."""
+        side = pyserve_side(self.folder, load, "fp32", 2)
+        peak = statistics.median(self.results[load.name][side.label][str(load.clients[0])]["rate"])
+        rows = self.results.setdefault(f"{load.name}, open loop", {})
+        with side.start() as url:
+            for share in OPEN_LOOP_SHARES:
+                report = self.latency(url, side.content_type, side.bodies, "--rate", f"{peak * share:.3f}",
+                                      "--arrivals", "poisson", "--duration", str(4 * self.options.duration))
+                rows[f"{share:.0%} of the peak"] = {"open": {
+                    **{f"{key}_ms": [report["latency_ms"][key]] for key in ("p50", "p99", "p99.9")},
+                    "rate": [report["rates"]["requests_per_s"]], "failed": [report["requests"]["failed"]],
+                }}
+
+
+@contextmanager
+def echo() -> Iterator[str]:
+    (port,) = free_ports(1)
+    process = subprocess.Popen([sys.executable, str(BENCH / "echo.py"), "--port", str(port)], stdout=subprocess.DEVNULL)
+    try:
+        time.sleep(1)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"any of {', '.join(WORKLOADS)}; default: all")
+    parser.add_argument("--peers", nargs="*", default=list(PEER_SIDES), metavar="PEER", help="default: all")
+    parser.add_argument("--environments", type=Path, default=BENCH / "out" / "peers", metavar="DIR",
+                        help="where the peers' virtual environments are kept (default: %(default)s)")
+    parser.add_argument("--torch", default="torch==2.13.0", metavar="SPEC", help="the peers' (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
+    parser.add_argument("--duration", type=float, default=10, help="seconds of one load test (default: 10)")
+    parser.add_argument("--out", type=Path, default=BENCH / "out", metavar="DIR",
+                        help="for compare.json and compare.png (default: %(default)s)")
+    return parser
+
+
+def main() -> int:
+    parser = build_parser()
+    options = parser.parse_args()
+    for what, given, known in (("workload", options.workloads, WORKLOADS), ("peer", options.peers, PEER_SIDES)):
+        if unknown := set(given) - set(known):
+            parser.error(f"no {what} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    told = {"machine": machine(), "load_average_before": os.getloadavg(), "rounds": options.rounds,
+            "duration_s": options.duration, "at": time.strftime("%FT%TZ", time.gmtime())}
+    with tempfile.TemporaryDirectory(prefix="pyserve-compare-") as folder:
+        run = Run(Path(folder), options)
+        told["peers"] = {name: versions_of(bin_folder, name) for name, bin_folder in run.peers.items()}
+        for name in options.workloads or WORKLOADS:
+            work = Path(folder) / name
+            work.mkdir()
+            run.folder = work
+            run.measure(WORKLOADS[name](work))
+    print_tables(told, run.results)
+    (options.out / "compare.json").write_text(json.dumps({**told, "results": run.results}, indent=1) + "\n")
+    save_plot(run.results, options.out / "compare.png")
+    print(f"\nwritten: {options.out / 'compare.json'}, {options.out / 'compare.png'}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""The servers of the comparison, each at its best documented configuration. Their own code is in `peers`.
+
+Every side serves the same TorchScript file with the same preprocessing, batching on, and ``workers`` workers that
+share the cores: intra-op threads = cores / workers, for all sides alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from bench.servers import Server, free_ports, pyserve, torchserve
+from bench.workloads import JSON_TYPE, RAW_TYPE, UPLOAD_TYPE, Workload
+
+PEERS = Path(__file__).parent / "peers"
+DELAY_MS = 5  # how long a peer may wait for a batch to fill; pyserve waits only while its workers are busy
+QUEUE_SIZE = 2048
+STOP_S = 30.0
+
+# What goes into each peer's virtual environment, beside torch, numpy and pillow.
+PACKAGES = {
+    "torchserve": ["torchserve==0.12.0", "torch-model-archiver==0.12.0", "setuptools<81", "captum", "psutil", "pyyaml"],
+    "litserve": ["litserve"],
+    "mosec": ["mosec"],
+}
+
+
+@dataclass
+class Side:
+    """One server in one configuration.
+
+    Attributes:
+        start: a context that gives the address to post to; the server answers when it is entered.
+        content_type: of the requests; "" for none.
+        bodies: what is posted, in turn.
+    """
+
+    name: str
+    workers: int
+    start: Callable[[], AbstractContextManager[str]]
+    content_type: str
+    bodies: list[bytes]
+
+    @property
+    def label(self) -> str:
+        if not self.workers:
+            return self.name
+        return f"{self.name}, {self.workers} worker{'s' if self.workers > 1 else ''}"
+
+
+def environment_of(root: Path, name: str, torch_requirement: str) -> Path:
+    """``bin`` of the peer's virtual environment, made if it is not there."""
+    folder = root / name
+    done = folder / ".made"
+    if not done.exists():
+        print(f"installing {name} into {folder}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        pip = [str(folder / "bin" / "pip"), "install", "--quiet"]
+        subprocess.run([*pip, torch_requirement], check=True)
+        subprocess.run([*pip, "numpy", "pillow", *PACKAGES[name]], check=True)
+        done.touch()
+    return folder / "bin"
+
+
+def versions_of(bin_folder: Path, name: str) -> dict[str, str]:
+    """Of the packages in a peer's environment that matter."""
+    code = (
+        "import importlib.metadata as m, json, sys\n"
+        "there = {each.metadata['Name'].lower() for each in m.distributions()}\n"
+        "print(json.dumps({each: m.version(each) for each in sys.argv[1:] if each in there}))"
+    )
+    wanted = [each.partition("=")[0].partition("<")[0] for each in PACKAGES[name]] + ["torch", "uvicorn", "fastapi"]
+    command = [str(bin_folder / "python"), "-c", code, *wanted]
+    found: dict[str, str] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found
+
+
+def pyserve_side(folder: Path, load: Workload, archive: str, workers: int, *, wants_json: bool = False) -> Side:
+    """Ours; `archive` is a key of the workload's archives."""
+    path = load.archives[archive]
+    model = path.stem
+
+    @contextmanager
+    def start() -> Iterator[str]:
+        config = folder / "config.properties"
+        config.write_text(f"job_queue_size={QUEUE_SIZE}\n")
+        with pyserve(folder / "pyserve", [path], "--ts-config", str(config), cache=folder / "cache") as server:
+            server.first_answer_s(model, load.bodies[0])
+            server.set(model, f"min_worker={workers}&max_worker={workers}")
+            yield server.url(f"/predictions/{model}")
+
+    name = "pyserve" if archive == "fp32" else f"pyserve, {archive}"
+    if wants_json:
+        bodies = [body[len(b'{"input": ') : -1] for body in load.json_bodies()]
+        return Side(f"{name}, JSON", workers, start, JSON_TYPE, bodies)
+    return Side(name, workers, start, RAW_TYPE if load.kind != "picture" else "", load.bodies)
+
+
+def torchserve_side(folder: Path, bin_folder: Path, load: Workload, workers: int, cores: int) -> Side:
+    @contextmanager
+    def start() -> Iterator[str]:
+        archive = _torchserve_archive(folder, bin_folder, load, workers)
+        variables = {**_variables(load, workers, cores), "OMP_NUM_THREADS": str(max(1, cores // workers))}
+        with _with_environment(variables), torchserve(folder / "torchserve", bin_folder, archive) as server:
+            server.first_answer_s(load.name, load.bodies[0])
+            yield server.url(f"/predictions/{load.name}")
+
+    return Side("TorchServe", workers, start, "application/octet-stream", load.bodies)
+
+
+def litserve_side(folder: Path, bin_folder: Path, load: Workload, workers: int, cores: int) -> Side:
+    is_upload = load.kind == "picture"
+    bodies = load.upload_bodies() if is_upload else load.json_bodies()
+    content_type = UPLOAD_TYPE if is_upload else JSON_TYPE
+
+    @contextmanager
+    def start() -> Iterator[str]:
+        (port,) = free_ports(1)
+        variables = {**_variables(load, workers, cores), "WORK_PORT": str(port)}
+        command = [str(bin_folder / "python"), str(PEERS / "litserve_app.py")]
+        with _process(command, variables, folder / "litserve.log"):
+            yield _ready(f"http://127.0.0.1:{port}/predict", bodies[0], content_type)
+
+    return Side("LitServe", workers, start, content_type, bodies)
+
+
+def mosec_side(folder: Path, bin_folder: Path, load: Workload, workers: int, cores: int) -> Side:
+    @contextmanager
+    def start() -> Iterator[str]:
+        (port,) = free_ports(1)
+        command = [str(bin_folder / "python"), str(PEERS / "mosec_app.py"), "--address", "127.0.0.1", "--port",
+                   str(port), "--timeout", "120000", "--capacity", str(QUEUE_SIZE)]  # fmt: skip
+        with _process(command, _variables(load, workers, cores), folder / "mosec.log"):
+            yield _ready(f"http://127.0.0.1:{port}/inference", load.bodies[0], RAW_TYPE)
+
+    return Side("mosec", workers, start, RAW_TYPE, load.bodies)
+
+
+def _variables(load: Workload, workers: int, cores: int) -> dict[str, str]:
+    return {
+        "WORK_KIND": load.kind, "WORK_MODEL": str(load.model), "WORK_WORKERS": str(workers),
+        "WORK_THREADS": str(max(1, cores // workers)), "WORK_BATCH": str(load.batch_size),
+        "WORK_DELAY_MS": str(DELAY_MS),
+    }  # fmt: skip
+
+
+def _torchserve_archive(folder: Path, bin_folder: Path, load: Workload, workers: int) -> Path:
+    config = folder / "torchserve.yaml"
+    config.write_text(
+        f"minWorkers: {workers}\nmaxWorkers: {workers}\nbatchSize: {load.batch_size}\nmaxBatchDelay: {DELAY_MS}\n"
+        f"jobQueueSize: {QUEUE_SIZE}\n"
+    )
+    store = folder / "torchserve-store"
+    store.mkdir(exist_ok=True)
+    subprocess.run(
+        [str(bin_folder / "torch-model-archiver"), "--model-name", load.name, "--version", "1.0", "--force",
+         "--handler", str(PEERS / "torchserve_handler.py"), "--extra-files", str(PEERS / "work.py"),
+         "--config-file", str(config), "--export-path", str(store)],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    return store / f"{load.name}.mar"
+
+
+@contextmanager
+def _with_environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _process(command: list[str], variables: dict[str, str], log_path: Path) -> Iterator[None]:
+    """A server with children of its own, all of which are gone afterwards."""
+    environment = {**os.environ, **variables, "PYTHONPATH": str(PEERS)}
+    with open(log_path, "ab") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, cwd=log_path.parent, start_new_session=True
+        )
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # whoever did not hear
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+
+def _ready(url: str, body: bytes, content_type: str, timeout_s: float = 120) -> str:
+    """``url`` once it has answered a request with 200."""
+    parts = urlsplit(url)
+    path, port = parts.path, parts.port or 80
+    server = Server(port, 0, time.perf_counter())
+    deadline = time.perf_counter() + timeout_s
+    while time.perf_counter() < deadline:
+        status, _ = server.ask("POST", port, path, body, {"Content-Type": content_type})
+        if status == 200:
+            return url
+        time.sleep(0.05)
+    raise RuntimeError(f"no 200 from {url} within {timeout_s:g} s")

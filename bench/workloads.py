@@ -1,0 +1,162 @@
+"""What the comparison serves: TorchScript files with seeded weights, the archives around them, and request bodies."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pyserve.archiver import ArchiverConfig, write_archive
+from pyserve.examples import write_sample_picture
+from pyserve.zoo import DenseNet, ResNet, seed_weights
+
+BOUNDARY = "pyserve-bench"
+UPLOAD_TYPE = f"multipart/form-data; boundary={BOUNDARY}"
+RAW_TYPE = "application/octet-stream"
+JSON_TYPE = "application/json"
+TOKENS_MAX = 256
+# Of the padded length; the reader of --help and README sees the same numbers.
+TOKEN_BUCKETS = (32, 64, 128, 256)
+VOCABULARY = 1000
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward network, each with its residual and its norm (Vaswani et al., 2017)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.inputs, self.outputs = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, features: Tensor, is_token: Tensor) -> Tensor:
+        count, length, width = features.shape
+        parts = self.inputs(features).view(count, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], is_token)
+        features = self.norm1(features + self.outputs(mixed.transpose(1, 2).reshape(count, length, width)))
+        return self.norm2(features + self.narrow(torch.relu(self.wide(features))))
+
+
+class TextEncoder(nn.Module):
+    """A small transformer encoder: token ids int64 [n, length], 0 for no token -> float [n, 64]."""
+
+    def __init__(self, width: int = 256, layers: int = 4):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(EncoderLayer(width, 4) for _ in range(layers))
+        self.head = nn.Linear(width, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        is_token = ids != 0
+        mask = is_token.unsqueeze(1).unsqueeze(1)
+        features = self.embedding(ids)
+        for layer in self.layers:
+            features = layer(features, mask)
+        kept = is_token.unsqueeze(2).to(features.dtype)
+        return self.head((features * kept).sum(1) / kept.sum(1))
+
+
+@dataclass
+class Workload:
+    """One model and how it is asked.
+
+    Attributes:
+        kind: of `peers.work.Work`.
+        bodies: raw request bodies, sent in turn.
+        clients: numbers of clients of the closed loop.
+        batch_size: the most requests of one batch, on every server.
+        archive: for pyserve: key such as ``fp32`` to archive.
+    """
+
+    name: str
+    kind: str
+    model: Path
+    bodies: list[bytes]
+    clients: tuple[int, ...]
+    batch_size: int
+    archives: dict[str, Path] = field(default_factory=dict)
+
+    def json_bodies(self) -> list[bytes]:
+        """The same inputs as LitServe takes numbers."""
+        dtype = torch.float32 if self.kind == "floats" else torch.int64
+        numbers = [torch.frombuffer(bytearray(body), dtype=dtype).tolist() for body in self.bodies]
+        return [json.dumps({"input": each}).encode() for each in numbers]
+
+    def upload_bodies(self) -> list[bytes]:
+        """The same pictures as a browser's form sends them."""
+        head = (
+            f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="request"; filename="a.jpg"\r\n'
+            "Content-Type: image/jpeg\r\n\r\n"
+        ).encode()
+        return [head + body + f"\r\n--{BOUNDARY}--\r\n".encode() for body in self.bodies]
+
+
+def free_model(folder: Path) -> Workload:
+    """(a): 16 floats in and out."""
+    model = _traced(nn.Identity(), torch.zeros(1, 16), folder / "nothing.pt")
+    body = torch.linspace(-1, 1, 16).numpy().tobytes()
+    load = Workload("nothing", "floats", model, [body], (1, 8, 64, 512), 64)
+    load.archives["fp32"] = _archive(
+        load, folder, "tensor", "input: {dtype: float32, shape: [16]}\nbatchSize: 64\nmaxBatchDelay: 0\n"
+    )
+    return load
+
+
+def pictures(name: str, folder: Path) -> Workload:
+    """(b), (c): resnet18 or densenet161, a JPEG in, the five most probable classes out."""
+    network: nn.Module = {"resnet18": lambda: ResNet(18), "densenet161": lambda: DenseNet(161)}[name]()
+    seed_weights(network)
+    model = _traced(network, torch.zeros(1, 3, 224, 224), folder / f"{name}.pt")
+    picture = write_sample_picture(folder / "picture.jpg").read_bytes()
+    load = Workload(name, "picture", model, [picture], (8,), 8)
+    load.archives["fp32"] = _archive(load, folder, "image_classifier", "batchSize: 8\nmaxBatchDelay: 0\n")
+    load.archives["bf16"] = _archive(
+        load, folder, "image_classifier",
+        "batchSize: 8\nmaxBatchDelay: 0\nprecision: bf16\nmemoryFormat: channels_last\n", "_bf16",
+    )  # fmt: skip
+    return load
+
+
+def tokens(folder: Path, seed: int = 0) -> Workload:
+    """(d): 1 to 256 token ids in, most texts short."""
+    torch.manual_seed(seed)
+    model = folder / "encoder.pt"
+    torch.jit.save(torch.jit.script(TextEncoder().eval()), str(model))
+    chance = random.Random(seed)
+    lengths = [min(TOKENS_MAX, 1 + int(chance.expovariate(1 / 50))) for _ in range(64)]
+    bodies = [torch.randint(1, VOCABULARY, (length,)).numpy().tobytes() for length in lengths]
+    load = Workload("encoder", "tokens", model, bodies, (64,), 16)
+    spec = "batchSize: 16\nmaxBatchDelay: 0\ninput: {dtype: int64, shape: [-1]"
+    load.archives["fp32"] = _archive(load, folder, "tensor", f"{spec}, pad_to: {list(TOKEN_BUCKETS)}}}\n")
+    load.archives["one length"] = _archive(load, folder, "tensor", f"{spec}, pad_to: [{TOKENS_MAX}]}}\n", "_one_length")
+    load.archives["unpadded"] = _archive(load, folder, "tensor", f"{spec}}}\n", "_unpadded")
+    return load
+
+
+WORKLOADS: dict[str, Callable[[Path], Workload]] = {
+    "nothing": free_model,
+    "resnet18": lambda folder: pictures("resnet18", folder),
+    "densenet161": lambda folder: pictures("densenet161", folder),
+    "encoder": tokens,
+}
+
+
+def _traced(network: nn.Module, example: Tensor, path: Path) -> Path:
+    with torch.inference_mode():
+        torch.jit.save(torch.jit.trace(network.eval(), example), str(path))
+    return path
+
+
+def _archive(load: Workload, folder: Path, handler: str, yaml: str, suffix: str = "") -> Path:
+    config = folder / f"{load.name}{suffix}.yaml"
+    config.write_text(yaml)
+    return write_archive(ArchiverConfig(
+        model_name=f"{load.name}{suffix}", version="1.0", handler=handler, serialized_file=str(load.model),
+        config_file=str(config), export_path=str(folder / "store"), force=True,
+    ))  # fmt: skip
