@@ -239,13 +239,14 @@ class Site:
     async def _sample(self) -> str:
         """One line that a person can paste."""
         ready = [model for model in self.registry.default_models() if model.has_ready_worker]
+        curl = await asyncio.to_thread(self._curl)
         if not ready:
-            return f"{self._curl()}/ping"
+            return f"{curl}/ping"
         model = ready[0]
         folder = open_cache().root / "samples"
         # Drawing a picture takes a moment, and requests are being answered already.
         arguments = await asyncio.to_thread(model.sample_arguments, folder)
-        return f"{self._curl()}/predictions/{model.name} {arguments}"
+        return f"{curl}/predictions/{model.name} {arguments}"
 
     def _curl(self) -> str:
         """The command up to the path, for a client on this machine."""
