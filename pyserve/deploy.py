@@ -233,6 +233,8 @@ class _Deployment:
             ) from None
         if answer.status != 200:
             self._may_be_registered = False  # the server keeps nothing of what it refuses
+            if answer.status == 409:
+                self._copied = None  # whoever was faster may serve it from the very file
             raise DeployError(f"{self._new} was not loaded: {self._registration_problem(answer)}")
         found = _REGISTERED.match(str(answer.json.get("status")))
         if found is not None:
