@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_plus
 
 WEB_SCHEMES = {"http": 80, "https": 443}  # with their ports
 STORE_SCHEMES = ("s3", "gs", "hf")  # what fsspec fetches
@@ -114,6 +114,17 @@ def goes_up(text: str) -> bool:
 def without_secrets(text: str) -> str:
     """``text``, a URL however broken, with ``***`` for passwords and the values of its query. For messages and logs."""
     return _SECRET.sub(lambda match: f"{match[1]}***@" if match[1] else f"{match[2]}***", text)
+
+
+def query_without_secrets(query: str) -> str:
+    """A query as it came, but for what `without_secrets` hides in those of its values that are URLs."""
+    parts = []
+    for part in query.split("&"):
+        name, equals, value = part.partition("=")
+        decoded = unquote_plus(value)
+        shown = without_secrets(decoded) if is_url(decoded) else decoded
+        parts.append(part if shown == decoded else f"{name}{equals}{quote(shown, safe='')}")
+    return "&".join(parts)
 
 
 def parse_url(text: str) -> ArchiveUrl:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyserve.allowed_urls import AllowedUrls
-from pyserve.archive_url import UrlError, goes_up, parse_url, without_secrets
+from pyserve.archive_url import UrlError, goes_up, parse_url, query_without_secrets, without_secrets
 from pyserve.public_address import AddressError, addresses_of, kind_of
 
 
@@ -106,6 +106,13 @@ def test_secrets_are_not_shown() -> None:
     shown = without_secrets("https://user:pass@h/m.mar?X-Amz-Signature=abc&b=c%20;d=e#f")
     assert shown == "https://***@h/m.mar?X-Amz-Signature=***&b=***;d=***#f"
     assert without_secrets("https://h/m.mar") == "https://h/m.mar"
+
+
+def test_secrets_in_the_query_of_a_call_are_not_shown() -> None:
+    query = "url=https%3A%2F%2Fh%2Fm.mar%3Fsig%3Dabc&model_name=a+b&x=c=d&url=plain.mar"
+    assert query_without_secrets(query) == (
+        "url=https%3A%2F%2Fh%2Fm.mar%3Fsig%3D%2A%2A%2A&model_name=a+b&x=c=d&url=plain.mar"
+    )
 
 
 @pytest.mark.parametrize(

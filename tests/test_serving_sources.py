@@ -334,6 +334,26 @@ def test_requirements_that_cannot_be_installed_are_a_model_exception(place: Plac
         file.unlink()
 
 
+def test_json_registration_has_the_defaults_of_a_query(place: Place) -> None:
+    body = json.dumps({"url": "in-store.mar", "model_name": "json", "synchronous": True, "initial_workers": 2}).encode()
+    answer = place.server.ask("POST", "/models", body, JSON, port="management")
+    assert answer.json == {"status": 'Model "json" Version: 1.0 registered with 2 initial workers'}
+    described = place.server.describe("json")
+    assert (described["maxBatchDelay"], described["batchSize"], described["minWorkers"]) == (100, 1, 2)
+    place.server.manage("DELETE", "/models/json")
+
+
+def test_registration_that_does_not_wait_says_at_once_what_is_wrong_with_the_archive(place: Place) -> None:
+    refused(place.register("nope.mar", synchronous="false", **FINE), 404, "ModelNotFoundException",
+            "Model not found at: nope.mar")  # fmt: skip
+    answer = place.register("in-store.mar", model_name="later", synchronous="false", **FINE)
+    assert (answer.status, answer.json) == (202, {"status": "Processing worker updates..."})
+    refused(place.register("in-store.mar", model_name="later", synchronous="false", **FINE), 409,
+            "ConflictStatusException", "Model version 1.0 is already registered for model later")  # fmt: skip
+    place.server.wait_for(lambda: place.server.predict("later", [1, 2, 3, 4]).status == 200, "the model to be loaded")
+    place.server.manage("DELETE", "/models/later")
+
+
 # --- many at once ----------------------------------------------------------------------------------------------------
 
 
