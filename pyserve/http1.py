@@ -11,12 +11,9 @@ answered in order whatever order the app answers in. No task and no future is ma
 
 from __future__ import annotations
 
-import array
 import asyncio
-import fcntl
 import logging
 import math
-import termios
 from collections import deque
 from collections.abc import Callable
 from typing import cast
@@ -29,6 +26,7 @@ from pyserve.http1_exchange import Exchange
 from pyserve.http1_head import RequestHead, check_head_size, check_head_start
 from pyserve.http1_incoming import Incoming
 from pyserve.http1_limits import Http1Limits
+from pyserve.http1_peer import client_name, probe_pause_s, unread_size
 from pyserve.http1_timer import LazyTimer, StallTimer
 from pyserve.messages import Request, Response
 
@@ -74,6 +72,7 @@ class Http1Protocol(asyncio.Protocol):
         self._paused = False
         self._backlog = b""  # came after reading was paused
         self._eof = False
+        self._probe_count = 0
         self._linger = False
         self._discarded = 0
         self._discarded_max = limits.linger_size_max
@@ -88,9 +87,7 @@ class Http1Protocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=JOINED_SIZE_MAX)
-        peer = transport.get_extra_info("peername")
-        if isinstance(peer, tuple):
-            self._client = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
+        self._client = client_name(transport.get_extra_info("peername"))
         self._stall = StallTimer(
             self._loop, self._transport, stall_s=self._limits.write_stall_s, rate_min=self._limits.body_rate_min
         )
@@ -146,7 +143,7 @@ class Http1Protocol(asyncio.Protocol):
 
         Received is what the kernel has, too: the loop may not have come to read it yet.
         """
-        if self._phase == _HEAD and not (self._slots or self._partial or self._paused or self._unread_size()):
+        if self._phase == _HEAD and not (self._slots or self._partial or self._paused or unread_size(self._transport)):
             self._close()
 
     def abort(self) -> None:
@@ -361,6 +358,8 @@ class Http1Protocol(asyncio.Protocol):
             self._phase = _CLOSED
         else:
             self._close()
+        if self._slots:
+            self._timer.set(self._loop.time() + probe_pause_s(0))
 
     # writing
 
@@ -407,7 +406,7 @@ class Http1Protocol(asyncio.Protocol):
         """Writes one answer; returns whether the connection is kept."""
         keep_alive = exchange.keep_alive
         if keep_alive and self._connections.draining:
-            keep_alive = bool(self._slots or self._partial or self._incoming or self._unread_size())
+            keep_alive = bool(self._slots or self._partial or self._incoming or unread_size(self._transport))
         exchange.response = None
         head, body = self._connections.answers.encode(response, exchange.request, keep_alive)
         self._transport.write(head)
@@ -473,8 +472,18 @@ class Http1Protocol(asyncio.Protocol):
 
     # clocks
 
+    def _probe(self) -> None:
+        """Whether a client that sends no more has gone shows when it is sent something."""
+        exchange = self._slots[0]
+        if exchange.is_http11 and exchange.response is None and not exchange.is_streaming:
+            self._transport.write(_CONTINUE)
+        self._probe_count += 1
+        self._timer.set(self._loop.time() + probe_pause_s(self._probe_count))
+
     def _on_deadline(self) -> None:
-        if self._phase == _BODY:
+        if self._eof and self._slots:
+            self._probe()
+        elif self._phase == _BODY:
             limits = self._limits
             self._refuse(SlowClientError(
                 f"Request body came slower than {limits.body_rate_min} bytes/s or paused for {limits.body_stall_s:g} s."
@@ -483,15 +492,6 @@ class Http1Protocol(asyncio.Protocol):
             self._refuse(SlowClientError(f"Request head took longer than {self._limits.head_timeout_s:g} s."))
         else:
             self._close()
-
-    def _unread_size(self) -> int:
-        """Bytes that have arrived and are still with the kernel."""
-        sock = self._transport.get_extra_info("socket")
-        if sock is None or self._eof or self._transport.is_closing():
-            return 0
-        count = array.array("i", [0])
-        fcntl.ioctl(sock.fileno(), termios.FIONREAD, count)
-        return count[0]
 
     def _release(self, exchange: Exchange) -> None:
         self._connections.budget.release(exchange.reserved)

@@ -35,6 +35,7 @@ LEVELS = [
     # What archives come through.
     "http_fetch object_fetch archive_sources",
     # The wire.
+    "http1_peer "
     "http1_limits http1_errors http1_timer http1_exchange http1_connections http1_head http1_body http1_incoming "
     "http1_answer http1 "
     "http1_tls",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -67,6 +68,27 @@ class Watcher:
 '''
 
 
+# Streams without end, and notes how it came to one.
+ENDLESS = '''
+import time
+
+
+def handle(data, context):
+    if data is not None:
+        return parts(data[0]["body"]["notes"], context)
+
+
+def parts(notes, context):
+    try:
+        while True:
+            time.sleep(0.001)
+            yield ["part"]
+    finally:
+        with open(notes, "w") as file:
+            file.write(f"cancelled={context.is_cancelled()}")
+'''
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("deadlines"))
@@ -76,6 +98,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_handler(server.store, "watcher", WATCHER, config={
         "batchSize": 2, "minBatch": 2, "maxBatchDelay": 600_000,
     })  # fmt: skip
+    write_handler(server.store, "endless", ENDLESS)
     write_handler(server.store, "sequence", NOTES, config={
         "sequenceBatching": True, "maxNumSequence": 10, "maxSequenceJobQueueSize": 10,
     })  # fmt: skip
@@ -86,8 +109,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.kill()
 
 
-def hang_up(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset
+def hang_up(connection: socket.socket, *, resets: bool) -> None:
+    if resets:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     connection.close()
 
 
@@ -258,9 +282,9 @@ def test_the_native_lane_keeps_a_clients_limit_while_queued_and_while_running(se
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("leaves", [True, False])
+@pytest.mark.parametrize("leaves", ["resets", "closes", ""])
 def test_a_handler_sees_who_has_gone_and_how_long_the_others_wait(
-    server: Server, tmp_path: Path, leaves: bool
+    server: Server, tmp_path: Path, leaves: str
 ) -> None:  # fmt: skip
     notes = tmp_path / "notes"
     body = json.dumps({"notes": str(notes)}).encode()
@@ -274,7 +298,7 @@ def test_a_handler_sees_who_has_gone_and_how_long_the_others_wait(
         server.wait_for((tmp_path / "notes.running").exists, "the call")
         assert not notes.exists()
         if leaves:
-            hang_up(first)
+            hang_up(first, resets=leaves == "resets")
         assert patient.result().body == b"seen"
     seen = json.loads(notes.read_text())
     assert seen["gone"] == [True, False, False]
@@ -286,7 +310,8 @@ def test_a_handler_sees_who_has_gone_and_how_long_the_others_wait(
 
 
 @pytest.mark.server
-def test_a_client_that_hangs_up_while_it_waits_is_never_run(server: Server, desk: Desk) -> None:
+@pytest.mark.parametrize("resets", [True, False])
+def test_a_client_that_hangs_up_while_it_waits_is_never_run(server: Server, desk: Desk, resets: bool) -> None:
     aborted = server.metric("pyserve_requests_aborted_total", model="notes")
     first = desk.send("/predictions/notes", "first")
     desk.wait_for_note("first")
@@ -295,9 +320,53 @@ def test_a_client_that_hangs_up_while_it_waits_is_never_run(server: Server, desk
         gone.sendall(b"POST /predictions/notes HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
                      b"Content-Length: %d\r\n\r\n%b" % (len(body), body))  # fmt: skip
         server.wait_for(lambda: server.metric("pyserve_queue_size", model="notes") == 1, "it in the queue")
-        hang_up(gone)
+        hang_up(gone, resets=resets)
     server.wait_for(lambda: server.metric("pyserve_requests_aborted_total", model="notes") == aborted + 1, "its end")
     after = desk.send("/predictions/notes", "after")
     desk.open()
     assert (first.result().status, after.result().status) == (200, 200)
     assert desk.notes() == ["first", "after"]
+
+
+@pytest.mark.server
+def test_a_client_that_only_sends_no_more_still_has_its_answer(server: Server, desk: Desk) -> None:
+    body = json.dumps({"name": "patient", "notes": str(desk.path), "until": str(desk.path) + ".never"}).encode()
+    with server.connect() as client:
+        client.sendall(b"POST /predictions/notes HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                       b"Content-Length: %d\r\n\r\n%b" % (len(body), body))  # fmt: skip
+        client.shutdown(socket.SHUT_WR)
+        desk.wait_for_note("patient")
+        received = b""
+        while received.count(b"\r\n\r\n") < 2:  # it is asked twice whether it is there
+            received += client.recv(1000)
+        assert received == b"HTTP/1.1 100 Continue\r\n\r\n" * 2
+        Path(str(desk.path) + ".never").touch()
+        answer = b""
+        while part := client.recv(65536):
+            answer += part
+    assert answer.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"").startswith(b"HTTP/1.1 200 \r\n")
+    assert b'"name": "patient"' in answer
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("how", ["resets", "closes", "limit"])
+def test_a_stream_ends_when_its_client_has_gone_or_its_time_is_over(server: Server, tmp_path: Path, how: str) -> None:
+    notes = tmp_path / "notes"
+    body = json.dumps({"notes": str(notes)}).encode()
+    limit = f"{TIMEOUT_HEADER}: 1000\r\n".encode() if how == "limit" else b""
+    with server.connect() as client:
+        client.sendall(b"POST /predictions/endless HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n%b"
+                       b"Content-Length: %d\r\n\r\n%b" % (limit, len(body), body))  # fmt: skip
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+        if how == "limit":
+            received = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := client.recv(65536):
+                    received += part
+            # The head has left: what came must not be taken for all, so the last chunk is missing.
+            assert received and not received.endswith(b"0\r\n\r\n")
+        else:
+            hang_up(client, resets=how == "resets")
+        server.wait_for(lambda: notes.exists() and bool(notes.read_text()), "the end of the stream")
+    assert notes.read_text() == "cancelled=True"
+    assert server.describe("endless")["workers"][0]["status"] == "READY"
