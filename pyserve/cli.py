@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -52,6 +52,7 @@ _SWITCHES = {
 }
 _IGNORED = {
     "log_config": "--log-config is ignored: log4j2 files configure Java",
+    "cpp_log_config": "--cpp-log-config is ignored: there is no C++ backend to log for",
     "plugins_path": "--plugins-path is ignored: plug-ins are Java archives",
     "workflow_store": "--workflow-store is ignored: workflows are not available in this version",
 }
@@ -67,8 +68,14 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors are one line on stderr, without a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: _run(given), "pyserve")
+
+
+def guarded(run: Callable[[], int], name: str) -> int:
+    """Run a command called ``name``: its exit code, also of what it raises."""
     try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments))
+        return run()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -81,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, ServeError | OSError):
             raise
         text = " ".join(str(error).split())
-        print(f"pyserve: error: {text}", file=sys.stderr)
+        print(f"{name}: error: {text}", file=sys.stderr)
         return int(getattr(error, "exit_code", EXIT_ERROR))
 
 
@@ -246,10 +253,15 @@ def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
 def _start(parsed: argparse.Namespace) -> int:
     from pyserve.start import start_server
 
-    return start_server(_configured(parsed), pid_path=_pid_path(parsed), foreground=parsed.foreground)
+    return start_server(configured(parsed), pid_path=_pid_path(parsed), foreground=parsed.foreground)
 
 
-def _configured(parsed: argparse.Namespace) -> Config:
+def configured(parsed: argparse.Namespace) -> Config:
+    """The configuration of a command that starts a server; what is wrong with it is told on stderr.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
     from pyserve import console
     from pyserve.config import load_config
 
@@ -259,7 +271,7 @@ def _configured(parsed: argparse.Namespace) -> Config:
     finally:
         # Told even when the configuration cannot be used: a misspelt key may be the reason why.
         console.warn(warnings)
-    config.notices += [text for name, text in _IGNORED.items() if getattr(parsed, name)]
+    config.notices += [text for name, text in _IGNORED.items() if getattr(parsed, name, None)]
     return config
 
 

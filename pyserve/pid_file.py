@@ -15,6 +15,9 @@ from pathlib import Path
 
 from pyserve.errors import ConfigError
 
+TORCHSERVE_WORD = "org.pytorch.serve.ModelServer"
+"""Among the arguments of a running TorchServe, where others look for it."""
+
 _SIZE_MAX = 1 << 16
 
 
@@ -54,6 +57,11 @@ class RunningServer:
 
 def default_path() -> Path:
     return Path(tempfile.gettempdir(), ".pyserve.pid")
+
+
+def torchserve_path() -> Path:
+    """Where TorchServe writes its pid, and scripts look for it."""
+    return Path(tempfile.gettempdir(), ".model_server.pid")
 
 
 def start_time(pid: int) -> int | None:
@@ -157,6 +165,42 @@ def remove(path: Path, pid: int) -> None:
             path.unlink()
     except OSError:
         return
+
+
+def write_plain(path: Path, pid: int) -> bool:
+    """Write the pid alone; a stale file is replaced. Returns whether it is there; what is not ours is left alone."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        if _names_a_torchserve(path):
+            return False
+        draft.unlink(missing_ok=True)
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with open(fd, "w") as file:
+            file.write(f"{pid}\n")
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def remove_plain(path: Path, pid: int) -> None:
+    """Remove the file if it still names ``pid``."""
+    try:
+        if path.read_bytes()[:_SIZE_MAX].strip() == str(pid).encode():
+            path.unlink()
+    except OSError:
+        return
+
+
+def _names_a_torchserve(path: Path) -> bool:
+    """Whether the file holds the pid of a running TorchServe: it, or one of ours that was started in its name."""
+    try:
+        pid = int(path.read_bytes()[:_SIZE_MAX])
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return False
+    return TORCHSERVE_WORD.encode() in words
 
 
 def _is_same(fd: int, path: Path) -> bool:

@@ -31,6 +31,7 @@ from pyserve.model_source import ModelSource
 from pyserve.snapshot import models_to_restore, snapshot_folder
 from pyserve.snapshot_models import SnapshotError, restored_state
 from pyserve.spawner import Spawner
+from pyserve.start_report import settings_lines
 from pyserve.trace import Tracing, needs_tracing, runs_in_python
 
 if TYPE_CHECKING:
@@ -77,8 +78,11 @@ async def _serve(start: ServerStart) -> int:
         spawner.prepare()
 
     # Takes a second or two; what was begun above goes on meanwhile.
+    from pyserve.placement import gpu_count
     from pyserve.site import Site
 
+    if start.restart == 0:
+        log.info("\n".join(["settings:", *settings_lines(start.config, gpus=gpu_count(start.config.number_of_gpu))]))
     site = Site(start, spawner)
     try:
         loading = asyncio.ensure_future(site.load(sources, archives, tracings, state))

@@ -47,6 +47,11 @@ class LogFile:
             return cls(None, os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 0)
         return cls(path, fd, os.fstat(fd).st_size)
 
+    @classmethod
+    def stdout(cls) -> LogFile:
+        """Our own standard output, which whoever started us reads."""
+        return cls(None, os.dup(1), 0)
+
     def tail(self) -> list[str]:
         """The last lines written since the start."""
         if self.path is None:
@@ -56,8 +61,11 @@ class LogFile:
             return file.read(LOG_TAIL_SIZE_MAX).decode(errors="replace").splitlines()[-LOG_TAIL_LINE_COUNT:]
 
 
-def start_server(config: Config, *, pid_path: Path, foreground: bool) -> int:
+def start_server(config: Config, *, pid_path: Path, foreground: bool, like_torchserve: bool = False) -> int:
     """Start, and return the exit code of the command: 0 ready, 1 failed, 3 a model failed under ``strict``.
+
+    Args:
+        like_torchserve: log to our standard output, and be found where TorchServe is looked for.
 
     Raises:
         ConfigError: it is running already, or (in the foreground) an address cannot be had.
@@ -66,14 +74,17 @@ def start_server(config: Config, *, pid_path: Path, foreground: bool) -> int:
     if running is not None:
         raise ConfigError(running.sentence)
     console.warn(config.notices, kind="note")
+    plain_pid_path = pid_file.torchserve_path() if like_torchserve else None
     if foreground:
-        return _run_in_foreground(config, pid_path)
-    return _start_in_background(config, pid_path)
+        return _run_in_foreground(config, pid_path, plain_pid_path)
+    return _start_in_background(config, pid_path, plain_pid_path)
 
 
-def _run_in_foreground(config: Config, pid_path: Path) -> int:
+def _run_in_foreground(config: Config, pid_path: Path, plain_pid_path: Path | None) -> int:
     from pyserve.supervisor import supervise
 
+    if plain_pid_path is not None:
+        os.dup2(1, 2)  # the server's, too
     log.configure()
     failures: list[str] = []
 
@@ -84,22 +95,25 @@ def _run_in_foreground(config: Config, pid_path: Path) -> int:
             failures.append(str(event["reason"]))
 
     code = supervise(
-        config, on_event, pid_path=pid_path, log_file="", server_command=launch.SERVER_COMMAND, drains_on_hangup=True
-    )
+        config, on_event, pid_path=pid_path, plain_pid_path=plain_pid_path, log_file="",
+        server_command=launch.SERVER_COMMAND, drains_on_hangup=True,
+    )  # fmt: skip
     if failures:
         print(f"pyserve: error: {failures[-1]}", file=sys.stderr)
     return code
 
 
-def _start_in_background(config: Config, pid_path: Path) -> int:
-    log_file = LogFile.open()
+def _start_in_background(config: Config, pid_path: Path, plain_pid_path: Path | None) -> int:
+    log_file = LogFile.open() if plain_pid_path is None else LogFile.stdout()
+    command = launch.SUPERVISOR_COMMAND + ([pid_file.TORCHSERVE_WORD] if plain_pid_path is not None else [])
     handover = {
         "config": config.to_json(),
         "pid_file": str(pid_path.absolute()),
+        "plain_pid_file": str(plain_pid_path or ""),
         "log_file": str(log_file.path or ""),
         "server_command": launch.SERVER_COMMAND,
     }
-    child = launch.spawn(launch.SUPERVISOR_COMMAND, launch.SUPERVISOR_VARIABLE, handover, output_fd=log_file.fd)
+    child = launch.spawn(command, launch.SUPERVISOR_VARIABLE, handover, output_fd=log_file.fd)
     os.close(log_file.fd)
     reader = launch.ReportReader(child.reports_fd)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout 60 pyserve start` leaves nothing half-started

@@ -302,11 +302,12 @@ def supervise(
     on_event: Callable[[JsonObject], None],
     *,
     pid_path: Path,
+    plain_pid_path: Path | None = None,
     log_file: str,
     server_command: list[str],
     drains_on_hangup: bool,
 ) -> int:
-    """Open the sockets, write pid file and keys, run a server until it is stopped, and clear everything away.
+    """Open the sockets, write pid files and keys, run a server until it is stopped, and clear everything away.
 
     Raises:
         ConfigError: an address, the pid file, a certificate or the file of keys cannot be had.
@@ -329,6 +330,8 @@ def supervise(
             pid, started, addresses, log_file, float(config.drain_timeout_s), keys, config.model_store or ""
         )
         pid_file.write(pid_path, running)
+        if plain_pid_path is not None and not pid_file.write_plain(plain_pid_path, pid):
+            logger.warning("%s cannot be written, or belongs to another server", plain_pid_path)
         tokens = Tokens.create(config, state_dir, folder)  # behind the pid file: another server's keys stay its own
         notes += notes_of(config, tokens)
         logger.info("listening on %s", ", ".join(f"{address} ({name})" for name, address in addresses.items()))
@@ -342,6 +345,8 @@ def supervise(
         if tokens is not None:
             tokens.discard()
         pid_file.remove(pid_path, pid)
+        if plain_pid_path is not None:
+            pid_file.remove_plain(plain_pid_path, pid)
         listeners.close()
         shutil.rmtree(state_dir, ignore_errors=True)
 
@@ -367,6 +372,7 @@ def main() -> int:
             Config.from_json(handover["config"]),
             on_event,
             pid_path=Path(handover["pid_file"]),
+            plain_pid_path=Path(handover["plain_pid_file"]) if handover["plain_pid_file"] else None,
             log_file=handover["log_file"],
             server_command=handover["server_command"],
             drains_on_hangup=False,

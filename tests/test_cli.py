@@ -33,7 +33,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Configurations that ``pyserve start`` would have started."""
     configs: list[Config] = []
 
-    def start_server(config: Config, *, pid_path: Path, foreground: bool) -> int:
+    def start_server(config: Config, *, pid_path: Path, foreground: bool, like_torchserve: bool = False) -> int:
         configs.append(config)
         return 0
 

@@ -65,9 +65,11 @@ LEVELS = [
     # Processes.
     "listeners "
     "grpc_inference grpc_management grpc_health grpc_server grpc_site "
+    "start_report "
     "site server",
     "api_client "
     "deploy "
+    "torch_model_archiver torchserve "
     "supervisor start status stop dev cli __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
