@@ -185,7 +185,7 @@ class BaseHandler:
         weights = Path(model_pt_path) if model_pt_path else None
         return load_eager_model(Path(model_dir), model_file, weights, self.get_device())
 
-    def example_input(self, context: Context) -> torch.Tensor:
+    def example_input(self, context: Context) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """A tensor [1, ...] such as `preprocess` makes, for tracing and warm-up; the same one every time.
 
         Its shape and dtype are those of ``input`` in model-config.yaml.

@@ -8,6 +8,9 @@ for ``application/octet-stream`` or ``application/json``. A raw answer has the h
 (``float32``) and ``x-tensor-shape`` (``10``, ``3,224,224``; empty for a single number). A model with several
 outputs answers with their bytes one after the other, dtypes separated by ``,`` and shapes by ``;``; if it
 names them (a dict) ``x-tensor-name`` has the names.
+
+A model with several inputs has a list of them there, each with a name: ``input: [{name: a, dtype: ..., shape: ...}]``.
+A request is then a JSON object or a form with these names, or the raw bytes one after the other.
 """
 
 from __future__ import annotations
@@ -22,7 +25,14 @@ from pyserve.context import Context
 from pyserve.handler import HandlerError, InputError
 from pyserve.handlers.base_handler import BaseHandler
 from pyserve.handlers.rows import found, row_value
-from pyserve.handlers.tensor_spec import HOST_IS_BIG_ENDIAN, TensorSpec, dtype_name, raw_bytes
+from pyserve.handlers.tensor_spec import (
+    HOST_IS_BIG_ENDIAN,
+    TensorSpec,
+    dtype_name,
+    input_specs,
+    output_names,
+    raw_bytes,
+)
 
 RAW = "application/octet-stream"
 JSON = "application/json"
@@ -34,15 +44,30 @@ QUICK_SIZE_MAX = 4096
 
 
 class TensorHandler(BaseHandler):
-    """Any model that takes one tensor and gives one tensor, a tuple or a dict of tensors."""
+    """Any model that takes tensors and gives one tensor, a tuple or a dict of tensors.
+
+    Attributes:
+        specs: of its inputs, in order.
+        spec: of the first.
+        output_names: what the Open Inference Protocol calls its outputs, if model-config.yaml says so.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.specs: list[TensorSpec] = []
         self.spec: TensorSpec | None = None
+        self.output_names: tuple[str, ...] = ()
 
     def prepare(self, context: Context) -> None:
         super().prepare(context)
-        self.spec = TensorSpec.from_config(self.model_yaml_config)
+        self.specs = input_specs(self.model_yaml_config)
+        self.spec = self.specs[0]
+        self.output_names = output_names(self.model_yaml_config)
+
+    def example_input(self, context: Context) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """A tensor [1, *shape]; for several inputs a tuple of them."""
+        examples = tuple(spec.example() for spec in input_specs(context.model_yaml_config))
+        return examples if len(examples) > 1 else examples[0]
 
     def is_quick(self, size: int) -> bool:
         return size <= QUICK_SIZE_MAX
@@ -51,7 +76,9 @@ class TensorHandler(BaseHandler):
     def raw_item_size(self) -> int:
         """Bytes of one item, if it goes to the network as it comes; 0 if its bytes have to be looked at first."""
         # A subclass may do anything in its own preprocess and postprocess.
-        if type(self) is not TensorHandler or self.spec is None or -1 in self.spec.shape or HOST_IS_BIG_ENDIAN:
+        if type(self) is not TensorHandler or len(self.specs) != 1 or HOST_IS_BIG_ENDIAN:
+            return 0
+        if self.spec is None or -1 in self.spec.shape:
             return 0
         return self.spec.fixed_size
 
@@ -65,13 +92,25 @@ class TensorHandler(BaseHandler):
         """The headers of an answer with the bytes of a row of ``output``."""
         return _tensor_headers(((output.dtype, output.shape),), ())
 
-    def preprocess(self, data: Sequence[Any]) -> torch.Tensor:
-        """Rows -> tensor [n, *shape] on the CPU, or on the device when running stand-alone on one.
+    def preprocess(self, data: Sequence[Any]) -> Any:
+        """Rows -> tensor [n, *shape] on the CPU; for several inputs a tuple of them.
 
         Raises:
             InputError: a row is not one item of the described input.
         """
-        items = [self._item(row_value(row)) for row in data]
+        if len(self.specs) > 1:
+            rows = [self._items(row) for row in data]
+            return tuple(self._joined(list(column)) for column in zip(*rows, strict=True))
+        return self._joined([self._item(row_value(row), self.spec) for row in data])
+
+    def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for what `preprocess` made."""
+        if not isinstance(data, tuple):
+            return super().inference(data, *args, **kwargs)
+        first, *others = (each.to(self.get_device()) for each in data)
+        return super().inference(first, *others, *args, **kwargs)
+
+    def _joined(self, items: list[torch.Tensor]) -> torch.Tensor:
         if len(items) == 1:
             return items[0]
         try:
@@ -80,16 +119,36 @@ class TensorHandler(BaseHandler):
             shapes = ", ".join(str(list(shape)) for shape in sorted({tuple(item.shape[1:]) for item in items}))
             raise InputError(f"the items of one batch have different shapes: {shapes}") from error
 
-    def _item(self, value: Any) -> torch.Tensor:
-        if self.spec is None:
+    def _item(self, value: Any, spec: TensorSpec | None) -> torch.Tensor:
+        if spec is None:
             raise HandlerError("the handler is not prepared; call initialize(context) first")
         if isinstance(value, (bytes, bytearray, memoryview)):
-            return self.spec.from_bytes(value)
+            return spec.from_bytes(value)
         if isinstance(value, (list, int, float)):
-            return self.spec.from_nested(value)
+            return spec.from_nested(value)
+        name = f"{spec.name}: " if spec.name else ""
         raise InputError(
-            f"expected {self.spec} as raw bytes ({RAW}) or as nested lists ({JSON}), got {found(value)}"
+            f"{name}expected {spec} as raw bytes ({RAW}) or as nested lists ({JSON}), got {found(value)}"
         )
+
+    def _items(self, row: Any) -> list[torch.Tensor]:
+        """One tensor per input."""
+        names = {spec.name for spec in self.specs}
+        value = row if isinstance(row, Mapping) and names <= set(row) else row_value(row)
+        if isinstance(value, Mapping) and names <= set(value):
+            return [self._item(value[spec.name], spec) for spec in self.specs]
+        wanted = ", ".join(f"{spec.name} ({spec})" for spec in self.specs)
+        if not isinstance(value, (bytes, bytearray, memoryview)) or any(-1 in spec.shape for spec in self.specs):
+            raise InputError(f"expected a JSON object or a form with {wanted}; got {found(value)}")
+        whole, size = memoryview(value), sum(spec.fixed_size for spec in self.specs)
+        if whole.nbytes != size:
+            raise InputError(f"expected {size} bytes, one after the other {wanted}; got {found(value)}")
+        items, at = [], 0
+        for spec in self.specs:
+            # A copy: what follows the first may not lie as its numbers must.
+            items.append(spec.from_bytes(bytearray(whole[at : at + spec.fixed_size])))
+            at += spec.fixed_size
+        return items
 
     def postprocess(self, data: Any) -> list[Any]:
         """The model's output for n items -> n answers, each bytes or nested lists.
@@ -97,7 +156,7 @@ class TensorHandler(BaseHandler):
         Raises:
             HandlerError: the output is not made of tensors with one entry per item.
         """
-        outputs, names = _named_outputs(data)
+        outputs, names = named_outputs(data)
         context = self.context
         count = len(outputs[0])
         if context is None:
@@ -123,8 +182,12 @@ class TensorHandler(BaseHandler):
         return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _named_outputs(data: Any) -> tuple[list[torch.Tensor], tuple[str, ...]]:
-    """Output tensors on the CPU with their names (no names unless the output is a dict)."""
+def named_outputs(data: Any) -> tuple[list[torch.Tensor], tuple[str, ...]]:
+    """Output tensors on the CPU with their names (no names unless the output is a dict).
+
+    Raises:
+        HandlerError: the output is not made of tensors with one entry per item.
+    """
     no_names: tuple[str, ...] = ()
     if isinstance(data, torch.Tensor):
         outputs, names = [data], no_names

@@ -29,12 +29,17 @@ _DTYPES = {
     "float32": (torch.float32, "f", torch.float32),
     "float64": (torch.float64, "d", torch.float64),
     "uint8": (torch.uint8, "B", torch.uint8),
+    "uint16": (torch.uint16, "H", torch.uint16),
+    "uint32": (torch.uint32, "I", torch.uint32),
+    "uint64": (torch.uint64, "Q", torch.uint64),
     "int8": (torch.int8, "b", torch.int8),
     "int16": (torch.int16, "h", torch.int16),
     "int32": (torch.int32, "i", torch.int32),
     "int64": (torch.int64, "q", torch.int64),
     "bool": (torch.bool, "B", torch.uint8),
 }
+
+_FORM = "add e.g. 'input: {dtype: float32, shape: [1, 8, 8]}' (shape of one item, -1 = any) to model-config.yaml"
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,14 @@ class TensorSpec:
         pad_to: sizes, rising, to the next of which the one free dimension is filled up, so that items of similar
             size share a batch; empty for none.
         pad_value: what it is filled up with.
+        name: of the input; ``""`` if model-config.yaml gives it none.
     """
 
     dtype: str
     shape: tuple[int, ...]
     pad_to: tuple[int, ...] = ()
     pad_value: float = 0
+    name: str = ""
     # Derived, computed once because they are used for every request.
     torch_dtype: torch.dtype = field(init=False, repr=False)
     fixed_size: int = field(init=False, repr=False)  # bytes, or of one step of the free dimensions
@@ -65,17 +72,24 @@ class TensorSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TensorSpec:
-        """The spec under ``input`` in model-config.yaml: ``{dtype: float32, shape: [1, 8, 8]}``.
+        """The one under ``input`` in model-config.yaml: ``{dtype: float32, shape: [1, 8, 8]}``.
 
         Raises:
-            ModelLoadError: there is none, or it is not of that form.
+            ModelLoadError: there is none or more than one, or it is not of that form.
         """
-        form = "add e.g. 'input: {dtype: float32, shape: [1, 8, 8]}' (shape of one item, -1 = any) to model-config.yaml"
-        entry = config.get("input")
-        if entry is None:
-            raise ModelLoadError(f"the model's input is not described; {form}")
+        specs = input_specs(config)
+        if len(specs) > 1:
+            raise ModelLoadError(
+                f"'input' in model-config.yaml describes {len(specs)} inputs; of the built-in handlers only 'tensor' "
+                "takes more than one"
+            )
+        return specs[0]
+
+    @classmethod
+    def from_entry(cls, entry: Any) -> TensorSpec:
+        """From one description. Raises ModelLoadError if it is none."""
         if not isinstance(entry, Mapping) or "shape" not in entry:
-            raise ModelLoadError(f"'input' in model-config.yaml has no dtype and shape; {form}")
+            raise ModelLoadError(f"'input' in model-config.yaml has no dtype and shape; {_FORM}")
         dtype = str(entry.get("dtype", "float32")).removeprefix("torch.")
         if dtype not in _DTYPES:
             raise ModelLoadError(f"'input.dtype' in model-config.yaml is {dtype!r}; one of {', '.join(_DTYPES)}")
@@ -83,8 +97,8 @@ class TensorSpec:
         if not isinstance(shape, (list, tuple)) or not all(
             isinstance(size, int) and not isinstance(size, bool) and (size > 0 or size == -1) for size in shape
         ):
-            raise ModelLoadError(f"'input.shape' in model-config.yaml is {shape!r}, not a list of sizes; {form}")
-        return cls(dtype, tuple(shape), *_padding(entry, shape))
+            raise ModelLoadError(f"'input.shape' in model-config.yaml is {shape!r}, not a list of sizes; {_FORM}")
+        return cls(dtype, tuple(shape), *_padding(entry, shape), name=str(entry.get("name") or ""))
 
     def __str__(self) -> str:
         return f"{self.dtype} [{', '.join('any' if size == -1 else str(size) for size in self.shape)}]"
@@ -202,6 +216,43 @@ def _padding(entry: Mapping[str, Any], shape: Sequence[int]) -> tuple[tuple[int,
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ModelLoadError(f"'input.pad_value' in model-config.yaml is {value!r}, not a number")
     return tuple(sizes), value
+
+
+def input_specs(config: Mapping[str, Any]) -> list[TensorSpec]:
+    """What ``input`` in model-config.yaml describes: one input, or a list of them with a name each.
+
+    Raises:
+        ModelLoadError: there is none, or it is not of that form.
+    """
+    entry = config.get("input")
+    if entry is None:
+        raise ModelLoadError(f"the model's input is not described; {_FORM}")
+    specs = [TensorSpec.from_entry(each) for each in (entry if isinstance(entry, list) else [entry])]
+    names = {spec.name for spec in specs}
+    if len(specs) > 1 and (len(names) < len(specs) or "" in names):
+        raise ModelLoadError("'input' in model-config.yaml lists several inputs; give each a name of its own")
+    if not specs:
+        raise ModelLoadError(f"'input' in model-config.yaml is an empty list; {_FORM}")
+    return specs
+
+
+def output_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the model's outputs in order, as ``output`` in model-config.yaml gives them; empty if it does not.
+
+    ``output: scores``, ``output: [scores, boxes]``, ``output: {name: scores}`` or a list of such.
+
+    Raises:
+        ModelLoadError: it is not of that form, or a name stands there twice.
+    """
+    entry = config.get("output", config.get("outputs"))
+    if entry is None:
+        return ()
+    entries = entry if isinstance(entry, list) else [entry]
+    found_names = [each.get("name") if isinstance(each, Mapping) else each for each in entries]
+    names = tuple(name for name in found_names if isinstance(name, str) and name)
+    if len(set(names)) < len(entries):
+        raise ModelLoadError(f"'output' in model-config.yaml is {entry!r}; give each output a name: 'output: [scores]'")
+    return names
 
 
 def _byte_swapped(body: bytes | bytearray | memoryview, itemsize: int) -> bytearray:

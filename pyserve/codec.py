@@ -129,9 +129,26 @@ def decode_value(body: bytearray, content_type: str) -> Any:
     return body
 
 
-def _decode_json(body: bytearray) -> Any:
+def parse_json(body: bytearray) -> Any:
+    """``body`` as JSON.
+
+    Raises:
+        InputError: it is not JSON, is nested too deeply, or has an absurd number.
+    """
+    _check_depth(body)
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the body is not JSON that can be used: {error}") from error
+
+
+def _check_depth(body: bytearray) -> None:
     if body.count(b"[") + body.count(b"{") > JSON_DEPTH_MAX and _json_depth(body) > JSON_DEPTH_MAX:
         raise InputError(f"the JSON body is nested more than {JSON_DEPTH_MAX} levels deep; flatten it")
+
+
+def _decode_json(body: bytearray) -> Any:
+    _check_depth(body)
     try:
         return json.loads(body)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyserve.errors import DeadlineError, ExpiredError, HandlerError, JsonObject, OverloadedError, ServeError
 from pyserve.messages import TIMEOUT_HEADER, Response
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from pyserve import _core
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # The ring is fixed when the lane is made; it leaves room for raising job_queue_size while running.
 RING_CAPACITY_MIN = 4096
@@ -181,7 +185,36 @@ class Lane:
             self._start_limit(pending)
         if self._sweep_timer is None:
             self._start_sweep()
-        self.begin(pending)
+        if pending.is_whole:
+            pending.begin()
+        else:
+            self.begin(pending)
+
+    def take_row(self, row: Pending) -> None:
+        """Begins a row of a request that is admitted."""
+        self._pending[row] = None
+        self._idle.clear()
+        self.begin(row)
+
+    def in_pool(self, call: Callable[[], T], then: Callable[[T], object], *, waits: bool) -> None:
+        """Calls ``call``, which must not raise, in another thread and ``then`` with its result here.
+
+        Args:
+            waits: whether it counts as a waiting request meanwhile.
+        """
+        self._preparing_count += waits
+
+        def done(future: Future[T]) -> None:
+            self._preparing_count -= waits
+            then(future.result())
+
+        future = self._services.preprocess_pool.submit(call)
+        future.add_done_callback(lambda each: self._loop.call_soon_threadsafe(done, each))
+
+    @property
+    def has_room_in_ring(self) -> bool:
+        """Whether one more can be submitted, whatever may wait by the settings."""
+        return bool(self.core.queue_size + 1 < self.core.capacity)
 
     def _is_admitted(self) -> bool:
         """Whether `_admit` has nothing to look into."""
@@ -234,7 +267,16 @@ class Lane:
         else:
             pending.exchange.respond(response)
 
+    def answer_whole(self, whole: Pending, answer: Response | ServeError) -> None:
+        """Answers a request whose rows were taken one by one."""
+        if isinstance(answer, ServeError):
+            self._answer_error(whole, answer)
+        else:
+            self._answer(whole, answer)
+
     def _observe(self, pending: Pending, status: int) -> None:
+        if pending.is_row:
+            return
         url_version = pending.url_version
         recorder = self._recorders.get(url_version)
         if recorder is None:
@@ -258,7 +300,7 @@ class Lane:
             self._services.tracer.end(pending.stages, status)
 
     def _answer_error(self, pending: Pending, error: ServeError) -> None:
-        self._answer(pending, self._services.error_format.response(error, pending.exchange.request.id))
+        self._answer(pending, self._services.error_format.answer(error, pending.exchange.request))
 
     def answer_all(self, error: ServeError) -> None:
         """Answers every admitted request with ``error``; what is running is dropped when it is done."""
@@ -271,7 +313,8 @@ class Lane:
         if pending.stage != OVER:
             self._drop(pending)
             self._forget(pending)
-            self._observe_abort(pending)
+            if not pending.is_row:
+                self._observe_abort(pending)
 
     def _observe_abort(self, pending: Pending) -> None:
         self._services.metrics.observe_abort(self._name, pending.version)
@@ -322,7 +365,7 @@ class Lane:
         if time.monotonic_ns() < pending.client_deadline:  # the loop's timers are coarser
             self._start_limit(pending)
             return
-        started_at = self.core.started_at(pending.ticket) if pending.stage == SUBMITTED else 0
+        started_at = self.core.started_at(pending.ticket) if pending.stage == SUBMITTED else pending.started_at
         if started_at < 0:
             return  # it has just come to its end; its answer is on the way here
         self._drop(pending)
@@ -361,6 +404,8 @@ class Lane:
         queue_limit_s, run_limit_s = self.settings.queue_limit_s, float(self.settings.response_timeout_s)
         now = time.monotonic_ns()
         for pending in list(self._pending):
+            if not pending.is_swept:
+                continue
             age_s = (now - pending.arrived_at) / 1e9
             if age_s < min(queue_limit_s, run_limit_s):
                 break

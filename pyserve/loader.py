@@ -85,10 +85,10 @@ def load_network(
     )
     handler.prepare(context)
     handler.device = torch.device("cpu")  # the engine brings inputs to the model's device and outputs back
-    example = native_example(handler, context)
+    example = list(native_example(handler, context))
     torch_model = _load_weights(
         archive,
-        [example],
+        example,
         device,
         package_runners_max=cpu_budget,
         timeout_s=startup_timeout_s,
@@ -98,7 +98,7 @@ def load_network(
     if archive.config.precision not in (None, "fp32"):
         log.info("%s: largest difference of %s to fp32 on the example input: %.2e",
                  name, archive.config.precision, torch_model.precision_error)  # fmt: skip
-    return Network(handler, context, torch_model, [example], device)
+    return Network(handler, context, torch_model, example, device)
 
 
 def _load_weights(

@@ -214,9 +214,15 @@ class ErrorFormat:
     with_detail: bool = True
     with_private_detail: bool = True
 
-    def response(self, error: ServeError, request_id: str) -> Response:
+    def answer(self, error: ServeError, request: Request) -> Response:
+        """`response` to ``request``, with the member ``error`` where KServe's protocol, version 2, is spoken."""
+        return self.response(error, request.id, is_v2=request.path == "/v2" or request.path.startswith("/v2/"))
+
+    def response(self, error: ServeError, request_id: str, *, is_v2: bool = False) -> Response:
         """The answer to a failed request. ``detail`` tells its id too, so that the log can be searched for it."""
         body = error.body()
+        if is_v2:
+            body["error"] = error.message
         body.pop("detail", None)
         if self.with_detail:
             body["detail"] = self.detail(error, request_id)

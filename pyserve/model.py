@@ -268,7 +268,7 @@ class Model:
                     raise no_worker_error(self.name, self._absence())
                 opened.predict(Pending(opened, exchange, self.version, url_version, query_is_input=query_is_input))
             except ServeError as error:
-                exchange.respond(self._services.error_format.response(error, exchange.request.id))
+                exchange.respond(self._services.error_format.answer(error, exchange.request))
 
         task = asyncio.get_running_loop().create_task(open_first())
         self._tasks.add(task)
@@ -384,7 +384,7 @@ class Model:
         if not isinstance(self._lane, NativeLane):
             return "-T FILE"  # what an own handler understands is its own business
         network = self._lane.network
-        return sample_arguments(self.name, network.handler, network.example[0], folder)
+        return sample_arguments(self.name, network.handler, network.example, folder)
 
 
 def _reason(error: BaseException) -> str:

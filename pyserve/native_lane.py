@@ -25,12 +25,14 @@ import torch
 from pyserve import codec
 from pyserve.errors import HandlerError, InputError, OutOfMemoryError, ServeError
 from pyserve.failure import describe_failure
+from pyserve.handlers.tensor import named_outputs
 from pyserve.lane import Lane, WorkerRow, live, request_ids, ring_capacity
 from pyserve.loader import Network
 from pyserve.messages import Response
 from pyserve.model_settings import ModelSettings
 from pyserve.pending import OVER, SUBMITTED, Pending
 from pyserve.raw_rows import RAW_TYPE, RawRows
+from pyserve.row_requests import RowPending
 from pyserve.services import Services
 
 log = logging.getLogger(__name__)
@@ -127,6 +129,9 @@ class NativeLane(Lane):
 
     def begin(self, pending: Pending) -> None:
         """Preprocesses, here or in the pool, and submits."""
+        if pending.inputs is not None:
+            self._submit(pending, pending.inputs)
+            return
         if self._raw is not None and not (pending.flags or pending.query_is_input or pending.stages):
             request = pending.exchange.request
             if self._raw.takes(request):
@@ -174,7 +179,7 @@ class NativeLane(Lane):
         self._preparing_count -= 1
         self._submit(pending, future.result())
 
-    def _submit(self, pending: Pending, prepared: torch.Tensor | ServeError) -> None:
+    def _submit(self, pending: Pending, prepared: torch.Tensor | list[torch.Tensor] | ServeError) -> None:
         if pending.stage == OVER:
             return  # expired or hung up meanwhile
         if isinstance(prepared, ServeError):
@@ -218,6 +223,10 @@ class NativeLane(Lane):
             return
         if self._raw is not None and self._answer_rows(self._raw, owners, completion):
             return
+        if any(owner is not None and owner.wants_tensors for owner in owners):
+            owners = self._give_tensors(owners, completion)
+            if not any(owners):
+                return
         requests = [owner.exchange.request if owner is not None else None for owner in owners]
         context = self.network.context.for_batch(
             [request.id if request is not None else "" for request in requests],
@@ -257,6 +266,24 @@ class NativeLane(Lane):
             if owner is not None and row is not None:
                 self._answer(owner, Response(200, row, content_type=RAW_TYPE, reason="", headers=headers))
         return True
+
+    def _give_tensors(self, owners: list[Pending | None], completion: Any) -> list[Pending | None]:
+        """Rows of the output go to those who want them as they are; returns the owners without these."""
+        takers = [owner for owner in owners if isinstance(owner, RowPending) and owner.wants_tensors]
+        others = [None if owner is not None and owner.wants_tensors else owner for owner in owners]
+        try:
+            outputs, names = named_outputs(completion.output)
+        except ServeError as error:
+            self._complete_failed_postprocess(list(takers), error)
+            return others
+        for first, rows in _runs(owners):
+            if any(row.stage == OVER for row in rows):
+                continue  # of a whole that has ended
+            for row in rows:
+                self._forget(row)
+            own = [output[first : first + len(rows)] for output in outputs]
+            rows[0].whole.tensors_came(rows, completion.started_at, own, names)
+        return others
 
     def _response(self, result: Any, context: Any, index: int) -> Response:
         body = codec.encode_result(result, None if self._is_strict else self._warn_of_nan)
@@ -315,6 +342,21 @@ class NativeLane(Lane):
             told = HandlerError(failure.message, detail=failure.detail())
             told.status, told.type = failure.status, failure.type
         return told
+
+
+def _runs(owners: list[Pending | None]) -> list[tuple[int, list[RowPending]]]:
+    """Places in the batch where rows begin that follow one another in their request too: often all of it is one."""
+    runs: list[tuple[int, list[RowPending]]] = []
+    for place, owner in enumerate(owners):
+        if not isinstance(owner, RowPending) or not owner.wants_tensors:
+            continue
+        if runs:
+            first, rows = runs[-1]
+            if first + len(rows) == place and rows[0].whole is owner.whole and rows[-1].index + 1 == owner.index:
+                rows.append(owner)
+                continue
+        runs.append((place, [owner]))
+    return runs
 
 
 def _check_results(results: Any, count: int) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyserve.client_limit import client_deadline
 from pyserve.http1_exchange import Exchange
 from pyserve.stages import Stages, asked_stages
+
+if TYPE_CHECKING:
+    import torch
 
 PREPARING, SUBMITTED, OVER = range(3)
 
@@ -32,6 +35,13 @@ class Pending:
         stages: where its time goes; None if nobody asks.
         limit_timer: fires at ``client_deadline``; the lane's.
 
+    Attributes of rows and their wholes, see `row_requests`:
+        is_row: it is one row of another request, which is counted instead.
+        is_whole: it has rows, which go through the lane instead.
+        is_swept: whether the lane's time limits are for this one.
+        inputs: what the network gets; None to have the handler make it of the body.
+        wants_tensors: whether the network's output is wanted, not the handler's answer.
+
     Raises:
         BadRequestError: what the client says about time cannot be understood.
     """
@@ -40,6 +50,9 @@ class Pending:
         "client_deadline", "exchange", "flags", "is_raw", "is_streaming", "lane", "limit_timer", "progress_at",
         "query_is_input", "stage", "stages", "started_at", "ticket", "url_version", "version",
     )  # fmt: skip
+
+    is_row = is_whole = wants_tensors = False
+    inputs: list[torch.Tensor] | None = None
 
     def __init__(  # noqa: PLR0917 - made for every request
         self, lane: Any, exchange: Exchange, version: str, url_version: str, query_is_input: bool = False,
@@ -66,6 +79,14 @@ class Pending:
     @property
     def arrived_at(self) -> int:
         return self.exchange.request.arrived_at
+
+    @property
+    def is_swept(self) -> bool:
+        return True
+
+    def begin(self) -> None:
+        """Called by the lane for a whole that is admitted."""
+        raise NotImplementedError
 
     def cancel(self) -> None:
         """The client hung up."""

@@ -162,7 +162,7 @@ class Router:
         if not isinstance(error, ServeError):
             log.error("request %s %s %s failed", request.id, request.method, request.path, exc_info=error)
             error = ServerError("Internal error")
-        self._respond(exchange, self._error_format.response(error, request.id))
+        self._respond(exchange, self._error_format.answer(error, request))
 
     def _respond(self, exchange: Exchange, response: Response) -> None:
         if self._on_answer is not None and not exchange.answered:

@@ -162,13 +162,14 @@ def runs_in_python(archive: Archive) -> bool:
 
 
 def native_example(handler, context):  # type: ignore[no-untyped-def]  # the parent side has no torch
-    """One item as the handler's `preprocess` makes it, [1, ...].
+    """One item as the handler's `preprocess` makes it: a tuple of tensors [1, ...], one per input of the model.
 
     Raises:
         NeedsPythonError: nobody says what it looks like, so nothing can be traced or warmed up with it.
     """
     try:
-        return handler.example_input(context)
+        example = handler.example_input(context)
+        return example if isinstance(example, tuple) else (example,)
     except ModelLoadError as error:
         raise NeedsPythonError(error.message) from error
 
@@ -259,25 +260,29 @@ def _to_torchscript(model, example, *, freezes: bool):  # type: ignore[no-untype
     import torch
 
     torch.manual_seed(0)
-    other = torch.cat([example, example])
-    if other.is_floating_point():
-        other = other + torch.randn_like(other) * 0.1
+    other = [torch.cat([each, each]) for each in example]
+    other = [each + torch.randn_like(each) * 0.1 if each.is_floating_point() else each for each in other]
     inputs = [other]
     reasons = []
     traced = None
+
+    def copied(tensors):  # type: ignore[no-untyped-def]  # a model may change its input in place
+        return tuple(each.clone() for each in tensors)
+
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", torch.jit.TracerWarning)
-            traced = torch.jit.trace(model, example.clone(), check_trace=False)
+            traced = torch.jit.trace(model, copied(example), check_trace=False)
         if any(issubclass(warning.category, torch.jit.TracerWarning) for warning in caught):
-            inputs += [-3 * other, torch.zeros_like(other)] if other.is_floating_point() else [other.flip(-1)]
+            inputs.append([-3 * each if each.is_floating_point() else each.flip(-1) for each in other])
+            inputs.append([torch.zeros_like(each) if each.is_floating_point() else each for each in other])
     except Exception as error:  # the model's own code runs here, and may raise anything
         reasons.append(f"tracing failed: {_first_line(error)}")
-    expected = [model(each.clone()) for each in inputs]  # copies: a model may change its input in place
+    expected = [model(*copied(each)) for each in inputs]
 
     def is_true(converted) -> bool:  # type: ignore[no-untyped-def]
         pairs = zip(expected, inputs, strict=True)
-        difference = max(_largest_difference(wanted, converted(each.clone())) for wanted, each in pairs)
+        difference = max(_largest_difference(wanted, converted(*copied(each))) for wanted, each in pairs)
         if difference > TOLERANCE:
             reasons.append(f"the converted model differs from the eager one by {difference:.1e} (relative)")
         return difference <= TOLERANCE

@@ -1,0 +1,261 @@
+"""The Open Inference Protocol, version 2, whatever carries it: requests, answers, and their tensors.
+
+A tensor's data is either raw, little-endian numbers row by row in a memoryview, or a list of values as JSON has them.
+Raw numbers become a torch tensor that looks into that memory; nothing here copies them.
+"""
+
+from __future__ import annotations
+
+import array
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+
+from pyserve.errors import InputError
+
+BYTES = "BYTES"
+Element = bytes | bytearray | memoryview | str
+
+# datatype -> (torch dtype, typecode of the `array` that takes its numbers from JSON; none for what JSON cannot say).
+_DATATYPES: dict[str, tuple[torch.dtype, str]] = {
+    "BOOL": (torch.bool, "B"),
+    "UINT8": (torch.uint8, "B"),
+    "UINT16": (torch.uint16, "H"),
+    "UINT32": (torch.uint32, "I"),
+    "UINT64": (torch.uint64, "Q"),
+    "INT8": (torch.int8, "b"),
+    "INT16": (torch.int16, "h"),
+    "INT32": (torch.int32, "i"),
+    "INT64": (torch.int64, "q"),
+    "FP16": (torch.float16, ""),
+    "BF16": (torch.bfloat16, ""),
+    "FP32": (torch.float32, "f"),
+    "FP64": (torch.float64, "d"),
+}
+DATATYPES = (*_DATATYPES, BYTES)
+_DATATYPE_OF = {dtype: datatype for datatype, (dtype, _) in _DATATYPES.items()}
+
+RANK_MAX = 64
+LENGTH = struct.Struct("<I")  # before each element of BYTES
+
+
+@dataclass(slots=True)
+class InferInput:
+    """One input tensor.
+
+    Attributes:
+        datatype: one of DATATYPES.
+        shape: with the batch dimension, which comes first.
+        data: raw, or values, flat or nested. Values of BYTES are text or bytes.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: memoryview | list[Any]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"input {self.name!r} ({self.datatype} {list(self.shape)})"
+
+
+@dataclass(slots=True)
+class RequestedOutput:
+    """An output that the client asks for by name."""
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class InferRequest:
+    """One inference request.
+
+    Attributes:
+        outputs: those wanted, in this order; empty for all.
+    """
+
+    inputs: list[InferInput]
+    id: str = ""
+    outputs: list[RequestedOutput] = field(default_factory=list)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class InferOutput:
+    """One output tensor; a tensor on the CPU, or the elements of BYTES."""
+
+    name: str
+    data: torch.Tensor | list[bytes]
+
+    @property
+    def datatype(self) -> str:
+        """One of DATATYPES. KeyError for a tensor of another kind, such as complex numbers."""
+        return _DATATYPE_OF[self.data.dtype] if isinstance(self.data, torch.Tensor) else BYTES
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape) if isinstance(self.data, torch.Tensor) else [len(self.data)]
+
+    def raw(self) -> bytes | memoryview:
+        """The data as the binary extension and ``raw_output_contents`` have it, without a copy if there is no need."""
+        if not isinstance(self.data, torch.Tensor):
+            return b"".join(part for each in self.data for part in (LENGTH.pack(len(each)), each))
+        tensor = self.data.detach().contiguous()
+        if not tensor.numel():
+            return b""
+        return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+    def values(self) -> list[Any]:
+        """The data flat, as JSON has it: text of BYTES, numbers of all others.
+
+        Raises:
+            InputError: JSON has no form for it: 16-bit numbers, bytes that are no text.
+        """
+        if not isinstance(self.data, torch.Tensor):
+            try:
+                return [str(each, "utf-8") for each in self.data]
+            except UnicodeDecodeError as error:
+                raise InputError(f"output {self.name!r} is not text; {_ASK_BINARY}") from error
+        if self.datatype in ("FP16", "BF16"):
+            raise InputError(f"output {self.name!r} is {self.datatype}, for which JSON has no form; {_ASK_BINARY}")
+        flat: list[Any] = self.data.reshape(-1).tolist()
+        return flat
+
+
+_ASK_BINARY = 'ask for it with the parameter "binary_data": true'
+
+
+@dataclass(slots=True)
+class InferResponse:
+    """One answer."""
+
+    model_name: str
+    model_version: str
+    outputs: list[InferOutput]
+    id: str = ""
+
+
+def datatype_of(dtype: torch.dtype) -> str:
+    """``FP32`` for ``torch.float32``. KeyError if the protocol has no name for it."""
+    return _DATATYPE_OF[dtype]
+
+
+def dtype_of(datatype: str) -> torch.dtype:
+    """``torch.float32`` for ``FP32``. KeyError for BYTES."""
+    return _DATATYPES[datatype][0]
+
+
+def check_input(tensor: InferInput) -> None:
+    """Checks what must be so whatever the model: datatype, shape and size of the data.
+
+    Raises:
+        InputError: it is not; the text names the input.
+    """
+    if tensor.datatype not in DATATYPES:
+        raise InputError(f"{tensor} has an unknown datatype; one of {', '.join(DATATYPES)}")
+    if not 1 <= len(tensor.shape) <= RANK_MAX or any(size < 0 for size in tensor.shape):
+        raise InputError(f"{tensor} needs a shape of 1 to {RANK_MAX} sizes, none of them negative")
+    if isinstance(tensor.data, memoryview) and tensor.datatype != BYTES:
+        wanted = element_count(tensor) * dtype_of(tensor.datatype).itemsize
+        if tensor.data.nbytes != wanted:
+            raise InputError(f"{tensor} needs {wanted} bytes, got {tensor.data.nbytes}")
+
+
+def element_count(tensor: InferInput) -> int:
+    return math.prod(tensor.shape)
+
+
+def tensor_of(tensor: InferInput) -> torch.Tensor:
+    """The input as a tensor of its shape, on the CPU. Raw data that is writable is looked into, not copied.
+
+    REQUIRES: `check_input` has passed; the datatype is not BYTES.
+
+    Raises:
+        InputError: the values do not fit datatype and shape.
+    """
+    dtype, typecode = _DATATYPES[tensor.datatype]
+    count = element_count(tensor)
+    if not count:
+        return torch.empty(tensor.shape, dtype=dtype)
+    if isinstance(tensor.data, memoryview):
+        # torch writes to tensors; it cannot be kept from writing to this one.
+        memory = bytearray(tensor.data) if tensor.data.readonly else tensor.data
+        return torch.frombuffer(memory, dtype=dtype).view(tensor.shape)
+    if not typecode:
+        raise InputError(f"{tensor} has no form in JSON; send it as binary data (binary_data_size), or as FP32")
+    flat = flat_values(tensor)
+    try:
+        numbers = array.array(typecode, flat)
+    except (TypeError, OverflowError) as error:
+        raise InputError(f"{tensor} has a value that is no {tensor.datatype}: {_first_unfit(flat, typecode)}") from error
+    if tensor.datatype == "BOOL":
+        if max(numbers) > 1:
+            raise InputError(f"{tensor} has a value other than true and false")
+        return torch.frombuffer(numbers, dtype=torch.uint8).view(tensor.shape).to(torch.bool)
+    return torch.frombuffer(numbers, dtype=dtype).view(tensor.shape)
+
+
+def _first_unfit(flat: Sequence[Any], typecode: str) -> str:
+    for position, value in enumerate(flat):
+        try:
+            array.array(typecode, (value,))
+        except (TypeError, OverflowError):
+            return f"{str(value)[:24]!r} at position {position}"
+    return "?"
+
+
+def flat_values(tensor: InferInput) -> list[Any]:
+    """Values in JSON form, which may be flat or nested, as one flat list.
+
+    REQUIRES: the data is a list.
+
+    Raises:
+        InputError: their number, or how they are nested, does not fit the shape.
+    """
+    assert isinstance(tensor.data, list)
+    flat: list[Any] = tensor.data
+    if flat and isinstance(flat[0], list):
+        if len(flat) != tensor.shape[0]:
+            raise InputError(f"{tensor} has a list of {len(flat)} where its shape says {tensor.shape[0]}")
+        for size in tensor.shape[1:]:
+            if not all(isinstance(part, list) and len(part) == size for part in flat):
+                raise InputError(f"the lists of {tensor} are not nested as its shape says")
+            flat = list(chain.from_iterable(flat))
+    if len(flat) != element_count(tensor):
+        raise InputError(f"{tensor} needs {element_count(tensor)} values, got {len(flat)}")
+    return flat
+
+
+def elements_of(tensor: InferInput) -> list[Element]:
+    """The elements of a BYTES input: text from JSON, views into raw data.
+
+    REQUIRES: the datatype is BYTES.
+
+    Raises:
+        InputError: the data is broken, or there are more or fewer elements than the shape says.
+    """
+    if isinstance(tensor.data, list):
+        elements = flat_values(tensor)
+        for position, element in enumerate(elements):
+            if not isinstance(element, (str, bytes, bytearray, memoryview)):
+                raise InputError(f"{tensor} has a value that is no text at position {position}")
+        return elements
+    found: list[Element] = []
+    raw, at, wanted = tensor.data, 0, element_count(tensor)
+    while at < raw.nbytes and len(found) < wanted:
+        start = at + LENGTH.size
+        end = start + LENGTH.unpack_from(raw, at)[0] if start <= raw.nbytes else raw.nbytes + 1
+        if end > raw.nbytes:
+            raise InputError(f"element {len(found)} of {tensor} ends after the {raw.nbytes} bytes of its data")
+        found.append(raw[start:end])
+        at = end
+    if len(found) != wanted or at != raw.nbytes:
+        more = f"{raw.nbytes - at} bytes more than {wanted} elements" if len(found) == wanted else f"{len(found)} elements"
+        raise InputError(f"{tensor} needs {wanted} elements, its data has {more}")
+    return found

@@ -1,0 +1,438 @@
+"""KServe's protocols spoken for models that do not know them: requests whose rows a lane takes one by one.
+
+* `TensorsPending`: tensors go into the network as they are, and its outputs come back as they are.
+* `HandlerRowsPending`: each row is a request to the handler, as a caller of ``/predictions`` would make it.
+* `OwnHandlerPending`: the whole is one request, in JSON, to a handler that knows the protocol itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyserve.errors import HandlerError, InputError
+from pyserve.handlers.tensor_spec import TensorSpec
+from pyserve.http1_exchange import Exchange
+from pyserve.lane import Lane
+from pyserve.messages import Headers, Request, Response
+from pyserve.open_inference import (
+    BYTES,
+    DATATYPES,
+    InferInput,
+    InferOutput,
+    InferRequest,
+    InferResponse,
+    check_input,
+    datatype_of,
+    dtype_of,
+    element_count,
+    elements_of,
+    flat_values,
+    tensor_of,
+)
+from pyserve.row_requests import ROW_COUNT_MAX, RowPending, RowsPending
+
+JSON = "application/json"
+RAW = "application/octet-stream"
+# Bodies of rows that are made on the loop.
+QUICK_SIZE_MAX = 4096
+# What a row's own request must not have of the whole's: it says what the whole's body is.
+_OF_THE_BODY = ("content-type", "content-length", "accept", "inference-header-content-length")
+
+
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """How a request came, and how its answer leaves.
+
+    Attributes:
+        read: gives the request; any thread; raises InputError.
+        encode: makes the answer, of whatever form ``exchange`` delivers; any thread; raises ServeError.
+        is_read_quick: whether ``read`` takes under 50 us.
+        is_encode_quick: the same of ``encode``.
+        passes_others: whether an answer of a handler that is not of the protocol leaves as it is; else it becomes an
+            output of BYTES.
+        bytes_as_base64: whether a handler of its own is given BYTES as base64 even if they are text.
+    """
+
+    read: Callable[[], InferRequest]
+    encode: Callable[[InferRequest, InferResponse], Response]
+    is_read_quick: bool = True
+    is_encode_quick: Callable[[InferRequest, list[InferOutput]], bool] = lambda request, outputs: True
+    passes_others: bool = False
+    bytes_as_base64: bool = False
+
+
+class _ProtocolPending(RowsPending):
+    """What the three have in common."""
+
+    __slots__ = ("_headers", "_request", "_transport")
+
+    def __init__(
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, transport: Transport,
+        headers: Headers | None = None,
+    ):  # fmt: skip
+        """``headers``: what the server adds to rows for the handler."""
+        super().__init__(lane, exchange, version, url_version)
+        self._transport = transport
+        self._headers = headers or []
+        self._request = InferRequest([])
+
+    def _row_request(self, body: bytearray, content_type: str) -> Request:
+        whole = self.exchange.request
+        headers = [pair for pair in whole.headers if pair[0].lower() not in _OF_THE_BODY]
+        if content_type:
+            headers.append(("Content-Type", content_type))
+        return Request(
+            "POST", whole.path, headers=headers + self._headers, body=body, client=whole.client, id=whole.id,
+            arrived_at=whole.arrived_at,
+        )  # fmt: skip
+
+    def _encoded(self, outputs: list[InferOutput]) -> Response:
+        response = InferResponse(
+            self.lane.name, self.version, _selected(self._request, outputs), self._request.id
+        )  # fmt: skip
+        return self._transport.encode(self._request, response)
+
+
+class TensorsPending(_ProtocolPending):
+    """Inputs that are the network's own.
+
+    Args:
+        specs: of the network's inputs, in order.
+        output_names: of its outputs, in order; empty if the network names them itself or nobody does.
+    """
+
+    __slots__ = ("_columns", "_output_names", "_outputs", "_specs")
+
+    def __init__(
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, transport: Transport, *,
+        specs: list[TensorSpec], output_names: tuple[str, ...],
+    ):  # fmt: skip
+        super().__init__(lane, exchange, version, url_version, transport)
+        self._specs = specs
+        self._output_names = output_names
+        self._columns: list[torch.Tensor] = []  # [rows, ...], one per input
+        self._outputs: list[InferOutput] = []
+
+    @property
+    def is_quick(self) -> bool:
+        return self._transport.is_read_quick
+
+    def read(self) -> int:
+        self._request = request = self._transport.read()
+        inputs = _in_order(request.inputs, self._specs)
+        for tensor, spec in zip(inputs, self._specs, strict=True):
+            _check_fits(tensor, spec)
+        counts = {tensor.shape[0] for tensor in inputs}
+        if len(counts) > 1:
+            raise InputError(f"the inputs have different numbers of rows: {', '.join(map(str, inputs))}")
+        self._columns = [tensor_of(tensor) for tensor in inputs]
+        return inputs[0].shape[0]
+
+    def row(self, index: int) -> RowPending:
+        columns = self._columns
+        inputs = columns if self.row_count == 1 else [column[index : index + 1] for column in columns]
+        return RowPending(self, index, self.exchange.request, inputs, wants_tensors=True)
+
+    def take_tensors(self, first: int, outputs: list[torch.Tensor], names: tuple[str, ...]) -> None:
+        count = len(outputs[0])
+        if count == self.row_count:
+            self._name_outputs(outputs, names)
+            return
+        if not self._outputs:
+            whole = [torch.empty((self.row_count, *each.shape[1:]), dtype=each.dtype) for each in outputs]
+            self._name_outputs(whole, names)
+        for kept, output in zip(self._outputs, outputs, strict=True):
+            assert isinstance(kept.data, torch.Tensor)
+            if kept.data.shape[1:] != output.shape[1:] or kept.data.dtype != output.dtype:
+                raise HandlerError(
+                    f"the rows of one request have outputs {kept.name!r} of different shapes, "
+                    f"{list(kept.data.shape[1:])} and {list(output.shape[1:])}; send such rows one by one"
+                )
+            kept.data[first : first + count] = output
+
+    def _name_outputs(self, outputs: list[torch.Tensor], names: tuple[str, ...]) -> None:
+        names = names or names_of_outputs(len(outputs), self._output_names)
+        self._outputs = [InferOutput(name, output) for name, output in zip(names, outputs, strict=True)]
+        for output in self._outputs:
+            try:
+                datatype_of(output.data.dtype)  # type: ignore[union-attr]
+            except KeyError:
+                raise HandlerError(
+                    f"output {output.name!r} is {output.data.dtype}, for which the protocol has no datatype"  # type: ignore[union-attr]
+                ) from None
+
+    @property
+    def is_answer_quick(self) -> bool:
+        return self._transport.is_encode_quick(self._request, self._outputs)
+
+    def make_answer(self) -> Response:
+        return self._encoded(self._outputs)
+
+
+class HandlerRowsPending(_ProtocolPending):
+    """Rows for a built-in handler that makes its own input of them.
+
+    Args:
+        pixels: what the network takes where tensors may come too, in place of what the handler makes its input of.
+        raw_rows: whether numbers reach the handler as raw bytes, for the handler ``tensor``; else as JSON.
+    """
+
+    __slots__ = ("_answers", "_pixels", "_raw_rows", "_rows_to_ask", "_tensor")
+
+    def __init__(
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, transport: Transport, *,
+        headers: Headers | None = None, pixels: TensorSpec | None = None, raw_rows: bool = False,
+    ):  # fmt: skip
+        super().__init__(lane, exchange, version, url_version, transport, headers)
+        self._pixels = pixels
+        self._raw_rows = raw_rows
+        self._rows_to_ask: list[tuple[bytearray, str]] = []  # body, content type
+        self._tensor: torch.Tensor | None = None  # in place of these
+        self._answers: list[Response | None] = []
+
+    @property
+    def is_quick(self) -> bool:
+        return self._transport.is_read_quick and len(self.exchange.request.body) <= QUICK_SIZE_MAX
+
+    def read(self) -> int:
+        self._request = request = self._transport.read()
+        if len(request.inputs) != 1:
+            names = ", ".join(repr(tensor.name) for tensor in request.inputs)
+            raise InputError(f"the model takes one input, each row an item for its handler; got {names}")
+        (tensor,) = request.inputs
+        count = tensor.shape[0]
+        if count > ROW_COUNT_MAX:
+            return count  # refused as too many
+        if tensor.datatype == BYTES:
+            if element_count(tensor) != count:
+                raise InputError(f"{tensor} needs one element per row, that is the shape [{count}] or [{count}, 1]")
+            self._rows_to_ask = [_element_row(element) for element in elements_of(tensor)]
+        elif self._pixels is not None:
+            _check_fits(tensor, self._pixels)
+            self._tensor = tensor_of(tensor)
+        else:
+            rows = tensor_of(tensor)
+            self._rows_to_ask = [self._number_row(row) for row in rows]
+        self._answers = [None] * count
+        return count
+
+    def _number_row(self, row: torch.Tensor) -> tuple[bytearray, str]:
+        if self._raw_rows:
+            return bytearray(InferOutput("", row.clone()).raw()), RAW
+        return bytearray(json.dumps(row.tolist()).encode()), JSON
+
+    def row(self, index: int) -> RowPending:
+        if self._tensor is not None:
+            return RowPending(self, index, self._row_request(bytearray(), ""), [self._tensor[index : index + 1]])
+        return RowPending(self, index, self._row_request(*self._rows_to_ask[index]), None)
+
+    def take_answer(self, index: int, response: Response) -> None:
+        self._answers[index] = response
+
+    @property
+    def is_answer_quick(self) -> bool:
+        return sum(len(answer.body) for answer in self._answers if answer is not None) <= QUICK_SIZE_MAX
+
+    def make_answer(self) -> Response:
+        return self._encoded(outputs_of_answers([answer for answer in self._answers if answer is not None]))
+
+
+class OwnHandlerPending(_ProtocolPending):
+    """One request to a handler that reads the protocol's JSON, or its envelope does."""
+
+    __slots__ = ("_answer", "_body")
+
+    def __init__(
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, transport: Transport, *,
+        headers: Headers | None = None,
+    ):  # fmt: skip
+        super().__init__(lane, exchange, version, url_version, transport, headers)
+        self._body = bytearray()
+        self._answer: Response | None = None
+
+    @property
+    def is_quick(self) -> bool:
+        return self._transport.is_read_quick and len(self.exchange.request.body) <= QUICK_SIZE_MAX
+
+    def read(self) -> int:
+        self._request = self._transport.read()
+        self._body = bytearray(
+            request_as_json(self._request, self.lane.name, as_base64=self._transport.bytes_as_base64)
+        )
+        return 1
+
+    def row(self, index: int) -> RowPending:
+        return RowPending(self, index, self._row_request(self._body, JSON), None)
+
+    def take_answer(self, index: int, response: Response) -> None:
+        self._answer = response
+
+    @property
+    def is_answer_quick(self) -> bool:
+        return self._answer is None or len(self._answer.body) <= QUICK_SIZE_MAX
+
+    def make_answer(self) -> Response:
+        answer = self._answer
+        assert answer is not None
+        outputs = outputs_in_json(answer.body)
+        if outputs is None:
+            if self._transport.passes_others:
+                return answer
+            outputs = [InferOutput("output0", [bytes(answer.body)])]
+        return self._encoded(outputs)
+
+
+def names_of_outputs(count: int, configured: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that model-config.yaml gives, if they are as many, else ``output0``, ``output1``, ..."""
+    return configured if len(configured) == count else tuple(f"output{index}" for index in range(count))
+
+
+def names_of_inputs(specs: list[TensorSpec]) -> list[str]:
+    """As model-config.yaml gives them, else ``input0``."""
+    return [spec.name or f"input{index}" for index, spec in enumerate(specs)]
+
+
+def _in_order(inputs: list[InferInput], specs: list[TensorSpec]) -> list[InferInput]:
+    """``inputs`` as the network takes them. A lone input without a configured name may have any."""
+    if len(specs) == 1 and len(inputs) == 1 and not specs[0].name:
+        return inputs
+    names = names_of_inputs(specs)
+    given = {tensor.name: tensor for tensor in inputs}
+    if len(given) < len(inputs):
+        raise InputError("two inputs have the same name")
+    if set(given) != set(names):
+        told = ", ".join(repr(name) for name in given) or "none"
+        raise InputError(f"the model's inputs are {', '.join(map(repr, names))}; got {told}")
+    return [given[name] for name in names]
+
+
+def _check_fits(tensor: InferInput, spec: TensorSpec) -> None:
+    wanted = datatype_of(spec.torch_dtype)
+    if tensor.datatype != wanted:
+        raise InputError(f"{tensor} must be {wanted}, as the model's input is {spec}")
+    sizes = tensor.shape[1:]
+    if len(sizes) != len(spec.shape) or any(
+        size != expected and (expected != -1 or size == 0) for size, expected in zip(sizes, spec.shape, strict=True)
+    ):
+        shape = ", ".join(["rows", *("any" if size == -1 else str(size) for size in spec.shape)])
+        raise InputError(f"{tensor} must have the shape [{shape}]")
+
+
+def _element_row(element: Any) -> tuple[bytearray, str]:
+    if isinstance(element, str):
+        return bytearray(element.encode("utf-8", "surrogatepass")), "text/plain; charset=utf-8"
+    return bytearray(element), ""
+
+
+def _selected(request: InferRequest, outputs: list[InferOutput]) -> list[InferOutput]:
+    if not request.outputs:
+        return outputs
+    by_name = {output.name: output for output in outputs}
+    unknown = [wanted.name for wanted in request.outputs if wanted.name not in by_name]
+    if unknown:
+        names = ", ".join(map(repr, by_name))
+        raise InputError(f"the model has no output {unknown[0]!r}; its outputs are {names}")
+    return [by_name[wanted.name] for wanted in request.outputs]
+
+
+def outputs_of_answers(answers: list[Response]) -> list[InferOutput]:
+    """A handler's answers, one per row, as outputs: tensors if they are numbers of one shape, else BYTES."""
+    headers = answers[0].headers
+    if "x-tensor-dtype" in headers and all(answer.headers == headers for answer in answers):
+        return _outputs_of_raw(answers)
+    values = []
+    for answer in answers:
+        try:
+            values.append(json.loads(bytes(answer.body)))
+        except ValueError:
+            break
+    if len(values) == len(answers) and isinstance(values[0], (int, float, list)):
+        try:
+            tensor = torch.tensor(values)
+        except (ValueError, TypeError, RuntimeError, OverflowError):
+            pass  # of different shapes, or with something else in them
+        else:
+            return [InferOutput("output0", tensor.double() if tensor.is_floating_point() else tensor)]
+    return [InferOutput("output0", [bytes(answer.body) for answer in answers])]
+
+
+def _outputs_of_raw(answers: list[Response]) -> list[InferOutput]:
+    headers = answers[0].headers
+    dtypes = [getattr(torch, name) for name in headers["x-tensor-dtype"].split(",")]
+    shapes = [[int(size) for size in shape.split(",") if size] for shape in headers["x-tensor-shape"].split(";")]
+    names = tuple(name for name in headers.get("x-tensor-name", "").split(",") if name)
+    sizes = [dtype.itemsize * torch.Size(shape).numel() for dtype, shape in zip(dtypes, shapes, strict=True)]
+    outputs, at = [], 0
+    for index, name in enumerate(names_of_outputs(len(dtypes), names)):
+        column = bytearray(b"".join(bytes(answer.body[at : at + sizes[index]]) for answer in answers))
+        at += sizes[index]
+        tensor = torch.frombuffer(column, dtype=dtypes[index]).view(len(answers), *shapes[index])
+        outputs.append(InferOutput(name, tensor))
+    return outputs
+
+
+def request_as_json(request: InferRequest, model_name: str, *, as_base64: bool) -> bytes:
+    """The request as a handler of its own reads it: all data as JSON, flat.
+
+    Args:
+        as_base64: whether BYTES become base64 even if they are text, as TorchServe's gRPC has it.
+    """
+    inputs = []
+    for tensor in request.inputs:
+        if tensor.datatype == BYTES:
+            values = [_as_text(element, as_base64=as_base64) for element in elements_of(tensor)]
+        elif isinstance(tensor.data, list):
+            values = flat_values(tensor)
+        else:
+            values = tensor_of(tensor).reshape(-1).tolist()
+        entry = {"name": tensor.name, "shape": list(tensor.shape), "datatype": tensor.datatype, "data": values}
+        rest = {name: value for name, value in tensor.parameters.items() if name != "binary_data_size"}
+        inputs.append({**entry, **({"parameters": rest} if rest else {})})
+    whole: dict[str, Any] = {"id": request.id} if request.id else {}
+    whole |= {"model_name": model_name, "inputs": inputs}
+    if request.parameters:
+        whole["parameters"] = dict(request.parameters)
+    if request.outputs:
+        whole["outputs"] = [{"name": output.name} for output in request.outputs]
+    return json.dumps(whole).encode()
+
+
+def _as_text(element: Any, *, as_base64: bool) -> str:
+    if isinstance(element, str) and not as_base64:
+        return element
+    raw = element.encode() if isinstance(element, str) else bytes(element)
+    if not as_base64:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            pass
+    return base64.b64encode(raw).decode()
+
+
+def outputs_in_json(body: bytes | bytearray | memoryview) -> list[InferOutput] | None:
+    """The outputs that a handler answered in the protocol's JSON; None if the answer is something else."""
+    try:
+        told = json.loads(bytes(body))
+        entries = told["outputs"]
+        return [_output_in_json(entry) for entry in entries]
+    except (ValueError, TypeError, KeyError, AttributeError, InputError, RecursionError):
+        return None
+
+
+def _output_in_json(entry: dict[str, Any]) -> InferOutput:
+    name, datatype, shape, data = str(entry["name"]), entry["datatype"], entry["shape"], entry["data"]
+    if datatype not in DATATYPES or not isinstance(data, list):
+        raise ValueError(f"output {name} is not of the protocol")
+    if datatype == BYTES:
+        return InferOutput(name, [each.encode() if isinstance(each, str) else json.dumps(each).encode() for each in data])
+    if datatype in ("FP16", "BF16"):
+        return InferOutput(name, torch.tensor(data, dtype=dtype_of(datatype)).view(shape))
+    tensor = InferInput(name, datatype, tuple(shape), data)
+    check_input(tensor)
+    return InferOutput(name, tensor_of(tensor))
