@@ -278,6 +278,13 @@ def makes_samples(handler: Any) -> bool:
     return callable(getattr(handler, "example_input", None)) and hasattr(handler, "sample_kind")
 
 
+def sample_value(handler: Any, example: Any) -> Any:
+    """What `example_input` made, as JSON: nested lists, or an object of them if the model has several inputs."""
+    if not isinstance(example, tuple):
+        return example[0].tolist()
+    return {spec.name: each[0].tolist() for spec, each in zip(handler.specs, example, strict=True)}
+
+
 def sample_input(handler: Any, context: Any) -> Input:
     """A made-up request for a handler that is initialized.
 
@@ -293,7 +300,7 @@ def sample_input(handler: Any, context: Any) -> Input:
             picture = write_sample_picture(Path(folder, "sample.jpg")).read_bytes()
         return _input(picture, "a made-up picture", [], "image/jpeg")
     try:
-        example = handler.example_input(context)[0].tolist()
+        example = sample_value(handler, handler.example_input(context))
     except Exception as error:
         text = " ".join(str(error).split())
         raise UsageError(f"no sample can be made up ({text}); give a file with -i, or --json-body") from error

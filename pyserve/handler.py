@@ -121,6 +121,13 @@ def python_lane_reason(archive: Archive, named: str | None = None) -> str:
     return ""
 
 
+def built_in_name(archive: Archive, named: str | None = None) -> str | None:
+    """The built-in handler that the archive asks for; None if its handler is code of its own."""
+    module, name = _module_and_name(archive, named)
+    is_own = name not in BUILT_IN or (archive.model_dir / f"{module}.py").is_file()
+    return None if is_own else name
+
+
 def load_handler(archive: Archive, named: str | None = None) -> Handler:
     """A new, not yet prepared handler for the native lane: the one ``named``, by default the manifest's.
 

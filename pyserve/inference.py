@@ -42,13 +42,9 @@ class Inference:
             ]
         return [
             *rows,
-            # KServe's protocols, in JSON; what a body means is up to the model's envelope or handler.
-            (ANY, "/v1/models/{model_name}:predict", self._endpoint(PREDICT_HEADER)),
-            (ANY, "/v1/models/{model_name}:explain", self._endpoint(EXPLAIN_HEADER)),
-            (ANY, "/v2/models/{model_name}/infer", self._endpoint(PREDICT_HEADER)),
-            (ANY, "/v2/models/{model_name}/explain", self._endpoint(EXPLAIN_HEADER)),
             # SageMaker's, and TorchServe's oldest: here the query's parameters are inputs.
-            (ANY, "/models/{model_name}/invoke", self._endpoint(query_is_input=True)),
+            # By name, so that on a port that is shared it comes before management's version "invoke", as in TorchServe.
+            ("GET POST PUT PATCH DELETE", "/models/{model_name}/invoke", self._endpoint(query_is_input=True)),
             (ANY, "/invocations", self.invoke),
             (ANY, "/{model_name}/predict", self._endpoint(query_is_input=True)),
             (ANY, "/{model_name}/{model_version}/predict", self._endpoint(query_is_input=True)),

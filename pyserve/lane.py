@@ -76,7 +76,7 @@ class Lane:
         # Constant.
         self.core: Any = core
         self._services = services
-        self._name = name
+        self.name = self._name = name
         self._label = label
         self._is_strict = services.config.compat == "strict"
         self._times_all = services.config.server_timing or services.tracer is not None
@@ -86,6 +86,7 @@ class Lane:
         self._pending: dict[Pending, None] = {}  # in order of arrival
         self._recorders: dict[str, RequestRecorder] = {}  # by the version as in the URL: its own, or "default"
         self._preparing_count = 0
+        self.finished_at = 0  # ns; when the last batch came to its end
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._is_draining = False
         self._idle = asyncio.Event()

@@ -42,6 +42,7 @@ class Network:
         torch_model: the network, its weights loaded once; a ``_core.TorchModel``.
         example: one item, [1, ...] per input.
         device: ``cpu`` or ``cuda:0``.
+        outputs: what metadata says of its outputs, once somebody has asked.
     """
 
     handler: Handler
@@ -49,6 +50,7 @@ class Network:
     torch_model: Any
     example: list[torch.Tensor]
     device: str
+    outputs: list[dict[str, Any]] | None = None
 
 
 def load_network(

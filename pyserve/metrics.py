@@ -92,13 +92,14 @@ class MeasuredModel(Protocol):
 class _Series:
     """What is recorded of one version of a model."""
 
-    __slots__ = ("aborted", "counts", "duration_sum_s", "statuses")
+    __slots__ = ("aborted", "counts", "duration_sum_s", "failed_sum_s", "statuses")
 
     def __init__(self) -> None:
         self.aborted = 0
         self.statuses: dict[int, int] = {}
         self.counts = [0] * (len(REQUEST_BOUNDS_S) + 1)
         self.duration_sum_s = 0.0
+        self.failed_sum_s = 0.0  # the part of it that is of errors
 
 
 def _class_of(status: int) -> int:
@@ -122,6 +123,8 @@ class RequestRecorder:
         series.statuses[status] = series.statuses.get(status, 0) + 1
         series.counts[bisect_left(REQUEST_BOUNDS_S, duration_s)] += 1
         series.duration_sum_s += duration_s
+        if status >= 400:
+            series.failed_sum_s += duration_s
         sums[0] += 1
         sums[1] += duration_s
         sums[2] += queue_s
@@ -185,6 +188,16 @@ class Metrics(Collector):
         series = self._series.get((model, version)) or self._new_series(model, version)
         sums = self._torchserve.get((model, url_version)) or self._new_sums(model, url_version)
         return RequestRecorder(series, sums, self._classes)
+
+    def request_totals(self, model: str, version: str) -> tuple[JsonObject, JsonObject]:
+        """Count and ns of the requests of a version that succeeded, and of those that failed."""
+        series = self._series.get((model, version)) or _Series()
+        failed = sum(count for status, count in series.statuses.items() if status >= 400)
+        succeeded_s = series.duration_sum_s - series.failed_sum_s
+        return (
+            {"count": sum(series.statuses.values()) - failed, "ns": int(succeeded_s * 1e9)},
+            {"count": failed, "ns": int(series.failed_sum_s * 1e9)},
+        )
 
     def observe_rejection(self, model: str, reason: str) -> None:
         """Counts why a request for a registered model was refused; ``observe_request`` counts its answer.

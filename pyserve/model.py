@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from pyserve.archive import Archive
 from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError
+from pyserve.handler import built_in_name
 from pyserve.http1_exchange import Exchange
 from pyserve.lane import RING_CAPACITY_MIN, Lane, WorkerRow, no_worker_error
 from pyserve.lane_choice import Wish, open_lane, open_python_lane
+from pyserve.loader import Network
 from pyserve.model_settings import PARAMETERS, ModelSettings
 from pyserve.native_lane import NativeLane
 from pyserve.pending import Pending
@@ -70,6 +73,8 @@ class Model:
         self.error = ""
         self.wanted_workers = settings.workers_min
         self.starts_first_workers = False
+        # Its name, if the server may speak protocols for it; None of a handler that answers for itself.
+        self.built_in_handler: str | None = None
         self._lane: Lane | None = None
         self._explain_lane: PythonLane | None = None  # a native model's, made for the first explanation
         self._opening_explain_lane = asyncio.Lock()
@@ -91,6 +96,7 @@ class Model:
     async def _load(self, workers: int, progress: Progress, tracing: Tracing | None) -> None:
         try:
             lane = await open_lane(self._wish(progress, tracing))
+            self.built_in_handler = self._find_built_in_handler()
             self._lane = lane
             self._check_still_loading()
             if workers:
@@ -113,6 +119,12 @@ class Model:
             self._services, self.archive, self.name, self.handler_name, self.device, self.settings, progress,
             tracing=tracing, on_trouble=self._on_trouble,
         )  # fmt: skip
+
+    def _find_built_in_handler(self) -> str | None:
+        config = self._services.config
+        if config.service_envelope:
+            return None
+        return built_in_name(self.archive, self.handler_name or config.default_service_handler or None)
 
     def _on_trouble(self, text: str) -> None:
         """The lane has no worker and gets none, or has one again."""
@@ -243,9 +255,21 @@ class Model:
         if lane is None:
             raise no_worker_error(self.name, self._absence())
         if explains and isinstance(lane, NativeLane):
-            self._explain(exchange, url_version, query_is_input=query_is_input)
+            self._explain(
+                exchange, lambda other: Pending(other, exchange, self.version, url_version, query_is_input, flags)
+            )
             return
         lane.predict(Pending(lane, exchange, self.version, url_version, query_is_input, flags))
+
+    def take(self, exchange: Exchange, pending_for: Callable[[Lane], Pending], *, explains: bool = False) -> None:
+        """As `predict`, for requests of another kind: ``pending_for`` makes one for the lane it is given."""
+        lane = self._lane
+        if lane is None:
+            raise no_worker_error(self.name, self._absence())
+        if explains and isinstance(lane, NativeLane):
+            self._explain(exchange, pending_for)
+        else:
+            lane.predict(pending_for(lane))
 
     def _absence(self) -> JsonObject:
         detail = {"reason": "no worker", "state": self.state}
@@ -253,11 +277,11 @@ class Model:
             detail |= {"text": self.error, "mend": "mend the archive and register it again"}
         return detail
 
-    def _explain(self, exchange: Exchange, url_version: str, *, query_is_input: bool) -> None:
+    def _explain(self, exchange: Exchange, pending_for: Callable[[Lane], Pending]) -> None:
         """Explanations need gradients, so Python's own copy of the model: a worker process, started for the first."""
         lane = self._explain_lane
         if lane is not None:
-            lane.predict(Pending(lane, exchange, self.version, url_version, query_is_input=query_is_input))
+            lane.predict(pending_for(lane))
             return
 
         async def open_first() -> None:
@@ -266,7 +290,7 @@ class Model:
                 opened = self._explain_lane
                 if opened is None:
                     raise no_worker_error(self.name, self._absence())
-                opened.predict(Pending(opened, exchange, self.version, url_version, query_is_input=query_is_input))
+                opened.predict(pending_for(opened))
             except ServeError as error:
                 exchange.respond(self._services.error_format.answer(error, exchange.request))
 
@@ -298,6 +322,16 @@ class Model:
         return await ask_handler(self._lane, self.name, self.version)
 
     # --- what others ask ------------------------------------------------------------------------------------------
+
+    @property
+    def network(self) -> Network | None:
+        """Of the native lane."""
+        return self._lane.network if isinstance(self._lane, NativeLane) else None
+
+    @property
+    def last_finished_at(self) -> int:
+        """ns; when the last batch came to its end; 0 if none did."""
+        return self._lane.finished_at if self._lane is not None else 0
 
     @property
     def lane(self) -> str:

@@ -28,7 +28,8 @@ MEMORY_FORMATS = ("contiguous", "channels_last")
 DEVICE_TYPES = ("cpu", "gpu")
 PARALLEL_TYPES = ("pp", "tp", "pptp", "custom")
 DTYPES = (
-    "float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool",
+    "float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8",
+    "uint16", "uint32", "uint64", "bool",
 )
 
 _NODE_COUNT_MAX = 20_000  # values in the yaml, aliases counted as often as they are used; read in about 0.3 s
@@ -48,6 +49,7 @@ class InputSpec:
 
     dtype: str
     shape: tuple[int, ...]
+    name: str = ""
 
 
 @dataclass
@@ -72,7 +74,7 @@ class ModelConfig:
     queue_size: int | None = None
     precision: str | None = None
     memory_format: str | None = None
-    input: InputSpec | None = None
+    input: InputSpec | list[InputSpec] | None = None
     retry_timeout_max_s: int | None = None
     client_timeout_ms: int | None = None
     parallel_type: str | None = None
@@ -180,8 +182,19 @@ def _mapping(label: str, _: str, value: Any, __: list[str]) -> dict[str, Any]:
     return value
 
 
-def _input(label: str, _: str, value: Any, __: list[str]) -> InputSpec:
-    if not isinstance(value, dict) or not {"dtype", "shape"} >= set(value) or "shape" not in value:
+def _inputs(label: str, _: str, value: Any, __: list[str]) -> InputSpec | list[InputSpec]:
+    """One input, or a list of them with a name each."""
+    if not isinstance(value, list):
+        return _input(label, value)
+    inputs = [_input(f"{label}[{index}]", each) for index, each in enumerate(value)]
+    names = {each.name for each in inputs}
+    if not inputs or len(names) < len(inputs) or (len(inputs) > 1 and "" in names):
+        raise InvalidModelError(f"{label} must be one input, or a list of inputs with a name of its own each")
+    return inputs
+
+
+def _input(label: str, value: Any) -> InputSpec:
+    if not isinstance(value, dict) or not {"name", "dtype", "shape"} >= set(value) or "shape" not in value:
         raise InvalidModelError(f"{label} must be like {{dtype: float32, shape: [3, 4]}}, not {shown(str(value))}")
     dtype = value.get("dtype", "float32")
     if dtype not in DTYPES:
@@ -197,7 +210,10 @@ def _input(label: str, _: str, value: Any, __: list[str]) -> InputSpec:
         elements *= max(dimension, 1)
     if elements > _ELEMENT_COUNT_MAX:
         raise InvalidModelError(f"{label}.shape has more than the {_ELEMENT_COUNT_MAX} elements allowed for one item")
-    return InputSpec(dtype, tuple(shape))
+    name = value.get("name", "")
+    if not isinstance(name, str):
+        raise InvalidModelError(f"{label}.name must be text, not {shown(str(name))}")
+    return InputSpec(dtype, tuple(shape), name)
 
 
 _KEYS: dict[str, tuple[str, _Read]] = {
@@ -213,7 +229,7 @@ _KEYS: dict[str, tuple[str, _Read]] = {
     "jobQueueSize": ("queue_size", _integer),
     "precision": ("precision", _one_of(*PRECISIONS)),
     "memoryFormat": ("memory_format", _one_of(*MEMORY_FORMATS)),
-    "input": ("input", _input),
+    "input": ("input", _inputs),
     "maxRetryTimeoutInSec": ("retry_timeout_max_s", _integer),
     "clientTimeoutInMills": ("client_timeout_ms", _integer),
     "parallelType": ("parallel_type", _one_of(*PARALLEL_TYPES)),

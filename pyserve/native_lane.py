@@ -213,6 +213,7 @@ class NativeLane(Lane):
     def complete(self, completion: Any) -> None:
         """A batch came to an end: row i of its output goes to request i."""
         owners: list[Pending | None] = completion.owners
+        self.finished_at = completion.finished_at
         for owner in owners:
             if owner is not None:
                 owner.started_at = completion.started_at

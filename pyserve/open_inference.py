@@ -193,7 +193,8 @@ def tensor_of(tensor: InferInput) -> torch.Tensor:
     try:
         numbers = array.array(typecode, flat)
     except (TypeError, OverflowError) as error:
-        raise InputError(f"{tensor} has a value that is no {tensor.datatype}: {_first_unfit(flat, typecode)}") from error
+        unfit = _first_unfit(flat, typecode)
+        raise InputError(f"{tensor} has a value that is no {tensor.datatype}: {unfit}") from error
     if tensor.datatype == "BOOL":
         if max(numbers) > 1:
             raise InputError(f"{tensor} has a value other than true and false")
@@ -256,6 +257,6 @@ def elements_of(tensor: InferInput) -> list[Element]:
         found.append(raw[start:end])
         at = end
     if len(found) != wanted or at != raw.nbytes:
-        more = f"{raw.nbytes - at} bytes more than {wanted} elements" if len(found) == wanted else f"{len(found)} elements"
-        raise InputError(f"{tensor} needs {wanted} elements, its data has {more}")
+        more = f"{len(found)} of them and {raw.nbytes - at} bytes"
+        raise InputError(f"{tensor} needs {wanted} elements, its data has {more} more")
     return found

@@ -176,7 +176,7 @@ def encode_response(request: InferRequest, response: InferResponse, size_max: in
 
 def _json_values(output: InferOutput) -> list[Any]:
     values = output.values()
-    if isinstance(output.data, torch.Tensor) and output.data.is_floating_point():
-        if not bool(torch.isfinite(output.data).all()):
-            return [value if math.isfinite(value) else None for value in values]  # JSON has no word for these
+    data = output.data
+    if isinstance(data, torch.Tensor) and data.is_floating_point() and not bool(torch.isfinite(data).all()):
+        return [value if math.isfinite(value) else None for value in values]  # JSON has no word for these
     return values

@@ -67,13 +67,13 @@ class Transport:
     bytes_as_base64: bool = False
 
 
-class _ProtocolPending(RowsPending):
+class ProtocolPending(RowsPending):
     """What the three have in common."""
 
     __slots__ = ("_headers", "_request", "_transport")
 
     def __init__(
-        self, lane: Lane, exchange: Exchange, version: str, url_version: str, transport: Transport,
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
         headers: Headers | None = None,
     ):  # fmt: skip
         """``headers``: what the server adds to rows for the handler."""
@@ -99,7 +99,7 @@ class _ProtocolPending(RowsPending):
         return self._transport.encode(self._request, response)
 
 
-class TensorsPending(_ProtocolPending):
+class TensorsPending(ProtocolPending):
     """Inputs that are the network's own.
 
     Args:
@@ -110,10 +110,10 @@ class TensorsPending(_ProtocolPending):
     __slots__ = ("_columns", "_output_names", "_outputs", "_specs")
 
     def __init__(
-        self, lane: Lane, exchange: Exchange, version: str, url_version: str, transport: Transport, *,
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
         specs: list[TensorSpec], output_names: tuple[str, ...],
     ):  # fmt: skip
-        super().__init__(lane, exchange, version, url_version, transport)
+        super().__init__(lane, exchange, version, url_version, transport=transport)
         self._specs = specs
         self._output_names = output_names
         self._columns: list[torch.Tensor] = []  # [rows, ...], one per input
@@ -175,7 +175,7 @@ class TensorsPending(_ProtocolPending):
         return self._encoded(self._outputs)
 
 
-class HandlerRowsPending(_ProtocolPending):
+class HandlerRowsPending(ProtocolPending):
     """Rows for a built-in handler that makes its own input of them.
 
     Args:
@@ -186,10 +186,10 @@ class HandlerRowsPending(_ProtocolPending):
     __slots__ = ("_answers", "_pixels", "_raw_rows", "_rows_to_ask", "_tensor")
 
     def __init__(
-        self, lane: Lane, exchange: Exchange, version: str, url_version: str, transport: Transport, *,
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
         headers: Headers | None = None, pixels: TensorSpec | None = None, raw_rows: bool = False,
     ):  # fmt: skip
-        super().__init__(lane, exchange, version, url_version, transport, headers)
+        super().__init__(lane, exchange, version, url_version, transport=transport, headers=headers)
         self._pixels = pixels
         self._raw_rows = raw_rows
         self._rows_to_ask: list[tuple[bytearray, str]] = []  # body, content type
@@ -243,16 +243,16 @@ class HandlerRowsPending(_ProtocolPending):
         return self._encoded(outputs_of_answers([answer for answer in self._answers if answer is not None]))
 
 
-class OwnHandlerPending(_ProtocolPending):
+class OwnHandlerPending(ProtocolPending):
     """One request to a handler that reads the protocol's JSON, or its envelope does."""
 
     __slots__ = ("_answer", "_body")
 
     def __init__(
-        self, lane: Lane, exchange: Exchange, version: str, url_version: str, transport: Transport, *,
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
         headers: Headers | None = None,
     ):  # fmt: skip
-        super().__init__(lane, exchange, version, url_version, transport, headers)
+        super().__init__(lane, exchange, version, url_version, transport=transport, headers=headers)
         self._body = bytearray()
         self._answer: Response | None = None
 
@@ -430,7 +430,8 @@ def _output_in_json(entry: dict[str, Any]) -> InferOutput:
     if datatype not in DATATYPES or not isinstance(data, list):
         raise ValueError(f"output {name} is not of the protocol")
     if datatype == BYTES:
-        return InferOutput(name, [each.encode() if isinstance(each, str) else json.dumps(each).encode() for each in data])
+        texts = [each if isinstance(each, str) else json.dumps(each) for each in data]
+        return InferOutput(name, [each.encode() for each in texts])
     if datatype in ("FP16", "BF16"):
         return InferOutput(name, torch.tensor(data, dtype=dtype_of(datatype)).view(shape))
     tensor = InferInput(name, datatype, tuple(shape), data)

@@ -27,6 +27,7 @@ from pyserve.grpc_site import GrpcSite
 from pyserve.http1 import BodyBudget, Connections, Http1Limits, Http1Protocol
 from pyserve.http1_tls import Http1TlsProtocol
 from pyserve.inference import Inference
+from pyserve.kserve import KServe
 from pyserve.launch import ServerStart
 from pyserve.management import Management
 from pyserve.messages import ErrorFormat
@@ -191,7 +192,8 @@ class Site:
         config, tokens = self._start.config, self._services.tokens
         rows: list[RouteRow] = []
         if "inference" in names:
-            inference = self._inference.routes()
+            kserve = KServe(self.registry, self._inference, self._metrics, config.max_response_size)
+            inference = [*self._inference.routes(), *kserve.routes()]
             rows += protected([*inference, *inference_descriptions(inference, self.registry.get)], tokens, "inference")
         if "management" in names:
             tells_errors = self._services.error_format.with_private_detail

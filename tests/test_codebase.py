@@ -43,12 +43,15 @@ LEVELS = [
     "stages "
     "spans "
     "context custom_metrics metrics codec handler engine placement",
+    "open_inference",
     # Worker processes: their inside, then what looks after them.
     "streaming entry_point invoker reload continuous async_worker worker",
     "restart_policy requirements worker_output worker_handle zygote spawner",
     "client_limit "
     "raw_rows "
-    "examples zoo sample loader services model_settings pending lane native_lane python_workers python_lane "
+    "examples zoo sample loader services model_settings pending lane "
+    "row_requests "
+    "native_lane python_workers python_lane "
     "sequence_lane lane_choice "
     "self_description gpu_usage "
     "model",
@@ -60,6 +63,7 @@ LEVELS = [
     "parameters openapi_schemas openapi routes "
     "protect "
     "inference management",
+    "open_inference_rest protocol_requests open_inference_models kserve_v1 kserve",
     # What looks at an archive without a server.
     "dry_run debug check_run check config_report doctor",
     # Processes.

@@ -1,0 +1,100 @@
+"""KServe's protocol, version 1, for built-in handlers: ``{"instances": [...]}`` in, ``{"predictions": [...]}`` out.
+
+An instance is a row for the handler: a JSON value, text, or bytes as ``{"b64": "..."}``; one of the form
+``{"data": value}`` is that value.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from typing import Any
+
+from pyserve import codec
+from pyserve.errors import InputError
+from pyserve.http1_exchange import Exchange
+from pyserve.lane import Lane
+from pyserve.messages import Request, Response, json_response
+from pyserve.model import EXPLAIN_HEADER
+from pyserve.protocol_requests import QUICK_SIZE_MAX, ProtocolPending, Transport
+from pyserve.row_requests import RowPending
+
+_TEXT = "text/plain; charset=utf-8"
+_JSON = "application/json"
+
+
+def is_instances_request(request: Request) -> bool:
+    """Whether a body is meant to be of this protocol; else it is what TorchServe would bring to the handler."""
+    return request.body[:64].lstrip()[:1] == b"{" and b'"instances"' in request.body
+
+
+class InstancesPending(ProtocolPending):
+    """A request of instances."""
+
+    __slots__ = ("_answers", "_explains", "_rows_to_ask")
+
+    def __init__(self, lane: Lane, exchange: Exchange, version: str, *, explains: bool):
+        headers = [("Accept", _JSON), EXPLAIN_HEADER if explains else ("explain", "False")]
+        super().__init__(lane, exchange, version, "default", transport=NO_TRANSPORT, headers=headers)
+        self._explains = explains
+        self._rows_to_ask: list[tuple[bytearray, str]] = []  # body, content type
+        self._answers: list[Response | None] = []
+
+    @property
+    def is_quick(self) -> bool:
+        return len(self.exchange.request.body) <= QUICK_SIZE_MAX
+
+    def read(self) -> int:
+        value = codec.parse_json(self.exchange.request.body)
+        if not isinstance(value, dict) or not isinstance(value.get("instances"), list):
+            raise InputError('the request needs {"instances": [...]}')
+        self._rows_to_ask = [_row_of(instance, position) for position, instance in enumerate(value["instances"])]
+        self._answers = [None] * len(self._rows_to_ask)
+        return len(self._rows_to_ask)
+
+    def row(self, index: int) -> RowPending:
+        return RowPending(self, index, self._row_request(*self._rows_to_ask[index]), None)
+
+    def take_answer(self, index: int, response: Response) -> None:
+        self._answers[index] = response
+
+    @property
+    def is_answer_quick(self) -> bool:
+        return sum(len(answer.body) for answer in self._answers if answer is not None) <= QUICK_SIZE_MAX
+
+    def make_answer(self) -> Response:
+        values = [_value_of(bytes(answer.body)) for answer in self._answers if answer is not None]
+        return json_response({"explanations" if self._explains else "predictions": values})
+
+
+def _no_request() -> Any:
+    raise NotImplementedError
+
+
+NO_TRANSPORT = Transport(_no_request, lambda request, response: Response(500))
+
+
+def _row_of(instance: Any, position: int) -> tuple[bytearray, str]:
+    value = instance
+    if isinstance(value, dict):
+        value = value["data"] if "data" in value else value.get("body", value)
+    if isinstance(value, dict) and set(value) == {"b64"}:
+        try:
+            return bytearray(base64.b64decode(value["b64"], validate=True)), ""
+        except (binascii.Error, TypeError, ValueError) as error:
+            raise InputError(f"the 'b64' of instance {position} is not base64: {error}") from error
+    if isinstance(value, str):
+        return bytearray(value.encode("utf-8", "surrogatepass")), _TEXT
+    return bytearray(json.dumps(value).encode()), _JSON
+
+
+def _value_of(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        pass
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        return {"b64": base64.b64encode(body).decode()}

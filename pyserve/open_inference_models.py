@@ -1,0 +1,172 @@
+"""The Open Inference Protocol for the served models, whatever carries it: inference, metadata, readiness, statistics.
+
+Built-in handlers do not know the protocol; the server speaks it for them, row by row, see `protocol_requests`. An
+archive's own handler, or one in an envelope, gets the request as JSON and answers for itself, as in TorchServe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import torch
+
+from pyserve import __version__
+from pyserve.errors import JsonObject, ServeError
+from pyserve.handlers.tensor import named_outputs
+from pyserve.handlers.tensor_spec import TensorSpec, dtype_name, input_specs, output_names
+from pyserve.http1_exchange import Exchange
+from pyserve.lane import Lane
+from pyserve.loader import Network
+from pyserve.metrics import Metrics
+from pyserve.model import EXPLAIN_HEADER, Model
+from pyserve.native_lane import NativeLane
+from pyserve.open_inference import BYTES, datatype_of
+from pyserve.pending import Pending
+from pyserve.protocol_requests import (
+    HandlerRowsPending,
+    OwnHandlerPending,
+    TensorsPending,
+    Transport,
+    names_of_inputs,
+    names_of_outputs,
+)
+
+EXTENSIONS = ["binary_tensor_data", "statistics"]
+# Built-in handlers that bring their input to the network as it is, and its output back.
+_TENSOR_HANDLERS = ("tensor", "base_handler")
+_NO_TIME = {"count": 0, "ns": 0}
+
+
+def infer(
+    model: Model, exchange: Exchange, transport: Transport, url_version: str = "default", *, explains: bool = False
+) -> None:
+    """Sees to the answer of an inference request, through ``exchange.respond``: of ``transport.encode``, or an error.
+
+    Loop thread only. ``exchange`` may be one that no HTTP request stands behind; its request's id, headers and time of
+    arrival are used.
+
+    Raises:
+        ServeError: the model is not there.
+    """
+
+    def pending_for(lane: Lane) -> Pending:
+        return _pending_for(model, lane, exchange, transport, url_version, explains=explains)
+
+    model.take(exchange, pending_for, explains=explains)
+
+
+def _pending_for(
+    model: Model, lane: Lane, exchange: Exchange, transport: Transport, url_version: str, *, explains: bool
+) -> Pending:
+    added = [EXPLAIN_HEADER if explains else ("explain", "False")]
+    if model.built_in_handler is None:
+        return OwnHandlerPending(lane, exchange, model.version, url_version, transport=transport, headers=added)
+    network = model.network if isinstance(lane, NativeLane) else None
+    if network is not None and model.built_in_handler in _TENSOR_HANDLERS:
+        config = network.context.model_yaml_config
+        return TensorsPending(
+            lane, exchange, model.version, url_version, transport=transport,
+            specs=input_specs(config), output_names=output_names(config),
+        )  # fmt: skip
+    pixels = _spec_of(network.example[0]) if network is not None else None
+    return HandlerRowsPending(
+        lane, exchange, model.version, url_version, transport=transport,
+        headers=added, pixels=pixels, raw_rows=model.built_in_handler == "tensor",
+    )  # fmt: skip
+
+
+def _spec_of(example: torch.Tensor) -> TensorSpec:
+    """Of a network whose handler makes its input: of the rank and kind of the example, of any size."""
+    return TensorSpec(dtype_name(example.dtype), (-1,) * (example.dim() - 1))
+
+
+def server_metadata() -> JsonObject:
+    """Of ``/v2``: the standard's keys, and TorchServe's own, its spelling included."""
+    return {
+        "name": "pyserve",
+        "version": __version__,
+        "extensions": EXTENSIONS,
+        "extenstion": ["kserve", "kubeflow"],
+    }
+
+
+async def model_metadata(model: Model, versions: list[str]) -> JsonObject:
+    """Name, versions, platform, inputs and outputs. The first call for a native model runs it once, on an example."""
+    about: JsonObject = {"name": model.name, "versions": versions, "platform": _platform(model)}
+    network = model.network
+    if model.built_in_handler is None:
+        return about | {"inputs": [], "outputs": []}  # what its handler understands is its own business
+    if network is None or model.built_in_handler not in _TENSOR_HANDLERS:
+        row = {"datatype": BYTES, "shape": [-1]}
+        return about | {"inputs": [{"name": "input0", **row}], "outputs": [{"name": "output0", **row}]}
+    if network.outputs is None:
+        network.outputs = await asyncio.to_thread(_example_outputs, network)
+    specs = input_specs(network.context.model_yaml_config)
+    names = names_of_inputs(specs)
+    return about | {
+        "inputs": [
+            {"name": name, "datatype": datatype_of(spec.torch_dtype), "shape": [-1, *spec.shape]}
+            for name, spec in zip(names, specs, strict=True)
+        ],
+        "outputs": network.outputs,
+    }
+
+
+def _platform(model: Model) -> str:
+    weights = model.archive.weights
+    return "pytorch_aotinductor" if weights is not None and weights.suffix == ".pt2" else "pytorch_torchscript"
+
+
+def _example_outputs(network: Network) -> list[JsonObject]:
+    """The outputs for an example, as metadata. Any thread."""
+    try:
+        inputs = [each.to(network.device) for each in network.example]
+        outputs, own_names = named_outputs(network.torch_model.run(inputs))
+        names = own_names or names_of_outputs(len(outputs), output_names(network.context.model_yaml_config))
+        return [
+            {"name": name, "datatype": datatype_of(output.dtype), "shape": [-1, *output.shape[1:]]}
+            for name, output in zip(names, outputs, strict=True)
+        ]
+    except (ServeError, RuntimeError, KeyError):
+        return []  # of a kind that the protocol has no words for
+
+
+def statistics(models: list[Model], metrics: Metrics) -> JsonObject:
+    """What the statistics extension tells of each of ``models``."""
+    return {"model_stats": [_model_statistics(model, metrics) for model in models]}
+
+
+def _model_statistics(model: Model, metrics: Metrics) -> JsonObject:
+    stats = model.stats()
+    succeeded, failed = metrics.request_totals(model.name, model.version)
+    inferences = int(stats["batch_size"][2]) if "batch_size" in stats else succeeded["count"]
+    finished_at = model.last_finished_at
+    ago_s = (time.monotonic_ns() - finished_at) / 1e9 if finished_at else 0.0
+    return {
+        "name": model.name,
+        "version": model.version,
+        "last_inference": int((time.time() - ago_s) * 1000) if finished_at else 0,
+        "inference_count": inferences,
+        "execution_count": int(stats.get("batches", 0)),
+        "inference_stats": {
+            "success": succeeded,
+            "fail": failed,
+            "queue": _time_of(stats, "queue"),
+            "compute_input": _time_of(stats, "staging"),
+            "compute_infer": _time_of(stats, "inference"),
+            "compute_output": _time_of(stats, "postprocess"),
+            "cache_hit": _NO_TIME,
+            "cache_miss": _NO_TIME,
+        },
+        "response_stats": {},
+        "batch_stats": [],
+        "memory_usage": [],
+    }
+
+
+def _time_of(stats: JsonObject, name: str) -> JsonObject:
+    if name not in stats:
+        return _NO_TIME
+    _, counts, total_s = stats[name]
+    return {"count": sum(counts), "ns": int(total_s * 1e9)}
