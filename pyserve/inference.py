@@ -13,6 +13,8 @@ from pyserve.registry import Registry
 from pyserve.routes import ANY, RouteRow
 
 PREDICT_HEADER = ("explain", "False")
+# By name, for paths that others of the same form stand beside: a listed method wins over ANY.
+METHODS = "GET POST PUT PATCH DELETE"
 
 
 class Inference:
@@ -43,8 +45,8 @@ class Inference:
         return [
             *rows,
             # SageMaker's, and TorchServe's oldest: here the query's parameters are inputs.
-            # By name, so that on a port that is shared it comes before management's version "invoke", as in TorchServe.
-            ("GET POST PUT PATCH DELETE", "/models/{model_name}/invoke", self._endpoint(query_is_input=True)),
+            # On a port that is shared this is no version "invoke" of management's, as in TorchServe.
+            (METHODS, "/models/{model_name}/invoke", self._endpoint(query_is_input=True)),
             (ANY, "/invocations", self.invoke),
             (ANY, "/{model_name}/predict", self._endpoint(query_is_input=True)),
             (ANY, "/{model_name}/{model_version}/predict", self._endpoint(query_is_input=True)),

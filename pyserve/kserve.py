@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pyserve import open_inference_models as models
 from pyserve.http1_exchange import Exchange
-from pyserve.inference import PREDICT_HEADER, Inference
+from pyserve.inference import METHODS, PREDICT_HEADER, Inference
 from pyserve.kserve_v1 import InstancesPending, is_instances_request
 from pyserve.messages import ExtraHeaders, Request, Response, json_response
 from pyserve.metrics import Metrics
@@ -44,9 +44,9 @@ class KServe:
         """What the inference listener answers of these protocols."""
         rows: list[RouteRow] = [
             ("GET", "/v1/models", self.list_models),
+            (METHODS, "/v1/models/{model_name}:predict", self._v1(explains=False)),
+            (METHODS, "/v1/models/{model_name}:explain", self._v1(explains=True)),
             ("GET", "/v1/models/{model_name}", self.show_readiness),
-            (ANY, "/v1/models/{model_name}:predict", self._v1(explains=False)),
-            (ANY, "/v1/models/{model_name}:explain", self._v1(explains=True)),
             ("GET", "/v2", self.show_server),
             ("GET", "/v2/health/live", self.show_live),
             ("GET", "/v2/health/ready", self.show_ready),

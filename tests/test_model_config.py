@@ -55,7 +55,7 @@ handler: {profile: true}
         "workers_min": 1, "workers_max": 4, "batch_size": 8, "max_batch_delay_ms": 100, "min_batch": 2,
         "response_timeout_s": 120, "startup_timeout_s": 60, "device_type": "gpu", "device_ids": [0, 2],
         "queue_size": 1000, "precision": "bf16", "memory_format": "channels_last",
-        "input": {"dtype": "float32", "shape": (3, -1, 224)}, "retry_timeout_max_s": 300, "client_timeout_ms": 0,
+        "input": {"dtype": "float32", "shape": (3, -1, 224), "name": ""}, "retry_timeout_max_s": 300, "client_timeout_ms": 0,
         "parallel_type": "tp", "parallel_level": 2, "torchrun": {"nproc-per-node": 2}, "use_job_ticket": True,
         "continuous_batching": False, "sequence_batching": True, "sequence_idle_max_ms": 10,
         "sequence_timeout_ms": 20, "sequence_queue_size": 3, "sequence_count_max": 4, "async_communication": True,
