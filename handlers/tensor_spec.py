@@ -125,7 +125,7 @@ class TensorSpec:
             body = _byte_swapped(body, self.torch_dtype.itemsize)
         elif not isinstance(body, bytearray) and (isinstance(body, bytes) or body.readonly):
             body = bytearray(body)  # torch writes to tensors; it cannot be kept from writing to this one
-        return self._padded(torch.frombuffer(body, dtype=self.torch_dtype).view(1, *self.shape))
+        return self.padded(torch.frombuffer(body, dtype=self.torch_dtype).view(1, *self.shape))
 
     def _size_error(self, body: bytes | bytearray | memoryview, free: int) -> str:
         if free > 1:
@@ -164,12 +164,13 @@ class TensorSpec:
             raise InputError(self._value_error(flat)) from error
         tensor = torch.frombuffer(numbers, dtype=array_dtype).view(1, *sizes)
         if dtype is array_dtype:
-            return self._padded(tensor)
+            return self.padded(tensor)
         if dtype is torch.bool and tensor.max().item() > 1:
             raise InputError(f"expected {self}, got numbers other than 0 and 1")
-        return self._padded(tensor.to(dtype))
+        return self.padded(tensor.to(dtype))
 
-    def _padded(self, tensor: torch.Tensor) -> torch.Tensor:
+    def padded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` [n, ...], its free dimension filled up to the next of ``pad_to``. InputError if it is larger."""
         if not self.pad_to:
             return tensor
         axis = self.shape.index(-1) + 1

@@ -34,6 +34,7 @@ DTYPES = (
 
 _NODE_COUNT_MAX = 20_000  # values in the yaml, aliases counted as often as they are used; read in about 0.3 s
 _DEPTH_MAX = 64
+_INPUT_KEYS = {"name", "dtype", "shape", "pad_to", "pad_value"}
 _SHAPE_SIZE_MAX = 16
 _ELEMENT_COUNT_MAX = 1 << 31
 _NEAR_MISS_COUNT_MAX = 100  # unknown keys compared with the known ones: comparing costs about 0.1 ms each
@@ -194,7 +195,7 @@ def _inputs(label: str, _: str, value: Any, __: list[str]) -> InputSpec | list[I
 
 
 def _input(label: str, value: Any) -> InputSpec:
-    if not isinstance(value, dict) or not {"name", "dtype", "shape"} >= set(value) or "shape" not in value:
+    if not isinstance(value, dict) or not set(value) <= _INPUT_KEYS or "shape" not in value:
         raise InvalidModelError(f"{label} must be like {{dtype: float32, shape: [3, 4]}}, not {shown(str(value))}")
     dtype = value.get("dtype", "float32")
     if dtype not in DTYPES:
