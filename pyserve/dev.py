@@ -42,6 +42,10 @@ def dev_command(folder: Path, overrides: Mapping[str, tuple[str, str]], parsed: 
         "load_models": (model_to_load(folder, parsed.name or manifest.model_name), COMMAND),
         "watch": ("true", COMMAND),
         "enable_model_api": ("true", COMMAND),
+        # The folder is what is served, now and here.
+        "restore": ("false", COMMAND),
+        "model_snapshot": ("", COMMAND),
+        "no_config_snapshots": ("true", COMMAND),
     }
     warnings: list[str] = []
     try:

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pyserve import __version__
-from pyserve.config import Config
+from pyserve.config import CONFIG_FILE_DEFAULT, Config
 from pyserve.config_keys import FLAG_ONLY, KINDS, SECRET_KEYS
 from pyserve.errors import JsonObject
 from pyserve.properties import format_properties, parse_properties
@@ -208,15 +208,21 @@ def read_snapshot(path: Path, store: str | None) -> list[SavedModel]:
 
 def models_to_restore(config: Config, folder: Path) -> list[SavedModel] | None:
     """What is to be served instead of ``load_models``: the newest whole snapshot's models if ``restore`` is set, else
-    those of ``model_snapshot`` in the configuration; None if there is neither.
+    those of ``model_snapshot`` in the configuration; None if there is neither. ``compat=strict`` restores unasked, as
+    TorchServe does, unless a configuration was named.
 
     Raises:
         SnapshotError: ``model_snapshot`` in the configuration is not of the right form.
     """
-    if config.restore:
+    unasked = config.compat == "strict" and not config.no_config_snapshots and _config_file(config) in (
+        "", os.path.abspath(CONFIG_FILE_DEFAULT)
+    )  # fmt: skip
+    if config.restore or unasked:
         models = _newest(folder, config.model_store)
         if models is not None:
             return models
+        if config.restore:
+            log.warning("nothing is restored: there is no snapshot in %s that can be used", folder)
     if not config.model_snapshot:
         return None
     return saved_models(config.model_snapshot, config.model_store)
@@ -226,7 +232,7 @@ def _newest(folder: Path, store: str | None) -> list[SavedModel] | None:
     try:
         names = snapshot_names(folder)
     except OSError as error:
-        log.warning("nothing is restored: %s cannot be read: %s", folder, error.strerror)
+        log.warning("%s cannot be read: %s", folder, error.strerror)
         return None
     for name in reversed(names):
         try:
@@ -234,7 +240,6 @@ def _newest(folder: Path, store: str | None) -> list[SavedModel] | None:
         except SnapshotError as error:
             log.warning("the snapshot %s cannot be used: %s; trying the one before", folder / name, error)
             continue
-        log.info("restoring %d models from %s", len(models), folder / name)
+        log.info("restoring %d models from %s; --models and load_models are not used", len(models), folder / name)
         return models
-    log.warning("nothing is restored: there is no %s in %s", "whole snapshot" if names else "snapshot", folder)
     return None

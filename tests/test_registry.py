@@ -163,6 +163,25 @@ def test_the_first_version_is_the_default_until_another_is_named(store: Path) ->
     run(test())
 
 
+def test_a_version_that_failed_does_not_become_the_default(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        for version in ("1.0", "2.0"):
+            pack(store, version=version, network=Identity())
+        async with made(store) as table:
+            await register(table)
+            await register(table, "m-2.0.mar")
+            table.get("m", "2.0")._on_trouble("its workers are gone")
+            with pytest.raises(ConflictError, match=r"version 2.0 of model m cannot be the default version") as refused:
+                await table.set_default("m", "2.0")
+            assert refused.value.detail["text"] == "its workers are gone"
+            assert (table.default_version("m"), state(store)["defaults"]) == ("1.0", {"m": "1.0"})
+            table.get("m", "2.0")._on_trouble("")
+            await table.set_default("m", "2.0")
+            assert table.default_version("m") == "2.0"
+
+    run(test())
+
+
 def test_what_is_not_there_is_not_found(store: Path) -> None:
     async def test() -> None:
         pack(store, network=Identity())

@@ -227,13 +227,50 @@ def test_without_a_whole_snapshot_the_configuration_counts(tmp_path: Path, caplo
     assert models_to_restore(Config(restore=True), tmp_path) is None
     assert models_to_restore(Config(), tmp_path) is None
     assert models_to_restore(Config(restore=True), tmp_path / "none") is None
-    assert "there is no whole snapshot in" in caplog.text and "there is no snapshot in" in caplog.text
+    assert caplog.text.count("there is no snapshot in") == 2 and caplog.text.count("trying the one before") == 1
     written_by_hand = Config(model_snapshot={"models": models(3)}, restore=True)
     [model] = models_to_restore(written_by_hand, tmp_path) or []
     assert model.settings["batch_size"] == 3
     SnapshotFolder(tmp_path, Config()).write(CHANGE, models(6))
     [model] = models_to_restore(written_by_hand, tmp_path) or []  # what was changed since goes before it
     assert model.settings["batch_size"] == 6
+
+
+@pytest.mark.parametrize(
+    "settings, restored",
+    [
+        ({}, False),
+        ({"compat": "strict"}, True),
+        ({"compat": "strict", "origin": {"compat": "config.properties:3"}}, True),
+        ({"compat": "strict", "origin": {"compat": "/etc/own.properties:3"}}, False),
+        ({"compat": "strict", "no_config_snapshots": True}, False),
+    ],
+)
+def test_strict_restores_unasked_unless_a_configuration_is_named(
+    tmp_path: Path, settings: dict[str, Any], restored: bool
+) -> None:
+    SnapshotFolder(tmp_path, Config()).write(CHANGE, models())
+    assert (models_to_restore(Config(**settings), tmp_path) is not None) == restored
+
+
+def test_ten_thousand_changes_leave_as_many_files_as_twenty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a change costs does not grow: it looks at no more files than are kept."""
+    looked_at: list[int] = []
+    list_ = os.listdir
+
+    def listed(path: Any) -> list[str]:
+        names = list_(path)
+        looked_at.append(len(names))
+        return names
+
+    monkeypatch.setattr(snapshot.os, "fsync", lambda _: None)  # which is what takes time
+    monkeypatch.setattr(snapshot.os, "listdir", listed)
+    folder = SnapshotFolder(tmp_path, Config())
+    for number in range(10_000):
+        folder.write(CHANGE, models(number + 1))
+    assert len(looked_at) == 10_000 and max(looked_at) == SNAPSHOT_COUNT_MAX
+    assert len(list_(tmp_path)) == SNAPSHOT_COUNT_MAX
+    assert restored_batch_size(tmp_path) == 10_000
 
 
 def test_a_folder_that_cannot_be_written_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -403,6 +440,9 @@ def test_a_model_snapshot_in_the_configuration_is_served_and_a_missing_archive_i
     assert ready.status == 503 and sorted(ready.json["models"]) == ["gone", "odd"]
     assert "gone.mar" in ready.json["models"]["gone"]["error"]
     assert ready.json["models"]["odd"]["error"] == "model_snapshot: odd 1.0: batchSize is missing"
+
+    assert server.manage("DELETE", "/models/odd")["status"] == 'Model "odd" unregistered'
+    assert list(server.ask("GET", "/ready").json["models"]) == ["gone"]
 
     # What could not be restored is not forgotten: once its file is there, it is served.
     kill_everything(server)
