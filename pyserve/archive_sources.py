@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 FETCHES_MAX = 4  # at once; more wait
 # A transfer that was told to end may hang in a library, or in asking for a name. Nobody waits for it longer.
 _ABANDON_S = 5.0
+_STOPPING = "the server is stopping"
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -77,6 +78,7 @@ class ArchiveSources:
         self._limits = TransferLimits(config.download_size_max, config.download_timeout_s)
         self._slots = asyncio.Semaphore(FETCHES_MAX)
         self._aborts: set[Abort] = set()
+        self._is_stopping = False
 
     async def obtain(self, url: str, *, in_use: Collection[Path] = (), reuses: bool = False) -> Obtained:
         """The archive that ``url`` names.
@@ -107,9 +109,10 @@ class ArchiveSources:
                 path.unlink()
 
     def stop(self) -> None:
-        """Ends what is being fetched."""
+        """Ends what is being fetched; nothing is from now on."""
+        self._is_stopping = True
         for abort in self._aborts:
-            abort.fire("the server is stopping")
+            abort.fire(_STOPPING)
 
     # --- URLs -----------------------------------------------------------------------------------------------------
 
@@ -154,6 +157,8 @@ class ArchiveSources:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Path] = loop.create_future()
         abort = Abort()
+        if self._is_stopping:
+            raise TransferError(_STOPPING)
 
         def settle(path: Path | None, error: BaseException | None) -> None:
             if done.done():

@@ -41,6 +41,7 @@ def fetch_object(url: ArchiveUrl, transfer: Transfer) -> None:
     store = open_store(url.scheme)
     key = url.host + url.local_path
     try:
+        store.invalidate_cache()  # file systems are shared, and remember how large an object was
         size = store.info(key).get("size")
         transfer.check()
         if not store.isfile(key):

@@ -297,11 +297,14 @@ class Registry:
         model.settings.workers_min = entry["settings"]["workers_min"]
         return model.version
 
+    def stop_fetching(self) -> None:
+        """Registrations from URLs that are under way fail; the server is stopping."""
+        self._sources.stop()
+
     async def drain(self) -> None:
         """Finishes what all models have admitted and stops them."""
         await self._changed_at_the_end()
         self._keeps_state = False
-        self._sources.stop()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*(model.drain() for model in self.all_models()))

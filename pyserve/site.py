@@ -267,6 +267,7 @@ class Site:
     async def drain(self) -> None:
         """In this order: no new connections, answer what was accepted, stop the models."""
         self._inference.is_ready = False
+        self.registry.stop_fetching()
         await self._accept_waiting()
         for server in self._servers:
             server.close()

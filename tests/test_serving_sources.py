@@ -7,7 +7,9 @@ import os
 import shutil
 import ssl
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -17,7 +19,7 @@ import serving_models
 import torch
 from certificates import signed_by_authority
 from handler_archives import write_handler
-from hostile_web import HostileWeb, canary, endless, file_answer, one_byte_then_nothing, redirect
+from hostile_web import HostileWeb, Peer, canary, endless, file_answer, one_byte_then_nothing, redirect
 from serving import JSON, Answer, Server, at_once
 
 pytest_plugins = ["serving_fixtures"]
@@ -467,6 +469,29 @@ def test_private_address_is_refused_and_a_url_at_the_start_is_fetched_once(serve
             assert server.run("stop").returncode == 0
         assert len(web.requests) == 1
         assert "secret" not in server.log()
+
+
+def test_stopping_does_not_wait_for_a_download(server: Server, tmp_path: Path) -> None:
+    config = tmp_path / "config.properties"
+    config.write_text("allowed_urls=http://.*\nallow_private_addresses=true\n")
+    came = threading.Event()
+
+    def hang(peer: Peer) -> None:
+        came.set()
+        peer.wait_until_gone()
+
+    def stop() -> subprocess.CompletedProcess[str]:
+        assert came.wait(60)
+        return server.run("stop")
+
+    server.start("--ts-config", str(config))
+    with HostileWeb({"/hang.mar": hang}) as web, ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(stop)
+        answer = register(server, f"{web.url}/hang.mar")
+        refused(answer, 400, "DownloadArchiveException", f"Failed to download archive from: {web.url}/hang.mar",
+                "the server is stopping")  # fmt: skip
+        assert stopping.result().returncode == 0
+    assert os.listdir(server.store) == [] and "before everything was answered" not in server.log()
 
 
 def test_pattern_that_cannot_be_read_ends_the_start(server: Server, tmp_path: Path) -> None:
