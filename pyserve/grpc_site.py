@@ -98,13 +98,16 @@ class GrpcSite:
     ) -> list[Service]:
         from pyserve.grpc_inference import InferenceService
         from pyserve.grpc_management import ManagementService
+        from pyserve.grpc_messages import OPEN_INFERENCE, OPEN_INFERENCE_TORCHSERVE
+        from pyserve.grpc_open_inference import OpenInferenceService
 
         config = self._config
         served = []
         if "inference" in listener.names:
-            served.append(
-                InferenceService(registry, inference, config, services.error_format, dispatcher.streams).service()
-            )
+            common = (registry, inference, config, services.error_format, dispatcher.streams)
+            served.append(InferenceService(*common).service())
+            open_inference = OpenInferenceService(*common, services.metrics)
+            served += [open_inference.service(each) for each in (OPEN_INFERENCE, OPEN_INFERENCE_TORCHSERVE)]
         if "management" in listener.names:
             # What it allows depends on who can reach it, which is not who can reach HTTP's.
             address = Address(config.grpc_management_address, listener.port)

@@ -68,7 +68,7 @@ LEVELS = [
     "dry_run debug check_run check config_report doctor",
     # Processes.
     "listeners "
-    "grpc_inference grpc_management grpc_health grpc_server grpc_site "
+    "grpc_inference grpc_open_inference grpc_management grpc_health grpc_server grpc_site "
     "start_report "
     "site server",
     "api_client "

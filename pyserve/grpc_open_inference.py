@@ -1,0 +1,309 @@
+"""The Open Inference Protocol over gRPC, as Triton's and KServe's clients speak it.
+
+Tensors come as raw bytes or in typed lists, and go back as raw bytes, which every such client reads; in lists if the
+request came in lists, which is what the protocol has without Triton's extension.
+"""
+
+from __future__ import annotations
+
+import array
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import torch
+from google.protobuf.json_format import ParseDict
+
+from pyserve import open_inference_models
+from pyserve.config import Config
+from pyserve.errors import HandlerError, InputError, ModelNotFoundError, ServeError
+from pyserve.grpc_call import Call, Prediction, Streams
+from pyserve.grpc_messages import OPEN_INFERENCE, message
+from pyserve.grpc_service import Method, Service
+from pyserve.grpc_status import MissingParameterError, judge_open_inference, status_text
+from pyserve.http1_answer import new_id
+from pyserve.inference import Inference
+from pyserve.messages import ErrorFormat, Response
+from pyserve.metrics import Metrics
+from pyserve.model import Model
+from pyserve.open_inference import (
+    BYTES,
+    InferInput,
+    InferOutput,
+    InferRequest,
+    InferResponse,
+    RequestedOutput,
+    check_input,
+)
+from pyserve.protocol_requests import Transport
+from pyserve.registry import Registry
+
+# datatype -> the list of InferTensorContents that its values stand in; FP16 and BF16 have none.
+_CONTENTS = {
+    "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
+    "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
+    "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents", BYTES: "bytes_contents",
+}  # fmt: skip
+# Lists longer than this are not read on the loop.
+QUICK_VALUE_COUNT_MAX = 1024
+assert sys.byteorder == "little"
+
+
+class OpenInferenceService:
+    """``GRPCInferenceService``. Loop thread only."""
+
+    def __init__(
+        self, registry: Registry, inference: Inference, config: Config, error_format: ErrorFormat, streams: Streams,
+        metrics: Metrics,
+    ):  # fmt: skip
+        self._registry = registry
+        self._inference = inference
+        self._size_max = config.max_response_size
+        self._error_format = error_format
+        self._streams = streams
+        self._metrics = metrics
+
+    def service(self, package: str) -> Service:
+        """Its table, under one of its names."""
+
+        def of(name: str) -> Any:  # one wire form: the messages of the standard's package do for both
+            return message(f"{OPEN_INFERENCE}.{name}Request")
+
+        methods = (
+            Method("ServerLive", self.server_live, of("ServerLive"), is_open=True),
+            Method("ServerReady", self.server_ready, of("ServerReady"), is_open=True),
+            Method("ModelReady", self.model_ready, of("ModelReady")),
+            Method("ServerMetadata", self.server_metadata, of("ServerMetadata")),
+            Method("ModelMetadata", self.model_metadata, of("ModelMetadata")),
+            Method("ModelInfer", self.model_infer, of("ModelInfer")),
+            Method("ModelStreamInfer", self.model_stream_infer, of("ModelInfer"), tells_many=True, asks_many=True),
+            Method("ModelStatistics", self.model_statistics, of("ModelStatistics")),
+            Method("RepositoryIndex", self.repository_index, of("RepositoryIndex")),
+        )
+        return Service(f"{package}.GRPCInferenceService", methods, judge_open_inference, "inference")
+
+    # --- health and metadata --------------------------------------------------------------------------------------
+
+    async def server_live(self, call: Call, asked: Any) -> Any:
+        """True as long as there is an answer."""
+        return _new("ServerLiveResponse", live=True)
+
+    async def server_ready(self, call: Call, asked: Any) -> Any:
+        """Whether every model can answer, as ``/ready``."""
+        return _new("ServerReadyResponse", ready=self._inference.is_healthy)
+
+    async def model_ready(self, call: Call, asked: Any) -> Any:
+        """Whether the model can answer."""
+        model = self._find(asked.name, asked.version)
+        return _new("ModelReadyResponse", ready=model.has_ready_worker and self._inference.is_ready)
+
+    async def server_metadata(self, call: Call, asked: Any) -> Any:
+        """Name, version, extensions."""
+        about = open_inference_models.server_metadata()
+        return ParseDict(about, _new("ServerMetadataResponse"), ignore_unknown_fields=True)
+
+    async def model_metadata(self, call: Call, asked: Any) -> Any:
+        """Versions, inputs and outputs."""
+        model = self._find(asked.name, asked.version)
+        versions = [each.version for each in self._registry.versions(model.name)]
+        about = await open_inference_models.model_metadata(model, versions)
+        return ParseDict(about, _new("ModelMetadataResponse"), ignore_unknown_fields=True)
+
+    async def model_statistics(self, call: Call, asked: Any) -> Any:
+        """Of one model, or of all."""
+        if asked.name and not asked.version:
+            models = self._registry.versions(asked.name)
+            if not models:
+                raise ModelNotFoundError(f"Model not found: {asked.name}")
+        elif asked.name:
+            models = [self._find(asked.name, asked.version)]
+        else:
+            models = self._registry.all_models()
+        told = open_inference_models.statistics(models, self._metrics)
+        return ParseDict(told, _new("ModelStatisticsResponse"), ignore_unknown_fields=True)
+
+    async def repository_index(self, call: Call, asked: Any) -> Any:
+        """All models with their states; with ``ready`` only those that can answer."""
+        answer = _new("RepositoryIndexResponse")
+        for model in self._registry.all_models():
+            if asked.ready and not model.has_ready_worker:
+                continue
+            state = {"LOADING": "LOADING", "DRAINING": "UNLOADING"}.get(model.state, "UNAVAILABLE")
+            reason = model.error if self._error_format.with_private_detail else ""
+            answer.models.add(
+                name=model.name, version=model.version, state="READY" if model.has_ready_worker else state,
+                reason=reason,
+            )  # fmt: skip
+        return answer
+
+    def _find(self, name: str, version: str) -> Model:
+        if not name:
+            raise MissingParameterError("name")
+        return self._registry.get(name, version or None)
+
+    # --- inference ------------------------------------------------------------------------------------------------
+
+    async def model_infer(self, call: Call, asked: Any) -> Any:
+        """One request, one answer."""
+        return _Encoded((await self._begin(call, asked).answer()).body)
+
+    async def model_stream_infer(self, call: Call, messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Each answer leaves when it is there, with its request's id; errors come as text beside it."""
+
+        def begin(asked: Any) -> AsyncIterator[Any]:
+            request_id = new_id()
+            try:
+                prediction: Prediction | ServeError = self._begin(call, asked, request_id)
+            except ServeError as error:
+                prediction = error
+            return self._stream_answer(prediction, asked.id, request_id)
+
+        async for answer in self._streams.run(messages, begin):
+            yield answer
+
+    async def _stream_answer(self, prediction: Prediction | ServeError, id: str, request_id: str) -> AsyncIterator[Any]:
+        try:
+            if isinstance(prediction, ServeError):
+                raise prediction
+            response = message(f"{OPEN_INFERENCE}.ModelInferResponse").FromString((await prediction.answer()).body)
+            yield _new("ModelStreamInferResponse", infer_response=response)
+        except ServeError as error:
+            text = status_text(error, judge_open_inference(error), self._error_format, request_id)
+            answer = _new("ModelStreamInferResponse", error_message=text)
+            answer.infer_response.id = id
+            yield answer
+
+    def _begin(self, call: Call, asked: Any, request_id: str = "") -> Prediction:
+        """Hands the request to its model.
+
+        Raises:
+            ServeError: it cannot be.
+        """
+        if not asked.model_name:
+            raise MissingParameterError("model_name")
+        version = asked.model_version or None
+        model = self._registry.get(asked.model_name, version)
+        prediction = Prediction(call.request(id=request_id, is_new=bool(request_id)), self._size_max)
+        transport = Transport(
+            read=lambda: read_request(asked),
+            encode=lambda request, response: encode_response(
+                request, response, self._size_max, in_lists=_came_in_lists(asked)
+            ),
+            is_read_quick=_is_quick(asked),
+            is_encode_quick=lambda request, outputs: not _came_in_lists(asked) or _are_few(outputs),
+            bytes_as_base64=True,
+        )
+        open_inference_models.infer(model, prediction.exchange, transport, version or "default")
+        call.is_counted = True
+        return prediction
+
+
+class _Encoded:
+    """A message that is encoded already."""
+
+    def __init__(self, body: Any):
+        self._body = bytes(body)
+
+    def SerializeToString(self) -> bytes:
+        """As of every message."""
+        return self._body
+
+
+def _new(name: str, **fields: Any) -> Any:
+    return message(f"{OPEN_INFERENCE}.{name}")(**fields)
+
+
+def _came_in_lists(asked: Any) -> bool:
+    return not asked.raw_input_contents
+
+
+def _is_quick(asked: Any) -> bool:
+    return not _came_in_lists(asked) or all(
+        len(_contents(each)) <= QUICK_VALUE_COUNT_MAX for each in asked.inputs if each.datatype in _CONTENTS
+    )
+
+
+def _are_few(outputs: list[InferOutput]) -> bool:
+    return all(
+        output.data.numel() <= QUICK_VALUE_COUNT_MAX if isinstance(output.data, torch.Tensor)
+        else len(output.data) <= QUICK_VALUE_COUNT_MAX
+        for output in outputs
+    )  # fmt: skip
+
+
+def _contents(tensor: Any) -> Any:
+    return getattr(tensor.contents, _CONTENTS[tensor.datatype])
+
+
+def read_request(asked: Any) -> InferRequest:
+    """A ``ModelInferRequest``. Raw tensors look into its bytes; any thread.
+
+    Raises:
+        InputError: it is not of the protocol; the text says what is wrong.
+    """
+    raw = asked.raw_input_contents
+    if raw and len(raw) != len(asked.inputs):
+        raise InputError(f"raw_input_contents has {len(raw)} entries for {len(asked.inputs)} inputs; give one for each")
+    if not asked.inputs:
+        raise InputError("the request has no inputs")
+    inputs = []
+    for index, tensor in enumerate(asked.inputs):
+        data: Any
+        if raw:
+            if tensor.HasField("contents"):
+                raise InputError(f"input {tensor.name!r} has contents beside raw_input_contents; give one of them")
+            data = memoryview(raw[index])
+        else:
+            data = _read_contents(tensor)
+        read = InferInput(tensor.name, tensor.datatype, tuple(tensor.shape), data, _parameters(tensor.parameters))
+        check_input(read)
+        inputs.append(read)
+    outputs = [RequestedOutput(each.name, _parameters(each.parameters)) for each in asked.outputs]
+    return InferRequest(inputs, id=asked.id, outputs=outputs, parameters=_parameters(asked.parameters))
+
+
+def _read_contents(tensor: Any) -> Any:
+    if tensor.datatype not in _CONTENTS:
+        if tensor.datatype in ("FP16", "BF16"):
+            raise InputError(f"input {tensor.name!r} is {tensor.datatype}, which goes as raw_input_contents only")
+        return []  # an unknown datatype, which is refused by that name
+    values = _contents(tensor)
+    if tensor.datatype == "FP32":  # through memory: as Python's numbers they would take ten times as long
+        return memoryview(array.array("f", values)).cast("B")
+    if tensor.datatype == "FP64":
+        return memoryview(array.array("d", values)).cast("B")
+    return list(values)
+
+
+def _parameters(parameters: Any) -> dict[str, Any]:
+    for name in ("shared_memory_region", "classification"):
+        if name in parameters:
+            raise InputError(f"the parameter {name!r} is of an extension that this server does not have")
+    return {name: getattr(each, each.WhichOneof("parameter_choice") or "string_param")
+            for name, each in parameters.items()}  # fmt: skip
+
+
+def encode_response(request: InferRequest, response: InferResponse, size_max: int, *, in_lists: bool) -> Response:
+    """The ``ModelInferResponse``, as the body of the answer; any thread.
+
+    Raises:
+        HandlerError: it is larger than ``size_max`` bytes.
+    """
+    answer = _new("ModelInferResponse", model_name=response.model_name, model_version=response.model_version,
+                  id=response.id)  # fmt: skip
+    # Contents are all raw or all in lists; 16-bit numbers have no list.
+    in_lists = in_lists and all(output.datatype in _CONTENTS for output in response.outputs)
+    for output in response.outputs:
+        entry = answer.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
+        if in_lists:
+            values = output.data if isinstance(output.data, list) else output.values()
+            getattr(entry.contents, _CONTENTS[output.datatype]).extend(values)
+        else:
+            answer.raw_output_contents.append(bytes(output.raw()))
+    body = answer.SerializeToString()
+    if len(body) > size_max:
+        raise HandlerError(
+            f"the answer has {len(body)} bytes, more than max_response_size={size_max}; raise it in config.properties"
+        )
+    return Response(200, body)
+
