@@ -53,7 +53,7 @@ class OpenInferenceService:
     """``GRPCInferenceService``. Loop thread only."""
 
     def __init__(
-        self, registry: Registry, inference: Inference, config: Config, error_format: ErrorFormat, streams: Streams,
+        self, registry: Registry, inference: Inference, config: Config, error_format: ErrorFormat, streams: Streams, *,
         metrics: Metrics,
     ):  # fmt: skip
         self._registry = registry

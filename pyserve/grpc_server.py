@@ -7,8 +7,6 @@ binds them again.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -164,11 +162,11 @@ def _options(config: Config, name: str) -> list[tuple[str, int]]:
 
 
 def _add_reflection(server: Any, names: list[str]) -> None:
-    if importlib.util.find_spec("grpc_reflection") is None:
-        log.info("gRPC reflection is off: grpcio-reflection is not installed")
+    try:
+        from grpc_reflection.v1alpha import reflection, reflection_pb2
+    except ImportError as error:  # not there, or made for another protobuf
+        log.warning("gRPC reflection is off: %s", error)
         return
-    from grpc_reflection.v1alpha import reflection, reflection_pb2
-
     _add_file(reflection_pb2.DESCRIPTOR)
     reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server, POOL)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -106,7 +105,7 @@ class GrpcSite:
         if "inference" in listener.names:
             common = (registry, inference, config, services.error_format, dispatcher.streams)
             served.append(InferenceService(*common).service())
-            open_inference = OpenInferenceService(*common, services.metrics)
+            open_inference = OpenInferenceService(*common, metrics=services.metrics)
             served += [open_inference.service(each) for each in (OPEN_INFERENCE, OPEN_INFERENCE_TORCHSERVE)]
         if "management" in listener.names:
             # What it allows depends on who can reach it, which is not who can reach HTTP's.
@@ -117,11 +116,11 @@ class GrpcSite:
                 tells_errors=services.error_format.with_private_detail,
             )  # fmt: skip
             served.append(ManagementService(management).service())
-        if importlib.util.find_spec("grpc_health") is None:
-            log.info("gRPC health checks are off: grpcio-health-checking is not installed")
-        else:
+        try:
             from pyserve.grpc_health import HealthService
-
+        except ImportError as error:  # not there, or made for another protobuf
+            log.warning("gRPC health checks are off: %s (%s)", error, MEND)
+        else:
             served.append(HealthService(registry, inference, [each.name for each in served]).service())
         return served
 
