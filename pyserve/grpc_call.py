@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from pyserve.errors import HandlerError, TooLargeError
+from pyserve.errors import ServeError, TooLargeError
 from pyserve.http1_answer import new_id
 from pyserve.http1_exchange import Exchange, Part
 from pyserve.http1_head import REQUEST_ID
@@ -98,16 +98,30 @@ class Prediction:
     def __init__(self, request: Request, size_max: int):
         """``size_max`` is that of an answer whose parts are joined, in bytes."""
         self.exchange = Exchange(request, self._on_news)
-        self._size_max = size_max
+        self._parts_size_max = size_max
+        self._refusal: ServeError | None = None
         self._news: asyncio.Future[None] | None = None
 
     def _on_news(self, exchange: Exchange) -> None:
+        if exchange.parts_size > self._parts_size_max:
+            self._refusal = TooLargeError(
+                f"the parts of the answer that wait have {exchange.parts_size} bytes, of at most "
+                f"{self._parts_size_max}: read them faster, or ask for a stream",
+                detail={"reason": "parts", "request_id": exchange.request.id},
+            )
+            exchange.disconnect()
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
     async def _wait(self) -> None:
+        self._check_refusal()
         self._news = asyncio.get_running_loop().create_future()
         await self._news
+        self._check_refusal()
+
+    def _check_refusal(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
 
     async def answer(self) -> Response:
         """The whole answer; that of a handler that streams is joined.
@@ -118,9 +132,6 @@ class Prediction:
         exchange = self.exchange
         try:
             while exchange.response is None or (exchange.is_streaming and not exchange.is_ended):
-                if exchange.parts_size > self._size_max:
-                    raise HandlerError(f"the parts of the answer together have more than max_response_size="
-                                       f"{self._size_max} bytes; raise it, or ask for a stream")  # fmt: skip
                 await self._wait()
         except BaseException:
             exchange.disconnect()
@@ -137,6 +148,7 @@ class Prediction:
         Raises:
             ServeError: it is an error, or became one.
         """
+        self._parts_size_max = STREAM_BACKLOG_MAX
         exchange = self.exchange
         is_complete = False
         try:
@@ -152,8 +164,7 @@ class Prediction:
                 is_complete = exchange.is_ended
                 for part in parts:
                     yield part
-                    if exchange.parts_size > STREAM_BACKLOG_MAX:
-                        raise TooLargeError("the client does not read the parts of the answer")
+                self._check_refusal()
                 if is_complete:
                     break
                 if not exchange.parts and not exchange.is_ended:

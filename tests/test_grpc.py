@@ -49,7 +49,8 @@ def handle(data, context):
         if "code" in order:
             raise PredictionException("as asked", order["code"])
         for part in range(order.get("parts", 0)):
-            send_intermediate_predict_response([f"part {part} "] * len(data), context.request_ids, "ok", 200, context)
+            text = f"part {part} " if "part_size" not in order else "x" * order["part_size"]
+            send_intermediate_predict_response([text] * len(data), context.request_ids, "ok", 200, context)
         if order.get("fail_late"):
             raise ValueError("too late")
         if "status" in order:
@@ -342,6 +343,16 @@ def test_a_stream_that_fails_says_why_after_its_parts(client: Stub) -> None:
 
 def test_an_error_of_a_stream(client: Stub) -> None:
     assert refused(client.StreamPredictions, model_name="none").code() == Code.INTERNAL
+
+
+def test_a_client_that_does_not_read_its_parts_is_given_up(server: Server, client: Stub, tmp_path: Path) -> None:
+    """Its handler goes on sending, and nothing piles up without end."""
+    stream = client.StreamPredictions(model_name="echo", input=order(parts=400, part_size=100_000))
+    assert len(next(stream).prediction) == 100_000
+    server.wait_for(lambda: server.metric("pyserve_requests_in_flight", model="echo") == 0, "the end of the request")
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stream)
+    assert raised.value.code() == Code.RESOURCE_EXHAUSTED and "read them faster" in raised.value.details()
 
 
 def test_a_stream_that_is_cancelled_ends_at_the_server(server: Server, client: Stub, tmp_path: Path) -> None:
