@@ -28,6 +28,7 @@ pytestmark = pytest.mark.server
 
 Code = grpc.StatusCode
 Status = health_pb2.HealthCheckResponse
+OPEN_INFERENCE = ["inference.GRPCInferenceService", "org.pytorch.serve.grpc.openinference.GRPCInferenceService"]
 HEALTH, REFLECTION = "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"
 
 
@@ -102,7 +103,7 @@ def test_reflection_tells_services_and_messages(server: Server) -> None:
     with grpc.insecure_channel(server.grpc()) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
         names = set(database.get_services())
-        assert names == {PREDICTIONS, HEALTH, REFLECTION}
+        assert names == {PREDICTIONS, *OPEN_INFERENCE, HEALTH, REFLECTION}
         for name in names:
             assert database.FindFileContainingSymbol(name).service
     with grpc.insecure_channel(server.grpc("management")) as channel:
