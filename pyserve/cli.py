@@ -28,6 +28,7 @@ COMMANDS = {
     "dev": "serve a folder, and take on its handler's code whenever it is saved",
     "debug": "call a model's handler in this terminal, so that breakpoint() works",
     "check": "try a model for what would fail once it is served",
+    "tune": "measure an archive's model at many settings, and write down the best",
     "doctor": "look for what is wrong with this machine, or with an archive on it",
     "config": "show every setting, and where its value comes from",
     "example": "make an archive or a picture to try",
@@ -152,6 +153,10 @@ def _command(parsed: argparse.Namespace) -> int:
             from pyserve.check import check_command
 
             return check_command(parsed)
+        case "tune":
+            from pyserve.tune import tune_command
+
+            return tune_command(parsed, _pid_path(parsed))
         case "doctor":
             from pyserve.doctor import doctor_command
 
@@ -202,6 +207,11 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
             from pyserve.check import add_check_arguments
 
             add_check_arguments(parser)
+        case "tune":
+            from pyserve.tune import add_tune_arguments
+
+            add_tune_arguments(parser)
+            _add_pid_file(parser)
         case "doctor":
             from pyserve.doctor import add_doctor_arguments
 

@@ -36,6 +36,7 @@ _NODE_COUNT_MAX = 20_000  # values in the yaml, aliases counted as often as they
 _DEPTH_MAX = 64
 _INPUT_KEYS = {"name", "dtype", "shape", "pad_to", "pad_value"}
 _SHAPE_SIZE_MAX = 16
+_PAD_COUNT_MAX = 64
 _ELEMENT_COUNT_MAX = 1 << 31
 _NEAR_MISS_COUNT_MAX = 100  # unknown keys compared with the known ones: comparing costs about 0.1 ms each
 _KEY_SIZE_MAX = 64
@@ -211,10 +212,28 @@ def _input(label: str, value: Any) -> InputSpec:
         elements *= max(dimension, 1)
     if elements > _ELEMENT_COUNT_MAX:
         raise InvalidModelError(f"{label}.shape has more than the {_ELEMENT_COUNT_MAX} elements allowed for one item")
+    _check_padding(label, shape, elements, value)
     name = value.get("name", "")
     if not isinstance(name, str):
         raise InvalidModelError(f"{label}.name must be text, not {shown(str(name))}")
     return InputSpec(dtype, tuple(shape), name)
+
+
+def _check_padding(label: str, shape: list[int], elements: int, value: dict[str, Any]) -> None:
+    """``pad_to`` and ``pad_value``, which the tensor handler reads."""
+    sizes, filling = value.get("pad_to", []), value.get("pad_value", 0)
+    are_sizes = isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
+    if not are_sizes or len(sizes) > _PAD_COUNT_MAX or sorted(set(sizes)) != sizes:
+        raise InvalidModelError(
+            f"{label}.pad_to must be a list of at most {_PAD_COUNT_MAX} rising sizes such as [32, 64, 128], not "
+            f"{shown(str(sizes))}"
+        )
+    if sizes and elements * sizes[-1] > _ELEMENT_COUNT_MAX:
+        raise InvalidModelError(f"{label}.pad_to allows more than the {_ELEMENT_COUNT_MAX} elements of one item")
+    if sizes and shape.count(-1) != 1:
+        raise InvalidModelError(f"{label}.pad_to needs exactly one -1 in {label}.shape")
+    if not isinstance(filling, int | float) or isinstance(filling, bool):
+        raise InvalidModelError(f"{label}.pad_value must be a number, not {shown(str(filling))}")
 
 
 _KEYS: dict[str, tuple[str, _Read]] = {

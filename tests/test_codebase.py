@@ -65,6 +65,7 @@ LEVELS = [
     "inference management",
     "open_inference_rest protocol_requests open_inference_models kserve_v1 kserve",
     # What looks at an archive without a server.
+    "tune_run tune "
     "dry_run debug check_run check config_report doctor",
     # Processes.
     "listeners "
@@ -82,7 +83,7 @@ NO_TORCH = [
     "cli", "trace", "supervisor", "start", "status", "stop", "launch", "config", "archive", "archiver", "server",
     "kept_state",
     "deploy",
-    "spawner", "zygote", "failure", "dev", "debug", "check", "dry_run", "config_report",
+    "spawner", "zygote", "failure", "dev", "debug", "check", "tune", "dry_run", "config_report",
 ]  # fmt: skip
 
 BANNED_FILE_NAMES = {"util", "utils", "helper", "helpers", "manager", "misc", "common", "data", "info"}

@@ -90,7 +90,10 @@ def test_no_file_is_all_none() -> None:
     "input: {dtype: complex, shape: [3]}", "input: {dtype: [1], shape: [3]}", "input: {shape: 3}",
     "input: {shape: [0]}", "input: {shape: [-2]}", "input: {shape: [1.5]}", "input: {shape: [true]}",
     "input: {shape: [65536, 65536]}", "input: {shape: [1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1]}",
-    "input: {shape: [3], size: 4}", "parallelType: dp", "useVenv: 1", 'useJobTicket: "yes"', "torchrun: 3",
+    "input: {shape: [3], size: 4}", "input: {shape: [-1], pad_to: 4}", "input: {shape: [-1], pad_to: [8, 4]}",
+    "input: {shape: [-1], pad_to: [0]}", "input: {shape: [3], pad_to: [4]}", "input: {shape: [-1, -1], pad_to: [4]}",
+    "input: {shape: [-1], pad_to: [99999999999]}", 'input: {shape: [-1], pad_to: [4], pad_value: "x"}',
+ "parallelType: dp", "useVenv: 1", 'useJobTicket: "yes"', "torchrun: 3",
     "clientTimeoutInMills: -1", f"batchSize: 0x{'f' * 5000}", "minBatch: 0",
 ])
 def test_bad_value_is_refused_and_its_key_named(line: str) -> None:
@@ -208,6 +211,8 @@ def test_a_bomb_takes_little_memory() -> None:
 def test_input_spec_defaults_to_float32_and_may_be_a_scalar() -> None:
     assert parse("input: {shape: []}").input == InputSpec("float32", ())
     assert parse("input: {dtype: int64, shape: [-1]}").input == InputSpec("int64", (-1,))
+    padded = "input: {dtype: int64, shape: [-1, 2], pad_to: [4, 8], pad_value: -1}"
+    assert parse(padded).input == InputSpec("int64", (-1, 2))
 
 
 @pytest.mark.parametrize("name", BOUNDS)
