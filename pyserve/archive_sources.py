@@ -12,6 +12,7 @@ import errno
 import hashlib
 import logging
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -104,9 +105,11 @@ class ArchiveSources:
 
     def remove(self, path: Path) -> None:
         """Removes an archive that was fetched, and nothing that lies elsewhere than those are put; blocks."""
-        if path.parent == self._store or _downloads() in path.parents:
+        if path.parent == self._store:
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 path.unlink()
+        elif path.parent.parent == _downloads():
+            shutil.rmtree(path.parent, ignore_errors=True)
 
     def stop(self) -> None:
         """Ends what is being fetched; nothing is from now on."""
@@ -202,22 +205,33 @@ class ArchiveSources:
 
     def _transfer(self, url: ArchiveUrl, store: Path, name: str, abort: Abort, in_use: Collection[Path]) -> Path:
         """Fetches ``url`` and returns where it lies. In a thread."""
-        transfer, replaces = self._begin(url, store, name, abort, in_use)
+        transfer, is_cached = self._begin(url, store, name, abort, in_use)
+        note = transfer.target.with_name(".etag") if is_cached else None
         with transfer:
+            etag = ""
             if url.scheme in WEB_SCHEMES:
-                fetch_http(url, self._allowed, self._network, transfer)
+                known = _read_etag(note) if note is not None and transfer.target.exists() else ""
+                etag = fetch_http(url, self._allowed, self._network, transfer, known=known)
+                if known and not transfer.size:
+                    log.info("%s is as it was when it was fetched before", url.base)
+                    return transfer.target
             elif url.scheme in STORE_SCHEMES:
                 fetch_object(url, transfer)
             else:
                 _copy(url, self._allowed, transfer)
-            transfer.commit(replaces=replaces)
+            if note is not None:
+                note.unlink(missing_ok=True)  # never one of another file; without one the next download is a whole one
+            transfer.commit(replaces=is_cached)
+        if note is not None:
+            with contextlib.suppress(OSError):
+                note.write_text(etag)
         log.info("fetched %s: %d bytes", url.base, transfer.size)
         return transfer.target
 
     def _begin(
         self, url: ArchiveUrl, store: Path, name: str, abort: Abort, in_use: Collection[Path]
     ) -> tuple[Transfer, bool]:
-        """A transfer into the store, or into the cache if that is read-only; and whether it replaces what is there."""
+        """A transfer into the store; or into the cache, where it replaces what is there, if the store is read-only."""
         try:
             return Transfer(store, name, self._limits, abort), False
         except OSError as error:
@@ -239,6 +253,14 @@ class ArchiveSources:
 
 def _downloads() -> Path:
     return open_cache().root / "downloads"
+
+
+def _read_etag(note: Path) -> str:
+    try:
+        text = note.read_text()
+    except (OSError, ValueError):
+        return ""
+    return text if text.isascii() and text.isprintable() else ""
 
 
 def _not_allowed(shown: str, reason: str, mend: str) -> ModelNotFoundError:

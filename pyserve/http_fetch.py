@@ -35,18 +35,25 @@ class Network:
     connect: Connect = socket.create_connection
 
 
-def fetch_http(url: ArchiveUrl, allowed: AllowedUrls, network: Network, transfer: Transfer) -> None:
-    """Fills ``transfer`` with what ``url`` gives. Blocks; `Abort.fire` of the transfer ends it.
+def fetch_http(
+    url: ArchiveUrl, allowed: AllowedUrls, network: Network, transfer: Transfer, *, known: str = ""
+) -> str:
+    """Fills ``transfer`` with what ``url`` gives, and returns its ETag or ``""``. Blocks; `Abort.fire` ends it.
+
+    Args:
+        known: ETag of a copy that is there; returned, with nothing in ``transfer``, if that is still right.
 
     Raises:
         TransferError: it could not be fetched as a whole.
     """
     for _ in range(REDIRECTS_MAX + 1):
         try:
-            with _connected(url, network, transfer) as connection, _asked(connection, url) as response:
+            with _connected(url, network, transfer) as connection, _asked(connection, url, known) as response:
+                if response.status == 304 and known:
+                    return known
                 if response.status not in _REDIRECTS:
                     _receive(response, transfer)
-                    return
+                    return response.getheader("ETag") or ""
                 location = response.getheader("Location")
         except ssl.SSLCertVerificationError as error:
             raise TransferError(
@@ -93,9 +100,11 @@ def _connected(url: ArchiveUrl, network: Network, transfer: Transfer) -> Iterato
         sock.close()
 
 
-def _asked(connection: http.client.HTTPConnection, url: ArchiveUrl) -> http.client.HTTPResponse:
+def _asked(connection: http.client.HTTPConnection, url: ArchiveUrl, known: str) -> http.client.HTTPResponse:
     headers = {"Host": url.authority, "Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "pyserve",
                "Connection": "close"}  # fmt: skip
+    if known:
+        headers["If-None-Match"] = known
     connection.request("GET", url.target, headers=headers)
     return connection.getresponse()
 

@@ -117,8 +117,9 @@ class HostileWeb:
             assert not thread.is_alive()
 
 
-def file_answer(content: bytes) -> bytes:
-    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(content) + content
+def file_answer(content: bytes, *headers: str) -> bytes:
+    lines = [f"Content-Length: {len(content)}", "Connection: close", *headers]
+    return "\r\n".join(["HTTP/1.1 200 OK", *lines, "", ""]).encode() + content
 
 
 def chunked_answer(content: bytes, size: int = 1000) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_web import HostileWeb, file_answer, silence
+from hostile_web import HostileWeb, Peer, file_answer, silence
 
 from pyserve import archive_sources
 from pyserve.archive_sources import FETCHES_MAX, ArchiveSources, Obtained
@@ -80,6 +80,37 @@ def test_read_only_store_has_what_is_fetched_kept_in_the_cache(
         assert first.path.read_bytes() == b"newer"
         there.remove(first.path)
         assert not first.path.exists()
+
+    run(test())
+
+
+def test_copy_in_the_cache_is_fetched_anew_only_when_it_has_changed(read_only: Path, web: HostileWeb) -> None:
+    content, tag = b"first", '"1"'
+
+    def answer(peer: Peer) -> None:
+        if f"If-None-Match: {tag}\r\n" in peer.head:
+            peer.send(b"HTTP/1.1 304 Not Modified\r\n\r\n")
+        else:
+            peer.send(file_answer(content, f"ETag: {tag}"))
+
+    async def test() -> None:
+        nonlocal content, tag
+        web.answers["/m.mar"] = answer
+        first = await sources(read_only).obtain(f"{web.url}/m.mar?sig=1")
+        content = b"is not sent"
+        assert await sources(read_only).obtain(f"{web.url}/m.mar?sig=2") == first  # as a restarted server does
+        assert first.path.read_bytes() == b"first"
+        content, tag = b"second", '"2"'
+        assert await sources(read_only).obtain(f"{web.url}/m.mar") == first
+        assert first.path.read_bytes() == b"second"
+        content = b"third"
+        first.path.unlink()
+        await sources(read_only).obtain(f"{web.url}/m.mar")
+        assert first.path.read_bytes() == b"third"  # what is not there is not taken for unchanged
+        tag = "x\r\nX-Evil: 1"
+        (first.path.parent / ".etag").write_text(tag)
+        await sources(read_only).obtain(f"{web.url}/m.mar")
+        assert "X-Evil" not in web.requests[-1]
 
     run(test())
 
