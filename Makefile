@@ -31,6 +31,8 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "building the native engine (a minute or two)"
 	@$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,bench]" > $(VENV)/build.log 2>&1 \
 	  || { tail -40 $(VENV)/build.log; exit 1; }
+	@$(BIN)/python -c 'import sysconfig; print("$(CURDIR)/pyserve/compat", \
+	  file=open(sysconfig.get_path("purelib") + "/pyserve-compat.pth", "w"))'
 	@touch $@
 
 $(STORE)/densenet161.mar: | build

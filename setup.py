@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
@@ -16,6 +17,20 @@ ROOT = Path(__file__).parent
 (ROOT / "pyserve" / "_build_info.py").write_text(
     f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
 )
+
+
+
+class BuildPy(build_py):
+    """Adds what makes `import ts` and `import model_archiver` find ours where TorchServe's are not installed.
+
+    A .pth file puts its folder at the end of sys.path; packages of those names would overwrite TorchServe's files.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            Path(self.build_lib, "pyserve-compat.pth").write_text("pyserve/compat\n")
+
 
 setup(
     ext_modules=[
@@ -30,5 +45,5 @@ setup(
             ],
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
 )

@@ -1,0 +1,129 @@
+"""A server with `compat=strict`, and with TorchServe's other habits: what the last column of DEVIATIONS.md promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.handler_archives import write_handler
+from tests.serving import RAW, Server, at_once
+from tests.serving_models import write_pictures
+
+HANDLER = """
+import os
+from ts.torch_handler.base_handler import BaseHandler
+
+class Handler(BaseHandler):
+    def initialize(self, context):
+        self.initialized = True
+
+    def handle(self, data, context):
+        rows = [row.get("body") for row in data]
+        if "bad" in rows:
+            raise ValueError("one is bad")
+        if "nan" in rows:
+            return [{"p": float("nan")} for _ in rows]
+        names = ("TS_IPEX_ENABLE", "TS_IPEX_GPU_ENABLE", "SECRET_THING", "PLAIN_THING")
+        return [{name: os.environ.get(name) for name in names} for _ in rows]
+"""
+PROPERTIES = """
+enable_envvars_config=true
+ipex_enable=true
+blacklist_env_vars=SECRET.*
+default_service_handler=handler.py
+"""
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("strict"))
+    write_handler(server.store, "told", HANDLER)
+    pair = {"batchSize": 2, "minBatch": 2, "maxBatchDelay": 600_000, "minWorkers": 1, "maxWorkers": 1}
+    write_handler(server.store, "pair", HANDLER, config=pair)
+    write_handler(server.store, "other", HANDLER)
+    write_pictures(server.store)
+    (server.folder / "config.properties").write_text(PROPERTIES)
+    server.environment |= {
+        "PYSERVE_COMPAT": "strict", "PYSERVE_CPU_BUDGET": "2", "TS_IPEX_GPU_ENABLE": "true",
+        "SECRET_THING": "s", "PLAIN_THING": "p", "PYSERVE_DISABLE_TOKEN_AUTHORIZATION": "true",
+    }  # fmt: skip
+    server.start("--models", "told.mar", "pair.mar", "pictures.mar")
+    try:
+        yield server
+    finally:
+        server.run("stop")
+        server.kill()
+
+
+def test_a_worker_per_cpu_is_started(strict: Server) -> None:
+    assert len(strict.describe("told")["workers"]) == 2
+    assert len(strict.describe("pair")["workers"]) == 1
+
+
+def test_workers_environment_is_what_the_configuration_says(strict: Server) -> None:
+    assert strict.predict("told", 1).json == {
+        "TS_IPEX_ENABLE": "true", "TS_IPEX_GPU_ENABLE": "true", "SECRET_THING": None, "PLAIN_THING": "p",
+    }
+
+
+def test_request_id_is_always_a_new_one(strict: Server) -> None:
+    ids = {
+        strict.ask("GET", "/ping", headers={"x-request-id": "mine"}).headers["x-request-id"],
+        strict.ask("GET", "/ping", headers={"x-request-id": "mine"}).headers["x-request-id"],
+    }
+    assert len(ids) == 2 and "mine" not in ids
+
+
+def test_errors_have_torchserves_three_members(strict: Server) -> None:
+    for answer in (strict.predict("none", 1), strict.ask("GET", "/nowhere"), strict.predict("told", "bad")):
+        assert answer.json.keys() == {"code", "type", "message"}
+
+
+def test_one_bad_item_fails_its_batch(strict: Server) -> None:
+    answers = at_once([lambda: strict.predict("pair", "bad"), lambda: strict.predict("pair", "good")])
+    assert [answer.status for answer in answers] == [503, 503]
+
+
+def test_nan_stays_nan(strict: Server) -> None:
+    assert b"NaN" in strict.predict("told", "nan").body
+
+
+def test_a_picture_that_is_none_is_503(strict: Server) -> None:
+    answer = strict.ask("POST", "/predictions/pictures", b"no picture", RAW)
+    assert (answer.status, answer.json["message"]) == (503, "Prediction failed")
+
+
+def test_models_cannot_be_registered(strict: Server) -> None:
+    assert strict.ask("POST", "/models?url=other.mar", port="management").status == 405
+
+
+def test_unknown_parameters_are_passed_over(strict: Server) -> None:
+    assert strict.ask("PUT", "/models/told?min_worker=2&bogus=1", port="management").status in (200, 202)
+
+
+def test_settings_are_in_the_log(strict: Server) -> None:
+    wanted = ("Compat: strict", "Default workers per model: 2", "Model API enabled: false", "Blacklist Regex: SECRET.*")
+    for line in wanted:
+        assert f"    {line}\n" in strict.log()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("job_queue_size=many", "config.properties:1: job_queue_size cannot be 'many'"),
+        ("metrics_mode=loud", "config.properties:1: metrics_mode cannot be 'loud'"),
+        ("model_store=$$NOT_SET_ANYWHERE$$", "the environment variable NOT_SET_ANYWHERE, which is not set"),
+        ("a=\\u12", "config.properties:1: \\u needs four hexadecimal digits"),
+    ],
+)
+def test_a_wrong_configuration_ends_the_start_before_a_port_is_opened(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "config.properties").write_text(text)
+    server = Server(tmp_path)
+    started = server.run("start")
+    assert started.returncode == 1
+    assert message in started.stderr
+    assert not server.pid_path.exists() and server.log() == ""
