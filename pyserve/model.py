@@ -144,8 +144,10 @@ class Model:
     async def drain(self) -> None:
         """Finishes what was admitted, then stops the workers and lets go of the weights. Takes no more requests.
 
-        A load that is under way is waited for: it notices, and gives up.
+        A load that is under way is waited for: it notices, and gives up; workers that are starting are ended.
         """
+        if self.state == "LOADING" and self._lane is not None:
+            self._lane.set_workers(0)
         if self.state != "DRAINING":
             self._move("DRAINING")
         async with self._loading:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from handler_archives import write_handler
-from serving import RAW, Load, Server, at_once
+from serving import LIMIT_S, NAMES, RAW, Load, Server, at_once
 from serving_models import LINEAR_INPUT, Linear, write_linear, write_torchscript
 
 ITEM = torch.tensor([0.5, -1, 2, 0.25])
@@ -233,3 +235,56 @@ def test_a_store_that_cannot_be_written_is_named(server: Server, outside: Path, 
 def test_without_a_server_it_says_so(tmp_path: Path, outside: Path) -> None:
     _, error = refused(Server(tmp_path), outside / "linear-2.mar")
     assert "pyserve is not currently running; start it, or name a server with --management" in error
+
+
+STALLS = """
+import os
+import time
+
+class Handler:
+    def initialize(self, context):
+        open({seen!r}, "w").close()
+        time.sleep(600)
+
+    def handle(self, data, context):
+        return data
+"""
+
+
+def test_ctrl_c_undoes_what_was_begun(server: Server, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    write_handler(tmp_path, "linear", STALLS.format(seen=str(seen)), version="6.0", file="linear-6")
+    with subprocess.Popen(
+        server.arguments("deploy", str(tmp_path / "linear-6.mar")), env=server.environment, cwd=server.folder,
+        stdout=subprocess.PIPE, text=True,
+    ) as popen:  # fmt: skip
+        server.wait_for(seen.exists, "the worker to be loading")
+        popen.send_signal(signal.SIGINT)
+        output = popen.communicate(timeout=LIMIT_S)[0]
+        assert popen.returncode == 130
+    assert output.splitlines()[-1] == "nothing is changed: linear 1.0 is served as before"
+    assert versions(server) == ["1.0"] and sorted(os.listdir(server.store)) == ["linear-1.mar"]
+
+
+def test_keys_and_certificates_are_minded(tmp_path: Path, outside: Path) -> None:
+    server = Server(tmp_path)
+    shutil.copy(outside / "linear-1.mar", server.store)
+    (tmp_path / "config.properties").write_text("disable_token_authorization=false\n")
+    https = [part for name in NAMES for part in (f"--{name}-address", "https://127.0.0.1:0")]
+    server.start("--models", "linear-1.mar", "--ts-config", str(tmp_path / "config.properties"), *https)
+    try:
+        sample = tmp_path / "item.json"
+        sample.write_text("[0.5, -1, 2, 0.25]")
+        lines = deploy(server, outside / "linear-2.mar", "--sample", sample)  # all from the pid file
+        assert lines[-1] == "linear 1.0: drained and removed" and "answers the sample" in lines[2]
+
+        url = server.running.addresses["management"]
+        again = [outside / "linear-3.mar", "--management", url, "--model-store", server.store]
+        assert "certificate" in refused(server, *again)[1].lower()
+        assert "401" in refused(server, *again, "-k")[1]
+        assert "401" in refused(server, *again, "-k", "--token", "wrong")[1]
+        key = json.loads(Path(server.running.key_file).read_text())["management"]["key"]
+        server.environment["PYSERVE_TOKEN"] = key
+        assert deploy(server, *again, "-k")[-1] == "linear 2.0: drained and removed"
+    finally:
+        server.kill()
