@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ if __package__ in (None, ""):  # run as a file: its folder is on the path, the r
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.report import machine
-from bench.servers import ROOT, free_ports
+from bench.servers import ROOT, free_ports, pyserve
 from bench.sides import (
     Side,
     environment_of,
@@ -39,11 +39,13 @@ from bench.sides import (
     versions_of,
 )
 from bench.verdict import Results, print_tables, save_plot
-from bench.workloads import WORKLOADS, Workload
+from bench.workloads import RAW_TYPE, WORKLOADS, Workload
 
 BENCH = Path(__file__).parent
 PEER_SIDES = {"torchserve": torchserve_side, "litserve": litserve_side, "mosec": mosec_side}
 WORKERS = (1, 2)
+MIX = {"nothing": "8", "resnet18": "4", "encoder": "8"}  # -> clients
+NAMES = (*WORKLOADS, "mix")
 OPEN_LOOP_SHARES = (0.5, 0.8, 0.95)
 
 
@@ -97,21 +99,68 @@ class Run:
 
     def latency(self, url: str, content_type: str, bodies: list[bytes], *flags: str) -> dict[str, Any]:
         """One load test: its report."""
-        out = self.folder / "latency.json"
+        return self.begin_latency(url, content_type, bodies, *flags)()
+
+    def begin_latency(
+        self, url: str, content_type: str, bodies: list[bytes], *flags: str
+    ) -> Callable[[], dict[str, Any]]:
+        """Starts a load test. What it returns waits for the report."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        out = folder / "latency.json"
         files = []
         for number, body in enumerate(bodies):
-            path = self.folder / f"body-{number}"
+            path = folder / f"body-{number}"
             path.write_bytes(body)
             files += ["--data", str(path)]
         kind = ["--content-type", content_type] if content_type else []
-        subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, str(BENCH / "latency.py"), "--url", url, "--duration", str(self.options.duration),
              "--json", str(out), *files, *kind, *flags],
-            check=False, stdout=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        report: dict[str, Any] = json.loads(out.read_text())
-        out.unlink()
-        return report
+
+        def finish() -> dict[str, Any]:
+            process.wait()
+            report: dict[str, Any] = json.loads(out.read_text())
+            return report
+
+        return finish
+
+    def measure_mix(self) -> None:
+        """Three models in one server: each under load alone, then all at once."""
+        loads = [WORKLOADS[name](self.folder) for name in MIX]
+        config = self.folder / "config.properties"
+        config.write_text("job_queue_size=2048\n")
+        rows = self.results.setdefault("mix", {})
+        with pyserve(
+            self.folder / "mix", [load.archives["fp32"] for load in loads], "--ts-config", str(config),
+            cache=self.folder / "cache",
+        ) as server:  # fmt: skip
+            for load in loads:
+                server.first_answer_s(load.name, load.bodies[0])
+            for _ in range(self.options.rounds):
+                for together in (False, True):
+                    waiting = []
+                    for load in loads:
+                        kind = RAW_TYPE if load.kind != "picture" else ""
+                        finish = self.begin_latency(server.url(f"/predictions/{load.name}"), kind, load.bodies,
+                                                    "--concurrency", MIX[load.name], "--warmup", "2s")  # fmt: skip
+                        waiting.append((load, finish))
+                        if not together:
+                            self.note_mix(rows, "alone", waiting)
+                    self.note_mix(rows, "at once", waiting)
+
+    @staticmethod
+    def note_mix(rows: Any, how: str, waiting: list[tuple[Workload, Callable[[], dict[str, Any]]]]) -> None:
+        while waiting:
+            load, finish = waiting.pop()
+            report = finish()
+            row = rows.setdefault(f"{load.name}, {how}", {}).setdefault(MIX[load.name], {})
+            row.setdefault("rate", []).append(report["rates"]["requests_per_s"])
+            row.setdefault("p50_ms", []).append(report["latency_ms"]["p50"])
+            row.setdefault("p99_ms", []).append(report["latency_ms"]["p99"])
+            row.setdefault("failed", []).append(report["requests"]["failed"])
+            print(f"mix: {load.name} {how}: {report['rates']['requests_per_s']:.2f}/s", file=sys.stderr)
 
     def measure_echo(self, load: Workload) -> None:
         side = Side("bare echo", 0, echo, "", load.bodies)
@@ -167,7 +216,7 @@ def echo() -> Iterator[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"any of {', '.join(WORKLOADS)}; default: all")
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"any of {', '.join(NAMES)}; default: all")
     parser.add_argument("--peers", nargs="*", default=list(PEER_SIDES), metavar="PEER", help="default: all")
     parser.add_argument("--environments", type=Path, default=BENCH / "out" / "peers", metavar="DIR",
                         help="where the peers' virtual environments are kept (default: %(default)s)")
@@ -182,7 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     parser = build_parser()
     options = parser.parse_args()
-    for what, given, known in (("workload", options.workloads, WORKLOADS), ("peer", options.peers, PEER_SIDES)):
+    for what, given, known in (("workload", options.workloads, NAMES), ("peer", options.peers, PEER_SIDES)):
         if unknown := set(given) - set(known):
             parser.error(f"no {what} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -191,11 +240,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="pyserve-compare-") as folder:
         run = Run(Path(folder), options)
         told["peers"] = {name: versions_of(bin_folder, name) for name, bin_folder in run.peers.items()}
-        for name in options.workloads or WORKLOADS:
+        for name in options.workloads or NAMES:
             work = Path(folder) / name
             work.mkdir()
             run.folder = work
-            run.measure(WORKLOADS[name](work))
+            if name == "mix":
+                run.measure_mix()
+            else:
+                run.measure(WORKLOADS[name](work))
     print_tables(told, run.results)
     (options.out / "compare.json").write_text(json.dumps({**told, "results": run.results}, indent=1) + "\n")
     save_plot(run.results, options.out / "compare.png")

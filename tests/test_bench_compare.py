@@ -66,3 +66,11 @@ def test_the_encoder_leaves_padding_out() -> None:
     padded = torch.cat((ids, torch.zeros(2, 20, dtype=torch.int64)), 1)
     with torch.inference_mode():
         torch.testing.assert_close(encoder(padded), encoder(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_a_mix_is_the_sum_of_shares() -> None:
+    mix: dict[str, dict[str, dict[str, list[float]]]] = {
+        "a, alone": {"8": {"rate": [100.0]}}, "b, alone": {"4": {"rate": [10.0, 30.0, 20.0]}},
+        "a, at once": {"8": {"rate": [50.0]}}, "b, at once": {"4": {"rate": [5.0]}},
+    }  # fmt: skip
+    assert verdict.share_of_alone(mix) == 0.75
