@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from pyserve import __version__
+from pyserve.archive_url import without_secrets
 from pyserve.config import Config
 from pyserve.cpu_budget import cpu_budget
 
@@ -35,7 +36,7 @@ def settings_lines(config: Config, *, gpus: int) -> list[str]:
         "Config file": file or "N/A",
         **{f"{name.capitalize()} address": address for name, address in config.addresses().items()},
         "Model Store": config.model_store or "N/A",
-        "Initial Models": config.load_models or "N/A",
+        "Initial Models": ",".join(map(without_secrets, config.load_models.split(","))) or "N/A",
         "Log dir": logs,
         "Metrics dir": Path(os.environ.get("METRICS_LOCATION") or logs).absolute(),
         "Default workers per model": default_workers,
