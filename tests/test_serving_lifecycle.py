@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from archive_files import write_plain_mar
@@ -70,6 +71,14 @@ def _receive(client: socket.socket, rest: bytearray) -> None:
     if not chunk:
         raise EOFError
     rest += chunk
+
+
+def suspend(process: psutil.Process) -> None:
+    """Returns once it stands still: until then a signal with a lower number would be handled first."""
+    process.suspend()
+    deadline = time.monotonic() + LIMIT_S
+    while any(psutil.Process(thread.id).status() != psutil.STATUS_STOPPED for thread in process.threads()):
+        assert time.monotonic() < deadline, "it was never stopped"
 
 
 def wait_for_pending_signal(pid: int, number: signal.Signals) -> None:
@@ -166,7 +175,7 @@ def test_requests_that_wait_in_the_kernel_when_the_server_is_told_to_stop_are_an
         for client in kept:
             client.sendall(request_of("/predictions/burn", [0, 1]))
             assert read_answer(client, bytearray())[0] == 200
-        process.suspend()
+        suspend(process)
         fresh = [stack.enter_context(server.connect()) for _ in range(5)]
         for number, client in enumerate([*kept, *fresh]):
             client.sendall(request_of("/predictions/burn", [number, 1]))
