@@ -1,7 +1,8 @@
 """The same predictions over HTTP and over gRPC, side by side, in a closed loop against a server that runs.
 
-    python bench/transports.py --model digits --data digit.bin --concurrency 8
+    python bench/transports.py --model digits --data digit.bin --concurrency 8 --tensor FP32:1,64
 
+With --tensor they are sent by the Open Inference Protocol too, as one raw tensor: over HTTP by its binary extension.
 Both clients are asyncio's: gRPC's own, and for HTTP the wire of bench/latency.py. Either takes more CPU than the server
 does for a cheap model, so run it on a machine with cores to spare, and read the figures as those of both ends together.
 """
@@ -10,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file: its folder is on the path, the repository's root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,10 +34,10 @@ WARMUP_S = 1.0
 class HttpClients:
     """Kept connections, one per client."""
 
-    def __init__(self, address: str, model: str, body: bytes):
+    def __init__(self, address: str, path: str, body: bytes, headers: str = ""):
         host, _, port = address.rpartition(":")
         self._address = host, int(port)
-        head = (f"POST /predictions/{model} HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/octet-stream\r\n"
+        head = (f"POST {path} HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/octet-stream\r\n{headers}"
                 f"Content-Length: {len(body)}\r\n\r\n")  # fmt: skip
         self._request = head.encode() + body
         self._streams: dict[int, tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
@@ -48,21 +51,17 @@ class HttpClients:
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         if not head.startswith(b"http/1.1 200"):
             raise RuntimeError(head.decode())
-        await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+        await reader.readexactly(int(head.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0]))
 
 
 class GrpcClients:
     """One channel for all clients, as gRPC's users have it."""
 
-    def __init__(self, address: str, model: str, body: bytes):
-        channel = grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
-        request = message(f"{INFERENCE}.PredictionsRequest")(model_name=model, input={"data": body})
-        self._channel = channel
+    def __init__(self, address: str, path: str, request: Any, response: str):
+        self._channel = grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
         self._request = request
-        self._call = channel.unary_unary(
-            f"/{INFERENCE}.InferenceAPIsService/Predictions",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=message(f"{INFERENCE}.PredictionResponse").FromString,
+        self._call = self._channel.unary_unary(
+            path, request_serializer=type(request).SerializeToString, response_deserializer=message(response).FromString
         )
 
     async def ask(self, client: int) -> None:
@@ -87,18 +86,41 @@ async def measure(ask: Ask, concurrency: int, seconds: float) -> list[float]:
 
 
 async def compare(arguments: argparse.Namespace) -> None:
-    body = arguments.data.read_bytes()
-    sides = {
-        "HTTP": HttpClients(arguments.http, arguments.model, body).ask,
-        "gRPC": GrpcClients(arguments.grpc, arguments.model, body).ask,
+    body, model = arguments.data.read_bytes(), arguments.model
+    request = message(f"{INFERENCE}.PredictionsRequest")(model_name=model, input={"data": body})
+    path, response = f"/{INFERENCE}.InferenceAPIsService/Predictions", f"{INFERENCE}.PredictionResponse"
+    sides: dict[str, Ask] = {
+        "HTTP": HttpClients(arguments.http, f"/predictions/{model}", body).ask,
+        "gRPC": GrpcClients(arguments.grpc, path, request, response).ask,
     }
+    if arguments.tensor:
+        sides |= tensor_sides(arguments, body)
     print(f"{arguments.model}, {len(body)} bytes, {arguments.concurrency} clients, {arguments.seconds:g} s each")
-    print(f"{'':6}{'per s':>10}{'p50 ms':>10}{'p99 ms':>10}")
+    print(f"{'':10}{'per s':>10}{'p50 ms':>10}{'p99 ms':>10}")
     for name, ask in sides.items():
         latencies = await measure(ask, arguments.concurrency, arguments.seconds)
         count = len(latencies)
         p50, p99 = latencies[count // 2] * 1e3, latencies[min(count - 1, count * 99 // 100)] * 1e3
-        print(f"{name:6}{count / arguments.seconds:>10.0f}{p50:>10.2f}{p99:>10.2f}")
+        print(f"{name:10}{count / arguments.seconds:>10.0f}{p50:>10.2f}{p99:>10.2f}")
+
+
+def tensor_sides(arguments: argparse.Namespace, body: bytes) -> dict[str, Ask]:
+    """The same as one tensor of the Open Inference Protocol."""
+    datatype, _, sizes = arguments.tensor.partition(":")
+    shape, name = [int(size) for size in sizes.split(",")], arguments.input_name
+    entry = {"name": name, "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": len(body)}}
+    head = json.dumps({"inputs": [entry], "parameters": {"binary_data_output": True}}).encode()
+    request = message("inference.ModelInferRequest")(
+        model_name=arguments.model, raw_input_contents=[body],
+        inputs=[{"name": name, "datatype": datatype, "shape": shape}],
+    )  # fmt: skip
+    http = HttpClients(
+        arguments.http, f"/v2/models/{arguments.model}/infer", head + body,
+        f"Inference-Header-Content-Length: {len(head)}\r\n",
+    )  # fmt: skip
+    path = "/inference.GRPCInferenceService/ModelInfer"
+    grpc_side = GrpcClients(arguments.grpc, path, request, "inference.ModelInferResponse")
+    return {"HTTP v2": http.ask, "gRPC v2": grpc_side.ask}
 
 
 def main() -> int:
@@ -107,6 +129,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="the body, and the input 'data'")
     parser.add_argument("--http", default="127.0.0.1:8080", metavar="HOST:PORT")
     parser.add_argument("--grpc", default="127.0.0.1:7070", metavar="HOST:PORT")
+    parser.add_argument("--tensor", metavar="DATATYPE:SHAPE", help="what the body is, such as FP32:1,64")
+    parser.add_argument("--input-name", default="input0", metavar="NAME", help="of that tensor")
     parser.add_argument("--concurrency", type=int, default=8, metavar="N")
     parser.add_argument("--seconds", type=float, default=5.0, metavar="S")
     uvloop.run(compare(parser.parse_args()))

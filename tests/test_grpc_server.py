@@ -281,3 +281,20 @@ def test_a_stream_of_requests_ends_when_the_server_stops(own: Server) -> None:
         assert own.run("stop").returncode == 0
         assert refused(lambda: list(answers)).code() == Code.UNAVAILABLE
         gate.set()
+
+
+def test_strict_errors_and_the_age_of_connections(own: Server) -> None:
+    (own.folder / "config.properties").write_text(
+        "compat=strict\ndisable_token_authorization=true\n"
+        "grpc_inference_max_connection_age_ms=100\ngrpc_inference_max_connection_age_grace_ms=100\n"
+    )
+    own.start("--grpc", "true", "--models", "linear.mar")
+    with stub(own) as client:
+        assert refused(client.Predictions, model_name="none").details().split("\n") == [
+            "Model not found: none", "org.pytorch.serve.archive.model.ModelNotFoundException",
+        ]  # fmt: skip
+    host, _, port = own.grpc().rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=LIMIT_S) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+        while connection.recv(4096):
+            pass  # until the server closes it
