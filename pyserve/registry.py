@@ -148,7 +148,9 @@ class Registry:
         Raises:
             DefaultVersionError: it is the default while there are others.
         """
-        forgotten = [each for each in self.failures if each.name == name and each.version in (version or "", "")]
+        forgotten = [
+            each for each in self.failures if each.name == name and (version is None or each.version in ("", version))
+        ]
         if name not in self._models and forgotten:
             self.failures = [each for each in self.failures if each not in forgotten]
             await self.changed()

@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pyserve import __version__
+from pyserve.archive_url import without_secrets
 from pyserve.config import CONFIG_FILE_DEFAULT, Config
 from pyserve.config_keys import FLAG_ONLY, KINDS, SECRET_KEYS
 from pyserve.errors import JsonObject
@@ -155,7 +156,8 @@ def format_snapshot(config: Config, models: JsonObject, name: str) -> str:
     for key in KINDS:
         value = getattr(config, key)
         if key not in _LEFT_OUT and value not in (None, "", {}):
-            values[key] = _text(value)
+            # A URL may be signed, in its query.
+            values[key] = without_secrets(_text(value)) if key == "load_models" else _text(value)
     snapshot = {"name": name, "modelCount": len(models), "created": time.time_ns() // 1_000_000, "models": models}
     values["model_snapshot"] = json.dumps(snapshot)
     file = _config_file(config)

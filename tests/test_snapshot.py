@@ -93,6 +93,13 @@ def test_a_snapshot_is_a_configuration_with_everything_but_secrets(tmp_path: Pat
     assert again.model_snapshot == written
 
 
+def test_a_signed_url_is_written_without_its_signature(tmp_path: Path) -> None:
+    signed = "m=https://host/m.mar?X-Amz-Signature=abc123&part=1"
+    SnapshotFolder(tmp_path, Config(load_models=signed)).write(STARTUP, models())
+    text = (tmp_path / snapshot_names(tmp_path)[0]).read_text()
+    assert "abc123" not in text and "https\\://host/m.mar" in text
+
+
 @pytest.mark.parametrize(
     "changes, problem",
     [
@@ -358,6 +365,10 @@ def kill_everything(server: Server) -> None:
     process.wait(60)
 
 
+def ask_status(server: Server, method: str, path: str) -> int:
+    return server.ask(method, path, port="management").status
+
+
 def served(server: Server) -> list[dict[str, Any]]:
     shown = (
         "modelName", "modelVersion", "modelUrl", "minWorkers", "maxWorkers", "batchSize", "maxBatchDelay",
@@ -444,11 +455,24 @@ def test_a_model_snapshot_in_the_configuration_is_served_and_a_missing_archive_i
     assert server.manage("DELETE", "/models/odd")["status"] == 'Model "odd" unregistered'
     assert list(server.ask("GET", "/ready").json["models"]) == ["gone"]
 
+    assert ask_status(server, "DELETE", "/models/odd") == 404
+
     # What could not be restored is not forgotten: once its file is there, it is served.
     kill_everything(server)
     shutil.copy(session_store / "linear.mar", server.store / "gone.mar")
     server.start("--restore")
     assert [row["modelName"] for row in served(server)] == ["alias", "gone", "linear"]
+    assert server.ask("GET", "/ready").status == 200
+
+    # Unless somebody says so.
+    kill_everything(server)
+    (server.store / "gone.mar").unlink()
+    server.start("--restore")
+    assert list(server.ask("GET", "/ready").json["models"]) == ["gone"]
+    server.manage("DELETE", "/models/gone")
+    assert server.ask("GET", "/ready").status == 200
+    kill_everything(server)
+    server.start("--restore")
     assert server.ask("GET", "/ready").status == 200
 
 
