@@ -123,11 +123,12 @@ def _reason(error: OSError, address: Address, name: str) -> str:
     if error.errno == errno.EADDRINUSE:
         owner = port_owner(address.port)
         taken = f"the port is in use by {owner}" if owner else "the port is in use"
-        return f"{taken}; stop that or choose another with {_FLAGS[name]}"
+        return f"{taken}; stop that or choose another with {_FLAGS[name]}, or in config.properties"
     if error.errno == errno.EACCES:
-        return f"ports below 1024 need privileges; choose another with {_FLAGS[name]}"
+        return f"ports below 1024 need privileges; choose another with {_FLAGS[name]}, or in config.properties"
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"no interface of this machine has that address; choose another with {_FLAGS[name]}"
+        other = f"choose another with {_FLAGS[name]}, or in config.properties"
+        return f"no interface of this machine has that address; {other}"
     return error.strerror or str(error)
 
 
