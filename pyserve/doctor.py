@@ -28,6 +28,7 @@ PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 OPTIONAL = {
     "torchvision": "models and transforms of many handlers",
     "captum": "explanations of pictures and text",
+    "grpcio": "gRPC (pip install 'pyserve[grpc]')",
     "onnxruntime": ".onnx models",
     "transformers": "handlers of Hugging Face models",
 }
@@ -256,6 +257,18 @@ def _addresses(config: Config) -> Iterator[Check]:
         else:
             yield Check(FAIL, name, f"{address}: {problem}",
                         f"stop what listens there, or set {name}_address")  # fmt: skip
+    for name in ("grpc_inference", "grpc_management") if config.enable_grpc != "false" else ():
+        address = Address(getattr(config, f"{name}_address"), getattr(config, f"{name}_port"))
+        shown = str(address).removeprefix("http://")
+        what = f"{name.removeprefix('grpc_')} {shown}"
+        problem = _cannot_listen(address)
+        if not problem:
+            yield Check(PASS, "gRPC", f"{what} is free")
+        elif running is not None and shown in running.addresses.values():
+            yield Check(PASS, "gRPC", f"{what}: pyserve is running (pid {running.pid})")
+        else:
+            yield Check(FAIL if config.enable_grpc == "true" else WARN, "gRPC", f"{what}: {problem}",
+                        f"stop what listens there, set {name}_port, or enable_grpc=false")  # fmt: skip
     address = config.inference_address
     if is_container() and address.is_loopback and not address.is_unix:
         yield Check(WARN, "container", f"listening on {address.host} inside a container: not reachable from outside",

@@ -16,6 +16,7 @@ from tests import certificates
 from tests.handler_archives import ECHO, write_handler
 
 FREE = "inference_address=http://127.0.0.1:0\nmanagement_address=http://127.0.0.1:0\nmetrics_address=http://127.0.0.1:0\n"
+FREE += "grpc_inference_port=0\ngrpc_management_port=0\n"
 LINE = re.compile(r"(PASS|WARN|FAIL)  \S.{13} \S.*|(    ){5} ?\S.*")
 
 
@@ -68,15 +69,27 @@ def test_address_that_is_taken_is_a_failure_that_names_the_key_to_set(capsys: py
     assert lines[at + 1] == "stop what listens there, or set metrics_address"
 
 
+def test_a_port_of_grpc_that_is_taken_is_a_failure_only_if_grpc_must_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        text = FREE.replace("grpc_inference_port=0", f"grpc_inference_port={port}")
+        for whether, level in (("auto", "WARN"), ("true", "FAIL")):
+            Path("config.properties").write_text(f"{text}enable_grpc={whether}\n")
+            lines = listed(capsys, code=int(level == "FAIL"))
+            assert f"{level} gRPC inference 127.0.0.1:{port}: Address already in use" in lines
+        Path("config.properties").write_text(f"{text}enable_grpc=false\n")
+        assert not any("gRPC inference" in line for line in listed(capsys, code=0))
+
+
 def test_configuration_that_would_not_do_is_in_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     Path("config.properties").write_text(FREE + "modle_store=x\n")
     lines = listed(capsys, code=0)
-    assert "WARN configuration config.properties:4: unknown key 'modle_store'; did you mean 'model_store'?" in lines
+    assert "WARN configuration config.properties:6: unknown key 'modle_store'; did you mean 'model_store'?" in lines
     Path("config.properties").write_text(FREE + "model_store=nowhere\n")
     assert any(line.startswith("FAIL model store ") for line in listed(capsys, code=1))
     Path("config.properties").write_text(FREE + "job_queue_size=many\n")
     lines = listed(capsys, code=1)
-    assert any(line.startswith("FAIL configuration config.properties:4: job_queue_size") for line in lines)
+    assert any(line.startswith("FAIL configuration config.properties:6: job_queue_size") for line in lines)
 
 
 def test_archive_as_it_was_packed_passes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +158,7 @@ def test_least_memory_limit_of_all_groups_counts(
         ("", ""),
         ("inference_address=https://127.0.0.1:0\n", "WARN certificate none is given: one is made at start"),
         ("inference_address=https://127.0.0.1:0\ncertificate_file=server.pem\n",
-         "FAIL certificate certificate_file (config.properties:5) is set without private_key_file"),
+         "FAIL certificate certificate_file (config.properties:7) is set without private_key_file"),
         ("inference_address=https://127.0.0.1:0\ncertificate_file=server.pem\nprivate_key_file=server.key\n",
          "PASS certificate TLS: a certificate for localhost, 127.0.0.1, valid until"),
         ("management_address=http://0.0.0.0:0\n", "PASS keys management calls will need keys, written to"),
