@@ -336,8 +336,12 @@ def test_a_description_has_the_contracts_keys_in_its_order(server: Server, model
 def test_start_time_and_process_are_those_of_the_worker_there_is_now(server: Server) -> None:
     [before] = server.describe("own")["workers"]
     os.kill(before["pid"], signal.SIGKILL)
-    server.wait_for(lambda: [worker["status"] for worker in server.describe("own")["workers"]] == ["READY"]
-                    and server.describe("own")["workers"][0]["pid"] != before["pid"], "another worker")  # fmt: skip
+
+    def is_replaced() -> bool:
+        workers = server.describe("own")["workers"]
+        return [worker["status"] for worker in workers] == ["READY"] and workers[0]["pid"] != before["pid"]
+
+    server.wait_for(is_replaced, "another worker")
     [after] = server.describe("own")["workers"]
     assert after["startTime"] > before["startTime"]
 
