@@ -95,7 +95,7 @@ def pyserve(folder: Path, models: list[Path], *flags: str, cache: Path | None = 
         sys.executable, "-m", "pyserve", "start", "--foreground", "--pid-file", str(folder / "pid"),
         "--inference-address", f"http://127.0.0.1:{inference}", "--management-address",
         f"http://127.0.0.1:{management}", "--metrics-address", f"http://127.0.0.1:{metrics}",
-        "--models", *map(str, models), *flags,
+        "--grpc", "false", "--models", *map(str, models), *flags,
     ]  # fmt: skip
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "PYSERVE_CACHE": str(cache or folder / "cache"),

@@ -102,6 +102,7 @@ class Server:
             for name in NAMES:
                 if f"--{name}-address" not in more:
                     arguments += [f"--{name}-address", "http://127.0.0.1:0"]
+        if command in ("start", "dev"):
             if "--grpc" not in more:  # its default ports are for one server of the machine
                 arguments += ["--grpc", "false"]
             elif "--grpc-inference-port" not in more:
