@@ -201,8 +201,8 @@ class Dispatcher:
         if not self._open_count:
             self._idle.set()
 
-    def observe(self, call: Call, code: grpc.StatusCode, status: int) -> None:
-        """Counts the answer, unless a model has."""
+    def observe(self, call: Call, status: int) -> None:
+        """Counts the answer, unless a model has. ``status`` is HTTP's."""
         if not call.is_counted:
             self._services.metrics.observe_answer(status)
 
@@ -236,22 +236,22 @@ class _Observed:
         remaining_s = self._call.context.time_remaining()
         if remaining_s is not None and remaining_s <= 0:  # the client says the same, perhaps a moment later
             verdict = verdict._replace(code=grpc.StatusCode.DEADLINE_EXCEEDED)
-        self._observe(verdict.code, error.status)
+        self._observe(error.status)
         await self._dispatcher.refuse(self._call, error, verdict)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._dispatcher.end(self._size)
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
             # It hung up, or its deadline has passed; a model that had the request has counted that.
-            self._observe(grpc.StatusCode.CANCELLED, 499)
+            self._observe(499)
         else:
-            self._observe(grpc.StatusCode.OK, 200)
+            self._observe(200)
 
-    def _observe(self, code: grpc.StatusCode, status: int) -> None:
+    def _observe(self, status: int) -> None:
         """Before the client knows: whoever has an answer finds it counted."""
         if not self._is_observed:
             self._is_observed = True
-            self._dispatcher.observe(self._call, code, status)
+            self._dispatcher.observe(self._call, status)
 
 
 def _draining() -> OverloadedError:
