@@ -173,6 +173,7 @@ PYBIND11_MODULE(_core, m) {
              },
              py::arg("inputs"))
         .def_property_readonly("weights_size", &TorchModel::weights_size)
+        .def_property_readonly("is_optimized", &TorchModel::is_optimized)
         .def_property_readonly("precision_error", &TorchModel::precision_error);
 
     py::class_<Body>(m, "Body", py::buffer_protocol()).def_buffer([](Body& body) {

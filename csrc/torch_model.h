@@ -50,12 +50,16 @@ class TorchModel {
     // Largest absolute difference to fp32 on the example input; 0 for fp32.
     double precision_error() const { return precision_error_; }
 
+    // Whether convolutions run in oneDNN's own layout.
+    bool is_optimized() const { return is_optimized_; }
+
   protected:
     explicit TorchModel(const ModelOptions& options) : options_(options) {}
 
     const ModelOptions options_;
     int64_t weights_size_ = 0;
     double precision_error_ = 0;
+    bool is_optimized_ = false;
 };
 
 // Applies `change` to each tensor in a tensor, tuple, list or dict; other values stay as they are.

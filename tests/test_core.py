@@ -84,6 +84,26 @@ def test_channels_last_changes_no_answer(tmp_path: Path) -> None:
     torch.testing.assert_close(model.run([x]), network(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_convolutions_run_in_onednns_layout_and_answer_alike(tmp_path: Path, frozen: bool) -> None:
+    network = Conv().eval()
+    model = _core.TorchModel.load(str(save_script(network, tmp_path / "m.pt", frozen=frozen)), PICTURE)
+    assert model.is_optimized
+    for count, size in ((1, 12), (2, 12), (7, 12), (3, 20)):
+        pictures = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+        with torch.inference_mode():
+            torch.testing.assert_close(model.run([pictures]), network(pictures), atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_shown_to_answer_alike_stays_as_it_is(tmp_path: Path) -> None:
+    path = str(save_script(Conv(), tmp_path / "m.pt"))
+    for example in ([], [torch.zeros(1, 5)], [torch.full((1, 3, 12, 12), torch.nan)]):
+        model = _core.TorchModel.load(path, example)
+        assert not model.is_optimized and model.run(PICTURE) is not None
+    assert not _core.TorchModel.load(path, PICTURE, channels_last=True).is_optimized
+    assert not _core.TorchModel.load(str(save_script(Affine(), tmp_path / "a.pt")), EXAMPLE).is_optimized
+
+
 @pytest.mark.parametrize(("precision", "bytes_per_weight"), [("bf16", 2), ("fp16", 2), ("fp32", 4)])
 def test_a_lower_precision_halves_the_weights_and_says_what_it_costs(
     tmp_path: Path, precision: str, bytes_per_weight: int
