@@ -213,9 +213,11 @@ class Registry:
         Args:
             archives, tracings: by path; what was opened and begun before torch was imported.
         """
+        sources = list(sources)
+        opened = [await _taken(archives, source.path_or_file) for source in sources]
         await asyncio.gather(*(
-            self._load_source(source, archives[source.path_or_file], tracings.get(source.path_or_file))
-            for source in sources
+            self._load_source(source, archive, tracings.get(source.path_or_file))
+            for source, archive in zip(sources, opened, strict=True)
         ))  # fmt: skip
         self._keeps_state = True
         await self.changed(STARTUP)
@@ -251,7 +253,7 @@ class Registry:
         """
         archives = {} if archives is None else archives
         opened = [
-            archives.pop(path) if path in archives else await _opened(path)
+            await _taken(archives, path)
             for path in (entry["path"] for entry in state["models"])
         ]
         versions = await asyncio.gather(*(
@@ -321,17 +323,13 @@ class Registry:
         self, archive: Archive, name: str | None, url: str, *, at_startup: bool, handler: str | None = None,
         settings: dict[str, int] | None = None, workers: int | None = None,
     ) -> Model:  # fmt: skip
-        """A new row of the table, LOADING. Closes the archive if there cannot be one.
-
-        Not one that another row has: at start the same file may be named twice, and is opened once.
-        """
+        """A new row of the table, LOADING. Closes the archive if there cannot be one."""
         try:
             return self._new_row(
                 archive, name, url, handler=handler, settings=settings or {}, workers=workers, at_startup=at_startup
             )
         except ServeError:
-            if all(model.archive is not archive for model in self.all_models()):
-                archive.close()
+            archive.close()
             raise
 
     def _new_row(
@@ -409,6 +407,14 @@ class Registry:
                 log.error("%s failed: %s", what, finished.exception())
 
         task.add_done_callback(done)
+
+
+async def _taken(archives: dict[str, Archive | ServeError], path: str) -> Archive | ServeError:
+    """The archive that was opened before; for a second model of the same file one of its own, to close by itself."""
+    found = archives.get(path)
+    if isinstance(found, Archive):
+        del archives[path]
+    return await _opened(path) if found is None else found
 
 
 async def _opened(path: str) -> Archive | ServeError:

@@ -231,6 +231,22 @@ def test_a_load_that_fails_leaves_nothing(store: Path) -> None:
     run(test())
 
 
+def test_two_models_of_one_file_do_without_each_other(store: Path) -> None:
+    async def test() -> None:
+        path = str(pack(store, network=Identity()))
+        async with made(store, started=False) as table:
+            sources = [ModelSource("a", path), ModelSource("b", path)]
+            await table.load_at_start(sources, {path: open_archive(path)}, {})
+            first, second = table.get("a"), table.get("b")
+            await table.unregister("a", None)
+            assert await second.scale(2, 2) == 2 and second.archive.files
+            assert first.archive is not second.archive and descriptors_of(store) <= 1
+            await table.unregister("b", None)
+            assert descriptors_of(store) == 0
+
+    run(test())
+
+
 def test_at_start_what_fails_is_kept_with_its_reason_and_the_rest_is_served(store: Path) -> None:
     async def test() -> None:
         cases = broken_archives(store)
