@@ -1,7 +1,7 @@
 """The Open Inference Protocol, version 2, whatever carries it: requests, answers, and their tensors.
 
 A tensor's data is either raw, little-endian numbers row by row in a memoryview, or a list of values as JSON has them.
-Raw numbers become a torch tensor that looks into that memory; nothing here copies them.
+Raw numbers become a torch tensor that looks into that memory, unless they lie at an odd address.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def element_count(tensor: InferInput) -> int:
 
 
 def tensor_of(tensor: InferInput) -> torch.Tensor:
-    """The input as a tensor of its shape, on the CPU. Raw data that is writable is looked into, not copied.
+    """The input as a tensor of its shape, on the CPU. Raw data that is writable and lies as numbers must is not copied.
 
     REQUIRES: `check_input` has passed; the datatype is not BYTES.
 
@@ -186,7 +186,9 @@ def tensor_of(tensor: InferInput) -> torch.Tensor:
     if isinstance(tensor.data, memoryview):
         # torch writes to tensors; it cannot be kept from writing to this one.
         memory = bytearray(tensor.data) if tensor.data.readonly else tensor.data
-        return torch.frombuffer(memory, dtype=dtype).view(tensor.shape)
+        found = torch.frombuffer(memory, dtype=dtype).view(tensor.shape)
+        # Where the JSON before it leaves the numbers at an odd address, they are moved: kernels may rely on it.
+        return found if found.data_ptr() % dtype.itemsize == 0 else found.clone()
     if not typecode:
         raise InputError(f"{tensor} has no form in JSON; send it as binary data (binary_data_size), or as FP32")
     flat = flat_values(tensor)
