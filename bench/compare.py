@@ -23,14 +23,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 if __package__ in (None, ""):  # run as a file: its folder is on the path, the repository's root is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
+
 from bench.report import machine
-from bench.servers import ROOT, free_ports, pyserve
+from bench.servers import ROOT, Server, free_ports, pyserve
 from bench.sides import (
     Side,
+    binary_side,
     environment_of,
     litserve_side,
     mosec_side,
@@ -39,7 +43,7 @@ from bench.sides import (
     versions_of,
 )
 from bench.verdict import Results, print_tables, save_plot
-from bench.workloads import RAW_TYPE, WORKLOADS, Workload
+from bench.workloads import RAW_TYPE, WORKLOADS, Workload, test_pictures
 
 BENCH = Path(__file__).parent
 PEER_SIDES = {"torchserve": torchserve_side, "litserve": litserve_side, "mosec": mosec_side}
@@ -62,6 +66,8 @@ class Run:
         self.results: Results = {}
 
     def sides(self, load: Workload) -> list[Side]:
+        if load.name == "megabyte":
+            return [pyserve_side(self.folder, load, "fp32", 1), binary_side(self.folder, load)]
         sides = [pyserve_side(self.folder, load, "fp32", workers) for workers in WORKERS]
         if load.kind == "floats":
             sides.append(pyserve_side(self.folder, load, "fp32", 1, wants_json=True))
@@ -70,6 +76,10 @@ class Run:
             if load.kind == "tokens" and name == "litserve":
                 continue  # its numbers go as JSON, which is another comparison
             sides += [PEER_SIDES[name](self.folder, bin_folder, load, workers, self.cores) for workers in WORKERS]
+        if load.kind == "floats" and "torchserve" in self.peers:  # as archives are, unless they say otherwise
+            sides.append(
+                torchserve_side(self.folder, self.peers["torchserve"], load, 1, self.cores, batch_size=1)
+            )
         return sides
 
     def measure(self, load: Workload) -> None:
@@ -79,16 +89,21 @@ class Run:
                 with side.start() as url:
                     for clients in load.clients:
                         self.drive(load, side, url, clients)
-            if load.kind == "floats":
+            if load.name == "megabyte":
+                self.measure_copying(load)
+            elif load.kind == "floats":
                 self.measure_echo(load)
             if load.kind == "picture":
                 self.measure_direct(load)
+        if load.kind == "picture":
+            self.compare_classes(load)
         if load.name == "resnet18":
             self.open_loop(load)
 
     def drive(self, load: Workload, side: Side, url: str, clients: int) -> None:
         label = side.label
-        report = self.latency(url, side.content_type, side.bodies, "--concurrency", str(clients), "--warmup", "2s")
+        report = self.latency(url, side.content_type, side.bodies, "--concurrency", str(clients), "--warmup", "2s",
+                              *side.flags)
         row = self.results.setdefault(load.name, {}).setdefault(label, {}).setdefault(str(clients), {})
         row.setdefault("rate", []).append(report["rates"]["requests_per_s"])
         row.setdefault("p50_ms", []).append(report["latency_ms"]["p50"])
@@ -186,6 +201,34 @@ class Run:
             row = self.results[load.name].setdefault("called directly", {}).setdefault(str(load.clients[0]), {})
             row.setdefault("rate", []).append(best["items_per_s"])
             print(f"{load.name}: called directly, {best['split']}: {best['items_per_s']:.2f}/s", file=sys.stderr)
+
+    def measure_copying(self, load: Workload) -> None:
+        """How many requests a core could copy: into the server, into a batch or an answer, and out of the server."""
+        body = np.frombuffer(load.bodies[0], np.uint8)
+        places = np.zeros((64, body.size), np.uint8)  # more than the caches hold
+        began = time.perf_counter()
+        for _ in range(20):
+            for place in places:
+                np.copyto(place, body)
+        copy_s = (time.perf_counter() - began) / (20 * len(places))
+        row = self.results[load.name].setdefault("three copies in memory", {}).setdefault("1", {})
+        row.setdefault("rate", []).append(1 / (3 * copy_s))
+
+    def compare_classes(self, load: Workload) -> None:
+        """On how many pictures the most probable class is the same in bf16 as in fp32."""
+        found: dict[str, list[str]] = {}
+        pictures = test_pictures(self.folder)
+        for name in ("fp32", "bf16"):
+            side = pyserve_side(self.folder, load, name, 1)
+            with side.start() as url:
+                parts = urlsplit(url)
+                server = Server(parts.port or 80, 0, 0.0)
+                answers = [server.ask("POST", server.inference_port, parts.path, picture) for picture in pictures]
+                found[name] = [next(iter(json.loads(body))) for _, body in answers]
+        equal = sum(one == other for one, other in zip(found["fp32"], found["bf16"], strict=True))
+        self.results.setdefault(f"{load.name}, classes", {})["bf16 as fp32"] = {"": {"rate": [equal / len(pictures)]}}
+        print(f"{load.name}: the most probable class is the same on {equal} of {len(pictures)} pictures",
+              file=sys.stderr)
 
     def open_loop(self, load: Workload) -> None:
         """At shares of the peak that the closed loop has just measured."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from bench.servers import Server, free_ports, pyserve, torchserve
-from bench.workloads import JSON_TYPE, RAW_TYPE, UPLOAD_TYPE, Workload
+from bench.workloads import JSON_TYPE, RAW_TYPE, UPLOAD_TYPE, Workload, binary_request
 
 PEERS = Path(__file__).parent / "peers"
 DELAY_MS = 5  # how long a peer may wait for a batch to fill; pyserve waits only while its workers are busy
@@ -42,6 +42,7 @@ class Side:
         start: a context that gives the address to post to; the server answers when it is entered.
         content_type: of the requests; "" for none.
         bodies: what is posted, in turn.
+        flags: further ones of bench/latency.py.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Side:
     start: Callable[[], AbstractContextManager[str]]
     content_type: str
     bodies: list[bytes]
+    flags: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -105,16 +107,33 @@ def pyserve_side(folder: Path, load: Workload, archive: str, workers: int, *, wa
     return Side(name, workers, start, RAW_TYPE if load.kind != "picture" else "", load.bodies)
 
 
-def torchserve_side(folder: Path, bin_folder: Path, load: Workload, workers: int, cores: int) -> Side:
+def binary_side(folder: Path, load: Workload) -> Side:
+    """Ours, by the Open Inference Protocol's binary extension."""
+    plain = pyserve_side(folder, load, "fp32", 1)
+    body, head_size = binary_request(load)
+
     @contextmanager
     def start() -> Iterator[str]:
-        archive = _torchserve_archive(folder, bin_folder, load, workers)
+        with plain.start() as url:
+            yield url.replace("/predictions/", "/v2/models/") + "/infer"
+
+    flags = ("--header", f"Inference-Header-Content-Length: {head_size}")
+    return Side("pyserve, v2 binary", 1, start, RAW_TYPE, [body], flags)
+
+
+def torchserve_side(
+    folder: Path, bin_folder: Path, load: Workload, workers: int, cores: int, *, batch_size: int = 0
+) -> Side:  # fmt: skip
+    @contextmanager
+    def start() -> Iterator[str]:
+        archive = _torchserve_archive(folder, bin_folder, load, workers, batch_size or load.batch_size)
         variables = {**_variables(load, workers, cores), "OMP_NUM_THREADS": str(max(1, cores // workers))}
         with _with_environment(variables), torchserve(folder / "torchserve", bin_folder, archive) as server:
             server.first_answer_s(load.name, load.bodies[0])
             yield server.url(f"/predictions/{load.name}")
 
-    return Side("TorchServe", workers, start, "application/octet-stream", load.bodies)
+    name = f"TorchServe, batch size {batch_size}" if batch_size else "TorchServe"
+    return Side(name, workers, start, RAW_TYPE, load.bodies)
 
 
 def litserve_side(folder: Path, bin_folder: Path, load: Workload, workers: int, cores: int) -> Side:
@@ -153,10 +172,10 @@ def _variables(load: Workload, workers: int, cores: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _torchserve_archive(folder: Path, bin_folder: Path, load: Workload, workers: int) -> Path:
+def _torchserve_archive(folder: Path, bin_folder: Path, load: Workload, workers: int, batch_size: int) -> Path:
     config = folder / "torchserve.yaml"
     config.write_text(
-        f"minWorkers: {workers}\nmaxWorkers: {workers}\nbatchSize: {load.batch_size}\nmaxBatchDelay: {DELAY_MS}\n"
+        f"minWorkers: {workers}\nmaxWorkers: {workers}\nbatchSize: {batch_size}\nmaxBatchDelay: {DELAY_MS}\n"
         f"jobQueueSize: {QUEUE_SIZE}\n"
     )
     store = folder / "torchserve-store"

@@ -57,8 +57,10 @@ Aim = tuple[str, float, Callable[[Results], float]]
 AIMS: list[Aim] = [
     ("nothing, raw, 64 clients: of mosec", 1.5,
      lambda r: best(r, "nothing", "pyserve", "64") / best(r, "nothing", "mosec", "64")),
-    ("nothing, raw, 64 clients: of TorchServe", 40,
+    ("nothing, raw, 64 clients: of TorchServe, batching on", 40,
      lambda r: best(r, "nothing", "pyserve", "64") / best(r, "nothing", "TorchServe", "64")),
+    ("nothing, raw, 64 clients: of TorchServe, batch size 1", 40,
+     lambda r: best(r, "nothing", "pyserve", "64") / best(r, "nothing", "TorchServe, batch size 1", "64")),
     ("nothing, raw, 64 clients: of the bare echo", 0.40,
      lambda r: best(r, "nothing", "pyserve", "64") / median(r, "nothing", "bare echo", "64")),
     ("nothing, raw, 1 client: 0.25 ms / p50", 1.0,
@@ -69,6 +71,10 @@ AIMS: list[Aim] = [
      lambda r: best(r, "resnet18", "pyserve", "8") / best_peer(r, "resnet18", "8")),
     ("resnet18, bf16: of our fp32", 1.7,
      lambda r: best(r, "resnet18", "pyserve, bf16", "8") / best(r, "resnet18", "pyserve", "8")),
+    ("resnet18, bf16: test pictures with the same class", 1.0,
+     lambda r: median(r, "resnet18, classes", "bf16 as fp32", "")),
+    ("densenet161, bf16: test pictures with the same class", 1.0,
+     lambda r: median(r, "densenet161, classes", "bf16 as fp32", "")),
     ("densenet161, fp32: of the direct call", 0.95,
      lambda r: best(r, "densenet161", "pyserve", "8") / median(r, "densenet161", "called directly", "8")),
     ("densenet161, fp32: of the best peer", 1.3,
@@ -77,6 +83,8 @@ AIMS: list[Aim] = [
      lambda r: best(r, "densenet161", "pyserve, bf16", "8") / best(r, "densenet161", "pyserve", "8")),
     ("encoder, grouped by padded length: of one padded length for all", 1.5,
      lambda r: best(r, "encoder", "pyserve", "64") / best(r, "encoder", "pyserve, one length", "64")),
+    ("megabyte, v2 binary, 8 clients: of three copies in memory", 0.5,
+     lambda r: best(r, "megabyte", "pyserve, v2 binary", "8") / median(r, "megabyte", "three copies in memory", "1")),
     ("mix of three models: sum of each one's share of what it does alone", 0.9,
      lambda r: share_of_alone(r["mix"])),
     ("resnet18, open loop at 80 %: 3 x p50 / p99", 1.0,
@@ -121,7 +129,7 @@ def save_plot(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    loads = [name for name in results if "open loop" not in name]
+    loads = [name for name in results if "open loop" not in name and "classes" not in name]
     figure, axes = pyplot.subplots(len(loads), 1, figsize=(9, 1 + 3.2 * len(loads)), squeeze=False)
     for name, axis in zip(loads, axes[:, 0], strict=True):
         labels, heights = [], []

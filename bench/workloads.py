@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor, nn
 
 from pyserve.archiver import ArchiverConfig, write_archive
@@ -139,11 +141,55 @@ def tokens(folder: Path, seed: int = 0) -> Workload:
     return load
 
 
+MEGABYTE = 1 << 20
+
+
+def megabyte(folder: Path) -> Workload:
+    """(f): a tensor of 1 MB in and out."""
+    count = MEGABYTE // 4
+    model = _traced(nn.Identity(), torch.zeros(1, count), folder / "megabyte.pt")
+    load = Workload("megabyte", "floats", model, [torch.rand(count).numpy().tobytes()], (1, 8), 8)
+    load.archives["fp32"] = _archive(
+        load, folder, "tensor", f"input: {{dtype: float32, shape: [{count}]}}\nbatchSize: 8\nmaxBatchDelay: 0\n"
+    )
+    return load
+
+
+def binary_request(load: Workload) -> tuple[bytes, int]:
+    """The first body as a request of the Open Inference Protocol with a binary tensor, and the size of its JSON."""
+    size = len(load.bodies[0])
+    head = json.dumps({
+        "inputs": [{"name": "input0", "datatype": "FP32", "shape": [1, size // 4],
+                    "parameters": {"binary_data_size": size}}],
+        "parameters": {"binary_data_output": True},
+    }).encode()  # fmt: skip
+    return head + load.bodies[0], len(head)
+
+
+def test_pictures(folder: Path) -> list[bytes]:
+    """The sample picture as it is, mirrored, turned, cropped, darker, lighter and grey."""
+    picture = Image.open(write_sample_picture(folder / "picture.jpg")).convert("RGB")
+    width, height = picture.size
+    variants = [
+        picture, ImageOps.mirror(picture), ImageOps.flip(picture), picture.rotate(90, expand=True),
+        picture.crop((0, 0, width // 2, height // 2)), picture.crop((width // 3, height // 3, width, height)),
+        ImageEnhance.Brightness(picture).enhance(0.5), ImageEnhance.Brightness(picture).enhance(1.5),
+        ImageOps.grayscale(picture).convert("RGB"), ImageOps.invert(picture),
+    ]  # fmt: skip
+    bodies = []
+    for each in variants:
+        file = io.BytesIO()
+        each.save(file, "JPEG", quality=92)
+        bodies.append(file.getvalue())
+    return bodies
+
+
 WORKLOADS: dict[str, Callable[[Path], Workload]] = {
     "nothing": free_model,
     "resnet18": lambda folder: pictures("resnet18", folder),
     "densenet161": lambda folder: pictures("densenet161", folder),
     "encoder": tokens,
+    "megabyte": megabyte,
 }
 
 

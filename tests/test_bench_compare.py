@@ -44,7 +44,7 @@ def test_aims_say_what_was_reached_and_leave_out_what_was_not_measured(capsys: p
     lines = [line for line in capsys.readouterr().out.split("### Aims")[1].splitlines() if line.startswith("| nothing")]
     assert lines == [
         "| nothing, raw, 64 clients: of mosec | 1.5 | 2.50 | reached |",
-        "| nothing, raw, 64 clients: of TorchServe | 40 | 50.00 | reached |",
+        "| nothing, raw, 64 clients: of TorchServe, batching on | 40 | 50.00 | reached |",
         "| nothing, raw, 64 clients: of the bare echo | 0.4 | 0.25 | missed |",
         "| nothing, raw, 1 client: 0.25 ms / p50 | 1 | 0.50 | missed |",
     ]
