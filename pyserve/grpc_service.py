@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import grpc
 from google.protobuf.message import DecodeError
 
+from pyserve.access_log import AccessLog
 from pyserve.errors import BadRequestError, OverloadedError, ServeError, ServerError, TokenError, TooLargeError
 from pyserve.grpc_call import REQUEST_ID_KEY, Call, Streams
 from pyserve.grpc_messages import method_path
@@ -67,8 +68,9 @@ class Dispatcher:
         streams: of the methods in which both sides stream.
     """
 
-    def __init__(self, services: Services, budget: BodyBudget):
+    def __init__(self, services: Services, budget: BodyBudget, access: AccessLog):
         self._services = services
+        self._access = access
         self._budget = budget
         self._size_max = services.config.max_request_size
         self._open_count = 0
@@ -201,8 +203,9 @@ class Dispatcher:
         if not self._open_count:
             self._idle.set()
 
-    def observe(self, call: Call, status: int) -> None:
-        """Counts the answer, unless a model has. ``status`` is HTTP's."""
+    def observe(self, call: Call, status: int, code: grpc.StatusCode) -> None:
+        """Notes the answer, and counts it unless a model has. ``status`` is HTTP's."""
+        self._access.observe(call.client, "gRPC", call.path[1:], "HTTP/2.0", code.value[0], call.arrived_at, call.id)
         if not call.is_counted:
             self._services.metrics.observe_answer(status)
 
@@ -233,25 +236,28 @@ class _Observed:
             log.error("request %s %s failed", self._call.id, self._call.path, exc_info=error)
             error = ServerError("Internal error")
         verdict = TOKEN_VERDICT if isinstance(error, TokenError) else self._judge(error)
-        remaining_s = self._call.context.time_remaining()
-        if remaining_s is not None and remaining_s <= 0:  # the client says the same, perhaps a moment later
+        if self._is_late():  # the client says the same, perhaps a moment later
             verdict = verdict._replace(code=grpc.StatusCode.DEADLINE_EXCEEDED)
-        self._observe(error.status)
+        self._observe(error.status, verdict.code)
         await self._dispatcher.refuse(self._call, error, verdict)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._dispatcher.end(self._size)
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
             # It hung up, or its deadline has passed; a model that had the request has counted that.
-            self._observe(499)
+            self._observe(499, grpc.StatusCode.DEADLINE_EXCEEDED if self._is_late() else grpc.StatusCode.CANCELLED)
         else:
-            self._observe(200)
+            self._observe(200, grpc.StatusCode.OK)
 
-    def _observe(self, status: int) -> None:
+    def _is_late(self) -> bool:
+        remaining_s = self._call.context.time_remaining()
+        return remaining_s is not None and remaining_s <= 0
+
+    def _observe(self, status: int, code: grpc.StatusCode) -> None:
         """Before the client knows: whoever has an answer finds it counted."""
         if not self._is_observed:
             self._is_observed = True
-            self._dispatcher.observe(self._call, status)
+            self._dispatcher.observe(self._call, status, code)
 
 
 def _draining() -> OverloadedError:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pyserve.access_log import AccessLog
 from pyserve.address import Address
 from pyserve.config import Config
 from pyserve.errors import ConfigError
@@ -80,14 +81,14 @@ class GrpcSite:
         return [("warning", text) for text in self._server.warnings] if self._server is not None else []
 
     async def open(
-        self, services: Services, registry: Registry, inference: Inference, budget: BodyBudget
+        self, services: Services, registry: Registry, inference: Inference, budget: BodyBudget, access: AccessLog
     ) -> None:
-        """Begins to answer."""
+        """Begins to answer; ``access`` is told of each call."""
         if self._server is None:
             return
         from pyserve.grpc_service import Dispatcher
 
-        self._dispatcher = Dispatcher(services, budget)
+        self._dispatcher = Dispatcher(services, budget, access)
         for listener in self._server.listeners:
             served = self._services(listener, services, registry, inference, self._dispatcher)
             await self._server.start(listener, served, self._dispatcher)

@@ -24,7 +24,7 @@ from pyserve.http1_connections import BodyBudget, Connections
 from pyserve.http1_errors import BodyTooLargeError, InvalidHttpError, SlowClientError
 from pyserve.http1_exchange import Exchange
 from pyserve.http1_head import RequestHead, check_head_size, check_head_start
-from pyserve.http1_incoming import Incoming
+from pyserve.http1_incoming import Incoming, unread_request
 from pyserve.http1_limits import Http1Limits
 from pyserve.http1_peer import client_name, probe_pause_s, unread_size
 from pyserve.http1_timer import LazyTimer, StallTimer
@@ -303,12 +303,11 @@ class Http1Protocol(asyncio.Protocol):
         if isinstance(error, BodyTooLargeError):
             # An honest client sends all it announced before it reads; let it, as far as the time goes.
             self._discarded_max = max(self._discarded_max, error.announced)
-        id, headers = (self._head.id, self._head.headers) if self._head is not None else ("", None)
+        request = unread_request(self._head, self._client)
         self._forget_request()
         self._phase = _CLOSED
         self._timer.deadline = math.inf
         self._linger = not isinstance(error, SlowClientError)
-        request = Request("", "", client=self._client, id=id or new_id(), headers=headers)
         exchange = Exchange(request, self._on_answer)
         self._slots.append(exchange)
         self._respond_error(exchange, error)
@@ -408,6 +407,7 @@ class Http1Protocol(asyncio.Protocol):
         if keep_alive and self._connections.draining:
             keep_alive = bool(self._slots or self._partial or self._incoming or unread_size(self._transport))
         exchange.response = None
+        self._connections.on_answer(exchange.request, response.status, exchange.is_http11)
         head, body = self._connections.answers.encode(response, exchange.request, keep_alive)
         self._transport.write(head)
         if body is not None:
@@ -419,6 +419,7 @@ class Http1Protocol(asyncio.Protocol):
         is_chunked = exchange.is_http11
         if head is not None:
             exchange.response = None
+            self._connections.on_answer(exchange.request, head.status, is_chunked)
             if not is_chunked:
                 exchange.keep_alive = False  # the end of the connection is the end of the answer
             written = self._connections.answers.stream_head(head, exchange.request, exchange.keep_alive, is_chunked)

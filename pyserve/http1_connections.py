@@ -17,6 +17,10 @@ from pyserve.messages import Request, Response
 _REFUSED_COUNT_MAX = 128
 
 
+def _note_nothing(request: Request, status: int, is_http11: bool) -> None:
+    """Nobody wants to know of answers."""
+
+
 class Connection(Protocol):
     """What ``Connections`` asks of its members."""
 
@@ -62,6 +66,8 @@ class Connections:
         draining: whether the listener is going away.
         decorate: adds headers to the answers the protocol gives itself, such as those that browsers want to see.
         refused: answers the protocol gave itself, without asking the app, counted by status.
+        on_answer: told of each answer as it is written, a streamed one at its first part: the request, the status, and
+            whether the client speaks HTTP/1.1.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class Connections:
         self.decorate = decorate
         self.draining = False
         self.refused: Counter[int] = Counter()
+        self.on_answer: Callable[[Request, int, bool], None] = _note_nothing
         self._open: set[Connection] = set()
         self._over: set[Connection] = set()
         self._gone: asyncio.Future[None] | None = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pyserve.errors import OverloadedError, ServeError, UnsupportedMediaError
+from pyserve.http1_answer import new_id
 from pyserve.http1_body import ChunkedBody, SizedBody
 from pyserve.http1_connections import BodyBudget
 from pyserve.http1_errors import BodyTooLargeError, ExpectationError
 from pyserve.http1_head import RequestHead
 from pyserve.http1_limits import Http1Limits
+from pyserve.messages import Request
 
 
 class Incoming:
@@ -99,3 +101,11 @@ class Incoming:
             raise error
         self.refusal = error
         self.body.discard()
+
+
+def unread_request(head: RequestHead | None, client: str) -> Request:
+    """A request that is answered though its body was not read; one without a method if its head was not, either."""
+    if head is None:
+        return Request("", "", client=client, id=new_id())
+    return Request(head.method, head.path, query=head.query, headers=head.headers, client=client,
+                   id=head.id or new_id())  # fmt: skip

@@ -3,12 +3,14 @@
 Records are ``2026-11-23T01:57:15,723 [INFO ] pyserve.server - text`` in local time. Line breaks inside a
 record, a traceback's included, become indented continuation lines, so that no text from outside can pass for
 a record of its own. A stream that is full, closed or not being read loses records instead of blocking; how
-many were lost is logged at most once a minute, as soon as something can be written again.
+many were lost is logged at most once a minute, as soon as something can be written again. With ``log_format=json`` a
+record is one JSON object on one line.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import select
@@ -16,11 +18,47 @@ import stat
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TextIO
 
 LOSS_REPORT_INTERVAL_S = 60.0
 _PIPE_ATOMIC_SIZE = 4096  # PIPE_BUF: what poll(2) promises to take without blocking
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) not in "\n\t"}
+
+
+# What a record may say of itself beside its text, see `about`.
+_FIELDS = ("model", "version", "worker", "request_id")
+
+
+def about(*, request_id: str = "", model: str = "", version: str = "", worker: str = "") -> dict[str, str]:
+    """What a record is about, to be given as ``extra``; ``worker`` is a name such as ``W-9000-m_1.0``."""
+    return {
+        name: value
+        for name, value in (("request_id", request_id), ("model", model), ("version", version), ("worker", worker))
+        if value
+    }
+
+
+@lru_cache(64)
+def _second_text(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(second))
+
+
+def time_text(at: float) -> str:
+    """``2026-11-23T01:57:15,723``, local time."""
+    second = int(at)
+    return f"{_second_text(second)},{int((at - second) * 1000):03d}"
+
+
+@lru_cache(64)
+def _zone_text(second: int) -> str:
+    return time.strftime("%z", time.localtime(second))
+
+
+def clock_text(at: float) -> str:
+    """``2026-11-23T01:57:15.723+01:00``, as RFC 3339 has it."""
+    zone = _zone_text(int(at))
+    return f"{time_text(at).replace(',', '.')}{zone[:3]}:{zone[3:]}"
 
 
 class LineFormatter(logging.Formatter):
@@ -35,8 +73,52 @@ class LineFormatter(logging.Formatter):
         if record.stack_info:
             text = f"{text}\n{record.stack_info}"
         text = text.rstrip("\n").translate(_CONTROL).replace("\n", "\n    ")
-        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
-        return f"{seconds},{int(record.msecs):03d} [{record.levelname:<5}] {record.name} - {text}"
+        return f"{time_text(record.created)} [{record.levelname:<5}] {self.source(record)} - {text}"
+
+    def source(self, record: logging.LogRecord) -> str:
+        """Who says it."""
+        return record.name
+
+
+class ServerLogFormatter(LineFormatter):
+    """The lines of ``ts_log.log``: with the thread, or the worker that a record is about, before the logger."""
+
+    def source(self, record: logging.LogRecord) -> str:
+        return f"{getattr(record, 'worker', '') or record.threadName} {record.name}"
+
+
+class ModelLogFormatter(LineFormatter):
+    """The lines of ``model_log.log``: what workers print."""
+
+    def source(self, record: logging.LogRecord) -> str:
+        return f"{getattr(record, 'worker', '')}-{getattr(record, 'stream', '')} MODEL_LOG"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per record and line: time, level, logger, message, and what `about` says."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        members: dict[str, str] = {
+            "time": clock_text(record.created),
+            "level": "WARN" if record.levelname == "WARNING" else record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        members |= {name: str(value) for name in _FIELDS if (value := getattr(record, name, ""))}
+        if is_model_output(record):
+            members["stream"] = str(getattr(record, "stream", ""))
+        if record.exc_info and not record.exc_text:
+            record.exc_text = self.formatException(record.exc_info)
+        if record.exc_text:
+            members["traceback"] = record.exc_text
+        if record.stack_info:
+            members["stack"] = record.stack_info
+        return json.dumps(members)
+
+
+def is_model_output(record: logging.LogRecord) -> bool:
+    """Whether a worker has printed it."""
+    return bool(getattr(record, "stream", ""))
 
 
 class LossyHandler(logging.Handler):
@@ -89,10 +171,13 @@ class LossyHandler(logging.Handler):
             rest = rest[os.write(self._fd, rest[:_PIPE_ATOMIC_SIZE] if self._may_block else rest):]
 
 
-def configure(level: int | str = logging.INFO, stream: TextIO | None = None) -> None:
-    """Send all records from ``level`` up to ``stream`` (stderr by default), replacing what was configured."""
+def configure(level: int | str = logging.INFO, stream: TextIO | None = None, *, as_json: bool = False) -> None:
+    """Send all records from ``level`` up to ``stream`` (stderr by default), replacing what was configured.
+
+    ``as_json``: as one JSON object per line.
+    """
     handler = LossyHandler(stream if stream is not None else sys.stderr)
-    handler.setFormatter(LineFormatter())
+    handler.setFormatter(JsonFormatter() if as_json else LineFormatter())
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)

@@ -34,8 +34,13 @@ from pyserve.pending import OVER, SUBMITTED, Pending
 from pyserve.raw_rows import RAW_TYPE, RawRows
 from pyserve.row_requests import RowPending
 from pyserve.services import Services
+from pyserve.worker_log import ERROR, SCALED_DOWN, STARTED, WorkerLog
 
 log = logging.getLogger(__name__)
+
+# The engine's first worker.
+FIRST_CORE_ID = 9000
+_LOGGED_STATES = {"starting": STARTED, "warming": STARTED, "failed": ERROR, "stopped": SCALED_DOWN}
 
 
 class NativeLane(Lane):
@@ -46,6 +51,8 @@ class NativeLane(Lane):
         super().__init__(services, name, label, core, settings)
         self.network = network
         self._started: dict[int, datetime] = {}
+        self.worker_log = WorkerLog(name, label.removeprefix(f"{name} "), services.config.initial_worker_port)
+        self._noted: dict[int, str] = {}  # worker's number -> state, as it was logged
         self._has_warned_of_nan = False
         self._raw = RawRows.of(network.handler, network.example)
         self._is_announcing = False
@@ -69,13 +76,30 @@ class NativeLane(Lane):
         self.core.set_workers(count)
         for row in self.core.workers():
             self._started.setdefault(row["id"], datetime.now())
+        self._note_states()
+
+    def _note_states(self) -> None:
+        """Logs what has changed among the workers since the last time."""
+        rows = {row["id"] - FIRST_CORE_ID: row["state"] for row in self.core.workers()}
+        for number in [*self._noted.keys() - rows.keys()]:
+            del self._noted[number]
+            self.worker_log.move(number, SCALED_DOWN)
+        for number, state in rows.items():
+            if self._noted.get(number) == state:
+                continue
+            self._noted[number] = state
+            if state == "ready":
+                started_at = self._started.get(number + FIRST_CORE_ID) or datetime.now()
+                self.worker_log.loaded(number, (datetime.now() - started_at).total_seconds())
+            elif state in _LOGGED_STATES:
+                self.worker_log.move(number, _LOGGED_STATES[state])
 
     def worker_rows(self) -> list[WorkerRow]:
         """The workers, as the management API shows them; they are threads of this one process."""
         memory = _resident_size()
         return [
             WorkerRow(
-                id=str(row["id"]),
+                id=str(self.worker_log.id(row["id"] - FIRST_CORE_ID)),
                 start_time=self._started.get(row["id"], datetime.now()),
                 status="READY" if row["state"] == "ready" else "UNLOADING",
                 memory_usage=memory,
@@ -95,6 +119,7 @@ class NativeLane(Lane):
 
         def is_settled() -> bool:
             self.core.reap()
+            self._note_states()
             return all(row["state"] in ("ready", "failed") for row in self.core.workers())
 
         try:
@@ -123,6 +148,7 @@ class NativeLane(Lane):
         await self._services.engine.wait_for_workers(
             lambda: all(row["state"] in ("stopped", "failed") for row in self.core.workers())
         )
+        self._note_states()
         self.core.join()  # at once: their threads have ended
 
     # --- the way in -----------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from pyserve.pending import OVER, SUBMITTED, Pending
 from pyserve.python_workers import READY, PythonWorkers
 from pyserve.services import Services
 from pyserve.stages import TIMED
+from pyserve.worker_log import WorkerLog
 from pyserve.worker_spec import BATCH, WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ DESCRIBE = 1
 # How long a handler call may go on after it was asked to end.
 INTERRUPT_GRACE_S = 1.0
 _NO_LIMIT = 1 << 31
-FIRST_WORKER_ID = 9000  # TorchServe's first worker id is the port 9000
 
 
 class PythonLane(Lane):
@@ -46,25 +46,28 @@ class PythonLane(Lane):
         spec: what workers are started with.
         device_ids: GPUs to give to workers in turn; empty on a CPU.
         interpreter: of the workers; None for the server's own.
+        worker_number: of the first worker.
         on_trouble: told why there is no worker and none is coming, and ``""`` when there is one again.
     """
 
     def __init__(
         self, services: Services, spec: WorkerSpec, label: str, settings: ModelSettings, *,
-        device_ids: list[int] | None = None, interpreter: str | None = None,
+        device_ids: list[int] | None = None, interpreter: str | None = None, worker_number: int = 0,
         on_trouble: Callable[[str], None] = lambda text: None,
     ):  # fmt: skip
         core = services.engine.add_process_lane(ring_capacity(settings))
         super().__init__(services, spec.name, label, core, settings)
         self.spec = spec
         self._is_multiplexed = spec.mode != BATCH
-        self._restarts_said = 0
+        first_id = services.config.initial_worker_port + worker_number
+        self.worker_log = WorkerLog(spec.name, label.removeprefix(f"{spec.name} "), first_id)
         self.workers = PythonWorkers(
             services,
             core,
             spec,
             settings,
             label=label,
+            worker_log=self.worker_log,
             device_ids=device_ids or [],
             interpreter=interpreter,
             on_event=self._on_event,
@@ -103,7 +106,7 @@ class PythonLane(Lane):
         """The worker processes, as the management API shows them."""
         return [
             WorkerRow(
-                id=str(slot.core_id if slot.core_id is not None else FIRST_WORKER_ID + slot.index),
+                id=str(self.worker_log.id(slot.index)),
                 start_time=slot.started_at,
                 status="READY" if slot.state == READY else "UNLOADING",
                 memory_usage=slot.handle.memory_usage() if slot.handle is not None else 0,

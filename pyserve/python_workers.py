@@ -24,6 +24,7 @@ from pyserve.model_settings import ModelSettings
 from pyserve.restart_policy import Decision, RestartPolicy
 from pyserve.services import Services
 from pyserve.spawner import WorkerHandle
+from pyserve.worker_log import ERROR, SCALED_DOWN, STARTED, WorkerLog
 from pyserve.worker_spec import ASYNC, BATCH, WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class PythonWorkers:
         core: the engine's lane that they take batches from.
         settings: the model's; read at each use.
         label: ``name version``, for the log.
+        worker_log: told what becomes of them.
         device_ids: GPUs given to the workers in turn; empty: all use the spec's.
         interpreter: of the workers; None for the server's own.
         on_event: told what workers report beyond logs and their own state.
@@ -85,7 +87,7 @@ class PythonWorkers:
 
     def __init__(
         self, services: Services, core: Any, spec: WorkerSpec, settings: ModelSettings, *, label: str,
-        device_ids: list[int], interpreter: str | None, on_event: Callable[[JsonObject], None],
+        worker_log: WorkerLog, device_ids: list[int], interpreter: str | None, on_event: Callable[[JsonObject], None],
         on_trouble: Callable[[str], None],
     ):  # fmt: skip
         self._services = services
@@ -93,6 +95,7 @@ class PythonWorkers:
         self._spec = spec
         self._settings = settings
         self._label = label
+        self._log = worker_log
         self._device_ids = device_ids
         self._interpreter = interpreter
         self._on_event = on_event
@@ -198,8 +201,7 @@ class PythonWorkers:
         slot = self._slot_of(core_id)
         if slot is not None and slot.handle is not None and slot.interrupted_batch != batch_count:
             slot.interrupted_batch = batch_count
-            log.warning("%s: worker %d: a handler call goes on past response_timeout=%d s; it is interrupted",
-                        self._label, core_id, self._settings.response_timeout_s)  # fmt: skip
+            self._log.over_time(slot.index, self._settings.response_timeout_s)
             slot.handle.interrupt()
 
     def kill(self, core_id: int, reason: str) -> None:
@@ -238,8 +240,10 @@ class PythonWorkers:
             self._set_trouble(slot.error)
         finally:
             await self._bury(slot)
-            if not slot.is_wanted and slot in self._slots:
-                self._slots.remove(slot)
+            if not slot.is_wanted:
+                self._log.move(slot.index, SCALED_DOWN)
+                if slot in self._slots:
+                    self._slots.remove(slot)
             self._changed.set()
 
     async def _live(self, slot: Slot) -> None:
@@ -251,6 +255,7 @@ class PythonWorkers:
             await self._load(slot)
         except ServeError as error:
             await self._bury(slot)
+            self._log.move(slot.index, ERROR)
             slot.error = error.reason()
             slot.failure = error
             slot.decision = self._policy.failed_to_load(time.monotonic(), repeats=getattr(error, "repeats", False))
@@ -269,10 +274,13 @@ class PythonWorkers:
         """
         timeout_s = self._settings.startup_timeout_s
         handle = slot.handle = await self._services.spawner.spawn(
-            self._spec_of(slot), on_event=self._on_event, label=self._label, interpreter=self._interpreter
-        )
+            self._spec_of(slot), on_event=self._on_event, label=self._label, interpreter=self._interpreter,
+            about=self._log.about(slot.index),
+        )  # fmt: skip
+        self._log.move(slot.index, STARTED)
         try:
-            await asyncio.wait_for(asyncio.shield(handle.loaded), timeout_s)
+            loaded = await asyncio.wait_for(asyncio.shield(handle.loaded), timeout_s)
+            self._log.loaded(slot.index, float(loaded.get("load_s") or 0))
         except TimeoutError:
             handle.kill()
             raise ModelLoadError(
@@ -314,7 +322,9 @@ class PythonWorkers:
         if last is not None and last["state"] == "died" and last["error"]:
             ending += f" ({last['error']})"
         if slot.is_wanted:
-            log.error("%s: worker %d (pid %d) ended: %s", self._label, core_id, handle.pid, ending)
+            log.error("%s: worker %d (pid %d) ended: %s", self._label, self._log.id(slot.index), handle.pid, ending,
+                      extra=self._log.about(slot.index))  # fmt: skip
+            self._log.disconnected(slot.index)
         return ending
 
     async def _bury(self, slot: Slot) -> None:
@@ -361,7 +371,7 @@ class PythonWorkers:
         self._set_trouble(slot.error)
         self._changed.set()
         if decision.delay_s > 0:
-            log.warning("%s: the next worker is started in %.1f s: %s", self._label, decision.delay_s, decision.reason)
+            self._log.retrying(slot.index, decision.delay_s, decision.reason)
             slot.hurry.clear()
             with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(slot.hurry.wait(), decision.delay_s)

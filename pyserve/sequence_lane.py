@@ -146,7 +146,8 @@ class SequenceLane(PythonLane):
     def _new_member(self) -> _Member:
         member: _Member = _Member(
             *self._arguments, on_answer=self._on_answer, on_over=self._on_over,
-            on_complete=self._on_change, on_trouble=lambda text: self._on_member_trouble(member, text), **self._named,
+            on_complete=self._on_change, on_trouble=lambda text: self._on_member_trouble(member, text),
+            worker_number=len(self._members), **self._named,
         )  # fmt: skip
         return member
 
@@ -410,7 +411,7 @@ class SequenceLane(PythonLane):
         """The workers, as the management API shows them."""
         rows = [row for member in self._members for row in member.worker_rows()]
         for index, row in enumerate(rows):
-            row.id = str(9000 + index)
+            row.id = str(self.worker_log.id(index))
         return rows
 
     @property

@@ -28,6 +28,7 @@ from pyserve.errors import ConfigError, JsonObject, ModelNotFoundError, ServeErr
 from pyserve.kept_state import read_state
 from pyserve.launch import EXIT_DRAINED, EXIT_WILL_FAIL_AGAIN, ServerStart, receive_server_start
 from pyserve.model_source import ModelSource
+from pyserve.server_logs import ServerLogs
 from pyserve.snapshot import models_to_restore, snapshot_folder
 from pyserve.snapshot_models import SnapshotError, restored_state
 from pyserve.spawner import Spawner
@@ -45,19 +46,21 @@ EXIT_DRAIN_CUT_SHORT = 4
 def main() -> int:
     gc.disable()  # imports and loading make a million objects, nearly all of which stay
     start = receive_server_start()
-    log_setup.configure()
+    log_setup.configure(as_json=start.config.log_format == "json")
+    logs = ServerLogs(start.config)
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     try:
-        return loop.run_until_complete(_serve(start))
+        return loop.run_until_complete(_serve(start, logs))
     except ConfigError as error:
         start.report.failed(error.message)
         return EXIT_WILL_FAIL_AGAIN
     finally:
         loop.close()
+        logs.close()
 
 
-async def _serve(start: ServerStart) -> int:
+async def _serve(start: ServerStart, logs: ServerLogs) -> int:
     stop = _StopSignals()
     state = _state_to_restore(start)
     sources = start.config.models_to_load() if state is None else _sources_of(state)
@@ -83,7 +86,7 @@ async def _serve(start: ServerStart) -> int:
 
     if start.restart == 0:
         log.info("\n".join(["settings:", *settings_lines(start.config, gpus=gpu_count(start.config.number_of_gpu))]))
-    site = Site(start, spawner)
+    site = Site(start, spawner, logs)
     try:
         loading = asyncio.ensure_future(site.load(sources, archives, tracings, state))
         await asyncio.wait([loading, stop.first], return_when=asyncio.FIRST_COMPLETED)

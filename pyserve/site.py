@@ -37,6 +37,7 @@ from pyserve.protect import protected, rotation_routes
 from pyserve.registry import Registry
 from pyserve.renewal import keep_renewed, watched
 from pyserve.routes import Router, RouteRow, inference_descriptions, metrics_routes
+from pyserve.server_logs import ServerLogs
 from pyserve.services import Services
 from pyserve.snapshot import SnapshotFolder, snapshot_folder
 from pyserve.spans import open_tracer
@@ -63,18 +64,20 @@ class Site:
 
     Args:
         spawner: starts worker processes; whoever made it closes it.
+        logs: the log files.
 
     Raises:
         ConfigError: the native engine cannot be used.
     """
 
-    def __init__(self, start: ServerStart, spawner: Spawner):
+    def __init__(self, start: ServerStart, spawner: Spawner, logs: ServerLogs):
         config = start.config
         budget = cpu_budget(config.cpu_budget)
         # Preprocessing runs on threads of its own, one per CPU; torch must not multiply them.
         torch.set_num_threads(1)
         restore_certificate(config)
         self._start = start
+        self._logs = logs
         self._metrics = Metrics(torch_version=torch.__version__)
         self._engine = Engine(asyncio.get_running_loop(), budget)
         self._pool = _single_threaded_pool(config.preprocess_threads or budget)
@@ -155,7 +158,7 @@ class Site:
         all_watched = watched(self._start.config, self._tls, self._services.tokens)
         self._renewing = asyncio.ensure_future(keep_renewed(all_watched))
         self._inference.is_ready = True
-        await self.grpc.open(self._services, self.registry, self._inference, budget)
+        await self.grpc.open(self._services, self.registry, self._inference, budget, self._logs.access)
 
     async def _listen(self, sock: Any, names: list[str], budget: BodyBudget) -> None:
         config = self._start.config
@@ -164,6 +167,7 @@ class Site:
         connections = Connections(limits, budget, decorate=cors.add if cors else None,
                                   takes_ids=config.compat != "strict")  # fmt: skip
         self._connections.append(connections)
+        connections.on_answer = self._logs.access.observe_http
         self._metrics.refused.append(connections.refused)
         router = Router(
             self._rows(names),

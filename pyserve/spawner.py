@@ -52,19 +52,21 @@ class Spawner:
         self._zygote(interpreter or sys.executable)
 
     async def spawn(
-        self, spec: WorkerSpec, *, on_event: Callable[[JsonObject], None], label: str, interpreter: str | None = None
-    ) -> WorkerHandle:
+        self, spec: WorkerSpec, *, on_event: Callable[[JsonObject], None], label: str, interpreter: str | None = None,
+        about: dict[str, str] | None = None,
+    ) -> WorkerHandle:  # fmt: skip
         """A new worker process, which begins to load.
 
         Args:
             on_event: told of its reports other than of its load and its log.
             label: ``name version``, for the log.
+            about: what records of its output are about, see `log.about`.
 
         Raises:
             ModelLoadError: there is no zygote to fork it from.
         """
         zygote = self._zygote(interpreter or sys.executable)
-        return await zygote.fork(spec, on_event=on_event, label=label)
+        return await zygote.fork(spec, on_event=on_event, label=label, about=about or {})
 
     def _zygote(self, interpreter: str) -> _Zygote:
         zygote = self._zygotes.get(interpreter)
@@ -113,7 +115,9 @@ class _Zygote:
             theirs.close()
         self._loop.add_reader(self._socket.fileno(), self._read)
 
-    async def fork(self, spec: WorkerSpec, *, on_event: Callable[[JsonObject], None], label: str) -> WorkerHandle:
+    async def fork(
+        self, spec: WorkerSpec, *, on_event: Callable[[JsonObject], None], label: str, about: dict[str, str]
+    ) -> WorkerHandle:
         try:
             await asyncio.wait_for(asyncio.shield(self._ready), ZYGOTE_START_S)
         except TimeoutError:
@@ -142,7 +146,9 @@ class _Zygote:
             self._forking.pop(number, None)
             for fd in theirs.values():
                 os.close(fd)
-        handle = self._workers[pid] = WorkerHandle(pid, pidfd, ours, on_event=on_event, label=label)
+        handle = self._workers[pid] = WorkerHandle(
+            pid, pidfd, ours, on_event=on_event, label=label, about=about
+        )
         if pid in self._endings:
             handle.set_ending(self._endings.pop(pid))
         elif self.is_gone:

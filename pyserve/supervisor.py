@@ -360,6 +360,8 @@ def main() -> int:
     """Entry of the background process that ``pyserve start`` starts."""
     log.configure(logging.INFO, sys.stderr)
     handover, reporter = launch.receive(launch.SUPERVISOR_VARIABLE)
+    config = Config.from_json(handover["config"])
+    log.configure(logging.INFO, sys.stderr, as_json=config.log_format == "json")
     reporter.never_wait()
 
     def on_event(event: JsonObject) -> None:
@@ -369,7 +371,7 @@ def main() -> int:
 
     try:
         return supervise(
-            Config.from_json(handover["config"]),
+            config,
             on_event,
             pid_path=Path(handover["pid_file"]),
             plain_pid_path=Path(handover["plain_pid_file"]) if handover["plain_pid_file"] else None,

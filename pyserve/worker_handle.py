@@ -43,6 +43,7 @@ class WorkerHandle:
         descriptors: ours of ``socket``, ``request_memory``, ``answer_memory``, ``reports``, ``stdout``, ``stderr``.
         on_event: told of reports other than ``loaded``, ``failed`` and ``log``.
         label: ``name version``, for the log.
+        about: what records of its output are about, see `log.about`.
 
     Attributes:
         loaded: its ``loaded`` report; raises WorkerLoadError or WorkerMemoryError.
@@ -50,8 +51,9 @@ class WorkerHandle:
     """
 
     def __init__(
-        self, pid: int, pidfd: int, descriptors: dict[str, int], *, on_event: Callable[[JsonObject], None], label: str
-    ):
+        self, pid: int, pidfd: int, descriptors: dict[str, int], *, on_event: Callable[[JsonObject], None], label: str,
+        about: dict[str, str] | None = None,
+    ):  # fmt: skip
         loop = asyncio.get_running_loop()
         self.pid = pid
         self.started_at = datetime.now()
@@ -64,6 +66,7 @@ class WorkerHandle:
         self._pidfd = pidfd
         self._label = label
         self._on_event = on_event
+        self._about = about or {}
         self._log = logging.getLogger(f"pyserve.model.{label.replace(' ', '_')}")
         self._reports = ReportReader(descriptors["reports"])
         self._streams: dict[int, OutputReader] = {}
@@ -72,7 +75,7 @@ class WorkerHandle:
         self._is_gone = False
         for name, level in (("stdout", logging.INFO), ("stderr", logging.WARNING)):
             fd = descriptors[name]
-            self._streams[fd] = OutputReader(self._log, level, self._on_metric)
+            self._streams[fd] = OutputReader(self._log, level, self._on_metric, about={**self._about, "stream": name})
             loop.add_reader(fd, self._read_output, fd)
         loop.add_reader(self._reports.fd, self._read_reports)
         loop.add_reader(pidfd, self._on_gone)
@@ -202,7 +205,7 @@ class WorkerHandle:
         error = kind(str(event.get("message", ""))[:TEXT_SIZE_MAX], detail=detail if isinstance(detail, dict) else None)
         error.repeats = bool(event.get("repeats"))
         self._log.error("%s cannot be loaded: %s\n%s", self._label, error.reason(),
-                        str(event.get("traceback", ""))[:TEXT_SIZE_MAX])  # fmt: skip
+                        str(event.get("traceback", ""))[:TEXT_SIZE_MAX], extra=self._about)  # fmt: skip
         self.loaded.set_exception(error)
 
     def _write_record(self, event: JsonObject) -> None:
@@ -210,7 +213,7 @@ class WorkerHandle:
         if second != self._second:
             if self._dropped:
                 self._log.warning("%d of its log records were dropped: more than %d in a second", self._dropped,
-                                  RECORDS_MAX)  # fmt: skip
+                                  RECORDS_MAX, extra=self._about)  # fmt: skip
             self._second, self._records, self._dropped = second, 0, 0
         self._records += 1
         if self._records > RECORDS_MAX:
@@ -219,5 +222,7 @@ class WorkerHandle:
         level = logging.getLevelName(str(event.get("level", "INFO")))
         name = str(event.get("logger") or "")[:200]
         prefix = f"{name}: " if name and name != "root" else ""
+        ids = str(event.get("request_id") or "")[:TEXT_SIZE_MAX]
         self._log.log(level if isinstance(level, int) else logging.INFO, "%s%s", prefix,
-                      str(event.get("text", ""))[:TEXT_SIZE_MAX])  # fmt: skip
+                      str(event.get("text", ""))[:TEXT_SIZE_MAX],
+                      extra={**self._about, "stream": "stdout", "request_id": ids})  # fmt: skip

@@ -34,13 +34,15 @@ class OutputReader:
         log: where lines go.
         level: of lines; tracebacks are errors.
         on_metric: told of ``[METRICS]`` lines.
+        about: what its records are about, see `log.about`.
         clock: seconds, monotonic.
     """
 
     def __init__(
         self, log: logging.Logger, level: int, on_metric: Callable[[JsonObject], None],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, about: dict[str, str] | None = None,
     ):  # fmt: skip
+        self._about = about or {}
         self._log = log
         self._level = level
         self._on_metric = on_metric
@@ -94,7 +96,7 @@ class OutputReader:
     def _tell_dropped(self) -> None:
         if self._dropped:
             self._log.warning("%d lines of its output were dropped: more than %d lines or %d bytes in a second",
-                              self._dropped, LINES_MAX, BYTES_MAX)  # fmt: skip
+                              self._dropped, LINES_MAX, BYTES_MAX, extra=self._about)  # fmt: skip
             self._dropped = 0
 
     def _take(self, raw: bytes) -> None:
@@ -126,7 +128,7 @@ class OutputReader:
         if self._lines > LINES_MAX:
             self._dropped += 1
         else:
-            self._log.log(level, "%s", text)
+            self._log.log(level, "%s", text, extra=self._about)
 
 
 def parse_metric(line: str) -> JsonObject | None:

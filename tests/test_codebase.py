@@ -22,14 +22,17 @@ LEVELS = [
     # Ground: no module of another row.
     "__init__ _build_info errors messages log address properties entries failure import_scan versions json_encoding "
     "result_check",
+    "log_files exposition metric_log",
     # Configuration and archives; no torch.
-    "archive_url allowed_urls public_address transfer",
+    "archive_url allowed_urls public_address transfer "
+    "access_log",
     "config_variables "
     "settings model_source cpu_budget config_keys config pid_file console launch",
     "tokens "
     "snapshot_models snapshot "
     "tls "
     "renewal "
+    "server_logs "
     "zip_reader tar_reader folder_reader manifest model_config weights archive_formats extract archive_cache archive "
     "archive_inspect trace archiver folder_manifest worker_spec",
     # What archives come through.
@@ -43,7 +46,8 @@ LEVELS = [
     "stages "
     "spans "
     "context custom_metrics metrics codec handler engine placement",
-    "open_inference",
+    "open_inference "
+    "worker_log",
     # Worker processes: their inside, then what looks after them.
     "streaming entry_point invoker reload continuous async_worker worker",
     "restart_policy requirements worker_output worker_handle zygote spawner",
