@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -30,13 +31,65 @@ def dump(value: Any, on_nan: Callable[[], None] | None = None) -> bytes:
         TypeError, ValueError, RecursionError: it has no form in JSON; see `find_not_json`.
     """
     if on_nan is None:
-        return json.dumps(value, indent=2, default=plain).encode()
+        return _text(value, allow_nan=True).encode()
     try:
-        return json.dumps(value, indent=2, default=plain, allow_nan=False).encode()
+        return _text(value, allow_nan=False).encode()
     except ValueError:
         text = json.dumps(_without_nan(value, 0), indent=2, default=plain, allow_nan=False)
     on_nan()
     return text.encode()
+
+
+def _text(value: Any, *, allow_nan: bool) -> str:
+    """``json.dumps(value, indent=2, default=plain, allow_nan=allow_nan)``, sooner for what most answers are made of.
+
+    The standard library indents in Python, number by number. Here its C encoder writes each innermost list or dict at
+    once, with line breaks as separators.
+    """
+    try:
+        return _lines(value, 0, allow_nan)
+    except _NotSimpleError:
+        return json.dumps(value, indent=2, default=plain, allow_nan=allow_nan)
+
+
+class _NotSimpleError(Exception):
+    """Something else than lists, dicts with text as keys, text and numbers is in it."""
+
+
+_SIMPLE = frozenset((float, int, str, bool, type(None)))
+
+
+def _lines(value: Any, depth: int, allow_nan: bool) -> str:
+    kind = type(value)
+    if kind is list:
+        parts, is_flat = value, _SIMPLE.issuperset(map(type, value))
+    elif kind is dict and set(map(type, value)) <= {str}:
+        parts, is_flat = value.values(), _SIMPLE.issuperset(map(type, value.values()))
+    else:
+        raise _NotSimpleError
+    begin, end = "[]" if kind is list else "{}"
+    if not value:
+        return begin + end
+    if depth > _DEPTH_MAX:
+        raise _NotSimpleError  # the standard library tells whether it holds itself
+    separator, encode = _level(depth + 1, allow_nan)
+    if is_flat:
+        body = encode(value)[1:-1]
+    else:
+        texts = [
+            encode(part) if type(part) in _SIMPLE else _lines(part, depth + 1, allow_nan) for part in parts
+        ]
+        if kind is dict:
+            texts = [f"{encode(key)}: {text}" for key, text in zip(value, texts, strict=True)]
+        body = separator.join(texts)
+    return f"{begin}{separator[1:]}{body}{separator[1 : -2]}{end}"
+
+
+@functools.cache
+def _level(depth: int, allow_nan: bool) -> tuple[str, Callable[[Any], str]]:
+    """What stands between two parts ``depth`` levels deep, and the encoder that puts it there."""
+    separator = ",\n" + "  " * depth
+    return separator, json.JSONEncoder(separators=(separator, ": "), allow_nan=allow_nan).encode
 
 
 def plain(value: Any) -> Any:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyserve.json_encoding import dump, find_not_json
 
@@ -110,3 +112,25 @@ def test_a_value_that_holds_itself_is_an_error(wrap: Any) -> None:
     with pytest.raises((ValueError, RecursionError)):
         dump(wrap(endless), lambda: None)
     assert find_not_json(endless) is not None
+
+
+SIMPLE = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+VALUES = st.recursive(
+    SIMPLE,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    | st.dictionaries(st.integers() | st.booleans(), inner, max_size=2) | st.tuples(inner, inner),
+    max_leaves=20,
+)  # fmt: skip
+
+
+@given(VALUES)
+def test_the_quick_way_writes_what_the_standard_library_does(value: Any) -> None:
+    assert dump(value) == json.dumps(value, indent=2).encode()
+
+
+@pytest.mark.parametrize("depth", [1, 99, 100, 101, 102, 150])
+def test_deep_values_are_written_alike(depth: int) -> None:
+    value: Any = [1.5, "x"]
+    for _ in range(depth):
+        value = [value, {"a": 1}]
+    assert dump(value) == json.dumps(value, indent=2).encode()
