@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from pyserve.archive import Archive
-from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError
+from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError, ServerError
 from pyserve.handler import built_in_name
 from pyserve.http1_exchange import Exchange
 from pyserve.lane import RING_CAPACITY_MIN, Lane, WorkerRow, no_worker_error
@@ -258,8 +259,9 @@ class Model:
             raise no_worker_error(self.name, self._absence())
         if explains and isinstance(lane, NativeLane):
             self._explain(
-                exchange, lambda other: Pending(other, exchange, self.version, url_version, query_is_input, flags)
-            )
+                lane, exchange,
+                lambda other: Pending(other, exchange, self.version, url_version, query_is_input, flags),
+            )  # fmt: skip
             return
         lane.predict(Pending(lane, exchange, self.version, url_version, query_is_input, flags))
 
@@ -269,7 +271,7 @@ class Model:
         if lane is None:
             raise no_worker_error(self.name, self._absence())
         if explains and isinstance(lane, NativeLane):
-            self._explain(exchange, pending_for)
+            self._explain(lane, exchange, pending_for)
         else:
             lane.predict(pending_for(lane))
 
@@ -279,26 +281,45 @@ class Model:
             detail |= {"text": self.error, "mend": "mend the archive and register it again"}
         return detail
 
-    def _explain(self, exchange: Exchange, pending_for: Callable[[Lane], Pending]) -> None:
+    def _explain(self, native: NativeLane, exchange: Exchange, pending_for: Callable[[Lane], Pending]) -> None:
         """Explanations need gradients, so Python's own copy of the model: a worker process, started for the first."""
         lane = self._explain_lane
         if lane is not None:
             lane.predict(pending_for(lane))
             return
+        waiting = Pending(native, exchange, self.version, "default")
 
-        async def open_first() -> None:
+        async def explain_first() -> None:
+            opening = self._keep(self._open_explain_lane())
             try:
-                await self._open_explain_lane()
+                # It goes on for those who are more patient.
+                await asyncio.wait_for(asyncio.shield(opening), waiting.remaining_s())
                 opened = self._explain_lane
                 if opened is None:
                     raise no_worker_error(self.name, self._absence())
                 opened.predict(pending_for(opened))
-            except ServeError as error:
+            except TimeoutError:
+                native.expire(waiting)
+            except Exception as error:
+                if not isinstance(error, ServeError):
+                    log.exception("starting a worker for explanations of %s %s failed", self.name, self.version)
+                    error = ServerError("Internal error")
                 exchange.respond(self._services.error_format.answer(error, exchange.request))
 
-        task = asyncio.get_running_loop().create_task(open_first())
+        self._keep(explain_first())
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs ``work`` as a task, whether or not anybody waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def finish(done: asyncio.Task[None]) -> None:
+            self._tasks.discard(done)
+            if not done.cancelled():
+                done.exception()  # those who waited for it have it
+
+        task.add_done_callback(finish)
+        return task
 
     async def _open_explain_lane(self) -> None:
         async with self._opening_explain_lane:

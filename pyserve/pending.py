@@ -96,6 +96,10 @@ class Pending:
         """From arrival until a worker took it; 0 if none did."""
         return (self.started_at - self.arrived_at) / 1e9 if self.started_at else 0.0
 
+    def remaining_s(self) -> float | None:
+        """How long the client still waits; None if it did not say."""
+        return max(0.0, (self.client_deadline - time.monotonic_ns()) / 1e9) if self.client_deadline else None
+
     def client_limit_ms(self) -> int:
         """What the client said; 0 if nothing."""
         return (self.client_deadline - self.arrived_at) // 1_000_000 if self.client_deadline else 0

@@ -370,3 +370,13 @@ def test_a_stream_ends_when_its_client_has_gone_or_its_time_is_over(server: Serv
         server.wait_for(lambda: notes.exists() and bool(notes.read_text()), "the end of the stream")
     assert notes.read_text() == "cancelled=True"
     assert server.describe("endless")["workers"][0]["status"] == "READY"
+
+
+@pytest.mark.server
+def test_the_first_explanation_does_not_wait_longer_for_its_worker_than_the_client(server: Server) -> None:
+    late = server.ask("POST", "/explanations/burn", b"[7, 1]", {**JSON, TIMEOUT_HEADER: "1"})
+    assert (late.status, late.detail["reason"], late.detail["limit"]) == (503, "expired", f"{TIMEOUT_HEADER}=1")
+    refused = server.ask("POST", "/explanations/burn", b"[7, 1]", {**JSON, TIMEOUT_HEADER: "0"})
+    assert refused.status == 400
+    patient = server.ask("POST", "/explanations/burn", b"[7, 1]", {**JSON, TIMEOUT_HEADER: LONG})
+    assert patient.status not in (400, 504) and patient.body != late.body
