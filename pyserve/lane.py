@@ -366,7 +366,7 @@ class Lane:
         if time.monotonic_ns() < pending.client_deadline:  # the loop's timers are coarser
             self._start_limit(pending)
             return
-        started_at = self.core.started_at(pending.ticket) if pending.stage == SUBMITTED else pending.started_at
+        started_at = pending.began_at()
         if started_at < 0:
             return  # it has just come to its end; its answer is on the way here
         self._drop(pending)

@@ -96,12 +96,49 @@ _SCRAPE = Operation("get", "/metrics", "metrics", "Gives the metrics.", _METRICS
 
 
 def _prediction(pattern: str, operation_id: str, about: str, **rest: Any) -> Operation:
+    headers = (schemas.REQUEST_ID, *schemas.TIME_HEADERS, *((schemas.JSON_SIZE,) if pattern.startswith("/v2/") else ()))
     return Operation(
-        "post", pattern, operation_id, about, _PREDICTED, _PREDICT_ERRORS, body=schemas.INPUT,
-        headers=(schemas.REQUEST_ID, *schemas.TIME_HEADERS), may_set_status=True, **rest,
+        "post", pattern, operation_id, about, _PREDICTED, _PREDICT_ERRORS,
+        **{"body": schemas.INPUT, "headers": headers, "may_set_status": True, **rest},
     )  # fmt: skip
 
 
+_KNOWN = {200: ("Known.", JSON, schemas.KNOWN)}
+_V1 = (
+    Operation("get", "/v1/models", "kserve_v1_models", "Names the models; KServe's protocol, version 1.",
+              {200: ("Their names.", JSON, schemas.NAMES)}, (401,)),
+    Operation("get", "/v1/models/{model_name}", "kserve_v1_model", "Whether it is ready; KServe's protocol, version 1.",
+              _KNOWN, (401, 404)),
+)  # fmt: skip
+
+
+def _of_v2_model(prefix: str, model: str) -> tuple[Operation, ...]:
+    """Its operations for the default version, or for the one in the path."""
+    rest: dict[str, Any] = {"body": schemas.V2_REQUEST}
+    return (
+        Operation("get", model, f"{prefix}model", "Names the model's inputs and outputs.",
+                  {200: ("Its metadata.", JSON, schemas.V2_MODEL)}, (401, 404)),
+        Operation("get", f"{model}/ready", f"{prefix}model_ready", "Whether it has a worker that is ready.",
+                  {**_KNOWN, 503: ("It has none.", JSON, schemas.KNOWN)}, (401, 404)),
+        Operation("get", f"{model}/stats", f"{prefix}model_stats", "Counts and times of its inferences.",
+                  {200: ("Its statistics.", JSON, schemas.V2_STATISTICS)}, (401, 404)),
+        _prediction(f"{model}/infer", f"{prefix}predictions", "Predicts; KServe's protocol, version 2.", **rest),
+        _prediction(f"{model}/explain", f"{prefix}explanations", "Explains; KServe's protocol, version 2.", **rest),
+    )  # fmt: skip
+
+
+_V2 = (
+    Operation("get", "/v2", "kserve_v2_server", "Names the server; KServe's protocol, version 2.",
+              {200: ("Its metadata.", JSON, schemas.SERVER)}, is_open=True),
+    Operation("get", "/v2/health/live", "kserve_v2_live", "Tells that the server runs.",
+              {200: ("It does.", JSON, record(live=FLAG))}, is_open=True),
+    Operation("get", "/v2/health/ready", "kserve_v2_ready", "Tells whether every model can answer.",
+              {200: ("It can.", JSON, record(ready=FLAG)), 503: _READY[503]}, is_open=True),
+    Operation("get", "/v2/models/stats", "kserve_v2_stats", "Counts and times of all models' inferences.",
+              {200: ("Their statistics.", JSON, schemas.V2_STATISTICS)}, (401,)),
+    *_of_v2_model("kserve_v2_", "/v2/models/{model_name}"),
+    *_of_v2_model("kserve_v2_version_", "/v2/models/{model_name}/versions/{model_version}"),
+)  # fmt: skip
 _INFERENCE = (
     *_ABOUT_THE_API,
     Operation("get", "/ping", "ping", "Tells the health of the server.", _HEALTH, is_open=True),
@@ -118,8 +155,8 @@ _INFERENCE = (
                 "Explains; the rest of the path is for the handler."),
     _prediction("/v1/models/{model_name}:predict", "kserve_v1_predictions", "Predicts; KServe's protocol, version 1."),
     _prediction("/v1/models/{model_name}:explain", "kserve_v1_explanations", "Explains; KServe's protocol, version 1."),
-    _prediction("/v2/models/{model_name}/infer", "kserve_v2_predictions", "Predicts; KServe's protocol, version 2."),
-    _prediction("/v2/models/{model_name}/explain", "kserve_v2_explanations", "Explains; KServe's protocol, version 2."),
+    *_V1,
+    *_V2,
     _prediction("/models/{model_name}/invoke", "invoke", "Predicts; the query's parameters are inputs. SageMaker's."),
     _prediction("/invocations", "invocations", "Predicts with the model that is named, or the only one.",
                 query=parameters.INVOKE),
@@ -171,7 +208,7 @@ _MANAGEMENT = (
               (400, 401, 403, 404, 405, 409, 500, 507), query=parameters.REGISTER, body=schemas.REGISTRATION),
     *_MANAGE_MODEL,
     Operation("get", "/v1/models/{model_name}", "modelReady", "Whether the model is ready; KServe's protocol.",
-              {200: ("Known.", JSON, record(name=TEXT, ready=FLAG))}, (401, 403, 404)),
+              _KNOWN, (401, 403, 404)),
     Operation("get", "/token", "rotateKey", "Replaces a key; needs the API key.", _ROTATED, (400, 401, 403),
               query=(_SCOPE,)),
     _SCRAPE,
@@ -259,9 +296,7 @@ def _answers(operation: Operation) -> JsonObject:
         str(status): _answer(about, media_type, schema, schemas.TIMED_HEADERS if timed else schemas.ANSWER_HEADERS)
         for status, (about, media_type, schema) in operation.answers.items()
     }
-    error = reference("Error")
-    if operation.pattern.startswith("/v2/"):
-        error = {"anyOf": [error, schemas.V2_ERROR]}
+    error = reference("V2Error" if operation.pattern.startswith("/v2/") else "Error")
     for status in operation.errors:
         headers = schemas.LATER_HEADERS if status == 503 else schemas.ANSWER_HEADERS
         answers.setdefault(str(status), _answer(_ERRORS[status], JSON, error, headers))

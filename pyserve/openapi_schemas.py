@@ -73,8 +73,6 @@ MODEL = record(
     copies=COUNT, weightsSize=COUNT, minBatch=_setting("min_batch"), precision=TEXT,
     batchSizeHistogram=table(COUNT), meanQueueMs={"type": "number", "minimum": 0},
 )  # fmt: skip
-COMPONENTS: dict[str, JsonObject] = {"Error": ERROR, "Status": STATUS, "Model": MODEL}
-
 
 def reference(name: str) -> JsonObject:
     """Stands for a member of COMPONENTS."""
@@ -94,8 +92,43 @@ READINESS = record(
     models=table(record("error", state=TEXT, error=TEXT)),
 )  # fmt: skip
 DOCUMENT = record(openapi={**TEXT, "enum": ["3.0.1"]}, info=record(title=TEXT, version=TEXT), paths=OBJECT)
-# KServe's protocol has errors of its own; what a handler says of its input has TorchServe's shape there, too.
-V2_ERROR = record("error", error=TEXT)
+# KServe's protocols.
+NAMES = record(models=array(TEXT))
+KNOWN = record(name=TEXT, ready=FLAG)
+SERVER = record(name=TEXT, version=TEXT, extensions=array(TEXT), extenstion=array(TEXT))
+V2_ERROR = {
+    **ERROR,
+    "properties": {**ERROR["properties"], "error": {**TEXT, "description": "The message; not in what HTTP refuses."}},
+}  # fmt: skip
+_DATATYPE: JsonObject = {
+    **TEXT,
+    "enum": ["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64",
+             "BF16", "BYTES"],
+}  # fmt: skip
+_SHAPE = array({"type": "integer", "minimum": -1})
+_TENSOR_KIND = record(name=TEXT, datatype=_DATATYPE, shape=_SHAPE)
+V2_MODEL = record(
+    name=TEXT, versions=array(TEXT), platform=TEXT, inputs=array(_TENSOR_KIND), outputs=array(_TENSOR_KIND)
+)
+_TIME = record(count=COUNT, ns=COUNT)
+V2_STATISTICS = record(model_stats=array(record(
+    name=TEXT, version=TEXT, last_inference=COUNT, inference_count=COUNT, execution_count=COUNT,
+    inference_stats=record(success=_TIME, fail=_TIME, queue=_TIME, compute_input=_TIME, compute_infer=_TIME,
+                           compute_output=_TIME),
+)))  # fmt: skip
+_TENSOR = record(
+    "data", "parameters", name=TEXT, shape=array(COUNT), datatype=_DATATYPE,
+    data={"type": "array", "items": ANYTHING}, parameters=OBJECT,
+)  # fmt: skip
+V2_REQUEST: JsonObject = {
+    JSON: {"schema": record(
+        "id", "parameters", "outputs", id=TEXT, parameters=OBJECT, inputs=array(_TENSOR),
+        outputs=array(record("parameters", name=TEXT, parameters=OBJECT)),
+    )},
+    "application/octet-stream": {"schema": {
+        **BYTES, "description": "The JSON, as long as Inference-Header-Content-Length says, then the tensors' bytes.",
+    }},
+}  # fmt: skip
 
 INPUT: JsonObject = {
     "*/*": {"schema": BYTES},
@@ -137,12 +170,18 @@ REQUEST_ID = header(
     "x-request-id", "Names the request in the answer, in the log and for its handler; made up if it is not valid.",
     {**TEXT, "example": "b9ddb6f6-8d7b-4ab0-9f3c-2d4f3c0a4a57"},
 )  # fmt: skip
+JSON_SIZE = header(
+    "Inference-Header-Content-Length", "With tensors behind the JSON: how long the JSON is, in bytes.", TEXT
+)
 TIME_HEADERS = (
     header(TIMEOUT_HEADER, "How long the client waits, in ms: longer and the request never runs (503), or its result "
            "is dropped (504).", {"type": "integer", "minimum": 1, "maximum": TIMEOUT_MAX_MS}),
     header(ASK_HEADER, "1: the answer has a Server-Timing header.", {"type": "string", "enum": ["0", "1"]}),
     header("traceparent", "W3C Trace Context; one that is malformed is ignored.", TEXT),
 )  # fmt: skip
+
+
+COMPONENTS: dict[str, JsonObject] = {"Error": ERROR, "Status": STATUS, "Model": MODEL, "V2Error": V2_ERROR}
 
 
 def _answer_header(about: str, schema: JsonObject) -> JsonObject:

@@ -88,6 +88,10 @@ class Pending:
         """Called by the lane for a whole that is admitted."""
         raise NotImplementedError
 
+    def began_at(self) -> int:
+        """When it began to run, ns; 0 while it waits; -1 if it has ended and its answer is on the way."""
+        return int(self.lane.core.started_at(self.ticket)) if self.stage == SUBMITTED else 0
+
     def cancel(self) -> None:
         """The client hung up."""
         self.lane.cancel(self)

@@ -127,6 +127,10 @@ class RowsPending(Pending):
         """Its own time limit is that of reading it; then its rows have theirs."""
         return not self._has_begun
 
+    def began_at(self) -> int:
+        """When the first of its rows began, ns; 0 while all wait."""
+        return self.started_at or min((began for row in self._rows if (began := row.began_at()) > 0), default=0)
+
     def begin(self) -> None:
         """Called by the lane once it is admitted."""
         if self.is_quick:

@@ -277,6 +277,13 @@ def test_the_native_lane_keeps_a_clients_limit_while_queued_and_while_running(se
     overrun = burn(server, 4 * rounds, "400")()
     assert overrun.status == 504 and overrun.detail["reason"] == TIMEOUT_HEADER
     assert overrun.detail["ran_s"] > 0
+    (about,) = server.ask("GET", "/v2/models/burn").json["inputs"]
+    tensor = {"name": about["name"], "datatype": "FP32", "shape": [1, 2], "data": [7, 4 * rounds]}
+    server.wait_for(lambda: server.metric("pyserve_batches_running", model="burn") == 0, "its end")
+    of_rows = server.ask(
+        "POST", "/v2/models/burn/infer", json.dumps({"inputs": [tensor]}).encode(), {**JSON, TIMEOUT_HEADER: "400"}
+    )  # fmt: skip
+    assert of_rows.status == 504 and of_rows.detail["reason"] == TIMEOUT_HEADER
     server.wait_for(lambda: server.metric("pyserve_batches_running", model="burn") == 0, "its end")
     assert server.metric("pyserve_batches_total", model="burn") >= batches + 3
 

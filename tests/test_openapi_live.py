@@ -25,7 +25,7 @@ from tests.serving import LIMIT_S, SEED, Server
 
 pytestmark = pytest.mark.server
 
-EXAMPLES = 30  # of each operation and mode
+EXAMPLES = 20  # of each operation and mode
 CONFORMANCE = ("status_code_conformance", "content_type_conformance", "response_schema_conformance",
                "response_headers_conformance")  # fmt: skip
 # An inference listener brings whatever comes to the handler; a management one reads it.
