@@ -19,6 +19,7 @@ from pyserve.grpc_call import REQUEST_ID_KEY, Call, Streams
 from pyserve.grpc_messages import method_path
 from pyserve.grpc_status import TOKEN_VERDICT, Judge, Verdict, status_text
 from pyserve.http1_connections import BodyBudget
+from pyserve.log import about
 from pyserve.services import Services
 
 log = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ class Dispatcher:
                 "channel option grpc.max_receive_message_length")  # fmt: skip
         if call.path not in self._has_hinted:
             self._has_hinted.add(call.path)
-            log.info("%s, request %s: %s. Said once", call.path, call.id, text)
+            log.info("%s, request %s: %s. Said once", call.path, call.id, text, extra=about(request_id=call.id))
         await call.context.send_initial_metadata(((HINT_KEY, text),))
 
     def begin(self, size: int) -> None:
@@ -233,7 +234,8 @@ class _Observed:
     async def fail(self, error: Exception) -> None:
         """Answers with the status of ``error``."""
         if not isinstance(error, ServeError):
-            log.error("request %s %s failed", self._call.id, self._call.path, exc_info=error)
+            log.error("request %s %s failed", self._call.id, self._call.path, exc_info=error,
+                      extra=about(request_id=self._call.id))  # fmt: skip
             error = ServerError("Internal error")
         verdict = TOKEN_VERDICT if isinstance(error, TokenError) else self._judge(error)
         if self._is_late():  # the client says the same, perhaps a moment later

@@ -28,6 +28,7 @@ from pyserve.http1_incoming import Incoming, unread_request
 from pyserve.http1_limits import Http1Limits
 from pyserve.http1_peer import client_name, probe_pause_s, unread_size
 from pyserve.http1_timer import LazyTimer, StallTimer
+from pyserve.log import about
 from pyserve.messages import Request, Response
 
 __all__ = ["BodyBudget", "Connections", "Exchange", "Http1Limits", "Http1Protocol", "error_response"]
@@ -253,13 +254,9 @@ class Http1Protocol(asyncio.Protocol):
         self._complete(incoming.head, incoming.body.content, incoming.wire_size, incoming.reserved, incoming.refusal)
 
     def _complete(
-        self,
-        head: RequestHead,
-        content: bytearray,
-        wire_size: int,
-        reserved: int = 0,
+        self, head: RequestHead, content: bytearray, wire_size: int, reserved: int = 0,
         refusal: ServeError | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         request = Request(
             head.method,
             head.path,
@@ -288,7 +285,8 @@ class Http1Protocol(asyncio.Protocol):
         except ServeError as error:
             self._respond_error(exchange, error)
         except Exception:
-            log.exception("request %s %s %s failed", request.id, request.method, request.path)
+            log.exception("request %s %s %s failed", request.id, request.method, request.path,
+                          extra=about(request_id=request.id))  # fmt: skip
             self._respond_error(exchange, ServerError(INTERNAL_ERROR))
 
     def _respond_error(self, exchange: Exchange, error: ServeError) -> None:
@@ -369,7 +367,7 @@ class Http1Protocol(asyncio.Protocol):
             self._flush()
         if exchange.parts_size > self._limits.stream_backlog_max:
             log.warning("request %s: its client does not read the parts of the answer; the connection is reset",
-                        exchange.request.id)  # fmt: skip
+                        exchange.request.id, extra=about(request_id=exchange.request.id))  # fmt: skip
             self._transport.abort()
 
     def _flush(self) -> None:

@@ -16,6 +16,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 
 from pyserve.errors import ServeError, ServerError
+from pyserve.log import about
 from pyserve.messages import Request, Response, SharedHeaders, dump_json
 
 JOINED_SIZE_MAX = 64 * 1024  # a larger body is written beside its head, not copied behind it
@@ -118,7 +119,8 @@ class AnswerWriter:
             size = len(body)
             head = self.head(response, request.id, keep_alive, None if bodyless else size)
         except Exception:
-            log.exception("answer to request %s %s %s cannot be sent", request.id, request.method, request.path)
+            log.exception("answer to request %s %s %s cannot be sent", request.id, request.method, request.path,
+                          extra=about(request_id=request.id))  # fmt: skip
             response = error_response(ServerError(INTERNAL_ERROR))
             body, size, bodyless = response.body, len(response.body), False
             head = self.head(response, request.id, keep_alive, size)
@@ -134,7 +136,8 @@ class AnswerWriter:
             framing = "transfer-encoding: chunked\r\n" if is_chunked else ""
             return self.head(response, request.id, keep_alive, None, framing)
         except Exception:
-            log.exception("answer to request %s %s %s cannot be sent", request.id, request.method, request.path)
+            log.exception("answer to request %s %s %s cannot be sent", request.id, request.method, request.path,
+                          extra=about(request_id=request.id))  # fmt: skip
             return None
 
     def head(

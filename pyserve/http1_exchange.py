@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from pyserve.log import about
 from pyserve.messages import Request, Response
 
 Part = bytes | bytearray | memoryview
@@ -132,4 +133,5 @@ class Exchange:
             try:
                 callback()
             except Exception:
-                log.exception("on_disconnect of request %s failed", self.request.id)
+                id = self.request.id
+                log.exception("on_disconnect of request %s failed", id, extra=about(request_id=id))

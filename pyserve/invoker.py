@@ -474,7 +474,6 @@ def report_failure(report: Callable[..., None]) -> LogFailure:
 
     def log_failure(ids: list[str], failure: Failure) -> None:
         text = f"request {', '.join(ids)} failed in {failure.where}: {failure.line()}\n{failure.traceback}"
-        report("log", level=logging.getLevelName(logging.ERROR), logger="", text=text,
-               request_id=ids[0] if len(ids) == 1 else None)  # fmt: skip
+        report("log", level=logging.getLevelName(logging.ERROR), logger="", text=text, request_id=",".join(ids))
 
     return log_failure

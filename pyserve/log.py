@@ -76,7 +76,9 @@ class LineFormatter(logging.Formatter):
         return f"{time_text(record.created)} [{record.levelname:<5}] {self.source(record)} - {text}"
 
     def source(self, record: logging.LogRecord) -> str:
-        """Who says it."""
+        """Who says it; of what workers print, as TorchServe has it."""
+        if is_model_output(record):
+            return f"{getattr(record, 'worker', '')}-{getattr(record, 'stream', '')} MODEL_LOG"
         return record.name
 
 
@@ -85,13 +87,6 @@ class ServerLogFormatter(LineFormatter):
 
     def source(self, record: logging.LogRecord) -> str:
         return f"{getattr(record, 'worker', '') or record.threadName} {record.name}"
-
-
-class ModelLogFormatter(LineFormatter):
-    """The lines of ``model_log.log``: what workers print."""
-
-    def source(self, record: logging.LogRecord) -> str:
-        return f"{getattr(record, 'worker', '')}-{getattr(record, 'stream', '')} MODEL_LOG"
 
 
 class JsonFormatter(logging.Formatter):

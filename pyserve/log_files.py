@@ -24,10 +24,12 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-FLUSH_INTERVAL_S = 0.25
+FLUSH_INTERVAL_S = 0.05
 WAITING_MAX = 50_000
-# Entries that are made text of in one go: the loop waits for the interpreter no longer than that takes.
-_PIECE_COUNT = 128
+# Entries that are made text of in one go, and a pause after them: meanwhile the event loop has the interpreter. Without
+# it, what has gathered in FLUSH_INTERVAL_S would hold up requests for several ms.
+_PIECE_COUNT = 256
+_PIECE_PAUSE_S = 0.001
 SIZE_MAX = 100 << 20
 KEPT_COUNT = 5
 LOSS_REPORT_INTERVAL_S = 60.0
@@ -145,8 +147,8 @@ class QueuedFile:
         if not self._writer.is_awake:
             self._writer.wake()
 
-    def flush(self) -> None:
-        """Writes what has gathered. The writer's thread."""
+    def flush(self, pause: Callable[[], object] = lambda: None) -> None:
+        """Writes what has gathered, in pieces with a ``pause`` between. The writer's thread."""
         waiting = self._waiting
         rest = len(waiting)  # what comes meanwhile waits for the next round
         while rest:
@@ -162,6 +164,8 @@ class QueuedFile:
                 self.lost_count += len(entries)
                 self.lost_reason = "they cannot be made text of"
                 log.exception("lines for %s cannot be made text of", self.file.path)
+            if rest:
+                pause()
 
 
 class LogWriter:
@@ -243,7 +247,7 @@ class LogWriter:
 
     def _flush(self) -> None:
         for file in self._files:
-            file.flush()
+            file.flush(lambda: self._is_closing.wait(_PIECE_PAUSE_S))
         self._tell_losses()
         with self._written:
             self._rounds += 1

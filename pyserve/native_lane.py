@@ -342,7 +342,9 @@ class NativeLane(Lane):
             error = HandlerError("Prediction failed", detail=detail)
         waiting = live(owners)
         if waiting:
-            log.error("request %s failed in %s: %s", request_ids(waiting), self._label, completion.message.strip())
+            ids = request_ids(waiting)
+            log.error("request %s failed in %s: %s", ids, self._label, completion.message.strip(),
+                      extra=self.worker_log.about_requests(ids))  # fmt: skip
         for owner in waiting:
             self._answer_error(owner, error)
 
@@ -361,7 +363,7 @@ class NativeLane(Lane):
             failure = replace(failure, where=stage)
         if not failure.is_expected:
             log.error("request %s failed in %s of %s: %s\n%s", ids, stage, self._label, failure.line(),
-                      failure.traceback)  # fmt: skip
+                      failure.traceback, extra=self.worker_log.about_requests(ids))  # fmt: skip
         told: ServeError
         if failure.status == 507:
             told = OutOfMemoryError(failure.message, detail=failure.detail())

@@ -260,7 +260,9 @@ class PythonLane(Lane):
         waiting = live(owners)
         if not waiting:
             return
-        log.error("request %s failed in %s: its worker died: %s", request_ids(waiting), self._label, message)
+        ids = request_ids(waiting)
+        log.error("request %s failed in %s: its worker died: %s", ids, self._label, message,
+                  extra=self.worker_log.about_requests(ids))  # fmt: skip
         # How it ended is not known yet: the socket's end is seen before the process's.
         error = worker_died_error({"exception": "WorkerDied", "text": message or "the worker process ended"})
         for owner in waiting:

@@ -26,6 +26,7 @@ from pyserve.errors import (
     ServerError,
 )
 from pyserve.http1_exchange import Exchange
+from pyserve.log import about
 from pyserve.messages import ErrorFormat, Request, Response, json_response
 from pyserve.metrics import Metrics
 
@@ -160,7 +161,8 @@ class Router:
         """Answers with what ``error`` says of itself, or with a plain 500 if it says nothing."""
         request = exchange.request
         if not isinstance(error, ServeError):
-            log.error("request %s %s %s failed", request.id, request.method, request.path, exc_info=error)
+            log.error("request %s %s %s failed", request.id, request.method, request.path, exc_info=error,
+                      extra=about(request_id=request.id))  # fmt: skip
             error = ServerError("Internal error")
         self._respond(exchange, self._error_format.answer(error, request))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pyserve.access_log import AccessLog
 from pyserve.config import Config
-from pyserve.log import JsonFormatter, ModelLogFormatter, ServerLogFormatter, is_model_output
+from pyserve.log import JsonFormatter, LineFormatter, ServerLogFormatter, is_model_output
 from pyserve.log_files import FileHandler, LogWriter
 from pyserve.metric_log import MetricLog
 
@@ -43,7 +43,7 @@ class ServerLogs:
         self._writer = LogWriter()
         self._handlers: list[logging.Handler] = []
         self._add_handler(folder / SERVER_FILE, JsonFormatter() if as_json else ServerLogFormatter(), is_server_record)
-        self._add_handler(folder / MODEL_FILE, JsonFormatter() if as_json else ModelLogFormatter(), is_model_output)
+        self._add_handler(folder / MODEL_FILE, JsonFormatter() if as_json else LineFormatter(), is_model_output)
         self.access = AccessLog(self._writer, folder, as_json=as_json)
         self.metrics = MetricLog(
             self._writer, metrics_folder, socket.gethostname(), is_on=writes_metrics(config)

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -26,7 +27,7 @@ from pyserve.failure import HandlerTimeout
 from pyserve.invoker import Answer, Invoker, Parts, report_failure
 from pyserve.launch import Reporter
 from pyserve.reload import Reloader
-from pyserve.worker_spec import ASYNC, CONTINUOUS, WorkerSpec
+from pyserve.worker_spec import ASYNC, BATCH, CONTINUOUS, WorkerSpec
 
 EXIT_LOAD_FAILED = 3
 # A call that has only just begun is not the one that the server wants to end.
@@ -43,7 +44,7 @@ def run_worker(spec: WorkerSpec, descriptors: tuple[int, int, int], reports: Rep
     """
     began = time.monotonic()
     try:
-        _set_up(spec, reports)
+        log_handler = _set_up(spec, reports)
         context = make_context(spec)
         entry = load_entry_point(spec)
         entry.initialize(context)
@@ -53,6 +54,8 @@ def run_worker(spec: WorkerSpec, descriptors: tuple[int, int, int], reports: Rep
     except BaseException as error:  # whatever a handler raises while it is imported
         _report_failed(reports, load_error(error, spec.model_dir))
         return EXIT_LOAD_FAILED
+    if spec.mode == BATCH:
+        log_handler.metrics = context.metrics
     gc.collect()
     gc.freeze()
     channel = load_core().WorkerChannel(*descriptors)
@@ -83,7 +86,7 @@ def make_context(spec: WorkerSpec) -> Context:
     return context
 
 
-def _set_up(spec: WorkerSpec, reports: Reporter) -> None:
+def _set_up(spec: WorkerSpec, reports: Reporter) -> _ReportHandler:
     os.chdir(spec.model_dir)
     sys.argv = [f"pyserve-worker {spec.name}"]
     torch.set_num_threads(spec.intra_op_threads)
@@ -93,13 +96,19 @@ def _set_up(spec: WorkerSpec, reports: Reporter) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
+    return handler
 
 
 class _ReportHandler(logging.Handler):
-    """The handler's own log records, at their own level, a traceback in one piece."""
+    """The handler's own log records, at their own level, a traceback in one piece.
+
+    Attributes:
+        metrics: whose requests the calls of the handler are about; None where calls overlap.
+    """
 
     def __init__(self, reports: Reporter):
         super().__init__()
+        self.metrics: MetricsCache | None = None
         self._reports = reports
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -108,7 +117,10 @@ class _ReportHandler(logging.Handler):
         except Exception as error:  # arguments that do not fit the text
             text = f"log record {record.msg!r} cannot be formatted: {error!r}"
         level = "WARNING" if record.levelname == "WARN" else record.levelname
-        self._reports.send("log", level=level, logger=record.name, text=text, request_id=None)
+        ids = ""
+        if self.metrics is not None and record.thread == threading.main_thread().ident:
+            ids = ",".join(self.metrics.request_ids.values())
+        self._reports.send("log", level=level, logger=record.name, text=text, request_id=ids)
 
 
 def _report_failed(reports: Reporter, error: HandlerLoadError | HandlerMemoryError) -> None:

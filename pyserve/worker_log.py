@@ -41,6 +41,10 @@ class WorkerLog:
         """Such as ``W-9000-densenet161_1.0``."""
         return f"W-{self.id(number)}-{self._model}_{self._version}"
 
+    def about_requests(self, ids: str) -> dict[str, str]:
+        """For the ``extra`` of a record about requests of the model, joined by commas."""
+        return about(model=self._model, version=self._version, request_id=ids)
+
     def about(self, number: int) -> dict[str, str]:
         """For a record's ``extra``."""
         return about(model=self._model, version=self._version, worker=self.name(number))
