@@ -60,11 +60,14 @@ class RequestParts(Protocol):
     def header(self, name: str, default: str = "") -> str: ...
 
 
-def decode_request(request: RequestParts, *, decode: bool = True) -> dict[str, Any]:
+def decode_request(
+    request: RequestParts, *, decode: bool = True, types: dict[str, str] | None = None
+) -> dict[str, Any]:
     """The row a handler receives for one request.
 
     Args:
         decode: whether JSON and text are decoded (``decode_input_request``).
+        types: filled with the content types of a form's parts by their names.
 
     Raises:
         BadRequestError: a broken form, or JSON nested too deeply or with an absurd number.
@@ -72,7 +75,7 @@ def decode_request(request: RequestParts, *, decode: bool = True) -> dict[str, A
     """
     media_type = request.content_type
     if media_type == "multipart/form-data":
-        return _decode_multipart(request, decode=decode)
+        return _decode_multipart(request, decode=decode, types=types)
     if media_type == "application/x-www-form-urlencoded":
         return _decode_urlencoded(request.body)
     return {"body": decode_value(request.body, media_type) if decode else request.body}
@@ -202,7 +205,7 @@ def _unquote_form(text: bytes) -> bytes:
     return out[keep].tobytes()
 
 
-def _decode_multipart(request: RequestParts, *, decode: bool) -> dict[str, Any]:
+def _decode_multipart(request: RequestParts, *, decode: bool, types: dict[str, str] | None) -> dict[str, Any]:
     _, options = parse_options_header(request.header("content-type"))
     boundary = options.get(b"boundary", b"")
     if not 0 < len(boundary) <= BOUNDARY_SIZE_MAX:
@@ -220,6 +223,8 @@ def _decode_multipart(request: RequestParts, *, decode: bool) -> dict[str, Any]:
         raise BadRequestError("the multipart body ends before its closing boundary")
     if not form.fields:
         raise BadRequestError("the multipart body has no parts")
+    if types is not None:
+        types |= form.types
     return form.fields
 
 
@@ -228,6 +233,7 @@ class _Form:
 
     def __init__(self, *, decode: bool):
         self.fields: dict[str, Any] = {}
+        self.types: dict[str, str] = {}
         self.is_complete = False
         self._decode = decode
         self._part_count = 0
@@ -284,9 +290,12 @@ class _Form:
         if not name:
             raise BadRequestError("a part of the multipart body has no name in its Content-Disposition header")
         # Exactly as sent: TorchServe does not strip parameters from a part's content type.
-        content_type = self._headers.get("content-type", "").strip().lower()
-        value = decode_value(self._body, content_type) if self._decode else self._body
-        self.fields[name.decode("utf-8", "replace")] = value
+        sent_type = self._headers.get("content-type", "").strip()
+        value = decode_value(self._body, sent_type.lower()) if self._decode else self._body
+        field = name.decode("utf-8", "replace")
+        self.fields[field] = value
+        if sent_type:
+            self.types[field] = sent_type
 
     def _on_end(self) -> None:
         self.is_complete = True

@@ -65,10 +65,11 @@ class RequestHeaders(NamedTuple):
         pairs: list[tuple[str, Any]] = list(zip(texts[::2], texts[1::2], strict=True))
         values = {name.lower(): value for name, value in pairs}
         full_type = values.get("content-type", "")
-        if full_type:
+        media_type = full_type.partition(";")[0].strip().lower()
+        if full_type and media_type not in codec.FORM_TYPES:
             # TorchServe's handlers find a parameter's own content type under its name.
             pairs.append(("body", {"content-type": full_type}))
-        return cls(pairs, values, full_type.partition(";")[0].strip().lower())
+        return cls(pairs, values, media_type)
 
 
 # A client sends the same headers again and again.
@@ -95,6 +96,10 @@ class WorkerRequest:
         self.headers = known.pairs
         self.content_type = known.content_type
         self.row: dict[str, Any] = {}
+
+    def add_types(self, types: dict[str, str]) -> None:
+        """Lets handlers find the content type of each part of a form under its name, as that of a body."""
+        self.headers = [*self._headers.pairs, *((name, {"content-type": text}) for name, text in types.items())]
 
     def header(self, name: str, default: str = "") -> str:
         """Value of header ``name`` (any case); of a repeated one the last."""
@@ -192,7 +197,10 @@ class Invoker:
         if request.flags & codec.FIELDS:
             request.row = codec.split_fields(request.body, request.query)
             return
-        row = request.row = codec.decode_request(request, decode=self._spec.decode_input)
+        types: dict[str, str] = {}
+        row = request.row = codec.decode_request(request, decode=self._spec.decode_input, types=types)
+        if types:
+            request.add_types(types)
         if request.query:
             codec.add_query(row, request.query)
 

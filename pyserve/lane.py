@@ -301,6 +301,11 @@ class Lane:
             self._services.tracer.end(pending.stages, status)
 
     def _answer_error(self, pending: Pending, error: ServeError) -> None:
+        if type(error) is OverloadedError and pending.url_version != "default":
+            error = OverloadedError(
+                error.message.replace(*no_worker_subjects(self._name, pending.url_version)),
+                detail=error.detail, headers=error.headers,
+            )  # fmt: skip
         self._answer(pending, self._services.error_format.answer(error, pending.exchange.request))
 
     def answer_all(self, error: ServeError) -> None:
@@ -443,11 +448,19 @@ class Lane:
         return {**self.core.stats(), "running": self.core.running, "queue_size": self.waiting_count}
 
 
-def no_worker_error(name: str, detail: JsonObject, retry_after_s: int | None = None) -> OverloadedError:
+def no_worker_subjects(name: str, url_version: str) -> tuple[str, str]:
+    """How the text for "no worker" begins for a URL without a version and with one; the odd quote is TorchServe's."""
+    return f'Model "{name}" has', f'Model "{name}" Version {url_version}" has'
+
+
+def no_worker_error(
+    name: str, detail: JsonObject, retry_after_s: int | None = None, url_version: str = "default"
+) -> OverloadedError:
     """TorchServe's one text for every reason not to admit a request."""
     detail.setdefault("mend", f"PUT /models/{name}?min_worker=1 on the management address")
+    subject = no_worker_subjects(name, url_version)[url_version != "default"]
     return OverloadedError(
-        f'Model "{name}" has no worker to serve inference request. Please use scale workers API to add workers.',
+        f"{subject} no worker to serve inference request. Please use scale workers API to add workers.",
         detail=detail,
         headers={"Retry-After": retry_after() if retry_after_s is None else str(retry_after_s)},
     )

@@ -246,7 +246,7 @@ class Model:
         """Sees to the request's answer.
 
         Args:
-            url_version: the version as in the URL, for the metrics.
+            url_version: the version as in the URL, for the metrics and the text of a refusal.
             explains: an explanation is wanted.
             query_is_input: whether the query's parameters are inputs of the handler.
             flags: of the item, as a worker process sees them.
@@ -256,7 +256,7 @@ class Model:
         """
         lane = self._lane
         if lane is None:
-            raise no_worker_error(self.name, self._absence())
+            raise no_worker_error(self.name, self._absence(), url_version=url_version)
         if explains and isinstance(lane, NativeLane):
             self._explain(
                 lane, exchange,
