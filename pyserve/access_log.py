@@ -37,18 +37,21 @@ class AccessLog:
     Args:
         folder: of the file.
         as_json: one JSON object per line instead of TorchServe's form.
+        console: told the lines of the console too; called on the writer's thread.
         clock: ns, monotonic, as ``Request.arrived_at`` has it.
     """
 
     def __init__(
-        self, writer: LogWriter, folder: Path, *, as_json: bool = False, clock: Callable[[], int] = time.monotonic_ns
-    ):
+        self, writer: LogWriter, folder: Path, *, as_json: bool = False,
+        console: Callable[[str], None] | None = None, clock: Callable[[], int] = time.monotonic_ns,
+    ):  # fmt: skip
         self._as_json = as_json
+        self._console = console
         self._clock = clock
         self._ms = -1
         self._when = ""
         self._heads: dict[tuple[str, str, str, bool, int], str] = {}
-        self._put = writer.open(folder / FILE, _json_lines if as_json else "".join).put
+        self._put = writer.open(folder / FILE, self._text).put
 
     def observe(  # noqa: PLR0917 - made for every call
         self, client: str, method: str, uri: str, protocol: str, status: int, arrived_at: int, request_id: str = ""
@@ -85,6 +88,16 @@ class AccessLog:
         head = self._heads.get(key) or self._new_head(key)
         self._put(f"{self._when} - /{request.client} {head} {(now - request.arrived_at) // 1_000_000}\n")
 
+    def _text(self, entries: list[Any]) -> str:
+        """On the writer's thread."""
+        text = _json_lines(entries) if self._as_json else "".join(entries)
+        if self._console is not None:
+            if self._as_json:
+                self._console(text)
+            else:
+                self._console("".join([each.replace(" - ", " [INFO ] ACCESS_LOG - ", 1) for each in entries]))
+        return text
+
     def _tell_time(self, now: int) -> None:
         self._ms = now // 1_000_000
         self._when = time_text(time.time())
@@ -118,7 +131,6 @@ def _target(method: str, path: str, query: str) -> tuple[str, str]:
 
 
 def _json_lines(entries: list[Any]) -> str:
-    """On the writer's thread."""
     lines = []
     for at, client, method, uri, protocol, status, took_ms, request_id in entries:
         members = {

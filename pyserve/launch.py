@@ -142,6 +142,7 @@ class ServerStart:
         restart: 0 for the first server of this supervisor, then counting up.
         state_file: where the server keeps what a restarted one has to know; it may not exist yet.
         report: the way back to the supervisor.
+        like_torchserve: the console has all that TorchServe's has.
     """
 
     config: Config
@@ -149,6 +150,7 @@ class ServerStart:
     restart: int
     state_file: Path
     report: Reporter
+    like_torchserve: bool
 
 
 def receive_server_start() -> ServerStart:
@@ -170,6 +172,7 @@ def receive_server_start() -> ServerStart:
         restart=handover["restart"],
         state_file=Path(handover["state_file"]),
         report=report,
+        like_torchserve=handover["like_torchserve"],
     )
 
 

@@ -147,6 +147,23 @@ class LossyHandler(logging.Handler):
             self.lost_count = 0
             self._reported_at = self.clock()
 
+    def write_lines(self, text: str) -> None:
+        """Complete lines that somebody else has made."""
+        self.acquire()
+        try:
+            while text:
+                end = len(text)
+                if end > _PIPE_ATOMIC_SIZE:  # where another process writes to the same pipe, no line is torn
+                    end = text.rfind("\n", 0, _PIPE_ATOMIC_SIZE) + 1 or text.find("\n") + 1 or end
+                try:
+                    self._write(text[:end])
+                except (OSError, ValueError) as error:
+                    self.lost_count += text.count("\n", 0, end)
+                    self._lost_reason = getattr(error, "strerror", None) or str(error)
+                text = text[end:]
+        finally:
+            self.release()
+
     def _loss_report(self) -> str:
         report = logging.LogRecord(
             "pyserve.log", logging.WARNING, "", 0, "%d log records were lost: %s",
@@ -166,10 +183,12 @@ class LossyHandler(logging.Handler):
             rest = rest[os.write(self._fd, rest[:_PIPE_ATOMIC_SIZE] if self._may_block else rest):]
 
 
-def configure(level: int | str = logging.INFO, stream: TextIO | None = None, *, as_json: bool = False) -> None:
+def configure(
+    level: int | str = logging.INFO, stream: TextIO | None = None, *, as_json: bool = False
+) -> LossyHandler:  # fmt: skip
     """Send all records from ``level`` up to ``stream`` (stderr by default), replacing what was configured.
 
-    ``as_json``: as one JSON object per line.
+    ``as_json``: as one JSON object per line. Returns what writes them.
     """
     handler = LossyHandler(stream if stream is not None else sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else LineFormatter())
@@ -180,6 +199,7 @@ def configure(level: int | str = logging.INFO, stream: TextIO | None = None, *, 
     root.setLevel(level)
     logging.addLevelName(logging.WARNING, "WARN")
     logging.captureWarnings(True)
+    return handler
 
 
 def _descriptor(stream: TextIO) -> int | None:

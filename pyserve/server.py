@@ -48,8 +48,8 @@ GC_THRESHOLD = 20_000
 def main() -> int:
     gc.disable()  # imports and loading make a million objects, nearly all of which stay
     start = receive_server_start()
-    log_setup.configure(as_json=start.config.log_format == "json")
-    logs = ServerLogs(start.config)
+    console = log_setup.configure(as_json=start.config.log_format == "json")
+    logs = ServerLogs(start.config, console=console.write_lines if start.like_torchserve else None)
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     try:

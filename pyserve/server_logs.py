@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pyserve.access_log import AccessLog
@@ -31,12 +31,17 @@ FOLDER_DEFAULT = "logs"
 class ServerLogs:
     """Opens the files, and has the log's records written there from now on.
 
+    Args:
+        console: told the lines of the access log, too, on another thread.
+
     Attributes:
         access: notes answers.
         metrics: notes metrics, if the configuration wants that.
     """
 
-    def __init__(self, config: Config, environ: Mapping[str, str] = os.environ):
+    def __init__(
+        self, config: Config, environ: Mapping[str, str] = os.environ, *, console: Callable[[str], None] | None = None
+    ):
         as_json = config.log_format == "json"
         folder = Path(environ.get("LOG_LOCATION") or FOLDER_DEFAULT).absolute()
         metrics_folder = Path(environ.get("METRICS_LOCATION") or FOLDER_DEFAULT).absolute()
@@ -44,7 +49,7 @@ class ServerLogs:
         self._handlers: list[logging.Handler] = []
         self._add_handler(folder / SERVER_FILE, JsonFormatter() if as_json else ServerLogFormatter(), is_server_record)
         self._add_handler(folder / MODEL_FILE, JsonFormatter() if as_json else LineFormatter(), is_model_output)
-        self.access = AccessLog(self._writer, folder, as_json=as_json)
+        self.access = AccessLog(self._writer, folder, as_json=as_json, console=console)
         self.metrics = MetricLog(
             self._writer, metrics_folder, socket.gethostname(), is_on=writes_metrics(config)
         )

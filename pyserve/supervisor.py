@@ -86,6 +86,7 @@ class Supervisor:
         *,
         server_command: list[str],
         drains_on_hangup: bool,
+        like_torchserve: bool = False,
         on_grpc: Callable[[dict[str, str]], None] = lambda addresses: None,
     ):
         # Constant after construction.
@@ -95,6 +96,7 @@ class Supervisor:
         self._on_event = on_event
         self._server_command = server_command
         self._drains_on_hangup = drains_on_hangup
+        self._like_torchserve = like_torchserve
         self._on_grpc = on_grpc
         self._selector = selectors.DefaultSelector()
         # Per supervisor.
@@ -190,6 +192,7 @@ class Supervisor:
             "restart": self._policy.count,
             "state_file": str(self._state_file),
             "parent_pid": os.getpid(),
+            "like_torchserve": self._like_torchserve,
         }
         self._phase = "starting"
         self._started_at = time.monotonic()
@@ -338,6 +341,7 @@ def supervise(
         supervisor = Supervisor(
             config, listeners, state_dir, lambda event: on_event(_with_notes(event, notes)),
             server_command=server_command, drains_on_hangup=drains_on_hangup,
+            like_torchserve=plain_pid_path is not None,
             on_grpc=lambda grpc: pid_file.update(pid_path, replace(running, addresses={**addresses, **grpc})),
         )  # fmt: skip
         return supervisor.run()

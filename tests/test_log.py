@@ -123,3 +123,19 @@ def test_losses_are_told_once_a_minute() -> None:
         logger.info("kept")
         assert stream.getvalue().count("log records were lost: No space left on device") == reports
     assert handler.lost_count == 0
+
+
+def test_lines_of_others_are_never_torn(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    with open(reader, "rb") as read, open(writer, "w") as stream:
+        handler = log.configure(logging.INFO, stream)
+        lines = [f"{number:04d} " + "x" * 90 + "\n" for number in range(100)] + ["long " + "y" * 5000 + "\n", "last\n"]
+        handler.write_lines("".join(lines))
+        assert handler.lost_count == 0
+        assert read.read(sum(map(len, lines))).decode() == "".join(lines)
+        os.set_blocking(writer, False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(writer, b"z" * 4096)
+        handler.write_lines("one\ntwo\n")
+        assert handler.lost_count == 2

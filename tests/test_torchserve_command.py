@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,10 +196,15 @@ def test_server_in_the_background_as_scripts_know_it(place: Place) -> None:
         assert place.running.pid == pid
         assert place.run("status", module="pyserve").stdout.startswith(f"pyserve is running (pid {pid})")
 
+        with urllib.request.urlopen(f"{place.running.addresses['inference']}/ping", timeout=LIMIT_S) as answer:
+            assert answer.status == 200
         stopped = place.run("--stop")
         assert (stopped.returncode, stopped.stdout) == (0, "TorchServe has stopped.\n")
         assert popen.stdout is not None
-        assert any("drained" in line for line in popen.stdout)  # the log goes on where it began
+        rest = list(popen.stdout)
+        assert any("drained" in line for line in rest)  # the log goes on where it began
+        assert any(re.search(r' \[INFO \] ACCESS_LOG - /127\.0\.0\.1:\d+ "GET /ping HTTP/1\.1" 200 \d+$', line)
+                   for line in rest)  # fmt: skip
         assert not place.plain_pid_path.exists() and not place.pid_path.exists()
         assert not (place.folder / "logs/pyserve.log").exists()
 
