@@ -24,7 +24,7 @@ from pyserve.model_settings import ModelSettings
 from pyserve.restart_policy import Decision, RestartPolicy
 from pyserve.services import Services
 from pyserve.spawner import WorkerHandle
-from pyserve.worker_log import ERROR, SCALED_DOWN, STARTED, WorkerLog
+from pyserve.worker_log import SCALED_DOWN, STARTED, WorkerLog
 from pyserve.worker_spec import ASYNC, BATCH, WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ class PythonWorkers:
             await self._load(slot)
         except ServeError as error:
             await self._bury(slot)
-            self._log.move(slot.index, ERROR)
+            self._log.failed_to_load(slot.index)
             slot.error = error.reason()
             slot.failure = error
             slot.decision = self._policy.failed_to_load(time.monotonic(), repeats=getattr(error, "repeats", False))
@@ -364,14 +364,15 @@ class PythonWorkers:
         assert decision is not None
         if not decision.restarts:
             slot.state = FAILED
-            log.error("%s: no worker takes its place: %s", self._label, decision.reason)
+            log.error("%s: no worker takes its place: %s", self._label, decision.reason,
+                      extra=self._log.about(slot.index))  # fmt: skip
             self._set_trouble(slot.error)
             return False
         slot.state = WAITING
         self._set_trouble(slot.error)
         self._changed.set()
+        self._log.retrying(slot.index, decision.delay_s, decision.reason)
         if decision.delay_s > 0:
-            self._log.retrying(slot.index, decision.delay_s, decision.reason)
             slot.hurry.clear()
             with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(slot.hurry.wait(), decision.delay_s)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from pyserve.log import about
 
@@ -32,6 +33,7 @@ class WorkerLog:
         self._version = version
         self._first_id = first_id
         self._states: dict[int, str] = {}
+        self._recovering: set[int] = set()
 
     def id(self, number: int) -> int:
         """As the management API and the log have it."""
@@ -58,19 +60,33 @@ class WorkerLog:
         if state == SCALED_DOWN:
             del self._states[number]
             self.load_ms.pop(self.name(number), None)
+            self._recovering.discard(number)
         else:
             self._states[number] = state
 
     def loaded(self, number: int, seconds: float) -> None:
         """It takes requests now."""
         self.load_ms[self.name(number)] = round(seconds * 1e3)
+        self.move(number, STARTED)  # a thread may be ready before anybody has looked
         self.move(number, MODEL_LOADED)
+        if number in self._recovering:
+            self._recovering.remove(number)
+            log.info("Auto recovery succeeded, reset recoveryStartTS", extra=self.about(number))
+
+    def failed_to_load(self, number: int) -> None:
+        """It will not take requests; perhaps the next one in its place will."""
+        self.move(number, ERROR)
+        if number in self._recovering:
+            log.error("%s Auto recovery failed again", self.name(number), extra=self.about(number))
 
     def disconnected(self, number: int) -> None:
         """Its process ended unasked."""
         log.warning("%s Worker disconnected. %s", self.name(number), self._states.get(number, ""),
                     extra=self.about(number))  # fmt: skip
         self.move(number, STOPPED)
+        if number not in self._recovering:
+            self._recovering.add(number)
+            log.info("Auto recovery start timestamp: %d", time.time() * 1000, extra=self.about(number))
 
     def over_time(self, number: int, limit_s: int) -> None:
         """A call of its handler goes on past the limit."""

@@ -23,6 +23,7 @@ TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d{3}"
 NUMBERS = b"\0" * 16
 TALKER = """
 import logging
+import os
 import sys
 
 
@@ -34,6 +35,8 @@ def handle(data, context):
     logging.getLogger("mine").info("logged")
     if data[0].get("body") == b"fail":
         raise ValueError("asked for")
+    if data[0].get("body") == b"die":
+        os._exit(7)
     return ["done"] * len(data)
 """
 METHOD = f"{PREDICTIONS}/Predictions"
@@ -167,6 +170,38 @@ def test_states_of_workers_are_told_in_torchserves_words(server: Server) -> None
                 "WORKER_MODEL_LOADED -> WORKER_SCALED_DOWN",
             )
         ]
+
+
+def test_a_workers_death_is_told_in_torchserves_words(server: Server) -> None:
+    path = server.folder / "logs" / "ts_log.log"
+    before = len(path.read_text())
+    assert server.ask("POST", "/predictions/talker", b"die", RAW).status >= 500
+    log = read_when(path, lambda text: "Auto recovery succeeded, reset recoveryStartTS" in text[before:])[before:]
+    name = r"W-9000-talker_1\.0"
+    assert [line.partition(" - ")[2] for line in log.splitlines() if " pyserve.worker_log - " in line] == [
+        Matching(rf"{name} Worker disconnected\. WORKER_MODEL_LOADED"),
+        Matching(rf"{name} State change WORKER_MODEL_LOADED -> WORKER_STOPPED"),
+        Matching(r"Auto recovery start timestamp: \d{13}"),
+        Matching(r"Retry worker: 9000 in \d+ seconds\..*"),
+        Matching(rf"{name} State change WORKER_STOPPED -> WORKER_STARTED"),
+        Matching(rf"{name} State change WORKER_STARTED -> WORKER_MODEL_LOADED"),
+        Matching("Auto recovery succeeded, reset recoveryStartTS"),
+    ]
+
+
+class Matching:
+    """Equal to every text of a form."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, form: str):
+        self._form = form
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and re.fullmatch(self._form, other) is not None
+
+    def __repr__(self) -> str:
+        return self._form
 
 
 def test_json_records_over_tls(tmp_path: Path) -> None:
