@@ -13,6 +13,7 @@ from tests.serving_models import write_pictures
 
 HANDLER = """
 import os
+import time
 from ts.torch_handler.base_handler import BaseHandler
 
 class Handler(BaseHandler):
@@ -23,6 +24,8 @@ class Handler(BaseHandler):
         rows = [row.get("body") for row in data]
         if "bad" in rows:
             raise ValueError("one is bad")
+        if "hang" in rows:
+            time.sleep(60)
         if "nan" in rows:
             return [{"p": float("nan")} for _ in rows]
         names = ("TS_IPEX_ENABLE", "TS_IPEX_GPU_ENABLE", "SECRET_THING", "PLAIN_THING")
@@ -42,6 +45,9 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_handler(server.store, "told", HANDLER)
     pair = {"batchSize": 2, "minBatch": 2, "maxBatchDelay": 600_000, "minWorkers": 1, "maxWorkers": 1}
     write_handler(server.store, "pair", HANDLER, config=pair)
+    one = {"minWorkers": 1, "maxWorkers": 1}
+    write_handler(server.store, "slow", HANDLER, config={**one, "responseTimeout": 1})
+    write_handler(server.store, "brief", HANDLER, config={**one, "sequenceBatching": True, "sequenceMaxIdleMSec": 1})
     write_handler(server.store, "other", HANDLER)
     write_pictures(server.store)
     (server.folder / "config.properties").write_text(PROPERTIES)
@@ -49,7 +55,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "PYSERVE_COMPAT": "strict", "PYSERVE_CPU_BUDGET": "2", "TS_IPEX_GPU_ENABLE": "true",
         "SECRET_THING": "s", "PLAIN_THING": "p", "PYSERVE_DISABLE_TOKEN_AUTHORIZATION": "true",
     }  # fmt: skip
-    server.start("--models", "told.mar", "pair.mar", "pictures.mar")
+    server.start("--models", "told.mar", "pair.mar", "slow.mar", "brief.mar", "pictures.mar")
     try:
         yield server
     finally:
@@ -95,6 +101,21 @@ def test_a_picture_that_is_none_is_503(strict: Server) -> None:
     assert (answer.status, answer.json["message"]) == (503, "Prediction failed")
 
 
+def test_a_call_over_its_time_is_500(strict: Server) -> None:
+    answer = strict.predict("slow", "hang")
+    assert (answer.status, answer.json) == (
+        500, {"code": 500, "type": "InternalServerException", "message": "Worker died."},
+    )  # fmt: skip
+    assert strict.predict("slow", 1).status == 200
+
+
+def test_a_sequence_that_ended_begins_again_silently(strict: Server) -> None:
+    id = {"ts_request_sequence_id": "s-1"}
+    for _ in range(2):
+        assert strict.ask("POST", "/predictions/brief", b"1", id).status == 200
+        strict.wait_for(lambda: "sequence s-1 ended" in strict.log(), "the end")
+
+
 def test_models_cannot_be_registered(strict: Server) -> None:
     assert strict.ask("POST", "/models?url=other.mar", port="management").status == 405
 
@@ -107,6 +128,34 @@ def test_settings_are_in_the_log(strict: Server) -> None:
     wanted = ("Compat: strict", "Default workers per model: 2", "Model API enabled: false", "Blacklist Regex: SECRET.*")
     for line in wanted:
         assert f"    {line}\n" in strict.log()
+
+
+def test_keys_are_asked_for_and_the_last_snapshot_is_restored_unasked(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    write_handler(server.store, "told", HANDLER)
+    server.environment |= {"PYSERVE_COMPAT": "strict", "PYSERVE_CPU_BUDGET": "1"}
+    try:
+        server.start("--models", "told.mar")
+        for port, path in (("inference", "/predictions/told"), ("management", "/models")):
+            assert server.ask("GET", path, headers=server.key(port), port=port).status == 200
+            refused = server.ask("GET", path, port=port)
+            assert refused.status == 400 and refused.json == {
+                "code": 400, "type": "InvalidKeyException",
+                "message": "Token Authorization failed. Token either incorrect, expired, or not provided correctly",
+            }  # fmt: skip
+            assert "www-authenticate" not in refused.headers
+        scaled = server.ask(
+            "PUT", "/models/told?min_worker=2&synchronous=true", headers=server.key(), port="management"
+        )  # fmt: skip
+        assert scaled.status == 200
+        server.run("stop")
+
+        server.start()
+        [told] = server.ask("GET", "/models/told", headers=server.key(), port="management").json
+        assert (told["minWorkers"], len(told["workers"])) == (2, 2)
+    finally:
+        server.run("stop")
+        server.kill()
 
 
 @pytest.mark.parametrize(
