@@ -42,8 +42,14 @@ class NeedsPythonError(ModelLoadError):
 
 
 def traced_file(archive: Archive) -> Path:
-    """Where the TorchScript made from this archive by this torch is kept."""
-    return archive.cache_file(f"traced-torch-{version('torch')}.pt")
+    """Where the TorchScript made from this archive by this torch, for its precision, is kept."""
+    kind = "traced" if _is_frozen(archive) else "traced-unfrozen"
+    return archive.cache_file(f"{kind}-torch-{version('torch')}.pt")
+
+
+def _is_frozen(archive: Archive) -> bool:
+    config = archive.config
+    return (config.precision or "fp32", config.memory_format or "contiguous") == _FROZEN_AS
 
 
 def untraceable_note(archive: Archive) -> Path:
@@ -61,11 +67,13 @@ class Tracing:
         self._archive = archive
         folder = Path(__file__).parent.parent
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+        freezes = "frozen" if _is_frozen(archive) else "unfrozen"
         self._reports, for_child = os.pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop; a pipe would have to be read too
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pyserve.trace", str(archive.path), str(traced_file(archive)), str(for_child)],
+                [sys.executable, "-m", "pyserve.trace", str(archive.path), str(traced_file(archive)), freezes,
+                 str(for_child)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
@@ -196,7 +204,7 @@ def check_packed(path: Path, progress: Progress, timeout_s: float = 600.0) -> st
     return ""
 
 
-def main(archive_path: str, out_path: str, descriptor: str) -> int:
+def main(archive_path: str, out_path: str, freezes: str, descriptor: str) -> int:
     """The child: writes JSON lines with ``progress`` or ``error`` to ``descriptor``."""
     gc.disable()  # importing torch makes millions of objects that all stay
     os.set_inheritable(int(descriptor), False)
@@ -205,7 +213,7 @@ def main(archive_path: str, out_path: str, descriptor: str) -> int:
         os.write(int(descriptor), json.dumps(fields).encode() + b"\n")
 
     try:
-        _trace(archive_path, Path(out_path), lambda text: report(progress=text))
+        _trace(archive_path, Path(out_path), lambda text: report(progress=text), freezes=freezes == "frozen")
     except ServeError as error:
         report(error=error.message, works=isinstance(error, NeedsPythonError))
         return 1
@@ -215,7 +223,7 @@ def main(archive_path: str, out_path: str, descriptor: str) -> int:
     return 0
 
 
-def _trace(archive_path: str, out: Path, progress: Progress) -> None:
+def _trace(archive_path: str, out: Path, progress: Progress, *, freezes: bool) -> None:
     import torch
 
     from pyserve.context import Context
@@ -236,8 +244,6 @@ def _trace(archive_path: str, out: Path, progress: Progress) -> None:
     progress("tracing")
     # A network runs only a few times here; the profiling executor would spend those on measuring it.
     torch._C._jit_set_profiling_mode(False)
-    config = archive.config
-    freezes = (config.precision or "fp32", config.memory_format or "contiguous") == _FROZEN_AS
     with torch.inference_mode(False), torch.no_grad():
         scripted = _to_torchscript(model, example, freezes=freezes)
     progress("keeping the TorchScript")

@@ -10,11 +10,12 @@ import torch
 import yaml
 from handler_archives import write_handler
 from serving import Server
-from serving_models import write_linear, write_torchscript
+from serving_models import write_eager, write_linear, write_torchscript
 from torch import nn
 
 from pyserve import cli, tune
 from pyserve.tune_run import Point, Setting
+from pyserve.zoo import DigitsNet
 
 QUICK = ["--seconds", "0.2", "--batch-sizes", "1", "4"]
 
@@ -89,6 +90,22 @@ def test_an_archive_is_measured_at_every_setting(
 
     assert cli.main(["tune", str(archive), "--out", str(out), *QUICK]) == 1
     assert "--force" in capsys.readouterr().err
+
+
+def test_an_eager_model_is_measured_in_a_lower_precision_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYSERVE_CACHE", str(tmp_path / "cache"))
+    source = "from pyserve.zoo import DigitsNet\n\n\nclass Digits(DigitsNet):\n    pass\n"
+    config = {"input": {"dtype": "float32", "shape": [1, 8, 8]}}
+    archive = write_eager(tmp_path, "digits", source, DigitsNet().state_dict(), config=config)
+    out = tmp_path / "tuned.yaml"
+    command = ["tune", str(archive), "--out", str(out), "--workers", "1", "--batch-sizes", "4", "--seconds", "0.2"]
+    assert cli.main([*command, "--precisions", "bf16", "--lower-precision"]) == 0
+    assert "<- best" in capsys.readouterr().out
+    assert yaml.safe_load(out.read_text())["precision"] == "bf16"
+    assert cli.main([*command, "--precisions", "fp32", "--force"]) == 0  # what was traced for bf16 is not taken for it
+    assert "precision" not in yaml.safe_load(out.read_text())
 
 
 def test_a_setting_that_the_model_cannot_run_is_shown_with_the_reason(
