@@ -198,7 +198,7 @@ def _print_curve(points: list[Point], best: Point | None, slo_ms: float | None) 
         late = "  over the target" if slo_ms is not None and point.p95_ms > slo_ms else ""
         bar = "#" * round(20 * point.rate / top)
         mark = "  <- best" if point is best else late
-        print(f"{row} {point.rate:>10.1f} {point.p50_ms:>9.2f} {point.p95_ms:>9.2f}  {bar}{mark}")
+        print(f"{row} {point.rate:>10.1f} {point.p50_ms:>9.3f} {point.p95_ms:>9.3f}  {bar}{mark}")
     if best is None:
         worked = [point for point in points if not point.error and point.setting.precision == "fp32"]
         if slo_ms is None or not worked:
