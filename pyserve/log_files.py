@@ -24,11 +24,12 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-FLUSH_INTERVAL_S = 0.05
+# Longer than it need be: each round takes the interpreter from the event loop a few times.
+FLUSH_INTERVAL_S = 0.25
 WAITING_MAX = 50_000
 # Entries that are made text of in one go, and a pause after them: meanwhile the event loop has the interpreter. Without
 # it, what has gathered in FLUSH_INTERVAL_S would hold up requests for several ms.
-_PIECE_COUNT = 256
+PIECE_COUNT = 256
 _PIECE_PAUSE_S = 0.001
 SIZE_MAX = 100 << 20
 KEPT_COUNT = 5
@@ -122,17 +123,21 @@ class QueuedFile:
     Args:
         encode: makes text of what was put in; called on the writer's thread, so that it costs no request anything.
         writer: whose thread that is.
+        piece_count: entries that it is given at once.
 
     Attributes:
         lost_count: entries lost since that was last told.
         lost_reason: why the last ones were.
     """
 
-    def __init__(self, file: RotatingFile, encode: Callable[[list[Any]], str], writer: LogWriter):
+    def __init__(
+        self, file: RotatingFile, encode: Callable[[list[Any]], str], writer: LogWriter, piece_count: int = PIECE_COUNT
+    ):
         self.file = file
         self.lost_count = 0
         self.lost_reason = ""
         self._encode = encode
+        self._piece_count = piece_count
         self._writer = writer
         self._waiting: deque[Any] = deque()
 
@@ -152,7 +157,7 @@ class QueuedFile:
         waiting = self._waiting
         rest = len(waiting)  # what comes meanwhile waits for the next round
         while rest:
-            entries = [waiting.popleft() for _ in range(min(rest, _PIECE_COUNT))]
+            entries = [waiting.popleft() for _ in range(min(rest, self._piece_count))]
             rest -= len(entries)
             try:
                 self.file.write(self._encode(entries).encode("utf-8", "backslashreplace"))
@@ -187,9 +192,11 @@ class LogWriter:
         self._starting = threading.Lock()
         self._told_at = -LOSS_REPORT_INTERVAL_S
 
-    def open(self, path: Path, encode: Callable[[list[Any]], str] = "".join) -> QueuedFile:
+    def open(
+        self, path: Path, encode: Callable[[list[Any]], str] = "".join, *, piece_count: int = PIECE_COUNT
+    ) -> QueuedFile:
         """A file for entries of which ``encode`` makes text; it is created now if it can be, else later."""
-        file = QueuedFile(RotatingFile(path), encode, self)
+        file = QueuedFile(RotatingFile(path), encode, self, piece_count)
         try:
             file.file.write(b"")
         except OSError as error:
