@@ -219,8 +219,19 @@ class Registry:
             self._load_source(source, archive, tracings.get(source.path_or_file))
             for source, archive in zip(sources, opened, strict=True)
         ))  # fmt: skip
+        self._prefer_what_loaded()
         self._keeps_state = True
         await self.changed(STARTUP)
+
+    def _prefer_what_loaded(self) -> None:
+        """Nobody chose the defaults of a start: of several versions the first that could be loaded is it."""
+        for name, versions in self._models.items():
+            if versions[self._defaults[name]].state != "FAILED":
+                continue
+            loaded = next((version for version, model in versions.items() if model.state != "FAILED"), None)
+            if loaded is not None:
+                log.warning("%s: version %s FAILED; %s is the default version", name, self._defaults[name], loaded)
+                self._defaults[name] = loaded
 
     async def _load_source(self, source: ModelSource, archive: Archive | ServeError, tracing: Tracing | None) -> None:
         file = source.shown
