@@ -40,7 +40,7 @@ _COPY_SIZE = 1 << 20
 
 
 class RotatingFile:
-    """A file that is appended to. The writer's thread only.
+    """A file that is appended to. The writer's thread only, but for what is compressed.
 
     Args:
         size_max: bytes after which it is rotated.
@@ -56,6 +56,7 @@ class RotatingFile:
         self._is_regular = False
         self._size = 0
         self._day = today()
+        self._compressing: threading.Thread | None = None
 
     def write(self, content: bytes) -> None:
         """Appends ``content``, in a new file if it is time for one.
@@ -74,6 +75,13 @@ class RotatingFile:
             self._size += count
 
     def close(self) -> None:
+        """Waits, too, for what has been rotated to be compressed, but not for long: the next server goes on with it."""
+        self.let_go()
+        if self._compressing is not None:
+            self._compressing.join(CLOSE_TIMEOUT_S)
+
+    def let_go(self) -> None:
+        """Opens it anew for the next write."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -84,7 +92,7 @@ class RotatingFile:
                 now = os.stat(self.path)
                 if (now.st_dev, now.st_ino) == self._identity:
                     return
-            self.close()
+            self.let_go()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A pipe that nobody reads must not hold the thread.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
@@ -96,20 +104,34 @@ class RotatingFile:
         self._day = date.fromtimestamp(found.st_mtime) if self._size else self._today()
 
     def _rotate(self) -> None:
-        self.close()
+        """Compressing takes seconds, in which lines would be lost; a thread of its own does that."""
+        self.let_go()
+        if self._compressing is not None:
+            self._compressing.join()
         recent = self.path.with_name(f"{self.path.name}.1")
         if recent.exists():  # left there by a server that ended while it compressed
             self._compress(recent)
         os.replace(self.path, recent)
-        self._compress(recent)
+        self._compressing = threading.Thread(target=self._try_compress, args=(recent,), name="log-gzip", daemon=True)
+        self._compressing.start()
+
+    def _try_compress(self, recent: Path) -> None:
+        try:
+            self._compress(recent)
+        except OSError as error:
+            log.warning("%s cannot be compressed: %s", recent, error.strerror or error)
 
     def _compress(self, recent: Path) -> None:
+        partial = recent.with_name(f"{recent.name}.part")
+        try:
+            with open(recent, "rb") as source, gzip.open(partial, "wb", compresslevel=1) as target:
+                shutil.copyfileobj(source, target, _COPY_SIZE)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
         for number in range(KEPT_COUNT - 1, 0, -1):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self._kept(number), self._kept(number + 1))
-        partial = recent.with_name(f"{recent.name}.part")
-        with open(recent, "rb") as source, gzip.open(partial, "wb", compresslevel=1) as target:
-            shutil.copyfileobj(source, target, _COPY_SIZE)
         os.replace(partial, self._kept(1))
         recent.unlink()
 
@@ -164,7 +186,7 @@ class QueuedFile:
             except OSError as error:
                 self.lost_count += len(entries)
                 self.lost_reason = error.strerror or str(error)
-                self.file.close()
+                self.file.let_go()
             except Exception:
                 self.lost_count += len(entries)
                 self.lost_reason = "they cannot be made text of"

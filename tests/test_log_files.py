@@ -57,9 +57,9 @@ def test_file_of_another_day_is_rotated(tmp_path: Path) -> None:
     os.utime(path, (0, 0))
     file = RotatingFile(path, today=lambda: days[0])
     file.write(b"new\n")
+    file.close()
     assert path.read_bytes() == b"new\n"
     assert gzip.decompress((tmp_path / "x.log.1.gz").read_bytes()) == b"old\n"
-    file.close()
 
 
 def test_what_an_interrupted_rotation_left_is_kept(tmp_path: Path) -> None:
@@ -71,6 +71,16 @@ def test_what_an_interrupted_rotation_left_is_kept(tmp_path: Path) -> None:
     assert gzip.decompress((tmp_path / "x.log.2.gz").read_bytes()) == b"left\n"
     assert gzip.decompress((tmp_path / "x.log.1.gz").read_bytes()) == b"one\n"
     assert not (tmp_path / "x.log.1").exists()
+
+
+def test_what_cannot_be_compressed_is_kept_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "x.log.1.part").mkdir()
+    file = RotatingFile(tmp_path / "x.log", size_max=1)
+    file.write(b"one\n")
+    file.write(b"two\n")
+    file.close()
+    assert (tmp_path / "x.log").read_bytes() == b"two\n" and (tmp_path / "x.log.1").read_bytes() == b"one\n"
+    assert [record.levelname[:4] for record in caplog.records] == ["WARN"]
 
 
 def test_file_that_somebody_else_moves_is_opened_anew(tmp_path: Path) -> None:
