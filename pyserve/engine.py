@@ -133,5 +133,10 @@ def deliver(completion: _core.Completion) -> None:
         owner.lane.expire(owner)
     for owner in completion.owners:
         if owner is not None:
-            owner.lane.complete(completion)
+            try:
+                owner.lane.complete(completion)
+            except Exception:
+                # Whatever went wrong, nobody waits for ever.
+                log.exception("delivering a batch failed")
+                owner.lane.fail_batch(completion.owners)
             return

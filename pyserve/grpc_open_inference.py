@@ -34,6 +34,7 @@ from pyserve.open_inference import (
     InferResponse,
     RequestedOutput,
     check_input,
+    quoted,
 )
 from pyserve.protocol_requests import Transport
 from pyserve.registry import Registry
@@ -251,7 +252,8 @@ def read_request(asked: Any) -> InferRequest:
         data: Any
         if raw:
             if tensor.HasField("contents"):
-                raise InputError(f"input {tensor.name!r} has contents beside raw_input_contents; give one of them")
+                name = quoted(tensor.name)
+                raise InputError(f"input {name} has contents beside raw_input_contents; give one of them")
             data = memoryview(raw[index])
         else:
             data = _read_contents(tensor)
@@ -265,7 +267,7 @@ def read_request(asked: Any) -> InferRequest:
 def _read_contents(tensor: Any) -> Any:
     if tensor.datatype not in _CONTENTS:
         if tensor.datatype in ("FP16", "BF16"):
-            raise InputError(f"input {tensor.name!r} is {tensor.datatype}, which goes as raw_input_contents only")
+            raise InputError(f"input {quoted(tensor.name)} is {tensor.datatype}, which goes as raw_input_contents only")
         return []  # an unknown datatype, which is refused by that name
     values = _contents(tensor)
     if tensor.datatype == "FP32":  # through memory: as Python's numbers they would take ten times as long

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from pyserve.access_log import AccessLog
 from pyserve.errors import BadRequestError, OverloadedError, ServeError, ServerError, TokenError, TooLargeError
-from pyserve.grpc_call import REQUEST_ID_KEY, Call, Streams
+from pyserve.grpc_call import REQUEST_ID_KEY, Call, Streams, body_budget_error
 from pyserve.grpc_messages import method_path
 from pyserve.grpc_status import TOKEN_VERDICT, Judge, Verdict, status_text
 from pyserve.http1_connections import BodyBudget
@@ -78,7 +78,7 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._has_hinted: set[str] = set()
-        self.streams = Streams()
+        self.streams = Streams(budget)
 
     def handler(self, service: Service) -> Any:
         """What grpc's servers take."""
@@ -159,11 +159,7 @@ class Dispatcher:
             raise _draining()
         self._check_size(len(raw))
         if self._budget.size > self._budget.size_max:
-            raise OverloadedError(
-                "The server holds as many request bodies as it may; retry later.",
-                detail={"reason": "body budget", "body_budget_size": self._budget.size_max},
-                headers={"Retry-After": "1"},
-            )
+            raise body_budget_error(self._budget)
         self._check_token(call, service, method)
         return _parse(method, raw)
 

@@ -17,8 +17,7 @@ from pyserve.http1_exchange import Exchange
 from pyserve.lane import Lane
 from pyserve.messages import Request, Response, json_response
 from pyserve.model import EXPLAIN_HEADER
-from pyserve.protocol_requests import QUICK_SIZE_MAX, ProtocolPending, Transport
-from pyserve.row_requests import RowPending
+from pyserve.protocol_requests import AskedRowsPending, Transport
 
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
@@ -29,42 +28,25 @@ def is_instances_request(request: Request) -> bool:
     return request.body[:64].lstrip()[:1] == b"{" and b'"instances"' in request.body
 
 
-class InstancesPending(ProtocolPending):
+class InstancesPending(AskedRowsPending):
     """A request of instances."""
 
-    __slots__ = ("_answers", "_explains", "_rows_to_ask")
+    __slots__ = ("_explains",)
 
     def __init__(self, lane: Lane, exchange: Exchange, version: str, *, explains: bool):
         headers = [("Accept", _JSON), EXPLAIN_HEADER if explains else ("explain", "False")]
         super().__init__(lane, exchange, version, "default", transport=NO_TRANSPORT, headers=headers)
         self._explains = explains
-        self._rows_to_ask: list[tuple[bytearray, str]] = []  # body, content type
-        self._answers: list[Response | None] = []
-
-    @property
-    def is_quick(self) -> bool:
-        return len(self.exchange.request.body) <= QUICK_SIZE_MAX
 
     def read(self) -> int:
         value = codec.parse_json(self.exchange.request.body)
         if not isinstance(value, dict) or not isinstance(value.get("instances"), list):
             raise InputError('the request needs {"instances": [...]}')
-        self._rows_to_ask = [_row_of(instance, position) for position, instance in enumerate(value["instances"])]
-        self._answers = [None] * len(self._rows_to_ask)
-        return len(self._rows_to_ask)
-
-    def row(self, index: int) -> RowPending:
-        return RowPending(self, index, self._row_request(*self._rows_to_ask[index]), None)
-
-    def take_answer(self, index: int, response: Response) -> None:
-        self._answers[index] = response
-
-    @property
-    def is_answer_quick(self) -> bool:
-        return sum(len(answer.body) for answer in self._answers if answer is not None) <= QUICK_SIZE_MAX
+        self.rows_to_ask = [_row_of(instance, position) for position, instance in enumerate(value["instances"])]
+        return len(self.rows_to_ask)
 
     def make_answer(self) -> Response:
-        values = [_value_of(bytes(answer.body)) for answer in self._answers if answer is not None]
+        values = [_value_of(bytes(answer.body)) for answer in self.answers]
         return json_response({"explanations" if self._explains else "predictions": values})
 
 

@@ -17,7 +17,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pyserve.errors import DeadlineError, ExpiredError, HandlerError, JsonObject, OverloadedError, ServeError
+from pyserve.errors import (
+    DeadlineError,
+    ExpiredError,
+    HandlerError,
+    JsonObject,
+    OverloadedError,
+    ServeError,
+    ServerError,
+)
 from pyserve.messages import TIMEOUT_HEADER, Response
 from pyserve.metrics import RequestRecorder
 from pyserve.model_settings import ModelSettings
@@ -337,7 +345,9 @@ class Lane:
 
     def _drop(self, pending: Pending) -> None:
         """Keeps it from running, or its result from being used."""
-        if pending.stage == SUBMITTED:
+        if pending.is_whole:
+            pending.drop_rows()
+        elif pending.stage == SUBMITTED:
             self.core.cancel(pending.ticket)
 
     def expire(self, pending: Pending) -> None:
@@ -386,6 +396,11 @@ class Lane:
             detail={"reason": TIMEOUT_HEADER, "queued_s": round(queued_s, 3), "ran_s": round(ran_s, 3)},
         )
         self._answer_error(pending, error)
+
+    def fail_batch(self, owners: list[Pending | None]) -> None:
+        """Answers requests whose completion could not be delivered."""
+        for owner in live(owners):
+            self._answer_error(owner, ServerError("Internal error"))
 
     def _overrun(self, pending: Pending, started_at: int) -> None:
         queued_s = (started_at - pending.arrived_at) / 1e9

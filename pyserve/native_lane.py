@@ -162,9 +162,13 @@ class NativeLane(Lane):
             request = pending.exchange.request
             if self._raw.takes(request):
                 pending.is_raw = True
-                pending.ticket = self.core.submit_bytes(
-                    pending, request.body, request.arrived_at, self._deadline(pending)
-                )
+                try:
+                    pending.ticket = self.core.submit_bytes(
+                        pending, request.body, request.arrived_at, self._deadline(pending)
+                    )
+                except OverflowError:
+                    self._answer_error(pending, self.refusal("queue full"))
+                    return
                 pending.stage = SUBMITTED
                 self._announce_soon()
                 return

@@ -41,6 +41,8 @@ DATATYPES = (*_DATATYPES, BYTES)
 _DATATYPE_OF = {dtype: datatype for datatype, (dtype, _) in _DATATYPES.items()}
 
 RANK_MAX = 64
+TEXT_SHOWN_MAX = 200
+ELEMENT_COUNT_MAX = 1 << 48
 LENGTH = struct.Struct("<I")  # before each element of BYTES
 
 
@@ -61,7 +63,9 @@ class InferInput:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"input {self.name!r} ({self.datatype} {list(self.shape)})"
+        # A client's own words come back cut, however long they were.
+        sizes = str(list(self.shape[:RANK_MAX]))[:TEXT_SHOWN_MAX]
+        return f"input {quoted(self.name)} ({self.datatype[:TEXT_SHOWN_MAX]} {sizes})"
 
 
 @dataclass(slots=True)
@@ -151,6 +155,11 @@ def dtype_of(datatype: str) -> torch.dtype:
     return _DATATYPES[datatype][0]
 
 
+def quoted(text: str) -> str:
+    """A client's own words, for a message: cut, however long they were."""
+    return repr(text[:TEXT_SHOWN_MAX])
+
+
 def check_input(tensor: InferInput) -> None:
     """Checks what must be so whatever the model: datatype, shape and size of the data.
 
@@ -161,10 +170,22 @@ def check_input(tensor: InferInput) -> None:
         raise InputError(f"{tensor} has an unknown datatype; one of {', '.join(DATATYPES)}")
     if not 1 <= len(tensor.shape) <= RANK_MAX or any(size < 0 for size in tensor.shape):
         raise InputError(f"{tensor} needs a shape of 1 to {RANK_MAX} sizes, none of them negative")
+    if not _is_countable(tensor.shape):  # told without the numbers: there may be thousands of digits
+        raise InputError(f"the shape of input {quoted(tensor.name)} has more elements than there can be")
     if isinstance(tensor.data, memoryview) and tensor.datatype != BYTES:
         wanted = element_count(tensor) * dtype_of(tensor.datatype).itemsize
         if tensor.data.nbytes != wanted:
             raise InputError(f"{tensor} needs {wanted} bytes, got {tensor.data.nbytes}")
+
+
+def _is_countable(shape: tuple[int, ...]) -> bool:
+    """Whether torch can have a tensor of it; sizes of zero do not make the others smaller."""
+    product = 1
+    for size in shape:
+        product *= min(max(1, size), ELEMENT_COUNT_MAX + 1)
+        if product > ELEMENT_COUNT_MAX:
+            return False
+    return True
 
 
 def element_count(tensor: InferInput) -> int:
@@ -186,6 +207,8 @@ def tensor_of(tensor: InferInput) -> torch.Tensor:
     if isinstance(tensor.data, memoryview):
         # torch writes to tensors; it cannot be kept from writing to this one.
         memory = bytearray(tensor.data) if tensor.data.readonly else tensor.data
+        if tensor.datatype == "BOOL" and torch.frombuffer(memory, dtype=torch.uint8).max() > 1:
+            raise InputError(f"{tensor} has a byte other than 0 and 1")
         found = torch.frombuffer(memory, dtype=dtype).view(tensor.shape)
         # Where the JSON before it leaves the numbers at an odd address, they are moved: kernels may rely on it.
         return found if found.data_ptr() % dtype.itemsize == 0 else found.clone()

@@ -23,6 +23,7 @@ from pyserve.open_inference import (
     InferResponse,
     RequestedOutput,
     check_input,
+    quoted,
 )
 
 JSON_SIZE_HEADER = "Inference-Header-Content-Length"
@@ -92,21 +93,22 @@ def _read_input(entry: Any, binary: memoryview, at: int) -> tuple[InferInput, in
         raise InputError('each of "inputs" must be an object with a "name"')
     name, shape, datatype = entry["name"], entry.get("shape"), entry.get("datatype")
     if not isinstance(shape, list) or not all(type(size) is int for size in shape) or not isinstance(datatype, str):
-        raise InputError(f'input {name!r} needs a "shape", such as [1, 4], and a "datatype", such as "FP32"')
+        raise InputError(f'input {quoted(name)} needs a "shape", such as [1, 4], and a "datatype", such as "FP32"')
     parameters = _parameters(entry)
     size = parameters.get("binary_data_size")
     data: Any = entry.get("data")
     if size is not None:
         if type(size) is not int or not 0 <= size <= binary.nbytes - at:
             raise InputError(
-                f'input {name!r} has "binary_data_size" {size!r}, but {binary.nbytes - at} bytes are left in the body'
+                f'input {quoted(name)} has "binary_data_size" {quoted(str(size))}, but {binary.nbytes - at} bytes are '
+                "left in the body"
             )
         if data is not None:
-            raise InputError(f'input {name!r} has both "data" and "binary_data_size"')
+            raise InputError(f'input {quoted(name)} has both "data" and "binary_data_size"')
         data = binary[at : at + size]
         at += size
     elif not isinstance(data, list):
-        raise InputError(f'input {name!r} needs "data", a list of values, or the parameter "binary_data_size"')
+        raise InputError(f'input {quoted(name)} needs "data", a list of values, or the parameter "binary_data_size"')
     tensor = InferInput(name, datatype, tuple(shape), data, parameters)
     check_input(tensor)
     return tensor, at

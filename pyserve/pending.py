@@ -92,6 +92,10 @@ class Pending:
         """When it began to run, ns; 0 while it waits; -1 if it has ended and its answer is on the way."""
         return int(self.lane.core.started_at(self.ticket)) if self.stage == SUBMITTED else 0
 
+    def drop_rows(self) -> None:
+        """Called by the lane for a whole whose answer is wanted no more: its rows do not run."""
+        raise NotImplementedError
+
     def cancel(self) -> None:
         """The client hung up."""
         self.lane.cancel(self)

@@ -23,6 +23,7 @@ from pyserve.messages import Headers, Request, Response
 from pyserve.open_inference import (
     BYTES,
     DATATYPES,
+    TEXT_SHOWN_MAX,
     InferInput,
     InferOutput,
     InferRequest,
@@ -33,6 +34,7 @@ from pyserve.open_inference import (
     element_count,
     elements_of,
     flat_values,
+    quoted,
     tensor_of,
 )
 from pyserve.row_requests import ROW_COUNT_MAX, RowPending, RowsPending
@@ -87,10 +89,12 @@ class ProtocolPending(RowsPending):
         headers = [pair for pair in whole.headers if pair[0].lower() not in _OF_THE_BODY]
         if content_type:
             headers.append(("Content-Type", content_type))
-        return Request(
+        request = Request(
             "POST", whole.path, headers=headers + self._headers, body=body, client=whole.client, id=whole.id,
-            arrived_at=whole.arrived_at,
+            arrived_at=whole.arrived_at, has_timing=whole.has_timing,
         )  # fmt: skip
+        request.deadline = whole.deadline
+        return request
 
     def _encoded(self, outputs: list[InferOutput]) -> Response:
         response = InferResponse(
@@ -175,7 +179,41 @@ class TensorsPending(ProtocolPending):
         return self._encoded(self._outputs)
 
 
-class HandlerRowsPending(ProtocolPending):
+class AskedRowsPending(ProtocolPending):
+    """Rows that are requests to the handler, each with a body of its own; `read` and `make_answer` are the protocol's.
+
+    Attributes:
+        rows_to_ask: body and content type of each; set by `read`.
+    """
+
+    __slots__ = ("_answers", "rows_to_ask")
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.rows_to_ask: list[tuple[bytearray, str]] = []
+        self._answers: dict[int, Response] = {}
+
+    @property
+    def is_quick(self) -> bool:
+        return self._transport.is_read_quick and len(self.exchange.request.body) <= QUICK_SIZE_MAX
+
+    def row(self, index: int) -> RowPending:
+        return RowPending(self, index, self._row_request(*self.rows_to_ask[index]), None)
+
+    def take_answer(self, index: int, response: Response) -> None:
+        self._answers[index] = response
+
+    @property
+    def is_answer_quick(self) -> bool:
+        return sum(len(answer.body) for answer in self._answers.values()) <= QUICK_SIZE_MAX
+
+    @property
+    def answers(self) -> list[Response]:
+        """Of all rows, in their order."""
+        return [self._answers[index] for index in range(self.row_count)]
+
+
+class HandlerRowsPending(AskedRowsPending):
     """Rows for a built-in handler that makes its own input of them.
 
     Args:
@@ -183,7 +221,7 @@ class HandlerRowsPending(ProtocolPending):
         raw_rows: whether numbers reach the handler as raw bytes, for the handler ``tensor``; else as JSON.
     """
 
-    __slots__ = ("_answers", "_pixels", "_raw_rows", "_rows_to_ask", "_tensor")
+    __slots__ = ("_pixels", "_raw_rows", "_tensor")
 
     def __init__(
         self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
@@ -192,18 +230,12 @@ class HandlerRowsPending(ProtocolPending):
         super().__init__(lane, exchange, version, url_version, transport=transport, headers=headers)
         self._pixels = pixels
         self._raw_rows = raw_rows
-        self._rows_to_ask: list[tuple[bytearray, str]] = []  # body, content type
-        self._tensor: torch.Tensor | None = None  # in place of these
-        self._answers: list[Response | None] = []
-
-    @property
-    def is_quick(self) -> bool:
-        return self._transport.is_read_quick and len(self.exchange.request.body) <= QUICK_SIZE_MAX
+        self._tensor: torch.Tensor | None = None  # in place of `rows_to_ask`
 
     def read(self) -> int:
         self._request = request = self._transport.read()
         if len(request.inputs) != 1:
-            names = ", ".join(repr(tensor.name) for tensor in request.inputs)
+            names = ", ".join(repr(tensor.name) for tensor in request.inputs)[:TEXT_SHOWN_MAX]
             raise InputError(f"the model takes one input, each row an item for its handler; got {names}")
         (tensor,) = request.inputs
         count = tensor.shape[0]
@@ -212,14 +244,13 @@ class HandlerRowsPending(ProtocolPending):
         if tensor.datatype == BYTES:
             if element_count(tensor) != count:
                 raise InputError(f"{tensor} needs one element per row, that is the shape [{count}] or [{count}, 1]")
-            self._rows_to_ask = [_element_row(element) for element in elements_of(tensor)]
+            self.rows_to_ask = [_element_row(element) for element in elements_of(tensor)]
         elif self._pixels is not None:
             _check_fits(tensor, self._pixels)
             self._tensor = tensor_of(tensor)
         else:
             rows = tensor_of(tensor)
-            self._rows_to_ask = [self._number_row(row) for row in rows]
-        self._answers = [None] * count
+            self.rows_to_ask = [self._number_row(row) for row in rows]
         return count
 
     def _number_row(self, row: torch.Tensor) -> tuple[bytearray, str]:
@@ -230,56 +261,25 @@ class HandlerRowsPending(ProtocolPending):
     def row(self, index: int) -> RowPending:
         if self._tensor is not None:
             return RowPending(self, index, self._row_request(bytearray(), ""), [self._tensor[index : index + 1]])
-        return RowPending(self, index, self._row_request(*self._rows_to_ask[index]), None)
-
-    def take_answer(self, index: int, response: Response) -> None:
-        self._answers[index] = response
-
-    @property
-    def is_answer_quick(self) -> bool:
-        return sum(len(answer.body) for answer in self._answers if answer is not None) <= QUICK_SIZE_MAX
+        return super().row(index)
 
     def make_answer(self) -> Response:
-        return self._encoded(outputs_of_answers([answer for answer in self._answers if answer is not None]))
+        return self._encoded(outputs_of_answers(self.answers))
 
 
-class OwnHandlerPending(ProtocolPending):
+class OwnHandlerPending(AskedRowsPending):
     """One request to a handler that reads the protocol's JSON, or its envelope does."""
 
-    __slots__ = ("_answer", "_body")
-
-    def __init__(
-        self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
-        headers: Headers | None = None,
-    ):  # fmt: skip
-        super().__init__(lane, exchange, version, url_version, transport=transport, headers=headers)
-        self._body = bytearray()
-        self._answer: Response | None = None
-
-    @property
-    def is_quick(self) -> bool:
-        return self._transport.is_read_quick and len(self.exchange.request.body) <= QUICK_SIZE_MAX
+    __slots__ = ()
 
     def read(self) -> int:
         self._request = self._transport.read()
-        self._body = bytearray(
-            request_as_json(self._request, self.lane.name, as_base64=self._transport.bytes_as_base64)
-        )
+        body = request_as_json(self._request, self.lane.name, as_base64=self._transport.bytes_as_base64)
+        self.rows_to_ask = [(bytearray(body), JSON)]
         return 1
 
-    def row(self, index: int) -> RowPending:
-        return RowPending(self, index, self._row_request(self._body, JSON), None)
-
-    def take_answer(self, index: int, response: Response) -> None:
-        self._answer = response
-
-    @property
-    def is_answer_quick(self) -> bool:
-        return self._answer is None or len(self._answer.body) <= QUICK_SIZE_MAX
-
     def make_answer(self) -> Response:
-        answer = self._answer
-        assert answer is not None
+        (answer,) = self.answers
         outputs = outputs_in_json(answer.body)
         if outputs is None:
             if self._transport.passes_others:
@@ -307,7 +307,7 @@ def _in_order(inputs: list[InferInput], specs: list[TensorSpec]) -> list[InferIn
     if len(given) < len(inputs):
         raise InputError("two inputs have the same name")
     if set(given) != set(names):
-        told = ", ".join(repr(name) for name in given) or "none"
+        told = ", ".join(map(repr, given))[:TEXT_SHOWN_MAX] or "none"
         raise InputError(f"the model's inputs are {', '.join(map(repr, names))}; got {told}")
     return [given[name] for name in names]
 
@@ -337,7 +337,7 @@ def _selected(request: InferRequest, outputs: list[InferOutput]) -> list[InferOu
     unknown = [wanted.name for wanted in request.outputs if wanted.name not in by_name]
     if unknown:
         names = ", ".join(map(repr, by_name))
-        raise InputError(f"the model has no output {unknown[0]!r}; its outputs are {names}")
+        raise InputError(f"the model has no output {quoted(unknown[0])}; its outputs are {names}")
     return [by_name[wanted.name] for wanted in request.outputs]
 
 
@@ -355,10 +355,12 @@ def outputs_of_answers(answers: list[Response]) -> list[InferOutput]:
     if len(values) == len(answers) and isinstance(values[0], (int, float, list)):
         try:
             tensor = torch.tensor(values)
+            if tensor.is_floating_point():
+                tensor = torch.tensor(values, dtype=torch.float64)  # as exact as the handler's answer
         except (ValueError, TypeError, RuntimeError, OverflowError):
             pass  # of different shapes, or with something else in them
         else:
-            return [InferOutput("output0", tensor.double() if tensor.is_floating_point() else tensor)]
+            return [InferOutput("output0", tensor)]
     return [InferOutput("output0", [bytes(answer.body) for answer in answers])]
 
 

@@ -14,6 +14,8 @@ Resolve = Callable[[str, int], list[str]]
 
 _IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# Global by the registry, but what answers there is the machine's own cloud or network, to this machine alone.
+_SPECIAL = tuple(map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "3fff::/20")))
 _KINDS = ("unspecified", "loopback", "link_local", "multicast", "reserved", "private")
 
 
@@ -77,6 +79,8 @@ def kind_of(address: str) -> str:
             return name.replace("_", "-")
     if isinstance(found, ipaddress.IPv6Address) and found.is_site_local:
         return "private"
+    if any(found in network for network in _SPECIAL):
+        return "reserved"
     return "public" if found.is_global else "private"  # such as 100.64.0.0/10, which carriers share
 
 

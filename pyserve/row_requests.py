@@ -169,12 +169,7 @@ class RowsPending(Pending):
         if self.stage == OVER:
             return
         self._count(rows, started_at)
-        try:
-            self.take_tensors(rows[0].index, outputs, names)
-        except ServeError as error:
-            self.fail(error)
-            return
-        self._advance()
+        self._take(lambda: self.take_tensors(rows[0].index, outputs, names))
 
     def row_answered(self, row: RowPending, exchange: Exchange) -> None:
         """The lane has answered one: with the handler's answer, or with an error."""
@@ -190,12 +185,14 @@ class RowsPending(Pending):
         if exchange.is_aborted or response.status >= 400:
             self._end(response)
             return
-        try:
-            self.take_answer(row.index, response)
-        except ServeError as error:
-            self.fail(error)
-            return
-        self._advance()
+        self._take(lambda: self.take_answer(row.index, response))
+
+    def _take(self, keep: Callable[[], None]) -> None:
+        failure = _outcome(keep)
+        if failure is None:
+            self._advance()
+        else:
+            self.fail(failure)
 
     def _count(self, rows: list[RowPending], started_at: int) -> None:
         for row in rows:
@@ -228,21 +225,16 @@ class RowsPending(Pending):
     def fail(self, error: ServeError) -> None:
         """Answers with ``error``; rows that have not run do not run."""
         self.lane.answer_whole(self, error)
-        self._drop_rows()
+        self.drop_rows()
 
     def _end(self, response: Response) -> None:
         self.lane.answer_whole(self, response)
-        self._drop_rows()
+        self.drop_rows()
 
-    def _drop_rows(self) -> None:
+    def drop_rows(self) -> None:
         rows, self._rows = self._rows, {}
         for row in rows:
             row.cancel()
-
-    def cancel(self) -> None:
-        """The client hung up."""
-        super().cancel()
-        self._drop_rows()
 
 
 def _outcome(call: Callable[[], T]) -> T | ServeError:

@@ -201,9 +201,8 @@ class SequenceLane(PythonLane):
     async def close(self) -> None:
         """Finishes what was admitted, then stops the workers."""
         self._is_draining = True
-        for sequence in list(self._sequences.values()):
-            while sequence.waiting:
-                self._answer_error(sequence.waiting.popleft(), self.refusal("draining"))
+        for sequence in self._sequences.values():
+            self._answer_waiting(sequence, self.refusal("draining"))
         await asyncio.gather(*(member.close() for member in self._members), *self._closing)
         if self._look_timer is not None:
             self._look_timer.cancel()
@@ -212,6 +211,8 @@ class SequenceLane(PythonLane):
     def answer_all(self, error: ServeError) -> None:
         """Answers every admitted request with ``error``."""
         super().answer_all(error)
+        for sequence in self._sequences.values():
+            self._answer_waiting(sequence, error)
         for member in self._members:
             member.answer_all(error)
 
@@ -356,10 +357,13 @@ class SequenceLane(PythonLane):
         running = sequence.running
         if running is not None:
             sequence.member.cut_short(running, error)
-        while sequence.waiting:
-            self._answer_error(sequence.waiting.popleft(), error)
+        self._answer_waiting(sequence, error)
         if running is None and sequence.has_state:
             self._remember(sequence, error)
+
+    def _answer_waiting(self, sequence: Sequence, error: ServeError) -> None:
+        while sequence.waiting:
+            self._answer_error(sequence.waiting.popleft(), error)
 
     def _remember(self, sequence: Sequence, error: ServeError) -> None:
         self._ended[sequence.id] = error

@@ -190,6 +190,9 @@ def test_no_pattern_allows_nothing() -> None:
         ("169.254.169.254", "link-local"), ("::ffff:169.254.169.254", "link-local"), ("fe80::1%eth0", "link-local"),
         ("224.0.0.1", "multicast"), ("ff02::1", "multicast"), ("0.0.0.0", "unspecified"), ("::", "unspecified"),
         ("240.0.0.1", "reserved"), ("255.255.255.255", "reserved"),
+        # What clouds answer on to their own machines, though it looks public.
+        ("168.63.129.16", "reserved"), ("192.0.0.192", "reserved"), ("::ffff:168.63.129.16", "reserved"),
+        ("192.88.99.1", "reserved"), ("3fff::1", "reserved"),
     ],
 )  # fmt: skip
 def test_address_is_told_from_a_public_one(address: str, kind: str) -> None:

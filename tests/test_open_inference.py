@@ -309,6 +309,10 @@ GOOD = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}
         ({"inputs": [{**GOOD, "shape": [0, 4], "data": []}]}, "rows"),
         ({"inputs": [{**GOOD, "shape": [2, 4]}]}, "8 values"),
         ({"inputs": [{**GOOD, "shape": [10**9, 4]}]}, "values"),
+        ({"inputs": [{**GOOD, "shape": [2**62, 4]}]}, "elements"),
+        ({"inputs": [{**GOOD, "shape": [0, 2**70], "data": []}]}, "elements"),
+        ({"inputs": [{**GOOD, "shape": [1, 0, 2**62], "data": [[]]}]}, "elements"),
+        ({"inputs": [{**GOOD, "shape": [10**4000] * 64}]}, "elements"),
         ({"inputs": [{**GOOD, "datatype": "FP64"}]}, "FP32"),
         ({"inputs": [{**GOOD, "datatype": "FLOAT"}]}, "unknown datatype"),
         ({"inputs": [{**GOOD, "data": [1, 2, "x", 4]}]}, "position 2"),
@@ -327,6 +331,31 @@ def test_what_cannot_be_used_is_400_and_says_why(server: Server, body: Any, word
     told = answer.json
     assert (answer.status, told["code"], told["type"]) == (400, 400, "BadRequestException"), answer.body
     assert told["error"] == told["message"] and word in told["error"], told["error"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {**GOOD, "name": "n" * 1_000_000, "datatype": "FP64"},
+        {**GOOD, "datatype": "T" * 1_000_000},
+        {**GOOD, "shape": [1] * 500_000},
+        {**GOOD, "parameters": {"binary_data_size": "s" * 1_000_000}},
+    ],
+)
+@pytest.mark.parametrize("model", ["linear", "pair"])
+def test_a_clients_own_words_do_not_come_back_at_length(server: Server, model: str, entry: Any) -> None:
+    body = json.dumps({"inputs": [entry, {**entry, "name": "m" * 1_000_000}] if model == "pair" else [entry]})
+    answer = server.ask("POST", f"/v2/models/{model}/infer", body.encode(), JSON)
+    assert answer.status == 400 and len(answer.body) < 3000, len(answer.body)
+
+
+def test_a_byte_that_is_no_truth_value_is_400(server: Server) -> None:
+    for content, status in ((b"\0\1\1", 200), (b"\0\2\1", 400)):
+        entry = {"name": "x", "shape": [1, 3], "datatype": "BOOL", "parameters": {"binary_data_size": 3}}
+        text = json.dumps({"inputs": [entry]}).encode()
+        answer = server.ask("POST", "/v2/models/echo-bool/infer", text + content,
+                            {"Inference-Header-Content-Length": str(len(text))})  # fmt: skip
+        assert answer.status == status, answer.body
 
 
 @pytest.mark.parametrize("size", ["x", "0", "-1", "999999", "1" * 50, "7.5"])

@@ -1,0 +1,152 @@
+"""Calls in which both sides stream: each request has its answer, its bytes are counted, and none outlives its call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+import pytest
+
+from pyserve.errors import OverloadedError
+from pyserve.grpc_call import Streams
+from pyserve.http1_connections import BodyBudget
+
+HANG_S = 30
+
+
+class Message(NamedTuple):
+    """What a request is to `Streams`: something with a size."""
+
+    name: str
+    size: int = 10
+
+    def ByteSize(self) -> int:
+        return self.size
+
+
+class Desk:
+    """Answers each request once its name is let go; notes what began and what was given up."""
+
+    def __init__(self) -> None:
+        self.gates: dict[str, asyncio.Event] = {}
+        self.given_up: list[str] = []
+
+    def begin(self, message: Message) -> AsyncIterator[str]:
+        self.gates[message.name] = asyncio.Event()
+        return self._answer(message.name)
+
+    async def _answer(self, name: str) -> AsyncIterator[str]:
+        try:
+            await self.gates[name].wait()
+            if name == "bad":
+                raise RuntimeError("nobody expected this")
+            yield name
+        except asyncio.CancelledError:
+            self.given_up.append(name)
+            raise
+
+    def release(self, *names: str) -> None:
+        for name in names:
+            self.gates[name].set()
+
+
+async def asked(*messages: Message, stays_open: bool = False) -> AsyncIterator[Message]:
+    for message in messages:
+        yield message
+    if stays_open:
+        await asyncio.Event().wait()
+
+
+async def turns(count: int = 20) -> None:
+    """Lets everything go as far as it can."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def run(test: object) -> None:
+    asyncio.run(asyncio.wait_for(test, HANG_S))  # type: ignore[arg-type]
+
+
+def collect(stream: AsyncIterator[str]) -> asyncio.Task[list[str]]:
+    async def all_of() -> list[str]:
+        return [each async for each in stream]
+
+    return asyncio.ensure_future(all_of())
+
+
+@pytest.mark.parametrize("stays_open", [False, True], ids=["client has said all", "client may say more"])
+def test_a_stream_that_is_drained_ends_when_its_requests_are_answered(stays_open: bool) -> None:
+    async def test() -> None:
+        streams, desk = Streams(BodyBudget(100)), Desk()
+        answers = collect(streams.run(asked(Message("a"), Message("b"), stays_open=stays_open), desk.begin))
+        await turns()
+        streams.drain()
+        await turns()
+        assert not answers.done()
+        desk.release("b", "a")
+        assert sorted(await answers) == ["a", "b"]
+
+    run(test())
+
+
+def test_an_error_that_nobody_expected_ends_the_call(caplog: pytest.LogCaptureFixture) -> None:
+    """A request without an answer would leave its client waiting."""
+
+    async def test() -> None:
+        budget, desk = BodyBudget(100), Desk()
+        answers = collect(Streams(budget).run(asked(Message("a"), Message("bad"), stays_open=True), desk.begin))
+        await turns()
+        desk.release("bad")
+        with pytest.raises(RuntimeError, match="nobody expected this"):
+            await answers
+        await turns()
+        assert desk.given_up == ["a"] and budget.size == 0
+
+    run(test())
+
+
+def test_no_more_is_read_than_there_is_room_for() -> None:
+    async def test() -> None:
+        budget, desk = BodyBudget(25), Desk()
+        messages = asked(*(Message(name) for name in "abcd"))
+        answers = collect(Streams(budget).run(messages, desk.begin))
+        await turns()
+        assert list(desk.gates) == ["a", "b"] and budget.size == 20
+        desk.release("a")
+        await turns()
+        assert list(desk.gates) == ["a", "b", "c"]
+        desk.release("c")
+        await turns()
+        desk.release("b", "d")
+        assert sorted(await answers) == ["a", "b", "c", "d"]
+        await turns()
+        assert budget.size == 0
+
+    run(test())
+
+
+def test_a_stream_that_finds_no_room_at_all_is_refused() -> None:
+    async def test() -> None:
+        budget, desk = BodyBudget(25), Desk()
+        budget.size = 20  # others'
+        with pytest.raises(OverloadedError) as raised:
+            await collect(Streams(budget).run(asked(Message("a")), desk.begin))
+        assert raised.value.detail == {"reason": "body budget", "body_budget_size": 25}
+        assert not desk.gates and budget.size == 20
+
+    run(test())
+
+
+def test_a_client_that_goes_gives_up_its_requests_and_their_room() -> None:
+    async def test() -> None:
+        budget, desk = BodyBudget(100), Desk()
+        answers = collect(Streams(budget).run(asked(Message("a"), Message("b"), stays_open=True), desk.begin))
+        await turns()
+        assert budget.size == 20
+        answers.cancel()
+        await asyncio.wait([answers])
+        await turns()
+        assert sorted(desk.given_up) == ["a", "b"] and budget.size == 0
+
+    run(test())
