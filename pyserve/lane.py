@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pyserve.errors import (
     DeadlineError,
     ExpiredError,
-    HandlerError,
     JsonObject,
     OverloadedError,
     ServeError,
     ServerError,
 )
+from pyserve.lane_refusals import no_worker_error, no_worker_subjects, retry_after, worker_died_error
 from pyserve.messages import TIMEOUT_HEADER, Response
 from pyserve.metrics import RequestRecorder
 from pyserve.model_settings import ModelSettings
@@ -461,36 +461,6 @@ class Lane:
     def stats(self) -> JsonObject:
         """The native counters and histograms, plus ``running`` batches and the ``queue_size``."""
         return {**self.core.stats(), "running": self.core.running, "queue_size": self.waiting_count}
-
-
-def no_worker_subjects(name: str, url_version: str) -> tuple[str, str]:
-    """How the text for "no worker" begins for a URL without a version and with one; the odd quote is TorchServe's."""
-    return f'Model "{name}" has', f'Model "{name}" Version {url_version}" has'
-
-
-def no_worker_error(
-    name: str, detail: JsonObject, retry_after_s: int | None = None, url_version: str = "default"
-) -> OverloadedError:
-    """TorchServe's one text for every reason not to admit a request."""
-    detail.setdefault("mend", f"PUT /models/{name}?min_worker=1 on the management address")
-    subject = no_worker_subjects(name, url_version)[url_version != "default"]
-    return OverloadedError(
-        f"{subject} no worker to serve inference request. Please use scale workers API to add workers.",
-        detail=detail,
-        headers={"Retry-After": retry_after() if retry_after_s is None else str(retry_after_s)},
-    )
-
-
-def worker_died_error(detail: JsonObject | None = None) -> HandlerError:
-    """TorchServe's text for a worker that is gone, with status 500."""
-    error = HandlerError("Worker died.", detail=detail)
-    error.status = 500
-    return error
-
-
-def retry_after() -> str:
-    """Seconds, spread over a few, so that refused clients do not come back together."""
-    return str(1 + time.monotonic_ns() % 3)
 
 
 def live(owners: list[Pending | None]) -> list[Pending]:

@@ -19,8 +19,9 @@ from pyserve.archive import Archive
 from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError, ServerError
 from pyserve.handler import built_in_name
 from pyserve.http1_exchange import Exchange
-from pyserve.lane import RING_CAPACITY_MIN, Lane, WorkerRow, no_worker_error
+from pyserve.lane import RING_CAPACITY_MIN, Lane, WorkerRow
 from pyserve.lane_choice import Wish, open_lane, open_python_lane
+from pyserve.lane_refusals import no_worker_error
 from pyserve.loader import Network
 from pyserve.model_settings import PARAMETERS, ModelSettings
 from pyserve.native_lane import NativeLane

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pyserve.errors import HandlerError, JsonObject, OverloadedError, ServeError
-from pyserve.lane import Lane, WorkerRow, live, no_worker_error, request_ids, ring_capacity, worker_died_error
+from pyserve.lane import Lane, WorkerRow, live, request_ids, ring_capacity
+from pyserve.lane_refusals import no_worker_error, worker_died_error
 from pyserve.messages import Response
 from pyserve.model_settings import ModelSettings
 from pyserve.pending import OVER, SUBMITTED, Pending

@@ -21,7 +21,8 @@ from typing import Any
 
 from pyserve.errors import ConflictError, JsonObject, OverloadedError, ServeError
 from pyserve.http1_answer import new_id
-from pyserve.lane import SWEEP_INTERVAL_S, WorkerRow, worker_died_error
+from pyserve.lane import SWEEP_INTERVAL_S, WorkerRow
+from pyserve.lane_refusals import worker_died_error
 from pyserve.messages import ExtraHeaders, Response
 from pyserve.model_config import ModelConfig
 from pyserve.model_settings import ModelSettings

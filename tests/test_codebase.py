@@ -53,6 +53,7 @@ LEVELS = [
     "restart_policy requirements worker_output worker_handle zygote spawner",
     "client_limit "
     "raw_rows "
+    "lane_refusals "
     "examples zoo sample loader services model_settings pending lane "
     "row_requests "
     "native_lane python_workers python_lane "

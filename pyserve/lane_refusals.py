@@ -1,0 +1,37 @@
+"""What a lane says when it cannot serve: TorchServe's texts, each for several causes that ``detail`` tells apart."""
+
+from __future__ import annotations
+
+import time
+
+from pyserve.errors import HandlerError, JsonObject, OverloadedError
+
+
+def no_worker_subjects(name: str, url_version: str) -> tuple[str, str]:
+    """How the text for "no worker" begins for a URL without a version and with one; the odd quote is TorchServe's."""
+    return f'Model "{name}" has', f'Model "{name}" Version {url_version}" has'
+
+
+def no_worker_error(
+    name: str, detail: JsonObject, retry_after_s: int | None = None, url_version: str = "default"
+) -> OverloadedError:
+    """TorchServe's one text for every reason not to admit a request."""
+    detail.setdefault("mend", f"PUT /models/{name}?min_worker=1 on the management address")
+    subject = no_worker_subjects(name, url_version)[url_version != "default"]
+    return OverloadedError(
+        f"{subject} no worker to serve inference request. Please use scale workers API to add workers.",
+        detail=detail,
+        headers={"Retry-After": retry_after() if retry_after_s is None else str(retry_after_s)},
+    )
+
+
+def worker_died_error(detail: JsonObject | None = None) -> HandlerError:
+    """TorchServe's text for a worker that is gone, with status 500."""
+    error = HandlerError("Worker died.", detail=detail)
+    error.status = 500
+    return error
+
+
+def retry_after() -> str:
+    """Seconds, spread over a few, so that refused clients do not come back together."""
+    return str(1 + time.monotonic_ns() % 3)
