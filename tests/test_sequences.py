@@ -234,3 +234,29 @@ def test_one_worker_in_trouble_is_none_of_the_models(server: Server) -> None:
     server.manage("PUT", "/models/fragile?min_worker=2&synchronous=true")
     assert server.describe("fragile")["state"] == "READY"
     assert ask(server, model="fragile").status == 200
+
+
+def test_what_waits_in_a_sequence_is_answered_when_draining_is_cut_short(tmp_path: Path, id: str) -> None:
+    """Not by a connection that breaks."""
+    server = Server(tmp_path)
+    write_handler(server.store, "adder", ADDER, config={"sequenceBatching": True, "maxSequenceJobQueueSize": 20})
+    (tmp_path / "config.properties").write_text("drain_timeout_s=1\n")
+    server.start("--models", "all", "--ts-config", "config.properties")
+    running, results = tmp_path / "running", dict[int, Answer]()
+    try:
+        def add(number: int, **order: Any) -> threading.Thread:
+            thread = threading.Thread(target=lambda: results.update({number: ask(server, id, add=number, **order)}))
+            thread.start()
+            return thread
+
+        threads = [add(0, running=str(running), until=str(tmp_path / "never"))]
+        wait_until_there(running)
+        threads += [add(1), add(2)]
+        server.wait_for(lambda: server.describe("adder")["jobQueueStatus"]["pendingRequests"] == 2, "both to wait")
+        server.run("stop")
+        for thread in threads:
+            thread.join(LIMIT_S)
+        assert [results[number].status for number in range(3)] == [503] * 3
+        assert all(results[number].detail["reason"] == "draining" for number in range(3))
+    finally:
+        server.kill()
