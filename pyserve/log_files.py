@@ -37,6 +37,7 @@ LOSS_REPORT_INTERVAL_S = 60.0
 # How long ending waits for what has not been written.
 CLOSE_TIMEOUT_S = 2.0
 _COPY_SIZE = 1 << 20
+_LINE_END = 0x0A
 
 
 class RotatingFile:
@@ -55,6 +56,7 @@ class RotatingFile:
         self._identity = (0, 0)
         self._is_regular = False
         self._size = 0
+        self._is_torn = False  # the disk was full in the middle of a line
         self._day = today()
         self._compressing: threading.Thread | None = None
 
@@ -68,9 +70,11 @@ class RotatingFile:
         if self._is_regular and self._size and (self._day != self._today() or self._size >= self._size_max):
             self._rotate()
             self._open()
-        rest = memoryview(content)
+            self._is_torn = False
+        rest = memoryview(b"\n" + content if self._is_torn and content else content)
         while rest:
             count = os.write(self._fd, rest)
+            self._is_torn = rest[count - 1] != _LINE_END
             rest = rest[count:]
             self._size += count
 

@@ -102,7 +102,7 @@ PROOFS = {
     "`python` in config": "config_keys::default_and_value_of_the_file",
     "`log4j2` files": "config::keys_without_an_effect_are_named_once",
     "threads and loggers": "log_files::records_go_to_the_files_they_belong_in",
-    "lines of the access log": "log_files::access_log_has_torchserves_lines",
+    "lines of the access log": "torchserve_command::server_in_the_background_as_scripts_know_it",
     "a log file that cannot": "serving_logs::a_folder_that_cannot_be_written_disturbs_nobody",
     "values of queries": "serving_logs::signatures_of_urls_are_not_written_down",
     "log texts of workers": "serving_logs::a_workers_death_is_told_in_torchserves_words",

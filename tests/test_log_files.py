@@ -73,6 +73,26 @@ def test_what_an_interrupted_rotation_left_is_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "x.log.1").exists()
 
 
+def test_a_line_that_was_cut_off_ends_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = RotatingFile(tmp_path / "x.log")
+    write, sizes = os.write, [6]
+
+    def fill_up(fd: int, content: bytes) -> int:
+        if not sizes:
+            raise OSError(28, "No space left on device")
+        return write(fd, content[: sizes.pop()])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", fill_up)
+        with pytest.raises(OSError, match="No space"):
+            file.write(b"one\ntwo\n")
+    file.let_go()
+    file.write(b"three\n")
+    file.write(b"four\n")
+    file.close()
+    assert lines_of(tmp_path / "x.log") == ["one", "tw", "three", "four"]
+
+
 def test_what_cannot_be_compressed_is_kept_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "x.log.1.part").mkdir()
     file = RotatingFile(tmp_path / "x.log", size_max=1)
