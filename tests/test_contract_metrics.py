@@ -14,7 +14,7 @@ pytestmark = pytest.mark.server
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # name{label="value",} 8.0, with TorchServe's comma after the last label.
 LABELS = r'\{(?:[A-Za-z_]\w*="(?:[^"\\\n]|\\.)*",)+\}'
-SAMPLE = re.compile(rf"[A-Za-z_:][A-Za-z0-9_:]*(?:{LABELS})? (?:[-+]?Inf|NaN|-?\d+\.\d+(?:[eE]-?\d+)?)")
+SAMPLE = re.compile(rf"[A-Za-z_:][A-Za-z0-9_:]*(?:{LABELS})? (?:[-+]?Inf|NaN|-?\d+\.\d+(?:[eE][-+]?\d+)?)")
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
