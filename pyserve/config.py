@@ -129,6 +129,7 @@ class Config:
     model_metrics_auto_detect: bool = False
     disable_system_metrics: bool = False
     metric_time_interval: int = 60
+    system_metrics_cmd: str = ""
     model_snapshot: JsonObject = field(default_factory=dict)
     restore: bool = False
     no_config_snapshots: bool = False

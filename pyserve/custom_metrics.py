@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-import yaml
 from prometheus_client.metrics_core import Metric as Family
+
+from pyserve.exposition import add_histogram, torchserve_family
+from pyserve.metric_log import MetricLog
+from pyserve.metrics_config import MODEL_METRICS, Declared, MetricsConfigError, read_metrics_config
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +112,8 @@ class MetricsCache:
     """What handlers find as ``context.metrics``.
 
     Args:
-        config: path of a metrics.yaml.
+        config: path of a metrics.yaml; None for TorchServe's own.
+        keeps_each: every value is told, as it came; else those of the same metric are added up.
 
     Attributes:
         cache: metrics by kind and name.
@@ -118,16 +122,18 @@ class MetricsCache:
     """
 
     def __init__(
-        self, model_name: str = "", request_ids: Mapping[int, str] | None = None, *, config: str | None = None
+        self, model_name: str = "", request_ids: Mapping[int, str] | None = None, *, config: str | None = None,
+        keeps_each: bool = False,
     ):
         self.model_name = model_name
         self.request_ids: Mapping[int, str] = request_ids or {}
         self.cache: dict[MetricTypes, dict[str, CachingMetric]] = {kind: {} for kind in MetricTypes}
         self.store = self
         self._emissions: dict[tuple[Any, ...], dict[str, Any]] = {}
-        if config:
-            for kind, name, unit, dimensions in read_metrics_yaml(config):
-                self.add_metric_to_cache(name, unit, dimensions, kind)
+        self.keeps_each = keeps_each
+        for kind, name, unit, dimensions in _declared(config):
+            # Units stay as they are written there.
+            self.add_metric_to_cache(name, unit, dimensions, MetricTypes(kind.upper())).unit = unit
 
     # --- for the server -------------------------------------------------------------------------------------------
 
@@ -155,7 +161,9 @@ class MetricsCache:
             number = float(value)
         except (TypeError, ValueError):
             raise MetricsCacheTypeError(f"the value of metric {name} is a number, got {value!r}") from None
-        key = (name, kind, *dimensions.items())
+        key: tuple[Any, ...] = (name, kind, *dimensions.items())
+        if self.keeps_each:
+            key = (len(self._emissions),)
         known = self._emissions.get(key)
         if known is None:
             if len(self._emissions) < VALUES_MAX:
@@ -283,11 +291,13 @@ class MetricsReport:
         self._metrics = metrics
         self._send = send
         self._next_at = 0.0
-        self._prediction_s = -1.0
+        self._prediction_s = self._handler_s = -1.0
 
-    def note_prediction(self, seconds: float) -> None:
-        """How long the last batch was in the worker: TorchServe's PredictionTime."""
-        self._prediction_s = seconds
+    def note_prediction(self, seconds: float, handler_s: float = -1.0) -> None:
+        """How long the last batch was in the worker, and in its handler: TorchServe's times."""
+        self._prediction_s, self._handler_s = seconds, handler_s
+        if self._metrics.keeps_each:
+            self._add_times()
 
     def look(self) -> int:
         """Reports if it is time to. Returns in how many ms it will be, -1 if there is nothing to report."""
@@ -300,58 +310,66 @@ class MetricsReport:
         self._next_at = now + REPORT_INTERVAL_S
         return -1
 
+    def _add_times(self) -> None:
+        for name, seconds in (("HandlerTime", self._handler_s), ("PredictionTime", self._prediction_s)):
+            if seconds >= 0:
+                self._metrics.add_time(name, round(seconds * 1e3, 2))
+        self._prediction_s = self._handler_s = -1.0
+
     def flush(self) -> None:
         """Reports what there is."""
-        if self._prediction_s >= 0:
-            self._metrics.add_time("PredictionTime", round(self._prediction_s * 1e3, 2))
-            self._prediction_s = -1.0
+        self._add_times()
         values = self._metrics.drain()
         if values:
             self._send(values)
 
 
-def read_metrics_yaml(path: str) -> list[tuple[MetricTypes, str, str, list[str]]]:
-    """(kind, name, unit, dimensions) of each of the ``model_metrics``.
+def _declared(path: str | None) -> Sequence[Declared]:
+    """The ``model_metrics``.
 
     Raises:
-        MetricsCachePyYamlError: it cannot be read, or is not of that form.
+        MetricsCachePyYamlError: the file cannot be read, or is not of that form.
     """
-    found = []
     try:
-        with open(path) as file:
-            parsed = yaml.safe_load(file) or {}
-        for kind in MetricTypes:
-            for entry in (parsed.get("model_metrics") or {}).get(kind.value.lower()) or []:
-                dimensions = list(map(str, entry.get("dimensions") or []))
-                found.append((kind, str(entry["name"]), str(entry["unit"]), dimensions))
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise MetricsCachePyYamlError(f"{path} is no metrics.yaml: {error}") from error
-    return found
+        return read_metrics_config(path).model if path else MODEL_METRICS
+    except MetricsConfigError as error:
+        raise MetricsCachePyYamlError(str(error)) from error
 
 
 class CustomMetrics:
     """The server's sums of what all workers report. Loop thread only.
 
+    Args:
+        declared: of metrics.yaml: their units, and what stands on the endpoint before the first value.
+        drops_undeclared: others are not kept.
+        log: where values are noted too.
+
     Reports come from processes that run anybody's code: what is no metric is dropped, and there is a bound on how many.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, declared: Sequence[Declared] = MODEL_METRICS, *, drops_undeclared: bool = False,
+        log: MetricLog | None = None,
+    ):  # fmt: skip
         self._hostname = socket.gethostname()
+        self._declared = {(each.name, each.kind.upper()): each for each in declared}
+        self._drops_undeclared = drops_undeclared
+        self._log = log
         # model -> (name, kind) -> (unit, labels -> value or [counts, sum])
         self._models: dict[str, dict[tuple[str, str], tuple[str, dict[tuple[tuple[str, str], ...], Any]]]] = {}
         self._told: set[str] = set()
 
-    def observe(self, model: str, values: Any) -> None:
-        """Adds what a worker of ``model`` reported."""
+    def observe(self, model: str, values: Any, *, is_noted: bool = True) -> None:
+        """Adds what a worker of ``model`` reported. ``is_noted``: in the log, too."""
         if not isinstance(values, list):
             return
         for value in values[:VALUES_MAX]:
             try:
-                self._add(model, value)
+                self._add(model, value, self._log if is_noted else None)
             except (KeyError, TypeError, ValueError, AttributeError):
                 continue
 
-    def _add(self, model: str, value: dict[str, Any]) -> None:
+    def _add(self, model: str, value: dict[str, Any], noted: MetricLog | None) -> None:
         kind = MetricTypes(value["type"]).value
         name = _metric_name(value["name"])
         told = value["value"] if kind == "HISTOGRAM" and isinstance(value["value"], list) else [value["value"]]
@@ -360,12 +378,20 @@ class CustomMetrics:
             return
         metrics = self._models.setdefault(model, {})
         key = (name, kind)
+        declared = self._declared.get(key)
+        if declared is None and self._drops_undeclared:
+            return
+        unit = declared.unit if declared else str(value["unit"])[:TEXT_SIZE_MAX]
         if key not in metrics:
             if len(metrics) >= NAMES_MAX:
                 self._tell(model, f"more than {NAMES_MAX} metrics; further ones are dropped")
                 return
-            metrics[key] = (str(value["unit"])[:TEXT_SIZE_MAX], {})
+            metrics[key] = (unit, {})
         labels = tuple((_label(key), str(text)[:TEXT_SIZE_MAX]) for key, text in value["dimensions"].items())
+        if noted is not None:
+            ids = str(value.get("request_id") or "")[:TEXT_SIZE_MAX]
+            for number in numbers:
+                noted.note_model(name, unit, number, dict(labels), ids)
         series = metrics[key][1]
         if labels not in series:
             if sum(len(each) for _, each in metrics.values()) >= SERIES_MAX:
@@ -393,31 +419,19 @@ class CustomMetrics:
 
     def collect(self) -> Iterator[Family]:
         """A family per name and kind, over all models."""
-        families: dict[tuple[str, str], Family] = {}
+        families = {key: torchserve_family(*(each.name, each.kind, each.unit)) for key, each in self._declared.items()}
         for metrics in self._models.values():
             for (name, kind), (unit, series) in metrics.items():
                 family = families.get((name, kind))
                 if family is None:
-                    lower = kind.lower()
-                    family = Family(name, f"Torchserve prometheus {lower} metric with unit: {unit}", lower)
-                    families[name, kind] = family
+                    family = families[name, kind] = torchserve_family(name, kind.lower(), unit)
                 for labels, value in series.items():
                     named = {**dict(labels), "Hostname": self._hostname}
                     if kind == "HISTOGRAM":
-                        _add_histogram(family, named, *value)
+                        add_histogram(family, named, HISTOGRAM_BOUNDS, *value)
                     else:
                         family.add_sample(name, named, value)
         yield from families.values()
-
-
-def _add_histogram(family: Family, labels: dict[str, str], counts: list[int], total: float) -> None:
-    seen = 0
-    for bound, count in zip((*HISTOGRAM_BOUNDS, math.inf), counts, strict=True):
-        seen += count
-        text = "+Inf" if math.isinf(bound) else repr(bound)
-        family.add_sample(f"{family.name}_bucket", {**labels, "le": text}, seen)
-    family.add_sample(f"{family.name}_count", labels, seen)
-    family.add_sample(f"{family.name}_sum", labels, total)
 
 
 def _metric_name(text: Any) -> str:

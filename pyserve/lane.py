@@ -25,6 +25,7 @@ from pyserve.errors import (
     ServeError,
     ServerError,
 )
+from pyserve.host_metrics import BatchRecorder
 from pyserve.lane_refusals import no_worker_error, no_worker_subjects, retry_after, worker_died_error
 from pyserve.messages import TIMEOUT_HEADER, Response
 from pyserve.metrics import RequestRecorder
@@ -32,6 +33,7 @@ from pyserve.model_settings import ModelSettings
 from pyserve.pending import OVER, PREPARING, SUBMITTED, Pending
 from pyserve.services import Services
 from pyserve.stages import Stages
+from pyserve.worker_log import WorkerLog
 
 if TYPE_CHECKING:
     from pyserve import _core
@@ -78,6 +80,8 @@ class Lane:
         settings: the model's; read at each use, so that changes hold at once.
     """
 
+    is_native = False
+    worker_log: WorkerLog
     def __init__(
         self, services: Services, name: str, label: str, core: _core.Lane | _core.ProcessLane, settings: ModelSettings
     ):
@@ -93,6 +97,7 @@ class Lane:
         self.settings = settings
         self._pending: dict[Pending, None] = {}  # in order of arrival
         self._recorders: dict[str, RequestRecorder] = {}  # by the version as in the URL: its own, or "default"
+        self._batches: BatchRecorder | None = None
         self._preparing_count = 0
         self.finished_at = 0  # ns; when the last batch came to its end
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -295,6 +300,12 @@ class Lane:
         if pending.stages is not None:
             self._end_stages(pending, status)
 
+    def _note_batch(self, completion: Any, owners: list[Pending | None]) -> None:
+        if self._batches is None:
+            version = self._label.removeprefix(f"{self._name} ")
+            self._batches = self._services.metrics.batches(self._name, version, is_native=self.is_native)
+        self._batches.note(completion, next(filter(None, owners)).arrived_at, self.settings.batch_size)
+
     def _begin_stages(self, pending: Pending) -> None:
         """Of every request, since the configuration or the environment asks for it."""
         services = self._services
@@ -331,7 +342,7 @@ class Lane:
                 self._observe_abort(pending)
 
     def _observe_abort(self, pending: Pending) -> None:
-        self._services.metrics.observe_abort(self._name, pending.version)
+        self._services.metrics.observe_abort(self._name, pending.version, pending.url_version)
         self._end_stages(pending, None)
 
     def _forget(self, pending: Pending) -> None:
@@ -460,7 +471,8 @@ class Lane:
 
     def stats(self) -> JsonObject:
         """The native counters and histograms, plus ``running`` batches and the ``queue_size``."""
-        return {**self.core.stats(), "running": self.core.running, "queue_size": self.waiting_count}
+        rest = {"running": self.core.running, "queue_size": self.waiting_count, "running_max": self.running_max}
+        return {**self.core.stats(), **rest}
 
 
 def live(owners: list[Pending | None]) -> list[Pending]:

@@ -21,6 +21,7 @@ from pyserve.placement import gpu_count
 from pyserve.python_lane import PythonLane
 from pyserve.requirements import prepare_environment
 from pyserve.sequence_lane import SequenceLane
+from pyserve.server_logs import writes_metrics
 from pyserve.services import Services
 from pyserve.trace import NeedsPythonError, Progress, Tracing
 from pyserve.worker_spec import WorkerSpec
@@ -130,6 +131,7 @@ async def open_python_lane(wish: Wish) -> PythonLane:
             config.ts_header_key_sequence_end,
         ),
         metrics_config=config.metrics_config or None,
+        keeps_each_metric=writes_metrics(config),
         watch=config.watch,
     )
     device_ids = [] if spec.gpu_id is None else wish.archive.config.device_ids or list(

@@ -13,21 +13,24 @@ from __future__ import annotations
 import socket
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from prometheus_client import ProcessCollector
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from pyserve import __version__
 from pyserve.custom_metrics import CustomMetrics
 from pyserve.errors import JsonObject
+from pyserve.exposition import CONTENT_TYPE, add_histogram, render
+from pyserve.host_metrics import FILL_BOUNDS, BatchRecorder, HostMetrics
+from pyserve.load_gauges import LoadGauges
 from pyserve.messages import Request, Response
+from pyserve.metric_log import MetricLog
+from pyserve.metrics_config import MetricsConfig
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REQUEST_BOUNDS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
@@ -35,10 +38,6 @@ CLASS_NAMES = ("Requests2XX", "Requests4XX", "Requests5XX")
 TORCHSERVE_NAMES = (
     "ts_inference_requests_total", "ts_inference_latency_microseconds", "ts_queue_latency_microseconds",
 )  # fmt: skip
-# Counters with this text, those of handlers among them, have samples named like the family; all others get "_total",
-# as Prometheus' rules want.
-_TORCHSERVE_HELP = "Torchserve prometheus "
-_ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", '"': '\\"'})
 
 # Key of ``stats()`` -> (metric, what it says).
 _HISTOGRAMS = {
@@ -85,8 +84,27 @@ class MeasuredModel(Protocol):
     def worker_rows(self) -> Sequence[Worker]:
         """The workers."""
 
+    def worker_load_ms(self) -> dict[str, float]:
+        """How long the workers took to load, by their names."""
+
     def stats(self) -> JsonObject:
         """Counters, and histograms as (bounds, counts that are not cumulative, sum); empty while none are kept."""
+
+
+@dataclass(frozen=True)
+class MetricsOptions:
+    """What the configuration says of metrics.
+
+    Attributes:
+        mode: ``prometheus``, ``log`` or ``legacy``.
+        is_strict: ``compat=strict``: the mode rules what the endpoint shows, and only what is declared is kept.
+        takes_undeclared: of handlers, all the same.
+    """
+
+    config: MetricsConfig = field(default_factory=MetricsConfig)
+    mode: str = "prometheus"
+    is_strict: bool = False
+    takes_undeclared: bool = False
 
 
 class _Series:
@@ -145,19 +163,26 @@ class Metrics(Collector):
         *,
         hostname: str | None = None,
         torch_version: str = "",
+        options: MetricsOptions | None = None,
+        log: MetricLog | None = None,
     ):
         # constant
         self._hostname = socket.gethostname() if hostname is None else hostname
         self._torch_version = torch_version
         self._process = ProcessCollector(registry=None)
+        self._options = options = options or MetricsOptions()
         # per server
+        self.host = HostMetrics(self._hostname, options.config, log, is_strict=options.is_strict)
         self.models = models
         self.refused: list[Counter[int]] = []
         self._classes = [0, 0, 0]
         # per model
         self._series: dict[tuple[str, str], _Series] = {}
         # (model, version as in the URL) -> [requests, latency in s, queue time in s], TorchServe's three counters
-        self._custom = CustomMetrics()
+        drops = options.is_strict and not options.takes_undeclared
+        self._custom = CustomMetrics(options.config.model, drops_undeclared=drops, log=self.host.log)
+        self._batches: dict[tuple[str, str], BatchRecorder] = {}
+        self._loads: dict[tuple[str, str], LoadGauges] = {}
         self._torchserve: dict[tuple[str, str], list[float]] = {}
         self._rejected: dict[tuple[str, str], int] = {}  # (model, reason) ->
 
@@ -206,10 +231,19 @@ class Metrics(Collector):
         """
         self._rejected[model, reason] = self._rejected.get((model, reason), 0) + 1
 
-    def observe_abort(self, model: str, version: str) -> None:
-        """Counts a request whose client went away before the answer."""
+    def observe_abort(self, model: str, version: str, url_version: str = "default") -> None:
+        """Counts a request whose client went away before the answer. TorchServe counts it when it comes."""
         series = self._series.get((model, version)) or self._new_series(model, version)
         series.aborted += 1
+        sums = self._torchserve.get((model, url_version)) or self._new_sums(model, url_version)
+        sums[0] += 1
+
+    def batches(self, model: str, version: str, *, is_native: bool) -> BatchRecorder:
+        """What the lane of a version tells of its batches."""
+        key = (model, version)
+        if key not in self._batches:
+            self._batches[key] = BatchRecorder(self.host, model, is_native=is_native)
+        return self._batches[key]
 
     def observe_answer(self, status: int) -> None:
         """Counts an answer of any listener in ``Requests2XX``, ``4XX`` or ``5XX``."""
@@ -230,33 +264,52 @@ class Metrics(Collector):
     def scrape(self, request: Request) -> Response:
         """Answers ``/metrics``; each ``name[]`` of the query asks for the samples of that name."""
         names = [value for name, value in request.params if name == "name[]"]
+        if self._options.is_strict and self._options.mode != "prometheus":
+            families = self._torchserve_families() if self._options.mode == "legacy" else ()
+            self._prune(list(self.models()))
+            return Response(200, render(families, names), content_type=CONTENT_TYPE)
         return Response(200, self.render(names), content_type=CONTENT_TYPE)
 
     def render(self, names: Collection[str] = ()) -> bytes:
         """The text format, version 0.0.4: all samples, or those whose names are exactly one of ``names``."""
-        wanted = frozenset(names)
-        return "".join(line for family in self.collect() for line in _lines(family, wanted)).encode()
+        return render(self.collect(), names)
 
     def collect(self) -> Iterator[Metric]:
         """All families, as prometheus_client has them."""
         models = list(self.models())
         self._prune(models)
+        self.look(models)
         yield from self._answer_families()
         yield from self._torchserve_families()
         yield from self._request_families()
         yield self._rejected_family()
         yield from _model_families(models)
+        yield from self._batch_families()
+        yield from self._load_families(models)
+        yield from self.host.collect()
         yield from self._custom.collect()
         build = Metric("pyserve_build_info", "Versions of the server and of torch; always 1.", "gauge")
         build.add_sample("pyserve_build_info", {"version": __version__, "torch": self._torch_version}, 1)
         yield build
         yield from self._process.collect()
 
+    def look(self, models: Iterable[MeasuredModel]) -> None:
+        """Takes over what models only tell when they are asked."""
+        self.host.load_times({name: ms for model in models for name, ms in model.worker_load_ms().items()})
+        latest = max(self._batches.values(), key=lambda each: each.delivered_at, default=None)
+        if latest is not None and latest.delivered_at:
+            self.host.show("QueueTime", latest.queue_ms)
+            self.host.show("WorkerThreadTime", latest.overhead_ms)
+        for (model, _), batches in self._batches.items():
+            self._custom.observe(model, batches.model_times(), is_noted=False)
+
     def _prune(self, models: list[MeasuredModel]) -> None:
         known = {(model.name, model.version) for model in models}
         names = {model.name for model in models}
         self._custom.keep(names)
         self._series = {key: series for key, series in self._series.items() if key in known}
+        self._batches = {key: batches for key, batches in self._batches.items() if key in known}
+        self._loads = {key: self._loads.get(key) or LoadGauges() for key in known}
         self._rejected = {key: count for key, count in self._rejected.items() if key[0] in names}
         self._torchserve = {
             key: sums
@@ -266,9 +319,10 @@ class Metrics(Collector):
 
     def _answer_families(self) -> Iterator[Metric]:
         for name, count in zip(CLASS_NAMES, self._classes, strict=True):
-            family = Metric(name, _torchserve_help("Count"), "counter")
-            family.add_sample(name, {"Level": "Host", "Hostname": self._hostname}, count)
-            yield family
+            answered = self.host.family(name)
+            if answered is not None:
+                answered.add_sample(name, self.host.labels(name, ("Host", self._hostname)), count)
+                yield answered
         refused: Counter[int] = sum(self.refused, Counter())
         family = Metric("pyserve_http_refused", "Answers of the HTTP protocol itself to what is no request.", "counter")
         for status, count in sorted(refused.items()):
@@ -277,11 +331,12 @@ class Metrics(Collector):
 
     def _torchserve_families(self) -> Iterator[Metric]:
         for index, name in enumerate(TORCHSERVE_NAMES):
-            # TorchServe counts microseconds.
-            scale, unit = (1, "Count") if index == 0 else (1e6, "Microseconds")
-            family = Metric(name, _torchserve_help(unit), "counter")
+            scale = 1 if index == 0 else 1e6  # TorchServe counts microseconds
+            family = self.host.family(name)
+            if family is None:
+                continue
             for (model, version), sums in self._torchserve.items():
-                labels = {"model_name": model, "model_version": version, "hostname": self._hostname}
+                labels = self.host.labels(name, (model, version, self._hostname))
                 family.add_sample(name, labels, sums[index] * scale)
             yield family
 
@@ -294,8 +349,30 @@ class Metrics(Collector):
             for status, count in sorted(series.statuses.items()):
                 requests.add_sample("pyserve_requests_total", {**labels, "status": str(status)}, count)
             aborted.add_sample("pyserve_requests_aborted_total", labels, series.aborted)
-            _add_histogram(duration, labels, REQUEST_BOUNDS_S, series.counts, series.duration_sum_s)
+            add_histogram(duration, labels, REQUEST_BOUNDS_S, series.counts, series.duration_sum_s)
         yield from (requests, aborted, duration)
+
+    def _batch_families(self) -> Iterator[Metric]:
+        fill = Metric("pyserve_batch_fill_ratio", "Requests in a batch beside how many it may have.", "histogram")
+        for (model, version), batches in self._batches.items():
+            labels = {"model": model, "version": version}
+            add_histogram(fill, labels, FILL_BOUNDS, batches.fill_counts, batches.fill_sum)
+        yield fill
+
+    def _load_families(self, models: list[MeasuredModel]) -> Iterator[Metric]:
+        busy = Metric("pyserve_worker_utilization", "Share of the last seconds that the workers were busy.", "gauge")
+        wait = Metric("pyserve_predicted_wait_seconds", "How long a new request would wait for a worker.", "gauge")
+        for model in models:
+            stats = model.stats()
+            if not stats:
+                continue
+            ready = sum(1 for row in model.worker_rows() if row.status == "READY")
+            load = self._loads[model.name, model.version]
+            share, wait_s = load.look(stats, min(ready, stats.get("running_max", ready)))
+            labels = {"model": model.name, "version": model.version}
+            busy.add_sample(busy.name, labels, share)
+            wait.add_sample(wait.name, labels, wait_s)
+        yield from (busy, wait)
 
     def _rejected_family(self) -> Metric:
         rejected = Metric("pyserve_requests_rejected", "Requests refused, by reason.", "counter")
@@ -310,7 +387,7 @@ def _model_families(models: Iterable[MeasuredModel]) -> Iterator[Metric]:
         family = Metric(name, about, "histogram")
         for labels, _, stats in rows:
             if key in stats:
-                _add_histogram(family, labels, *stats[key])
+                add_histogram(family, labels, *stats[key])
         yield family
     for kind, suffix, table in (("counter", "_total", _COUNTERS), ("gauge", "", _GAUGES)):
         for key, (name, about) in table.items():
@@ -326,37 +403,3 @@ def _model_families(models: Iterable[MeasuredModel]) -> Iterator[Metric]:
         ready = sum(1 for row in model.worker_rows() if row.status == "READY")
         workers.add_sample("pyserve_workers", {**labels, "lane": model.lane}, ready)
     yield from (in_flight, workers)
-
-
-def _torchserve_help(unit: str) -> str:
-    return f"{_TORCHSERVE_HELP}counter metric with unit: {unit}"
-
-
-def _add_histogram(
-    family: Metric, labels: Mapping[str, str], bounds: Iterable[float], counts: Iterable[int], total: float
-) -> None:
-    """``counts`` are not cumulative; the last one counts what is above all ``bounds``."""
-    cumulative = list(accumulate(counts))
-    for bound, count in zip((*bounds, float("inf")), cumulative, strict=True):
-        family.add_sample(f"{family.name}_bucket", {**labels, "le": floatToGoString(bound)}, count)
-    family.add_sample(f"{family.name}_count", dict(labels), cumulative[-1])
-    family.add_sample(f"{family.name}_sum", dict(labels), total)
-
-
-def _lines(family: Metric, wanted: frozenset[str]) -> Iterator[str]:
-    """The family in text, with the comma after the last label that TorchServe's endpoint writes.
-
-    prometheus_client's own writer would rename TorchServe's counters, which do not end in ``_total``.
-    """
-    samples = [sample for sample in family.samples if not wanted or sample.name in wanted]
-    if wanted and not samples:
-        return
-    name = family.name
-    if family.type == "counter" and not family.documentation.startswith(_TORCHSERVE_HELP):
-        name += "_total"
-    about = family.documentation.replace("\\", "\\\\").replace("\n", "\\n")
-    yield f"# HELP {name} {about}\n# TYPE {name} {family.type}\n"
-    for sample in samples:
-        labels = "".join(f'{label}="{value.translate(_ESCAPES)}",' for label, value in sample.labels.items())
-        yield f"{sample.name}{{{labels}}} " if labels else f"{sample.name} "
-        yield f"{floatToGoString(sample.value)}\n"

@@ -357,6 +357,10 @@ class Model:
         """ns; when the last batch came to its end; 0 if none did."""
         return self._lane.finished_at if self._lane is not None else 0
 
+    def worker_load_ms(self) -> dict[str, float]:
+        """How long the workers took to load, by their names."""
+        return self._lane.worker_log.load_ms if self._lane is not None else {}
+
     @property
     def lane(self) -> str:
         """``native``, or ``python`` for worker processes."""

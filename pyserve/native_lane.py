@@ -46,6 +46,8 @@ _LOGGED_STATES = {"starting": STARTED, "warming": STARTED, "failed": ERROR, "sto
 class NativeLane(Lane):
     """Requests of one model between admission and answer; the network runs in native threads."""
 
+    is_native = True
+
     def __init__(self, services: Services, name: str, label: str, network: Network, settings: ModelSettings):
         core = services.engine.add_lane(network.torch_model, network.example, ring_capacity(settings))
         super().__init__(services, name, label, core, settings)
@@ -249,6 +251,7 @@ class NativeLane(Lane):
                 owner.started_at = completion.started_at
                 if owner.stages is not None:
                     owner.stages.note_native(completion, completion.stamps[owners.index(owner)][1])
+        self._note_batch(completion, owners)
         if completion.code != "ok":
             self._complete_failed(owners, completion)
             return

@@ -207,6 +207,7 @@ class PythonLane(Lane):
         owners: list[Pending | None] = completion.owners
         if code == "ok":
             self.finished_at = completion.finished_at
+            self._note_batch(completion, owners)
             started_at = completion.started_at
             for owner, answer in zip(owners, completion.answers, strict=True):
                 if owner is not None and owner.stage != OVER:

@@ -19,10 +19,11 @@ from pyserve.address import Address
 from pyserve.archive import Archive
 from pyserve.archive_cache import open_cache
 from pyserve.browser_guard import BrowserGuard
+from pyserve.config import Config
 from pyserve.cors import Cors, allowed_origins
 from pyserve.cpu_budget import cpu_budget
 from pyserve.engine import Engine
-from pyserve.errors import JsonObject, ServeError
+from pyserve.errors import ConfigError, JsonObject, ServeError
 from pyserve.grpc_site import GrpcSite
 from pyserve.http1 import BodyBudget, Connections, Http1Limits, Http1Protocol
 from pyserve.http1_tls import Http1TlsProtocol
@@ -31,17 +32,20 @@ from pyserve.kserve import KServe
 from pyserve.launch import ServerStart
 from pyserve.management import Management
 from pyserve.messages import ErrorFormat
-from pyserve.metrics import Metrics
+from pyserve.metrics import Metrics, MetricsOptions
+from pyserve.metrics_config import MetricsConfig, MetricsConfigError, read_metrics_config
 from pyserve.model_source import ModelSource
+from pyserve.placement import gpu_count
 from pyserve.protect import protected, rotation_routes
 from pyserve.registry import Registry
 from pyserve.renewal import keep_renewed, watched
 from pyserve.routes import Router, RouteRow, inference_descriptions, metrics_routes
-from pyserve.server_logs import ServerLogs
+from pyserve.server_logs import ServerLogs, metrics_mode
 from pyserve.services import Services
 from pyserve.snapshot import SnapshotFolder, snapshot_folder
 from pyserve.spans import open_tracer
 from pyserve.spawner import Spawner
+from pyserve.system_metrics import SystemMetrics
 from pyserve.tls import curl_target, server_context
 from pyserve.tls import restore as restore_certificate
 from pyserve.tokens import Tokens
@@ -78,7 +82,8 @@ class Site:
         restore_certificate(config)
         self._start = start
         self._logs = logs
-        self._metrics = Metrics(torch_version=torch.__version__)
+        self._metrics = Metrics(torch_version=torch.__version__, options=_metrics_options(config), log=logs.metrics)
+        self._measuring: asyncio.Task[None] | None = None
         self._engine = Engine(asyncio.get_running_loop(), budget)
         self._pool = _single_threaded_pool(config.preprocess_threads or budget)
         self._services = services = Services(
@@ -149,6 +154,7 @@ class Site:
 
     async def open_ports(self) -> None:
         """Begins to accept. Names that share an address share a listener, which then answers for all of them."""
+        config = self._start.config
         budget = BodyBudget(Http1Limits().body_budget_size)
         names_by_socket: dict[Any, list[str]] = {}
         for name, sock in self._start.sockets.items():
@@ -157,6 +163,12 @@ class Site:
             await self._listen(sock, names, budget)
         all_watched = watched(self._start.config, self._tls, self._services.tokens)
         self._renewing = asyncio.ensure_future(keep_renewed(all_watched))
+        if not config.disable_system_metrics:
+            system = SystemMetrics(
+                self._metrics.host, config.metric_time_interval, command=config.system_metrics_cmd,
+                gpus=gpu_count(config.number_of_gpu),
+            )  # fmt: skip
+            self._measuring = asyncio.ensure_future(system.run())
         self._inference.is_ready = True
         await self.grpc.open(self._services, self.registry, self._inference, budget, self._logs.access)
 
@@ -301,10 +313,32 @@ class Site:
     def close(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
+        if self._measuring is not None:
+            self._measuring.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
         if self._services.tracer is not None:
             self._services.tracer.close()
+
+
+def _metrics_options(config: Config) -> MetricsOptions:
+    """Without the declarations of a metrics.yaml that cannot be used, unless the configuration is strict.
+
+    Raises:
+        ConfigError: under ``strict``, metrics.yaml cannot be used.
+    """
+    declared = MetricsConfig()
+    if config.metrics_config:
+        try:
+            declared = read_metrics_config(config.metrics_config)
+        except MetricsConfigError as error:
+            if config.strict:
+                raise ConfigError(str(error)) from None
+            log.error("%s; the built-in list of metrics is used", error)
+    return MetricsOptions(
+        declared, metrics_mode(config), is_strict=config.compat == "strict",
+        takes_undeclared=config.model_metrics_auto_detect,
+    )  # fmt: skip
 
 
 def _single_threaded_pool(count: int) -> ThreadPoolExecutor:

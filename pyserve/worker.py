@@ -20,7 +20,7 @@ from torch.utils.serialization.config import load as load_options
 
 from pyserve import __version__
 from pyserve.context import Context
-from pyserve.custom_metrics import MetricsCache, MetricsReport
+from pyserve.custom_metrics import MetricsCache, MetricsCachePyYamlError, MetricsReport
 from pyserve.engine import load_core
 from pyserve.entry_point import EntryPoint, HandlerLoadError, HandlerMemoryError, load_entry_point, load_error
 from pyserve.failure import HandlerTimeout
@@ -67,6 +67,14 @@ def run_worker(spec: WorkerSpec, descriptors: tuple[int, int, int], reports: Rep
     return 0
 
 
+def _metrics_cache(spec: WorkerSpec) -> MetricsCache:
+    """Of a metrics.yaml that cannot be used, the server's log tells; metrics work without it."""
+    try:
+        return MetricsCache(spec.name, config=spec.metrics_config, keeps_each=spec.keeps_each_metric)
+    except MetricsCachePyYamlError:
+        return MetricsCache(spec.name, keeps_each=spec.keeps_each_metric)
+
+
 def make_context(spec: WorkerSpec) -> Context:
     """The context of a model, as its handler sees it."""
     context = Context(
@@ -77,7 +85,7 @@ def make_context(spec: WorkerSpec) -> Context:
         spec.gpu_id,
         __version__,
         spec.limit_max_image_pixels,
-        MetricsCache(spec.name, config=spec.metrics_config),
+        _metrics_cache(spec),
         model_yaml_config=spec.config,
     )
     id_key, start_key, end_key = spec.header_keys
@@ -180,7 +188,7 @@ def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, 
         except HandlerTimeout:  # it came just after the call had ended; the requests are answered already
             answers = [(item[0], 1, 504, b"", b"{}") for item in batch.items]
         _send(channel, batch.id, answers)
-        report.note_prediction(time.perf_counter() - began)
+        report.note_prediction(time.perf_counter() - began, (invoker.call_ended_at - invoker.call_began_at) / 1e9)
 
 
 def _send(channel: Any, batch: int, answers: list[Answer]) -> None:

@@ -36,6 +36,7 @@ class WorkerSpec:
         max_response_size: bytes; a larger answer is an error.
         header_keys: the three names of the sequence headers: id, start, end.
         metrics_config: path of the metrics.yaml, None for the built-in one.
+        keeps_each_metric: every value is told, for the log files.
         watch: reload handler code when a file of model_dir changes.
     """
 
@@ -59,6 +60,7 @@ class WorkerSpec:
         "ts_request_sequence_id", "ts_request_sequence_start", "ts_request_sequence_end",
     )  # fmt: skip
     metrics_config: str | None = None
+    keeps_each_metric: bool = False
     watch: bool = False
 
     @classmethod

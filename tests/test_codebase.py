@@ -23,6 +23,8 @@ LEVELS = [
     "__init__ _build_info errors messages log address properties entries failure import_scan versions json_encoding "
     "result_check",
     "log_files exposition metric_log",
+    "metrics_config load_gauges",
+    "host_metrics",
     # Configuration and archives; no torch.
     "archive_url allowed_urls public_address transfer "
     "access_log",
@@ -60,6 +62,7 @@ LEVELS = [
     "sequence_lane lane_choice "
     "self_description gpu_usage "
     "model",
+    "system_metrics",
     # The server's endpoints.
     "kept_state "
     "registry",

@@ -38,6 +38,9 @@ class FakeModel:
     def worker_rows(self) -> list[FakeRow]:
         return [FakeRow("READY"), FakeRow("UNLOADING"), FakeRow("READY")]
 
+    def worker_load_ms(self) -> dict[str, float]:
+        return {f"W-9000-{self.name}_{self.version}": 12.0}
+
     def stats(self) -> dict[str, Any]:
         return self.measured
 
