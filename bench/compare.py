@@ -87,7 +87,7 @@ class Run:
         for number in range(self.options.rounds):
             for side in sides if number % 2 == 0 else list(reversed(sides)):
                 with side.start() as url:
-                    for clients in load.clients:
+                    for clients in self.clients(load):
                         self.drive(load, side, url, clients)
             if load.name == "megabyte":
                 self.measure_copying(load)
@@ -99,6 +99,10 @@ class Run:
             self.compare_classes(load)
         if load.name == "resnet18":
             self.open_loop(load)
+
+    def clients(self, load: Workload) -> list[int]:
+        """The numbers of clients to measure it with; all of its own if none of the wanted ones is among them."""
+        return [each for each in load.clients if each in (self.options.clients or load.clients)] or list(load.clients)
 
     def drive(self, load: Workload, side: Side, url: str, clients: int) -> None:
         label = side.label
@@ -180,7 +184,7 @@ class Run:
     def measure_echo(self, load: Workload) -> None:
         side = Side("bare echo", 0, echo, "", load.bodies)
         with side.start() as url:
-            for clients in load.clients:
+            for clients in self.clients(load):
                 self.drive(load, side, url, clients)
 
     def measure_direct(self, load: Workload) -> None:
@@ -264,6 +268,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--environments", type=Path, default=BENCH / "out" / "peers", metavar="DIR",
                         help="where the peers' virtual environments are kept (default: %(default)s)")
     parser.add_argument("--torch", default="torch==2.13.0", metavar="SPEC", help="the peers' (default: %(default)s)")
+    parser.add_argument("--clients", type=int, nargs="+", metavar="N", help="only these numbers of clients")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--duration", type=float, default=10, help="seconds of one load test (default: 10)")
     parser.add_argument("--out", type=Path, default=BENCH / "out", metavar="DIR",
