@@ -41,9 +41,11 @@ TORCHSERVE_NAMES = (
 
 # Key of ``stats()`` -> (metric, what it says).
 _HISTOGRAMS = {
+    "preprocess": ("pyserve_preprocess_duration_seconds", "Time a request's body took to become an input."),
     "queue": ("pyserve_queue_duration_seconds", "Time a request waited for a worker."),
     "staging": ("pyserve_staging_duration_seconds", "Time to gather a batch and copy it to the device."),
     "inference": ("pyserve_inference_duration_seconds", "Time a batch ran in the model."),
+    "postprocess": ("pyserve_postprocess_duration_seconds", "Time the handler took to turn an output into answers."),
     "batch_size": ("pyserve_batch_size", "Requests in a batch."),
 }
 _COUNTERS = {

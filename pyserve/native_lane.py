@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pyserve import codec
-from pyserve.errors import HandlerError, InputError, OutOfMemoryError, ServeError
+from pyserve.errors import HandlerError, InputError, JsonObject, OutOfMemoryError, ServeError
 from pyserve.failure import describe_failure
 from pyserve.handlers.tensor import named_outputs
 from pyserve.lane import Lane, WorkerRow, live, request_ids, ring_capacity
@@ -34,6 +34,7 @@ from pyserve.pending import OVER, SUBMITTED, Pending
 from pyserve.raw_rows import RAW_TYPE, RawRows
 from pyserve.row_requests import RowPending
 from pyserve.services import Services
+from pyserve.stage_times import StageTimes
 from pyserve.worker_log import ERROR, SCALED_DOWN, STARTED, WorkerLog
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class NativeLane(Lane):
         self._has_warned_of_nan = False
         self._raw = RawRows.of(network.handler, network.example)
         self._is_announcing = False
+        self._preprocess_times, self._postprocess_times = StageTimes(), StageTimes()
         self.apply_limits()
 
     # --- workers and settings -------------------------------------------------------------------------------------
@@ -153,6 +155,11 @@ class NativeLane(Lane):
         self._note_states()
         self.core.join()  # at once: their threads have ended
 
+    def stats(self) -> JsonObject:
+        """As a lane's, and the histograms of the stages before and after the engine."""
+        own = {"preprocess": self._preprocess_times.histogram(), "postprocess": self._postprocess_times.histogram()}
+        return {**super().stats(), **own}
+
     # --- the way in -----------------------------------------------------------------------------------------------
 
     def begin(self, pending: Pending) -> None:
@@ -175,7 +182,9 @@ class NativeLane(Lane):
                 self._announce_soon()
                 return
         if self.network.handler.is_quick(len(pending.exchange.request.body)):
-            self._submit(pending, self._prepare(pending))
+            prepared = self._prepare(pending)
+            self._preprocess_times.observe(pending.preprocess_ns / 1e9)
+            self._submit(pending, prepared)
             return
         self._preparing_count += 1
         future = self._services.preprocess_pool.submit(self._prepare, pending)
@@ -183,13 +192,13 @@ class NativeLane(Lane):
 
     def _prepare(self, pending: Pending) -> torch.Tensor | ServeError:
         """Body to input tensor. Any thread."""
-        stages = pending.stages
-        if stages is None:
-            return self._preprocess(pending)
         began = time.monotonic_ns()
         prepared = self._preprocess(pending)
-        stages.times["admission"] = (pending.arrived_at, began)
-        stages.times["preprocess"] = (began, time.monotonic_ns())
+        ended = time.monotonic_ns()
+        pending.preprocess_ns = ended - began
+        if pending.stages is not None:
+            pending.stages.times["admission"] = (pending.arrived_at, began)
+            pending.stages.times["preprocess"] = (began, ended)
         return prepared
 
     def _preprocess(self, pending: Pending) -> torch.Tensor | ServeError:
@@ -209,7 +218,9 @@ class NativeLane(Lane):
 
     def _prepared(self, pending: Pending, future: Future[torch.Tensor | ServeError]) -> None:
         self._preparing_count -= 1
-        self._submit(pending, future.result())
+        prepared = future.result()
+        self._preprocess_times.observe(pending.preprocess_ns / 1e9)
+        self._submit(pending, prepared)
 
     def _submit(self, pending: Pending, prepared: torch.Tensor | list[torch.Tensor] | ServeError) -> None:
         if pending.stage == OVER:
@@ -267,6 +278,7 @@ class NativeLane(Lane):
             [request.headers if request is not None else () for request in requests],
         )
         handler = self.network.handler
+        began = time.monotonic_ns()
         try:
             handler.context = context
             results = handler.postprocess(completion.output)
@@ -274,6 +286,8 @@ class NativeLane(Lane):
         except Exception as error:
             self._complete_failed_postprocess(owners, error)
             return
+        finally:
+            self._postprocess_times.observe((time.monotonic_ns() - began) / 1e9)
         for index, (owner, result) in enumerate(zip(owners, results, strict=True)):
             if owner is None:
                 continue

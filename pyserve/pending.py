@@ -29,6 +29,7 @@ class Pending:
         stage: PREPARING, SUBMITTED or OVER. It moves forward only, and only the move to OVER answers.
         started_at: ns; when its batch began to run; 0 until its completion tells.
         is_raw: it is answered with the bytes of its row of the output, see `raw_rows`.
+        preprocess_ns: how long its body took to become an input, ns.
         is_streaming: a part of the answer has left.
         progress_at: ns; when the last part came; 0 if none did.
         client_deadline: ns; when its client stops waiting; 0 if it did not say.
@@ -47,8 +48,8 @@ class Pending:
     """
 
     __slots__ = (
-        "client_deadline", "exchange", "flags", "is_raw", "is_streaming", "lane", "limit_timer", "progress_at",
-        "query_is_input", "stage", "stages", "started_at", "ticket", "url_version", "version",
+        "client_deadline", "exchange", "flags", "is_raw", "is_streaming", "lane", "limit_timer", "preprocess_ns",
+        "progress_at", "query_is_input", "stage", "stages", "started_at", "ticket", "url_version", "version",
     )  # fmt: skip
 
     is_row = is_whole = wants_tensors = False
@@ -68,7 +69,7 @@ class Pending:
         self.stage = PREPARING
         self.started_at = 0
         self.is_raw = self.is_streaming = False
-        self.progress_at = 0
+        self.progress_at = self.preprocess_ns = 0
         self.client_deadline = 0
         self.stages: Stages | None = None
         if exchange.request.has_timing:

@@ -54,6 +54,7 @@ LEVELS = [
     "streaming entry_point invoker reload continuous async_worker worker",
     "restart_policy requirements worker_output worker_handle zygote spawner",
     "client_limit "
+    "stage_times "
     "raw_rows "
     "lane_refusals "
     "examples zoo sample loader services model_settings pending lane "
