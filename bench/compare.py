@@ -86,9 +86,15 @@ class Run:
         sides = self.sides(load)
         for number in range(self.options.rounds):
             for side in sides if number % 2 == 0 else list(reversed(sides)):
-                with side.start() as url:
-                    for clients in self.clients(load):
-                        self.drive(load, side, url, clients)
+                try:
+                    with side.start() as url:
+                        for clients in self.clients(load):
+                            self.drive(load, side, url, clients)
+                except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+                    if side.name.startswith("pyserve"):
+                        raise
+                    # The other sides' figures are not worth less for it.
+                    print(f"{load.name}: {side.label} could not be measured: {error}", file=sys.stderr)
             if load.name == "megabyte":
                 self.measure_copying(load)
             elif load.kind == "floats":

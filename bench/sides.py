@@ -29,7 +29,7 @@ STOP_S = 30.0
 # What goes into each peer's virtual environment, beside torch, numpy and pillow.
 PACKAGES = {
     "torchserve": ["torchserve==0.12.0", "torch-model-archiver==0.12.0", "setuptools<81", "captum", "psutil", "pyyaml"],
-    "litserve": ["litserve"],
+    "litserve": ["litserve", "python-multipart"],
     "mosec": ["mosec"],
 }
 
