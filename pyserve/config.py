@@ -180,6 +180,10 @@ class Config:
             return self.enable_model_api
         return self.management_is_local and self.compat != "strict"
 
+    def metrics_file(self) -> str | None:
+        """The absolute path of ``metrics_config``, for processes that have another current folder."""
+        return str(Path(self.metrics_config).absolute()) if self.metrics_config else None
+
     def models_to_load(self) -> list[ModelSource]:
         """What ``load_models`` asks for, in order, each once."""
         return resolve_models(self.load_models, self.model_store)

@@ -12,7 +12,7 @@ import math
 import socket
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -417,21 +417,47 @@ class CustomMetrics:
         """Forgets all but these."""
         self._models = {name: metrics for name, metrics in self._models.items() if name in models}
 
-    def collect(self) -> Iterator[Family]:
-        """A family per name and kind, over all models."""
-        families = {key: torchserve_family(*(each.name, each.kind, each.unit)) for key, each in self._declared.items()}
-        for metrics in self._models.values():
+    def collect(self, taken: Collection[str] = ()) -> Iterator[Family]:
+        """A family per name, over all models.
+
+        The text must be valid whatever handlers emit: of one name used for several kinds the first kind counts, names
+        in ``taken`` are not theirs, and values under the same labels are put together.
+        """
+        kinds: dict[str, str] = {}
+        families: dict[tuple[str, str], Family] = {}
+        merged: dict[tuple[str, str], dict[tuple[tuple[str, str], ...], tuple[dict[str, str], Any]]] = {}
+        for (name, kind), each in self._declared.items():
+            if name not in taken and kinds.setdefault(name, kind) == kind:
+                families[name, kind] = torchserve_family(name, each.kind, each.unit)
+        for model, metrics in self._models.items():
             for (name, kind), (unit, series) in metrics.items():
-                family = families.get((name, kind))
-                if family is None:
-                    family = families[name, kind] = torchserve_family(name, kind.lower(), unit)
+                if name in taken or kinds.setdefault(name, kind) != kind:
+                    self._tell(model, f"{name} as a {kind.lower()}, but that is another metric's name; it is not shown")
+                    continue
+                if (name, kind) not in families:
+                    families[name, kind] = torchserve_family(name, kind.lower(), unit)
+                sums = merged.setdefault((name, kind), {})
                 for labels, value in series.items():
-                    named = {**dict(labels), "Hostname": self._hostname}
-                    if kind == "HISTOGRAM":
-                        add_histogram(family, named, HISTOGRAM_BOUNDS, *value)
-                    else:
-                        family.add_sample(name, named, value)
+                    same = tuple(sorted(dict(labels).items()))
+                    shown, before = sums.get(same, (dict(labels), None))
+                    sums[same] = shown, value if before is None else _together(kind, before, value)
+        for key, family in families.items():
+            for shown, value in merged.get(key, {}).values():
+                named = {**shown, "Hostname": self._hostname}
+                if key[1] == "HISTOGRAM":
+                    add_histogram(family, named, HISTOGRAM_BOUNDS, *value)
+                else:
+                    family.add_sample(key[0], named, value)
         yield from families.values()
+
+
+def _together(kind: str, one: Any, other: Any) -> Any:
+    if kind == "COUNTER":
+        return one + other
+    if kind == "GAUGE":
+        return other
+    (counts, total), (more, further) = one, other
+    return [[a + b for a, b in zip(counts, more, strict=True)], total + further]
 
 
 def _metric_name(text: Any) -> str:

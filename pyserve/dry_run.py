@@ -231,7 +231,7 @@ def _subject(archive: Archive, config: Config, notes: list[str]) -> Subject:
             config.ts_header_key_sequence_start,
             config.ts_header_key_sequence_end,
         ),
-        metrics_config=config.metrics_config or None,
+        metrics_config=config.metrics_file(),
     )
     return Subject(archive, config, spec, settings.startup_timeout_s, settings.response_timeout_s, notes)
 

@@ -130,7 +130,7 @@ async def open_python_lane(wish: Wish) -> PythonLane:
             config.ts_header_key_sequence_start,
             config.ts_header_key_sequence_end,
         ),
-        metrics_config=config.metrics_config or None,
+        metrics_config=config.metrics_file(),
         keeps_each_metric=writes_metrics(config),
         watch=config.watch,
     )

@@ -281,6 +281,12 @@ class Metrics(Collector):
         models = list(self.models())
         self._prune(models)
         self.look(models)
+        own = list(self._own_families(models))
+        yield from own
+        # A handler cannot take a name that is the server's: the text would not be valid with both.
+        yield from self._custom.collect({name for each in own for name in (each.name, *_sample_names(each))})
+
+    def _own_families(self, models: list[MeasuredModel]) -> Iterator[Metric]:
         yield from self._answer_families()
         yield from self._torchserve_families()
         yield from self._request_families()
@@ -289,7 +295,6 @@ class Metrics(Collector):
         yield from self._batch_families()
         yield from self._load_families(models)
         yield from self.host.collect()
-        yield from self._custom.collect()
         build = Metric("pyserve_build_info", "Versions of the server and of torch; always 1.", "gauge")
         build.add_sample("pyserve_build_info", {"version": __version__, "torch": self._torch_version}, 1)
         yield build
@@ -381,6 +386,10 @@ class Metrics(Collector):
         for (model, reason), count in sorted(self._rejected.items()):
             rejected.add_sample("pyserve_requests_rejected_total", {"model": model, "reason": reason}, count)
         return rejected
+
+
+def _sample_names(family: Metric) -> Iterator[str]:
+    return (sample.name for sample in family.samples)
 
 
 def _model_families(models: Iterable[MeasuredModel]) -> Iterator[Metric]:

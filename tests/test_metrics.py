@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -238,3 +240,28 @@ def test_metrics_are_a_collector_for_other_registries() -> None:
     registry = CollectorRegistry()
     registry.register(served(FakeModel()))
     assert registry.get_sample_value("pyserve_queue_size", {"model": "m", "version": "1.0"}) == 7
+
+
+def emitted(kind: str, name: str, value: float, **dimensions: str) -> dict[str, Any]:
+    return {"type": kind, "name": name, "value": value, "unit": "count", "dimensions": dimensions}
+
+
+def test_the_text_is_valid_whatever_handlers_emit() -> None:
+    metrics, host = served(FakeModel("a"), FakeModel("b")), socket.gethostname()
+    metrics.observe_custom("a", [
+        emitted("COUNTER", "seen", 2, Level="Model"), emitted("GAUGE", "seen", 9), emitted("COUNTER", "Requests2XX", 5),
+        emitted("GAUGE", "pyserve_queue_size", 7), emitted("GAUGE", "odd", 1, **{"a-b": "x"}),
+        emitted("GAUGE", "odd", 2, a_b="x"), emitted("COUNTER", "order", 1, x="1", y="2"),
+    ])  # fmt: skip
+    metrics.observe_custom("b", [
+        emitted("COUNTER", "seen", 3, Level="Model"), emitted("COUNTER", "order", 1, y="2", x="1"),
+    ])  # fmt: skip
+    text = metrics.render().decode()
+    names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
+    assert len(names) == len(set(names))
+    samples = [line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")]
+    assert len(samples) == len(set(samples))
+    assert f'seen{{Level="Model",Hostname="{host}",}} 5.0' in text and f'odd{{a_b="x",Hostname="{host}",}} 2.0' in text
+    assert f'order{{x="1",y="2",Hostname="{host}",}} 2.0' in text
+    assert not re.search(r"^pyserve_queue_size\{Hostname", text, re.MULTILINE)
+    list(text_string_to_metric_families(text))
