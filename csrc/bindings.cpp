@@ -61,8 +61,8 @@ uint64_t submit(Lane& lane, const py::object& owner, const py::object& inputs, i
     return RequestPool::ticket_of(*request);
 }
 
-// As `submit` without announcing. `body` holds one item as it lies in memory. Copied only if it is read-only, since a model may write to its input,
-// or not aligned for its numbers.
+// As `submit` without announcing. `body` holds one item as it lies in memory. It is copied only if it is read-only,
+// since a model may write to its input, or not aligned for its numbers.
 uint64_t submit_bytes(Lane& lane, const py::object& owner, const py::object& body, int64_t arrived_at,
                       int64_t deadline) {
     if (lane.example().size() != 1) throw py::value_error("the model does not take one tensor");
