@@ -51,7 +51,9 @@ class RowPending(Pending):
         self, whole: RowsPending, index: int, request: Request, inputs: list[torch.Tensor] | None, *,
         wants_tensors: bool = False,
     ):  # fmt: skip
-        super().__init__(whole.lane, Exchange(request, self._deliver), whole.version, whole.url_version)
+        # The exchange knows the whole and not the row: of two that know each other the memory, the body's with it,
+        # would come back only with a garbage collection.
+        super().__init__(whole.lane, Exchange(request, whole.row_answered), whole.version, whole.url_version)
         self.stages = None  # it is the whole whose time is told
         self.whole = whole
         self.index = index
@@ -63,11 +65,6 @@ class RowPending(Pending):
     @property
     def arrived_at(self) -> int:
         return self._submitted_at
-
-    def _deliver(self, exchange: Exchange) -> None:
-        if exchange.is_streaming and not exchange.is_ended:
-            return  # all parts of a streamed answer together are the row's
-        self.whole.row_answered(self, exchange)
 
 
 class RowsPending(Pending):
@@ -86,7 +83,7 @@ class RowsPending(Pending):
         self._has_begun = False
         self._next = 0
         self._left = 0
-        self._rows: dict[RowPending, None] = {}  # in the lane
+        self._rows: dict[Exchange, RowPending] = {}  # in the lane
 
     # --- for subclasses -------------------------------------------------------------------------------------------
 
@@ -129,7 +126,7 @@ class RowsPending(Pending):
 
     def began_at(self) -> int:
         """When the first of its rows began, ns; 0 while all wait."""
-        return self.started_at or min((began for row in self._rows if (began := row.began_at()) > 0), default=0)
+        return self.started_at or min((began for row in self._rows.values() if (began := row.began_at()) > 0), default=0)
 
     def begin(self) -> None:
         """Called by the lane once it is admitted."""
@@ -159,7 +156,7 @@ class RowsPending(Pending):
                 return
             row = self.row(self._next)
             self._next += 1
-            self._rows[row] = None
+            self._rows[row.exchange] = row
             lane.take_row(row)
 
     def tensors_came(
@@ -171,10 +168,12 @@ class RowsPending(Pending):
         self._count(rows, started_at)
         self._take(lambda: self.take_tensors(rows[0].index, outputs, names))
 
-    def row_answered(self, row: RowPending, exchange: Exchange) -> None:
+    def row_answered(self, exchange: Exchange) -> None:
         """The lane has answered one: with the handler's answer, or with an error."""
-        response = exchange.response
-        if self.stage == OVER or response is None:
+        if exchange.is_streaming and not exchange.is_ended:
+            return  # all parts of a streamed answer together are the row's
+        response, row = exchange.response, self._rows.get(exchange)
+        if self.stage == OVER or response is None or row is None:
             return
         self._count([row], row.started_at)
         if response.error is not None:
@@ -196,7 +195,7 @@ class RowsPending(Pending):
 
     def _count(self, rows: list[RowPending], started_at: int) -> None:
         for row in rows:
-            self._rows.pop(row, None)
+            self._rows.pop(row.exchange, None)
         self._left -= len(rows)
         if started_at and not self.started_at:
             self.started_at = started_at
@@ -233,7 +232,7 @@ class RowsPending(Pending):
 
     def drop_rows(self) -> None:
         rows, self._rows = self._rows, {}
-        for row in rows:
+        for row in rows.values():
             row.cancel()
 
 

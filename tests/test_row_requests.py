@@ -190,7 +190,7 @@ def test_rows_of_a_call_with_a_deadline_have_it_too(tmp_path: Path, gate: Gate) 
             rows = post_rows(stand, 2, id="rows", deadline=deadline)
             own = rows._row_request(bytearray(), "")
             assert (own.deadline, own.has_timing) == (deadline, True)
-            assert all(isinstance(each, RowPending) and each.client_deadline == deadline for each in rows._rows)
+            assert all(isinstance(each, RowPending) and each.client_deadline == deadline for each in rows._rows.values())
             gate.open()
             await stand.until(lambda: "rows" in stand.answers)
 
