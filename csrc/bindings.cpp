@@ -88,7 +88,7 @@ uint64_t submit_bytes(Lane& lane, const py::object& owner, const py::object& bod
     return RequestPool::ticket_of(*request);
 }
 
-// The output cut into its rows, as they lie in memory; None in the place of a row that nobody waits for. None if the
+// The output cut into its rows, as they lie in memory, large ones without copying; None in the place of a row that nobody waits for. None if the
 // output is not one tensor with a row per request.
 py::object rows_of(const Completion& completion) {
     if (!completion.output.isTensor()) return py::none();
@@ -103,7 +103,13 @@ py::object rows_of(const Completion& completion) {
     const char* row = static_cast<const char*>(output.data_ptr());
     py::list rows(count);
     for (size_t i = 0; i < count; ++i, row += size) {
-        rows[i] = completion.owners[i].is_none() ? py::object(py::none()) : py::object(py::bytes(row, size));
+        if (completion.owners[i].is_none()) {
+            rows[i] = py::none();
+        } else if (size < copied_body_max) {
+            rows[i] = py::bytes(row, size);
+        } else {
+            rows[i] = py::memoryview(py::cast(std::make_unique<Row>(Row{output, row, size})));
+        }
     }
     return rows;
 }
@@ -179,6 +185,11 @@ PYBIND11_MODULE(_core, m) {
     py::class_<Body>(m, "Body", py::buffer_protocol()).def_buffer([](Body& body) {
         return py::buffer_info(body.bytes.data(), 1, py::format_descriptor<uint8_t>::format(), 1,
                                {static_cast<py::ssize_t>(body.bytes.size())}, {py::ssize_t{1}}, true);
+    });
+
+    py::class_<Row>(m, "Row", py::buffer_protocol()).def_buffer([](const Row& row) {
+        return py::buffer_info(const_cast<char*>(row.bytes), 1, py::format_descriptor<uint8_t>::format(), 1,
+                               {static_cast<py::ssize_t>(row.size)}, {py::ssize_t{1}}, true);
     });
 
     py::class_<Completion>(m, "Completion")

@@ -40,6 +40,13 @@ struct Body {
     std::string bytes;
 };
 
+// A row of an output, which it keeps from going away.
+struct Row {
+    at::Tensor output;
+    const char* bytes;
+    size_t size;
+};
+
 inline void release_buffer(Py_buffer* buffer) {
     PyBuffer_Release(buffer);
     delete buffer;

@@ -29,6 +29,14 @@ std::vector<int64_t> batch_shape(const at::Tensor& item, size_t count) {
     return shape;
 }
 
+// Whether kernels can read every tensor where it is. One that looks into a request's body may lie at any address.
+bool is_usable(const Inputs& inputs) {
+    for (const at::Tensor& tensor : inputs) {
+        if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() != 0) return false;
+    }
+    return true;
+}
+
 bool overlaps(const at::Tensor& left, const at::Tensor& right) {
     if (!left.has_storage() || !right.has_storage()) return false;
     const auto* a = static_cast<const char*>(left.storage().data());
@@ -62,7 +70,7 @@ at::Tensor Staging::take_bytes(Slot& slot, int64_t& used, int64_t size, bool& is
 Staged Staging::gather(const std::vector<const Inputs*>& items) {
     Staged staged;
     const size_t count = items.size();
-    if (count == 1 && device_.is_cpu()) {
+    if (count == 1 && device_.is_cpu() && is_usable(*items.front())) {
         staged.inputs = *items.front();  // nothing to gather, nowhere to copy
         return staged;
     }

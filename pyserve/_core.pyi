@@ -46,7 +46,7 @@ class Completion:
     release: str  # why it left the queue: idle, full, bytes, min_batch, delay, deadline, closing
     @property
     def output(self) -> Any: ...
-    def rows(self) -> list[bytes | None] | None: ...
+    def rows(self) -> list[bytes | memoryview | None] | None: ...
 
 class Engine:
     def __init__(self) -> None: ...
@@ -90,6 +90,9 @@ class Lane:
 
 class Body:
     """Memory behind the memoryview of a large answer."""
+
+class Row:
+    """A row of an output, behind a memoryview."""
 
 class ProcessLane:
     """The python lane of one version: requests are bytes, workers are processes."""

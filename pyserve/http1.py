@@ -21,6 +21,7 @@ from typing import cast
 from pyserve.errors import ServeError, ServerError
 from pyserve.http1_answer import INTERNAL_ERROR, JOINED_SIZE_MAX, error_response, new_id
 from pyserve.http1_connections import BodyBudget, Connections
+from pyserve.http1_direct import DIRECT_SIZE_MIN, DirectBody
 from pyserve.http1_errors import BodyTooLargeError, InvalidHttpError, SlowClientError
 from pyserve.http1_exchange import Exchange
 from pyserve.http1_head import RequestHead, check_head_size, check_head_start
@@ -52,12 +53,9 @@ class Http1Protocol(asyncio.Protocol):
     """
 
     def __init__(
-        self,
-        app: Callable[[Exchange], None],
-        limits: Http1Limits,
-        connections: Connections,
+        self, app: Callable[[Exchange], None], limits: Http1Limits, connections: Connections,
         loop: asyncio.AbstractEventLoop | None = None,
-    ):
+    ):  # fmt: skip
         # constant
         self._app = app
         self._limits = limits
@@ -172,9 +170,24 @@ class Http1Protocol(asyncio.Protocol):
             if start < size:
                 self._discard(size - start)
         elif self._incoming is not None:
-            self._timer.set(self._incoming.deadline(self._loop.time()))
+            self.body_grew(self._incoming)
+            if self._incoming.direct_size >= DIRECT_SIZE_MIN:
+                DirectBody(self, self._transport, self._incoming, self._loop)
         elif start < size or len(slots) >= self._limits.pipeline_max:
             self._pause(data[start:])
+
+    def body_grew(self, incoming: Incoming) -> None:
+        """Some of the body has come; there is more to come."""
+        self._timer.set(incoming.deadline(self._loop.time()))
+
+    def body_came(self, incoming: Incoming) -> None:
+        """All of a body has come that was read directly; the transport reads on when this is done with."""
+        if incoming is self._incoming:
+            self._transport.resume_reading()
+            self._end_body(incoming)
+            self._advance(b"")
+            if self._connections.draining:
+                self.drain()
 
     def _take_head(self, data: bytes, start: int) -> int:
         if self._partial:
@@ -258,18 +271,10 @@ class Http1Protocol(asyncio.Protocol):
         refusal: ServeError | None = None,
     ) -> None:  # fmt: skip
         request = Request(
-            head.method,
-            head.path,
-            query=head.query,
-            headers=head.headers,
-            body=content,
-            client=self._client,
-            id=head.id or new_id(),
-            arrived_at=self._connections.clock(),
-            header_text=head.text,
-            has_timing=head.has_timing,
-            lower=head.lower,
-        )
+            head.method, head.path, query=head.query, headers=head.headers, body=content, client=self._client,
+            id=head.id or new_id(), arrived_at=self._connections.clock(), header_text=head.text,
+            has_timing=head.has_timing, lower=head.lower,
+        )  # fmt: skip
         exchange = Exchange(request, self._on_answer, head.keep_alive, wire_size, reserved)
         exchange.is_http11 = head.is_http11
         self._slots.append(exchange)
@@ -406,10 +411,10 @@ class Http1Protocol(asyncio.Protocol):
             keep_alive = bool(self._slots or self._partial or self._incoming or unread_size(self._transport))
         exchange.response = None
         self._connections.on_answer(exchange.request, response.status, exchange.is_http11)
-        head, body = self._connections.answers.encode(response, exchange.request, keep_alive)
+        head, parts = self._connections.answers.encode(response, exchange.request, keep_alive)
         self._transport.write(head)
-        if body is not None:
-            self._transport.write(body)
+        if parts:
+            self._transport.writelines(parts)
         return keep_alive
 
     def _write_parts(self, exchange: Exchange, head: Response | None) -> bool:
@@ -428,15 +433,14 @@ class Http1Protocol(asyncio.Protocol):
         if exchange.is_aborted:
             self._transport.abort()
             return False
+        is_wanted = exchange.request.method != "HEAD"
         while exchange.parts and self._writable:
-            part = exchange.parts.pop(0)
-            size = memoryview(part).nbytes
-            exchange.parts_size -= size
-            if exchange.request.method != "HEAD":
-                self._transport.write(b"%x\r\n%b\r\n" % (size, bytes(part)) if is_chunked else bytes(part))
+            part = exchange.take_part(is_chunked)
+            if is_wanted:
+                self._transport.write(part)
         if exchange.parts or not exchange.is_ended:
             return False
-        if is_chunked and exchange.request.method != "HEAD":
+        if is_chunked and is_wanted:
             self._transport.write(b"0\r\n\r\n")
         return True
 

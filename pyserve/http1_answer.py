@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
 
@@ -93,13 +93,16 @@ class AnswerWriter:
         self._common = ""
         self._plain: dict[_Kind, tuple[bytes, bytes, bytes]] = {}
 
-    def encode(self, response: Response, request: Request, keep_alive: bool) -> tuple[bytes, memoryview | None]:
-        """The answer's bytes: all of them, or the head and beside it a body too big to copy.
+    def encode(
+        self, response: Response, request: Request, keep_alive: bool
+    ) -> tuple[bytes, Sequence[bytes | memoryview]]:
+        """The answer's bytes: all of them, or the head and beside it the parts of a body too big to copy.
 
         An answer that cannot be written as HTTP is logged and replaced by a 500.
         """
         body = response.body
-        if type(body) is bytes and request.method != "HEAD" and len(body) <= JOINED_SIZE_MAX:
+        tail = response.tail
+        if type(body) is bytes and not tail and request.method != "HEAD" and len(body) <= JOINED_SIZE_MAX:
             # All but the id and the size is the same for a whole second.
             parts = None
             if int(self._wall_clock()) == self._second:
@@ -110,25 +113,25 @@ class AnswerWriter:
                     parts = self._plain.get(key)
             if parts is not None:
                 before, between, after = parts
-                return b"".join((before, request.id.encode("latin-1"), between, b"%d" % len(body), after, body)), None
+                return b"".join((before, request.id.encode("latin-1"), between, b"%d" % len(body), after, body)), ()
         bodyless = response.status in _BODYLESS_STATUSES
         try:
             if type(body) is not bytes:
                 view = memoryview(body)
                 body = view.cast("B") if view.nbytes else b""
-            size = len(body)
+            size = len(body) + sum(map(len, tail))
             head = self.head(response, request.id, keep_alive, None if bodyless else size)
         except Exception:
             log.exception("answer to request %s %s %s cannot be sent", request.id, request.method, request.path,
                           extra=about(request_id=request.id))  # fmt: skip
             response = error_response(ServerError(INTERNAL_ERROR))
-            body, size, bodyless = response.body, len(response.body), False
+            body, tail, size, bodyless = response.body, (), len(response.body), False
             head = self.head(response, request.id, keep_alive, size)
         if bodyless or request.method == "HEAD":
-            return head, None
+            return head, ()
         if size <= JOINED_SIZE_MAX:
-            return head + body, None
-        return head, memoryview(body)
+            return b"".join((head, body, *tail)), ()
+        return head, (memoryview(body), *tail)
 
     def stream_head(self, response: Response, request: Request, keep_alive: bool, is_chunked: bool) -> bytes | None:
         """The head of an answer whose parts follow. None, and a line in the log, if it cannot be written as HTTP."""

@@ -6,6 +6,7 @@ the number of chunks must be known, and httptools tells none of them.
 
 from __future__ import annotations
 
+import ctypes
 import re
 
 from pyserve.http1_errors import BodyTooLargeError, HeadTooLargeError, InvalidHttpError
@@ -20,12 +21,18 @@ _TRAILER_LINE = re.compile(rb"(" + _TOKEN + rb"):[\t -~\x80-\xff]*\Z")
 _FRAMING_NAMES = (b"content-length", b"transfer-encoding", b"host")
 _SIZE, _CONTENT, _CONTENT_END, _TRAILER = range(4)
 
+# A bytearray of so many bytes that nobody has set to 0: nothing is read of it before it was received, and pages that
+# never come cost no memory. Python's own way to have one, so called rather than written again.
+_uncleared = ctypes.pythonapi.PyByteArray_FromStringAndSize
+_uncleared.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
+_uncleared.restype = ctypes.py_object
+
 
 class SizedBody:
     """A body announced by Content-Length.
 
     Attributes:
-        content: what has come so far; empty once ``discard`` was called.
+        content: the place for all of it, of which ``size`` bytes have come; empty once ``discard`` was called.
         size: bytes of content that have come.
         complete: whether all has come.
         announced: the Content-Length.
@@ -35,7 +42,7 @@ class SizedBody:
 
     def __init__(self, announced: int):
         self.announced = announced
-        self.content = bytearray()
+        self.content: bytearray = _uncleared(None, announced)
         self.size = 0
         self.complete = announced == 0
         self._keep = True
@@ -44,10 +51,18 @@ class SizedBody:
         """Takes what belongs to the body from ``data[start:]``; returns where the rest begins."""
         end = min(len(data), start + self.announced - self.size)
         if self._keep:
-            self.content += memoryview(data)[start:end]
-        self.size += end - start
-        self.complete = self.size == self.announced
+            memoryview(self.content)[self.size : self.size + end - start] = memoryview(data)[start:end]
+        self.took(end - start)
         return end
+
+    def place(self) -> memoryview:
+        """Where the rest belongs; whoever fills some of it calls ``took``."""
+        return memoryview(self.content)[self.size :]
+
+    def took(self, size: int) -> None:
+        """So many bytes more have come to their place."""
+        self.size += size
+        self.complete = self.size == self.announced
 
     def discard(self) -> None:
         """Keeps nothing from here on; the body is only read to its end."""

@@ -116,6 +116,12 @@ class Exchange:
             if not self.disconnected:
                 self._deliver(self)
 
+    def take_part(self, is_chunked: bool) -> bytes:
+        """The first of ``parts``, no longer among them, as it is written."""
+        part = bytes(self.parts.pop(0))
+        self.parts_size -= len(part)
+        return b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part
+
     def _add(self, part: Part) -> None:
         size = memoryview(part).nbytes
         if size:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pyserve.errors import OverloadedError, ServeError, UnsupportedMediaError
 from pyserve.http1_answer import new_id
 from pyserve.http1_body import ChunkedBody, SizedBody
@@ -25,11 +27,12 @@ class Incoming:
         wire_size: bytes read so far, head and framing with them.
         reserved: bytes of the body budget this request holds.
         continue_owed: whether the client waits for ``100 Continue``.
+        on_release: called by ``release``.
     """
 
     __slots__ = (
-        "_budget", "_limits", "_started_at", "body", "continue_owed", "head", "refusal", "reserved",
-        "wire_size",
+        "_budget", "_limits", "_started_at", "body", "continue_owed", "head", "on_release", "refusal",
+        "reserved", "wire_size",
     )  # fmt: skip
 
     def __init__(self, head: RequestHead, head_size: int, limits: Http1Limits, budget: BodyBudget):
@@ -48,6 +51,7 @@ class Incoming:
         self.wire_size = head_size
         self.reserved = 0
         self.continue_owed = bool(head.expect) and not self.body.complete
+        self.on_release: Callable[[], None] | None = None
         self._limits = limits
         self._budget = budget
         self._started_at = -1.0
@@ -69,6 +73,23 @@ class Incoming:
             self._reserve(missing)
         return end
 
+    @property
+    def direct_size(self) -> int:
+        """Bytes that are missing, if it is known beforehand and they are wanted; else 0."""
+        body = self.body
+        return body.announced - body.size if isinstance(body, SizedBody) and self.refusal is None else 0
+
+    def place(self) -> memoryview:
+        """Where these bytes belong; whoever fills some of it calls ``took``."""
+        assert isinstance(self.body, SizedBody)
+        return self.body.place()
+
+    def took(self, size: int) -> None:
+        """So many bytes have come to their place."""
+        assert isinstance(self.body, SizedBody)
+        self.body.took(size)
+        self.wire_size += size
+
     def deadline(self, now: float) -> float:
         """When the client is too slow, if nothing comes after ``now`` (s, ``loop.time()``)."""
         limits = self._limits
@@ -81,6 +102,8 @@ class Incoming:
         """Gives the budget back."""
         self._budget.release(self.reserved)
         self.reserved = 0
+        if self.on_release is not None:
+            self.on_release()
 
     def _reserve(self, size: int) -> None:
         if self._budget.reserve(size):

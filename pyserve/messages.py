@@ -166,10 +166,11 @@ class Response:
         content_type: value of ``content-type``; ``None`` sends none (as TorchServe does for predictions).
         reason: ``None`` means the standard phrase; ``""`` an empty one (as TorchServe does for predictions).
         headers: further headers. Framing headers (content-length, connection, ...) belong to the protocol.
+        tail: what follows ``body``; large parts that nobody need put together. Of HTTP's answers only.
         error: what this is the answer to, for protocols with error answers of their own; None for any other answer.
     """
 
-    __slots__ = ("body", "content_type", "error", "headers", "reason", "status")
+    __slots__ = ("body", "content_type", "error", "headers", "reason", "status", "tail")
 
     def __init__(
         self,
@@ -185,6 +186,7 @@ class Response:
         self.content_type = content_type
         self.reason = reason
         self.headers = headers or {}
+        self.tail: Sequence[bytes | memoryview] = ()
         self.error: ServeError | None = None
 
 

@@ -306,7 +306,7 @@ class NativeLane(Lane):
         for owner in owners:
             if owner is not None and not owner.is_raw:
                 return False
-        rows: list[bytes | None] | None = completion.rows()
+        rows: list[bytes | memoryview | None] | None = completion.rows()
         if rows is None or any(row is not None and len(row) > self._services.config.max_response_size for row in rows):
             return False  # the other way has the words for it
         headers = raw.headers(completion.output)

@@ -192,10 +192,13 @@ def element_count(tensor: InferInput) -> int:
     return math.prod(tensor.shape)
 
 
-def tensor_of(tensor: InferInput) -> torch.Tensor:
+def tensor_of(tensor: InferInput, *, is_for_engine: bool = False) -> torch.Tensor:
     """The input as a tensor of its shape, on the CPU. Raw data that is writable and lies as numbers must is not copied.
 
     REQUIRES: `check_input` has passed; the datatype is not BYTES.
+
+    Args:
+        is_for_engine: the tensor goes into a batch of the engine, which takes numbers from any address.
 
     Raises:
         InputError: the values do not fit datatype and shape.
@@ -211,7 +214,7 @@ def tensor_of(tensor: InferInput) -> torch.Tensor:
             raise InputError(f"{tensor} has a byte other than 0 and 1")
         found = torch.frombuffer(memory, dtype=dtype).view(tensor.shape)
         # Where the JSON before it leaves the numbers at an odd address, they are moved: kernels may rely on it.
-        return found if found.data_ptr() % dtype.itemsize == 0 else found.clone()
+        return found if is_for_engine or found.data_ptr() % dtype.itemsize == 0 else found.clone()
     if not typecode:
         raise InputError(f"{tensor} has no form in JSON; send it as binary data (binary_data_size), or as FP32")
     flat = flat_values(tensor)

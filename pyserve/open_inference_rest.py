@@ -173,7 +173,9 @@ def encode_response(request: InferRequest, response: InferResponse, size_max: in
         )
     if len(parts) == 1:
         return Response(200, parts[0], content_type=JSON)
-    return Response(200, b"".join(parts), content_type=BINARY, headers={JSON_SIZE_HEADER: str(len(parts[0]))})
+    answer = Response(200, parts[0], content_type=BINARY, headers={JSON_SIZE_HEADER: str(len(parts[0]))})
+    answer.tail = parts[1:]
+    return answer
 
 
 def _json_values(output: InferOutput) -> list[Any]:

@@ -126,7 +126,8 @@ class RowsPending(Pending):
 
     def began_at(self) -> int:
         """When the first of its rows began, ns; 0 while all wait."""
-        return self.started_at or min((began for row in self._rows.values() if (began := row.began_at()) > 0), default=0)
+        began = (row.began_at() for row in self._rows.values())
+        return self.started_at or min((at for at in began if at > 0), default=0)
 
     def begin(self) -> None:
         """Called by the lane once it is admitted."""

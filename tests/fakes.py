@@ -76,7 +76,7 @@ class FakeTransport(asyncio.Transport):
     def __init__(self, loop: FakeLoop, protocol: asyncio.Protocol, peername: Any = ("127.0.0.1", 43090)):
         super().__init__({"peername": peername})
         self.loop = loop
-        self.protocol = protocol
+        self.protocol: Any = protocol
         self.writes: list[bytes | bytearray | memoryview] = []
         self.eof_written = False
         self.closed = False
@@ -149,6 +149,25 @@ class FakeTransport(asyncio.Transport):
 
     def is_reading(self) -> bool:
         return self.reading
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
+
+    def deliver(self, data: bytes) -> None:
+        """A segment comes from the peer, to whatever kind of protocol reads."""
+        rest = memoryview(data)
+        while rest and not self.closed:
+            assert self.reading, "delivered while reading is paused"
+            size = len(rest)
+            if isinstance(self.protocol, asyncio.BufferedProtocol):
+                place = self.protocol.get_buffer(size)
+                size = min(size, len(place))
+                place[:size] = rest[:size]
+                self.protocol.buffer_updated(size)
+            else:
+                self.protocol.data_received(bytes(rest))
+            rest = rest[size:]
+            self.loop.advance()
 
     def get_write_buffer_size(self) -> int:
         return self._waiting

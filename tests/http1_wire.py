@@ -86,12 +86,11 @@ class Wire:
         for piece in pieces:
             if not self.transport.closed:
                 assert self.transport.reading, "delivered while reading is paused"
-                self.protocol.data_received(piece)
-                self.loop.advance()
+                self.transport.deliver(piece)
         return self
 
     def send_eof(self) -> Wire:
-        if not self.protocol.eof_received():
+        if not self.transport.protocol.eof_received():
             self.transport.close()
         self.loop.advance()
         return self

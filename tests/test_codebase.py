@@ -42,6 +42,7 @@ LEVELS = [
     # The wire.
     "http1_peer "
     "http1_limits http1_errors http1_timer http1_exchange http1_connections http1_head http1_body http1_incoming "
+    "http1_direct "
     "http1_answer http1 "
     "http1_tls",
     # What a lane needs.

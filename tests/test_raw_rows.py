@@ -83,6 +83,37 @@ def test_bytes_of_every_kind_are_answered_as_tensors_are(tmp_path: Path, batch_s
     lane.close()
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_large_rows_are_views_that_keep_the_output(tmp_path: Path, batch_size: int) -> None:
+    example = torch.zeros(1, 40_000)
+    lane = LaneBench(save_script(Identity(), tmp_path / "m.pt"), [example], batch=batch_size)
+    lane.hold(batch_size)
+    xs = torch.randn(3, 40_000, generator=torch.Generator().manual_seed(6))
+    for i, x in enumerate(xs):
+        # At an odd address, as behind the JSON of a request.
+        submit_bytes(lane, i, memoryview(bytearray(b"!" + x.numpy().tobytes()))[1:])
+    lane.lane.announce()
+    lane.wait_for(3)
+    found = {i: row for done in lane.completions for i, row in zip(done.owners, done.rows() or [], strict=True)}
+    lane.completions.clear()
+    gc.collect()
+    for i, expected in enumerate(xs):
+        row = found[i]
+        assert isinstance(row, memoryview) and row.readonly
+        assert torch.equal(torch.frombuffer(bytearray(row), dtype=torch.float32), expected)
+
+
+def test_a_tensor_at_an_odd_address_is_moved_before_it_runs(tmp_path: Path) -> None:
+    lane = lane_of(tmp_path, Affine())
+    x = torch.randn(1, 16, generator=torch.Generator().manual_seed(7))
+    odd = torch.frombuffer(bytearray(b"!" + x.numpy().tobytes()), dtype=torch.uint8)[1:]
+    tensor = torch.frombuffer(odd.numpy().data, dtype=torch.float32).view(1, 16)
+    assert tensor.data_ptr() % 4
+    lane.submit(0, tensor)
+    lane.wait_for(1)
+    assert torch.equal(lane.completions[0].output, Affine()(x))
+
+
 def test_a_request_is_not_left_asleep_once_it_is_announced(tmp_path: Path) -> None:
     lane = lane_of(tmp_path, Identity(), batch=64)
     done = 0

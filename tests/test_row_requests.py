@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from pyserve.handlers.tensor_spec import TensorSpec
 from pyserve.http1_exchange import Exchange
 from pyserve.messages import Headers, Request, Response
 from pyserve.open_inference import InferInput, InferOutput, InferRequest, InferResponse
+from pyserve.pending import Pending
 from pyserve.protocol_requests import TensorsPending, Transport, outputs_of_answers
 from pyserve.row_requests import RowPending
 
@@ -65,6 +67,22 @@ def post_rows(
     rows.failure = failure
     stand.lane.predict(rows)
     return rows
+
+
+def test_what_is_answered_is_not_kept_until_a_garbage_collection(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Identity(), batch_size=4) as stand:
+            gc.collect()
+            gc.disable()
+            try:
+                for number in range(8):
+                    post_rows(stand, 3, id=str(number))
+                await stand.until(lambda: len(stand.answers) == 8)
+                await stand.until(lambda: not any(issubclass(type(each), Pending) for each in gc.get_objects()))
+            finally:
+                gc.enable()
+
+    run(test())
 
 
 def test_rows_of_a_client_that_waits_no_longer_do_not_run(tmp_path: Path, gate: Gate) -> None:
@@ -190,7 +208,8 @@ def test_rows_of_a_call_with_a_deadline_have_it_too(tmp_path: Path, gate: Gate) 
             rows = post_rows(stand, 2, id="rows", deadline=deadline)
             own = rows._row_request(bytearray(), "")
             assert (own.deadline, own.has_timing) == (deadline, True)
-            assert all(isinstance(each, RowPending) and each.client_deadline == deadline for each in rows._rows.values())
+            own_rows = rows._rows.values()
+            assert all(isinstance(each, RowPending) and each.client_deadline == deadline for each in own_rows)
             gate.open()
             await stand.until(lambda: "rows" in stand.answers)
 
