@@ -152,8 +152,7 @@ class Http1Protocol(asyncio.Protocol):
     # reading
 
     def _advance(self, data: bytes) -> None:
-        start = 0
-        size = len(data)
+        start, size = 0, len(data)
         slots = self._slots
         try:
             while start < size and self._phase != _CLOSED:
