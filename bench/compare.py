@@ -3,6 +3,7 @@
     python bench/compare.py                                   # everything; makes virtual environments for the peers
     python bench/compare.py nothing resnet18 --rounds 2 --duration 8
     python bench/compare.py nothing --peers mosec
+    python bench/compare.py --all                             # beside PyTriton, Ray Serve, BentoML and MLServer, too
 
 Each round starts every side in turn, every other round backwards, drives it with the same load generator, and stops
 it; only one server runs at a time. Beside the servers stand two limits: the same work called directly in one process
@@ -30,6 +31,7 @@ if __package__ in (None, ""):  # run as a file: its folder is on the path, the r
 
 import numpy as np
 
+from bench.more_sides import MORE_SIDES
 from bench.report import machine
 from bench.servers import ROOT, Server, free_ports, pyserve
 from bench.sides import (
@@ -39,6 +41,7 @@ from bench.sides import (
     litserve_side,
     mosec_side,
     pyserve_side,
+    torchserve_archive_side,
     torchserve_side,
     versions_of,
 )
@@ -46,7 +49,8 @@ from bench.verdict import Results, print_tables, save_plot
 from bench.workloads import RAW_TYPE, WORKLOADS, Workload, test_pictures
 
 BENCH = Path(__file__).parent
-PEER_SIDES = {"torchserve": torchserve_side, "litserve": litserve_side, "mosec": mosec_side}
+DEFAULT_PEERS = ("torchserve", "litserve", "mosec")
+PEER_SIDES = {"torchserve": torchserve_side, "litserve": litserve_side, "mosec": mosec_side, **MORE_SIDES}
 WORKERS = (1, 2)
 MIX = {"nothing": "8", "resnet18": "4", "encoder": "8"}  # -> clients
 NAMES = (*WORKLOADS, "mix")
@@ -60,14 +64,19 @@ class Run:
         self.folder = folder
         self.options = options
         self.cores = machine()["cores"]
-        self.peers = {
-            name: environment_of(options.environments, name, options.torch) for name in options.peers
-        }
+        self.peers: dict[str, Path] = {}
+        for name in peers_of(options):
+            try:
+                self.peers[name] = environment_of(options.environments, name, options.torch)
+            except (RuntimeError, subprocess.CalledProcessError) as error:
+                print(f"{name} could not be installed and is left out: {error}", file=sys.stderr)
         self.results: Results = {}
 
     def sides(self, load: Workload) -> list[Side]:
         if load.name == "megabyte":
             return [pyserve_side(self.folder, load, "fp32", 1), binary_side(self.folder, load)]
+        if load.kind == "handler":
+            return self.handler_sides(load)
         sides = [pyserve_side(self.folder, load, "fp32", workers) for workers in WORKERS]
         if load.kind == "floats":
             sides.append(pyserve_side(self.folder, load, "fp32", 1, wants_json=True))
@@ -80,6 +89,14 @@ class Run:
             sides.append(
                 torchserve_side(self.folder, self.peers["torchserve"], load, 1, self.cores, batch_size=1)
             )
+        return sides
+
+    def handler_sides(self, load: Workload) -> list[Side]:
+        """The same archives on both servers; no other server takes them."""
+        sides = [pyserve_side(self.folder, load, name, 1) for name in load.archives]
+        if "torchserve" in self.peers:
+            bin_folder = self.peers["torchserve"]
+            sides += [torchserve_archive_side(self.folder, bin_folder, load, name) for name in load.archives]
         return sides
 
     def measure(self, load: Workload) -> None:
@@ -270,7 +287,9 @@ def echo() -> Iterator[str]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"any of {', '.join(NAMES)}; default: all")
-    parser.add_argument("--peers", nargs="*", default=list(PEER_SIDES), metavar="PEER", help="default: all")
+    parser.add_argument("--peers", nargs="*", default=list(DEFAULT_PEERS), metavar="PEER",
+                        help=f"any of {', '.join(PEER_SIDES)}; default: {', '.join(DEFAULT_PEERS)}")
+    parser.add_argument("--all", action="store_true", help=f"these as well: {', '.join(MORE_SIDES)}")
     parser.add_argument("--environments", type=Path, default=BENCH / "out" / "peers", metavar="DIR",
                         help="where the peers' virtual environments are kept (default: %(default)s)")
     parser.add_argument("--torch", default="torch==2.13.0", metavar="SPEC", help="the peers' (default: %(default)s)")
@@ -280,6 +299,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=BENCH / "out", metavar="DIR",
                         help="for compare.json and compare.png (default: %(default)s)")
     return parser
+
+
+def peers_of(options: argparse.Namespace) -> list[str]:
+    """Whom to measure beside pyserve, each once."""
+    return list(dict.fromkeys([*options.peers, *(MORE_SIDES if options.all else ())]))
 
 
 def main() -> int:

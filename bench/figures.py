@@ -2,7 +2,7 @@
 
     python bench/figures.py                      # all of them, about 15 minutes on 2 cores
     python bench/figures.py throughput start     # some
-    python bench/figures.py start handler --torchserve VENV/bin
+    python bench/figures.py start --torchserve VENV/bin
 
 Prints a Markdown table per figure; ``--json FILE`` keeps the raw numbers.
 """
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -216,66 +215,8 @@ def nothing(run: Run) -> Result:
     return numbers
 
 
-HANDLER = """class Handler:
-    def initialize(self, context):
-        self.context = context
-
-    def handle(self, data, context):
-        return ["ok"] * len(data)
-"""
-
-
-def handler(run: Run) -> Result:
-    """A handler that returns at once, 64 bytes in, one worker: the same archive on both servers, in turn."""
-    numbers: dict[str, list[float]] = {}
-    bin_folder = run.options.torchserve
-    body = run.folder / "handler.bin"
-    body.write_bytes(b"x" * 64)
-    for batch_size in (1, 16):
-        name = f"handler{batch_size}"
-        archive = _handler_archive(run, name, batch_size)
-        with ExitStack() as stack:
-            servers = {"pyserve": stack.enter_context(pyserve(run.folder / name, [archive]))}
-            if bin_folder is not None:
-                servers["TorchServe"] = stack.enter_context(torchserve(run.folder / f"ts-{name}", bin_folder, archive))
-            for server in servers.values():
-                server.first_answer_s(name, body.read_bytes())
-            for _ in range(run.options.rounds):
-                for clients in (1, 64):
-                    for side, server in servers.items():
-                        report = run.load(server.url(f"/predictions/{name}"), "--concurrency", str(clients),
-                                          "--warmup", "3s", data=body)  # fmt: skip
-                        key = f"{side}, batch size {batch_size}, {clients} client{'s' if clients > 1 else ''}"
-                        numbers.setdefault(f"{key}: requests/s", []).append(report["rates"]["requests_per_s"])
-                        numbers.setdefault(f"{key}: p50 ms", []).append(report["latency_ms"]["p50"])
-    show("A handler that returns at once, 64 bytes", "", numbers, digits=3)
-    if bin_folder is not None:
-        for batch_size in (1, 16):
-            for clients_text, unit in (("1 client", "p50 ms"), ("64 clients", "requests/s")):
-                ours, theirs = (
-                    statistics.median(numbers[f"{side}, batch size {batch_size}, {clients_text}: {unit}"])
-                    for side in ("pyserve", "TorchServe")
-                )
-                label = f"pyserve / TorchServe, batch size {batch_size}, {clients_text}: {unit}"
-                print(f"| {label} | {ours / theirs:.2f} |")
-    return numbers
-
-
-def _handler_archive(run: Run, name: str, batch_size: int) -> Path:
-    from pyserve.archiver import ArchiverConfig, write_archive
-
-    code, yaml = run.folder / "handler.py", run.folder / f"{name}.yaml"
-    code.write_text(HANDLER)
-    yaml.write_text(f"batchSize: {batch_size}\nmaxBatchDelay: 10\nminWorkers: 1\nmaxWorkers: 1\n")
-    store = run.folder / f"{name}-store"
-    return write_archive(ArchiverConfig(
-        model_name=name, version="1.0", handler=str(code), config_file=str(yaml), export_path=str(store), force=True,
-    ))  # fmt: skip
-
-
 FIGURES: dict[str, Callable[[Run], Result]] = {
     "throughput": throughput, "memory": memory, "lone_client": lone_client, "start": start, "nothing": nothing,
-    "handler": handler,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from bench.servers import Server, free_ports, pyserve, torchserve
-from bench.workloads import JSON_TYPE, RAW_TYPE, UPLOAD_TYPE, Workload, binary_request
+from bench.workloads import JSON_TYPE, RAW_TYPE, UPLOAD_TYPE, Workload, binary_requests
 
 PEERS = Path(__file__).parent / "peers"
 DELAY_MS = 5  # how long a peer may wait for a batch to fill; pyserve waits only while its workers are busy
@@ -31,6 +32,10 @@ PACKAGES = {
     "torchserve": ["torchserve==0.12.0", "torch-model-archiver==0.12.0", "setuptools<81", "captum", "psutil", "pyyaml"],
     "litserve": ["litserve", "python-multipart"],
     "mosec": ["mosec"],
+    "pytriton": ["nvidia-pytriton"],
+    "ray": ["ray[serve]"],  # with its own HAProxy
+    "bentoml": ["bentoml==1.4.39", "uvloop", "httptools"],  # the latter two are taken if they are there
+    "mlserver": ["mlserver", "uvloop<0.22"],  # its worker processes do not start with a later uvloop
 }
 
 
@@ -65,12 +70,28 @@ def environment_of(root: Path, name: str, torch_requirement: str) -> Path:
     done = folder / ".made"
     if not done.exists():
         print(f"installing {name} into {folder}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([_python_for(name), "-m", "venv", str(folder)], check=True)
         pip = [str(folder / "bin" / "pip"), "install", "--quiet"]
         subprocess.run([*pip, torch_requirement], check=True)
         subprocess.run([*pip, "numpy", "pillow", *PACKAGES[name]], check=True)
         done.touch()
     return folder / "bin"
+
+
+def _python_for(name: str) -> str:
+    """The interpreter a peer runs on: this one, except that PyTriton's libpython of 3.11 is one from before 3.11.6.
+
+    With a later standard library it fails with "'_thread.RLock' object has no attribute '_recursion_count'"
+    (github.com/triton-inference-server/pytriton/issues/51).
+    """
+    if name != "pytriton" or not (3, 11, 6) <= sys.version_info < (3, 12):
+        return sys.executable
+    question = "import sys; sys.exit(sys.version_info >= (3, 11, 6))"
+    for folder in [*os.environ["PATH"].split(os.pathsep), "/usr/bin"]:
+        path = Path(folder) / "python3.11"
+        if path.exists() and subprocess.run([str(path), "-c", question], check=False).returncode == 0:
+            return str(path)
+    raise RuntimeError("PyTriton needs a python3.11 from before 3.11.6 on the PATH, and there is none")
 
 
 def versions_of(bin_folder: Path, name: str) -> dict[str, str]:
@@ -80,7 +101,8 @@ def versions_of(bin_folder: Path, name: str) -> dict[str, str]:
         "there = {each.metadata['Name'].lower() for each in m.distributions()}\n"
         "print(json.dumps({each: m.version(each) for each in sys.argv[1:] if each in there}))"
     )
-    wanted = [each.partition("=")[0].partition("<")[0] for each in PACKAGES[name]] + ["torch", "uvicorn", "fastapi"]
+    names = [re.split(r"[\[<=]", each)[0] for each in PACKAGES[name]]
+    wanted = [*names, "torch", "uvicorn", "fastapi"]
     command = [str(bin_folder / "python"), "-c", code, *wanted]
     found: dict[str, str] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return found
@@ -110,7 +132,7 @@ def pyserve_side(folder: Path, load: Workload, archive: str, workers: int, *, wa
 def binary_side(folder: Path, load: Workload) -> Side:
     """Ours, by the Open Inference Protocol's binary extension."""
     plain = pyserve_side(folder, load, "fp32", 1)
-    body, head_size = binary_request(load)
+    bodies, head_size = binary_requests(load, "FP32")
 
     @contextmanager
     def start() -> Iterator[str]:
@@ -118,7 +140,7 @@ def binary_side(folder: Path, load: Workload) -> Side:
             yield url.replace("/predictions/", "/v2/models/") + "/infer"
 
     flags = ("--header", f"Inference-Header-Content-Length: {head_size}")
-    return Side("pyserve, v2 binary", 1, start, RAW_TYPE, [body], flags)
+    return Side("pyserve, v2 binary", 1, start, RAW_TYPE, bodies, flags)
 
 
 def torchserve_side(
@@ -127,13 +149,26 @@ def torchserve_side(
     @contextmanager
     def start() -> Iterator[str]:
         archive = _torchserve_archive(folder, bin_folder, load, workers, batch_size or load.batch_size)
-        variables = {**_variables(load, workers, cores), "OMP_NUM_THREADS": str(max(1, cores // workers))}
+        variables = settings_for(load, workers, cores)
         with _with_environment(variables), torchserve(folder / "torchserve", bin_folder, archive) as server:
             server.first_answer_s(load.name, load.bodies[0])
             yield server.url(f"/predictions/{load.name}")
 
     name = f"TorchServe, batch size {batch_size}" if batch_size else "TorchServe"
     return Side(name, workers, start, RAW_TYPE, load.bodies)
+
+
+def torchserve_archive_side(folder: Path, bin_folder: Path, load: Workload, archive: str) -> Side:
+    """TorchServe with the very archive that pyserve serves; `archive` is a key of the workload's archives."""
+    path = load.archives[archive]
+
+    @contextmanager
+    def start() -> Iterator[str]:
+        with torchserve(folder / "torchserve", bin_folder, path) as server:
+            server.first_answer_s(path.stem, load.bodies[0])
+            yield server.url(f"/predictions/{path.stem}")
+
+    return Side(f"TorchServe, {archive}", 1, start, RAW_TYPE, load.bodies)
 
 
 def litserve_side(folder: Path, bin_folder: Path, load: Workload, workers: int, cores: int) -> Side:
@@ -144,10 +179,10 @@ def litserve_side(folder: Path, bin_folder: Path, load: Workload, workers: int, 
     @contextmanager
     def start() -> Iterator[str]:
         (port,) = free_ports(1)
-        variables = {**_variables(load, workers, cores), "WORK_PORT": str(port)}
+        variables = {**settings_for(load, workers, cores), "WORK_PORT": str(port)}
         command = [str(bin_folder / "python"), str(PEERS / "litserve_app.py")]
-        with _process(command, variables, folder / "litserve.log"):
-            yield _ready(f"http://127.0.0.1:{port}/predict", bodies[0], content_type)
+        with running(command, variables, folder / "litserve.log"):
+            yield when_ready(f"http://127.0.0.1:{port}/predict", bodies[0], content_type)
 
     return Side("LitServe", workers, start, content_type, bodies)
 
@@ -158,17 +193,19 @@ def mosec_side(folder: Path, bin_folder: Path, load: Workload, workers: int, cor
         (port,) = free_ports(1)
         command = [str(bin_folder / "python"), str(PEERS / "mosec_app.py"), "--address", "127.0.0.1", "--port",
                    str(port), "--timeout", "120000", "--capacity", str(QUEUE_SIZE)]  # fmt: skip
-        with _process(command, _variables(load, workers, cores), folder / "mosec.log"):
-            yield _ready(f"http://127.0.0.1:{port}/inference", load.bodies[0], RAW_TYPE)
+        with running(command, settings_for(load, workers, cores), folder / "mosec.log"):
+            yield when_ready(f"http://127.0.0.1:{port}/inference", load.bodies[0], RAW_TYPE)
 
     return Side("mosec", workers, start, RAW_TYPE, load.bodies)
 
 
-def _variables(load: Workload, workers: int, cores: int) -> dict[str, str]:
+def settings_for(load: Workload, workers: int, cores: int) -> dict[str, str]:
+    """What `peers.work` reads from the environment."""
+    threads = str(max(1, cores // workers))
     return {
-        "WORK_KIND": load.kind, "WORK_MODEL": str(load.model), "WORK_WORKERS": str(workers),
-        "WORK_THREADS": str(max(1, cores // workers)), "WORK_BATCH": str(load.batch_size),
-        "WORK_DELAY_MS": str(DELAY_MS),
+        "WORK_KIND": load.kind, "WORK_MODEL": str(load.model), "WORK_WORKERS": str(workers), "WORK_THREADS": threads,
+        "WORK_BATCH": str(load.batch_size), "WORK_DELAY_MS": str(DELAY_MS), "WORK_QUEUE": str(QUEUE_SIZE),
+        "OMP_NUM_THREADS": threads,  # for servers that run the model in another thread than they load it in
     }  # fmt: skip
 
 
@@ -204,7 +241,7 @@ def _with_environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _process(command: list[str], variables: dict[str, str], log_path: Path) -> Iterator[None]:
+def running(command: list[str], variables: dict[str, str], log_path: Path) -> Iterator[None]:
     """A server with children of its own, all of which are gone afterwards."""
     environment = {**os.environ, **variables, "PYTHONPATH": str(PEERS)}
     with open(log_path, "ab") as log:
@@ -226,14 +263,16 @@ def _process(command: list[str], variables: dict[str, str], log_path: Path) -> I
         process.wait()
 
 
-def _ready(url: str, body: bytes, content_type: str, timeout_s: float = 120) -> str:
+def when_ready(
+    url: str, body: bytes, content_type: str, headers: dict[str, str] | None = None, *, timeout_s: float = 120
+) -> str:
     """``url`` once it has answered a request with 200."""
     parts = urlsplit(url)
     path, port = parts.path, parts.port or 80
     server = Server(port, 0, time.perf_counter())
     deadline = time.perf_counter() + timeout_s
     while time.perf_counter() < deadline:
-        status, _ = server.ask("POST", port, path, body, {"Content-Type": content_type})
+        status, _ = server.ask("POST", port, path, body, {"Content-Type": content_type, **(headers or {})})
         if status == 200:
             return url
         time.sleep(0.05)

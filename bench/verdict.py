@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# What the labels of peers begin with.
+PEER_LABELS = ("mosec", "LitServe", "TorchServe", "PyTriton", "Ray Serve", "BentoML", "MLServer")
+
 # workload -> side -> clients -> "rate", "p50_ms" ... -> one number per round
 Results = dict[str, dict[str, dict[str, dict[str, list[float]]]]]
 
@@ -29,8 +32,9 @@ def best(results: Results, workload: str, prefix: str, clients: str) -> float:
 
 
 def best_peer(results: Results, workload: str, clients: str) -> float:
+    """The highest median rate of all peers that were measured; KeyError if there was none."""
     found = []
-    for peer in ("mosec", "LitServe", "TorchServe"):
+    for peer in PEER_LABELS:
         try:
             found.append(best(results, workload, peer, clients))
         except KeyError:
@@ -83,6 +87,12 @@ AIMS: list[Aim] = [
      lambda r: best(r, "densenet161", "pyserve, bf16", "8") / best(r, "densenet161", "pyserve", "8")),
     ("encoder, grouped by padded length: of one padded length for all", 1.5,
      lambda r: best(r, "encoder", "pyserve", "64") / best(r, "encoder", "pyserve, one length", "64")),
+    ("handler, 64 clients: of TorchServe, batch size 1", 8,
+     lambda r: best(r, "handler", "pyserve, batch size 1", "64")
+     / best(r, "handler", "TorchServe, batch size 1", "64")),
+    ("handler, 1 client: p50 of TorchServe / 3 / p50 of pyserve", 1.0,
+     lambda r: median(r, "handler", "TorchServe, batch size 1, 1 worker", "1", "p50_ms") / 3
+     / median(r, "handler", "pyserve, batch size 1, 1 worker", "1", "p50_ms")),
     ("megabyte, v2 binary, 8 clients: of three copies in memory", 0.5,
      lambda r: best(r, "megabyte", "pyserve, v2 binary", "8") / median(r, "megabyte", "three copies in memory", "1")),
     ("mix of three models: sum of each one's share of what it does alone", 0.9,

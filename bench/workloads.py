@@ -25,6 +25,7 @@ TOKENS_MAX = 256
 # Of the padded length; the reader of --help and README sees the same numbers.
 TOKEN_BUCKETS = (32, 64, 128, 256)
 VOCABULARY = 1000
+BINARY_HEAD_SIZE = 192  # more than the JSON of any binary request here
 
 
 class EncoderLayer(nn.Module):
@@ -69,7 +70,8 @@ class Workload:
     """One model and how it is asked.
 
     Attributes:
-        kind: of `peers.work.Work`.
+        kind: of `peers.work.Work`, or handler.
+        model: the TorchScript file, or the handler's.
         bodies: raw request bodies, sent in turn.
         clients: numbers of clients of the closed loop.
         batch_size: the most requests of one batch, on every server.
@@ -84,16 +86,19 @@ class Workload:
     batch_size: int
     archives: dict[str, Path] = field(default_factory=dict)
 
+    def numbers(self) -> list[list[float]]:
+        """The same inputs as lists."""
+        dtype = torch.float32 if self.kind == "floats" else torch.int64
+        return [torch.frombuffer(bytearray(body), dtype=dtype).tolist() for body in self.bodies]
+
     def json_bodies(self) -> list[bytes]:
         """The same inputs as LitServe takes numbers."""
-        dtype = torch.float32 if self.kind == "floats" else torch.int64
-        numbers = [torch.frombuffer(bytearray(body), dtype=dtype).tolist() for body in self.bodies]
-        return [json.dumps({"input": each}).encode() for each in numbers]
+        return [json.dumps({"input": each}).encode() for each in self.numbers()]
 
-    def upload_bodies(self) -> list[bytes]:
+    def upload_bodies(self, field_name: str = "request") -> list[bytes]:
         """The same pictures as a browser's form sends them."""
         head = (
-            f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="request"; filename="a.jpg"\r\n'
+            f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{field_name}"; filename="a.jpg"\r\n'
             "Content-Type: image/jpeg\r\n\r\n"
         ).encode()
         return [head + body + f"\r\n--{BOUNDARY}--\r\n".encode() for body in self.bodies]
@@ -141,6 +146,30 @@ def tokens(folder: Path, seed: int = 0) -> Workload:
     return load
 
 
+HANDLER = """class Handler:
+    def initialize(self, context):
+        self.context = context
+
+    def handle(self, data, context):
+        return ["ok"] * len(data)
+"""
+
+
+def handler(folder: Path) -> Workload:
+    """(e): a handler that returns at once, 64 bytes in, one worker: the same archive for pyserve and TorchServe."""
+    code = folder / "handler.py"
+    code.write_text(HANDLER)
+    load = Workload("handler", "handler", code, [b"x" * 64], (1, 64), 1)
+    for size in (1, 16):
+        config = folder / f"handler{size}.yaml"
+        config.write_text(f"batchSize: {size}\nmaxBatchDelay: 10\nminWorkers: 1\nmaxWorkers: 1\n")
+        load.archives[f"batch size {size}"] = write_archive(ArchiverConfig(
+            model_name=f"handler{size}", version="1.0", handler=str(code), config_file=str(config),
+            export_path=str(folder / "store"), force=True,
+        ))  # fmt: skip
+    return load
+
+
 MEGABYTE = 1 << 20
 
 
@@ -155,15 +184,22 @@ def megabyte(folder: Path) -> Workload:
     return load
 
 
-def binary_request(load: Workload) -> tuple[bytes, int]:
-    """The first body as a request of the Open Inference Protocol with a binary tensor, and the size of its JSON."""
-    size = len(load.bodies[0])
-    head = json.dumps({
-        "inputs": [{"name": "input0", "datatype": "FP32", "shape": [1, size // 4],
-                    "parameters": {"binary_data_size": size}}],
-        "parameters": {"binary_data_output": True},
-    }).encode()  # fmt: skip
-    return head + load.bodies[0], len(head)
+def binary_requests(load: Workload, datatype: str) -> tuple[list[bytes], int]:
+    """Its bodies as requests of the Open Inference Protocol with a binary tensor, and the size of their JSON.
+
+    The size is the same for all, filled up with blanks, so that one header suits them. ``datatype`` BYTES sends a body
+    as one element, as a picture or a text of any length has to be for the server to batch it.
+    """
+    bodies = []
+    for body in load.bodies:
+        tensor = len(body).to_bytes(4, "little") + body if datatype == "BYTES" else body
+        head = json.dumps({
+            "inputs": [{"name": "input0", "datatype": datatype, "parameters": {"binary_data_size": len(tensor)},
+                        "shape": [1, 1 if datatype == "BYTES" else len(body) // 4]}],
+            "parameters": {"binary_data_output": True},
+        }).encode()  # fmt: skip
+        bodies.append(head.ljust(BINARY_HEAD_SIZE) + tensor)
+    return bodies, BINARY_HEAD_SIZE
 
 
 def test_pictures(folder: Path) -> list[bytes]:
@@ -189,6 +225,7 @@ WORKLOADS: dict[str, Callable[[Path], Workload]] = {
     "resnet18": lambda folder: pictures("resnet18", folder),
     "densenet161": lambda folder: pictures("densenet161", folder),
     "encoder": tokens,
+    "handler": handler,
     "megabyte": megabyte,
 }
 

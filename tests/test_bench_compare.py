@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from bench import verdict
-from bench.workloads import UPLOAD_TYPE, TextEncoder, Workload
+from bench.compare import DEFAULT_PEERS, PEER_SIDES, build_parser, peers_of
+from bench.sides import PACKAGES, Side, torchserve_archive_side
+from bench.workloads import UPLOAD_TYPE, TextEncoder, Workload, binary_requests, handler
 from pyserve.codec import decode_request
 from pyserve.messages import Request
 
@@ -36,6 +39,53 @@ def test_a_side_is_as_good_as_its_best_number_of_workers() -> None:
         verdict.best(RESULTS, "nothing", "mosec", "8")
 
 
+def sides_of(load: Workload, workers: int) -> dict[str, Side]:
+    return {name: make(Path("folder"), Path("bin"), load, workers, 2) for name, make in PEER_SIDES.items()}
+
+
+def test_the_best_peer_is_looked_for_among_all_peers() -> None:
+    load = Workload("nothing", "floats", Path("x"), [bytes(64)], (1,), 1)
+    for name, side in sides_of(load, 2).items():
+        results: verdict.Results = {"nothing": {side.label: {"64": {"rate": [7.0]}}}}
+        assert side.label == f"{side.name}, 2 workers"
+        assert verdict.best_peer(results, "nothing", "64") == 7, name
+    assert PACKAGES.keys() == PEER_SIDES.keys()
+
+
+def test_flags_choose_the_peers() -> None:
+    def peers(*flags: str) -> list[str]:
+        return peers_of(build_parser().parse_args(["nothing", *flags]))
+
+    assert peers() == list(DEFAULT_PEERS) == ["torchserve", "litserve", "mosec"]
+    assert peers("--all") == [*DEFAULT_PEERS, "pytriton", "ray", "bentoml", "mlserver"]
+    assert peers("--peers", "ray", "mosec") == ["ray", "mosec"]
+    assert peers("--all", "--peers", "ray", "mosec") == ["ray", "mosec", "pytriton", "bentoml", "mlserver"]
+    assert peers("--peers") == []
+
+
+def test_aims_of_the_handler_compare_the_same_archive() -> None:
+    results: verdict.Results = {"handler": {
+        "pyserve, batch size 1, 1 worker": {"1": {"rate": [1.0], "p50_ms": [0.1]}, "64": {"rate": [40.0]}},
+        "TorchServe, batch size 1, 1 worker": {"1": {"rate": [1.0], "p50_ms": [0.45]}, "64": {"rate": [2.0]}},
+        "pyserve, batch size 16, 1 worker": {"1": {"rate": [1.0], "p50_ms": [9.0]}, "64": {"rate": [1.0]}},
+    }}  # fmt: skip
+    reached = {what: work_out(results) for what, _, work_out in verdict.AIMS if what.startswith("handler")}
+    assert reached == {
+        "handler, 64 clients: of TorchServe, batch size 1": 20,
+        "handler, 1 client: p50 of TorchServe / 3 / p50 of pyserve": pytest.approx(1.5),
+    }
+
+
+def test_both_servers_get_the_same_handler_archive(tmp_path: Path) -> None:
+    load = handler(tmp_path)
+    assert [path.name for path in load.archives.values()] == ["handler1.mar", "handler16.mar"]
+    for archive, path in load.archives.items():
+        assert path.exists()
+        side = torchserve_archive_side(tmp_path, Path("bin"), load, archive)
+        assert side.label == f"TorchServe, {archive}, 1 worker"
+        assert side.bodies == [b"x" * 64]
+
+
 def test_aims_say_what_was_reached_and_leave_out_what_was_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
     machine = {"cpu": "x", "cores": 2, "versions": {}}
     verdict.print_tables(
@@ -57,6 +107,34 @@ def test_every_form_of_a_body_holds_the_same_input() -> None:
     picture = Workload("p", "picture", Path("x"), [b"\xff\xd8\r\n--\r\n"], (1,), 1)
     request = Request("POST", "/", headers=[("Content-Type", UPLOAD_TYPE)], body=bytearray(picture.upload_bodies()[0]))
     assert decode_request(request) == {"request": bytearray(picture.bodies[0])}
+
+
+def test_every_peer_is_sent_the_same_input() -> None:
+    numbers = torch.linspace(-1, 1, 16)
+    raw = numbers.numpy().tobytes()
+    floats = sides_of(Workload("nothing", "floats", Path("x"), [raw], (1,), 1), 1)
+    assert floats["ray"].bodies == [raw]
+    assert floats["pytriton"].bodies[0].endswith(raw)
+    assert json.loads(floats["bentoml"].bodies[0]) == {"inputs": [numbers.tolist()]}
+    assert json.loads(floats["mlserver"].bodies[0])["inputs"][0]["data"] == numbers.tolist()
+    ids = torch.tensor([3, 4, 5])
+    tokens = sides_of(Workload("encoder", "tokens", Path("x"), [ids.numpy().tobytes()], (1,), 1), 1)
+    assert json.loads(tokens["bentoml"].bodies[0]) == {"inputs": [[3, 4, 5]]}
+    (sent,) = json.loads(tokens["mlserver"].bodies[0])["inputs"]
+    assert base64.b64decode(sent["data"][0]) == ids.numpy().tobytes()
+
+
+def test_binary_requests_of_any_size_have_one_header() -> None:
+    load = Workload("encoder", "tokens", Path("x"), [bytes(8), bytes(2048)], (1,), 1)
+    bodies, head_size = binary_requests(load, "BYTES")
+    for body, raw in zip(bodies, load.bodies, strict=True):
+        (tensor,) = json.loads(body[:head_size])["inputs"]
+        assert tensor["shape"] == [1, 1]
+        assert tensor["parameters"]["binary_data_size"] == len(body) - head_size == 4 + len(raw)
+        assert body[head_size:] == len(raw).to_bytes(4, "little") + raw
+    load = Workload("nothing", "floats", Path("x"), [bytes(64)], (1,), 1)
+    (body,), head_size = binary_requests(load, "FP32")
+    assert json.loads(body[:head_size])["inputs"][0]["shape"] == [1, 16]
 
 
 def test_the_encoder_leaves_padding_out() -> None:

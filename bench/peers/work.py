@@ -49,12 +49,14 @@ class Work:
 
     def forward(self, items):
         """Items of a batch -> one answer each."""
+        if self.kind == "tokens":  # padded to the longest; 0 is no token
+            return self.postprocess(self.run(torch.nn.utils.rnn.pad_sequence(list(items), batch_first=True)))
+        return self.postprocess(self.run(torch.stack(list(items))))
+
+    def run(self, batch):
+        """The model, for a server that makes the batch's tensor by itself."""
         with torch.inference_mode():
-            if self.kind == "tokens":  # padded to the longest; 0 is no token
-                batch = torch.nn.utils.rnn.pad_sequence(list(items), batch_first=True)
-            else:
-                batch = torch.stack(list(items))
-            return self.postprocess(self.model(batch))
+            return self.model(batch)
 
     def postprocess(self, output):
         if self.kind != "picture":
