@@ -251,7 +251,7 @@ def running(command: list[str], variables: dict[str, str], log_path: Path) -> It
     try:
         yield
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()  # which then ends its own; Ray cannot stop without them
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:

@@ -52,5 +52,4 @@ if __name__ == "__main__":
             serve.run(Model.bind(), route_prefix="/")
             signal.pause()
         finally:
-            serve.shutdown()
-            ray.shutdown()
+            ray.shutdown()  # not serve's, which waits half a minute for HAProxy
