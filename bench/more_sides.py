@@ -41,8 +41,9 @@ class App:
                 **settings_for(load, workers, cores), "WORK_PORT": str(port), "WORK_GRPC_PORT": str(grpc_port)
             }  # fmt: skip
             command = [str(bin_folder / "python"), str(PEERS / f"{self.name}_app.py")]
-            with running(command, variables, folder / f"{self.name}.log"):
-                yield when_ready(f"http://127.0.0.1:{port}{self.path}", self.body, self.content_type, self.headers)
+            url = f"http://127.0.0.1:{port}{self.path}"
+            with running(command, variables, folder / f"{self.name}.log") as check:
+                yield when_ready(url, self.body, self.content_type, check, self.headers)
 
         return start
 

@@ -26,6 +26,8 @@ PEERS = Path(__file__).parent / "peers"
 DELAY_MS = 5  # how long a peer may wait for a batch to fill; pyserve waits only while its workers are busy
 QUEUE_SIZE = 2048
 STOP_S = 30.0
+READY_S = 120.0
+LOG_SHOWN = 2000  # characters
 
 # What goes into each peer's virtual environment, beside torch, numpy and pillow.
 PACKAGES = {
@@ -181,8 +183,8 @@ def litserve_side(folder: Path, bin_folder: Path, load: Workload, workers: int, 
         (port,) = free_ports(1)
         variables = {**settings_for(load, workers, cores), "WORK_PORT": str(port)}
         command = [str(bin_folder / "python"), str(PEERS / "litserve_app.py")]
-        with running(command, variables, folder / "litserve.log"):
-            yield when_ready(f"http://127.0.0.1:{port}/predict", bodies[0], content_type)
+        with running(command, variables, folder / "litserve.log") as check:
+            yield when_ready(f"http://127.0.0.1:{port}/predict", bodies[0], content_type, check)
 
     return Side("LitServe", workers, start, content_type, bodies)
 
@@ -193,8 +195,8 @@ def mosec_side(folder: Path, bin_folder: Path, load: Workload, workers: int, cor
         (port,) = free_ports(1)
         command = [str(bin_folder / "python"), str(PEERS / "mosec_app.py"), "--address", "127.0.0.1", "--port",
                    str(port), "--timeout", "120000", "--capacity", str(QUEUE_SIZE)]  # fmt: skip
-        with running(command, settings_for(load, workers, cores), folder / "mosec.log"):
-            yield when_ready(f"http://127.0.0.1:{port}/inference", load.bodies[0], RAW_TYPE)
+        with running(command, settings_for(load, workers, cores), folder / "mosec.log") as check:
+            yield when_ready(f"http://127.0.0.1:{port}/inference", load.bodies[0], RAW_TYPE, check)
 
     return Side("mosec", workers, start, RAW_TYPE, load.bodies)
 
@@ -241,15 +243,24 @@ def _with_environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def running(command: list[str], variables: dict[str, str], log_path: Path) -> Iterator[None]:
-    """A server with children of its own, all of which are gone afterwards."""
+def running(command: list[str], variables: dict[str, str], log_path: Path) -> Iterator[Callable[[], None]]:
+    """A server with children of its own, all of which are gone afterwards.
+
+    Gives a function that raises RuntimeError with the end of its log if the server is not running any more.
+    """
     environment = {**os.environ, **variables, "PYTHONPATH": str(PEERS)}
     with open(log_path, "ab") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, cwd=log_path.parent, start_new_session=True
         )
+
+    def check() -> None:
+        if process.poll() is not None:
+            end = log_path.read_text(errors="replace")[-LOG_SHOWN:]
+            raise RuntimeError(f"{log_path.stem} ended with {process.returncode} before it answered; its log:\n{end}")
+
     try:
-        yield
+        yield check
     finally:
         process.terminate()  # which then ends its own; Ray cannot stop without them
         try:
@@ -264,16 +275,18 @@ def running(command: list[str], variables: dict[str, str], log_path: Path) -> It
 
 
 def when_ready(
-    url: str, body: bytes, content_type: str, headers: dict[str, str] | None = None, *, timeout_s: float = 120
+    url: str, body: bytes, content_type: str, check: Callable[[], None], headers: dict[str, str] | None = None
 ) -> str:
-    """``url`` once it has answered a request with 200."""
+    """``url`` once it has answered a request with 200; ``check`` raises if there is no use in waiting any longer."""
     parts = urlsplit(url)
     path, port = parts.path, parts.port or 80
     server = Server(port, 0, time.perf_counter())
-    deadline = time.perf_counter() + timeout_s
+    status = 0
+    deadline = time.perf_counter() + READY_S
     while time.perf_counter() < deadline:
         status, _ = server.ask("POST", port, path, body, {"Content-Type": content_type, **(headers or {})})
         if status == 200:
             return url
+        check()
         time.sleep(0.05)
-    raise RuntimeError(f"no 200 from {url} within {timeout_s:g} s")
+    raise RuntimeError(f"no 200 from {url} within {READY_S:g} s; the last answer was {status}")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import verdict
-from bench.compare import DEFAULT_PEERS, PEER_SIDES, build_parser, peers_of
-from bench.sides import PACKAGES, Side, torchserve_archive_side
+from bench import compare, verdict
+from bench.compare import DEFAULT_PEERS, PEER_SIDES, Run, build_parser, peers_of
+from bench.sides import PACKAGES, Side, running, torchserve_archive_side, when_ready
 from bench.workloads import UPLOAD_TYPE, TextEncoder, Workload, binary_requests, handler
 from pyserve.codec import decode_request
 from pyserve.messages import Request
@@ -61,6 +62,29 @@ def test_flags_choose_the_peers() -> None:
     assert peers("--peers", "ray", "mosec") == ["ray", "mosec"]
     assert peers("--all", "--peers", "ray", "mosec") == ["ray", "mosec", "pytriton", "bentoml", "mlserver"]
     assert peers("--peers") == []
+
+
+def test_a_peer_that_cannot_be_installed_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def environment(root: Path, name: str, _torch: str) -> Path:
+        if name == "ray":
+            raise RuntimeError("no such wheel")
+        return root / name / "bin"
+
+    monkeypatch.setattr(compare, "environment_of", environment)
+    run = Run(tmp_path, build_parser().parse_args(["--peers", "ray", "mosec", "--environments", str(tmp_path)]))
+    assert run.peers == {"mosec": tmp_path / "mosec" / "bin"}
+    assert "ray could not be installed and is left out: no such wheel" in capsys.readouterr().err
+
+
+def test_a_peer_that_ends_early_is_not_waited_for(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit('no port is good enough')"]
+    with (
+        pytest.raises(RuntimeError, match=r"peer ended with 1 before it answered; its log:\nno port is good enough"),
+        running(command, {}, tmp_path / "peer.log") as check,
+    ):
+        when_ready("http://127.0.0.1:9/", b"", "text/plain", check)
 
 
 def test_aims_of_the_handler_compare_the_same_archive() -> None:
