@@ -114,6 +114,7 @@ class Run:
                     print(f"{load.name}: {side.label} could not be measured: {error}", file=sys.stderr)
             if load.name == "megabyte":
                 self.measure_copying(load)
+                self.measure_echo(load)
             elif load.kind == "floats":
                 self.measure_echo(load)
             if load.kind == "picture":
@@ -238,8 +239,17 @@ class Run:
             for place in places:
                 np.copyto(place, body)
         copy_s = (time.perf_counter() - began) / (20 * len(places))
-        row = self.results[load.name].setdefault("three copies in memory", {}).setdefault("1", {})
-        row.setdefault("rate", []).append(1 / (3 * copy_s))
+        rates = {("three copies in memory", 1): 1 / (3 * copy_s)}
+        for clients in self.clients(load):
+            out = subprocess.run(
+                [sys.executable, str(BENCH / "sockets.py"), "--size", str(body.size), "--clients", str(clients),
+                 "--duration", str(self.options.duration)], check=True, capture_output=True, text=True,
+            ).stdout  # fmt: skip
+            rates["the same bytes over bare sockets", clients] = float(out)
+        for (label, clients), rate in rates.items():
+            row = self.results[load.name].setdefault(label, {}).setdefault(str(clients), {})
+            row.setdefault("rate", []).append(rate)
+            print(f"{load.name}: {label}, {clients} clients: {rate:.2f}/s", file=sys.stderr)
 
     def compare_classes(self, load: Workload) -> None:
         """On how many pictures the most probable class is the same in bf16 as in fp32."""

@@ -95,6 +95,11 @@ AIMS: list[Aim] = [
      / median(r, "handler", "pyserve, batch size 1, 1 worker", "1", "p50_ms")),
     ("megabyte, v2 binary, 8 clients: of three copies in memory", 0.5,
      lambda r: best(r, "megabyte", "pyserve, v2 binary", "8") / median(r, "megabyte", "three copies in memory", "1")),
+    ("megabyte, v2 binary, 8 clients: of the same bytes over bare sockets", 0.5,
+     lambda r: best(r, "megabyte", "pyserve, v2 binary", "8")
+     / median(r, "megabyte", "the same bytes over bare sockets", "8")),
+    ("megabyte, v2 binary, 8 clients: of the bare echo", 0.5,
+     lambda r: best(r, "megabyte", "pyserve, v2 binary", "8") / median(r, "megabyte", "bare echo", "8")),
     ("mix of three models: sum of each one's share of what it does alone", 0.9,
      lambda r: share_of_alone(r["mix"])),
     ("resnet18, open loop at 80 %: 3 x p50 / p99", 1.0,

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor, nn
 
+from bench.fitting import fit_head
 from pyserve.archiver import ArchiverConfig, write_archive
 from pyserve.examples import write_sample_picture
 from pyserve.zoo import DenseNet, ResNet, seed_weights
@@ -119,6 +120,7 @@ def pictures(name: str, folder: Path) -> Workload:
     """(b), (c): resnet18 or densenet161, a JPEG in, the five most probable classes out."""
     network: nn.Module = {"resnet18": lambda: ResNet(18), "densenet161": lambda: DenseNet(161)}[name]()
     seed_weights(network)
+    fit_head(network.eval(), test_pictures(folder))
     model = _traced(network, torch.zeros(1, 3, 224, 224), folder / f"{name}.pt")
     picture = write_sample_picture(folder / "picture.jpg").read_bytes()
     load = Workload(name, "picture", model, [picture], (8,), 8)

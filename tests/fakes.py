@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -102,6 +102,10 @@ class FakeTransport(asyncio.Transport):
             self._waiting += len(data)
             if before <= self._high < self._waiting:
                 self.protocol.pause_writing()
+
+    def writelines(self, parts: Iterable[bytes | bytearray | memoryview]) -> None:
+        for part in parts:
+            self.write(part)
 
     def take(self, size: int) -> None:
         """The peer reads ``size`` bytes of what waits."""
