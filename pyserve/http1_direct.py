@@ -46,6 +46,8 @@ class DirectBody(asyncio.BufferedProtocol):
         self._transport = transport
         self._incoming = incoming
         self._loop = loop
+        if transport.is_closing():
+            return  # nothing is read any more
         self._place = incoming.place()
         incoming.on_release = self.stop
         transport.pause_reading()  # transports look at their protocol's kind when they begin to read

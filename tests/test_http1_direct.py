@@ -106,6 +106,16 @@ def test_a_connection_that_ends_within_a_large_body_is_told() -> None:
     assert wire.connections is not None and wire.connections.budget.size == 0
 
 
+def test_a_request_that_was_read_before_the_connection_was_cut_off_changes_nothing() -> None:
+    wire = Wire(app=None, limits=Http1Limits(pipeline_max=1))
+    wire.send(SMALL + post(BODY)[:1000])
+    wire.transport.closed = True  # cut off, and the protocol is told in the next turn of the loop
+    wire.exchanges[0].respond(Response(200, b"ok"))
+    assert not is_direct(wire)
+    wire.transport.lose()
+    assert wire.connections is not None and wire.connections.budget.size == 0
+
+
 @pytest.mark.parametrize("missing", [0, 5])
 def test_a_client_that_is_gone_leaves_nothing(missing: int) -> None:
     sent = post(BODY)
