@@ -212,6 +212,7 @@ class Streams:
             OverloadedError: there is no room for the bytes of a request.
         """
         answers: asyncio.Queue[Told | None] = asyncio.Queue(1)  # what waits, waits with its request, which is counted
+        turn = asyncio.Lock()  # unlike the queue it is fair: answers of a sequence leave in the order they were made
         running: set[asyncio.Task[None]] = set()
         room = asyncio.Semaphore(STREAM_REQUESTS_MAX)
         failures: list[Exception] = []
@@ -219,7 +220,8 @@ class Streams:
         async def forward(stream: AsyncIterator[Told]) -> None:
             try:
                 async for each in stream:
-                    await answers.put(each)
+                    async with turn:
+                        await answers.put(each)
             except Exception as error:  # else that request would have no answer, and the client wait for it
                 failures.append(error)
                 await answers.put(None)
