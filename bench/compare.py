@@ -114,8 +114,7 @@ class Run:
                     print(f"{load.name}: {side.label} could not be measured: {error}", file=sys.stderr)
             if load.name == "megabyte":
                 self.measure_copying(load)
-                self.measure_echo(load)
-            elif load.kind == "floats":
+            if load.kind == "floats":
                 self.measure_echo(load)
             if load.kind == "picture":
                 self.measure_direct(load)

@@ -12,12 +12,10 @@ from pathlib import Path
 from bench.servers import free_ports
 from bench.sides import PEERS, Side, running, settings_for, when_ready
 from bench.workloads import JSON_TYPE, RAW_TYPE, UPLOAD_TYPE, Workload, binary_requests
+from pyserve.open_inference_rest import JSON_SIZE_HEADER
 
 # (folder, bin of the peer's environment, workload, workers, cores)
 MakeSide = Callable[[Path, Path, Workload, int, int], Side]
-
-HEAD_SIZE = "Inference-Header-Content-Length"
-
 
 @dataclass
 class App:
@@ -50,8 +48,8 @@ class App:
 
 def pytriton_side(folder: Path, bin_folder: Path, load: Workload, workers: int, cores: int) -> Side:
     bodies, head_size = binary_requests(load, "FP32" if load.kind == "floats" else "BYTES")
-    app = App("pytriton", "/v2/models/work/infer", bodies[0], RAW_TYPE, {HEAD_SIZE: str(head_size)})
-    flags = ("--header", f"{HEAD_SIZE}: {head_size}")
+    app = App("pytriton", "/v2/models/work/infer", bodies[0], RAW_TYPE, {JSON_SIZE_HEADER: str(head_size)})
+    flags = ("--header", f"{JSON_SIZE_HEADER}: {head_size}")
     return Side("PyTriton", workers, app.starter(folder, bin_folder, load, workers, cores), RAW_TYPE, bodies, flags)
 
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from bench.servers import Server, free_ports, pyserve, torchserve
 from bench.workloads import JSON_TYPE, RAW_TYPE, UPLOAD_TYPE, Workload, binary_requests
+from pyserve.open_inference_rest import JSON_SIZE_HEADER
 
 PEERS = Path(__file__).parent / "peers"
 DELAY_MS = 5  # how long a peer may wait for a batch to fill; pyserve waits only while its workers are busy
@@ -141,7 +142,7 @@ def binary_side(folder: Path, load: Workload) -> Side:
         with plain.start() as url:
             yield url.replace("/predictions/", "/v2/models/") + "/infer"
 
-    flags = ("--header", f"Inference-Header-Content-Length: {head_size}")
+    flags = ("--header", f"{JSON_SIZE_HEADER}: {head_size}")
     return Side("pyserve, v2 binary", 1, start, RAW_TYPE, bodies, flags)
 
 

@@ -38,7 +38,8 @@ def ask(address: tuple[str, int], size: int, until: float, counts: list[int]) ->
     with socket.create_connection(address) as sock:
         while time.monotonic() < until:
             sock.sendall(body)
-            receive(sock, place)
+            if not receive(sock, place):
+                raise ConnectionError("the other process has closed the connection")
             count += 1
     counts.append(count)
 

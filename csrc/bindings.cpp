@@ -88,8 +88,8 @@ uint64_t submit_bytes(Lane& lane, const py::object& owner, const py::object& bod
     return RequestPool::ticket_of(*request);
 }
 
-// The output cut into its rows, as they lie in memory, large ones without copying; None in the place of a row that nobody waits for. None if the
-// output is not one tensor with a row per request.
+// The output cut into its rows, as they lie in memory, large ones without copying; None in the place of a row that
+// nobody waits for. None if the output is not one tensor with a row per request.
 py::object rows_of(const Completion& completion) {
     if (!completion.output.isTensor()) return py::none();
     at::Tensor output = completion.output.toTensor();

@@ -3,8 +3,9 @@
 // On an accelerator the requests are gathered straight into a pinned buffer and copied on a stream of their own,
 // so that batch k+1 is copied while batch k runs; a buffer is filled again only after the event behind its last
 // copy has fired. Without one, the same code gathers into a plain buffer, and a batch of one is not copied at
-// all unless its numbers lie at an odd address. Everything goes through PyTorch's device-generic interfaces (c10::Stream, c10::Event, the host allocator),
-// so one source serves the CPU build and CUDA, ROCm or XPU builds and needs none of their headers.
+// all unless its numbers lie at an odd address. Everything goes through PyTorch's device-generic interfaces
+// (c10::Stream, c10::Event, the host allocator), so one source serves the CPU build and CUDA, ROCm or XPU builds and
+// needs none of their headers.
 //
 // Threads: one worker's own.
 #pragma once

@@ -212,19 +212,22 @@ class Streams:
             OverloadedError: there is no room for the bytes of a request.
         """
         answers: asyncio.Queue[Told | None] = asyncio.Queue(1)  # what waits, waits with its request, which is counted
-        turn = asyncio.Lock()  # unlike the queue it is fair: answers of a sequence leave in the order they were made
+        turn = asyncio.Lock()  # unlike the queue's own wait it is fair: answers leave in the order they were made
         running: set[asyncio.Task[None]] = set()
         room = asyncio.Semaphore(STREAM_REQUESTS_MAX)
         failures: list[Exception] = []
 
+        async def tell(answer: Told | None) -> None:
+            async with turn:
+                await answers.put(answer)
+
         async def forward(stream: AsyncIterator[Told]) -> None:
             try:
                 async for each in stream:
-                    async with turn:
-                        await answers.put(each)
+                    await tell(each)
             except Exception as error:  # else that request would have no answer, and the client wait for it
                 failures.append(error)
-                await answers.put(None)
+                await tell(None)
 
         async def reserve(size: int) -> None:
             while not self._budget.reserve(size):
@@ -259,7 +262,7 @@ class Streams:
             self._readers.discard(own)
             while running:
                 await asyncio.wait(set(running))
-            await answers.put(None)
+            await tell(None)
 
         reader = asyncio.ensure_future(read())
         self._readers.add(reader)

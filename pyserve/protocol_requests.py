@@ -135,8 +135,10 @@ class TensorsPending(ProtocolPending):
         counts = {tensor.shape[0] for tensor in inputs}
         if len(counts) > 1:
             raise InputError(f"the inputs have different numbers of rows: {', '.join(map(str, inputs))}")
-        columns = [tensor_of(each, is_for_engine=True) for each in inputs]
-        self._columns = [spec.padded(column) for column, spec in zip(columns, self._specs, strict=True)]
+        self._columns = [
+            spec.padded(tensor_of(each, is_for_engine=not spec.pad_to))
+            for each, spec in zip(inputs, self._specs, strict=True)
+        ]
         return inputs[0].shape[0]
 
     def row(self, index: int) -> RowPending:

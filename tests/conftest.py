@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
 
 SEED = int(os.environ.get("PYSERVE_TEST_SEED", "1"))
+
+
+# A shell that starts the tests in the background has SIGINT ignored. Servers that tests start would inherit that, and
+# not hear the Ctrl-C they are sent.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

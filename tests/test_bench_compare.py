@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import compare, verdict
+from bench import compare, sockets, verdict
 from bench.compare import DEFAULT_PEERS, PEER_SIDES, Run, build_parser, peers_of
+from bench.fitting import fit_head
 from bench.sides import PACKAGES, Side, running, torchserve_archive_side, when_ready
 from bench.workloads import UPLOAD_TYPE, TextEncoder, Workload, binary_requests, handler
+from bench.workloads import test_pictures as sample_pictures
 from pyserve.codec import decode_request
+from pyserve.handlers.image import ImageNetTransform, open_picture
 from pyserve.messages import Request
+from pyserve.zoo import ResNet, seed_weights
 
 RESULTS: verdict.Results = {
     "nothing": {
@@ -159,6 +164,25 @@ def test_binary_requests_of_any_size_have_one_header() -> None:
     load = Workload("nothing", "floats", Path("x"), [bytes(64)], (1,), 1)
     (body,), head_size = binary_requests(load, "FP32")
     assert json.loads(body[:head_size])["inputs"][0]["shape"] == [1, 16]
+
+
+def test_a_fitted_last_layer_tells_the_pictures_apart(tmp_path: Path) -> None:
+    network = ResNet(18)
+    seed_weights(network)
+    pictures = sample_pictures(tmp_path)
+    fit_head(network.eval(), pictures)
+    transform = ImageNetTransform()
+    with torch.inference_mode():
+        scores = network(torch.stack([transform(open_picture(each)) for each in pictures]))
+    best, second = scores.topk(2).values.unbind(1)
+    assert len(set(scores.argmax(1).tolist())) == len(pictures)
+    assert float((best - second).min()) > 1
+
+
+def test_bare_sockets_carry_the_bytes_there_and_back() -> None:
+    command = [sys.executable, sockets.__file__, "--size", "300000", "--clients", "2", "--duration", "0.2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert float(done.stdout) > 0
 
 
 def test_the_encoder_leaves_padding_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
@@ -86,6 +87,31 @@ def test_a_stream_that_is_drained_ends_when_its_requests_are_answered(stays_open
         assert not answers.done()
         desk.release("b", "a")
         assert sorted(await answers) == ["a", "b"]
+
+    run(test())
+
+
+def test_answers_leave_in_the_order_they_were_made_however_they_are_taken(seed: int) -> None:
+    chance = random.Random(seed)
+
+    async def test() -> None:
+        desk, names = Desk(), [str(number) for number in range(200)]
+        stream = Streams(BodyBudget(10_000)).run(asked(*map(Message, names)), desk.begin)
+        got: list[str] = []
+
+        async def take() -> None:
+            async for each in stream:
+                got.append(each)
+                await turns(chance.randrange(4))
+
+        taking = asyncio.ensure_future(take())
+        for name in names:
+            while name not in desk.gates:  # so many are begun at once
+                await turns(1)
+            desk.release(name)
+            await turns(chance.randrange(4))
+        await taking
+        assert got == names
 
     run(test())
 
