@@ -35,6 +35,7 @@ LEVELS = [
     "tls "
     "renewal "
     "server_logs "
+    "samples "
     "zip_reader tar_reader folder_reader manifest model_config weights archive_formats extract archive_cache archive "
     "archive_inspect trace archiver folder_manifest worker_spec",
     # What archives come through.
