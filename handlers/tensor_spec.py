@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from pyserve.handler import InputError, ModelLoadError
 from pyserve.handlers.rows import found
+from pyserve.input_config import InputConfigError, InputSpec, Sizes, range_text, read_inputs, sizes_of_shape
 
 HOST_IS_BIG_ENDIAN = sys.byteorder == "big"
 
@@ -53,6 +54,9 @@ class TensorSpec:
             size share a batch; empty for none.
         pad_value: what it is filled up with.
         name: of the input; ``""`` if model-config.yaml gives it none.
+        sizes: smallest and largest of each dimension, without the batch; None for no known largest.
+        values: smallest and largest number that is allowed; None for all.
+        same: per free dimension the name under which inputs share its size; empty if nothing is said.
     """
 
     dtype: str
@@ -60,6 +64,9 @@ class TensorSpec:
     pad_to: tuple[int, ...] = ()
     pad_value: float = 0
     name: str = ""
+    sizes: tuple[Sizes, ...] = ()
+    values: tuple[float, float] | None = None
+    same: tuple[str, ...] = ()
     # Derived, computed once because they are used for every request.
     torch_dtype: torch.dtype = field(init=False, repr=False)
     fixed_size: int = field(init=False, repr=False)  # bytes, or of one step of the free dimensions
@@ -69,6 +76,7 @@ class TensorSpec:
         object.__setattr__(self, "torch_dtype", torch_dtype)
         fixed = math.prod(size for size in self.shape if size >= 0)
         object.__setattr__(self, "fixed_size", fixed * torch_dtype.itemsize)
+        object.__setattr__(self, "sizes", self.sizes or sizes_of_shape(self.shape, self.pad_to))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TensorSpec:
@@ -86,22 +94,14 @@ class TensorSpec:
         return specs[0]
 
     @classmethod
-    def from_entry(cls, entry: Any) -> TensorSpec:
-        """From one description. Raises ModelLoadError if it is none."""
-        if not isinstance(entry, Mapping) or "shape" not in entry:
-            raise ModelLoadError(f"'input' in model-config.yaml has no dtype and shape; {_FORM}")
-        dtype = str(entry.get("dtype", "float32")).removeprefix("torch.")
-        if dtype not in _DTYPES:
-            raise ModelLoadError(f"'input.dtype' in model-config.yaml is {dtype!r}; one of {', '.join(_DTYPES)}")
-        shape = entry["shape"]
-        if not isinstance(shape, (list, tuple)) or not all(
-            isinstance(size, int) and not isinstance(size, bool) and (size > 0 or size == -1) for size in shape
-        ):
-            raise ModelLoadError(f"'input.shape' in model-config.yaml is {shape!r}, not a list of sizes; {_FORM}")
-        return cls(dtype, tuple(shape), *_padding(entry, shape), name=str(entry.get("name") or ""))
+    def of(cls, entry: InputSpec) -> TensorSpec:
+        """From one description."""
+        return cls(
+            entry.dtype, entry.shape, entry.pad_to, entry.pad_value, entry.name, entry.sizes, entry.values, entry.same
+        )
 
     def __str__(self) -> str:
-        return f"{self.dtype} [{', '.join('any' if size == -1 else str(size) for size in self.shape)}]"
+        return f"{self.dtype} [{', '.join(map(range_text, self.sizes))}]"
 
     def example(self) -> torch.Tensor:
         """A tensor [1, *shape]: seeded numbers in [0, 1), zeros for whole numbers; free dimensions get size 16."""
@@ -198,27 +198,6 @@ class TensorSpec:
         return f"expected {self}"
 
 
-def _padding(entry: Mapping[str, Any], shape: Sequence[int]) -> tuple[tuple[int, ...], float]:
-    """``pad_to`` and ``pad_value`` of an ``input`` entry.
-
-    Raises:
-        ModelLoadError: they are not of their form, or there is not exactly one free dimension to fill up.
-    """
-    sizes, value = entry.get("pad_to", []), entry.get("pad_value", 0)
-    are_sizes = isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
-    if not are_sizes or sorted(set(sizes)) != sizes:
-        raise ModelLoadError(
-            f"'input.pad_to' in model-config.yaml is {sizes!r}, not a list of rising sizes such as [32, 64, 128]"
-        )
-    if sizes and list(shape).count(-1) != 1:
-        raise ModelLoadError(
-            f"'input.pad_to' in model-config.yaml needs exactly one -1 in 'input.shape', which is {list(shape)}"
-        )
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ModelLoadError(f"'input.pad_value' in model-config.yaml is {value!r}, not a number")
-    return tuple(sizes), value
-
-
 def input_specs(config: Mapping[str, Any]) -> list[TensorSpec]:
     """What ``input`` in model-config.yaml describes: one input, or a list of them with a name each.
 
@@ -228,13 +207,10 @@ def input_specs(config: Mapping[str, Any]) -> list[TensorSpec]:
     entry = config.get("input")
     if entry is None:
         raise ModelLoadError(f"the model's input is not described; {_FORM}")
-    specs = [TensorSpec.from_entry(each) for each in (entry if isinstance(entry, list) else [entry])]
-    names = {spec.name for spec in specs}
-    if len(specs) > 1 and (len(names) < len(specs) or "" in names):
-        raise ModelLoadError("'input' in model-config.yaml lists several inputs; give each a name of its own")
-    if not specs:
-        raise ModelLoadError(f"'input' in model-config.yaml is an empty list; {_FORM}")
-    return specs
+    try:
+        return [TensorSpec.of(each) for each in read_inputs(entry, "model-config.yaml: input")]
+    except InputConfigError as error:
+        raise ModelLoadError(str(error)) from error
 
 
 def output_names(config: Mapping[str, Any]) -> tuple[str, ...]:

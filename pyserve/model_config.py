@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +18,7 @@ import yaml
 
 from pyserve.entries import LIMITS, refuse, shown
 from pyserve.errors import InvalidModelError
+from pyserve.input_config import InputConfigError, InputSpec, read_inputs
 from pyserve.settings import DEVICE_COUNT_MAX, validate_setting
 
 try:
@@ -27,17 +30,12 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 MEMORY_FORMATS = ("contiguous", "channels_last")
 DEVICE_TYPES = ("cpu", "gpu")
 PARALLEL_TYPES = ("pp", "tp", "pptp", "custom")
-DTYPES = (
-    "float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8",
-    "uint16", "uint32", "uint64", "bool",
-)
+BATCH_DEPENDENCES = ("allowed",)
+CONVERSIONS = ("auto", "trace", "script", "python")
 
 _NODE_COUNT_MAX = 20_000  # values in the yaml, aliases counted as often as they are used; read in about 0.3 s
 _DEPTH_MAX = 64
-_INPUT_KEYS = {"name", "dtype", "shape", "pad_to", "pad_value"}
-_SHAPE_SIZE_MAX = 16
-_PAD_COUNT_MAX = 64
-_ELEMENT_COUNT_MAX = 1 << 31
+_PERCENT = re.compile(r"\s*([0-9]{1,3}(?:\.[0-9]{1,12})?)\s*%\s*")
 _NEAR_MISS_COUNT_MAX = 100  # unknown keys compared with the known ones: comparing costs about 0.1 ms each
 _KEY_SIZE_MAX = 64
 
@@ -45,20 +43,16 @@ _KEY_SIZE_MAX = 64
 _HANDLER_KEYS = frozenset({"handler", "pt2", "micro_batching", "pippy", "deepspeed", "profile"})
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """One item's input tensor: ``dtype`` as torch names it; ``shape`` without the batch dimension, -1 = any."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    name: str = ""
-
-
 @dataclass
 class ModelConfig:
     """The keys of ``model-config.yaml``; None where the file does not say.
 
     Attributes:
+        batch_dependent: ``"allowed"``: answers may depend on what else is in the batch.
+        precision_error_max: largest error of a lowered precision, relative to the largest number of an output.
+        audit_share: share, 0 to 1, of the requests whose answers are computed again and compared.
+        conversion: how an eager model gets to the native lane; ``"trace"`` and ``"script"`` also where it could not be
+            proven right, ``"python"`` never.
         raw: the whole yaml, as handlers see it.
         has_file: there was a file, even an empty one.
         warnings: texts about keys that look misspelled or cannot be followed.
@@ -91,6 +85,10 @@ class ModelConfig:
     sequence_count_max: int | None = None
     async_communication: bool | None = None
     use_venv: bool | None = None
+    batch_dependent: str | None = None
+    precision_error_max: float | None = None
+    audit_share: float | None = None
+    conversion: str | None = None
     raw: dict[str, Any] = field(default_factory=dict)
     has_file: bool = False
     warnings: list[str] = field(default_factory=list)
@@ -186,54 +184,29 @@ def _mapping(label: str, _: str, value: Any, __: list[str]) -> dict[str, Any]:
 
 def _inputs(label: str, _: str, value: Any, __: list[str]) -> InputSpec | list[InputSpec]:
     """One input, or a list of them with a name each."""
-    if not isinstance(value, list):
-        return _input(label, value)
-    inputs = [_input(f"{label}[{index}]", each) for index, each in enumerate(value)]
-    names = {each.name for each in inputs}
-    if not inputs or len(names) < len(inputs) or (len(inputs) > 1 and "" in names):
-        raise InvalidModelError(f"{label} must be one input, or a list of inputs with a name of its own each")
-    return inputs
+    try:
+        inputs = read_inputs(value, label)
+    except InputConfigError as error:
+        raise InvalidModelError(str(error)) from error
+    return inputs if isinstance(value, list) else inputs[0]
 
 
-def _input(label: str, value: Any) -> InputSpec:
-    if not isinstance(value, dict) or not set(value) <= _INPUT_KEYS or "shape" not in value:
-        raise InvalidModelError(f"{label} must be like {{dtype: float32, shape: [3, 4]}}, not {shown(str(value))}")
-    dtype = value.get("dtype", "float32")
-    if dtype not in DTYPES:
-        raise InvalidModelError(f"{label}.dtype must be one of {', '.join(DTYPES)}, not {shown(str(dtype))}")
-    shape = value["shape"]
-    if not isinstance(shape, list) or len(shape) > _SHAPE_SIZE_MAX:
-        raise InvalidModelError(f"{label}.shape must be a list of at most {_SHAPE_SIZE_MAX} whole numbers")
-    elements = 1
-    for dimension in shape:
-        if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension == 0 or dimension < -1:
-            raise InvalidModelError(f"{label}.shape must hold whole numbers above 0, or -1 for any, not "
-                                    f"{shown(str(dimension))}")
-        elements *= max(dimension, 1)
-    if elements > _ELEMENT_COUNT_MAX:
-        raise InvalidModelError(f"{label}.shape has more than the {_ELEMENT_COUNT_MAX} elements allowed for one item")
-    _check_padding(label, shape, elements, value)
-    name = value.get("name", "")
-    if not isinstance(name, str):
-        raise InvalidModelError(f"{label}.name must be text, not {shown(str(name))}")
-    return InputSpec(dtype, tuple(shape), name)
+def _positive(label: str, _: str, value: Any, __: list[str]) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InvalidModelError(f"{label} must be a number above 0, such as 0.05, not {shown(str(value))}")
+    return float(value)
 
 
-def _check_padding(label: str, shape: list[int], elements: int, value: dict[str, Any]) -> None:
-    """``pad_to`` and ``pad_value``, which the tensor handler reads."""
-    sizes, filling = value.get("pad_to", []), value.get("pad_value", 0)
-    are_sizes = isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
-    if not are_sizes or len(sizes) > _PAD_COUNT_MAX or sorted(set(sizes)) != sizes:
+def _share(label: str, _: str, value: Any, __: list[str]) -> float:
+    """``"0.1%"`` or 0.001."""
+    found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    share = float(found[1]) / 100 if found else value
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise InvalidModelError(
-            f"{label}.pad_to must be a list of at most {_PAD_COUNT_MAX} rising sizes such as [32, 64, 128], not "
-            f"{shown(str(sizes))}"
+            f"{label} must be a share of the requests, from 0% to 100% or from 0 to 1, such as 0.1%, not "
+            f"{shown(str(value))}"
         )
-    if sizes and elements * sizes[-1] > _ELEMENT_COUNT_MAX:
-        raise InvalidModelError(f"{label}.pad_to allows more than the {_ELEMENT_COUNT_MAX} elements of one item")
-    if sizes and shape.count(-1) != 1:
-        raise InvalidModelError(f"{label}.pad_to needs exactly one -1 in {label}.shape")
-    if not isinstance(filling, int | float) or isinstance(filling, bool):
-        raise InvalidModelError(f"{label}.pad_value must be a number, not {shown(str(filling))}")
+    return float(share)
 
 
 _KEYS: dict[str, tuple[str, _Read]] = {
@@ -264,6 +237,10 @@ _KEYS: dict[str, tuple[str, _Read]] = {
     "maxNumSequence": ("sequence_count_max", _integer),
     "asyncCommunication": ("async_communication", _boolean),
     "useVenv": ("use_venv", _boolean),
+    "batchDependent": ("batch_dependent", _one_of(*BATCH_DEPENDENCES)),
+    "precisionErrorMax": ("precision_error_max", _positive),
+    "audit": ("audit_share", _share),
+    "conversion": ("conversion", _one_of(*CONVERSIONS)),
 }
 
 

@@ -36,7 +36,9 @@ LEVELS = [
     "renewal "
     "server_logs "
     "samples "
-    "zip_reader tar_reader folder_reader manifest model_config weights archive_formats extract archive_cache archive "
+    "zip_reader tar_reader folder_reader manifest "
+    "input_config "
+    "model_config weights archive_formats extract archive_cache archive "
     "archive_inspect trace archiver folder_manifest worker_spec",
     # What archives come through.
     "http_fetch object_fetch archive_sources",
@@ -163,7 +165,7 @@ def test_the_server_does_without_the_names_of_torchserve(name: str) -> None:
 
 @pytest.mark.parametrize("name", HANDLERS)
 def test_handlers_import_only_the_handler_contract(name: str) -> None:
-    assert neighbours(HANDLERS[name], everywhere=True) <= {"handler", "context", "handlers"}
+    assert neighbours(HANDLERS[name], everywhere=True) <= {"handler", "context", "handlers", "input_config"}
 
 
 def test_what_runs_without_torch_does_not_import_it() -> None:

@@ -154,10 +154,10 @@ def test_random_nested_lists_become_what_torch_makes_of_them() -> None:
         ({}, "not described"),
         ({"input": {"dtype": "float32"}}, "no dtype and shape"),
         ({"input": "float32"}, "no dtype and shape"),
-        ({"input": {"dtype": "float33", "shape": [1]}}, "'float33'"),
+        ({"input": {"dtype": "float33", "shape": [1]}}, '"float33"'),
         ({"input": {"shape": [0]}}, "[0]"),
         ({"input": {"shape": [True]}}, "[True]"),
-        ({"input": {"shape": 3}}, "is 3"),
+        ({"input": {"shape": 3}}, 'is "3"'),
     ],
 )
 def test_model_without_usable_input_description_is_not_served(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pyserve.errors import BadRequestError, InvalidModelError
-from pyserve.model_config import InputSpec, ModelConfig
+from pyserve.input_config import InputSpec
+from pyserve.model_config import ModelConfig
 from pyserve.settings import BOUNDS, validate_setting
 
 LABEL = "m.mar: model-config.yaml"
@@ -49,18 +50,26 @@ maxSequenceJobQueueSize: 3
 maxNumSequence: 4
 asyncCommunication: true
 useVenv: false
+batchDependent: allowed
+precisionErrorMax: 0.05
+audit: 0.1%
+conversion: script
 handler: {profile: true}
 """)
     assert dataclasses.asdict(config) | {"raw": {}} == {
         "workers_min": 1, "workers_max": 4, "batch_size": 8, "max_batch_delay_ms": 100, "min_batch": 2,
         "response_timeout_s": 120, "startup_timeout_s": 60, "device_type": "gpu", "device_ids": [0, 2],
         "queue_size": 1000, "precision": "bf16", "memory_format": "channels_last",
-        "input": {"dtype": "float32", "shape": (3, -1, 224), "name": ""},
+        "input": {
+            "dtype": "float32", "shape": (3, -1, 224), "name": "", "sizes": ((3, 3), (1, None), (224, 224)),
+            "values": None, "same": (), "pad_to": (), "pad_value": 0,
+        },
             "retry_timeout_max_s": 300, "client_timeout_ms": 0,
         "parallel_type": "tp", "parallel_level": 2, "torchrun": {"nproc-per-node": 2}, "use_job_ticket": True,
         "continuous_batching": False, "sequence_batching": True, "sequence_idle_max_ms": 10,
         "sequence_timeout_ms": 20, "sequence_queue_size": 3, "sequence_count_max": 4, "async_communication": True,
-        "use_venv": False, "raw": {}, "has_file": True, "warnings": [],
+        "use_venv": False, "batch_dependent": "allowed", "precision_error_max": 0.05, "audit_share": 0.001,
+        "conversion": "script", "raw": {}, "has_file": True, "warnings": [],
     }
     assert config.raw["handler"] == {"profile": True}
 
@@ -212,7 +221,7 @@ def test_input_spec_defaults_to_float32_and_may_be_a_scalar() -> None:
     assert parse("input: {shape: []}").input == InputSpec("float32", ())
     assert parse("input: {dtype: int64, shape: [-1]}").input == InputSpec("int64", (-1,))
     padded = "input: {dtype: int64, shape: [-1, 2], pad_to: [4, 8], pad_value: -1}"
-    assert parse(padded).input == InputSpec("int64", (-1, 2))
+    assert parse(padded).input == InputSpec("int64", (-1, 2), pad_to=(4, 8), pad_value=-1)
 
 
 @pytest.mark.parametrize("name", BOUNDS)
