@@ -22,6 +22,8 @@ LEVELS = [
     # Ground: no module of another row.
     "__init__ _build_info errors messages log address properties entries failure import_scan versions json_encoding "
     "result_check",
+    # What two ways to run one model are compared with.
+    "torch_error comparison probe_inputs",
     "log_files exposition metric_log",
     "metrics_config load_gauges",
     "host_metrics",
@@ -71,7 +73,7 @@ LEVELS = [
     # The server's endpoints.
     "kept_state "
     "registry",
-    "grpc_messages grpc_status grpc_call grpc_service",
+    "grpc_messages grpc_status grpc_streams grpc_call grpc_service",
     "browser_guard cors "
     "parameters openapi_schemas openapi routes "
     "protect "

@@ -1,0 +1,266 @@
+"""Inputs made to disagree: what two ways to run one network are compared on.
+
+One easy example proves nothing: a branch, a loop or a constant of the example's size shows only on other numbers, other
+sizes and other batches. Never NaN or infinity here. The same seed gives the same inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Sizes tried for a free dimension, as far as they are allowed; odd ones, and on both sides of powers of two.
+FREE_SIZES = (1, 2, 5, 16, 17, 33, 40, 65)
+# A free dimension is tried at its largest size too if that is not more than this.
+LARGEST_SIZE_MAX = 512
+# Batch size of the probes that are not of one item.
+BATCH = 3
+
+# How the numbers of an input are chosen.
+VALUES = ("random", "zeros", "negative", "large", "tiny", "ones", "unit", "ends early", "constant", "alternating")
+
+
+@dataclass(frozen=True)
+class InputDomain:
+    """What one input may hold.
+
+    Attributes:
+        dtype: of the tensor.
+        sizes: smallest and largest of each dimension, without the batch; None = no known maximum.
+        values: smallest and largest number; None = as the dtype allows.
+        same: one name per free dimension, in order, or empty: dimensions of one name have one size.
+        pad_to: sizes of which the free dimension has one; empty for any.
+    """
+
+    dtype: torch.dtype
+    sizes: tuple[tuple[int, int | None], ...]
+    values: tuple[float, float] | None = None
+    same: tuple[str, ...] = ()
+    pad_to: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, handler: Any, example: Sequence[torch.Tensor]) -> list[InputDomain]:
+        """Of each input: as model-config.yaml describes it to the ``handler``, else the example's own shape."""
+        specs = getattr(handler, "specs", None) or ()
+        if len(specs) != len(example):
+            return [cls(each.dtype, tuple((size, size) for size in each.shape[1:])) for each in example]
+        return [cls._of_spec(spec) for spec in specs]
+
+    @classmethod
+    def _of_spec(cls, spec: Any) -> InputDomain:
+        largest = spec.pad_to[-1] if spec.pad_to else None
+        sizes = getattr(spec, "sizes", None)
+        if sizes is None:
+            sizes = tuple((1, largest) if size == -1 else (size, size) for size in spec.shape)
+        return cls(spec.torch_dtype, sizes, getattr(spec, "values", None), getattr(spec, "same", ()), spec.pad_to)
+
+    @property
+    def free(self) -> list[int]:
+        """Which dimensions have more than one size, without the batch."""
+        return [axis for axis, (low, high) in enumerate(self.sizes) if low != high]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs to run, each [n, ...].
+
+    Attributes:
+        name: what is special about them, for a person.
+        may_fail: the numbers or sizes may lie outside of what the model takes, which nobody described.
+    """
+
+    name: str
+    inputs: tuple[torch.Tensor, ...]
+    may_fail: bool = False
+
+
+def probe_inputs(example: Sequence[torch.Tensor], domains: Sequence[InputDomain], *, seed: int = 0) -> list[Probe]:
+    """Probes of all kinds of numbers and sizes, batches of 1 and 3; those most likely to disagree first.
+
+    Args:
+        example: one item [1, ...] per input; its sizes are those of the probes about numbers.
+        domains: one per input.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [tuple(each.shape[1:]) for each in example]
+    probes: list[Probe] = []
+
+    def add(
+        name: str, batch: int, kinds: Sequence[str], item_shapes: Sequence[tuple[int, ...]], *, may_fail: bool
+    ) -> None:
+        inputs = tuple(
+            _filled(domain, (batch, *shape), kind, generator)
+            for domain, shape, kind in zip(domains, item_shapes, kinds, strict=True)
+        )
+        probes.append(Probe(f"{name}, batch {batch}", inputs, may_fail))
+
+    count = len(domains)
+    add("random numbers", BATCH, ["random"] * count, shapes, may_fail=False)
+    for sizes in _free_sizes(example, domains):
+        text = ", ".join("x".join(map(str, each)) for each in sizes)
+        add(f"size {text}", BATCH if len(probes) % 2 else 1, ["random"] * count, sizes, may_fail=True)
+    for number, kind in enumerate(VALUES[1:]):
+        add(f"{kind} numbers", BATCH if number % 2 else 1, [kind] * count, shapes, may_fail=_is_unbounded(domains))
+    if count > 1:
+        for position in range(count):
+            for kind in ("zeros", "ones", "ends early"):
+                kinds = [kind if i == position else "random" for i in range(count)]
+                add(f"{kind} in input {position + 1}", 1, kinds, shapes, may_fail=False)
+    return probes
+
+
+def batch_rows(
+    example: Sequence[torch.Tensor], domains: Sequence[InputDomain], count: int, *, seed: int = 0
+) -> list[tuple[torch.Tensor, ...]]:
+    """``count`` items of the example's shape, each a tuple of tensors [1, ...], with different numbers.
+
+    Their magnitudes differ too, since what a batch has in common (a scale, a mean) shows only between unlike rows.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    items = []
+    for number in range(count):
+        row = [_filled(domain, tuple(each.shape), "random", generator)
+               for each, domain in zip(example, domains, strict=True)]  # fmt: skip
+        for position, domain in enumerate(domains):
+            if domain.dtype.is_floating_point and domain.values is None:
+                row[position] = row[position] * (1.0, 8.0, 0.25, 30.0)[number % 4]
+        items.append(tuple(row))
+    return items
+
+
+def _is_unbounded(domains: Sequence[InputDomain]) -> bool:
+    return any(domain.values is None and not domain.dtype.is_floating_point for domain in domains)
+
+
+def _filled(domain: InputDomain, shape: tuple[int, ...], kind: str, generator: torch.Generator) -> torch.Tensor:
+    """A tensor of this shape whose numbers are of one of `VALUES`, moved into the domain's range."""
+    if domain.dtype is torch.bool:
+        return _whole_numbers(shape, kind, 0, 1, generator).to(torch.bool)
+    if domain.dtype.is_complex:
+        parts = [_filled(InputDomain(torch.float64, domain.sizes), shape, kind, generator) for _ in range(2)]
+        return torch.complex(*parts).to(domain.dtype)
+    if not domain.dtype.is_floating_point:
+        bounds = torch.iinfo(domain.dtype)
+        # Without a known vocabulary, a table of two rows has to do; larger numbers are tried on their own.
+        low, high = domain.values if domain.values is not None else (0, 1)
+        if domain.values is None and kind in ("negative", "large", "constant"):
+            low, high = {"negative": (-3, -1), "large": (2, 100), "constant": (2, 9)}[kind]
+        low = max(int(low), bounds.min)
+        high = max(low, min(int(high), bounds.max))
+        return _whole_numbers(shape, kind, low, high, generator).to(domain.dtype)
+    numbers = _floats(shape, kind, generator)
+    if domain.values is not None:
+        low, high = domain.values
+        # Uniform in the range: squeezed numbers would all lie at its ends.
+        numbers = numbers.clamp(low, high) if kind != "random" else low + (high - low) * torch.sigmoid(2 * numbers)
+    largest = torch.finfo(domain.dtype).max
+    return numbers.double().clamp(-largest, largest).to(domain.dtype)
+
+
+def _floats(shape: tuple[int, ...], kind: str, generator: torch.Generator) -> torch.Tensor:
+    def normal() -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if kind == "zeros":
+        return torch.zeros(shape)
+    if kind == "ones":
+        return torch.ones(shape)
+    if kind == "negative":
+        return -3 * normal().abs()
+    if kind == "large":
+        return 1e4 * normal()
+    if kind == "tiny":
+        return 1e-6 * normal()
+    if kind == "unit":
+        return torch.rand(shape, generator=generator)
+    if kind == "constant":
+        return torch.full(shape, 37.5)
+    if kind == "alternating":
+        return 255 * (torch.rand(shape, generator=generator) < 0.5).float()
+    if kind == "ends early":
+        return normal() * _begins(shape)
+    return 2 * normal()
+
+
+def _whole_numbers(shape: tuple[int, ...], kind: str, low: int, high: int, generator: torch.Generator) -> torch.Tensor:
+    def between(first: int, last: int) -> torch.Tensor:
+        return torch.randint(first, last + 1, shape, generator=generator)
+
+    lowest = min(max(0, low), high)  # zero if that is allowed
+    if kind == "zeros":
+        return torch.full(shape, lowest)
+    if kind == "ones":
+        return torch.full(shape, min(lowest + 1, high))
+    if kind == "large":
+        return between(max(low, high - 3), high)
+    if kind in ("tiny", "unit", "alternating"):
+        return between(lowest, min(lowest + 1, high))
+    if kind == "constant":
+        return torch.full(shape, (low + high) // 2)
+    if kind == "ends early":
+        begins = _begins(shape)
+        return torch.where(begins > 0, between(min(lowest + 1, high), high), torch.full(shape, lowest))
+    return between(low, high)
+
+
+def _begins(shape: tuple[int, ...]) -> torch.Tensor:
+    """1 at the start of each item, else 0: one, two or three quarters of its first dimension."""
+    kept = torch.zeros(shape)
+    if len(shape) < 2:
+        return kept
+    for row in range(shape[0]):
+        kept[row, : max(1, (shape[1] * (row % 3 + 1)) // 4)] = 1
+    return kept
+
+
+def _free_sizes(
+    example: Sequence[torch.Tensor], domains: Sequence[InputDomain]
+) -> list[list[tuple[int, ...]]]:
+    """Shapes, one per input, that differ from the example's in their free dimensions."""
+    choices = _choices(domains)
+    if not choices:
+        return []
+    found: list[list[tuple[int, ...]]] = []
+    own = [tuple(each.shape[1:]) for each in example]
+    longest = max(len(sizes) for sizes in choices.values())
+    names = list(choices)
+    for step in range(longest):
+        # All dimensions at their n-th size, and then (if there are several) each next one at another size.
+        for shift in range(min(len(names), 2)):
+            chosen = {name: sizes[(step + shift * i) % len(sizes)] for i, (name, sizes) in enumerate(choices.items())}
+            shapes = [_shape(domain, chosen, shape) for domain, shape in zip(domains, own, strict=True)]
+            if shapes != own and shapes not in found:
+                found.append(shapes)
+    return found
+
+
+def _dimension_name(domain: InputDomain, position: int) -> str:
+    """Free dimensions of one name are probed at one size; without names, those that stand at the same place."""
+    return domain.same[position] if position < len(domain.same) and domain.same[position] else f"#{position}"
+
+
+def _choices(domains: Sequence[InputDomain]) -> dict[str, list[int]]:
+    choices: dict[str, list[int]] = {}
+    for domain in domains:
+        for position, axis in enumerate(domain.free):
+            low, high = domain.sizes[axis]
+            sizes = list(domain.pad_to) or sorted({
+                low, *(size for size in FREE_SIZES if size >= low and (high is None or size <= high)),
+                *([high] if high is not None and high <= LARGEST_SIZE_MAX else []),
+            })  # fmt: skip
+            if not domain.pad_to and high is None and low > FREE_SIZES[-1]:
+                sizes += [low + 1, low + 24]
+            name = _dimension_name(domain, position)
+            both = [size for size in choices.get(name, sizes) if size in sizes]
+            choices[name] = both or sizes
+    return choices
+
+
+def _shape(domain: InputDomain, chosen: dict[str, int], own: tuple[int, ...]) -> tuple[int, ...]:
+    shape = list(own)
+    for position, axis in enumerate(domain.free):
+        shape[axis] = chosen[_dimension_name(domain, position)]
+    return tuple(shape)
