@@ -78,10 +78,17 @@ class Lane:
         label: ``name version``, for the log.
         core: the engine's side, made by the subclass.
         settings: the model's; read at each use, so that changes hold at once.
+
+    Attributes:
+        batch_note: why its batches are smaller than the settings ask for; ``""`` if they are not.
+        batch_probe: what trying batches came to: ``passed``, or why it says nothing, or what differed; ``""`` so far.
     """
 
     is_native = False
+    batch_note = ""
+    batch_probe = ""
     worker_log: WorkerLog
+
     def __init__(
         self, services: Services, name: str, label: str, core: _core.Lane | _core.ProcessLane, settings: ModelSettings
     ):
@@ -162,11 +169,16 @@ class Lane:
         """Workers that take batches now."""
         return int(self.core.ready_count)
 
+    @property
+    def batch_size_max(self) -> int:
+        """Requests of one batch: the settings' number, or one if batches were found to change answers."""
+        return 1 if self.batch_note else self.settings.batch_size
+
     def apply_limits(self) -> None:
         """Brings the settings to the engine; they hold from the next batch on."""
         self.core.set_limits(
-            batch_size_max=self.settings.batch_size,
-            batch_size_min=self.settings.min_batch,
+            batch_size_max=self.batch_size_max,
+            batch_size_min=min(self.settings.min_batch, self.batch_size_max),
             batch_delay_max_ns=self.settings.max_batch_delay_ms * 1_000_000,
             running_max=self.running_max,
         )
@@ -260,7 +272,7 @@ class Lane:
     def _waiting_max(self) -> int:
         # The engine counts a batch as running before it takes it from the queue, so a request is never missed.
         idle = min(self.ready_count, self.running_max) - self.core.running
-        return self.settings.queue_size + max(0, idle) * self.settings.batch_size
+        return self.settings.queue_size + max(0, idle) * self.batch_size_max
 
     def _deadline(self, pending: Pending) -> int:
         deadline = pending.arrived_at + int(self.settings.queue_limit_s * 1e9)
@@ -304,7 +316,7 @@ class Lane:
         if self._batches is None:
             version = self._label.removeprefix(f"{self._name} ")
             self._batches = self._services.metrics.batches(self._name, version, is_native=self.is_native)
-        self._batches.note(completion, next(filter(None, owners)).arrived_at, self.settings.batch_size)
+        self._batches.note(completion, next(filter(None, owners)).arrived_at, self.batch_size_max)
 
     def _begin_stages(self, pending: Pending) -> None:
         """Of every request, since the configuration or the environment asks for it."""
