@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator
+from typing import Any
 from urllib.parse import unquote
 
-from pyserve.errors import OverloadedError, ServeError, TooLargeError
+from pyserve.errors import ServeError, TooLargeError
 from pyserve.http1_answer import new_id
-from pyserve.http1_connections import BodyBudget
 from pyserve.http1_exchange import Exchange, Part
 from pyserve.http1_head import REQUEST_ID
 from pyserve.messages import TIMING_HEADERS, Headers, Request, Response
@@ -26,10 +25,6 @@ REQUEST_ID_KEY = "x-request-id"
 FORWARDED_KEYS = frozenset({"traceparent", "tracestate"}) | TIMING_HEADERS
 # Bytes of a streamed answer that wait for a client that does not read them; as in HTTP.
 STREAM_BACKLOG_MAX = 4 << 20
-# Of one stream of requests: how many may be under way.
-STREAM_REQUESTS_MAX = 128
-
-Told = TypeVar("Told")
 
 
 class Call:
@@ -142,7 +137,7 @@ class Prediction:
             response.body = b"".join(exchange.parts)
         return response
 
-    async def parts(self) -> AsyncIterator[Part]:
+    async def parts(self) -> AsyncGenerator[Part, None]:
         """The parts as they come; an answer that is not streamed is one part.
 
         Raises:
@@ -178,109 +173,3 @@ class Prediction:
 def _check(response: Response | None) -> None:
     if response is not None and response.error is not None:
         raise response.error
-
-
-class Streams:
-    """Calls in which both sides stream: each request is begun when it comes, and answers leave as they come.
-
-    Args:
-        budget: each request counts in it until its answers have left; a call that is over it is read no further while
-            others of its requests run.
-
-    Attributes:
-        is_draining: no more requests are read.
-    """
-
-    def __init__(self, budget: BodyBudget) -> None:
-        self.is_draining = False
-        self._budget = budget
-        self._readers: set[asyncio.Task[None]] = set()  # that may have more to read
-
-    def drain(self) -> None:
-        """Reads no more requests; the calls end when those that were read are answered."""
-        self.is_draining = True
-        readers, self._readers = self._readers, set()
-        for reader in readers:
-            reader.cancel()
-
-    async def run(
-        self, requests: AsyncIterator[Any], begin: Callable[[Any], AsyncIterator[Told]]
-    ) -> AsyncIterator[Told]:
-        """The answers to all ``requests``, which are messages. ``begin`` is called in their order and must not raise.
-
-        Raises:
-            OverloadedError: there is no room for the bytes of a request.
-        """
-        answers: asyncio.Queue[Told | None] = asyncio.Queue(1)  # what waits, waits with its request, which is counted
-        turn = asyncio.Lock()  # unlike the queue's own wait it is fair: answers leave in the order they were made
-        running: set[asyncio.Task[None]] = set()
-        room = asyncio.Semaphore(STREAM_REQUESTS_MAX)
-        failures: list[Exception] = []
-
-        async def tell(answer: Told | None) -> None:
-            async with turn:
-                await answers.put(answer)
-
-        async def forward(stream: AsyncIterator[Told]) -> None:
-            try:
-                async for each in stream:
-                    await tell(each)
-            except Exception as error:  # else that request would have no answer, and the client wait for it
-                failures.append(error)
-                await tell(None)
-
-        async def reserve(size: int) -> None:
-            while not self._budget.reserve(size):
-                if not running:
-                    raise body_budget_error(self._budget)
-                await asyncio.wait(set(running), return_when=asyncio.FIRST_COMPLETED)
-
-        def start(request: Any, size: int) -> None:
-            task = asyncio.ensure_future(forward(begin(request)))
-            running.add(task)
-
-            def over(task: asyncio.Task[None]) -> None:
-                running.discard(task)
-                self._budget.release(size)
-                room.release()
-
-            task.add_done_callback(over)
-
-        async def read() -> None:
-            own = asyncio.current_task()
-            try:
-                async for request in requests:
-                    await room.acquire()
-                    size = request.ByteSize()
-                    await reserve(size)
-                    start(request, size)
-            except asyncio.CancelledError:
-                if own in self._readers:  # it was not `drain`
-                    raise
-            except Exception as error:
-                failures.append(error)
-            self._readers.discard(own)
-            while running:
-                await asyncio.wait(set(running))
-            await tell(None)
-
-        reader = asyncio.ensure_future(read())
-        self._readers.add(reader)
-        try:
-            while (answer := await answers.get()) is not None:
-                yield answer
-            if failures:
-                raise failures[0]
-        finally:
-            self._readers.discard(reader)
-            for task in (reader, *running):
-                task.cancel()
-
-
-def body_budget_error(budget: BodyBudget) -> OverloadedError:
-    """There is no room for the bytes of one more request."""
-    return OverloadedError(
-        "The server holds as many request bodies as it may; retry later.",
-        detail={"reason": "body budget", "body_budget_size": budget.size_max},
-        headers={"Retry-After": "1"},
-    )

@@ -5,17 +5,20 @@ Inputs reach the handler as they came: ``bytearray`` under the names that the cl
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from pyserve import codec
 from pyserve.config import Config
 from pyserve.errors import BadRequestError, ServeError
-from pyserve.grpc_call import Call, Prediction, Streams
+from pyserve.grpc_call import Call, Prediction
 from pyserve.grpc_messages import INFERENCE, message
 from pyserve.grpc_service import Method, Service
 from pyserve.grpc_status import MissingParameterError, judge_prediction, status_text
+from pyserve.grpc_streams import Begun, Streams, with_position
 from pyserve.http1_answer import new_id
 from pyserve.inference import Inference
 from pyserve.messages import ErrorFormat, Headers
@@ -72,13 +75,18 @@ class InferenceService:
             yield _Response(prediction=bytes(part))
 
     async def stream_predictions_2(self, call: Call, messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """Requests of sequences; each one's answers bear its id, and its errors come as a status beside it."""
-        last_id = ""
+        """Requests of sequences, each sequence's answered in their order; answers bear its id, errors come beside it.
 
-        def begin(message: Any) -> AsyncIterator[Any]:
+        Answers of different sequences leave as they come.
+        """
+        last_id = ""
+        positions = itertools.count()
+
+        def begin(message: Any) -> Begun:
             nonlocal last_id
             id = message.sequence_id
             request_id = new_id()
+            position = next(positions)
             try:
                 headers = self._sequence_headers(message)
                 if not headers and not last_id:
@@ -87,27 +95,32 @@ class InferenceService:
                     )
                 id = id or (headers[0][1] if headers else last_id)
                 last_id = id
-                prediction = self._begin(call, message, headers or [(self._id_key, id)], request_id)
+                prediction: Prediction | ServeError = self._begin(
+                    call, message, headers or [(self._id_key, id)], request_id
+                )
             except ServeError as error:
-                return _one(self._failed(error, id, request_id))
-            return self._answers(prediction, id, request_id)
+                prediction = error
+            return Begun(id, self._answers(prediction, id, position, request_id))
 
         async for answer in self._streams.run(messages, begin):
             yield answer
 
-    async def _answers(self, prediction: Prediction, id: str, request_id: str) -> AsyncIterator[Any]:
+    async def _answers(
+        self, prediction: Prediction | ServeError, id: str, position: int, request_id: str
+    ) -> AsyncGenerator[Any, None]:
         try:
-            async for part in prediction.parts():
-                yield _Response(prediction=bytes(part), sequence_id=id)
+            if isinstance(prediction, ServeError):
+                raise prediction
+            async with aclosing(prediction.parts()) as parts:
+                async for part in parts:
+                    yield _Response(prediction=bytes(part), sequence_id=id)
         except ServeError as error:
-            yield self._failed(error, id, request_id)
-
-    def _failed(self, error: ServeError, id: str, request_id: str) -> Any:
-        verdict = judge_prediction(error)
-        answer = _Response(sequence_id=id or None)
-        answer.status.code = verdict.code.value[0]
-        answer.status.message = status_text(error, verdict, self._error_format, request_id)
-        return answer
+            error = with_position(error, position)
+            verdict = judge_prediction(error)
+            answer = _Response(sequence_id=id or None)
+            answer.status.code = verdict.code.value[0]
+            answer.status.message = status_text(error, verdict, self._error_format, request_id)
+            yield answer
 
     def _begin(self, call: Call, message: Any, headers: Headers, request_id: str = "") -> Prediction:
         """Hands the request to its model.
@@ -138,7 +151,3 @@ class InferenceService:
         if not (id.isascii() and id.isprintable()):
             raise BadRequestError("sequence_id must be printable ASCII text.")
         return [(self._id_key, id), *([(self._start_key, "true")] if is_start else [])]
-
-
-async def _one(answer: Any) -> AsyncIterator[Any]:
-    yield answer

@@ -7,8 +7,9 @@ request came in lists, which is what the protocol has without Triton's extension
 from __future__ import annotations
 
 import array
+import itertools
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from google.protobuf.json_format import ParseDict
 from pyserve import open_inference_models
 from pyserve.config import Config
 from pyserve.errors import HandlerError, InputError, ModelNotFoundError, ServeError
-from pyserve.grpc_call import Call, Prediction, Streams
+from pyserve.grpc_call import Call, Prediction
 from pyserve.grpc_messages import OPEN_INFERENCE, message
 from pyserve.grpc_service import Method, Service
 from pyserve.grpc_status import MissingParameterError, judge_open_inference, status_text
+from pyserve.grpc_streams import Begun, Streams, with_position
 from pyserve.http1_answer import new_id
 from pyserve.inference import Inference
 from pyserve.messages import ErrorFormat, Response
@@ -149,26 +151,35 @@ class OpenInferenceService:
         return _Encoded((await self._begin(call, asked).answer()).body)
 
     async def model_stream_infer(self, call: Call, messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """Each answer leaves when it is there, with its request's id; errors come as text beside it."""
+        """Answers in the order of the requests, each with its request's id; errors come as text beside it.
 
-        def begin(asked: Any) -> AsyncIterator[Any]:
+        A request without an id has its position in the stream, from 0, in place of one.
+        """
+        positions = itertools.count()
+
+        def begin(asked: Any) -> Begun:
             request_id = new_id()
+            position = next(positions)
             try:
                 prediction: Prediction | ServeError = self._begin(call, asked, request_id)
             except ServeError as error:
                 prediction = error
-            return self._stream_answer(prediction, asked.id, request_id)
+            return Begun("", self._stream_answer(prediction, asked.id or str(position), position, request_id))
 
         async for answer in self._streams.run(messages, begin):
             yield answer
 
-    async def _stream_answer(self, prediction: Prediction | ServeError, id: str, request_id: str) -> AsyncIterator[Any]:
+    async def _stream_answer(
+        self, prediction: Prediction | ServeError, id: str, position: int, request_id: str
+    ) -> AsyncGenerator[Any, None]:
         try:
             if isinstance(prediction, ServeError):
                 raise prediction
             response = message(f"{OPEN_INFERENCE}.ModelInferResponse").FromString((await prediction.answer()).body)
+            response.id = id
             yield _new("ModelStreamInferResponse", infer_response=response)
         except ServeError as error:
+            error = with_position(error, position)  # clients that show no answer beside an error show its text
             text = status_text(error, judge_open_inference(error), self._error_format, request_id)
             answer = _new("ModelStreamInferResponse", error_message=text)
             answer.infer_response.id = id

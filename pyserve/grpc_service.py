@@ -15,9 +15,10 @@ from google.protobuf.message import DecodeError
 
 from pyserve.access_log import AccessLog
 from pyserve.errors import BadRequestError, OverloadedError, ServeError, ServerError, TokenError, TooLargeError
-from pyserve.grpc_call import REQUEST_ID_KEY, Call, Streams, body_budget_error
+from pyserve.grpc_call import REQUEST_ID_KEY, Call
 from pyserve.grpc_messages import method_path
 from pyserve.grpc_status import TOKEN_VERDICT, Judge, Verdict, status_text
+from pyserve.grpc_streams import Streams, body_budget_error
 from pyserve.http1_connections import BodyBudget
 from pyserve.log import about
 from pyserve.services import Services

@@ -1,16 +1,16 @@
-"""Calls in which both sides stream: each request has its answer, its bytes are counted, and none outlives its call."""
+"""Calls in which both sides stream: answers in the order asked, bytes counted, and nothing that outlives its call."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import NamedTuple
 
 import pytest
 
 from pyserve.errors import OverloadedError
-from pyserve.grpc_call import Streams
+from pyserve.grpc_streams import STREAM_REQUESTS_MAX, Begun, Streams
 from pyserve.http1_connections import BodyBudget
 
 HANG_S = 30
@@ -21,6 +21,7 @@ class Message(NamedTuple):
 
     name: str
     size: int = 10
+    order: str = ""
 
     def ByteSize(self) -> int:
         return self.size
@@ -33,17 +34,21 @@ class Desk:
         self.gates: dict[str, asyncio.Event] = {}
         self.given_up: list[str] = []
 
-    def begin(self, message: Message) -> AsyncIterator[str]:
+    def begin(self, message: Message) -> Begun:
         self.gates[message.name] = asyncio.Event()
-        return self._answer(message.name)
+        return Begun(message.order, self._answer(message.name))
 
-    async def _answer(self, name: str) -> AsyncIterator[str]:
+    async def _answer(self, name: str) -> AsyncGenerator[str, None]:
         try:
             await self.gates[name].wait()
             if name == "bad":
                 raise RuntimeError("nobody expected this")
+            if name == "none":
+                return
             yield name
-        except asyncio.CancelledError:
+            if name == "several":
+                yield "more"
+        except (asyncio.CancelledError, GeneratorExit):
             self.given_up.append(name)
             raise
 
@@ -86,12 +91,12 @@ def test_a_stream_that_is_drained_ends_when_its_requests_are_answered(stays_open
         await turns()
         assert not answers.done()
         desk.release("b", "a")
-        assert sorted(await answers) == ["a", "b"]
+        assert await answers == ["a", "b"]
 
     run(test())
 
 
-def test_answers_leave_in_the_order_they_were_made_however_they_are_taken(seed: int) -> None:
+def test_answers_leave_in_the_order_of_their_requests_however_they_come(seed: int) -> None:
     chance = random.Random(seed)
 
     async def test() -> None:
@@ -105,13 +110,86 @@ def test_answers_leave_in_the_order_they_were_made_however_they_are_taken(seed: 
                 await turns(chance.randrange(4))
 
         taking = asyncio.ensure_future(take())
-        for name in names:
-            while name not in desk.gates:  # so many are begun at once
-                await turns(1)
-            desk.release(name)
-            await turns(chance.randrange(4))
+        released: set[str] = set()
+        while len(released) < len(names):
+            waiting = [name for name in desk.gates if name not in released]
+            if waiting:
+                released.add(chance.choice(waiting))
+                desk.release(*released)
+            await turns(1 + chance.randrange(4))
         await taking
         assert got == names
+
+    run(test())
+
+
+def test_a_request_without_an_answer_or_with_several_keeps_its_place() -> None:
+    async def test() -> None:
+        desk = Desk()
+        messages = asked(*(Message(name) for name in ("a", "none", "several", "b")))
+        answers = collect(Streams(BodyBudget(100)).run(messages, desk.begin))
+        for name in ("b", "several", "none"):
+            await turns()
+            desk.release(name)
+        await turns()
+        assert not answers.done()
+        desk.release("a")
+        assert await answers == ["a", "several", "more", "b"]
+
+    run(test())
+
+
+def test_requests_of_another_order_do_not_wait() -> None:
+    async def test() -> None:
+        desk, got = Desk(), []
+        messages = asked(Message("a1", order="a"), Message("b1", order="b"), Message("a2", order="a"))
+
+        async def take() -> None:
+            async for each in Streams(BodyBudget(100)).run(messages, desk.begin):
+                got.append(each)
+
+        taking = asyncio.ensure_future(take())
+        await turns()
+        desk.release("a2", "b1")
+        await turns()
+        assert got == ["b1"]
+        desk.release("a1")
+        await taking
+        assert got == ["b1", "a1", "a2"]
+
+    run(test())
+
+
+def test_an_answer_that_is_held_back_keeps_its_place_and_its_room() -> None:
+    async def test() -> None:
+        budget, desk = BodyBudget(100_000), Desk()
+        names = [str(number) for number in range(STREAM_REQUESTS_MAX + 1)]
+        answers = collect(Streams(budget).run(asked(*map(Message, names)), desk.begin))
+        await turns()
+        desk.release(*names[1:-1])
+        await turns()
+        assert len(desk.gates) == STREAM_REQUESTS_MAX and budget.size == 10 * STREAM_REQUESTS_MAX
+        desk.release("0")
+        await turns()
+        desk.release(names[-1])
+        assert await answers == names
+        await turns()
+        assert budget.size == 0
+
+    run(test())
+
+
+def test_a_client_that_goes_gives_up_answers_that_are_held_back() -> None:
+    async def test() -> None:
+        budget, desk = BodyBudget(100), Desk()
+        answers = collect(Streams(budget).run(asked(Message("a"), Message("b"), stays_open=True), desk.begin))
+        await turns()
+        desk.release("b")
+        await turns()
+        answers.cancel()
+        await asyncio.wait([answers])
+        await turns()
+        assert sorted(desk.given_up) == ["a", "b"] and budget.size == 0
 
     run(test())
 
@@ -144,8 +222,11 @@ def test_no_more_is_read_than_there_is_room_for() -> None:
         assert list(desk.gates) == ["a", "b", "c"]
         desk.release("c")
         await turns()
-        desk.release("b", "d")
-        assert sorted(await answers) == ["a", "b", "c", "d"]
+        assert list(desk.gates) == ["a", "b", "c"]  # c's answer waits for b's
+        desk.release("b")
+        await turns()
+        desk.release("d")
+        assert await answers == ["a", "b", "c", "d"]
         await turns()
         assert budget.size == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -47,6 +48,24 @@ def handle(data, context):
     return answers
 """
 
+# Answers what it was asked, once the file that it names is there, and notes that it has begun.
+WAITS = """
+import base64
+import os
+import time
+
+
+def handle(data, context):
+    if data is None:
+        return None
+    (row,) = data
+    value, until, notes = (base64.b64decode(text).decode() for text in row["body"]["inputs"][0]["data"])
+    open(notes, "a").write(value)
+    while not os.path.exists(until):
+        time.sleep(0.001)
+    return [{"outputs": [{"name": "out", "shape": [1], "datatype": "BYTES", "data": [value]}]}]
+"""
+
 
 class Same(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,6 +82,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         config = {"input": {"dtype": str(dtype).removeprefix("torch."), "shape": [3]}}
         serving_models.write_torchscript(server.store, Same(), f"same-{datatype}", config=config)
     write_handler(server.store, "own", OWN)
+    write_handler(server.store, "waits", WAITS, config={"minWorkers": 3, "maxWorkers": 3})
     (server.folder / "config.properties").write_text("max_request_size=200000\n")
     server.start("--grpc", "true", "--models", "all")
     try:
@@ -177,18 +197,39 @@ def test_calls_without_waiting(client: triton.InferenceServerClient) -> None:
     assert all(error is None and result.as_numpy("output0").shape == (1, 3) for result, error in got)
 
 
-def test_a_stream_answers_each_request_and_tells_errors(client: triton.InferenceServerClient) -> None:
+def test_a_stream_is_answered_in_the_order_asked_and_each_answer_has_an_id(
+    server: Server, client: triton.InferenceServerClient, tmp_path: Path
+) -> None:
+    notes, here, later = (tmp_path / name for name in ("notes", "here", "later"))
+    here.touch()
+
+    def ask(value: str, until: Path, **options: Any) -> None:
+        texts = np.array([str(each).encode() for each in (value, until, notes)], np.object_)
+        client.async_stream_infer("waits", [tensor(texts, "BYTES", "x")], **options)
+
     answers: queue.Queue[Any] = queue.Queue()
     client.start_stream(lambda result, error: answers.put((result, error)))
-    x = np.zeros((1, 4), np.float32)
-    for number in range(4):
-        client.async_stream_infer("linear", [tensor(x, "FP32")], request_id=str(number))
-    client.async_stream_infer("none", [tensor(x, "FP32")], request_id="bad")
+    ask("a", later)
+    ask("b", here)
+    client.async_stream_infer("none", [tensor(np.zeros((1, 4), np.float32), "FP32")])
+    ask("c", here, request_id="mine")
+    ask("d", here)
+    server.wait_for(lambda: notes.exists() and sorted(notes.read_text()) == list("abcd"), "all to have begun")
+    later.touch()
     got = [answers.get(timeout=LIMIT_S) for _ in range(5)]
     client.stop_stream()
-    assert sorted(result.get_response().id for result, error in got if error is None) == ["0", "1", "2", "3"]
-    (error,) = [error for _, error in got if error is not None]
-    assert "Model not found: none" in str(error)
+    told = [str(error) if error else (result.get_response().id, result.as_numpy("out")[0]) for result, error in got]
+    assert told[:2] + told[3:] == [("0", b"a"), ("1", b"b"), ("mine", b"c"), ("4", b"d")]
+    assert told[2].startswith("Model not found: none\n") and '"position": 2' in told[2]
+
+
+def test_an_error_in_a_stream_has_the_id_of_its_request(plain: Stub) -> None:
+    call, request = plain.method("ModelStreamInfer")
+    told = list(call(iter([request(model_name="none", id="mine"), request()]), timeout=LIMIT_S))
+    assert [answer.infer_response.id for answer in told] == ["mine", "1"]
+    assert [answer.error_message.split("\n")[0] for answer in told] == [
+        "Model not found: none", "Parameter model_name is required.",
+    ]  # fmt: skip
 
 
 def test_statistics_and_index(client: triton.InferenceServerClient) -> None:
@@ -201,7 +242,7 @@ def test_statistics_and_index(client: triton.InferenceServerClient) -> None:
     assert count() == before + 1
     assert len(client.get_inference_statistics("linear").model_stats) == 2
     index = client.get_model_repository_index(as_json=True)["models"]
-    assert {"name": "linear", "version": "2.0", "state": "READY"} in index and len(index) == 4 + len(DATATYPES)
+    assert {"name": "linear", "version": "2.0", "state": "READY"} in index and len(index) == 5 + len(DATATYPES)
 
 
 RAW = {"model_name": "linear", "raw_input_contents": [b"\0" * 16]}
