@@ -43,6 +43,7 @@ from pyserve.handlers.loading import (
     run_ort_session,
     setup_ort_session,
 )
+from pyserve.handlers.plain import is_plain
 from pyserve.handlers.rows import found, row_value
 from pyserve.handlers.tensor_spec import TensorSpec
 
@@ -154,6 +155,9 @@ class BaseHandler:
             raise ModelLoadError("the archive names no weights; repack it with --serialized-file")
         else:
             self.model = self._load_file(self.model_pt_path)
+        if is_plain():
+            self.initialized = True
+            return
         self.model = compiled(self.model, self.model_yaml_config, context.model_name)
         if IPEX_AVAILABLE and isinstance(self.model, torch.nn.Module):
             self.model = importlib.import_module("intel_extension_for_pytorch").optimize(self.model)

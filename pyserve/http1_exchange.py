@@ -73,6 +73,20 @@ class Exchange:
             self.response = response
             self._deliver(self)
 
+    def watch(self, call: Callable[[Exchange], object]) -> None:
+        """Has ``call`` called with this exchange each time its answer, or a part of it, is about to be delivered."""
+        deliver = self._deliver
+
+        def call_and_deliver(exchange: Exchange) -> None:
+            try:
+                call(exchange)
+            except Exception:
+                id = exchange.request.id
+                log.exception("watching request %s failed", id, extra=about(request_id=id))
+            deliver(exchange)
+
+        self._deliver = call_and_deliver
+
     # --- an answer in parts ---------------------------------------------------------------------------------------
 
     def start_stream(self, response: Response) -> None:

@@ -78,6 +78,7 @@ class KServe:
                 exchange,
                 lambda lane: InstancesPending(lane, exchange, model.version, explains=explains),
                 explains=explains,
+                again=lambda lane, copy: InstancesPending(lane, copy, model.version, explains=False),
             )
 
         return run
@@ -91,7 +92,10 @@ class KServe:
             url_version = model_version or "default"
             is_meant = is_infer_request(request) if model.built_in_handler else bool(request.header(JSON_SIZE_HEADER))
             if is_meant:
-                models.infer(model, exchange, self._transport(request), url_version, explains=explains)
+                models.infer(
+                    model, exchange, self._transport(request), url_version, explains=explains,
+                    transport_of=self._transport,
+                )  # fmt: skip
             else:
                 # As in TorchServe: what the body means is up to the model's envelope or handler.
                 request.add_headers(extra)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pyserve.archive import Archive
 from pyserve.archive_cache import open_cache
+from pyserve.audit_lane import AuditLane
 from pyserve.errors import ModelLoadError
 from pyserve.handler import python_lane_reason
 from pyserve.lane import Lane
@@ -95,6 +96,26 @@ async def _open_native_lane(wish: Wish) -> NativeLane:
 
 async def open_python_lane(wish: Wish) -> PythonLane:
     """The python lane of a model, whatever its handler would allow."""
+    spec, interpreter = await _prepare_workers(wish)
+    device_ids = [] if spec.gpu_id is None else wish.archive.config.device_ids or list(
+        range(gpu_count(wish.services.config.number_of_gpu))
+    )
+    options: dict[str, Any] = {
+        "device_ids": device_ids, "interpreter": interpreter, "on_trouble": wish.on_trouble
+    }  # fmt: skip
+    if wish.archive.config.sequence_batching:
+        return SequenceLane(wish.services, spec, wish.label, wish.settings, wish.archive.config, **options)
+    return PythonLane(wish.services, spec, wish.label, wish.settings, **options)
+
+
+async def open_audit_lane(wish: Wish) -> AuditLane:
+    """The lane that runs requests of a model again, on the CPU, without its worker."""
+    spec, interpreter = await _prepare_workers(wish)
+    return AuditLane(wish.services, spec, f"{wish.label}-audit", wish.settings, interpreter=interpreter)
+
+
+async def _prepare_workers(wish: Wish) -> tuple[WorkerSpec, str | None]:
+    """What worker processes of a model are started with, and their interpreter; None for the server's own."""
     config = wish.services.config
     interpreter = None
     manifest = wish.archive.manifest
@@ -134,12 +155,4 @@ async def open_python_lane(wish: Wish) -> PythonLane:
         keeps_each_metric=writes_metrics(config),
         watch=config.watch,
     )
-    device_ids = [] if spec.gpu_id is None else wish.archive.config.device_ids or list(
-        range(gpu_count(config.number_of_gpu))
-    )
-    options: dict[str, Any] = {
-        "device_ids": device_ids, "interpreter": interpreter, "on_trouble": wish.on_trouble
-    }  # fmt: skip
-    if wish.archive.config.sequence_batching:
-        return SequenceLane(wish.services, spec, wish.label, wish.settings, wish.archive.config, **options)
-    return PythonLane(wish.services, spec, wish.label, wish.settings, **options)
+    return spec, interpreter

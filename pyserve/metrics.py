@@ -92,6 +92,9 @@ class MeasuredModel(Protocol):
     def stats(self) -> JsonObject:
         """Counters, and histograms as (bounds, counts that are not cumulative, sum); empty while none are kept."""
 
+    def audit_report(self) -> JsonObject | None:
+        """``requests``, ``differences`` and ``skipped`` by reason, of a model that is audited."""
+
 
 @dataclass(frozen=True)
 class MetricsOptions:
@@ -292,6 +295,7 @@ class Metrics(Collector):
         yield from self._request_families()
         yield self._rejected_family()
         yield from _model_families(models)
+        yield from _audit_families(models)
         yield from self._batch_families()
         yield from self._load_families(models)
         yield from self.host.collect()
@@ -414,3 +418,19 @@ def _model_families(models: Iterable[MeasuredModel]) -> Iterator[Metric]:
         ready = sum(1 for row in model.worker_rows() if row.status == "READY")
         workers.add_sample("pyserve_workers", {**labels, "lane": model.lane}, ready)
     yield from (in_flight, workers)
+
+
+def _audit_families(models: Iterable[MeasuredModel]) -> Iterator[Metric]:
+    requests = Metric("pyserve_audit_requests", "Requests run again and compared.", "counter")
+    differences = Metric("pyserve_audit_differences", "Requests whose answer differed when run again.", "counter")
+    skipped = Metric("pyserve_audit_skipped", "Requests chosen for the audit that were not run again.", "counter")
+    for model in models:
+        report = model.audit_report()
+        if report is None:
+            continue
+        labels = {"model": model.name, "version": model.version}
+        requests.add_sample("pyserve_audit_requests_total", labels, report["requests"])
+        differences.add_sample("pyserve_audit_differences_total", labels, report["differences"])
+        for reason, count in report["skipped"].items():
+            skipped.add_sample("pyserve_audit_skipped_total", {**labels, "reason": reason}, count)
+    yield from (requests, differences, skipped)

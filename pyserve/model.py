@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pyserve.archive import Archive
+from pyserve.audit import Audit
+from pyserve.audit_choice import audit_of
+from pyserve.audit_lane import Again
 from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError, ServerError
 from pyserve.handler import built_in_name
 from pyserve.http1_exchange import Exchange
@@ -80,6 +83,7 @@ class Model:
         self._lane: Lane | None = None
         self._explain_lane: PythonLane | None = None  # a native model's, made for the first explanation
         self._opening_explain_lane = asyncio.Lock()
+        self._audit: Audit | None = None  # most models have none
         self._tasks: set[asyncio.Task[None]] = set()
         self._scaling = asyncio.Lock()
         self._loading = asyncio.Lock()
@@ -100,6 +104,7 @@ class Model:
             lane = await open_lane(self._wish(progress, tracing))
             self.built_in_handler = self._find_built_in_handler()
             self._lane = lane
+            self._audit = audit_of(self._wish(lambda text: None), lane)
             self._check_still_loading()
             if workers:
                 progress(f"starting {workers} worker{'s' if workers > 1 else ''}")
@@ -165,7 +170,10 @@ class Model:
     async def _close_lane(self) -> None:
         lanes = (self._lane, self._explain_lane)
         self._lane = self._explain_lane = None
-        await asyncio.gather(*(lane.close() for lane in lanes if lane is not None))
+        closing = [lane.close() for lane in lanes if lane is not None]
+        if self._audit is not None:
+            closing.append(self._audit.stop())
+        await asyncio.gather(*closing)
 
     def _move(self, state: str) -> None:
         if state not in STATES[self.state]:
@@ -198,6 +206,8 @@ class Model:
                 self.starts_first_workers = False
             if self._lane is not lane:
                 raise self._scaling_error("it is being unregistered")
+            if not wanted and self._audit is not None:
+                await self._audit.stop()
             if failure:
                 error = self._scaling_error(failure, lane.failure)
                 self.settings.workers_min, self.settings.workers_max = bounds_before
@@ -264,17 +274,32 @@ class Model:
                 lambda other: Pending(other, exchange, self.version, url_version, query_is_input, flags),
             )  # fmt: skip
             return
-        lane.predict(Pending(lane, exchange, self.version, url_version, query_is_input, flags))
+        pending = Pending(lane, exchange, self.version, url_version, query_is_input, flags)
+        if self._audit is not None and not explains:
+            self._audit.consider(
+                exchange, lambda other, copy: Pending(other, copy, self.version, url_version, query_is_input, flags)
+            )
+        lane.predict(pending)
 
-    def take(self, exchange: Exchange, pending_for: Callable[[Lane], Pending], *, explains: bool = False) -> None:
-        """As `predict`, for requests of another kind: ``pending_for`` makes one for the lane it is given."""
+    def take(
+        self, exchange: Exchange, pending_for: Callable[[Lane], Pending], *, explains: bool = False,
+        again: Again | None = None,
+    ) -> None:  # fmt: skip
+        """As `predict`, for requests of another kind: ``pending_for`` makes one for the lane it is given.
+
+        Args:
+            again: makes one of a copy of the exchange; None if it cannot be audited.
+        """
         lane = self._lane
         if lane is None:
             raise no_worker_error(self.name, self._absence())
         if explains and isinstance(lane, NativeLane):
             self._explain(lane, exchange, pending_for)
-        else:
-            lane.predict(pending_for(lane))
+            return
+        pending = pending_for(lane)
+        if self._audit is not None and not explains:
+            self._audit.consider(exchange, again)
+        lane.predict(pending)
 
     def _absence(self) -> JsonObject:
         detail = {"reason": "no worker", "state": self.state}
@@ -437,6 +462,10 @@ class Model:
     def stats(self) -> JsonObject:
         """The native counters and histograms; empty while there is no lane."""
         return self._lane.stats() if self._lane is not None else {}
+
+    def audit_report(self) -> JsonObject | None:
+        """What the audit found, see `Audit.report`; None if none is wanted."""
+        return self._audit.report() if self._audit is not None else None
 
     def sample_arguments(self, folder: Path) -> str:
         """Arguments of a curl call that sends something this model understands; the file is put into ``folder``.

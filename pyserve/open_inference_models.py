@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -18,6 +19,7 @@ from pyserve.handlers.tensor_spec import TensorSpec, dtype_name, input_specs, ou
 from pyserve.http1_exchange import Exchange
 from pyserve.lane import Lane
 from pyserve.loader import Network
+from pyserve.messages import Request
 from pyserve.metrics import Metrics
 from pyserve.model import EXPLAIN_HEADER, Model
 from pyserve.native_lane import NativeLane
@@ -39,12 +41,16 @@ _NO_TIME = {"count": 0, "ns": 0}
 
 
 def infer(
-    model: Model, exchange: Exchange, transport: Transport, url_version: str = "default", *, explains: bool = False
-) -> None:
+    model: Model, exchange: Exchange, transport: Transport, url_version: str = "default", *, explains: bool = False,
+    transport_of: Callable[[Request], Transport] | None = None,
+) -> None:  # fmt: skip
     """Sees to the answer of an inference request, through ``exchange.respond``: of ``transport.encode``, or an error.
 
     Loop thread only. ``exchange`` may be one that no HTTP request stands behind; its request's id, headers and time of
     arrival are used.
+
+    Args:
+        transport_of: that of a copy of the request, for the audit; None if a copy does not hold all of it.
 
     Raises:
         ServeError: the model is not there.
@@ -53,7 +59,11 @@ def infer(
     def pending_for(lane: Lane) -> Pending:
         return _pending_for(model, lane, exchange, transport, url_version, explains=explains)
 
-    model.take(exchange, pending_for, explains=explains)
+    def again(lane: Lane, copy: Exchange) -> Pending:
+        assert transport_of is not None
+        return _pending_for(model, lane, copy, transport_of(copy.request), url_version, explains=False)
+
+    model.take(exchange, pending_for, explains=explains, again=again if transport_of is not None else None)
 
 
 def _pending_for(

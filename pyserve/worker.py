@@ -99,6 +99,10 @@ def _set_up(spec: WorkerSpec, reports: Reporter) -> _ReportHandler:
     sys.argv = [f"pyserve-worker {spec.name}"]
     torch.set_num_threads(spec.intra_op_threads)
     load_options.mmap = True  # state dicts are mapped: workers share the pages
+    if spec.is_audit:
+        from pyserve.handlers.plain import run_plainly
+
+        run_plainly()
     handler = _ReportHandler(reports)
     root = logging.getLogger()
     root.handlers[:] = [handler]

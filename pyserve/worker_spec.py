@@ -38,6 +38,7 @@ class WorkerSpec:
         metrics_config: path of the metrics.yaml, None for the built-in one.
         keeps_each_metric: every value is told, for the log files.
         watch: reload handler code when a file of model_dir changes.
+        is_audit: runs requests again for the audit, see `handlers.plain`.
     """
 
     name: str
@@ -62,6 +63,7 @@ class WorkerSpec:
     metrics_config: str | None = None
     keeps_each_metric: bool = False
     watch: bool = False
+    is_audit: bool = False
 
     @classmethod
     def of(

@@ -54,7 +54,7 @@ LEVELS = [
     "stages "
     "spans "
     "context custom_metrics metrics codec handler engine placement",
-    "open_inference "
+    "open_inference audit_compare "
     "worker_log",
     # Worker processes: their inside, then what looks after them.
     "streaming entry_point invoker reload continuous async_worker worker",
@@ -66,7 +66,7 @@ LEVELS = [
     "examples zoo sample loader services model_settings pending lane "
     "row_requests "
     "native_lane python_workers python_lane "
-    "sequence_lane lane_choice "
+    "sequence_lane audit_lane lane_choice audit audit_choice "
     "self_description gpu_usage "
     "model",
     "system_metrics",

@@ -28,6 +28,7 @@ class FakeModel:
         self.name = name
         self.version = version
         self.requests_in_flight = 4
+        self.audited: dict[str, Any] | None = None
         self.measured: dict[str, Any] = {
             "queue": (BOUNDS, [1, 2, 3], 9.5),
             "staging": (BOUNDS, [6, 0, 0], 0.25),
@@ -45,6 +46,9 @@ class FakeModel:
 
     def stats(self) -> dict[str, Any]:
         return self.measured
+
+    def audit_report(self) -> dict[str, Any] | None:
+        return self.audited
 
 
 PLAIN_COUNTERS = (*CLASS_NAMES, *TORCHSERVE_NAMES)
