@@ -25,6 +25,7 @@ from pyserve.context import Context
 from pyserve.handler import HandlerError, InputError
 from pyserve.handlers.base_handler import BaseHandler
 from pyserve.handlers.rows import found, row_value
+from pyserve.handlers.shared_sizes import filled_up
 from pyserve.handlers.tensor_spec import (
     HOST_IS_BIG_ENDIAN,
     TensorSpec,
@@ -78,7 +79,7 @@ class TensorHandler(BaseHandler):
         # A subclass may do anything in its own preprocess and postprocess.
         if type(self) is not TensorHandler or len(self.specs) != 1 or HOST_IS_BIG_ENDIAN:
             return 0
-        if self.spec is None or -1 in self.spec.shape:
+        if self.spec is None or -1 in self.spec.shape or self.spec.has_to_be_read:
             return 0
         return self.spec.fixed_size
 
@@ -101,7 +102,10 @@ class TensorHandler(BaseHandler):
         if len(self.specs) > 1:
             rows = [self._items(row) for row in data]
             return tuple(self._joined(list(column)) for column in zip(*rows, strict=True))
-        return self._joined([self._item(row_value(row), self.spec) for row in data])
+        if self.spec is None:
+            raise HandlerError("the handler is not prepared; call initialize(context) first")
+        spec = self.spec
+        return self._joined([spec.padded(_item(self._value(row), spec)) for row in data])
 
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's output for what `preprocess` made."""
@@ -119,24 +123,34 @@ class TensorHandler(BaseHandler):
             shapes = ", ".join(str(list(shape)) for shape in sorted({tuple(item.shape[1:]) for item in items}))
             raise InputError(f"the items of one batch have different shapes: {shapes}") from error
 
-    def _item(self, value: Any, spec: TensorSpec | None) -> torch.Tensor:
-        if spec is None:
-            raise HandlerError("the handler is not prepared; call initialize(context) first")
-        if isinstance(value, (bytes, bytearray, memoryview)):
-            return spec.from_bytes(value)
-        if isinstance(value, (list, int, float)):
-            return spec.from_nested(value)
-        name = f"{spec.name}: " if spec.name else ""
-        raise InputError(
-            f"{name}expected {spec} as raw bytes ({RAW}) or as nested lists ({JSON}), got {found(value)}"
-        )
+    def _value(self, row: Any) -> Any:
+        """The one value of a row that has no fields called like inputs."""
+        if type(self) is TensorHandler and isinstance(row, Mapping):
+            self._check_fields(row, {"data", "body"})
+            if row.get("data") is not None and row.get("body") is not None:
+                raise InputError("the request has both 'data' and 'body', and the model takes one item; send one")
+        return row_value(row)
+
+    def _check_fields(self, fields: Mapping[str, Any], names: set[str]) -> None:
+        """That no input is dropped in silence. A subclass may read other fields before this class does."""
+        unknown = [name for name in fields if name not in names and name != "target"]
+        if unknown and len(fields) > 1 and type(self) is TensorHandler:
+            known = ", ".join(repr(name) for name in sorted(names))
+            raise InputError(f"the model has no input {str(unknown[0])[:64]!r}; the fields it reads are {known}")
 
     def _items(self, row: Any) -> list[torch.Tensor]:
         """One tensor per input."""
         names = {spec.name for spec in self.specs}
-        value = row if isinstance(row, Mapping) and names <= set(row) else row_value(row)
-        if isinstance(value, Mapping) and names <= set(value):
-            return [self._item(value[spec.name], spec) for spec in self.specs]
+        value = row
+        # A field may be called like an input and hold the object with all of them.
+        if not isinstance(row, Mapping) or not (names <= set(row) or names & set(row) - {"data", "body"}):
+            value = self._value(row)
+        if isinstance(value, Mapping):
+            missing = [spec.wanted for spec in self.specs if spec.name not in value]
+            if missing:
+                raise InputError(f"{missing[0]}; the request has {found(value)} without it")
+            self._check_fields(value, names)
+            return filled_up(self.specs, [_item(value[spec.name], spec) for spec in self.specs])
         wanted = ", ".join(f"{spec.name} ({spec})" for spec in self.specs)
         if not isinstance(value, (bytes, bytearray, memoryview)) or any(-1 in spec.shape for spec in self.specs):
             raise InputError(f"expected a JSON object or a form with {wanted}; got {found(value)}")
@@ -146,7 +160,7 @@ class TensorHandler(BaseHandler):
         items, at = [], 0
         for spec in self.specs:
             # A copy: what follows the first may not lie as its numbers must.
-            items.append(spec.from_bytes(bytearray(whole[at : at + spec.fixed_size])))
+            items.append(spec.read_bytes(bytearray(whole[at : at + spec.fixed_size])))
             at += spec.fixed_size
         return items
 
@@ -180,6 +194,15 @@ class TensorHandler(BaseHandler):
         if issubclass(kind, torch.Tensor):
             return columns[0]
         return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _item(value: Any, spec: TensorSpec) -> torch.Tensor:
+    """One input as it came, checked, not padded."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return spec.read_bytes(value)
+    if isinstance(value, (list, int, float)):
+        return spec.read_nested(value)
+    raise InputError(f"{spec.wanted} as raw bytes ({RAW}) or as nested lists ({JSON}), got {found(value)}")
 
 
 def named_outputs(data: Any) -> tuple[list[torch.Tensor], tuple[str, ...]]:

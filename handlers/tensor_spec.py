@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import array
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from pyserve.handler import InputError, ModelLoadError
+from pyserve.handlers.json_numbers import KINDS, UnfitNumberError, tensor_of_numbers
 from pyserve.handlers.rows import found
 from pyserve.input_config import InputConfigError, InputSpec, Sizes, range_text, read_inputs, sizes_of_shape
 
@@ -22,23 +22,8 @@ HOST_IS_BIG_ENDIAN = sys.byteorder == "big"
 # Size used for a free dimension (-1) in the example input.
 EXAMPLE_DIMENSION = 16
 
-# dtype name -> (torch dtype, typecode of the `array` that takes its numbers from Python, dtype of that array).
-# `array` is strict about types and ranges, and five times as fast as torch.tensor on nested lists.
-_DTYPES = {
-    "float16": (torch.float16, "f", torch.float32),
-    "bfloat16": (torch.bfloat16, "f", torch.float32),
-    "float32": (torch.float32, "f", torch.float32),
-    "float64": (torch.float64, "d", torch.float64),
-    "uint8": (torch.uint8, "B", torch.uint8),
-    "uint16": (torch.uint16, "H", torch.uint16),
-    "uint32": (torch.uint32, "I", torch.uint32),
-    "uint64": (torch.uint64, "Q", torch.uint64),
-    "int8": (torch.int8, "b", torch.int8),
-    "int16": (torch.int16, "h", torch.int16),
-    "int32": (torch.int32, "i", torch.int32),
-    "int64": (torch.int64, "q", torch.int64),
-    "bool": (torch.bool, "B", torch.uint8),
-}
+# torch has no minimum of these, numpy has.
+_WITHOUT_MINIMUM = (torch.uint16, torch.uint32, torch.uint64)
 
 _FORM = "add e.g. 'input: {dtype: float32, shape: [1, 8, 8]}' (shape of one item, -1 = any) to model-config.yaml"
 
@@ -70,13 +55,17 @@ class TensorSpec:
     # Derived, computed once because they are used for every request.
     torch_dtype: torch.dtype = field(init=False, repr=False)
     fixed_size: int = field(init=False, repr=False)  # bytes, or of one step of the free dimensions
+    wanted: str = field(init=False, repr=False)  # the beginning of what is said about an input that does not fit
+    _limits: tuple[float, float] | None = field(init=False, repr=False)  # `values`, as the dtype holds them
 
     def __post_init__(self) -> None:
-        torch_dtype = _DTYPES[self.dtype][0]
+        torch_dtype = KINDS[self.dtype][0]
         object.__setattr__(self, "torch_dtype", torch_dtype)
         fixed = math.prod(size for size in self.shape if size >= 0)
         object.__setattr__(self, "fixed_size", fixed * torch_dtype.itemsize)
         object.__setattr__(self, "sizes", self.sizes or sizes_of_shape(self.shape, self.pad_to))
+        object.__setattr__(self, "wanted", f"{self._called()}expected {self}")
+        object.__setattr__(self, "_limits", _limits(self.values, torch_dtype))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TensorSpec:
@@ -101,22 +90,50 @@ class TensorSpec:
         )
 
     def __str__(self) -> str:
-        return f"{self.dtype} [{', '.join(map(range_text, self.sizes))}]"
+        values = f" of {self.values[0]} to {self.values[1]}" if self.values else ""
+        return f"{self.dtype} [{', '.join(map(range_text, self.sizes))}]{values}"
+
+    def _called(self) -> str:
+        return f"input {self.name!r}: " if self.name else ""
+
+    @property
+    def has_to_be_read(self) -> bool:
+        """Whether the right number of bytes is not yet an item: some values are not allowed."""
+        return self.values is not None or self.torch_dtype is torch.bool
 
     def example(self) -> torch.Tensor:
-        """A tensor [1, *shape]: seeded numbers in [0, 1), zeros for whole numbers; free dimensions get size 16."""
-        free = self.pad_to[0] if self.pad_to else EXAMPLE_DIMENSION
-        shape = [1, *(free if size == -1 else size for size in self.shape)]
+        """A tensor [1, *shape] that is allowed: seeded numbers in [0, 1), zeros for whole numbers, or as near as
+        ``values`` lets them be; free dimensions get size 16, or the nearest that is allowed.
+        """  # fmt: skip
+        shape = [1, *(low if low == high else self._example_size(low, high) for low, high in self.sizes)]
         if not self.torch_dtype.is_floating_point:
-            return torch.zeros(shape, dtype=self.torch_dtype)
-        return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.torch_dtype)
+            low, high = self._limits or (0, 0)
+            return torch.full(shape, min(max(0, low), high), dtype=self.torch_dtype)
+        numbers = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        if self.values:
+            low, high = self.values
+            if not (low <= 0 and high >= 1):
+                numbers = numbers * (high - low) + low
+        return self._clamped(numbers.to(self.torch_dtype))
+
+    def _example_size(self, low: int, high: int | None) -> int:
+        if self.pad_to:
+            return next(size for size in self.pad_to if size >= low)
+        return max(low, EXAMPLE_DIMENSION if high is None else min(EXAMPLE_DIMENSION, high))
+
+    def _clamped(self, numbers: torch.Tensor) -> torch.Tensor:
+        return numbers if self._limits is None else numbers.clamp(*self._limits)
 
     def from_bytes(self, body: bytes | bytearray | memoryview) -> torch.Tensor:
-        """Raw little-endian numbers -> tensor [1, *shape], without a copy when ``body`` is writable.
+        """Raw little-endian numbers -> tensor [1, *shape], padded; without a copy when ``body`` is writable.
 
         Raises:
-            InputError: the number of bytes does not make one item, or it is larger than ``pad_to`` allows.
+            InputError: the number of bytes does not make one item, or a size or a value is not allowed.
         """
+        return self.padded(self.read_bytes(body))
+
+    def read_bytes(self, body: bytes | bytearray | memoryview) -> torch.Tensor:
+        """As `from_bytes`, but not padded."""
         free = self.shape.count(-1)
         size = len(body) if not isinstance(body, memoryview) else body.nbytes
         if size == 0 or free > 1 or (size != self.fixed_size if free == 0 else size % self.fixed_size):
@@ -125,49 +142,102 @@ class TensorSpec:
             body = _byte_swapped(body, self.torch_dtype.itemsize)
         elif not isinstance(body, bytearray) and (isinstance(body, bytes) or body.readonly):
             body = bytearray(body)  # torch writes to tensors; it cannot be kept from writing to this one
-        return self.padded(torch.frombuffer(body, dtype=self.torch_dtype).view(1, *self.shape))
+        if self.torch_dtype is torch.bool:
+            self._check_bytes_are_bools(body)
+        tensor = torch.frombuffer(body, dtype=self.torch_dtype).view(1, *self.shape)
+        self.check(tensor)
+        return tensor
+
+    def _check_bytes_are_bools(self, body: bytearray | memoryview) -> None:
+        numbers = np.frombuffer(body, np.uint8)
+        if numbers.max() > 1:
+            position = int(numbers.argmax())
+            raise InputError(f"{self.wanted}, got the byte {numbers[position]} at {position}, which is not 0 or 1")
 
     def _size_error(self, body: bytes | bytearray | memoryview, free: int) -> str:
         if free > 1:
-            return f"raw bytes do not tell the sizes of {self}, which has {free} free dimensions; send JSON"
+            wanted = f"{self}, which has {free} free dimensions"
+            return f"{self._called()}raw bytes do not tell the sizes of {wanted}; send JSON"
         per = f"{self.fixed_size} bytes" if free == 0 else f"a multiple of {self.fixed_size} bytes"
         start = bytes(body[:64]).lstrip()
         hint = ""
         if start[:1] in (b"[", b"{") or start[:1].isdigit():
             hint = "; if this is JSON, check it and send Content-Type: application/json"
-        return f"expected {per} of little-endian {self}, got {found(body)}{hint}"
+        return f"{self._called()}expected {per} of little-endian {self}, got {found(body)}{hint}"
 
     def from_nested(self, value: Any) -> torch.Tensor:
-        """Nested lists of numbers, one list level per dimension -> tensor [1, *shape].
+        """Nested lists of numbers, one list level per dimension -> tensor [1, *shape], padded.
 
         Raises:
-            InputError: levels, sizes or values do not fit, or it is larger than ``pad_to`` allows.
+            InputError: levels, sizes or values do not fit.
         """
+        return self.padded(self.read_nested(value))
+
+    def read_nested(self, value: Any) -> torch.Tensor:
+        """As `from_nested`, but not padded."""
         flat: Any = [value]
         sizes = []
-        for depth, expected in enumerate(self.shape):
+        for depth, allowed in enumerate(self.sizes):
             size = len(flat[0]) if flat and isinstance(flat[0], list) else -1
             for part in flat:
                 if not isinstance(part, list):
-                    raise InputError(f"expected {self}, got {found(part)} where a list should be, {_at(depth)}")
+                    raise InputError(f"{self.wanted}, got {found(part)} where a list should be, {_at(depth)}")
                 if len(part) != size:
-                    raise InputError(f"expected {self}, got a ragged list: lengths {size} and {len(part)} {_at(depth)}")
-            if size != expected and (expected != -1 or size == 0):
-                wanted = "any size but 0" if expected == -1 else str(expected)
-                raise InputError(f"expected {self}, got a list of {size} instead of {wanted} {_at(depth)}")
+                    raise InputError(f"{self.wanted}, got a ragged list: lengths {size} and {len(part)} {_at(depth)}")
+            if not is_allowed(size, allowed):
+                raise InputError(f"{self.wanted}, got a list of {self._refused_size(depth, size, _at(depth))}")
             sizes.append(size)
             flat = flat[0] if len(flat) == 1 else list(chain.from_iterable(flat))
-        dtype, typecode, array_dtype = _DTYPES[self.dtype]
         try:
-            numbers = array.array(typecode, flat)
-        except (TypeError, OverflowError) as error:
-            raise InputError(self._value_error(flat)) from error
-        tensor = torch.frombuffer(numbers, dtype=array_dtype).view(1, *sizes)
-        if dtype is array_dtype:
-            return self.padded(tensor)
-        if dtype is torch.bool and tensor.max().item() > 1:
-            raise InputError(f"expected {self}, got numbers other than 0 and 1")
-        return self.padded(tensor.to(dtype))
+            tensor = tensor_of_numbers(flat, self.torch_dtype).view(1, *sizes)
+        except UnfitNumberError as error:
+            place = _place(error.position, sizes)
+            raise InputError(f"{self.wanted}: {self._number_kind()}, got {error.text}{place}") from error
+        self._check_values(tensor)
+        return tensor
+
+    def _number_kind(self) -> str:
+        if self.torch_dtype is torch.bool:
+            return "true and false, or 1 and 0"
+        return "numbers" if self.torch_dtype.is_floating_point else "whole numbers in its range"
+
+    def _refused_size(self, axis: int, size: int, place: str) -> str:
+        low, high = self.sizes[axis]
+        wanted = "any size but 0" if (low, high) == (1, None) else range_text((low, high))
+        is_padded = self.pad_to and self.shape[axis] == -1 and size > self.pad_to[-1]
+        hint = "; send less, or raise 'input.pad_to' in model-config.yaml" if is_padded else ""
+        return f"{size} instead of {wanted} {place}{hint}"
+
+    def check(self, tensor: torch.Tensor) -> None:
+        """Whether all rows of ``tensor`` [n, ...], of the right dtype, are allowed.
+
+        Raises:
+            InputError: a size or a value is not; the text says which, where, and what is.
+        """
+        sizes = tensor.shape[1:]
+        if len(sizes) != len(self.sizes):
+            raise InputError(f"{self.wanted}, got {len(sizes)} dimensions instead of {len(self.sizes)}: {list(sizes)}")
+        for axis, (size, allowed) in enumerate(zip(sizes, self.sizes, strict=True)):
+            if not is_allowed(size, allowed):
+                refused = self._refused_size(axis, size, f"in dimension {axis + 1}")
+                raise InputError(f"{self.wanted}, got {list(sizes)}: {refused}")
+        self._check_values(tensor)
+
+    def _check_values(self, tensor: torch.Tensor) -> None:
+        if self._limits is None:
+            return
+        low, high = self._limits
+        if tensor.dtype in _WITHOUT_MINIMUM:
+            array_ = tensor.numpy()
+            least, most = array_.min(), array_.max()
+        else:
+            least, most = (each.item() for each in torch.aminmax(tensor))
+        if least >= low and most <= high:  # never so for NaN
+            return
+        numbers = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy().reshape(-1)
+        position = int(np.flatnonzero(~((numbers >= low) & (numbers <= high)))[0])
+        place = _place(position, tensor.shape if len(tensor) > 1 else tensor.shape[1:])
+        raise InputError(f"{self.wanted}, got {numbers[position]}{place}")
 
     def padded(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` [n, ...], its free dimension filled up to the next of ``pad_to``. InputError if it is larger."""
@@ -178,7 +248,7 @@ class TensorSpec:
         target = next((each for each in self.pad_to if each >= size), None)
         if target is None:
             raise InputError(
-                f"expected {self} with a size of at most {self.pad_to[-1]}, got {size}; send less, or raise "
+                f"{self.wanted} with a size of at most {self.pad_to[-1]}, got {size}; send less, or raise "
                 "'input.pad_to' in model-config.yaml"
             )
         if target == size:
@@ -187,15 +257,20 @@ class TensorSpec:
         padded.narrow(axis, 0, size).copy_(tensor)
         return padded
 
-    def _value_error(self, flat: list[Any]) -> str:
-        typecode = _DTYPES[self.dtype][1]
-        for position, value in enumerate(flat):
-            try:
-                array.array(typecode, (value,))
-            except (TypeError, OverflowError):
-                kind = "numbers" if typecode in "fd" else "whole numbers in its range"
-                return f"expected {self}: {kind}, got {found(value)} at flat position {position}"
-        return f"expected {self}"
+
+def is_allowed(size: int, sizes: Sizes) -> bool:
+    """Whether a dimension may have ``size``."""
+    low, high = sizes
+    return low <= size and (high is None or size <= high)
+
+
+def _limits(values: tuple[float, float] | None, dtype: torch.dtype) -> tuple[float, float] | None:
+    """``values`` rounded to what ``dtype`` holds, since that is what they are compared with."""
+    if values is None or not dtype.is_floating_point:
+        return values
+    most = torch.finfo(dtype).max
+    low, high = (torch.tensor(min(max(each, -most), most), dtype=torch.float64).to(dtype).item() for each in values)
+    return low, high
 
 
 def input_specs(config: Mapping[str, Any]) -> list[TensorSpec]:
@@ -252,3 +327,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _at(depth: int) -> str:
     return "at the top level" if depth == 0 else f"at level {depth + 1}"
+
+
+def _place(position: int, sizes: Sequence[int]) -> str:
+    """Where a value stands, for a message: ``" at position [0, 3]"``; nothing for the only one of an item."""
+    return f" at position {[int(each) for each in np.unravel_index(position, tuple(sizes))]}" if len(sizes) else ""

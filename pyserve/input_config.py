@@ -213,12 +213,12 @@ def _pad_to(pad_to: Any, shape: tuple[int, ...], sizes: tuple[Sizes, ...], label
         return ()
     if shape.count(-1) != 1:
         raise InputConfigError(
-            f"{label}.pad_to needs exactly one -1 or range in {label}.shape, which is {list(shape)}"
+            f"{label}.pad_to needs exactly one -1 or range in its shape, which is {list(shape)}"
         )
     low, high = sizes[shape.index(-1)]
     if low > pad_to[-1] or high not in (None, pad_to[-1]):
         raise InputConfigError(
-            f"{label}.pad_to ends at {pad_to[-1]}, but {label}.shape allows {range_text((low, high))}; make them end "
+            f"{label}.pad_to ends at {pad_to[-1]}, but its shape allows {range_text((low, high))}; make them end "
             "at the same size"
         )
     return tuple(pad_to)
@@ -232,7 +232,7 @@ def _values(value: Mapping[str, Any], dtype: str, label: str) -> tuple[float, fl
         if type(vocabulary) is not int or vocabulary < 1:
             raise InputConfigError(f"{label}.vocabulary must be a whole number above 0, not {shown(str(vocabulary))}")
         if dtype in _FLOAT_DTYPES or dtype == "bool":
-            raise InputConfigError(f"{label}.vocabulary needs whole numbers, but {label}.dtype is {dtype}; use values")
+            raise InputConfigError(f"{label}.vocabulary needs whole numbers, but its dtype is {dtype}; use values")
         values, key = [0, vocabulary - 1], "vocabulary"
     elif values is None:
         return None
@@ -285,7 +285,7 @@ def _same(same: Any, shape: tuple[int, ...], label: str) -> tuple[str, ...]:
         raise InputConfigError(f"{label}.same must be a name, or a list of names, not {shown(str(same))}")
     if len(names) != shape.count(-1):
         raise InputConfigError(
-            f"{label}.same names {len(names)} dimensions, but {label}.shape has {shape.count(-1)} free ones; name each "
+            f"{label}.same names {len(names)} dimensions, but its shape has {shape.count(-1)} free ones; name each "
             "of these, in order"
         )
     return tuple(names)

@@ -43,7 +43,7 @@ def test_the_free_dimension_may_stand_anywhere() -> None:
 
 
 def test_an_item_above_the_largest_size_is_the_clients_error() -> None:
-    with pytest.raises(InputError, match=r"at most 8, got 9.*pad_to"):
+    with pytest.raises(InputError, match=r"got a list of 9 instead of 1\.\.8 at the top level.*pad_to"):
         spec([-1], pad_to=[4, 8]).from_nested([1] * 9)
 
 

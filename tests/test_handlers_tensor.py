@@ -25,7 +25,7 @@ SEED = int(os.environ.get("PYSERVE_TEST_SEED", "20"))
 SHAPE_4 = {"dtype": "float32", "shape": [4]}
 
 
-def context_for(folder: Path, model: Mapping[str, str] | None = None, **config: Any) -> Context:
+def context_for(folder: Path | str, model: Mapping[str, str] | None = None, **config: Any) -> Context:
     return Context("m", str(folder), {"model": dict(model or {})}, model_yaml_config=config)
 
 
@@ -115,8 +115,8 @@ def deep_list(depth: int) -> list[Any]:
         (spec("float32", 2, 2), [1, 2], "the number 1 where a list should be"),
         (spec("float32", 2, 2), [[1, 2, 3], [4, 5, 6]], "list of 3 instead of 2 at level 2"),
         (spec("float32", 2), [[1, 2]], "list of 1 instead of 2 at the top level"),
-        (spec("float32", 1), [[1]], "got a list of 1 at flat position 0"),
-        (spec("float32", 2), [1, "x"], "got text of 1 characters starting with 'x' at flat position 1"),
+        (spec("float32", 1), [[1]], "got a list of 1 at position [0]"),
+        (spec("float32", 2), [1, "x"], "got text of 1 characters starting with 'x' at position [1]"),
         (spec("float32", 2), [1, None], "got null"),
         (spec("float32", 2), [1, {"a": 1}], "JSON object"),
         (spec("float32", 2), [1, 10**400], "huge number"),
