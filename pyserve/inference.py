@@ -86,7 +86,8 @@ class Inference:
         if len(loaded) == 1:
             return loaded[0]
         if request.content_type in codec.FORM_TYPES:
-            field = codec.decode_request(request).get("model_name")
+            # Only to see where it goes; what cannot be taken is refused there.
+            field = codec.decode_request(request, lenient=True).get("model_name")
             named = field.decode("utf-8", "replace") if isinstance(field, bytearray) else field
             if named:
                 return str(named)

@@ -198,11 +198,14 @@ class Invoker:
             request.row = codec.split_fields(request.body, request.query)
             return
         types: dict[str, str] = {}
-        row = request.row = codec.decode_request(request, decode=self._spec.decode_input, types=types)
+        lenient = self._spec.lenient
+        row = request.row = codec.decode_request(
+            request, decode=self._spec.decode_input, types=types, lenient=lenient
+        )
         if types:
             request.add_types(types)
         if request.query:
-            codec.add_query(row, request.query)
+            codec.add_query(row, request.query, lenient=lenient)
 
     # --- the call -------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ import binascii
 import json
 from typing import Any
 
-from pyserve import codec
 from pyserve.errors import InputError
 from pyserve.http1_exchange import Exchange
+from pyserve.json_body import parse_json
 from pyserve.lane import Lane
 from pyserve.messages import Request, Response, json_response
 from pyserve.model import EXPLAIN_HEADER
@@ -39,7 +39,7 @@ class InstancesPending(AskedRowsPending):
         self._explains = explains
 
     def read(self) -> int:
-        value = codec.parse_json(self.exchange.request.body)
+        value = parse_json(self.exchange.request.body)
         if not isinstance(value, dict) or not isinstance(value.get("instances"), list):
             raise InputError('the request needs {"instances": [...]}')
         self.rows_to_ask = [_row_of(instance, position) for position, instance in enumerate(value["instances"])]

@@ -142,6 +142,7 @@ async def _prepare_workers(wish: Wish) -> tuple[WorkerSpec, str | None]:
         gpu_id=None if wish.device == "cpu" else int(wish.device.partition(":")[2]),
         decode_input=config.decode_input_request,
         envelope=config.service_envelope or None,
+        lenient=config.compat == "strict",
         limit_max_image_pixels=config.limit_max_image_pixels,
         isolate_errors=config.isolate_errors and config.compat != "strict",
         nan_as_null=config.compat != "strict",

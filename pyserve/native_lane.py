@@ -207,9 +207,10 @@ class NativeLane(Lane):
             if pending.flags & codec.FIELDS:
                 row = codec.split_fields(request.body, request.query)
             else:
-                row = codec.decode_request(request, decode=self._services.config.decode_input_request)
+                decodes, lenient = self._services.config.decode_input_request, self._is_strict
+                row = codec.decode_request(request, decode=decodes, lenient=lenient)
                 if pending.query_is_input:
-                    codec.add_query(row, request.query)
+                    codec.add_query(row, request.query, lenient=lenient)
             return self.network.handler.preprocess([row])
         except ServeError as error:
             return error

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from pyserve import codec
 from pyserve.errors import HandlerError, InputError
+from pyserve.json_body import parse_json
 from pyserve.messages import Request, Response
 from pyserve.open_inference import (
     InferInput,
@@ -65,7 +65,7 @@ def read_request(request: Request) -> InferRequest:
         InputError: it is not of the protocol; the text says what is wrong.
     """
     size = json_size(request)
-    value = codec.parse_json(request.body if size == len(request.body) else request.body[:size])
+    value = parse_json(request.body if size == len(request.body) else request.body[:size])
     if not isinstance(value, dict) or not isinstance(value.get("inputs"), list) or not value["inputs"]:
         raise InputError('the request needs {"inputs": [{"name", "shape", "datatype", "data"}, ...]}')
     binary = memoryview(request.body)[size:]

@@ -29,6 +29,7 @@ class WorkerSpec:
         intra_op_threads: of torch, when the process starts.
         decode_input: whether JSON and text bodies are decoded (``decode_input_request``).
         envelope: ``service_envelope``; None for none.
+        lenient: whether input that a handler cannot be given is left out, as in TorchServe; else it is refused.
         limit_max_image_pixels: whether pictures above Pillow's pixel limit are refused.
         isolate_errors: whether a batch that failed is retried item by item.
         mode: BATCH, CONTINUOUS or ASYNC.
@@ -39,6 +40,9 @@ class WorkerSpec:
         keeps_each_metric: every value is told, for the log files.
         watch: reload handler code when a file of model_dir changes.
         is_audit: runs requests again for the audit, see `handlers.plain`.
+        startup_timeout_s: what loading may take, all in all.
+        rehearses: whether the handler is tried with samples before it counts as loaded, see `rehearsal`.
+        tries_batches: whether batches are tried then; not if another worker of the model has done so.
     """
 
     name: str
@@ -52,6 +56,7 @@ class WorkerSpec:
     intra_op_threads: int = 1
     decode_input: bool = True
     envelope: str | None = None
+    lenient: bool = False
     limit_max_image_pixels: bool = True
     isolate_errors: bool = True
     mode: str = BATCH
@@ -64,6 +69,9 @@ class WorkerSpec:
     keeps_each_metric: bool = False
     watch: bool = False
     is_audit: bool = False
+    startup_timeout_s: float = 120.0
+    rehearses: bool = True
+    tries_batches: bool = True
 
     @classmethod
     def of(

@@ -53,7 +53,7 @@ LEVELS = [
     # What a lane needs.
     "stages "
     "spans "
-    "context custom_metrics metrics codec handler engine placement",
+    "context custom_metrics metrics json_body forms codec handler engine placement",
     "open_inference audit_compare "
     "worker_log",
     # Worker processes: their inside, then what looks after them.

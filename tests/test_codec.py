@@ -17,15 +17,19 @@ from hypothesis import strategies as st
 
 from pyserve import codec
 from pyserve.errors import BadRequestError, HandlerError, InputError, ServeError, TooLargeError
+from pyserve.json_body import json_depth
 from pyserve.messages import Request
 
 JSON = "application/json"
 FORM = "application/x-www-form-urlencoded"
 
 
-def decoded(body: bytes, content_type: str | None = None, *, decode: bool = True) -> dict[str, Any]:
+def decoded(
+    body: bytes, content_type: str | None = None, *, decode: bool = True, lenient: bool = False
+) -> dict[str, Any]:
     headers = [("Content-Type", content_type)] if content_type is not None else []
-    return codec.decode_request(Request("POST", "/predictions/m", headers=headers, body=bytearray(body)), decode=decode)
+    request = Request("POST", "/predictions/m", headers=headers, body=bytearray(body))
+    return codec.decode_request(request, decode=decode, lenient=lenient)
 
 
 def multipart(*parts: tuple[str, str, bytes], boundary: str = "BB", end: bool = True) -> bytes:
@@ -37,8 +41,8 @@ def multipart(*parts: tuple[str, str, bytes], boundary: str = "BB", end: bool = 
     return body + (f"--{boundary}--\r\n".encode() if end else b"")
 
 
-def form(body: bytes, boundary: str = "BB", *, decode: bool = True) -> dict[str, Any]:
-    return decoded(body, f"multipart/form-data; boundary={boundary}", decode=decode)
+def form(body: bytes, boundary: str = "BB", *, decode: bool = True, lenient: bool = False) -> dict[str, Any]:
+    return decoded(body, f"multipart/form-data; boundary={boundary}", decode=decode, lenient=lenient)
 
 
 # --- plain bodies -----------------------------------------------------------------------------------------------------
@@ -127,7 +131,7 @@ def test_depth_of_any_document_is_that_of_its_value(document: Any) -> None:
         return 1 + max(map(depth, value), default=0) if isinstance(value, list) else 0
 
     for text in (json.dumps(document), json.dumps(document, ensure_ascii=False)):
-        assert codec._json_depth(bytearray(text.encode())) == depth(document)
+        assert json_depth(text.encode()) == depth(document)
 
 
 @given(st.binary(max_size=200))
@@ -139,12 +143,29 @@ def test_any_bytes_sent_as_json_give_a_row_or_a_client_error(body: bytes) -> Non
 
 
 def test_numbers_have_one_meaning() -> None:
-    assert decoded(b'{"a": 1, "a": 2}', JSON)["body"] == {"a": 2}
     assert decoded(b"1e400", JSON)["body"] == math.inf
     assert math.copysign(1, decoded(b"-0.0", JSON)["body"]) == -1
     assert math.isnan(decoded(b"NaN", JSON)["body"])
     assert decoded(b"1" * 4300, JSON)["body"] == int("1" * 4300)
     assert decoded(b"0." + b"1" * 10_000, JSON)["body"] == pytest.approx(0.111111111)
+
+
+@pytest.mark.parametrize("body", [b'{"a": 1, "a": 2}', b'[{"b": {"c": 0, "a": 1, "a": 1}}]', rb'{"a": 1, "\u0061": 2}'])
+def test_a_member_of_json_that_is_given_twice_is_refused(body: bytes) -> None:
+    with pytest.raises(InputError, match="'a' more than once"):
+        decoded(body, JSON)
+    part = multipart(('; name="x"', "Content-Type: application/json\r\n", body))
+    with pytest.raises(InputError, match="'a' more than once"):
+        form(part)
+
+
+def test_torchserve_takes_the_last_of_what_is_given_twice() -> None:
+    assert decoded(b'{"a": 1, "a": 2}', JSON, lenient=True) == {"body": {"a": 2}}
+    assert decoded(b"a=1&a=2&=x&%ff=3", FORM, lenient=True) == {"a": bytearray(b"2"), "\ufffd": bytearray(b"3")}
+    assert form(multipart(('; name="a"', "", b"1"), ('; name="a"', "", b"2")), lenient=True) == {"a": bytearray(b"2")}
+    row = {"body": 1}
+    codec.add_query(row, "body=2&a=1&a=2", lenient=True)
+    assert row == {"body": 1, "a": bytearray(b"2")}
 
 
 def test_an_absurd_number_is_refused_at_once() -> None:
@@ -163,8 +184,6 @@ def test_a_multipart_form_is_one_key_per_field() -> None:
         ('; name="charset"', "Content-Type: application/json; charset=utf-8\r\n", b"[1]"),
         ('; name="text"', "Content-Type: text/plain\r\n", "\u00fc".encode()),
         ('; name="plain"', "", b"x"),
-        ('; name="twice"', "", b"1"),
-        ('; name="twice"', "", b"2"),
         ('; name="empty"', "", b""),
     )
     assert form(body) == {
@@ -173,7 +192,6 @@ def test_a_multipart_form_is_one_key_per_field() -> None:
         "charset": bytearray(b"[1]"),
         "text": "\u00fc",
         "plain": bytearray(b"x"),
-        "twice": bytearray(b"2"),
         "empty": bytearray(),
     }
 
@@ -223,14 +241,51 @@ def test_a_thousand_parts_and_fields_are_allowed() -> None:
 
 
 def test_an_urlencoded_form_is_one_key_per_field() -> None:
-    body = b"a=1&b=x+y%20%26&a=2&empty=&flag&=nameless&&k%C3%BC=%ff"
+    body = b"a=1&b=x+y%20%26&empty=&flag&&k%C3%BC=%ff"
     assert decoded(body, FORM) == {
-        "a": bytearray(b"2"),
+        "a": bytearray(b"1"),
         "b": bytearray(b"x y &"),
         "empty": bytearray(),
         "flag": bytearray(),
         "k\u00fc": bytearray(b"\xff"),
     }
+
+
+def lossy_forms() -> Iterator[tuple[str, bytes, str, str]]:
+    """What a handler could not be given as it was sent."""
+    one, two = ('; name="data"', "", b"1"), ('; name="data"', "Content-Type: text/plain\r\n", b"2")
+    kind = "multipart/form-data; boundary=BB"
+    yield "parts of one name", multipart(one, two), kind, "more than one field 'data'"
+    yield "equal parts", multipart(one, one), kind, "more than one field 'data'"
+    yield "fields of one name", b"data=1&id=2&data=3", FORM, "more than one field 'data'"
+    yield "spelled in two ways", b"data=1&d%61ta=3", FORM, "more than one field 'data'"
+    yield "field without a name", b"a=1&=2", FORM, "no name"
+    yield "name that is not text", b"a%ff=1", FORM, "not UTF-8"
+    yield "part's name that is not text", multipart(('; name="a\xff"', "", b"1")), kind, "not UTF-8"
+    yield "parts after the end", multipart(one) + multipart(two), kind, "after its closing boundary"
+    head = 'Content-Disposition: form-data; name="b"\r\n'
+    yield "two names", multipart(('; name="a"', head, b"1")), kind, "'content-disposition' twice"
+    head = "Content-Transfer-Encoding: base64\r\n"
+    yield "encoded part", multipart(('; name="a"', head, b"MQ==")), kind, "Content-Transfer-Encoding 'base64'"
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "text"), [row[1:] for row in lossy_forms()], ids=[row[0] for row in lossy_forms()]
+)
+def test_a_form_that_would_lose_something_is_refused(body: bytes, content_type: str, text: str) -> None:
+    with pytest.raises(BadRequestError, match=text):
+        decoded(body, content_type)
+
+
+def test_what_follows_the_end_of_a_form_and_says_nothing_is_left_out() -> None:
+    head = "Content-Transfer-Encoding: binary\r\n"
+    assert form(multipart(('; name="a"', head, b"1")) + b"\r\n-- \r\n") == {"a": bytearray(b"1")}
+
+
+@pytest.mark.parametrize("query", ["data=2", "a=1&a=1", "a=1;a=2"])
+def test_a_parameter_of_the_query_never_takes_anothers_place(query: str) -> None:
+    with pytest.raises(BadRequestError, match="more than one field"):
+        codec.add_query({"data": bytearray(b"1")}, query)
 
 
 def test_odd_percent_signs_stay_as_they_are() -> None:

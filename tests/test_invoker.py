@@ -92,11 +92,13 @@ def test_a_body_that_cannot_be_decoded_fails_alone(load: Load, monkeypatch: pyte
     assert (first.body, last.body) == (b"ok", b"ok")
     assert (broken.status, broken.value["type"]) == (400, "BadRequestException")
 
-    def fail(body: bytearray, content_type: str) -> Any:
+    def fail(body: bytearray, content_type: str, **_: Any) -> Any:
         raise (MemoryError if body == b"big" else AssertionError)("a defect of the decoder")
 
     decode_value = codec.decode_value
-    monkeypatch.setattr(codec, "decode_value", lambda body, kind: (fail if kind == "x/y" else decode_value)(body, kind))
+    monkeypatch.setattr(
+        codec, "decode_value", lambda body, kind, **options: (fail if kind == "x/y" else decode_value)(body, kind, **options)
+    )
     first, broken, big = echo.run(fine, request(b"x", "x/y"), request(b"big", "x/y"))
     assert (first.body, broken.status, big.status) == (b"ok", 503, 507)
     assert broken.detail["exception"] == "AssertionError"

@@ -1,0 +1,68 @@
+"""JSON that clients send: how deep it may be nested, and that no member of an object may be given twice."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import Any
+
+from pyserve.errors import InputError
+
+DEPTH_MAX = 100
+NAME_SHOWN_MAX = 100
+
+# A string without escapes, ended or not, or a bracket. Never fails after a quote, so matching takes linear time.
+_TOKEN = re.compile(rb'"[^"]*"?|[\[\]{}]')
+
+
+class NotJsonError(InputError):
+    """The body is not JSON."""
+
+
+def parse_json(body: bytes | bytearray, *, lenient: bool = False) -> Any:
+    """``body`` as JSON; in UTF-8, UTF-16 or UTF-32.
+
+    Args:
+        lenient: of members of one name in an object the last one counts, as in TorchServe; else they are refused.
+
+    Raises:
+        NotJsonError: it is not JSON.
+        InputError: it is nested too deeply, has an absurd number, or has a member twice.
+    """
+    if body.count(b"[") + body.count(b"{") > DEPTH_MAX and json_depth(body) > DEPTH_MAX:
+        raise InputError(f"the JSON body is nested more than {DEPTH_MAX} levels deep; flatten it")
+    try:
+        if lenient:
+            return json.loads(body)
+        return _decoder.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise NotJsonError(f"the body is not JSON that can be used: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the JSON body cannot be used: {error}") from error
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise InputError(f"the JSON body has {twice[:NAME_SHOWN_MAX]!r} more than once in one object; give it once")
+    return members
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_members)
+
+
+def json_depth(body: bytes | bytearray) -> int:
+    """How deep arrays and objects are nested in each other; of something that is not JSON, some number."""
+    depth = deepest = 0
+    # Backslashes stand in strings only; without the escaped ones and the escaped quotes strings end at each quote.
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    for match in _TOKEN.finditer(unescaped):
+        token = match.group()
+        if token in (b"[", b"{"):
+            depth += 1
+            deepest = max(deepest, depth)
+        elif token in (b"]", b"}"):
+            depth -= 1
+    return deepest
