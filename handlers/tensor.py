@@ -24,6 +24,8 @@ import torch
 from pyserve.context import Context
 from pyserve.handler import HandlerError, InputError
 from pyserve.handlers.base_handler import BaseHandler
+from pyserve.handlers.outputs import ASK_JSON, Leaf, as_tensor, json_rows, kind_of, leaves, names_of, row_count
+from pyserve.handlers.row_check import READ_ELSEWHERE
 from pyserve.handlers.rows import found, row_value
 from pyserve.handlers.shared_sizes import filled_up
 from pyserve.handlers.tensor_spec import (
@@ -105,7 +107,7 @@ class TensorHandler(BaseHandler):
         if self.spec is None:
             raise HandlerError("the handler is not prepared; call initialize(context) first")
         spec = self.spec
-        return self._joined([spec.padded(_item(self._value(row), spec)) for row in data])
+        return self._joined([spec.padded(_item(row_value(row), spec)) for row in data])
 
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's output for what `preprocess` made."""
@@ -123,33 +125,22 @@ class TensorHandler(BaseHandler):
             shapes = ", ".join(str(list(shape)) for shape in sorted({tuple(item.shape[1:]) for item in items}))
             raise InputError(f"the items of one batch have different shapes: {shapes}") from error
 
-    def _value(self, row: Any) -> Any:
-        """The one value of a row that has no fields called like inputs."""
-        if type(self) is TensorHandler and isinstance(row, Mapping):
-            self._check_fields(row, {"data", "body"})
-            if row.get("data") is not None and row.get("body") is not None:
-                raise InputError("the request has both 'data' and 'body', and the model takes one item; send one")
-        return row_value(row)
-
-    def _check_fields(self, fields: Mapping[str, Any], names: set[str]) -> None:
-        """That no input is dropped in silence. A subclass may read other fields before this class does."""
-        unknown = [name for name in fields if name not in names and name != "target"]
-        if unknown and len(fields) > 1 and type(self) is TensorHandler:
-            known = ", ".join(repr(name) for name in sorted(names))
-            raise InputError(f"the model has no input {str(unknown[0])[:64]!r}; the fields it reads are {known}")
-
     def _items(self, row: Any) -> list[torch.Tensor]:
         """One tensor per input."""
         names = {spec.name for spec in self.specs}
         value = row
         # A field may be called like an input and hold the object with all of them.
         if not isinstance(row, Mapping) or not (names <= set(row) or names & set(row) - {"data", "body"}):
-            value = self._value(row)
+            value = row_value(row)
         if isinstance(value, Mapping):
             missing = [spec.wanted for spec in self.specs if spec.name not in value]
             if missing:
                 raise InputError(f"{missing[0]}; the request has {found(value)} without it")
-            self._check_fields(value, names)
+            unknown = [name for name in value if name not in names and name not in READ_ELSEWHERE]
+            # A row's own fields are the server's business, and a subclass may read others before this class does.
+            if unknown and value is not row and type(self) is TensorHandler:
+                known = ", ".join(map(repr, sorted(names)))
+                raise InputError(f"the model has no input {str(unknown[0])[:64]!r}; its inputs are {known}")
             return filled_up(self.specs, [_item(value[spec.name], spec) for spec in self.specs])
         wanted = ", ".join(f"{spec.name} ({spec})" for spec in self.specs)
         if not isinstance(value, (bytes, bytearray, memoryview)) or any(-1 in spec.shape for spec in self.specs):
@@ -165,35 +156,35 @@ class TensorHandler(BaseHandler):
         return items
 
     def postprocess(self, data: Any) -> list[Any]:
-        """The model's output for n items -> n answers, each bytes or nested lists.
+        """The model's output for n items -> n answers, each bytes or a JSON value, see `pyserve.handlers.outputs`.
+
+        An item that asks for bytes and cannot have them, because of an output that is None or a text, is answered 400.
 
         Raises:
             HandlerError: the output is not made of tensors with one entry per item.
         """
-        outputs, names = named_outputs(data)
+        parts = leaves(data)
+        count = row_count(parts)
         context = self.context
-        count = len(outputs[0])
         if context is None:
-            return self._json_answers(outputs, names, type(data))
+            return json_rows(data, count, self.json_values)
+        if len(context.request_ids) not in (0, count):
+            raise HandlerError(f"the model's output has {count} entries for {len(context.request_ids)} items")
         wants_raw = [_answers_raw(context, i) for i in range(count)]
-        raw_answers = _raw_answers(outputs) if any(wants_raw) else []
-        answers = raw_answers if all(wants_raw) else self._json_answers(outputs, names, type(data))
+        answers = [None] * count if all(wants_raw) else json_rows(data, count, self.json_values)
+        raw_answers, headers, refusal = _raw_answers(parts if any(wants_raw) else [], count, self.output_names)
         for i, raw in enumerate(wants_raw):
-            if raw:
-                answers[i] = raw_answers[i]
-                for name, value in _tensor_headers(tuple((output.dtype, output.shape) for output in outputs), names):
-                    context.set_response_header(i, name, value)
-            else:
+            if not raw:
                 context.set_response_content_type(i, JSON)
+            elif refusal:
+                answers[i] = refusal
+                context.set_response_status(refusal["code"], "", i)
+                context.set_response_content_type(i, JSON)
+            else:
+                answers[i] = raw_answers[i]
+                for name, value in headers:
+                    context.set_response_header(i, name, value)
         return answers
-
-    def _json_answers(self, outputs: list[torch.Tensor], names: tuple[str, ...], kind: type) -> list[Any]:
-        columns = [self.json_values(output) for output in outputs]
-        if names:
-            return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-        if issubclass(kind, torch.Tensor):
-            return columns[0]
-        return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _item(value: Any, spec: TensorSpec) -> torch.Tensor:
@@ -205,38 +196,28 @@ def _item(value: Any, spec: TensorSpec) -> torch.Tensor:
     raise InputError(f"{spec.wanted} as raw bytes ({RAW}) or as nested lists ({JSON}), got {found(value)}")
 
 
-def named_outputs(data: Any) -> tuple[list[torch.Tensor], tuple[str, ...]]:
-    """Output tensors on the CPU with their names (no names unless the output is a dict).
-
-    Raises:
-        HandlerError: the output is not made of tensors with one entry per item.
-    """
-    no_names: tuple[str, ...] = ()
-    if isinstance(data, torch.Tensor):
-        outputs, names = [data], no_names
-    elif isinstance(data, Mapping):
-        outputs, names = list(data.values()), tuple(str(name) for name in data)
-    elif isinstance(data, (tuple, list)):
-        outputs, names = list(data), no_names
-    else:
-        raise HandlerError(f"the model answered with a {type(data).__name__}, not a tensor, a tuple or a dict of them")
-    for output in outputs:
-        if not isinstance(output, torch.Tensor) or output.dim() == 0 or len(output) != len(outputs[0]):
-            kind = f"shape {list(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
-            raise HandlerError(f"every output of the model must be a tensor with one entry per item, got {kind}")
-    if not outputs:
-        raise HandlerError("the model answered with no tensor at all")
-    return [output if output.device.type == "cpu" else output.cpu() for output in outputs], names
-
-
-def _raw_answers(outputs: list[torch.Tensor]) -> list[Any]:
-    """Per item the bytes of all outputs, one after the other."""
+def _raw_answers(
+    parts: list[Leaf], count: int, configured: tuple[str, ...]
+) -> tuple[list[Any], list[tuple[str, str]], dict[str, Any]]:
+    """Per item the bytes of all outputs, one after the other; the headers of each; or what to answer instead."""
+    tensors = [as_tensor(leaf, count) for leaf in parts]
+    outputs = [tensor for tensor in tensors if tensor is not None]
+    names = names_of(parts, configured)
+    for name, leaf, tensor in zip(names, parts, tensors, strict=True):
+        if tensor is None:
+            text = f"output {name!r} is {kind_of(leaf.value)}, for which there are no raw bytes; {ASK_JSON}"
+            return [], [], {"code": InputError.status, "type": InputError.type, "message": text}
     columns = []
     for output in outputs:
-        whole, count = raw_bytes(output), len(output)
+        whole = raw_bytes(output)
         size = len(whole) // count if count else 0
         columns.append([whole] if count == 1 else [whole[i * size : (i + 1) * size] for i in range(count)])
-    return columns[0] if len(columns) == 1 else [b"".join(parts) for parts in zip(*columns, strict=True)]
+    # Names only where the model has some: those of a tensor or of a tuple of tensors are in their order.
+    is_flat = all(not leaf.path or (len(leaf.path) == 1 and isinstance(leaf.path[0], int)) for leaf in parts)
+    kinds = tuple((output.dtype, output.shape) for output in outputs)
+    headers = _tensor_headers(kinds, () if is_flat else tuple(names))
+    answers = columns[0] if len(columns) == 1 else [b"".join(row) for row in zip(*columns, strict=True)]
+    return answers, headers, {}
 
 
 @functools.lru_cache(maxsize=256)
