@@ -5,9 +5,12 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "clock.h"
+#include "input_rules.h"
 #include "torch_model.h"
 
 namespace pyserve {
@@ -54,11 +57,30 @@ bool cancel(Lane& lane, uint64_t ticket) {
 uint64_t submit(Lane& lane, const py::object& owner, const py::object& inputs, int64_t arrived_at, int64_t deadline,
                 bool announces) {
     Inputs tensors = checked_inputs(inputs);
+    check_inputs(lane.input_rules(), tensors);
     TensorRequest* request = lane.try_submit(std::move(tensors), owner.ptr(), arrived_at, deadline);
     if (request == nullptr) throw std::overflow_error("the queue is full");
     owner.inc_ref();  // until drain gives it back
     if (announces) lane.announce();
     return RequestPool::ticket_of(*request);
+}
+
+at::ScalarType dtype_of(const py::object& dtype) {
+    if (!THPDtype_Check(dtype.ptr())) throw py::type_error("the dtype of an input rule must be a torch.dtype");
+    return reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+}
+
+using SizeEntry = std::tuple<int64_t, int64_t, std::string>;
+using RuleEntry = std::tuple<std::string, py::object, std::vector<SizeEntry>>;
+
+void set_input_rules(Lane& lane, const std::vector<RuleEntry>& entries) {
+    std::vector<InputRule> rules;
+    for (const auto& [name, dtype, sizes] : entries) {
+        InputRule rule{name, dtype_of(dtype), {}};
+        for (const auto& [min, max, symbol] : sizes) rule.sizes.push_back({min, max, symbol});
+        rules.push_back(std::move(rule));
+    }
+    lane.set_input_rules(std::move(rules));
 }
 
 // As `submit` without announcing. `body` holds one item as it lies in memory. It is copied only if it is read-only,
@@ -139,9 +161,21 @@ at::ScalarType precision_of(const std::string& name) {
     throw py::value_error("precision must be fp32, bf16 or fp16, not " + name);
 }
 
+template <c10::IValue (TorchModel::*Run)(const std::vector<at::Tensor>&)>
+py::object run_model(TorchModel& model, const Inputs& inputs) {
+    c10::IValue output;
+    {
+        const py::gil_scoped_release release;  // the forward needs no Python
+        const c10::InferenceMode guard;
+        output = (model.*Run)(inputs);
+    }
+    return torch::jit::toPyObject(std::move(output));
+}
+
 std::shared_ptr<TorchModel> load_model(const std::string& path, const Inputs& example, int64_t offset, int64_t size,
                                        bool is_package, const std::string& device, const std::string& precision,
-                                       bool channels_last, int package_runners_max) {
+                                       bool channels_last, bool optimizes, int package_runners_max,
+                                       int64_t rows_min) {
     ModelOptions options;
     options.path = path;
     options.offset = offset;
@@ -150,7 +184,9 @@ std::shared_ptr<TorchModel> load_model(const std::string& path, const Inputs& ex
     options.device = at::Device(device);
     options.precision = precision_of(precision);
     options.channels_last = channels_last;
+    options.optimizes = optimizes;
     options.package_runners_max = package_runners_max;
+    options.rows_min = rows_min;
     // Reading and freezing takes seconds and needs no Python.
     const py::gil_scoped_release release;
     return TorchModel::load(options, example);
@@ -162,22 +198,23 @@ PYBIND11_MODULE(_core, m) {
     m.doc() = "pyserve's native engine. See _core.pyi for the contract.";
     m.attr("torch_version") = PYSERVE_TORCH_VERSION;
 
+    py::register_exception<InputRefused>(m, "InputRefused", PyExc_ValueError);
+
     py::class_<TorchModel, std::shared_ptr<TorchModel>>(m, "TorchModel")
         .def_static("load", &load_model, py::arg("path"), py::arg("example"), py::kw_only(), py::arg("offset") = 0,
                     py::arg("size") = -1, py::arg("is_package") = false, py::arg("device") = "cpu",
                     py::arg("precision") = "fp32", py::arg("channels_last") = false,
-                    py::arg("package_runners_max") = 1)
-        .def("run",
-             [](TorchModel& model, const Inputs& inputs) {
-                 c10::IValue output;
-                 {
-                     const py::gil_scoped_release release;  // the forward needs no Python
-                     const c10::InferenceMode guard;
-                     output = model.run(inputs);
-                 }
-                 return torch::jit::toPyObject(std::move(output));
-             },
-             py::arg("inputs"))
+                    py::arg("optimizes") = true,
+                    py::arg("package_runners_max") = 1, py::arg("rows_min") = 1)
+        .def("run", &run_model<&TorchModel::run>, py::arg("inputs"))
+        .def("run_plain", &run_model<&TorchModel::run_plain>, py::arg("inputs"))
+        .def("instance", &TorchModel::instance, py::call_guard<py::gil_scoped_release>())
+        .def("forget_optimization", &TorchModel::forget_optimization, py::call_guard<py::gil_scoped_release>())
+        .def("checksum", &TorchModel::checksum, py::call_guard<py::gil_scoped_release>())
+        .def("call_spec", &TorchModel::call_spec)
+        .def("note_state", &TorchModel::note_state, py::arg("text"))
+        .def_property_readonly("state", &TorchModel::state)
+        .def_property_readonly("is_autocast", &TorchModel::is_autocast)
         .def_property_readonly("weights_size", &TorchModel::weights_size)
         .def_property_readonly("is_optimized", &TorchModel::is_optimized)
         .def_property_readonly("precision_error", &TorchModel::precision_error);
@@ -223,6 +260,7 @@ PYBIND11_MODULE(_core, m) {
              py::arg("announces") = true)
         .def("submit_bytes", &submit_bytes, py::arg("owner"), py::arg("body"), py::arg("arrived_at"),
              py::arg("deadline"))
+        .def("set_input_rules", &set_input_rules, py::arg("rules"))
         .def("announce", &Lane::announce)
         .def("has_room", &has_room<Lane>, py::arg("waiting_max"))
         .def("cancel", &cancel, py::arg("ticket"))

@@ -6,10 +6,12 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "batcher.h"
 #include "completion.h"
+#include "input_rules.h"
 #include "worker.h"
 
 namespace pyserve {
@@ -38,6 +40,10 @@ class Lane {
     // REQUIRES: every input is on the host with dim() >= 1 and size(0) == 1.
     TensorRequest* try_submit(Inputs inputs, void* owner, int64_t arrived_at, int64_t deadline);
     void announce() { batcher_.announce(); }
+
+    // What the program was compiled for; try_submit does not look at it.
+    void set_input_rules(std::vector<InputRule> rules) { input_rules_ = std::move(rules); }
+    const std::vector<InputRule>& input_rules() const { return input_rules_; }
 
     // The request of a ticket, or nullptr if it has been freed.
     TensorRequest* find(uint64_t ticket) { return shared_.pool->find(ticket); }
@@ -71,6 +77,7 @@ class Lane {
     Batcher<> batcher_;
     LaneShared shared_;
     std::vector<std::unique_ptr<Worker>> workers_;
+    std::vector<InputRule> input_rules_;
     uint32_t next_worker_id_ = 9000;  // TorchServe's first worker id is the port 9000
 };
 

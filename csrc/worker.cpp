@@ -98,8 +98,10 @@ void Worker::main() noexcept {
         const c10::DeviceGuard device(shared_.model->device());
         apply_settings();
         state_.store(WorkerState::warming, std::memory_order_release);
+        model_ = shared_.model->instance();
         const Status warm = warm_up();
         if (!warm.ok()) throw std::runtime_error(warm.message);
+        if (shared_.model->has_state()) model_ = shared_.model->instance();  // as it was before the warm-up
         state_.store(WorkerState::ready, std::memory_order_release);
         shared_.completions->signal();
         serve();
@@ -127,7 +129,7 @@ Status Worker::warm_up() {
             const Status status = guarded([&] {
                 const Staging::ComputeScope scope(*staging_);
                 Staged staged = staging_->gather(items);
-                staged.output = shared_.model->run(staged.inputs);
+                staged.output = model_->run(staged.inputs);
                 staging_->fetch(staged);
                 Staging::wait(staged);
                 check_rows(staged.output, size);
@@ -243,7 +245,7 @@ void Worker::launch(Flight& flight) {
         for (const Request* request : flight.requests) items.push_back(&inputs_of(request));
         flight.staged = staging_->gather(items);
         flight.staged_at = SteadyClock::now_ns();
-        flight.staged.output = shared_.model->run(flight.staged.inputs);
+        flight.staged.output = model_->run(flight.staged.inputs);
         check_rows(flight.staged.output, flight.requests.size());
         staging_->fetch(flight.staged);
     });
@@ -278,7 +280,7 @@ void Worker::run_singly(Flight& flight) {
         single.status = guarded([&] {
             const Staging::ComputeScope scope(*staging_);
             single.staged = staging_->gather({&inputs_of(single.requests.front())});
-            single.staged.output = shared_.model->run(single.staged.inputs);
+            single.staged.output = model_->run(single.staged.inputs);
             check_rows(single.staged.output, 1);
             staging_->fetch(single.staged);
             Staging::wait(single.staged);

@@ -108,6 +108,7 @@ class Worker {
     // come back: see give_back.
     Take take_;
     bool holds_permit_ = false;  // of what is in take_; later the last of its flights holds it
+    std::shared_ptr<TorchModel> model_;  // shared with the other workers, unless calls leave traces in it
     std::unique_ptr<Staging> staging_;
     std::vector<Flight> in_flight_;  // at most one on a CPU, two on an accelerator
     int threads_ = 0;

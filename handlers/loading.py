@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import warnings
 import zipfile
@@ -12,9 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.serialization import config as load_options
 
 from pyserve.handler import ModelLoadError
 from pyserve.handlers.shared_weights import share_weights
+from pyserve.package_rules import CheckedPackage, read_program
+
+log = logging.getLogger(__name__)
 
 # Of torch, in every version pyserve runs with.
 PROFILER_AVAILABLE = True
@@ -98,8 +103,11 @@ def load_package(path: Path, device: torch.device) -> Any:
             is_compiled = any("aotinductor" in name for name in file.namelist())
         if is_compiled:
             inductor = importlib.import_module("torch._inductor")
-            return inductor.aoti_load_package(str(path), device_index=-1 if device.index is None else device.index)
-        program = torch.export.load(str(path))
+            call = inductor.aoti_load_package(str(path), device_index=-1 if device.index is None else device.index)
+            return _checked(call, path)
+        # Its reader hands files to torch.load that cannot be mapped.
+        with load_options.patch("load.mmap", False):
+            program = torch.export.load(str(path))
         if device.type != "cpu":
             program = importlib.import_module("torch.export.passes").move_to_device_pass(program, device)
         return program.module()
@@ -111,6 +119,15 @@ def load_package(path: Path, device: torch.device) -> Any:
             f"{path.name} cannot be loaded as a .pt2 package: {_reason(error, path)}. Export it with this torch "
             f"({torch.__version__}) and, if it is compiled, on this kind of machine."
         ) from error
+
+
+def _checked(call: Any, path: Path) -> Any:
+    """A compiled program that runs only what it was compiled for, if it says what that is."""
+    try:
+        return CheckedPackage(call, read_program(path, path.name))
+    except ModelLoadError as error:
+        log.warning("requests cannot be checked: %s", error.message)
+        return call
 
 
 def load_library(path: Path, device: torch.device) -> Any:

@@ -6,7 +6,8 @@ Runs in a thread of its own; nothing here touches the event loop.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,26 @@ import torch
 
 from pyserve import __version__
 from pyserve.archive import Archive
+from pyserve.batch_probe import ITEMS_MAX
+from pyserve.comparison import ROUNDING
 from pyserve.context import Context
 from pyserve.engine import load_core
 from pyserve.errors import ModelLoadError
+from pyserve.first_answer import rehearse
 from pyserve.handler import Handler, load_handler
+from pyserve.native_proof import BUDGET_S, BatchProof, find_state, prove_optimization, single_row_differs
+from pyserve.package_rules import (
+    SPECIALIZED_MIN,
+    Program,
+    check_against,
+    fitted_domains,
+    fitted_example,
+    is_compiled,
+    out_structure,
+    read_program,
+)
+from pyserve.probe_inputs import InputDomain, batch_rows
+from pyserve.torch_error import cause_of
 from pyserve.trace import (
     NeedsPythonError,
     Progress,
@@ -31,6 +48,8 @@ from pyserve.trace import (
 log = logging.getLogger(__name__)
 
 PYTHON_SUFFIXES = (".onnx", ".so")
+# Relative to fp32; model-config.yaml's precisionErrorMax sets another limit.
+PRECISION_ERROR_MAX = 0.05
 TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 
 
@@ -43,6 +62,10 @@ class Network:
         example: one item, [1, ...] per input.
         device: ``cpu`` or ``cuda:0``.
         outputs: what metadata says of its outputs, once somebody has asked.
+        restored: puts the flat outputs of a compiled package back into the structure that its model returned.
+        rules: what a compiled package takes, as ``_core.Lane.set_input_rules`` takes it; empty for TorchScript.
+        batches: what was shown about batches; None if nothing has to be.
+        findings: what was found out about it, for describe: name -> what it is.
     """
 
     handler: Handler
@@ -51,6 +74,39 @@ class Network:
     example: list[torch.Tensor]
     device: str
     outputs: list[dict[str, Any]] | None = None
+    restored: Callable[[Any], Any] | None = None
+    rules: list[tuple[str, torch.dtype, list[tuple[int, int, str]]]] = field(default_factory=list)
+    batches: BatchProof | None = None
+    findings: dict[str, Any] = field(default_factory=dict)
+
+    def output(self, raw: Any) -> Any:
+        """What the engine gave, as the model returned it."""
+        return raw if self.restored is None else self.restored(raw)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> Any:
+        """The output for tensors [n, ...] on the host, on the host. Any thread."""
+        return self.run_on(self.torch_model, inputs)
+
+    def run_on(self, torch_model: Any, inputs: Sequence[torch.Tensor]) -> Any:
+        """As `run`, by a model of one's own."""
+        return self.output(_on_host(torch_model.run(self.on_device(inputs))))
+
+    def on_device(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """``inputs`` where the network is."""
+        return [each if self.device == "cpu" else each.to(self.device) for each in inputs]
+
+
+def _on_host(output: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return output.cpu()
+    if isinstance(output, dict):
+        return {key: _on_host(value) for key, value in output.items()}
+    if isinstance(output, (list, tuple)):
+        parts = [_on_host(each) for each in output]
+        if isinstance(output, list):
+            return parts
+        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
+    return output
 
 
 def load_network(
@@ -88,19 +144,110 @@ def load_network(
     handler.prepare(context)
     handler.device = torch.device("cpu")  # the engine brings inputs to the model's device and outputs back
     example = list(native_example(handler, context))
-    torch_model = _load_weights(
+    network = Network(handler, context, None, example, device)
+    domains = InputDomain.of(handler, example)
+    program = _read_package(archive, network, domains)
+    random_state = torch.get_rng_state()
+    network.torch_model = _load_weights(
         archive,
-        example,
+        network.example,
         device,
+        program=program,
         package_runners_max=cpu_budget,
         timeout_s=startup_timeout_s,
         progress=progress,
         tracing=tracing,
     )
-    if archive.config.precision not in (None, "fp32"):
-        log.info("%s: largest difference of %s to fp32 on the example input: %.2e",
-                 name, archive.config.precision, torch_model.precision_error)  # fmt: skip
-    return Network(handler, context, torch_model, example, device)
+    progress("trying it")
+    _prove(archive, network, domains, program, batch_size, is_built_in=handler_is_built_in(handler))
+    torch.set_rng_state(random_state)
+    return network
+
+
+def handler_is_built_in(handler: Handler) -> bool:
+    """Whether its class comes with pyserve; else it was imported from an archive."""
+    return type(handler).__module__.startswith("pyserve.handlers.")
+
+
+def _read_package(archive: Archive, network: Network, domains: list[InputDomain]) -> Program | None:
+    """What the archive's package was compiled for; None if it has none. Fits the example and ``domains`` to it.
+
+    Raises:
+        ModelLoadError: requests cannot be checked, or the package does not go with what model-config.yaml says.
+    """
+    weights = archive.weights
+    if weights is None or archive.manifest.model_file is not None or weights.suffix != ".pt2":
+        return None
+    path = weights.as_file()
+    if not is_compiled(path):
+        raise NeedsPythonError(
+            f"{weights.name} was exported, but not compiled; torch._inductor.aoti_compile_and_package does that"
+        )
+    program = read_program(path, f"{archive.name}: {weights.name}")
+    names = _input_names(network.handler, len(network.example))
+    check_against(program, network.example, names, archive.name)
+    domains[:] = fitted_domains(program, domains, names, archive.name)
+    network.example = fitted_example(network.example, domains)
+    network.rules = program.rules(names, domains)
+    return program
+
+
+def _input_names(handler: Handler, count: int) -> list[str]:
+    names = [spec.name for spec in getattr(handler, "specs", ())]
+    if len(names) == count and all(names):
+        return names
+    return [f"input {number}" for number in range(1, count + 1)] if count > 1 else ["input"]
+
+
+def _prove(
+    archive: Archive, network: Network, domains: list[InputDomain], program: Program | None, batch_size: int, *,
+    is_built_in: bool,
+) -> None:  # fmt: skip
+    """Finds out what may be believed of a network that was loaded, and answers a first request with it.
+
+    Raises:
+        ModelLoadError: it cannot be answered, or its precision is too low.
+    """
+    model, config = network.torch_model, archive.config
+    example = network.on_device(network.example)
+    if program is not None:
+        network.restored = out_structure(model.call_spec())
+    precision = config.precision or "fp32"
+    _check_precision(archive, model, precision)
+    find_state(model, example, is_package=program is not None)
+    if model.state:
+        network.findings["state"] = model.state
+        log.info("%s: each worker has a model of its own, since %s", network.context.model_name, model.state)
+    odd = prove_optimization(model, network.example, domains)
+    if odd:
+        model.forget_optimization()
+        network.findings["optimization"] = f"left out: it changes what is computed for {odd}"
+        log.info("%s: runs without oneDNN's layout, which changes what is computed for %s",
+                 network.context.model_name, odd)  # fmt: skip
+    rehearse(archive.name, network.handler, network.context, network.example, network.run, is_built_in=is_built_in)
+    own = model.instance()
+    network.batches = BatchProof(
+        lambda inputs: network.run_on(own, inputs),
+        batch_rows(network.example, domains, ITEMS_MAX),
+        ROUNDING[precision],
+        program.rows_max if program is not None else None,
+        config.batch_dependent == "allowed",
+    )
+    network.batches.extend(batch_size, BUDGET_S)
+
+
+def _check_precision(archive: Archive, model: Any, precision: str) -> None:
+    if precision == "fp32":
+        return
+    error, limit = model.precision_error, archive.config.precision_error_max or PRECISION_ERROR_MAX
+    log.info("%s: largest difference of %s to fp32 on the example input: %.1e (relative)",
+             archive.name, precision, error)  # fmt: skip
+    if not error <= limit:
+        raise ModelLoadError(
+            f"{archive.name}: with 'precision: {precision}' its answer to the example input differs from fp32's by "
+            f"{error:.1%}, more than precisionErrorMax ({limit:.0%}); take precision out of model-config.yaml, or "
+            "raise precisionErrorMax there if that much is good enough"
+        )
 
 
 def _load_weights(
@@ -109,6 +256,7 @@ def _load_weights(
     device: str,
     *,
     package_runners_max: int,
+    program: Program | None,
     timeout_s: float,
     progress: Progress,
     tracing: Tracing | None,
@@ -131,9 +279,9 @@ def _load_weights(
             f"{archive.name} has neither --serialized-file nor --model-file, so there is no model in it; repack it"
         )
     progress(f"reading {weights.name} ({weights.size / 1e6:.0f} MB)")
-    if weights.suffix == ".pt2":
-        return _load(archive.name, weights.as_file(), example,
-                     {**options, "is_package": True, "package_runners_max": package_runners_max})  # fmt: skip
+    if program is not None:
+        return _load_package(archive.name, weights.as_file(), example, program,
+                             {**options, "is_package": True, "package_runners_max": package_runners_max})  # fmt: skip
     if weights.suffix in PYTHON_SUFFIXES:
         raise NeedsPythonError(f"{weights.name} is loaded by libraries that are called from Python")
     if weights.suffix not in TORCHSCRIPT_SUFFIXES:
@@ -147,15 +295,30 @@ def _load_weights(
                      {**options, "offset": weights.offset, "size": weights.size})  # fmt: skip
 
 
+def _load_package(
+    label: str, path: Path, example: list[torch.Tensor], program: Program, options: dict[str, Any]
+) -> Any:
+    if any(each.is_channels_last for each in program.inputs):
+        options["channels_last"] = True
+    elif options["channels_last"]:
+        raise ModelLoadError(
+            f"{label}: the package was compiled for contiguous inputs; take memoryFormat out of model-config.yaml"
+        )
+    model = _load(label, path, example, {**options, "rows_min": program.rows_min})
+    if program.takes_one_row_unsaid and single_row_differs(model, example):
+        model = _load(label, path, example, {**options, "rows_min": SPECIALIZED_MIN})
+    return model
+
+
 def _load(label: str, path: Path, example: list[torch.Tensor], options: dict[str, Any]) -> Any:
     try:
         return load_core().TorchModel.load(str(path), example, **options)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = cause_of(str(error)) or type(error).__name__
         hint = ""
-        if "constants.pkl" in reason[0] or "PytorchStreamReader" in reason[0]:
+        if "constants.pkl" in reason or "PytorchStreamReader" in reason:
             hint = (
                 ". It looks like a state dict or a damaged file: pack a TorchScript file (torch.jit.save), or pack "
                 "the model's class too with --model-file"
             )
-        raise ModelLoadError(f"{label}: its weights cannot be loaded: {reason[0]}{hint}") from error
+        raise ModelLoadError(f"{label}: its weights cannot be loaded: {reason}{hint}") from error

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -25,22 +26,27 @@ import torch
 from pyserve import codec
 from pyserve.errors import HandlerError, InputError, JsonObject, OutOfMemoryError, ServeError
 from pyserve.failure import describe_failure
-from pyserve.handlers.tensor import named_outputs
+from pyserve.handlers import row_check
+from pyserve.handlers.outputs import named_outputs
 from pyserve.lane import Lane, WorkerRow, live, request_ids, ring_capacity
 from pyserve.loader import Network
 from pyserve.messages import Response
 from pyserve.model_settings import ModelSettings
+from pyserve.native_proof import BatchProof
 from pyserve.pending import OVER, SUBMITTED, Pending
 from pyserve.raw_rows import RAW_TYPE, RawRows
 from pyserve.row_requests import RowPending
 from pyserve.services import Services
 from pyserve.stage_times import StageTimes
+from pyserve.torch_error import cause_of
 from pyserve.worker_log import ERROR, SCALED_DOWN, STARTED, WorkerLog
 
 log = logging.getLogger(__name__)
 
 # The engine's first worker.
 FIRST_CORE_ID = 9000
+# What torch says of an index that a table does not have.
+_INDEX = re.compile(r"\bindex(es)? (\S+ )?(is )?out of (range|bounds)|\bindex out of bounds", re.IGNORECASE)
 _LOGGED_STATES = {"starting": STARTED, "warming": STARTED, "failed": ERROR, "stopped": SCALED_DOWN}
 
 
@@ -53,6 +59,9 @@ class NativeLane(Lane):
         core = services.engine.add_lane(network.torch_model, network.example, ring_capacity(settings))
         super().__init__(services, name, label, core, settings)
         self.network = network
+        core.set_input_rules(network.rules)
+        self._proving: asyncio.Task[None] | None = None  # tries batches
+        self._warned_note = ""
         self._started: dict[int, datetime] = {}
         self.worker_log = WorkerLog(name, label.removeprefix(f"{name} "), services.config.initial_worker_port)
         self._noted: dict[int, str] = {}  # worker's number -> state, as it was logged
@@ -60,6 +69,7 @@ class NativeLane(Lane):
         self._raw = RawRows.of(network.handler, network.example)
         self._is_announcing = False
         self._preprocess_times, self._postprocess_times = StageTimes(), StageTimes()
+        self._warn_of_batches()
         self.apply_limits()
 
     # --- workers and settings -------------------------------------------------------------------------------------
@@ -138,6 +148,48 @@ class NativeLane(Lane):
         """Brings the settings to the engine; they hold from the next batch on."""
         super().apply_limits()
         self.network.context.system_properties["batch_size"] = self.settings.batch_size
+        proof = self.network.batches
+        if proof is not None and self._proving is None and not proof.is_settled_for(self.settings.batch_size):
+            self._proving = self._loop.create_task(self._prove_batches(proof))
+
+    @property
+    def batch_size_max(self) -> int:
+        """The settings' number, as far as batches of it were shown to change no answer."""
+        proof = self.network.batches
+        return self.settings.batch_size if proof is None else min(self.settings.batch_size, proof.size_max)
+
+    async def _prove_batches(self, proof: BatchProof) -> None:
+        """Tries batches beside the requests, which have smaller ones meanwhile."""
+        try:
+            while not (self._is_draining or proof.is_settled_for(self.settings.batch_size)):
+                await asyncio.to_thread(proof.extend, self.settings.batch_size)
+        except Exception:
+            log.exception("%s: trying batches failed; they stay at %d", self._label, proof.size_max)
+            proof.note = proof.note or "trying larger batches failed, see the log"
+        self._proving = None
+        self._warn_of_batches()
+        if not self._is_draining:
+            self.apply_limits()
+
+    def _warn_of_batches(self) -> None:
+        if self.batch_note and self.batch_note != self._warned_note:
+            self._warned_note = self.batch_note
+            log.warning("%s %s", self._label, self.batch_note)
+
+    @property
+    def batch_note(self) -> str:  # type: ignore[override]
+        """Why its batches are smaller than the settings ask for."""
+        proof = self.network.batches
+        return "" if proof is None or self.settings.batch_size <= proof.size_max else proof.note
+
+    @property
+    def batch_probe(self) -> str:  # type: ignore[override]
+        """What trying batches came to."""
+        proof = self.network.batches
+        if proof is None or self.settings.batch_size == 1:
+            return ""
+        return proof.probe or ("being tried; until then batches have "
+                               f"{proof.size_max} item{'s' if proof.size_max > 1 else ''}")  # fmt: skip
 
     @property
     def running_max(self) -> int:
@@ -204,18 +256,26 @@ class NativeLane(Lane):
     def _preprocess(self, pending: Pending) -> torch.Tensor | ServeError:
         request = pending.exchange.request
         try:
-            if pending.flags & codec.FIELDS:
-                row = codec.split_fields(request.body, request.query)
-            else:
-                decodes, lenient = self._services.config.decode_input_request, self._is_strict
-                row = codec.decode_request(request, decode=decodes, lenient=lenient)
-                if pending.query_is_input:
-                    codec.add_query(row, request.query, lenient=lenient)
-            return self.network.handler.preprocess([row])
+            return self.network.handler.preprocess([self._row_of(pending)])
         except ServeError as error:
             return error
         except Exception as error:
             return self._handler_error(error, "preprocess", request.id)
+
+    def _row_of(self, pending: Pending) -> dict[str, Any]:
+        request, config, handler = pending.exchange.request, self._services.config, self.network.handler
+        decodes, lenient = config.decode_input_request, self._is_strict
+        types: dict[str, str] = {}
+        if pending.flags & codec.FIELDS:
+            row = codec.split_fields(request.body, request.query)
+        else:
+            row = codec.decode_request(request, decode=decodes, types=types, lenient=lenient)
+            types.setdefault("body", request.header("content-type"))
+            if pending.query_is_input:
+                codec.add_query(row, request.query, lenient=lenient)
+        if not lenient and row_check.is_built_in(handler):
+            row_check.check_row(handler, row, types, decodes=decodes, start_key=config.ts_header_key_sequence_start)
+        return row
 
     def _prepared(self, pending: Pending, future: Future[torch.Tensor | ServeError]) -> None:
         self._preparing_count -= 1
@@ -239,6 +299,9 @@ class NativeLane(Lane):
             self._announce_soon()
         except OverflowError:
             self._answer_error(pending, self.refusal("queue full"))
+        except self._services.engine.core.InputRefused as error:
+            refusal: ServeError = InputError(str(error))
+            self._answer_error(pending, HandlerError("Prediction failed") if self._is_strict else refusal)
         except (TypeError, ValueError) as error:
             self._answer_error(pending, self._handler_error(error, "preprocess", pending.exchange.request.id))
 
@@ -282,7 +345,7 @@ class NativeLane(Lane):
         began = time.monotonic_ns()
         try:
             handler.context = context
-            results = handler.postprocess(completion.output)
+            results = handler.postprocess(self.network.output(completion.output))
             _check_results(results, len(owners))
         except Exception as error:
             self._complete_failed_postprocess(owners, error)
@@ -321,7 +384,7 @@ class NativeLane(Lane):
         takers = [owner for owner in owners if isinstance(owner, RowPending) and owner.wants_tensors]
         others = [None if owner is not None and owner.wants_tensors else owner for owner in owners]
         try:
-            outputs, names = named_outputs(completion.output)
+            outputs, names = named_outputs(self.network.output(completion.output))
         except ServeError as error:
             self._complete_failed_postprocess(list(takers), error)
             return others
@@ -354,13 +417,18 @@ class NativeLane(Lane):
             log.warning("%s: %s", self._label, codec.NAN_WARNING)
 
     def _complete_failed(self, owners: list[Pending | None], completion: Any) -> None:
-        # TorchScript puts its own traceback first; the last line is what the model said.
-        last = (completion.message.strip().splitlines() or ["no text"])[-1]
+        cause = cause_of(completion.message) or "no text"
         error: ServeError
         if completion.code == "out_of_memory":
-            error = OutOfMemoryError("Out of resources", detail={"exception": "OutOfMemoryError", "text": last})
+            error = OutOfMemoryError("Out of resources", detail={"exception": "OutOfMemoryError", "text": cause})
+        elif _INDEX.search(cause) and not self._is_strict:
+            # The model answers other inputs, and this one was alone when it failed.
+            error = InputError(
+                f"a number in the input stands for nothing that the model has: {cause}; send smaller ones "
+                "('vocabulary' or 'values' under 'input' in model-config.yaml says which there are)"
+            )
         else:
-            detail = {"exception": "RuntimeError", "text": last, "where": "the model's forward"}
+            detail = {"exception": "RuntimeError", "text": cause, "where": "the model's forward"}
             error = HandlerError("Prediction failed", detail=detail)
         waiting = live(owners)
         if waiting:

@@ -23,7 +23,7 @@ LEVELS = [
     "__init__ _build_info errors messages log address properties entries failure import_scan versions json_encoding "
     "result_check",
     # What two ways to run one model are compared with.
-    "torch_error comparison probe_inputs",
+    "torch_error comparison probe_inputs batch_probe native_proof",
     "log_files exposition metric_log",
     "metrics_config load_gauges",
     "host_metrics",
@@ -57,13 +57,14 @@ LEVELS = [
     "open_inference audit_compare "
     "worker_log",
     # Worker processes: their inside, then what looks after them.
-    "streaming entry_point invoker reload continuous async_worker worker",
+    "model_state time_limit sample_requests "
+    "streaming entry_point invoker batch_trial rehearsal reload continuous async_worker worker",
     "restart_policy requirements worker_output worker_handle zygote spawner",
     "client_limit "
     "stage_times "
     "raw_rows "
     "lane_refusals "
-    "examples zoo sample loader services model_settings pending lane "
+    "examples zoo sample package_rules first_answer loader services model_settings pending lane "
     "row_requests "
     "native_lane python_workers python_lane "
     "sequence_lane audit_lane lane_choice audit audit_choice "
@@ -167,7 +168,8 @@ def test_the_server_does_without_the_names_of_torchserve(name: str) -> None:
 
 @pytest.mark.parametrize("name", HANDLERS)
 def test_handlers_import_only_the_handler_contract(name: str) -> None:
-    assert neighbours(HANDLERS[name], everywhere=True) <= {"handler", "context", "handlers", "input_config"}
+    contract = {"handler", "context", "handlers", "input_config", "torch_error"}
+    assert neighbours(HANDLERS[name], everywhere=True) <= contract
 
 
 def test_what_runs_without_torch_does_not_import_it() -> None:

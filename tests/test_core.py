@@ -45,7 +45,8 @@ def test_the_stub_names_what_the_module_has() -> None:
     members = stub_members()
     assert members.pop("") == public(_core)
     for name, wanted in members.items():
-        assert wanted == public(getattr(_core, name)), name
+        inherited = public(Exception) if issubclass(getattr(_core, name), Exception) else set()
+        assert wanted == public(getattr(_core, name)) - inherited, name
 
 
 def test_keyword_arguments_of_the_stub_are_those_of_the_module() -> None:
@@ -113,7 +114,8 @@ def test_a_lower_precision_halves_the_weights_and_says_what_it_costs(
     output = model.run(PICTURE)
     assert output.dtype is torch.float32
     assert model.weights_size == (3 * 8 * 9 + 8) * bytes_per_weight
-    difference = (output - network(PICTURE[0])).abs().max().item()
+    expected = network(PICTURE[0])
+    difference = ((output - expected).abs().max() / expected.abs().max()).item()  # relative to the largest number
     if precision == "fp32":
         assert model.precision_error == 0
     else:

@@ -1,0 +1,174 @@
+"""What is shown of a network in the native engine before it is believed: optimisations, state and batches.
+
+Whatever cannot be shown falls back to the slower way that needs no proof: the graph as it is, a model per worker, one
+item per batch. Runs at load, in a thread of its own; larger batches than could be tried in time stay unused until they
+have been.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pyserve.batch_probe import BatchProbe, probe_sizes
+from pyserve.comparison import ROUNDING, difference, rows
+from pyserve.probe_inputs import InputDomain, probe_inputs
+from pyserve.torch_error import cause_of
+
+log = logging.getLogger(__name__)
+
+# Probes of batches go on behind the first requests when they have taken this long.
+BUDGET_S = 1.0
+# The engine runs numbers above this without its optimisations: `ordinary_max` of csrc/magnitude.h.
+ORDINARY_MAX = 1e6
+# From here on rounding alone can turn the numbers of two ways to compute into anything; but neither way may hide an
+# overflow that the other shows.
+_LARGE_MIN = 1e3
+
+_ALLOW_HINT = "write 'batchDependent: allowed' in model-config.yaml if that is meant"
+
+Run = Callable[[Sequence[torch.Tensor]], Any]
+
+
+@dataclass
+class BatchProof:
+    """How many items of a model may share a batch.
+
+    Attributes:
+        size_max: the largest size that was shown to change nothing, 1 at first.
+        note: why it is less than somebody asked for; ``""`` if it is not, or if trying has not come to an end.
+        probe: ``passed``, ``not probed: ...``, ``depends on the batch: ...``, or ``""`` so far.
+    """
+
+    run: Run
+    items: Sequence[tuple[torch.Tensor, ...]]
+    tolerance: float
+    rows_max: int | None = None
+    is_allowed: bool = False
+    size_max: int = 1
+    note: str = ""
+    probe: str = ""
+    _tried: set[int] = field(default_factory=set)
+    _batch_probe: BatchProbe | None = None
+
+    def __post_init__(self) -> None:
+        self._batch_probe = BatchProbe(self.run, self.items, self.tolerance)
+
+    def is_settled_for(self, size: int) -> bool:
+        """Whether nothing more can be found out about batches of up to ``size``."""
+        return bool(self.note) or size <= self.size_max
+
+    def extend(self, size: int, budget_s: float = math.inf) -> None:
+        """Tries batches of up to ``size``, until ``budget_s`` seconds are over. Any thread, one at a time."""
+        if self.is_settled_for(size):
+            return
+        if self.rows_max is not None and size > self.rows_max:
+            self._settle(min(size, self.rows_max), budget_s)
+            if self.size_max == self.rows_max:
+                self.note = f"the program was compiled for batches of at most {self.rows_max}"
+            return
+        self._settle(size, budget_s)
+
+    def _settle(self, size: int, budget_s: float) -> None:
+        if self.is_allowed:
+            self.size_max, self.probe = size, "allowed to depend on the batch by batchDependent"
+            return
+        began = time.monotonic()
+        assert self._batch_probe is not None
+        for each in probe_sizes(size):
+            if each in self._tried:
+                continue
+            if time.monotonic() - began >= budget_s:
+                return
+            try:
+                problem = self._batch_probe.try_size(each)
+            except Exception as error:  # the model's own code
+                problem = f"it cannot be tried: {cause_of(str(error))}"
+            if problem:
+                self.size_max = 1
+                self.note = f"runs one item per batch: {problem}; {_ALLOW_HINT}"
+                self.probe = f"depends on the batch: {problem}"
+                return
+            self._tried.add(each)
+        self.size_max, self.probe = size, "passed"
+
+
+def prove_optimization(model: Any, example: Sequence[torch.Tensor], domains: Sequence[InputDomain]) -> str:
+    """Compares the optimised graph with the plain one, on what oneDNN's kernels are known to treat in another way.
+
+    Args:
+        model: a ``_core.TorchModel``.
+        example: one item [1, ...] per input.
+
+    Returns:
+        the input on which they differ, for a person; ``""`` if there is none.
+    """
+    if not model.is_optimized:
+        return ""
+    probes = [(each.name, list(each.inputs)) for each in probe_inputs(example, domains)]
+    largest = [each * ORDINARY_MAX if each.is_floating_point() else each for each in example]
+    probes.append(("numbers at the limit", largest))
+    for name, inputs in probes:
+        expected = outcome(model.run_plain, inputs)
+        got = outcome(model.run, inputs)
+        if not _agrees(expected, got, inputs):
+            return name
+    return ""
+
+
+def outcome(run: Run, inputs: Sequence[torch.Tensor]) -> Any:
+    """What ``run`` gives for a copy of ``inputs``, or the kind of error that it ends in."""
+    try:
+        return run([each.clone() for each in inputs])
+    except Exception as error:  # the model's own code
+        return type(error)
+
+
+def _agrees(expected: Any, got: Any, inputs: Sequence[torch.Tensor]) -> bool:
+    if isinstance(expected, type) or isinstance(got, type):
+        return expected is got
+    is_large = any(bool((each.abs() > _LARGE_MIN).any()) for each in inputs if each.is_floating_point())
+    if is_large:
+        return _finite(expected) == _finite(got)
+    return difference(expected, got) <= ROUNDING["fp32"]
+
+
+def _finite(output: Any) -> list[list[bool]]:
+    """Of each tensor in ``output``, which of its numbers are finite."""
+    if isinstance(output, torch.Tensor):
+        return [torch.isfinite(output).flatten().tolist()]
+    if isinstance(output, dict):
+        return [part for each in output.values() for part in _finite(each)]
+    if isinstance(output, (list, tuple)):
+        return [part for each in output for part in _finite(each)]
+    return []
+
+
+def find_state(model: Any, example: Sequence[torch.Tensor], *, is_package: bool) -> None:
+    """Notes in ``model`` what only running it shows: that calls leave traces in it.
+
+    The graph of TorchScript is searched when it is loaded (csrc/graph_state.cpp); this finds what operators write
+    without saying so. A package has no graph to search: that it gives two answers to one question has to do.
+    """
+    if model.state:
+        return
+    before = model.checksum()
+    first = outcome(model.run_plain, example)
+    second = outcome(model.run_plain, example)
+    if model.checksum() != before:
+        model.note_state("a call changes a weight or a constant of the model")
+    elif is_package and not isinstance(first, type) and difference(first, second) != 0:
+        model.note_state("the package answers one question in two ways when it is asked twice")
+
+
+def single_row_differs(model: Any, example: Sequence[torch.Tensor]) -> bool:
+    """Whether a package gives an item alone another answer than twice in a batch: torch compiles a dynamic batch for
+    two and more, and says nothing of one."""  # fmt: skip
+    alone, pair = outcome(model.run, example), outcome(model.run, [torch.cat([each, each]) for each in example])
+    return not difference(alone, pair if isinstance(pair, type) else rows(pair, 0, 1)) <= ROUNDING["fp32"]
