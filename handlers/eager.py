@@ -1,72 +1,72 @@
 """Build an eager model from an archive's model file and fill in its weights.
 
 The model file is a Python file with exactly one class, a `torch.nn.Module` that takes no arguments.
-Random initialisation is skipped, since the weights replace it: for densenet161 that is four fifths
-of the time of building it.
+Random initialisation is skipped where the weights replace all of it: for densenet161 that is four fifths
+of the time of building it. Where anything else came of the random numbers, the model is built as it stands.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 import pickle
+import random
 import zipfile
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 
 from pyserve.handler import ModelLoadError
+from pyserve.handlers.skipped_init import SkipRandomFill, StaleMemory, StaleNumberUsedError
 from pyserve.handlers.source_file import import_file
+from pyserve.torch_error import cause_of
 
-# What fills parameters with random numbers. Those of torch.nn.init that are not here end in one of the first two.
-_RANDOM_FILLS = frozenset(
-    {
-        torch.Tensor.uniform_,
-        torch.Tensor.normal_,
-        torch.nn.init.uniform_,
-        torch.nn.init.normal_,
-        torch.nn.init.kaiming_uniform_,
-        torch.nn.init.kaiming_normal_,
-    }
-)
-
-
-class SkipRandomFill(TorchFunctionMode):
-    """Inside this context, random fills of parameters leave the memory as it is; everything else runs."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _RANDOM_FILLS:
-            target = args[0] if args else kwargs.get("tensor")
-            if isinstance(target, torch.nn.Parameter):
-                return target
-        return func(*args, **kwargs)
+log = logging.getLogger(__name__)
 
 
 def load_eager_model(
-    model_dir: Path, model_file: str, weights: Path | BinaryIO | None, device: torch.device | str = "cpu"
+    model_dir: Path,
+    model_file: str,
+    weights: Path | BinaryIO | None,
+    device: torch.device | str = "cpu",
+    *,
+    plain: bool = False,
 ) -> torch.nn.Module:
     """The model of ``model_file`` with ``weights`` (a state dict saved by torch.save), on ``device``, in eval mode.
+
+    It is the one that building the class and copying the weights into it makes. Random initialisation is left out, and
+    the file's tensors are used in place of the model's, where that makes the very same model.
 
     Args:
         model_dir: folder with the unpacked archive; the model file may import other files in it.
         model_file: name of the Python file.
         weights: the state dict's file; None keeps the model as its class builds it.
+        plain: take no short way.
 
     Raises:
         ModelLoadError: the file holds not exactly one class, the class cannot be built, or the weights do not fit.
     """
     cls = _model_class(model_dir, model_file)
+    if weights is None:
+        return _built(cls, model_file).to(device).eval()
+    name = weights.name if isinstance(weights, Path) else "the weights"
+    state = read_state_dict(weights, name)
+    target = f"{cls.__name__} in {model_file}"
+    model = None if plain else _built_the_short_way(cls, state)
+    if model is None:
+        model = _built(cls, model_file)
+        _fill(model, state, target, name)
+    return model.to(device).eval()
+
+
+def _built(cls: type, model_file: str) -> torch.nn.Module:
     try:
-        if weights is None:
-            model = cls()
-        else:
-            with SkipRandomFill():
-                model = cls()
+        model = cls()
     except Exception as error:
         raise ModelLoadError(
             f"{model_file}: building {cls.__name__}() failed: {type(error).__name__}: {error}. "
@@ -74,33 +74,91 @@ def load_eager_model(
         ) from error
     if not isinstance(model, torch.nn.Module):
         raise ModelLoadError(f"{model_file}: class {cls.__name__} is not a torch.nn.Module")
-    if weights is not None:
-        name = weights.name if isinstance(weights, Path) else "the weights"
-        _fill(model, read_state_dict(weights, name), f"{cls.__name__} in {model_file}", name)
-    return model.to(device).eval()
+    return model
+
+
+def _built_the_short_way(cls: type, state: Mapping[str, torch.Tensor]) -> torch.nn.Module | None:
+    """The model without random initialisation, its weights filled in; None unless that made the very same model.
+
+    The generators are as they were when there is none, so that a plain build is the plain build.
+    """
+    generators = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    stale = StaleMemory()
+    try:
+        with SkipRandomFill(stale):
+            model = cls()
+        if isinstance(model, torch.nn.Module):
+            assign = _all_become_stale(model, state, stale)
+            with SkipRandomFill(stale):
+                model.load_state_dict(OrderedDict(state), assign=assign)  # a copy: hooks may rename what is in it
+            if not stale.is_alive():
+                return model
+            log.debug("%s is built plainly: it keeps memory of its constructor", cls.__name__)
+    except (Exception, StaleNumberUsedError) as error:
+        # Numbers that are not there yet may break anything; a plain build tells whether the model is at fault.
+        log.debug("%s is built plainly: %s", cls.__name__, error)
+    torch.set_rng_state(generators[0])
+    np.random.set_state(generators[1])
+    random.setstate(generators[2])
+    return None
+
+
+def _all_become_stale(model: torch.nn.Module, state: Mapping[str, torch.Tensor], stale: StaleMemory) -> bool:
+    """Marks all memory that the file has numbers for; whether the file's tensors may take the place of the model's."""
+    own = model.state_dict()
+    for tensor in own.values():
+        stale.add(tensor)
+    return _may_be_assigned(own, state)
+
+
+def _may_be_assigned(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the file's tensors are like the model's in everything, and nothing is shared on either side.
+
+    Taking them as they are saves a copy of the model.
+    """
+    if own.keys() != state.keys():
+        return False
+    pairs = [(own[key], value) for key, value in state.items()]
+    if any(
+        type(mine) not in (torch.Tensor, torch.nn.Parameter)
+        or type(given) not in (torch.Tensor, torch.nn.Parameter)
+        or (mine.dtype, mine.layout, mine.device, mine.shape) != (given.dtype, given.layout, given.device, given.shape)
+        or mine.layout is not torch.strided
+        or mine.stride() != given.stride()
+        or given.is_conj()
+        or given.is_neg()
+        for mine, given in pairs
+    ):
+        return False
+    for tensors in zip(*pairs, strict=True):
+        memory = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
+        storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+        if len(storages) < len(memory):
+            return False
+    return True
 
 
 def read_state_dict(weights: Path | BinaryIO, name: str) -> Mapping[str, torch.Tensor]:
-    """The state dict in ``weights``, on the CPU; mapped into memory instead of read where the format allows.
+    """The state dict in ``weights``, on the CPU; mapped into memory instead of read where the file stays as it is.
 
     Raises:
         ModelLoadError: the file is missing, damaged, or holds anything but named tensors.
     """
     try:
-        mmap = isinstance(weights, Path) and zipfile.is_zipfile(weights)
+        mmap = isinstance(weights, Path) and zipfile.is_zipfile(weights) and _is_cached(weights)
         state = torch.load(weights, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise ModelLoadError(f"{name} is not in the archive; repack it with --serialized-file") from error
     except pickle.UnpicklingError as error:
         raise ModelLoadError(
-            f"{name} is not a file of weights only ({_first_line(error)}). "
+            f"{name} is not a file of weights only: {cause_of(str(error))}. "
             "Save the model's weights with torch.save(model.state_dict(), path)."
         ) from error
     except MemoryError:
         raise
     except Exception as error:
         # torch's unpickler raises errors of many classes on damaged files; whatever it was, the file is at fault.
-        raise ModelLoadError(f"{name} cannot be read as weights, it may be damaged: {_first_line(error)}") from error
+        raise ModelLoadError(f"{name} cannot be read as weights, it may be damaged: {cause_of(str(error))}") from error
     if not isinstance(state, Mapping):
         raise ModelLoadError(f"{name} holds a {type(state).__name__}, not a state dict; save model.state_dict()")
     odd = next((key for key, value in state.items() if not isinstance(value, torch.Tensor)), None)
@@ -111,14 +169,18 @@ def read_state_dict(weights: Path | BinaryIO, name: str) -> Mapping[str, torch.T
     return state
 
 
+def _is_cached(path: Path) -> bool:
+    """Whether nobody but pyserve writes to the file. A file in a folder that is served where it lies may be replaced
+    in place, which would change a mapped model's numbers."""
+    cache = os.environ.get("PYSERVE_WEIGHTS_CACHE")
+    return bool(cache) and path.resolve().is_relative_to(Path(cache or "").resolve().parent)
+
+
 def _fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], target: str, name: str) -> None:
-    own = model.state_dict()
-    # Taking the tensors as they are saves a copy of the model, but would change the model's dtypes
-    # if the file was saved in another one.
-    same_dtypes = all(key not in own or own[key].dtype == value.dtype for key, value in state.items())
     try:
-        model.load_state_dict(state, assign=same_dtypes)
+        model.load_state_dict(OrderedDict(state))
     except RuntimeError as error:
+        own = model.state_dict()
         lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
         text = " ".join(line if len(line) <= 300 else line[:300] + "..." for line in lines[:4])
         hint = ""
@@ -141,8 +203,3 @@ def _model_class(model_dir: Path, model_file: str) -> type:
         raise ModelLoadError(f"{model_file} must define exactly one class, the model; it defines: {names}")
     model_class: type = classes[0]
     return model_class
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:300] if text else type(error).__name__

@@ -79,7 +79,7 @@ LEVELS = [
     "parameters openapi_schemas openapi routes "
     "protect "
     "inference management",
-    "open_inference_rest protocol_requests open_inference_models kserve_v1 kserve",
+    "open_inference_rest protocol_requests tensor_rows open_inference_models kserve_v1 kserve",
     # What looks at an archive without a server.
     "tune_run tune "
     "dry_run debug check_run check config_report doctor",

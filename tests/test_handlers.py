@@ -17,8 +17,9 @@ from pyserve.archiver import ArchiverConfig, write_archive
 from pyserve.context import Context
 from pyserve.handler import BUILT_IN, NOT_BUILT_IN, InputError, ModelLoadError, load_handler, python_lane_reason
 from pyserve.handlers.base_handler import BaseHandler
-from pyserve.handlers.eager import SkipRandomFill, load_eager_model
+from pyserve.handlers.eager import load_eager_model
 from pyserve.handlers.image_classifier import ImageClassifier
+from pyserve.handlers.skipped_init import SkipRandomFill
 from pyserve.manifest import BUILTIN_HANDLERS, PYTHON_HANDLERS
 
 
@@ -92,7 +93,7 @@ def test_random_initialisation_is_skipped_for_parameters_only() -> None:
             self.linear = torch.nn.Linear(3, 3)
             self.free = torch.nn.Parameter(torch.zeros(4))
             torch.nn.init.xavier_normal_(self.linear.weight)
-            torch.nn.init.trunc_normal_(self.free)
+            torch.nn.init.normal_(self.free)
             self.register_buffer("noise", torch.zeros(4).uniform_(1, 2), persistent=False)
             self.norm = torch.nn.BatchNorm1d(3)
 

@@ -68,14 +68,18 @@ def answers_of(handler: BaseHandler, folder: Path, model: Mapping[str, str], **c
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_eager_weights_are_mapped_not_read(model_dir: Path) -> None:
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_eager_weights_are_mapped_where_nobody_replaces_them(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, is_cached: bool
+) -> None:
+    monkeypatch.setenv("PYSERVE_WEIGHTS_CACHE", str((model_dir if is_cached else model_dir / "elsewhere") / "weights"))
     torch.manual_seed(0)
     state = {"linear.weight": torch.randn(2, 2), "linear.bias": torch.randn(2)}
     torch.save(state, model_dir / "weights.pth")
     handler = BaseHandler()
     handler.initialize(context_for(model_dir, EAGER))
     maps = Path("/proc/self/maps").read_text()
-    assert str(model_dir / "weights.pth") in maps
+    assert (str(model_dir / "weights.pth") in maps) == is_cached
     assert torch.equal(handler.model.linear.weight, state["linear.weight"])
 
 
