@@ -102,7 +102,7 @@ def row_count(parts: list[Leaf]) -> int:
     Raises:
         HandlerError: its tensors do not agree, or there is none to tell.
     """
-    counts = {}
+    counts: dict[int, Leaf] = {}
     for leaf in parts:
         if not isinstance(leaf.value, torch.Tensor):
             continue

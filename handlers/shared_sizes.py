@@ -22,12 +22,17 @@ def filled_up(specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> l
     Raises:
         InputError: inputs that share a dimension have different sizes there; the text names both, and what works.
     """
-    if len(specs) > 1:
+    check_shared(specs, tensors)
+    return [spec.padded(tensor) for spec, tensor in zip(specs, tensors, strict=True)]
+
+
+def check_shared(specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> None:
+    """Whether inputs, as they came, have one size where they share a dimension. InputError if not."""
+    if len(specs) > 1 or specs[0].same:
         for name, places in _shared(tuple(specs)):
             sizes = [tensors[index].shape[axis + 1] for index, axis in places]
             if len(set(sizes)) > 1:
                 raise InputError(_text(name, [specs[index].name for index, _ in places], sizes))
-    return [spec.padded(tensor) for spec, tensor in zip(specs, tensors, strict=True)]
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,10 +6,9 @@ Raw numbers become a torch tensor that looks into that memory, unless they lie a
 
 from __future__ import annotations
 
-import array
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -17,28 +16,28 @@ from typing import Any
 import torch
 
 from pyserve.errors import InputError
+from pyserve.handlers.json_numbers import UnfitNumberError, tensor_of_numbers
 
 BYTES = "BYTES"
 Element = bytes | bytearray | memoryview | str
 
-# datatype -> (torch dtype, typecode of the `array` that takes its numbers from JSON; none for what JSON cannot say).
-_DATATYPES: dict[str, tuple[torch.dtype, str]] = {
-    "BOOL": (torch.bool, "B"),
-    "UINT8": (torch.uint8, "B"),
-    "UINT16": (torch.uint16, "H"),
-    "UINT32": (torch.uint32, "I"),
-    "UINT64": (torch.uint64, "Q"),
-    "INT8": (torch.int8, "b"),
-    "INT16": (torch.int16, "h"),
-    "INT32": (torch.int32, "i"),
-    "INT64": (torch.int64, "q"),
-    "FP16": (torch.float16, ""),
-    "BF16": (torch.bfloat16, ""),
-    "FP32": (torch.float32, "f"),
-    "FP64": (torch.float64, "d"),
+_DATATYPES = {
+    "BOOL": torch.bool,
+    "UINT8": torch.uint8,
+    "UINT16": torch.uint16,
+    "UINT32": torch.uint32,
+    "UINT64": torch.uint64,
+    "INT8": torch.int8,
+    "INT16": torch.int16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "FP16": torch.float16,
+    "BF16": torch.bfloat16,
+    "FP32": torch.float32,
+    "FP64": torch.float64,
 }
 DATATYPES = (*_DATATYPES, BYTES)
-_DATATYPE_OF = {dtype: datatype for datatype, (dtype, _) in _DATATYPES.items()}
+_DATATYPE_OF = {dtype: datatype for datatype, dtype in _DATATYPES.items()}
 
 RANK_MAX = 64
 TEXT_SHOWN_MAX = 200
@@ -116,18 +115,16 @@ class InferOutput:
         return tensor.reshape(-1).view(torch.uint8).numpy().data
 
     def values(self) -> list[Any]:
-        """The data flat, as JSON has it: text of BYTES, numbers of all others.
+        """The data flat, as JSON has it: text of BYTES, numbers of all others, those of 16 bits too.
 
         Raises:
-            InputError: JSON has no form for it: 16-bit numbers, bytes that are no text.
+            InputError: JSON has no form for it: bytes that are no text.
         """
         if not isinstance(self.data, torch.Tensor):
             try:
                 return [str(each, "utf-8") for each in self.data]
             except UnicodeDecodeError as error:
                 raise InputError(f"output {self.name!r} is not text; {_ASK_BINARY}") from error
-        if self.datatype in ("FP16", "BF16"):
-            raise InputError(f"output {self.name!r} is {self.datatype}, for which JSON has no form; {_ASK_BINARY}")
         flat: list[Any] = self.data.reshape(-1).tolist()
         return flat
 
@@ -152,7 +149,7 @@ def datatype_of(dtype: torch.dtype) -> str:
 
 def dtype_of(datatype: str) -> torch.dtype:
     """``torch.float32`` for ``FP32``. KeyError for BYTES."""
-    return _DATATYPES[datatype][0]
+    return _DATATYPES[datatype]
 
 
 def quoted(text: str) -> str:
@@ -203,7 +200,7 @@ def tensor_of(tensor: InferInput, *, is_for_engine: bool = False) -> torch.Tenso
     Raises:
         InputError: the values do not fit datatype and shape.
     """
-    dtype, typecode = _DATATYPES[tensor.datatype]
+    dtype = _DATATYPES[tensor.datatype]
     count = element_count(tensor)
     if not count:
         return torch.empty(tensor.shape, dtype=dtype)
@@ -215,28 +212,12 @@ def tensor_of(tensor: InferInput, *, is_for_engine: bool = False) -> torch.Tenso
         found = torch.frombuffer(memory, dtype=dtype).view(tensor.shape)
         # Where the JSON before it leaves the numbers at an odd address, they are moved: kernels may rely on it.
         return found if is_for_engine or found.data_ptr() % dtype.itemsize == 0 else found.clone()
-    if not typecode:
-        raise InputError(f"{tensor} has no form in JSON; send it as binary data (binary_data_size), or as FP32")
     flat = flat_values(tensor)
     try:
-        numbers = array.array(typecode, flat)
-    except (TypeError, OverflowError) as error:
-        unfit = _first_unfit(flat, typecode)
-        raise InputError(f"{tensor} has a value that is no {tensor.datatype}: {unfit}") from error
-    if tensor.datatype == "BOOL":
-        if max(numbers) > 1:
-            raise InputError(f"{tensor} has a value other than true and false")
-        return torch.frombuffer(numbers, dtype=torch.uint8).view(tensor.shape).to(torch.bool)
-    return torch.frombuffer(numbers, dtype=dtype).view(tensor.shape)
-
-
-def _first_unfit(flat: Sequence[Any], typecode: str) -> str:
-    for position, value in enumerate(flat):
-        try:
-            array.array(typecode, (value,))
-        except (TypeError, OverflowError):
-            return f"{str(value)[:24]!r} at position {position}"
-    return "?"
+        return tensor_of_numbers(flat, dtype).view(tensor.shape)
+    except UnfitNumberError as error:
+        position = f"{error.text} at position {error.position}"
+        raise InputError(f"{tensor} has a value that is no {tensor.datatype}: {position}") from error
 
 
 def flat_values(tensor: InferInput) -> list[Any]:

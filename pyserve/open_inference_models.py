@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from pyserve import __version__
 from pyserve.errors import JsonObject, ServeError
-from pyserve.handlers.tensor import named_outputs
+from pyserve.handlers.outputs import named_outputs
 from pyserve.handlers.tensor_spec import TensorSpec, dtype_name, input_specs, output_names
 from pyserve.http1_exchange import Exchange
 from pyserve.lane import Lane
@@ -31,8 +32,8 @@ from pyserve.protocol_requests import (
     TensorsPending,
     Transport,
     names_of_inputs,
-    names_of_outputs,
 )
+from pyserve.tensor_rows import TensorRowsPending
 
 EXTENSIONS = ["binary_tensor_data", "statistics"]
 # Built-in handlers that bring their input to the network as it is, and its output back.
@@ -78,12 +79,18 @@ def _pending_for(
         return TensorsPending(
             lane, exchange, model.version, url_version, transport=transport,
             specs=input_specs(config), output_names=output_names(config),
+            known_names=frozenset(output["name"] for output in network.outputs or ()),
+        )  # fmt: skip
+    if model.built_in_handler == "tensor":
+        config = model.archive.config.raw
+        return TensorRowsPending(
+            lane, exchange, model.version, url_version, transport=transport,
+            headers=added, specs=input_specs(config), output_names=output_names(config),
         )  # fmt: skip
     pixels = _spec_of(network.example[0]) if network is not None else None
     return HandlerRowsPending(
-        lane, exchange, model.version, url_version, transport=transport,
-        headers=added, pixels=pixels, raw_rows=model.built_in_handler == "tensor",
-    )  # fmt: skip
+        lane, exchange, model.version, url_version, transport=transport, headers=added, pixels=pixels
+    )
 
 
 def _spec_of(example: torch.Tensor) -> TensorSpec:
@@ -107,20 +114,23 @@ async def model_metadata(model: Model, versions: list[str]) -> JsonObject:
     network = model.network
     if model.built_in_handler is None:
         return about | {"inputs": [], "outputs": []}  # what its handler understands is its own business
+    if network is None and model.built_in_handler == "tensor":
+        # What it answers is known in its worker only.
+        return about | {"inputs": _inputs(model.archive.config.raw), "outputs": []}
     if network is None or model.built_in_handler not in _TENSOR_HANDLERS:
         row = {"datatype": BYTES, "shape": [-1]}
         return about | {"inputs": [{"name": "input0", **row}], "outputs": [{"name": "output0", **row}]}
     if network.outputs is None:
         network.outputs = await asyncio.to_thread(_example_outputs, network)
-    specs = input_specs(network.context.model_yaml_config)
-    names = names_of_inputs(specs)
-    return about | {
-        "inputs": [
-            {"name": name, "datatype": datatype_of(spec.torch_dtype), "shape": [-1, *spec.shape]}
-            for name, spec in zip(names, specs, strict=True)
-        ],
-        "outputs": network.outputs,
-    }
+    return about | {"inputs": _inputs(network.context.model_yaml_config), "outputs": network.outputs}
+
+
+def _inputs(config: Mapping[str, Any]) -> list[JsonObject]:
+    specs = input_specs(config)
+    return [
+        {"name": name, "datatype": datatype_of(spec.torch_dtype), "shape": [-1, *spec.shape]}
+        for name, spec in zip(names_of_inputs(specs), specs, strict=True)
+    ]
 
 
 def _platform(model: Model) -> str:
@@ -129,11 +139,9 @@ def _platform(model: Model) -> str:
 
 
 def _example_outputs(network: Network) -> list[JsonObject]:
-    """The outputs for an example, as metadata. Any thread."""
+    """The outputs for an example, as metadata; those that are None are not among them. Any thread."""
     try:
-        inputs = [each.to(network.device) for each in network.example]
-        outputs, own_names = named_outputs(network.torch_model.run(inputs))
-        names = own_names or names_of_outputs(len(outputs), output_names(network.context.model_yaml_config))
+        outputs, names = named_outputs(network.run(network.example), output_names(network.context.model_yaml_config))
         return [
             {"name": name, "datatype": datatype_of(output.dtype), "shape": [-1, *output.shape[1:]]}
             for name, output in zip(names, outputs, strict=True)

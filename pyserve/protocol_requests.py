@@ -1,6 +1,7 @@
 """KServe's protocols spoken for models that do not know them: requests whose rows a lane takes one by one.
 
 * `TensorsPending`: tensors go into the network as they are, and its outputs come back as they are.
+* `tensor_rows.TensorRowsPending`: the same for a handler in worker processes, whose rows go there as numbers.
 * `HandlerRowsPending`: each row is a request to the handler, as a caller of ``/predictions`` would make it.
 * `OwnHandlerPending`: the whole is one request, in JSON, to a handler that knows the protocol itself.
 """
@@ -9,15 +10,18 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pyserve.errors import HandlerError, InputError
-from pyserve.handlers.tensor_spec import TensorSpec
+from pyserve.handlers.outputs import ASK_JSON
+from pyserve.handlers.shared_sizes import filled_up
+from pyserve.handlers.tensor_spec import TensorSpec, is_allowed
 from pyserve.http1_exchange import Exchange
+from pyserve.input_config import range_text
 from pyserve.lane import Lane
 from pyserve.messages import Headers, Request, Response
 from pyserve.open_inference import (
@@ -30,7 +34,6 @@ from pyserve.open_inference import (
     InferResponse,
     check_input,
     datatype_of,
-    dtype_of,
     element_count,
     elements_of,
     flat_values,
@@ -38,6 +41,7 @@ from pyserve.open_inference import (
     tensor_of,
 )
 from pyserve.row_requests import ROW_COUNT_MAX, RowPending, RowsPending
+from pyserve.sequence_lane import SequenceLane
 
 JSON = "application/json"
 RAW = "application/octet-stream"
@@ -84,11 +88,13 @@ class ProtocolPending(RowsPending):
         self._headers = headers or []
         self._request = InferRequest([])
 
-    def _row_request(self, body: bytearray, content_type: str) -> Request:
+    def _row_request(self, body: bytearray, content_type: str, accept: str = "") -> Request:
         whole = self.exchange.request
         headers = [pair for pair in whole.headers if pair[0].lower() not in _OF_THE_BODY]
         if content_type:
             headers.append(("Content-Type", content_type))
+        if accept:
+            headers.append(("Accept", accept))
         request = Request(
             "POST", whole.path, headers=headers + self._headers, body=body, client=whole.client, id=whole.id,
             arrived_at=whole.arrived_at, has_timing=whole.has_timing,
@@ -109,17 +115,19 @@ class TensorsPending(ProtocolPending):
     Args:
         specs: of the network's inputs, in order.
         output_names: of its outputs, in order; empty if the network names them itself or nobody does.
+        known_names: of the outputs that its metadata lists; empty if nobody has asked for that.
     """
 
-    __slots__ = ("_columns", "_output_names", "_outputs", "_specs")
+    __slots__ = ("_columns", "_known_names", "_outputs", "_specs", "output_names")
 
     def __init__(
         self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
-        specs: list[TensorSpec], output_names: tuple[str, ...],
+        specs: list[TensorSpec], output_names: tuple[str, ...], known_names: frozenset[str] = frozenset(),
     ):  # fmt: skip
         super().__init__(lane, exchange, version, url_version, transport=transport)
         self._specs = specs
-        self._output_names = output_names
+        self.output_names = output_names
+        self._known_names = known_names
         self._columns: list[torch.Tensor] = []  # [rows, ...], one per input
         self._outputs: list[InferOutput] = []
 
@@ -129,17 +137,9 @@ class TensorsPending(ProtocolPending):
 
     def read(self) -> int:
         self._request = request = self._transport.read()
-        inputs = _in_order(request.inputs, self._specs)
-        for tensor, spec in zip(inputs, self._specs, strict=True):
-            _check_fits(tensor, spec)
-        counts = {tensor.shape[0] for tensor in inputs}
-        if len(counts) > 1:
-            raise InputError(f"the inputs have different numbers of rows: {', '.join(map(str, inputs))}")
-        self._columns = [
-            spec.padded(tensor_of(each, is_for_engine=not spec.pad_to))
-            for each, spec in zip(inputs, self._specs, strict=True)
-        ]
-        return inputs[0].shape[0]
+        tensors = tensors_for(request.inputs, self._specs, is_for_engine=True)
+        self._columns = filled_up(self._specs, tensors)
+        return len(tensors[0])
 
     def row(self, index: int) -> RowPending:
         columns = self._columns
@@ -154,6 +154,8 @@ class TensorsPending(ProtocolPending):
         if not self._outputs:
             whole = [torch.empty((self.row_count, *each.shape[1:]), dtype=each.dtype) for each in outputs]
             self._name_outputs(whole, names)
+        elif tuple(output.name for output in self._outputs) != names:
+            raise HandlerError("an output is None for some rows of the request and not for all; send them one by one")
         for kept, output in zip(self._outputs, outputs, strict=True):
             assert isinstance(kept.data, torch.Tensor)
             if kept.data.shape[1:] != output.shape[1:] or kept.data.dtype != output.dtype:
@@ -164,7 +166,9 @@ class TensorsPending(ProtocolPending):
             kept.data[first : first + count] = output
 
     def _name_outputs(self, outputs: list[torch.Tensor], names: tuple[str, ...]) -> None:
-        names = names or names_of_outputs(len(outputs), self._output_names)
+        missing = sorted(self._known_names.difference(names))
+        if missing:
+            raise InputError(f"output {missing[0]!r} is None in this answer, though metadata lists it; {ASK_JSON}")
         self._outputs = [InferOutput(name, output) for name, output in zip(names, outputs, strict=True)]
         for output in self._outputs:
             try:
@@ -221,18 +225,16 @@ class HandlerRowsPending(AskedRowsPending):
 
     Args:
         pixels: what the network takes where tensors may come too, in place of what the handler makes its input of.
-        raw_rows: whether numbers reach the handler as raw bytes, for the handler ``tensor``; else as JSON.
     """
 
-    __slots__ = ("_pixels", "_raw_rows", "_tensor")
+    __slots__ = ("_pixels", "_tensor")
 
     def __init__(
         self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
-        headers: Headers | None = None, pixels: TensorSpec | None = None, raw_rows: bool = False,
+        headers: Headers | None = None, pixels: TensorSpec | None = None,
     ):  # fmt: skip
         super().__init__(lane, exchange, version, url_version, transport=transport, headers=headers)
         self._pixels = pixels
-        self._raw_rows = raw_rows
         self._tensor: torch.Tensor | None = None  # in place of `rows_to_ask`
 
     def read(self) -> int:
@@ -245,21 +247,12 @@ class HandlerRowsPending(AskedRowsPending):
         if count > ROW_COUNT_MAX:
             return count  # refused as too many
         if tensor.datatype == BYTES:
-            if element_count(tensor) != count:
-                raise InputError(f"{tensor} needs one element per row, that is the shape [{count}] or [{count}, 1]")
-            self.rows_to_ask = [_element_row(element) for element in elements_of(tensor)]
+            self.rows_to_ask = element_rows(tensor)
         elif self._pixels is not None:
-            _check_fits(tensor, self._pixels)
-            self._tensor = tensor_of(tensor)
+            (self._tensor,) = tensors_for([tensor], [self._pixels])
         else:
-            rows = tensor_of(tensor)
-            self.rows_to_ask = [self._number_row(row) for row in rows]
+            self.rows_to_ask = [(bytearray(json.dumps(row.tolist()).encode()), JSON) for row in tensor_of(tensor)]
         return count
-
-    def _number_row(self, row: torch.Tensor) -> tuple[bytearray, str]:
-        if self._raw_rows:
-            return bytearray(InferOutput("", row.clone()).raw()), RAW
-        return bytearray(json.dumps(row.tolist()).encode()), JSON
 
     def row(self, index: int) -> RowPending:
         if self._tensor is not None:
@@ -277,9 +270,17 @@ class OwnHandlerPending(AskedRowsPending):
 
     def read(self) -> int:
         self._request = self._transport.read()
+        if isinstance(self.lane, SequenceLane):
+            self._check_sequence(self.lane.spec.header_keys[0])
         body = request_as_json(self._request, self.lane.name, as_base64=self._transport.bytes_as_base64)
         self.rows_to_ask = [(bytearray(body), JSON)]
         return 1
+
+    def _check_sequence(self, id_key: str) -> None:
+        """That it is of the sequence that its parameters name; by its headers it has found its worker."""
+        told = sequence_id(self._request.parameters)
+        if told and told != self.exchange.request.header(id_key):
+            raise InputError(f"the parameter 'sequence_id' is {quoted(told)}; over HTTP send it as the header {id_key}")
 
     def make_answer(self) -> Response:
         (answer,) = self.answers
@@ -291,6 +292,12 @@ class OwnHandlerPending(AskedRowsPending):
         return self._encoded(outputs)
 
 
+def sequence_id(parameters: Mapping[str, Any]) -> str:
+    """The sequence that Triton's clients name in a request's parameters; ``""`` for none."""
+    id = parameters.get("sequence_id")
+    return "" if id in (None, 0, "") else str(id)
+
+
 def names_of_outputs(count: int, configured: tuple[str, ...]) -> tuple[str, ...]:
     """Those that model-config.yaml gives, if they are as many, else ``output0``, ``output1``, ..."""
     return configured if len(configured) == count else tuple(f"output{index}" for index in range(count))
@@ -299,6 +306,30 @@ def names_of_outputs(count: int, configured: tuple[str, ...]) -> tuple[str, ...]
 def names_of_inputs(specs: list[TensorSpec]) -> list[str]:
     """As model-config.yaml gives them, else ``input0``."""
     return [spec.name or f"input{index}" for index, spec in enumerate(specs)]
+
+
+def tensors_for(
+    inputs: list[InferInput], specs: list[TensorSpec], *, is_for_engine: bool = False
+) -> list[torch.Tensor]:
+    """The inputs in the network's order, each [rows, ...], as they came: nothing is padded.
+
+    Args:
+        is_for_engine: they go into a batch of the engine, which takes numbers from any address.
+
+    Raises:
+        InputError: they are not those that ``specs`` describe; the text names the input, what came and what may.
+    """
+    ordered = _in_order(inputs, specs)
+    for tensor, spec in zip(ordered, specs, strict=True):
+        _check_fits(tensor, spec)
+    if len({tensor.shape[0] for tensor in ordered}) > 1:
+        raise InputError(f"the inputs have different numbers of rows: {', '.join(map(str, ordered))}")
+    tensors = []
+    for tensor, spec in zip(ordered, specs, strict=True):
+        is_looked_at = spec.pad_to or spec.has_to_be_read
+        tensors.append(tensor_of(tensor, is_for_engine=is_for_engine and not is_looked_at))
+        spec.check(tensors[-1])
+    return tensors
 
 
 def _in_order(inputs: list[InferInput], specs: list[TensorSpec]) -> list[InferInput]:
@@ -320,11 +351,17 @@ def _check_fits(tensor: InferInput, spec: TensorSpec) -> None:
     if tensor.datatype != wanted:
         raise InputError(f"{tensor} must be {wanted}, as the model's input is {spec}")
     sizes = tensor.shape[1:]
-    if len(sizes) != len(spec.shape) or any(
-        size != expected and (expected != -1 or size == 0) for size, expected in zip(sizes, spec.shape, strict=True)
-    ):
-        shape = ", ".join(["rows", *("any" if size == -1 else str(size) for size in spec.shape)])
+    if len(sizes) != len(spec.sizes) or not all(map(is_allowed, sizes, spec.sizes)):
+        shape = ", ".join(["rows", *map(range_text, spec.sizes)])
         raise InputError(f"{tensor} must have the shape [{shape}]")
+
+
+def element_rows(tensor: InferInput) -> list[tuple[bytearray, str]]:
+    """Body and content type of a row for each element of a BYTES input. InputError if there is not one per row."""
+    count = tensor.shape[0]
+    if element_count(tensor) != count:
+        raise InputError(f"{tensor} needs one element per row, that is the shape [{count}] or [{count}, 1]")
+    return [_element_row(element) for element in elements_of(tensor)]
 
 
 def _element_row(element: Any) -> tuple[bytearray, str]:
@@ -337,18 +374,33 @@ def _selected(request: InferRequest, outputs: list[InferOutput]) -> list[InferOu
     if not request.outputs:
         return outputs
     by_name = {output.name: output for output in outputs}
-    unknown = [wanted.name for wanted in request.outputs if wanted.name not in by_name]
-    if unknown:
-        names = ", ".join(map(repr, by_name))
-        raise InputError(f"the model has no output {quoted(unknown[0])}; its outputs are {names}")
+    names = [wanted.name for wanted in request.outputs]
+    for name in names:
+        if name not in by_name:
+            known = ", ".join(map(repr, by_name))
+            raise InputError(f"the model has no output {quoted(name)}, or it is None here; its outputs are {known}")
+        if names.count(name) > 1:
+            raise InputError(f"output {quoted(name)} is asked for twice; name each output once")
     return [by_name[wanted.name] for wanted in request.outputs]
 
 
-def outputs_of_answers(answers: list[Response]) -> list[InferOutput]:
-    """A handler's answers, one per row, as outputs: tensors if they are numbers of one shape, else BYTES."""
+def outputs_of_answers(answers: list[Response], configured: tuple[str, ...] = ()) -> list[InferOutput]:
+    """A handler's answers, one per row, as outputs: tensors if they are numbers of one shape, else BYTES.
+
+    Args:
+        configured: names of outputs that come without.
+
+    Raises:
+        HandlerError: tensors of several shapes, which do not make one.
+    """
     headers = answers[0].headers
-    if "x-tensor-dtype" in headers and all(answer.headers == headers for answer in answers):
-        return _outputs_of_raw(answers)
+    if all("x-tensor-dtype" in answer.headers for answer in answers):
+        if any(answer.headers != headers for answer in answers):
+            shapes = " and ".join(sorted({f"[{answer.headers['x-tensor-shape']}]" for answer in answers})[:2])
+            raise HandlerError(
+                f"the rows of one request have outputs of different shapes, {shapes}; send such rows one by one"
+            )
+        return _outputs_of_raw(answers, configured)
     values = []
     for answer in answers:
         try:
@@ -367,14 +419,14 @@ def outputs_of_answers(answers: list[Response]) -> list[InferOutput]:
     return [InferOutput("output0", [bytes(answer.body) for answer in answers])]
 
 
-def _outputs_of_raw(answers: list[Response]) -> list[InferOutput]:
+def _outputs_of_raw(answers: list[Response], configured: tuple[str, ...]) -> list[InferOutput]:
     headers = answers[0].headers
     dtypes = [getattr(torch, name) for name in headers["x-tensor-dtype"].split(",")]
     shapes = [[int(size) for size in shape.split(",") if size] for shape in headers["x-tensor-shape"].split(";")]
     names = tuple(name for name in headers.get("x-tensor-name", "").split(",") if name)
     sizes = [dtype.itemsize * torch.Size(shape).numel() for dtype, shape in zip(dtypes, shapes, strict=True)]
     outputs, at = [], 0
-    for index, name in enumerate(names_of_outputs(len(dtypes), names)):
+    for index, name in enumerate(names_of_outputs(len(dtypes), names or configured)):
         column = bytearray(b"".join(bytes(answer.body[at : at + sizes[index]]) for answer in answers))
         at += sizes[index]
         tensor = torch.frombuffer(column, dtype=dtypes[index]).view(len(answers), *shapes[index])
@@ -437,8 +489,6 @@ def _output_in_json(entry: dict[str, Any]) -> InferOutput:
     if datatype == BYTES:
         texts = [each if isinstance(each, str) else json.dumps(each) for each in data]
         return InferOutput(name, [each.encode() for each in texts])
-    if datatype in ("FP16", "BF16"):
-        return InferOutput(name, torch.tensor(data, dtype=dtype_of(datatype)).view(shape))
     tensor = InferInput(name, datatype, tuple(shape), data)
     check_input(tensor)
     return InferOutput(name, tensor_of(tensor))

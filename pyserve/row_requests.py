@@ -72,10 +72,12 @@ class RowsPending(Pending):
 
     Attributes:
         row_count: known once `read` has returned.
+        output_names: what model-config.yaml calls the network's outputs.
     """
 
     __slots__ = ("_has_begun", "_left", "_next", "_rows", "row_count")
     is_whole = True
+    output_names: tuple[str, ...] = ()
 
     def __init__(self, lane: Lane, exchange: Exchange, version: str, url_version: str):
         super().__init__(lane, exchange, version, url_version)
