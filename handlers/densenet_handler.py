@@ -18,6 +18,7 @@ class DenseNetHandler(BaseHandler):
     """Any model from [n, ...] to [n, ...]; a row is a whole tensor that torch.save wrote, and so is its answer."""
 
     lane = "python"
+    sample_kind = "saved tensor"
 
     def preprocess(self, data: Sequence[Any]) -> Any:
         """Rows -> their tensors on the handler's device.

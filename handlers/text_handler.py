@@ -20,6 +20,7 @@ class TextHandler(BaseHandler):
     """
 
     lane = "python"
+    sample_kind = "text"
     source_vocab: Any = None
 
     def initialize(self, context: Context) -> None:

@@ -169,6 +169,9 @@ def encode_result(value: Any, on_nan: Callable[[], None] | None = None) -> bytes
     if isinstance(value, (bytes, bytearray)):
         return value
     if isinstance(value, torch.Tensor):
+        # All of the memory that a tensor is a part of is written, and so the answers of others in its batch.
+        if value.layout is torch.strided and value.untyped_storage().nbytes() > value.numel() * value.element_size():
+            value = value.clone()
         file = io.BytesIO()
         torch.save(value, file)
         return file.getvalue()

@@ -119,7 +119,10 @@ class MetricsCache:
         cache: metrics by kind and name.
         store: itself; old handlers look for it.
         request_ids: of the batch, by index.
+        is_muted: whether what is emitted is dropped: it is about no request of a client.
     """
+
+    is_muted = False
 
     def __init__(
         self, model_name: str = "", request_ids: Mapping[int, str] | None = None, *, config: str | None = None,
@@ -161,6 +164,8 @@ class MetricsCache:
             number = float(value)
         except (TypeError, ValueError):
             raise MetricsCacheTypeError(f"the value of metric {name} is a number, got {value!r}") from None
+        if self.is_muted:
+            return
         key: tuple[Any, ...] = (name, kind, *dimensions.items())
         if self.keeps_each:
             key = (len(self._emissions),)

@@ -119,6 +119,11 @@ class EntryPoint:
         return function(data, context) if function is not None else self.handler.handle(data, context)
 
     @property
+    def is_built_in(self) -> bool:
+        """Whether it comes with pyserve; else it is code of the archive's own, or of a package."""
+        return self.code.module is None
+
+    @property
     def place(self) -> str:
         """``handler.py:12 in handle``: where what is called is defined."""
         function = self.code.function if self.code.function is not None else getattr(self.handler, "handle", None)

@@ -60,6 +60,7 @@ class PythonLane(Lane):
         super().__init__(services, spec.name, label, core, settings)
         self.spec = spec
         self._is_multiplexed = spec.mode != BATCH
+        self._raised_batch_note = ""  # the note once the batch size is raised above 1
         first_id = services.config.initial_worker_port + worker_number
         self.worker_log = WorkerLog(spec.name, label.removeprefix(f"{spec.name} "), first_id)
         self.workers = PythonWorkers(
@@ -73,6 +74,7 @@ class PythonLane(Lane):
             interpreter=interpreter,
             on_event=self._on_event,
             on_trouble=lambda text: self._on_trouble(text, on_trouble),
+            on_loaded=self._on_loaded,
         )
         self.apply_limits()
 
@@ -164,6 +166,28 @@ class PythonLane(Lane):
         if text and not self.ready_count and not self.may_take:
             self.answer_all(self.refusal("no worker"))
         tell(text)
+
+    def _on_loaded(self, event: JsonObject) -> None:
+        """A worker is about to take batches; it has tried what they do to answers, if it is among the first."""
+        found = event.get("batch")
+        if not isinstance(found, dict) or not found.get("probe") or self.batch_note:
+            return
+        self.batch_probe = str(found["probe"])
+        self.workers.tries_batches = False
+        self._raised_batch_note = str(found.get("raised_note") or "")
+        self._note_batches(str(found.get("note") or ""))
+        self.apply_limits()
+
+    def _note_batches(self, note: str) -> None:
+        if note and not self.batch_note:
+            self.batch_note = note
+            log.warning("%s: %s", self._label, note)
+
+    def apply_limits(self) -> None:
+        """Brings the settings to the engine; they hold from the next batch on."""
+        if self.settings.batch_size > 1:
+            self._note_batches(self._raised_batch_note)
+        super().apply_limits()
 
     def _on_event(self, event: JsonObject) -> None:
         kind = event["event"]

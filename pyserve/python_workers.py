@@ -79,16 +79,18 @@ class PythonWorkers:
         device_ids: GPUs given to the workers in turn; empty: all use the spec's.
         interpreter: of the workers; None for the server's own.
         on_event: told what workers report beyond logs and their own state.
+        on_loaded: told what a worker reports when it is loaded, before it takes a batch.
         on_trouble: told why the last worker is gone and none is coming, and ``""`` when there is one again.
 
     Attributes:
         trouble: why there is no worker; ``""`` while there is one, or one is starting for the first time.
+        rehearses, tries_batches: of the workers to be started, see `WorkerSpec`.
     """
 
     def __init__(
         self, services: Services, core: Any, spec: WorkerSpec, settings: ModelSettings, *, label: str,
         worker_log: WorkerLog, device_ids: list[int], interpreter: str | None, on_event: Callable[[JsonObject], None],
-        on_trouble: Callable[[str], None],
+        on_trouble: Callable[[str], None], on_loaded: Callable[[JsonObject], None],
     ):  # fmt: skip
         self._services = services
         self._core = core
@@ -100,11 +102,13 @@ class PythonWorkers:
         self._interpreter = interpreter
         self._on_event = on_event
         self._on_trouble = on_trouble
+        self._on_loaded = on_loaded
         self._policy = RestartPolicy()
         self._slots: list[Slot] = []
         self._changed = asyncio.Event()
         self._is_closing = False
         self.trouble = ""
+        self.rehearses = self.tries_batches = True
 
     # --- what others ask ------------------------------------------------------------------------------------------
 
@@ -254,6 +258,7 @@ class PythonWorkers:
         try:
             await self._load(slot)
         except ServeError as error:
+            self._note_rehearsal(slot)
             await self._bury(slot)
             self._log.failed_to_load(slot.index)
             slot.error = error.reason()
@@ -265,6 +270,14 @@ class PythonWorkers:
             slot.error = ending
             slot.failure = None
             slot.decision = self._policy.died(time.monotonic())
+
+    def _note_rehearsal(self, slot: Slot) -> None:
+        """A worker could not be loaded. If its own code ended it when it was tried, the next one is not tried."""
+        handle = slot.handle
+        if handle is not None and handle.is_rehearsing:
+            self.rehearses = False
+            log.warning("%s: a worker ended while it was tried with the archive's sample_input* files; the next one is "
+                        "not tried with them", self._label, extra=self._log.about(slot.index))  # fmt: skip
 
     async def _load(self, slot: Slot) -> None:
         """Starts a process and waits until its handler is initialized.
@@ -281,6 +294,7 @@ class PythonWorkers:
         try:
             loaded = await asyncio.wait_for(asyncio.shield(handle.loaded), timeout_s)
             self._log.loaded(slot.index, float(loaded.get("load_s") or 0))
+            self._on_loaded(loaded)
         except TimeoutError:
             handle.kill()
             raise ModelLoadError(
@@ -354,6 +368,9 @@ class PythonWorkers:
         changes: dict[str, Any] = {
             "batch_size": self._settings.batch_size,
             "intra_op_threads": self._services.engine.intra_op_threads,
+            "startup_timeout_s": float(self._settings.startup_timeout_s),
+            "rehearses": self.rehearses,
+            "tries_batches": self.tries_batches,
         }
         changes["gpu_id"] = self.gpu_id_of(slot)
         return replace(self._spec, **changes)

@@ -45,7 +45,7 @@ def archive_samples(model_dir: str | Path) -> list[Sample]:
     Raises:
         nothing: a file that cannot be read is left out.
     """
-    samples = []
+    samples: list[Sample] = []
     for path in sorted(Path(model_dir).glob(PATTERN)):
         content_type = CONTENT_TYPES.get(path.suffix.lower())
         if content_type is None or len(samples) == SAMPLES_MAX:

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch.utils.serialization.config import load as load_options
 
 from pyserve import __version__
+from pyserve.batch_trial import Verdict
 from pyserve.context import Context
 from pyserve.custom_metrics import MetricsCache, MetricsCachePyYamlError, MetricsReport
 from pyserve.engine import load_core
@@ -26,6 +28,7 @@ from pyserve.entry_point import EntryPoint, HandlerLoadError, HandlerMemoryError
 from pyserve.failure import HandlerTimeout
 from pyserve.invoker import Answer, Invoker, Parts, report_failure
 from pyserve.launch import Reporter
+from pyserve.rehearsal import rehearse
 from pyserve.reload import Reloader
 from pyserve.worker_spec import ASYNC, BATCH, CONTINUOUS, WorkerSpec
 
@@ -48,6 +51,7 @@ def run_worker(spec: WorkerSpec, descriptors: tuple[int, int, int], reports: Rep
         context = make_context(spec)
         entry = load_entry_point(spec)
         entry.initialize(context)
+        verdict = _rehearse(spec, entry, context, reports, began)
     except (HandlerLoadError, HandlerMemoryError) as error:
         _report_failed(reports, error)
         return EXIT_LOAD_FAILED
@@ -59,12 +63,22 @@ def run_worker(spec: WorkerSpec, descriptors: tuple[int, int, int], reports: Rep
     gc.collect()
     gc.freeze()
     channel = load_core().WorkerChannel(*descriptors)
-    reports.send("loaded", load_s=round(time.monotonic() - began, 3), handler=entry.name, pid=os.getpid())
+    reports.send("loaded", load_s=round(time.monotonic() - began, 3), handler=entry.name, pid=os.getpid(),
+                 batch=asdict(verdict))  # fmt: skip
     try:
         _serve(spec, entry, context, channel, reports)
     except EOFError:
         pass  # told to stop, or the server is gone
     return 0
+
+
+def _rehearse(spec: WorkerSpec, entry: EntryPoint, context: Context, reports: Reporter, began: float) -> Verdict:
+    """See `rehearsal.rehearse`."""
+    if not spec.rehearses or spec.is_audit:
+        return Verdict()
+    # Should the process end in it, the server knows by what.
+    reports.send("rehearsing", is_own_code=not entry.is_built_in)
+    return rehearse(spec, entry, context, began=began)
 
 
 def _metrics_cache(spec: WorkerSpec) -> MetricsCache:

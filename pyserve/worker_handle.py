@@ -47,6 +47,7 @@ class WorkerHandle:
 
     Attributes:
         loaded: its ``loaded`` report; raises WorkerLoadError or WorkerMemoryError.
+        is_rehearsing: whether it tries code of the archive's own with samples, the last step of loading.
         exited: how it ended, such as ``was killed by SIGSEGV``; done once it is gone and its output has been read.
     """
 
@@ -62,6 +63,7 @@ class WorkerHandle:
         self.answer_memory_fd = descriptors["answer_memory"]
         self.loaded: asyncio.Future[JsonObject] = loop.create_future()
         self.exited: asyncio.Future[str] = loop.create_future()
+        self.is_rehearsing = False
         self._loop = loop
         self._pidfd = pidfd
         self._label = label
@@ -189,7 +191,10 @@ class WorkerHandle:
         kind = event["event"]
         if kind == "log":
             self._write_record(event)
+        elif kind == "rehearsing":
+            self.is_rehearsing = bool(event.get("is_own_code"))
         elif kind == "loaded":
+            self.is_rehearsing = False
             if not self.loaded.done():
                 self.loaded.set_result(event)
         elif kind == "failed":
@@ -198,6 +203,7 @@ class WorkerHandle:
             self._on_event(event)
 
     def _on_failed(self, event: JsonObject) -> None:
+        self.is_rehearsing = False
         if self.loaded.done():
             return
         detail = event.get("detail")

@@ -1,0 +1,286 @@
+"""Whether a handler's answers depend on what else is in the batch: unlike rows together against each of them alone.
+
+A model that normalises over the batch, or mistakes the batch for time, answers every request of a batch with a number
+that no model computed for it. Where that shows, or where nothing can be shown, batches hold one request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from pyserve.comparison import ROUNDING, difference, dtypes, rows
+from pyserve.entry_point import EntryPoint
+from pyserve.failure import HandlerTimeout, describe_failure, is_memory_error
+from pyserve.invoker import ERROR, Invoker, Item
+from pyserve.model_state import KeptRandomness, KeptState, models_in
+from pyserve.sample_requests import MadeUp, unlike_rows
+from pyserve.time_limit import TimeLimit
+from pyserve.worker_spec import WorkerSpec
+
+# Unlike rows.
+ROWS_MAX = 8
+# Trying batches ends when it has taken so long; a batch of two is tried anyway.
+TIME_MAX_S = 1.0
+# Of one answer, above which not even that is.
+ANSWER_TIME_MAX_S = 5.0
+# Of one answer, above which a model that is to run alone is not tried with more.
+IDLE_ANSWER_TIME_MAX_S = 0.05
+# Seeds of random numbers that a model may draw.
+SEEDS = (1, 2)
+
+MEANT = "batchDependent: allowed"
+FIX = f"write '{MEANT}' in model-config.yaml if that is meant"
+_NUMBER = re.compile(r"[-+]?\d+\.\d*(?:[eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What trying batches came to.
+
+    Attributes:
+        note: why batches hold one request; ``""`` if they need not.
+        probe: ``passed``, or why nothing is known, or what differed.
+        raised_note: the note to be once the batch size is raised above 1, which was not tried.
+    """
+
+    note: str = ""
+    probe: str = ""
+    raised_note: str = ""
+
+    @classmethod
+    def untried(cls, spec: WorkerSpec, why: str, *, is_built_in: bool) -> Verdict:
+        """Nothing is known. Handlers of the archive's own are believed, as TorchServe does."""
+        probe = f"not probed: {why}"
+        if not is_built_in or spec.config.get("batchDependent") == "allowed":
+            return cls(probe=probe)
+        note = f"batches hold one request, since {why}; {FIX}"
+        return cls(note, probe, note) if spec.batch_size > 1 else cls(probe=probe, raised_note=note)
+
+
+class Trial(Protocol):
+    """Something to be asked for rows alone and together.
+
+    Attributes:
+        count: of unlike rows.
+    """
+
+    count: int
+
+    def answers(self, numbers: Sequence[int]) -> list[Any]:
+        """One answer per row of ``numbers``, run together. Raises whatever the model raises."""
+
+    def tolerance(self, answer: Any) -> float:
+        """What rounding explains of a difference to ``answer``."""
+
+
+class NotAnswered(Exception):
+    """A row has no answer that could be compared; the text says why."""
+
+
+def try_batches(spec: WorkerSpec, trial: Trial, *, is_built_in: bool) -> Verdict:
+    """Runs batches of 2, of 3 and of the most there may be, as far as time allows.
+
+    Args:
+        is_built_in: whether its answers are a model's and nothing else.
+    """
+    if spec.config.get("batchDependent") == "allowed":
+        return Verdict(probe=f"not probed: {MEANT}")
+    if not spec.tries_batches:
+        return Verdict()
+    try:
+        return _tried(spec, trial, is_built_in)
+    except (HandlerTimeout, MemoryError):
+        raise
+    except Exception as error:
+        failure = describe_failure(error, spec.model_dir)
+        reason = str(error) if isinstance(error, NotAnswered) else f"trying it failed: {failure.line()}"
+        return Verdict.untried(spec, reason, is_built_in=is_built_in)
+
+
+def _tried(spec: WorkerSpec, trial: Trial, is_built_in: bool) -> Verdict:
+    began = time.monotonic()
+    seeded_answers(trial, [0], SEEDS[0])  # the first call is slower than others
+    middle = time.monotonic()
+    first = seeded_answers(trial, [0], SEEDS[0])[0]
+    answer_s = time.monotonic() - middle
+    if spec.batch_size == 1 and (answer_s > IDLE_ANSWER_TIME_MAX_S or not is_built_in):
+        return Verdict.untried(spec, "it was loaded with batch size 1", is_built_in=is_built_in)
+    if answer_s > ANSWER_TIME_MAX_S:
+        return Verdict.untried(spec, f"one answer takes {answer_s:.0f} s", is_built_in=is_built_in)
+    again = seeded_answers(trial, [0], SEEDS[1])[0]
+    if not difference(first, again) <= trial.tolerance(first):
+        return Verdict(probe="not probed: its answers to the same request differ from call to call")
+    sizes = batch_sizes(spec.batch_size, answer_s)
+    alone = {0: first}
+    for size in sizes:
+        if size > 2 and time.monotonic() - began > TIME_MAX_S:
+            break
+        numbers = [place % min(trial.count, ROWS_MAX) for place in range(size)]
+        for number in numbers:
+            if number not in alone:
+                alone[number] = seeded_answers(trial, [number], SEEDS[0])[0]
+        problem = _problem_of(spec, trial, numbers, alone)
+        if problem:
+            return Verdict(note=f"batches hold one request: {problem}; {FIX}", probe=problem)
+    return Verdict(probe="passed")
+
+
+def batch_sizes(batch_size: int, answer_s: float) -> list[int]:
+    """Sizes to try: 2, an odd one and the largest; smaller ones of a model that is slow."""
+    if batch_size <= 3:
+        return [2] if batch_size == 2 else [2, 3]
+    affordable = max(ROWS_MAX, int(TIME_MAX_S / 2 / max(answer_s, 1e-6)))
+    return sorted({2, 3, min(batch_size, affordable)})
+
+
+def _problem_of(spec: WorkerSpec, trial: Trial, numbers: list[int], alone: Mapping[int, Any]) -> str:
+    """How the answers of rows together differ from those alone; ``""`` if they do not."""
+    size = len(numbers)
+    try:
+        together = seeded_answers(trial, numbers, SEEDS[0])
+    except (HandlerTimeout, NotAnswered):
+        raise
+    except Exception as error:
+        if is_memory_error(error):
+            return ""  # no wrong number: a batch that does not fit is run in halves
+        return f"a batch of {size} cannot be run: {describe_failure(error, spec.model_dir).line()}"
+    for place, number in enumerate(numbers):
+        found = difference(alone[number], together[place])
+        if not found <= trial.tolerance(alone[number]):
+            how = "another form" if found == float("inf") else f"a relative difference of {found:.1e}"
+            return f"answers depend on the batch: row {place + 1} of {size} has {how} to the same row alone"
+    return ""
+
+
+def seeded_answers(trial: Trial, numbers: Sequence[int], seed: int) -> list[Any]:
+    """The answers to rows run together, as if no random number had been drawn before."""
+    KeptRandomness.seed(seed)
+    return trial.answers(numbers)
+
+
+class BuiltInTrial:
+    """The outputs of a built-in handler's model, before they are made into answers.
+
+    Args:
+        like: a request that is answered.
+    """
+
+    def __init__(self, spec: WorkerSpec, entry: EntryPoint, like: MadeUp):
+        self.count = ROWS_MAX
+        self._handler = entry.handler
+        self._state = KeptState(models_in(entry.handler))
+        self._rows = unlike_rows(entry.handler, like, self.count)
+        self._precision = precision_of(spec, entry.handler)
+
+    def answers(self, numbers: Sequence[int]) -> list[Any]:
+        """See `Trial`."""
+        handler, count = self._handler, len(numbers)
+        self._state.restore()
+        output = handler.inference(handler.preprocess([dict(self._rows[number]) for number in numbers]))
+        if handler.sample_kind == "saved tensor" or hasattr(handler, "_detections"):
+            if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], (list, tuple)):
+                output = output[1]
+            return [kept(output[place]) for place in range(count)]
+        return [kept(rows(output, place, 1)) for place in range(count)]
+
+    def tolerance(self, answer: Any) -> float:
+        """See `Trial`."""
+        kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return max(ROUNDING[kind] for kind in (self._precision, *(kinds.get(each, "fp32") for each in dtypes(answer))))
+
+
+class AnswerTrial:
+    """Whole answers of a handler, as clients get them.
+
+    Args:
+        items: requests that are answered when they come alone.
+    """
+
+    def __init__(self, spec: WorkerSpec, entry: EntryPoint, invoker: Invoker, items: list[Item], limit: TimeLimit):
+        self.count = len(items)
+        self._items = items
+        self._invoker = invoker
+        self._limit = limit
+        self._state = KeptState(models_in(entry.handler, entry.code.module))
+        self._tolerance = ROUNDING[precision_of(spec, entry.handler)]
+
+    def answers(self, numbers: Sequence[int]) -> list[Any]:
+        """See `Trial`. Raises NotAnswered for an error."""
+        self._state.restore()
+        items = [
+            (place, flags, head, bytearray(body))
+            for place, number in enumerate(numbers)
+            for _, flags, head, body in [self._items[number]]
+        ]
+        answers = self._invoker.run(items)
+        self._limit.check()
+        if any(kind == ERROR for _, kind, _, _, _ in answers):
+            raise NotAnswered(f"a batch of {len(numbers)} of the archive's samples is answered with an error")
+        return [value_of(status, head, body) for _, _, status, head, body in sorted(answers, key=lambda each: each[0])]
+
+    def tolerance(self, answer: Any) -> float:
+        """See `Trial`."""
+        return self._tolerance
+
+
+def precision_of(spec: WorkerSpec, handler: Any) -> str:
+    """What rounds most: fp32, fp16 or bf16."""
+    types = {each.dtype for model in models_in(handler) for each in model.parameters()}
+    named = str(spec.config.get("precision") or "fp32")
+    if named == "bf16" or torch.bfloat16 in types:
+        return "bf16"
+    # TF32, which GPUs use for fp32 where that is allowed, has as many digits as fp16.
+    is_tf32 = torch.cuda.is_initialized() and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    return "fp16" if named == "fp16" or torch.float16 in types or is_tf32 else "fp32"
+
+
+def kept(output: Any) -> Any:
+    """A copy of an output, which may be the model's own memory."""
+    if isinstance(output, torch.Tensor):
+        return output.detach().clone()
+    if isinstance(output, Mapping):
+        return {key: kept(value) for key, value in output.items()}
+    if isinstance(output, (list, tuple)):
+        return [kept(value) for value in output]
+    return output
+
+
+def value_of(status: int, head: bytes, body: Any) -> Any:
+    """An answer as something that `difference` compares number by number: JSON, a tensor, numbers in a text."""
+    content = bytes(body)
+    _, *texts = head.decode("latin-1").split("\n")
+    headers = dict(zip(texts[::2], texts[1::2], strict=False))
+    dtype = getattr(torch, headers.get("x-tensor-dtype", ""), None)
+    if isinstance(dtype, torch.dtype) and content:
+        return [status, torch.frombuffer(bytearray(content), dtype=dtype)]
+    if content[:2] == b"PK":  # what torch.save writes, if it is not another zip file
+        with contextlib.suppress(Exception):
+            return [status, torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)]
+    try:
+        return [status, comparable(json.loads(content))]
+    except (ValueError, RecursionError):
+        pass
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        return [status, content]
+    return [status, _NUMBER.sub("#", text), [float(each) for each in _NUMBER.findall(text)]]
+
+
+def comparable(value: Any) -> Any:
+    """JSON in which the numbers of an object, such as labels with their scores, are compared as one tensor."""
+    if isinstance(value, dict):
+        if value and all(isinstance(each, float) for each in value.values()):
+            names = sorted(value)
+            return [names, [value[name] for name in names]]
+        return {name: comparable(each) for name, each in value.items()}
+    return [comparable(each) for each in value] if isinstance(value, list) else value
