@@ -84,7 +84,8 @@ class BaseHandler:
         profiler_args: arguments of torch.profiler.profile, used when ENABLE_TORCH_PROFILER is set.
 
     Attributes of the native lane:
-        sample_kind: what a sample input is made of: ``"json"`` (`example_input` as nested lists) or ``"picture"``.
+        sample_kind: what a sample input is made of: ``"json"`` (`example_input` as nested lists), ``"picture"``,
+            ``"text"`` (of `source_vocab`) or ``"saved tensor"`` (`example_input` as torch.save writes it).
         lane: where a model runs whose archive names this handler: ``"native"`` or ``"python"`` (worker processes).
     """
 
@@ -96,6 +97,7 @@ class BaseHandler:
     mapping: dict[str, str] | None = None
     explain = False
     _warned_not_finite = False
+    _spec: TensorSpec | None = None
 
     def __init__(self) -> None:
         self.model: Any = None
@@ -127,6 +129,9 @@ class BaseHandler:
         serialized = self.manifest.get("model", {}).get("serializedFile")
         self.model_pt_path = str(model_dir / serialized) if serialized else None
         self.mapping = read_labels(model_dir / "index_to_name.json")
+        # A subclass may pass numbers of its own to `preprocess`, which are not those of the model's input.
+        if type(self) is BaseHandler and self.model_yaml_config.get("input") is not None:
+            self._spec = TensorSpec.from_config(self.model_yaml_config)
         self.initialized = True
 
     def initialize(self, context: Context) -> None:
@@ -187,7 +192,7 @@ class BaseHandler:
         The weights are mapped, not read, so that worker processes have one copy of them on a CPU.
         """
         weights = Path(model_pt_path) if model_pt_path else None
-        return load_eager_model(Path(model_dir), model_file, weights, self.get_device())
+        return load_eager_model(Path(model_dir), model_file, weights, self.get_device(), plain=is_plain())
 
     def example_input(self, context: Context) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """A tensor [1, ...] such as `preprocess` makes, for tracing and warm-up; the same one every time.
@@ -206,6 +211,9 @@ class BaseHandler:
     def preprocess(self, data: Sequence[Any]) -> torch.Tensor:
         """Rows of numbers (nested lists) -> one tensor [n, ...] on the handler's device.
 
+        With ``input`` in model-config.yaml it has that dtype, and sizes and values are checked; else it is what torch
+        makes of the numbers.
+
         Raises:
             InputError: a row holds anything but numbers, or the rows have different shapes.
         """
@@ -220,6 +228,8 @@ class BaseHandler:
             if not isinstance(value, (list, int, float)) or isinstance(value, bool):
                 raise InputError(f"expected numbers as JSON (Content-Type: application/json), got {found(value)}")
         try:
+            if self._spec is not None and values:
+                return torch.cat([self._spec.from_nested(value) for value in values]).to(self.get_device())
             return torch.as_tensor(values, device=self.device)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise InputError(f"the input is not a regular array of numbers: {error}") from error

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pyserve.handler import InputError, ModelLoadError
+from pyserve.handlers.base_handler import BaseHandler
 from pyserve.handlers.json_numbers import KINDS, UnfitNumberError, tensor_of_numbers
 from pyserve.handlers.tensor import TensorHandler
 from pyserve.handlers.tensor_spec import TensorSpec, input_specs
@@ -169,6 +170,19 @@ def test_a_byte_that_is_no_bool_is_refused() -> None:
 def test_a_description_that_contradicts_itself_is_refused(entry: dict[str, Any], says: str) -> None:
     with pytest.raises(ModelLoadError, match=says):
         spec(**{"shape": [-1]} | entry)
+
+
+def test_the_base_handler_takes_what_is_declared() -> None:
+    handler = BaseHandler()
+    handler.prepare(context_for("/nowhere", input={"dtype": "float32", "shape": ["2..3"], "values": [0, 9]}))
+    made = handler.preprocess([{"body": [1, 2]}, {"body": [3, 4.5]}])
+    assert made.dtype is torch.float32 and made.tolist() == [[1, 2], [3, 4.5]]
+    for value, says in (([1], "list of 1 instead of 2..3"), ([1, 10], "got 10.0 at position [1]"), (["1", 2], "text")):
+        with pytest.raises(InputError) as caught:
+            handler.preprocess([{"body": value}])
+        assert says in caught.value.message
+    with pytest.raises(InputError, match="not a regular array"):
+        handler.preprocess([{"body": [1, 2]}, {"body": [1, 2, 3]}])
 
 
 # --- inputs that share a dimension ------------------------------------------------------------------------------------
