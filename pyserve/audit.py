@@ -62,6 +62,7 @@ class Audit:
         tolerance: up to which a difference is rounding, as `comparison.difference` counts.
         open_lane: makes the lane, without a worker.
         causes: what may explain a difference, for the log.
+        now: the clock, in seconds.
 
     Attributes:
         requests: that were run again and compared.
@@ -71,7 +72,7 @@ class Audit:
 
     def __init__(
         self, label: str, *, share: float, tolerance: float, open_lane: Callable[[], Awaitable[AuditLane]],
-        causes: str,
+        causes: str, now: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         # Constant.
         self._label = label
@@ -79,6 +80,7 @@ class Audit:
         self._tolerance = tolerance
         self._open_lane = open_lane
         self._causes = causes
+        self._now = now
         # Changes while it runs.
         self.requests = self.differences = 0
         self.skipped: Counter[str] = Counter()
@@ -132,7 +134,8 @@ class Audit:
         response = exchange.response
         if sample is None or response is None:
             return
-        size = memoryview(response.body).nbytes + sum(memoryview(part).nbytes for part in response.tail)
+        self._kept_size -= sample.size
+        size = sample.size + sum(memoryview(part).nbytes for part in (response.body, *response.tail))
         reason = ""
         if exchange.is_streaming:
             reason = "streamed"
@@ -142,10 +145,9 @@ class Audit:
             reason = "too large"
         if reason:
             self.skipped[reason] += 1
-            self._kept_size -= sample.size
             return
         sample.live = KeptAnswer.of(response)
-        sample.size += size
+        sample.size = size
         self._kept_size += size
         self._waiting.append(sample)
         if self._task is None or self._task.done():
@@ -185,7 +187,7 @@ class Audit:
 
     async def _running_lane(self) -> AuditLane | None:
         """The lane, with a process that is there or coming; None if there is none for now."""
-        lane, now = self._lane, time.monotonic()
+        lane, now = self._lane, self._now()
         if lane is not None and lane.wanted_count:
             return lane
         if now < self._no_start_until:
@@ -207,7 +209,7 @@ class Audit:
         return lane
 
     def _tell(self, verdict: Verdict, request_id: str, digest: str) -> None:
-        now = time.monotonic()
+        now = self._now()
         if self._first is None:
             size = verdict.difference if math.isfinite(verdict.difference) else None
             self._first = {"requestId": request_id, "sha256": digest, "difference": size, "what": verdict.text}
