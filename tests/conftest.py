@@ -23,6 +23,14 @@ def seed() -> int:
     return SEED
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked ``nightly`` unless ``-m`` names it; an ``-m`` of addopts would give way to any other."""
+    if "nightly" in config.option.markexpr:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly") is not None])
+    items[:] = [item for item in items if item.get_closest_marker("nightly") is None]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         if os.environ.get("PYSERVE_REQUIRE_GPU") == "1":

@@ -1,0 +1,122 @@
+"""Models that disagree, served in every way: an answer is what plain torch computes for the item alone, or an error.
+
+A run of all tests serves some of each kind; `pytest -m nightly tests/test_model_zoo.py` all cases in all variants.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from models import matrix
+from models.case import Case, Variant
+from models.catalogue import CASES
+from models.judging import difference, unreadable
+from models.matrix import Pair
+from models.packing import Packed
+from models.trial import Outcome
+
+pytestmark = pytest.mark.server
+
+EACH_RUN = matrix.in_each_run()
+NIGHT = [pair for pair in matrix.at_night() if pair not in EACH_RUN]
+
+
+def _key(pair: Pair) -> str:
+    return f"{pair[0].name}-{pair[1]}"
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> Path:
+    """Where packages of AOTInductor are kept: each takes many seconds to compile."""
+    assert request.config.cache is not None
+    return request.config.cache.mkdir("zoo-packages")
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, compiled: Path
+) -> Iterator[dict[str, Future[Outcome]]]:
+    """Of all selected tests: they run two at once, on one server, while the first results are looked at."""
+    chosen: list[Pair] = [
+        item.callspec.params["pair"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.path == request.path and hasattr(item, "callspec")
+        and "pair" in item.callspec.params
+    ]  # fmt: skip
+    with matrix.running(tmp_path_factory.mktemp("zoo"), compiled) as run:
+        chosen = [pair for pair in chosen if pair[1].backend != "compiled" or shutil.which("g++")]
+        yield dict(zip(map(_key, chosen), run.begin(chosen), strict=True))
+
+
+def _check(pair: Pair, outcomes: dict[str, Future[Outcome]]) -> None:
+    case, variant = pair
+    if _key(pair) not in outcomes:
+        pytest.skip("needs a C++ compiler")
+    outcome = outcomes[_key(pair)].result()
+    assert not outcome.wrong, "\n".join([case.trap, *outcome.wrong[:5], f"{len(outcome.wrong)} in all"])
+    if not {variant.backend, variant.precision}.intersection(case.may_refuse):
+        assert not outcome.refusal
+        assert not outcome.errors, outcome.errors[:5]
+
+
+@pytest.mark.parametrize("pair", EACH_RUN, ids=_key)
+def test_answers_are_those_of_each_item_alone(pair: Pair, outcomes: dict[str, Future[Outcome]]) -> None:
+    _check(pair, outcomes)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("pair", NIGHT, ids=_key)
+def test_answers_in_every_variant_are_those_of_each_item_alone(
+    pair: Pair, outcomes: dict[str, Future[Outcome]]
+) -> None:
+    _check(pair, outcomes)
+
+
+@pytest.mark.parametrize("backend", ["scripted", "eager"])
+def test_loading_does_not_count_as_a_call(backend: str, tmp_path: Path) -> None:
+    counter = next(case for case in CASES if case.name == "counter")
+    packed = Packed(counter, tmp_path, tmp_path)
+    with matrix.running(tmp_path / "server", tmp_path) as run:
+        server = run.server
+        packed.archive(Variant(backend, batch_size=1), "counter", server.store)
+        server.manage("POST", "/models?url=counter.mar&initial_workers=1&synchronous=true")
+        counts = [server.predict("counter", [1, 2, 3, 4]).json[1] for _ in range(3)]
+    assert counts == [[1.0], [2.0], [3.0]]
+
+
+def test_every_kind_of_fault_has_models() -> None:
+    assert len(CASES) >= 100
+    assert {case.name for case, _ in EACH_RUN}.issubset({case.name for case in CASES})
+    assert len({case.name for case, _ in EACH_RUN}) >= 40
+
+
+def test_judge_sees_what_is_not_rounding() -> None:
+    one = torch.tensor([[1.0, -2.0]])
+    assert difference(one, one.clone()) == 0
+    assert difference(one, one + 0.002) == pytest.approx(1e-3, rel=1e-3)
+    inf = float("inf")
+    assert difference(one, torch.tensor([[1.0, inf]])) == inf
+    assert difference(one, one.double()) == inf
+    assert difference(one, torch.tensor([[1.0, -2.0, 3.0]])) == inf
+    assert difference(torch.tensor([[3]]), torch.tensor([[4]])) == inf
+    assert difference({"a": one, "b": None}, {"a": one, "b": None}) == 0
+    assert difference({"a": one}, {"b": one}) == inf
+    assert difference((one, None), [one]) == inf
+
+
+def test_judge_sees_texts_that_are_for_nobody() -> None:
+    assert unreadable("shape '[3, 4]' is invalid for input of size 5") == ""
+    assert unreadable("Exception raised from check at /a/b/context.cpp:47 (most recent call first)") == ".cpp:47"
+    assert unreadable("Traceback of TorchScript") == "Traceback"
+
+
+def test_models_of_the_zoo_are_small_files() -> None:
+    def lines(case: Case) -> int:
+        return case.text.count("\n")
+
+    assert max(map(lines, CASES)) < 40
