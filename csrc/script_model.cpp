@@ -121,7 +121,7 @@ class AutocastScope {
 }  // namespace
 
 ScriptModel::ScriptModel(const ModelOptions& options, const std::vector<at::Tensor>& example)
-    : TorchModel(options), file_(std::make_shared<MappedFile>(options.path, options.offset, options.size)) {
+    : TorchModel(options), file_(std::make_shared<FileWindow>(options.path, options.offset, options.size)) {
     load(example);
     state_ = written_state(module_);
     if (state_.empty() && options.optimizes) optimize(example);
@@ -131,6 +131,7 @@ ScriptModel::ScriptModel(const ScriptModel& like, bool optimizes) : TorchModel(l
     is_autocast_ = like.is_autocast_;
     precision_error_ = like.precision_error_;
     state_ = like.state_;
+    file_->check_unchanged();
     load({});
     if (optimizes && like.is_optimized()) optimize({});
 }

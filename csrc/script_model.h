@@ -8,7 +8,7 @@
 #include <unordered_set>
 #include <vector>
 
-#include "mapped_file.h"
+#include "file_window.h"
 #include "torch_model.h"
 
 namespace pyserve {
@@ -40,7 +40,7 @@ class ScriptModel final : public TorchModel {
     at::Tensor on_device_copy(const at::Tensor& input) const;
     ScriptModel& plain();
 
-    std::shared_ptr<MappedFile> file_;
+    std::shared_ptr<FileWindow> file_;
     torch::jit::Module module_;
     std::unordered_set<const void*> storages_;  // of weights and constants
 

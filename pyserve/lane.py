@@ -80,11 +80,13 @@ class Lane:
         settings: the model's; read at each use, so that changes hold at once.
 
     Attributes:
+        reason: why it is this kind of lane, if its handler would have allowed the other.
         batch_note: why its batches are smaller than the settings ask for; ``""`` if they are not.
         batch_probe: what trying batches came to: ``passed``, or why it says nothing, or what differed; ``""`` so far.
     """
 
     is_native = False
+    reason = ""
     batch_note = ""
     batch_probe = ""
     worker_log: WorkerLog

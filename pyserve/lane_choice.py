@@ -73,7 +73,9 @@ async def open_lane(wish: Wish) -> Lane:
         return await _open_native_lane(wish)
     except NeedsPythonError as error:
         log.warning("%s runs in worker processes, each with a copy of the model: %s", wish.label, error.message)
-        return await open_python_lane(wish)
+        lane = await open_python_lane(wish)
+        lane.reason = error.message
+        return lane
 
 
 async def _open_native_lane(wish: Wish) -> NativeLane:

@@ -213,7 +213,7 @@ def _prove(
     if program is not None:
         network.restored = out_structure(model.call_spec())
     precision = config.precision or "fp32"
-    _check_precision(archive, model, precision)
+    _check_precision(archive, network, precision)
     find_state(model, example, is_package=program is not None)
     if model.state:
         network.findings["state"] = model.state
@@ -224,6 +224,8 @@ def _prove(
         network.findings["optimization"] = f"left out: it changes what is computed for {odd}"
         log.info("%s: runs without oneDNN's layout, which changes what is computed for %s",
                  network.context.model_name, odd)  # fmt: skip
+    elif model.is_optimized:
+        network.findings["optimization"] = "oneDNN layout"
     rehearse(archive.name, network.handler, network.context, network.example, network.run, is_built_in=is_built_in)
     own = model.instance()
     network.batches = BatchProof(
@@ -236,12 +238,15 @@ def _prove(
     network.batches.extend(batch_size, BUDGET_S)
 
 
-def _check_precision(archive: Archive, model: Any, precision: str) -> None:
+def _check_precision(archive: Archive, network: Network, precision: str) -> None:
     if precision == "fp32":
         return
-    error, limit = model.precision_error, archive.config.precision_error_max or PRECISION_ERROR_MAX
+    error, limit = network.torch_model.precision_error, archive.config.precision_error_max or PRECISION_ERROR_MAX
     log.info("%s: largest difference of %s to fp32 on the example input: %.1e (relative)",
              archive.name, precision, error)  # fmt: skip
+    network.findings["precisionError"] = error
+    if network.torch_model.is_autocast:
+        network.findings["precision"] = f"torch's autocast to {precision}: the model does not run at it throughout"
     if not error <= limit:
         raise ModelLoadError(
             f"{archive.name}: with 'precision: {precision}' its answer to the example input differs from fp32's by "

@@ -16,6 +16,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from pyserve import openapi, parameters
+from pyserve.checks import checks_of
 from pyserve.config import Config
 from pyserve.entries import shown
 from pyserve.errors import (
@@ -362,6 +363,7 @@ def _own_description(model: Model, *, tells_errors: bool) -> JsonObject:
         "weightsSize": model.weights_size,
         "minBatch": model.min_batch,
         "precision": model.precision,
+        "checks": checks_of(model),
     }
     stats = model.stats()
     if "batch_size" in stats:

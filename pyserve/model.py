@@ -387,6 +387,11 @@ class Model:
         return self._lane.worker_log.load_ms if self._lane is not None else {}
 
     @property
+    def current_lane(self) -> Lane | None:
+        """What takes its requests now; None while it has none."""
+        return self._lane
+
+    @property
     def lane(self) -> str:
         """``native``, or ``python`` for worker processes."""
         return "python" if isinstance(self._lane, PythonLane) else "native"

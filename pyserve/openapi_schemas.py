@@ -71,6 +71,7 @@ MODEL = record(
     lane={**TEXT, "enum": ["native", "python", ""]},
     state={**TEXT, "enum": ["LOADING", "READY", "FAILED", "DRAINING"]}, error=TEXT, device=TEXT, weightsShared=FLAG,
     copies=COUNT, weightsSize=COUNT, minBatch=_setting("min_batch"), precision=TEXT,
+    checks={**OBJECT, "description": "What was found out about the model at load."},
     batchSizeHistogram=table(COUNT), meanQueueMs={"type": "number", "minimum": 0},
 )  # fmt: skip
 

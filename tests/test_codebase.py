@@ -58,7 +58,7 @@ LEVELS = [
     "worker_log",
     # Worker processes: their inside, then what looks after them.
     "model_state time_limit sample_requests "
-    "streaming entry_point invoker batch_trial rehearsal reload continuous async_worker worker",
+    "streaming entry_point worker_request invoker batch_trial rehearsal reload continuous async_worker worker",
     "restart_policy requirements worker_output worker_handle zygote spawner",
     "client_limit "
     "stage_times "
@@ -78,7 +78,7 @@ LEVELS = [
     "browser_guard cors "
     "parameters openapi_schemas openapi routes "
     "protect "
-    "inference management",
+    "checks inference management",
     "open_inference_rest protocol_requests tensor_rows open_inference_models kserve_v1 kserve",
     # What looks at an archive without a server.
     "tune_run tune "

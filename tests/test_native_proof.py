@@ -1,0 +1,366 @@
+"""What is shown of a network before it is believed: state, shared memory, optimisations, precision and batches."""
+
+# TorchScript reads the annotations of `forward`, and takes what has none for a tensor.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import save_script
+from torch import nn
+from torch.nn import functional as F
+
+from pyserve import _core
+from pyserve.batch_probe import probe_batches, probe_sizes
+from pyserve.comparison import difference
+from pyserve.native_proof import ORDINARY_MAX, BatchProof, find_state, prove_optimization
+from pyserve.probe_inputs import InputDomain, batch_rows
+
+
+class KeepsItsOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("out", torch.zeros(8, 4))
+
+    def forward(self, x):
+        out = self.out[: x.shape[0]]
+        out.copy_(x * 2 + 1)
+        return out
+
+
+class SetsAnAttribute(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = torch.zeros(1, 1)
+
+    def forward(self, x):
+        self.last = x
+        return x - self.last
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("n", torch.zeros(1))
+
+    def forward(self, x):
+        self.n += 1
+        return self.n.expand(x.shape[0], 1)
+
+
+class UpdatesStatistics(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("variance", torch.ones(4))
+
+    def forward(self, x):
+        return F.batch_norm(torch.cat([x, x + 1]), self.mean, self.variance, training=True)[: x.shape[0]]
+
+
+class WritesThroughAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("b", torch.ones(4))
+
+    def forward(self, x):
+        held = [x, self.b]
+        held[1].add_(1)
+        return x + held[1]
+
+
+class WritesInOneBranch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("b", torch.ones(4))
+
+    def forward(self, x):
+        y = self.b if bool(x.sum() > 0) else x
+        y.add_(1)
+        return x + y
+
+
+class WritesToItsOwn(nn.Module):
+    """In-place operations of all kinds, none of which reaches the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.linear(x).view(-1, 2)
+        y.add_(1)
+        y = F.relu(y.view(-1, 4), inplace=True)
+        for i in range(x.shape[1]):
+            y[:, i] += self.linear.bias[i]
+        x.mul_(2)
+        return y
+
+
+class GivesAwayItsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(4.0).unsqueeze(0))
+
+    def forward(self, x):
+        return self.table.expand(x.shape[0], 4)
+
+
+ITEM = [torch.tensor([[0.5, -1.0, 2.0, 0.25]])]
+
+
+def loaded(module: nn.Module, folder: Path, example: list[torch.Tensor] | None = None, **options: Any) -> Any:
+    return _core.TorchModel.load(str(save_script(module, folder / "m.pt", **options)), example or ITEM)
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "module", [KeepsItsOutput, SetsAnAttribute, Counts, UpdatesStatistics, WritesThroughAList, WritesInOneBranch]
+)
+def test_a_graph_that_writes_to_its_module_is_found(module: type[nn.Module], frozen: bool, tmp_path: Path) -> None:
+    assert loaded(module(), tmp_path, frozen=frozen).state
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("module", [WritesToItsOwn, GivesAwayItsWeight])
+def test_a_graph_that_writes_to_its_own_tensors_has_no_state(
+    module: type[nn.Module], frozen: bool, tmp_path: Path
+) -> None:
+    model = loaded(module(), tmp_path, frozen=frozen)
+    assert not model.state
+    assert model.instance() is model
+    find_state(model, ITEM, is_package=False)
+    assert not model.state
+
+
+def test_each_instance_of_a_model_with_state_begins_as_it_was_saved(tmp_path: Path) -> None:
+    model = loaded(Counts(), tmp_path)
+    first, second = model.instance(), model.instance()
+    assert [first.run(ITEM).item() for _ in range(3)] == [1, 2, 3]
+    assert second.run(ITEM).item() == 1
+    assert model.instance().run(ITEM).item() == 1
+
+
+def test_an_answer_of_a_model_with_state_does_not_change_with_the_next(tmp_path: Path) -> None:
+    model = loaded(KeepsItsOutput(), tmp_path).instance()
+    first = model.run(ITEM)
+    model.run([ITEM[0] * 100])
+    assert torch.equal(first, ITEM[0] * 2 + 1)
+
+
+def test_a_handler_that_changes_an_answer_does_not_change_the_weights(tmp_path: Path) -> None:
+    model = loaded(GivesAwayItsWeight(), tmp_path)
+    answer = model.run(ITEM)
+    with torch.inference_mode():
+        answer.add_(5)
+    assert model.run(ITEM).tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_file_that_was_overwritten_makes_no_further_instance(tmp_path: Path) -> None:
+    model = loaded(Counts(), tmp_path)
+    (tmp_path / "m.pt").write_bytes(b"")
+    with pytest.raises(RuntimeError, match="overwritten since it was loaded; register the model again"):
+        model.instance()
+
+
+# --- optimisations ----------------------------------------------------------------------------------------------------
+
+
+PICTURE = [torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))]
+DOMAIN = [InputDomain(torch.float32, ((1, 1), (8, 8), (8, 8)))]
+
+
+class Relu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.linear = nn.Conv2d(1, 4, 3), nn.Linear(4 * 36, 2)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).relu().flatten(1))
+
+
+class RootFirst(Relu):
+    """Makes what is no number of negative ones, before a relu that would hide it."""
+
+    def forward(self, x):
+        return self.linear(self.conv(x.sqrt()).relu().flatten(1))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, 2 * ORDINARY_MAX])
+@pytest.mark.parametrize("place", [0, 63])
+def test_one_number_out_of_the_ordinary_is_answered_as_torch_does(value: float, place: int, tmp_path: Path) -> None:
+    network = Relu().eval()
+    model = loaded(network, tmp_path, PICTURE)
+    assert model.is_optimized
+    odd = PICTURE[0].clone()
+    odd.view(-1)[place] = value
+    batch = torch.cat([PICTURE[0], odd])
+    assert difference(network(batch).detach(), model.run([batch])) < 1e-4
+    assert difference(network(odd).detach(), model.run([odd])) < 1e-4
+
+
+def test_an_optimisation_is_kept_where_it_agrees_and_left_out_where_it_hides_nan(tmp_path: Path) -> None:
+    model = loaded(Relu(), tmp_path, PICTURE)
+    assert prove_optimization(model, PICTURE, DOMAIN) == ""
+    hiding = _core.TorchModel.load(str(save_script(RootFirst(), tmp_path / "root.pt")), PICTURE)
+    assert hiding.is_optimized
+    assert prove_optimization(hiding, PICTURE, DOMAIN)
+    hiding.forget_optimization()
+    assert not hiding.is_optimized
+    assert torch.isnan(hiding.run([-PICTURE[0]])).all()
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """An id, a double and a flag among weights that may be lowered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("first_id", torch.tensor([100085]))
+        self.register_buffer("scale", torch.tensor([1 + 2**-40], dtype=torch.float64))
+        self.register_buffer("flag", torch.tensor([True]))
+        self.register_buffer("turn", torch.tensor([1j], dtype=torch.complex64))
+
+    def forward(self, x):
+        ids = x.argmax(1) + self.first_id
+        return self.linear(x), ids, self.scale.expand(x.shape[0]), self.flag.expand(x.shape[0]), self.turn.expand(
+            x.shape[0]
+        )
+
+
+class NeedsAutocast(nn.Module):
+    """Meets its weights with numbers in fp32 that it makes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        positions = torch.arange(4, dtype=torch.float32)
+        return self.linear(x + positions)
+
+
+def test_a_lower_precision_changes_floats_only(tmp_path: Path) -> None:
+    path = save_script(Mixed(), tmp_path / "m.pt")
+    _, ids, scale, flag, turn = _core.TorchModel.load(str(path), ITEM, precision="bf16").run(ITEM)
+    assert ids.tolist() == [100087]
+    assert scale.dtype is torch.float64
+    assert scale.tolist() == [1 + 2**-40]
+    assert flag.tolist() == [True]
+    assert turn.tolist() == [1j]
+
+
+def test_what_does_not_run_at_the_lower_precision_runs_with_autocast(tmp_path: Path) -> None:
+    network = NeedsAutocast().eval()
+    path = save_script(network, tmp_path / "m.pt")
+    model = _core.TorchModel.load(str(path), ITEM, precision="bf16")
+    assert model.is_autocast
+    expected = network(ITEM[0]).detach()
+    found = difference(expected, model.run(ITEM))
+    assert 0 < found < 0.03  # lowered, and near
+    assert model.precision_error == pytest.approx(found, rel=1e-3)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def items(count: int = 8) -> list[tuple[torch.Tensor, ...]]:
+    return batch_rows(ITEM, [InputDomain(torch.float32, ((4, 4),))], count)
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("softmax over the batch", lambda inputs: inputs[0].softmax(0)),
+        ("statistics of the batch", lambda inputs: inputs[0] - inputs[0].mean(0)),
+        ("one scale for all", lambda inputs: (inputs[0] / inputs[0].abs().max() * 127).round()),
+        ("as many rows as in the export", lambda inputs: inputs[0][:1]),
+        ("the batch's size", lambda inputs: (inputs[0], len(inputs[0]))),
+        ("sorted", lambda inputs: inputs[0].sort(0).values),
+        ("the largest of all", lambda inputs: {"at": inputs[0].argmax(0).expand(len(inputs[0]), 4)}),
+        ("time for batch", lambda inputs: inputs[0].cumsum(0)),
+    ],
+)
+def test_answers_that_depend_on_the_batch_are_found(name: str, run: Any) -> None:
+    assert probe_batches(run, items(), probe_sizes(8), 1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("softmax over the item", lambda inputs: inputs[0].softmax(1)),
+        ("statistics of the item", lambda inputs: inputs[0] - inputs[0].mean(1, keepdim=True)),
+        ("nested", lambda inputs: {"a": (inputs[0], None), "b": inputs[0].argmax(1)}),
+        ("nan", lambda inputs: inputs[0].sqrt()),
+    ],
+)
+def test_answers_of_their_own_are_left_alone(name: str, run: Any) -> None:
+    assert probe_batches(run, items(), probe_sizes(8), 1e-4) == "", name
+
+
+def test_sizes_to_try_are_a_pair_an_odd_one_and_the_largest() -> None:
+    assert [probe_sizes(size) for size in (1, 2, 3, 8)] == [[], [2], [2, 3], [2, 3, 8]]
+
+
+def test_batches_grow_only_as_far_as_they_were_tried() -> None:
+    tried = []
+
+    def run(inputs: Any) -> Any:
+        tried.append(len(inputs[0]))
+        return inputs[0] * 2
+
+    proof = BatchProof(run, items(), 1e-4)
+    assert proof.size_max == 1
+    proof.extend(4, budget_s=0)
+    assert proof.size_max == 1
+    assert not proof.is_settled_for(4)
+    proof.extend(4)
+    assert proof.size_max == 4
+    assert proof.probe == "passed"
+    proof.extend(3)
+    proof.extend(16)
+    assert proof.size_max == 16
+    assert [size for size in tried if size > 1] == [2, 3, 4, 16]
+
+
+def test_a_program_is_never_given_more_rows_than_it_was_compiled_for() -> None:
+    proof = BatchProof(lambda inputs: inputs[0], items(), 1e-4, rows_max=4)
+    proof.extend(64)
+    assert proof.size_max == 4
+    assert proof.note == "the program was compiled for batches of at most 4"
+    assert proof.is_settled_for(64)
+
+
+def test_what_depends_on_the_batch_runs_alone_and_says_how_to_allow_it() -> None:
+    proof = BatchProof(lambda inputs: inputs[0].softmax(0), items(), 1e-4)
+    proof.extend(8)
+    assert proof.size_max == 1
+    assert "batchDependent: allowed" in proof.note
+    assert proof.probe.startswith("depends on the batch: the answer of an item in a batch of 2 differs by ")
+    allowed = BatchProof(lambda inputs: inputs[0].softmax(0), items(), 1e-4, is_allowed=True)
+    allowed.extend(8)
+    assert (allowed.size_max, allowed.note) == (8, "")
+
+
+def test_a_batch_that_fails_where_its_items_do_not_runs_alone() -> None:
+    def run(inputs: Any) -> Any:
+        if len(inputs[0]) > 2:
+            raise RuntimeError("The size of tensor a (3) must match the size of tensor b (2)")
+        return inputs[0]
+
+    proof = BatchProof(run, items(), 1e-4)
+    proof.extend(8)
+    assert proof.size_max == 1
+    assert "a batch of 3 fails where each of its items alone does not: The size of tensor a (3)" in proof.note
