@@ -25,7 +25,7 @@ from pyserve.grpc_status import MissingParameterError, judge_open_inference, sta
 from pyserve.grpc_streams import Begun, Streams, with_position
 from pyserve.http1_answer import new_id
 from pyserve.inference import Inference
-from pyserve.messages import ErrorFormat, Response
+from pyserve.messages import ErrorFormat, Headers, Response
 from pyserve.metrics import Metrics
 from pyserve.model import Model
 from pyserve.open_inference import (
@@ -38,7 +38,7 @@ from pyserve.open_inference import (
     check_input,
     quoted,
 )
-from pyserve.protocol_requests import Transport
+from pyserve.protocol_requests import Transport, sequence_id
 from pyserve.registry import Registry
 
 # datatype -> the list of InferTensorContents that its values stand in; FP16 and BF16 have none.
@@ -62,6 +62,8 @@ class OpenInferenceService:
         self._registry = registry
         self._inference = inference
         self._size_max = config.max_response_size
+        self._id_key = config.ts_header_key_sequence_id
+        self._start_key = config.ts_header_key_sequence_start
         self._error_format = error_format
         self._streams = streams
         self._metrics = metrics
@@ -195,7 +197,8 @@ class OpenInferenceService:
             raise MissingParameterError("model_name")
         version = asked.model_version or None
         model = self._registry.get(asked.model_name, version)
-        prediction = Prediction(call.request(id=request_id, is_new=bool(request_id)), self._size_max)
+        request = call.request(headers=self._sequence_headers(asked), id=request_id, is_new=bool(request_id))
+        prediction = Prediction(request, self._size_max)
         transport = Transport(
             read=lambda: read_request(asked),
             encode=lambda request, response: encode_response(
@@ -208,6 +211,18 @@ class OpenInferenceService:
         open_inference_models.infer(model, prediction.exchange, transport, version or "default")
         call.is_counted = True
         return prediction
+
+
+    def _sequence_headers(self, asked: Any) -> Headers:
+        """What tells the lane about the sequence that the parameters name, as Triton's clients have it."""
+        parameters = _values_of(asked.parameters)
+        id = sequence_id(parameters)
+        if not id:
+            return []
+        if not (id.isascii() and id.isprintable()):
+            raise InputError("the parameter 'sequence_id' must be a number or printable ASCII text")
+        starts = parameters.get("sequence_start") is True
+        return [(self._id_key, id), *([(self._start_key, "true")] if starts else [])]
 
 
 class _Encoded:
@@ -280,6 +295,12 @@ def _read_contents(tensor: Any) -> Any:
         if tensor.datatype in ("FP16", "BF16"):
             raise InputError(f"input {quoted(tensor.name)} is {tensor.datatype}, which goes as raw_input_contents only")
         return []  # an unknown datatype, which is refused by that name
+    unread = [field.name for field, _ in tensor.contents.ListFields() if field.name != _CONTENTS[tensor.datatype]]
+    if unread:
+        raise InputError(
+            f"input {quoted(tensor.name)} is {tensor.datatype}, whose values are {_CONTENTS[tensor.datatype]}; it has "
+            f"{unread[0]}"
+        )
     values = _contents(tensor)
     if tensor.datatype == "FP32":  # through memory: as Python's numbers they would take ten times as long
         return memoryview(array.array("f", values)).cast("B")
@@ -292,6 +313,10 @@ def _parameters(parameters: Any) -> dict[str, Any]:
     for name in ("shared_memory_region", "classification"):
         if name in parameters:
             raise InputError(f"the parameter {name!r} is of an extension that this server does not have")
+    return _values_of(parameters)
+
+
+def _values_of(parameters: Any) -> dict[str, Any]:
     return {name: getattr(each, each.WhichOneof("parameter_choice") or "string_param")
             for name, each in parameters.items()}  # fmt: skip
 

@@ -46,7 +46,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 # spelled with underscores could pose as another one. These three are TorchServe's own and have no dashed twin.
 _UNDERSCORE_NAMES = (b"ts_request_sequence_id", b"ts_request_sequence_start", b"ts_request_sequence_end")
 
-_PLAIN, _DROPPED, _HOST_FIELD, _LENGTH, _TRANSFER, _CONNECTION, _EXPECT, _CODING, _ID_FIELD, _TIMING = range(10)
+_PLAIN, _DROPPED, _HOST_FIELD, _LENGTH, _TRANSFER, _CONNECTION, _EXPECT, _CODING, _ID_FIELD, _TIMING, _ONE = range(11)
 _KINDS = {
     b"host": _HOST_FIELD,
     b"content-length": _LENGTH,
@@ -56,6 +56,10 @@ _KINDS = {
     b"content-encoding": _CODING,
     b"x-request-id": _ID_FIELD,
     **{name.encode(): _TIMING for name in TIMING_HEADERS},
+    # They say what the body is, and whose sequence it belongs to: two different ones would ask two different things.
+    b"content-type": _ONE,
+    b"inference-header-content-length": _ONE,
+    **dict.fromkeys(_UNDERSCORE_NAMES, _ONE),
 }
 
 _names: dict[bytes, tuple[str, int]] = {}
@@ -213,6 +217,7 @@ def _read_fields(lines: list[tuple[bytes, bytes]], head: RequestHead) -> Request
     lengths: list[bytes] = []
     transfers: list[bytes] = []
     connections: list[bytes] = []
+    ones: dict[bytes, bytes] = {}
     for name, raw in lines:
         text, kind = _names.get(name) or _read_name(name)
         if kind == _DROPPED:
@@ -229,6 +234,9 @@ def _read_fields(lines: list[tuple[bytes, bytes]], head: RequestHead) -> Request
             transfers.append(value)
         elif kind == _CONNECTION:
             connections.append(value)
+        elif kind == _ONE:
+            if ones.setdefault(name.lower(), value) != value:
+                raise InvalidHttpError(f"two different {text[:_CACHED_SIZE_MAX]} headers")
         elif kind == _ID_FIELD:
             if REQUEST_ID.match(headers[-1][1]):
                 head.id = headers[-1][1]

@@ -17,10 +17,13 @@ from pyserve.json_body import parse_json
 from pyserve.lane import Lane
 from pyserve.messages import Request, Response, json_response
 from pyserve.model import EXPLAIN_HEADER
+from pyserve.open_inference import quoted
 from pyserve.protocol_requests import AskedRowsPending, Transport
 
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
+# Members that clients send and that say nothing of the input.
+_ABOUT_THE_REQUEST = ("id", "signature_name")
 
 
 def is_instances_request(request: Request) -> bool:
@@ -42,6 +45,9 @@ class InstancesPending(AskedRowsPending):
         value = parse_json(self.exchange.request.body)
         if not isinstance(value, dict) or not isinstance(value.get("instances"), list):
             raise InputError('the request needs {"instances": [...]}')
+        unread = [name for name in value if name != "instances" and name not in _ABOUT_THE_REQUEST]
+        if unread:
+            raise InputError(f"the request has a member {quoted(unread[0])} that nothing reads, beside its instances")
         self.rows_to_ask = [_row_of(instance, position) for position, instance in enumerate(value["instances"])]
         return len(self.rows_to_ask)
 
@@ -59,8 +65,8 @@ NO_TRANSPORT = Transport(_no_request, lambda request, response: Response(500))
 
 def _row_of(instance: Any, position: int) -> tuple[bytearray, str]:
     value = instance
-    if isinstance(value, dict):
-        value = value["data"] if "data" in value else value.get("body", value)
+    if isinstance(value, dict) and len(value) == 1:  # with others beside it, it is one of several inputs
+        value = value.get("data", value.get("body", value))
     if isinstance(value, dict) and set(value) == {"b64"}:
         try:
             return bytearray(base64.b64decode(value["b64"], validate=True)), ""

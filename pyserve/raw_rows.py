@@ -15,6 +15,7 @@ from pyserve.messages import Request, SharedHeaders
 RAW_TYPE = "application/octet-stream"
 _KNOWN_MAX = 1024
 _KNOWN_SIZE_MAX = 1024
+_OPENING, _CLOSING = b"[]"
 
 
 class RawHandler(Protocol):
@@ -60,7 +61,8 @@ class RawRows:
                 if len(self._known) >= _KNOWN_MAX:
                     self._known.clear()
                 self._known[text] = known
-        return known
+        # What begins and ends like a JSON list is looked at before it is taken for numbers.
+        return known and not (request.body[0] == _OPENING and request.body[-1] == _CLOSING)
 
     def headers(self, output: torch.Tensor) -> SharedHeaders:
         """Of an answer with a row of ``output`` [n, ...]; without its content type, which is RAW_TYPE."""

@@ -84,7 +84,8 @@ class _Member(PythonLane):
         super()._answer(pending, response)
 
     def _forget(self, pending: Pending) -> None:
-        was_submitted = pending.stage == SUBMITTED
+        # Of a request whose rows go through the lane they are what is submitted.
+        was_submitted = pending.stage == SUBMITTED or (pending.is_whole and not pending.is_swept)
         super()._forget(pending)
         self._on_over(pending, was_submitted)
 

@@ -66,6 +66,22 @@ def handle(data, context):
     return [{"outputs": [{"name": "out", "shape": [1], "datatype": "BYTES", "data": [value]}]}]
 """
 
+# Keeps the first number of each request of a sequence.
+ADDER = """
+class Adder:
+    def initialize(self, context):
+        self.numbers = {}
+
+    def handle(self, data, context):
+        answers = []
+        for index, row in enumerate(data):
+            id = context.get_sequence_id(index)
+            self.numbers.setdefault(id, []).append(row["body"]["inputs"][0]["data"][0])
+            start = context.get_request_header(index, context.header_key_sequence_start)
+            answers.append({"id": id, "numbers": list(self.numbers[id]), "start": start})
+        return answers
+"""
+
 
 class Same(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -82,6 +98,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         config = {"input": {"dtype": str(dtype).removeprefix("torch."), "shape": [3]}}
         serving_models.write_torchscript(server.store, Same(), f"same-{datatype}", config=config)
     write_handler(server.store, "own", OWN)
+    sequences = {"sequenceBatching": True, "batchSize": 4, "maxNumSequence": 10, "maxSequenceJobQueueSize": 10,
+                 "minWorkers": 2, "maxWorkers": 2}  # fmt: skip
+    write_handler(server.store, "adder", ADDER, config=sequences)
     write_handler(server.store, "waits", WAITS, config={"minWorkers": 3, "maxWorkers": 3})
     (server.folder / "config.properties").write_text("max_request_size=200000\n")
     server.start("--grpc", "true", "--models", "all")
@@ -232,6 +251,22 @@ def test_an_error_in_a_stream_has_the_id_of_its_request(plain: Stub) -> None:
     ]  # fmt: skip
 
 
+def test_requests_of_a_sequence_keep_its_state_and_its_order(client: triton.InferenceServerClient) -> None:
+    answers: queue.Queue[Any] = queue.Queue()
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    for turn in range(3):
+        for id, size in ((7, 20_000), (8, 1)):  # what is long to read does not fall behind
+            x = tensor(np.full(size if turn == 0 else 1, turn, np.int64), "INT64", "x")
+            client.async_stream_infer("adder", [x], sequence_id=id, sequence_start=turn == 0)
+    got = [answers.get(timeout=LIMIT_S) for _ in range(6)]
+    client.stop_stream()
+    assert [str(error) for _, error in got] == ["None"] * 6
+    told = [json.loads(result.as_numpy("output0")[0]) for result, _ in got]
+    assert [each["id"] for each in told] == ["7", "8"] * 3
+    assert [each["numbers"] for each in told] == [[0], [0], [0, 1], [0, 1], [0, 1, 2], [0, 1, 2]]
+    assert [each["start"] for each in told] == ["true", "true", None, None, None, None]
+
+
 def test_statistics_and_index(client: triton.InferenceServerClient) -> None:
     def count() -> int:
         (told,) = client.get_inference_statistics("linear", "1.0").model_stats
@@ -242,7 +277,7 @@ def test_statistics_and_index(client: triton.InferenceServerClient) -> None:
     assert count() == before + 1
     assert len(client.get_inference_statistics("linear").model_stats) == 2
     index = client.get_model_repository_index(as_json=True)["models"]
-    assert {"name": "linear", "version": "2.0", "state": "READY"} in index and len(index) == 5 + len(DATATYPES)
+    assert {"name": "linear", "version": "2.0", "state": "READY"} in index and len(index) == 6 + len(DATATYPES)
 
 
 RAW = {"model_name": "linear", "raw_input_contents": [b"\0" * 16]}
@@ -261,6 +296,10 @@ GOOD = {"name": "input0", "datatype": "FP32", "shape": [1, 4]}
     ({**RAW, "inputs": [{**GOOD, "datatype": "INT32"}]}, Code.INVALID_ARGUMENT, "must be FP32"),
     ({**RAW, "inputs": [{**GOOD, "contents": {"fp32_contents": [1]}}]}, Code.INVALID_ARGUMENT, "give one of them"),
     ({"model_name": "linear", "inputs": [{**GOOD, "contents": {"fp32_contents": [1]}}]}, Code.INVALID_ARGUMENT, "4"),
+    ({"model_name": "linear", "inputs": [{**GOOD, "contents": {"fp32_contents": [1] * 4, "int_contents": [2] * 4}}]},
+     Code.INVALID_ARGUMENT, "whose values are fp32_contents; it has int_contents"),
+    ({**RAW, "inputs": [GOOD], "parameters": {"sequence_id": {"string_param": "\n"}}}, Code.INVALID_ARGUMENT,
+     "printable"),
     ({"model_name": "same-FP16", "inputs": [{**GOOD, "datatype": "FP16", "shape": [1, 3]}]}, Code.INVALID_ARGUMENT,
      "raw_input_contents"),
     ({**RAW, "inputs": [{**GOOD, "parameters": {"shared_memory_region": {"string_param": "x"}}}]},

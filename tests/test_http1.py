@@ -53,6 +53,15 @@ def test_answers_given_out_of_order_go_out_in_order() -> None:
     assert [answer.body for answer in wire.answers] == [b"1", b"2", b"3"]
 
 
+@pytest.mark.parametrize("name", ["Content-Type", "inference-header-content-length", "ts_request_sequence_id"])
+def test_two_headers_that_ask_two_different_things_are_refused(name: str) -> None:
+    lines = f"{name}: 1\r\n{name.lower()}: 2\r\n"
+    wire = send_every_way(f"GET / HTTP/1.1\r\nHost: a\r\n{lines}\r\n".encode())
+    assert wire.answer.status == 400 and f"two different {name.lower()} headers" in wire.answer.body.decode().lower()
+    same = Wire().send(f"GET / HTTP/1.1\r\nHost: a\r\n{name}: 1\r\n{name.lower()}: 1\r\n\r\n".encode())
+    assert same.answer.status == 200
+
+
 def test_request_is_given_to_the_app_only_when_complete() -> None:
     wire = Wire().send(post(b"abc")[:-1])
     assert wire.exchanges == []

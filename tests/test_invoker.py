@@ -97,7 +97,7 @@ def test_a_body_that_cannot_be_decoded_fails_alone(load: Load, monkeypatch: pyte
 
     decode_value = codec.decode_value
     monkeypatch.setattr(
-        codec, "decode_value", lambda body, kind, **options: (fail if kind == "x/y" else decode_value)(body, kind, **options)
+        codec, "decode_value", lambda body, kind, **rest: (fail if kind == "x/y" else decode_value)(body, kind, **rest)
     )
     first, broken, big = echo.run(fine, request(b"x", "x/y"), request(b"big", "x/y"))
     assert (first.body, broken.status, big.status) == (b"ok", 503, 507)
