@@ -32,6 +32,10 @@ BINARY = "application/octet-stream"
 # JSON of this many bytes is read in less than 50 us.
 QUICK_JSON_SIZE_MAX = 4096
 QUICK_VALUE_COUNT_MAX = 1024
+# Members that say something here. A client that sends another one means something by it.
+_REQUEST_MEMBERS = frozenset({"id", "inputs", "model_name", "model_version", "outputs", "parameters"})
+_INPUT_MEMBERS = frozenset({"data", "datatype", "name", "parameters", "shape"})
+_OUTPUT_MEMBERS = frozenset({"name", "parameters"})
 # Extensions that another server has, and that would change the answer: better refused than ignored.
 _NOT_HERE = ("classification", "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset")
 
@@ -68,6 +72,7 @@ def read_request(request: Request) -> InferRequest:
     value = parse_json(request.body if size == len(request.body) else request.body[:size])
     if not isinstance(value, dict) or not isinstance(value.get("inputs"), list) or not value["inputs"]:
         raise InputError('the request needs {"inputs": [{"name", "shape", "datatype", "data"}, ...]}')
+    _check_members(value, _REQUEST_MEMBERS, "the request")
     binary = memoryview(request.body)[size:]
     at = 0
     inputs = []
@@ -76,9 +81,11 @@ def read_request(request: Request) -> InferRequest:
         inputs.append(tensor)
     if at != binary.nbytes:
         raise InputError(f"the body has {binary.nbytes} bytes after its JSON, but its inputs name {at} as their data")
-    outputs = value.get("outputs") or []
+    outputs = [] if value.get("outputs") is None else value["outputs"]
     if not isinstance(outputs, list) or not all(isinstance(each, dict) and _name(each) for each in outputs):
         raise InputError('"outputs" must be a list of objects with the "name" of an output each')
+    for each in outputs:
+        _check_members(each, _OUTPUT_MEMBERS, f"output {quoted(each['name'])}")
     request_id = value.get("id", "")
     return InferRequest(
         inputs,
@@ -94,6 +101,7 @@ def _read_input(entry: Any, binary: memoryview, at: int) -> tuple[InferInput, in
     name, shape, datatype = entry["name"], entry.get("shape"), entry.get("datatype")
     if not isinstance(shape, list) or not all(type(size) is int for size in shape) or not isinstance(datatype, str):
         raise InputError(f'input {quoted(name)} needs a "shape", such as [1, 4], and a "datatype", such as "FP32"')
+    _check_members(entry, _INPUT_MEMBERS, f"input {quoted(name)}")
     parameters = _parameters(entry)
     size = parameters.get("binary_data_size")
     data: Any = entry.get("data")
@@ -112,6 +120,16 @@ def _read_input(entry: Any, binary: memoryview, at: int) -> tuple[InferInput, in
     tensor = InferInput(name, datatype, tuple(shape), data, parameters)
     check_input(tensor)
     return tensor, at
+
+
+def _check_members(entry: Mapping[str, Any], known: frozenset[str], what: str) -> None:
+    unknown = [name for name, value in entry.items() if name not in known and value is not None]
+    if unknown:
+        raise InputError(f"{what} has a member {quoted(unknown[0])} that nothing reads; it may have {_listed(known)}")
+
+
+def _listed(names: frozenset[str]) -> str:
+    return ", ".join(map(repr, sorted(names)))
 
 
 def _name(entry: Mapping[str, Any]) -> bool:

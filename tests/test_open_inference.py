@@ -319,6 +319,11 @@ GOOD = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}
         ({"inputs": [{**GOOD, "parameters": {"binary_data_size": 16}}]}, "binary_data_size"),
         ({"inputs": [{**GOOD, "parameters": {"shared_memory_region": "r"}}]}, "shared_memory_region"),
         ({"inputs": [GOOD], "outputs": [{"name": "nobody"}]}, "nobody"),
+        ({"inputs": [GOOD], "outputs": {}}, "outputs"),
+        ({"inputs": [GOOD], "output": [{"name": "output0"}]}, "a member 'output' that nothing reads"),
+        ({"inputs": [{**GOOD, "mask": [1, 1, 0, 0]}]}, "a member 'mask' that nothing reads"),
+        ({"inputs": [GOOD], "outputs": [{"name": "output0", "binary_data": True}]}, "'binary_data' that nothing reads"),
+        (json.dumps({"inputs": [GOOD]})[:-1].encode() + b', "inputs": []}', "'inputs' more than once"),
         ({"inputs": [GOOD], "outputs": [{"name": "output0", "parameters": {"classification": 2}}]}, "classification"),
     ],
 )
@@ -414,7 +419,11 @@ def test_v1_lists_models_and_their_readiness(server: Server) -> None:
         assert server.ask("GET", "/v1/models/nobody", port=port).status == 404
 
 
-@pytest.mark.parametrize("body", [b'{"instances": 1}', b'{"instances": []}', b'{"instances": [[1, 2]]}'])
+@pytest.mark.parametrize("body", [
+    b'{"instances": 1}', b'{"instances": []}', b'{"instances": [[1, 2]]}',
+    b'{"instances": [[1, 2, 3, 4]], "inputs": [[5, 6, 7, 8]]}', b'{"instances": [{"data": [1, 2, 3, 4], "scale": 2}]}',
+    b'{"instances": [[1, 2, 3, 4]], "instances": [[5, 6, 7, 8]]}',
+])  # fmt: skip
 def test_v1_says_what_is_wrong(server: Server, body: bytes) -> None:
     answer = server.ask("POST", "/v1/models/linear:predict", body, JSON)
     assert (answer.status, answer.json["type"]) == (400, "BadRequestException"), answer.body
