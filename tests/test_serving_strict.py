@@ -74,6 +74,18 @@ def test_workers_environment_is_what_the_configuration_says(strict: Server) -> N
     }
 
 
+def test_of_what_is_given_twice_the_last_counts(strict: Server) -> None:
+    def ask(*texts: str) -> int:
+        head = '--B\r\nContent-Disposition: form-data; name="body"\r\nContent-Type: text/plain\r\n\r\n'
+        form = "".join(f"{head}{text}\r\n" for text in texts) + "--B--\r\n"
+        headers = {"Content-Type": "multipart/form-data; boundary=B"}
+        return strict.ask("POST", "/predictions/told", form.encode(), headers).status
+
+    assert (ask("bad", "good"), ask("good", "bad")) == (200, 503)
+    answer = strict.ask("POST", "/predictions/told", b'{"a": 1, "a": 2}', {"Content-Type": "application/json"})
+    assert answer.status == 200
+
+
 def test_request_id_is_always_a_new_one(strict: Server) -> None:
     ids = {
         strict.ask("GET", "/ping", headers={"x-request-id": "mine"}).headers["x-request-id"],
