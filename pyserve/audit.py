@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from pyserve.audit_compare import KeptAnswer, Verdict, compare
-from pyserve.audit_lane import Again, AuditLane
+from pyserve.audit_lane import AuditLane, Repetition
 from pyserve.errors import JsonObject, ServeError
 from pyserve.http1_exchange import Exchange
 from pyserve.messages import Request
@@ -43,12 +43,12 @@ class _Sample:
     """A request that is to be run again.
 
     Attributes:
-        again: makes of it what a lane takes.
+        repetition: how it is.
         live: what the client was sent; None until then.
     """
 
     request: Request
-    again: Again
+    repetition: Repetition
     size: int
     live: KeptAnswer | None = None
 
@@ -97,32 +97,28 @@ class Audit:
 
     # --- choosing -------------------------------------------------------------------------------------------------
 
-    def consider(self, exchange: Exchange, again: Again | None) -> None:
-        """Called for every request before a lane has it; notes those that are to be audited.
-
-        Args:
-            again: makes of a copy what a lane takes; None if the request's protocol cannot repeat it.
-        """
+    def consider(self, exchange: Exchange, repetition: Repetition) -> None:
+        """Called for every request before a lane has it; notes those that are to be audited."""
         self._credit += self._share
         if self._credit >= 1.0 - 1e-9:  # a sum of 1000 thousandths is not quite 1
             self._credit -= 1.0
-            self._choose(exchange, again)
+            self._choose(exchange, repetition)
 
-    def _choose(self, exchange: Exchange, again: Again | None) -> None:
+    def _choose(self, exchange: Exchange, repetition: Repetition) -> None:
         request = exchange.request
         self._drop_disconnected()
-        if again is None:
-            self.skipped["protocol"] += 1
-        elif len(self._answers_to_come) + len(self._waiting) >= WAITING_MAX:
+        if len(self._answers_to_come) + len(self._waiting) >= WAITING_MAX:
             self.skipped["too many wait"] += 1
-        elif self._kept_size + len(request.body) > KEPT_SIZE_MAX:
+            return
+        body = request.body if repetition.body is None else repetition.body()
+        if self._kept_size + len(body) > KEPT_SIZE_MAX:
             self.skipped["too large"] += 1
-        else:
-            # A network may change the body where it lies.
-            sample = _Sample(_copied(request), again, len(request.body))
-            self._kept_size += sample.size
-            self._answers_to_come[exchange] = sample
-            exchange.watch(self._answered)
+            return
+        # A network may change the body where it lies.
+        sample = _Sample(_copied(request, body), repetition, len(body))
+        self._kept_size += sample.size
+        self._answers_to_come[exchange] = sample
+        exchange.watch(self._answered)
 
     def _drop_disconnected(self) -> None:
         for exchange in [each for each in self._answers_to_come if each.disconnected]:
@@ -173,11 +169,11 @@ class Audit:
         lane = await self._running_lane()
         if lane is None:
             return "no process"
-        answer = await lane.ask(sample.request, sample.again)
+        answer = await lane.ask(sample.request, sample.repetition.again)
         if isinstance(answer, str):
             return answer
         assert sample.live is not None
-        verdict = await asyncio.to_thread(compare, sample.live, KeptAnswer.of(answer))
+        verdict = await asyncio.to_thread(compare, sample.live, KeptAnswer.of(answer), sample.repetition.read)
         self.requests += 1
         if verdict.difference > self._tolerance:
             self.differences += 1
@@ -254,9 +250,9 @@ class Audit:
             await lane.end()
 
 
-def _copied(request: Request) -> Request:
+def _copied(request: Request, body: bytes | bytearray) -> Request:
     """The same request without the client's own time limit."""
     return Request(
-        request.method, request.path, query=request.query, headers=list(request.headers), body=bytearray(request.body),
+        request.method, request.path, query=request.query, headers=list(request.headers), body=bytearray(body),
         client=request.client, id=request.id, has_timing=False,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 from pyserve.errors import HandlerError, OverloadedError
 from pyserve.http1_exchange import Exchange
@@ -26,8 +27,20 @@ from pyserve.python_lane import PythonLane
 from pyserve.services import Services
 from pyserve.worker_spec import WorkerSpec
 
-# Makes what the lane takes, for a request that is run again.
-Again = Callable[[Lane, Exchange], Pending]
+
+class Repetition(NamedTuple):
+    """How a request of some protocol is run again.
+
+    Attributes:
+        again: makes of a copy of its exchange what a lane takes.
+        body: all of the request, of a protocol whose exchange does not hold it; what the copy has as its body.
+        read: the outputs in an answer's body, of a protocol that `audit_compare` does not know.
+    """
+
+    again: Callable[[Lane, Exchange], Pending]
+    body: Callable[[], bytes] | None = None
+    read: Callable[[bytes], Any] | None = None
+
 
 # Of the first worker, beside the model's own, in names for the log.
 _WORKER_NUMBER = 900
@@ -57,7 +70,7 @@ class AuditLane(PythonLane):
         self.apply_limits()
         self.workers.set_count(count)
 
-    async def ask(self, request: Request, again: Again) -> Response | str:
+    async def ask(self, request: Request, again: Callable[[Lane, Exchange], Pending]) -> Response | str:
         """The model's answer to ``request``, errors of its code included; in a few words why there is none.
 
         ``request`` has no other owner.

@@ -25,7 +25,7 @@ from pyserve.grpc_status import MissingParameterError, judge_open_inference, sta
 from pyserve.grpc_streams import Begun, Streams, with_position
 from pyserve.http1_answer import new_id
 from pyserve.inference import Inference
-from pyserve.messages import ErrorFormat, Headers, Response
+from pyserve.messages import ErrorFormat, Headers, Request, Response
 from pyserve.metrics import Metrics
 from pyserve.model import Model
 from pyserve.open_inference import (
@@ -36,7 +36,9 @@ from pyserve.open_inference import (
     InferResponse,
     RequestedOutput,
     check_input,
+    elements_of,
     quoted,
+    tensor_of,
 )
 from pyserve.protocol_requests import Transport, sequence_id
 from pyserve.registry import Registry
@@ -199,7 +201,19 @@ class OpenInferenceService:
         model = self._registry.get(asked.model_name, version)
         request = call.request(headers=self._sequence_headers(asked), id=request_id, is_new=bool(request_id))
         prediction = Prediction(request, self._size_max)
-        transport = Transport(
+
+        def transport_of(copy: Request) -> Transport:
+            return self._transport(message(f"{OPEN_INFERENCE}.ModelInferRequest").FromString(bytes(copy.body)))
+
+        open_inference_models.infer(
+            model, prediction.exchange, self._transport(asked), version or "default", transport_of=transport_of,
+            body=asked.SerializeToString, read_answer=outputs_of,
+        )  # fmt: skip
+        call.is_counted = True
+        return prediction
+
+    def _transport(self, asked: Any) -> Transport:
+        return Transport(
             read=lambda: read_request(asked),
             encode=lambda request, response: encode_response(
                 request, response, self._size_max, in_lists=_came_in_lists(asked)
@@ -208,10 +222,6 @@ class OpenInferenceService:
             is_encode_quick=lambda request, outputs: not _came_in_lists(asked) or _are_few(outputs),
             bytes_as_base64=True,
         )
-        open_inference_models.infer(model, prediction.exchange, transport, version or "default")
-        call.is_counted = True
-        return prediction
-
 
     def _sequence_headers(self, asked: Any) -> Headers:
         """What tells the lane about the sequence that the parameters name, as Triton's clients have it."""
@@ -345,3 +355,19 @@ def encode_response(request: InferRequest, response: InferResponse, size_max: in
         )
     return Response(200, body)
 
+
+def outputs_of(body: bytes) -> list[Any]:
+    """Shape and data of each output in an encoded ``ModelInferResponse``; any thread."""
+    answer = message(f"{OPEN_INFERENCE}.ModelInferResponse").FromString(body)
+    found = []
+    for index, each in enumerate(answer.outputs):
+        raw = answer.raw_output_contents
+        data = memoryview(bytearray(raw[index])) if raw else _read_contents(each)
+        output = InferInput(each.name, each.datatype, tuple(each.shape), data, {})
+        value: Any
+        if each.datatype == BYTES:
+            value = [element if isinstance(element, str) else bytes(element) for element in elements_of(output)]
+        else:
+            value = tensor_of(output)
+        found.append([output.shape, value])
+    return found

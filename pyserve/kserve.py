@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pyserve import open_inference_models as models
+from pyserve.audit_lane import Repetition
 from pyserve.http1_exchange import Exchange
 from pyserve.inference import METHODS, PREDICT_HEADER, Inference
 from pyserve.kserve_v1 import InstancesPending, is_instances_request
@@ -78,7 +79,7 @@ class KServe:
                 exchange,
                 lambda lane: InstancesPending(lane, exchange, model.version, explains=explains),
                 explains=explains,
-                again=lambda lane, copy: InstancesPending(lane, copy, model.version, explains=False),
+                repetition=Repetition(lambda lane, copy: InstancesPending(lane, copy, model.version, explains=False)),
             )
 
         return run

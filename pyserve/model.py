@@ -18,7 +18,8 @@ from typing import Any
 from pyserve.archive import Archive
 from pyserve.audit import Audit
 from pyserve.audit_choice import audit_of
-from pyserve.audit_lane import Again
+from pyserve.audit_lane import Repetition
+from pyserve.checks import checks_of
 from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError, ServerError
 from pyserve.handler import built_in_name
 from pyserve.http1_exchange import Exchange
@@ -276,20 +277,16 @@ class Model:
             return
         pending = Pending(lane, exchange, self.version, url_version, query_is_input, flags)
         if self._audit is not None and not explains:
-            self._audit.consider(
-                exchange, lambda other, copy: Pending(other, copy, self.version, url_version, query_is_input, flags)
-            )
+            self._audit.consider(exchange, Repetition(
+                lambda other, copy: Pending(other, copy, self.version, url_version, query_is_input, flags)
+            ))  # fmt: skip
         lane.predict(pending)
 
     def take(
-        self, exchange: Exchange, pending_for: Callable[[Lane], Pending], *, explains: bool = False,
-        again: Again | None = None,
+        self, exchange: Exchange, pending_for: Callable[[Lane], Pending], *, repetition: Repetition,
+        explains: bool = False,
     ) -> None:  # fmt: skip
-        """As `predict`, for requests of another kind: ``pending_for`` makes one for the lane it is given.
-
-        Args:
-            again: makes one of a copy of the exchange; None if it cannot be audited.
-        """
+        """As `predict`, for requests of another kind: ``pending_for`` makes one for the lane it is given."""
         lane = self._lane
         if lane is None:
             raise no_worker_error(self.name, self._absence())
@@ -298,7 +295,7 @@ class Model:
             return
         pending = pending_for(lane)
         if self._audit is not None and not explains:
-            self._audit.consider(exchange, again)
+            self._audit.consider(exchange, repetition)
         lane.predict(pending)
 
     def _absence(self) -> JsonObject:
@@ -386,10 +383,9 @@ class Model:
         """How long the workers took to load, by their names."""
         return self._lane.worker_log.load_ms if self._lane is not None else {}
 
-    @property
-    def current_lane(self) -> Lane | None:
-        """What takes its requests now; None while it has none."""
-        return self._lane
+    def checks(self) -> JsonObject:
+        """What was found out about it before its answers were believed."""
+        return checks_of(self._lane, self.archive.config, self.audit_report())
 
     @property
     def lane(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pyserve import __version__
+from pyserve.audit_lane import Repetition
 from pyserve.errors import JsonObject, ServeError
 from pyserve.handlers.outputs import named_outputs
 from pyserve.handlers.tensor_spec import TensorSpec, dtype_name, input_specs, output_names
@@ -43,7 +44,8 @@ _NO_TIME = {"count": 0, "ns": 0}
 
 def infer(
     model: Model, exchange: Exchange, transport: Transport, url_version: str = "default", *, explains: bool = False,
-    transport_of: Callable[[Request], Transport] | None = None,
+    transport_of: Callable[[Request], Transport], body: Callable[[], bytes] | None = None,
+    read_answer: Callable[[bytes], Any] | None = None,
 ) -> None:  # fmt: skip
     """Sees to the answer of an inference request, through ``exchange.respond``: of ``transport.encode``, or an error.
 
@@ -51,7 +53,8 @@ def infer(
     arrival are used.
 
     Args:
-        transport_of: that of a copy of the request, for the audit; None if a copy does not hold all of it.
+        transport_of: that of a copy of the request, for the audit.
+        body, read_answer: see `Repetition`.
 
     Raises:
         ServeError: the model is not there.
@@ -61,10 +64,9 @@ def infer(
         return _pending_for(model, lane, exchange, transport, url_version, explains=explains)
 
     def again(lane: Lane, copy: Exchange) -> Pending:
-        assert transport_of is not None
         return _pending_for(model, lane, copy, transport_of(copy.request), url_version, explains=False)
 
-    model.take(exchange, pending_for, explains=explains, again=again if transport_of is not None else None)
+    model.take(exchange, pending_for, explains=explains, repetition=Repetition(again, body, read_answer))
 
 
 def _pending_for(

@@ -16,6 +16,7 @@ import pytest
 from pyserve import audit as audit_module
 from pyserve.audit import KEPT_SIZE_MAX, LOG_INTERVAL_S, WAITING_MAX, Audit
 from pyserve.audit_choice import tolerance_of
+from pyserve.audit_lane import Repetition
 from pyserve.comparison import ROUNDING
 from pyserve.errors import ModelLoadError, OverloadedError
 from pyserve.http1_exchange import Exchange
@@ -77,7 +78,7 @@ class Stand:
     def begin(self, body: bytes = b"[1]", id: str = "r") -> Exchange:
         request = Request("POST", "/predictions/m", body=bytearray(body), id=id)
         exchange = Exchange(request, self.delivered.append)
-        self.audit.consider(exchange, lambda lane, copy: None)  # type: ignore[arg-type, return-value]
+        self.audit.consider(exchange, Repetition(lambda lane, copy: None))  # type: ignore[arg-type, return-value]
         return exchange
 
     def ask(self, live: Response, body: bytes = b"[1]", id: str = "r") -> None:
@@ -107,10 +108,15 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 def test_requests_are_chosen_evenly_beginning_with_the_first(share: float, expected: int) -> None:
     audit = Audit("m 1.0", share=share, tolerance=0.0, open_lane=lambda: None, causes="")  # type: ignore[arg-type, return-value]
     chosen = []
-    for number in range(10_000):
-        audit.consider(Exchange(Request("POST", "/"), lambda each: None), None)
-        if sum(audit.skipped.values()) > len(chosen):
-            chosen.append(number)
+
+    def body() -> bytes:
+        chosen.append(number)
+        return b""
+
+    for number in range(10_000):  # noqa: B007 - `body` tells it
+        exchange = Exchange(Request("POST", "/"), lambda each: None)
+        audit.consider(exchange, Repetition(lambda lane, copy: None, body))  # type: ignore[arg-type, return-value]
+        exchange.disconnect()
     assert len(chosen) == expected and chosen[0] == 0
     gaps = {after - before for before, after in itertools.pairwise(chosen)}
     assert gaps <= {int(1 / share), int(1 / share) + 1}
@@ -187,11 +193,10 @@ def test_errors_streams_and_what_has_no_answer_alone_are_skipped_with_their_reas
             streamed = made.begin()
             streamed.start_stream(Response(200, b"part"))
             streamed.end_stream(b"end")
-            made.audit.consider(Exchange(Request("POST", "/"), made.delivered.append), None)
             assert not made.opened  # nothing was worth a process
             made.ask(said([1.0]))
             await made.finish()
-            assert made.audit.report()["skipped"] == {"error": 2, "process died": 1, "protocol": 1, "streamed": 1}
+            assert made.audit.report()["skipped"] == {"error": 2, "process died": 1, "streamed": 1}
             assert made.audit.requests == 0
 
     run(work())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from handler_archives import TUTORIAL, Doubler, write_handler
-from serving import JSON, LIMIT_S, RAW, SEED, Answer, Server, at_once
-from serving_models import LINEAR_INPUT, Linear, write_eager, write_torchscript
+
+from pyserve.grpc_messages import OPEN_INFERENCE
+from tests.grpc_calls import stub
+from tests.handler_archives import TUTORIAL, Doubler, write_handler
+from tests.serving import JSON, LIMIT_S, RAW, SEED, Answer, Server, at_once
+from tests.serving_models import LINEAR_INPUT, Linear, write_eager, write_torchscript
 
 pytestmark = pytest.mark.server
 
@@ -109,7 +113,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with torch.random.fork_rng(devices=[]):
         state = {"linear.weight": torch.ones(3, 4), "linear.bias": torch.zeros(3)}
         write_eager(store, "seeded", SEEDED, state, config={**described, **ALL})
-    server.start("--models", "all")
+    server.start("--grpc", "true", "--models", "all")
     try:
         yield server
     finally:
@@ -179,16 +183,47 @@ def test_raw_tensors_and_both_versions_of_kserve_are_audited(audited: Server) ->
     assert count(audited, "differences", "linear") == 0
 
 
-@pytest.mark.parametrize("model", ["shares", "counting"])
+def test_calls_of_grpc_are_audited(audited: Server) -> None:
+    before, all_before = count(audited, "requests", "linear"), done(audited, "linear")
+    rows = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    tensor = {"name": "input0", "datatype": "FP32", "shape": [2, 4]}
+    raw = {"inputs": [tensor], "raw_input_contents": [rows.numpy().tobytes()]}
+    lists = {"inputs": [{**tensor, "contents": {"fp32_contents": rows.reshape(-1).tolist()}}]}
+    with stub(audited) as predictions:
+        predictions.Predictions(model_name="linear", input={"data": rows[0].numpy().tobytes()})
+    with stub(audited, f"{OPEN_INFERENCE}.GRPCInferenceService") as inference:
+        for fields in (raw, lists):
+            inference.ModelInfer(model_name="linear", **fields)
+    wait_for_audits(audited, "linear", all_before + 3)
+    assert count(audited, "requests", "linear") == before + 3
+    assert count(audited, "differences", "linear") == 0
+
+
+def test_difference_of_a_grpc_call_is_found(audited: Server) -> None:
+    before = done(audited, "shares")
+    fields = {"inputs": [{"name": "input0", "datatype": "FP32", "shape": [2, 4]}],
+              "raw_input_contents": [torch.arange(8.0).numpy().tobytes()]}  # fmt: skip
+    with stub(audited, f"{OPEN_INFERENCE}.GRPCInferenceService") as inference:
+        inference.ModelInfer(model_name="shares", **fields)
+    wait_for_audits(audited, "shares", before + 1)
+    assert audited.manage("GET", "/models/shares")[0]["checks"]["audit"]["differences"] >= 1
+
+
+@pytest.mark.parametrize("model", ["counting", "shares"])
 def test_answer_that_depends_on_the_batch_is_found(audited: Server, model: str) -> None:
     bodies = [b"[1.0, 2.0, 3.0, 4.0]", b"[4.0, 3.0, 2.0, 1.0]"]
+    before, differed_before = done(audited, model), count(audited, "differences", model)
     answers = ask_at_once(audited, model, bodies)
     assert [answer.status for answer in answers] == [200, 200]
-    wait_for_audits(audited, model, 2)
-    assert count(audited, "differences", model) == 2
+    wait_for_audits(audited, model, before + 2)
+    assert count(audited, "differences", model) == differed_before + 2
     found = [line for line in audited.log().splitlines() if f"{model} 1.0: the audit got another answer" in line]
-    assert len(found) == 1  # the second is one of those that are only counted
-    assert any(answer.headers["x-request-id"] in found[0] for answer in answers)
+    assert len(found) == 1  # later ones are only counted
+    told = audited.describe(model)["checks"]["audit"]["firstDifference"]
+    assert told["requestId"] in found[0] and told["sha256"] in found[0]
+    if not differed_before:
+        assert told["requestId"] in [answer.headers["x-request-id"] for answer in answers]
+        assert told["sha256"] in [hashlib.sha256(body).hexdigest() for body in bodies]
 
 
 def test_eager_model_is_built_plainly(audited: Server) -> None:
