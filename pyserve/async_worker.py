@@ -156,7 +156,8 @@ class _Server:
             async for part in parts:
                 if not is_first:
                     call.send_part(0, held, call.context)
-                held = part[0] if is_batch and isinstance(part, list) and len(part) == 1 else part
+                one = part[0] if is_batch and isinstance(part, list) and len(part) == 1 else part
+                held = call.settled(0, one)
                 is_first = False
         return held
 

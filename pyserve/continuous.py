@@ -206,6 +206,9 @@ class _RunningBatch:
         """One call of the handler; several, if it fails."""
         invoker = self._invoker
         saved = [_Saved(self._context.cache, job.request.id) for job in jobs] if len(jobs) > 1 else []
+        for job in jobs:
+            if saved and not job.has_begun:
+                job.request.keep_body()
         streamed = {index for index, job in enumerate(jobs) if job.has_streamed}
         sent_before = len(streamed)
         requests = [job.request for job in jobs]
@@ -251,7 +254,8 @@ class _RunningBatch:
         if lost:
             self._fail(lost, failure)
         for job in new:
-            with contextlib.suppress(Exception):  # the failed call may have changed the body too
+            job.request.put_body_back()
+            with contextlib.suppress(Exception):
                 self._invoker._decode(job.request)
         for job in old:
             job.request.row = {}

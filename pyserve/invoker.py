@@ -21,9 +21,11 @@ from pyserve.context import Context
 from pyserve.entry_point import EntryPoint
 from pyserve.errors import HandlerError, JsonObject, ServeError
 from pyserve.failure import Failure, HandlerTimeout, describe_failure
+from pyserve.handlers import row_check
 from pyserve.result_check import ShapeProblem, explain_shape
 from pyserve.stages import TIMED, worker_note
 from pyserve.streaming import STREAM_HEADER
+from pyserve.worker_request import Item, WorkerRequest
 from pyserve.worker_spec import WorkerSpec
 
 # csrc/frame.h
@@ -31,10 +33,7 @@ ANSWER, ERROR, CHUNK, LAST = range(4)
 DESCRIBE = 1
 HEAD_SIZE_MAX = 1 << 20
 
-Item = tuple[int, int, bytes, bytearray]  # ticket, flags, head, body
 Answer = tuple[int, int, int, bytes, Any]  # ticket, kind, status, head, body
-HEADERS_KEPT_MAX = 256
-HEADERS_KEPT_SIZE_MAX = 4096
 
 LogFailure = Callable[[list[str], Failure], None]
 
@@ -49,61 +48,6 @@ class Parts:
     def is_cancelled(self, ticket: int) -> bool:
         """Whether nobody waits for the answer any more."""
         return False
-
-
-class RequestHeaders(NamedTuple):
-    """The headers of a request, and what decoding its body needs of them."""
-
-    pairs: list[tuple[str, Any]]
-    values: dict[str, str]  # by name in lower case; of a repeated one the last
-    content_type: str  # media type in lower case without parameters, "" if there is none
-
-    @classmethod
-    def parse(cls, text: str) -> RequestHeaders:
-        """From names and values in turn, joined by newlines."""
-        texts = text.split("\n") if text else []
-        pairs: list[tuple[str, Any]] = list(zip(texts[::2], texts[1::2], strict=True))
-        values = {name.lower(): value for name, value in pairs}
-        full_type = values.get("content-type", "")
-        media_type = full_type.partition(";")[0].strip().lower()
-        if full_type and media_type not in codec.FORM_TYPES:
-            # TorchServe's handlers find a parameter's own content type under its name.
-            pairs.append(("body", {"content-type": full_type}))
-        return cls(pairs, values, media_type)
-
-
-# A client sends the same headers again and again.
-_known_headers: dict[str, RequestHeaders] = {}
-
-
-class WorkerRequest:
-    """One request as it came over the wire, with what `codec.decode_request` asks for."""
-
-    __slots__ = ("_headers", "body", "content_type", "deadline", "flags", "headers", "id", "query", "row", "ticket")
-
-    def __init__(self, item: Item):
-        self.ticket, self.flags, head, self.body = item
-        self.id, text, self.query, *deadline = head.decode("latin-1").split("\0")
-        self.deadline = int(deadline[0]) if deadline else 0
-        known = _known_headers.get(text)
-        if known is None:
-            known = RequestHeaders.parse(text)
-            if len(text) <= HEADERS_KEPT_SIZE_MAX:
-                if len(_known_headers) >= HEADERS_KEPT_MAX:
-                    _known_headers.clear()
-                _known_headers[text] = known
-        self._headers = known
-        self.headers = known.pairs
-        self.content_type = known.content_type
-        self.row: dict[str, Any] = {}
-
-    def add_types(self, types: dict[str, str]) -> None:
-        """Lets handlers find the content type of each part of a form under its name, as that of a body."""
-        self.headers = [*self._headers.pairs, *((name, {"content-type": text}) for name, text in types.items())]
-
-    def header(self, name: str, default: str = "") -> str:
-        """Value of header ``name`` (any case); of a repeated one the last."""
-        return self._headers.values.get(name.lower(), default)
 
 
 class Outcome(NamedTuple):
@@ -194,23 +138,28 @@ class Invoker:
     def _decode(self, request: WorkerRequest) -> None:
         if request.flags & DESCRIBE:
             return
-        if request.flags & codec.FIELDS:
-            request.row = codec.split_fields(request.body, request.query)
-            return
+        spec, handler = self._spec, self._entry.handler
         types: dict[str, str] = {}
-        lenient = self._spec.lenient
-        row = request.row = codec.decode_request(
-            request, decode=self._spec.decode_input, types=types, lenient=lenient
-        )
-        if types:
-            request.add_types(types)
-        if request.query:
-            codec.add_query(row, request.query, lenient=lenient)
+        if request.flags & codec.FIELDS:
+            row = codec.split_fields(request.body, request.query)
+        else:
+            row = codec.decode_request(request, decode=spec.decode_input, types=types, lenient=spec.lenient)
+            if types:
+                request.add_types(types)
+            if request.query:
+                codec.add_query(row, request.query, lenient=spec.lenient)
+        if not spec.lenient and row_check.is_built_in(handler):
+            types.setdefault("body", request.header("content-type"))
+            row_check.check_row(handler, row, types, decodes=spec.decode_input, start_key=spec.header_keys[1])
+        request.row = row
 
     # --- the call -------------------------------------------------------------------------------------------------
 
     def _run_batch(self, requests: list[WorkerRequest]) -> list[Answer]:
         call = Call(self, requests)
+        if len(requests) > 1:
+            for request in requests:
+                request.keep_body()
         outcome = call.invoke()
         if outcome.error is None:
             return call.answers(outcome.results)
@@ -226,9 +175,14 @@ class Invoker:
 
     def _run_again(self, requests: list[WorkerRequest]) -> list[Answer]:
         for request in requests:
-            with contextlib.suppress(Exception):  # it may have changed the body too
+            request.put_body_back()
+            with contextlib.suppress(Exception):
                 self._decode(request)  # the call that failed may have changed its rows
-        return self._run_batch(requests)
+        # As they are now: the next call may write to the same memory.
+        return [
+            (ticket, kind, status, head, body if type(body) is bytes else bytes(body))
+            for ticket, kind, status, head, body in self._run_batch(requests)
+        ]
 
     def _retry_halves(self, requests: list[WorkerRequest]) -> list[Answer]:
         """Memory ran out: what did not fit at once may fit in two goes."""
@@ -400,8 +354,17 @@ class Call:
             if held is not None and not self._send_all(held):
                 generator.close()  # type: ignore[attr-defined]
                 break
-            held = batch
+            held = [self.settled(index, part) for index, part in enumerate(batch)]
         return held if held is not None else [b""] * count
+
+    def settled(self, index: int, part: Any) -> Any:
+        """A part as it is now, or why it has no bytes: a generator may change what it yielded in its next step."""
+        if isinstance(part, (bytes, str, BaseException)):
+            return part
+        try:
+            return bytes(self._invoker.encode_body(part, self.context, index))
+        except Exception as error:
+            return error
 
     def _send_all(self, parts: list[Any]) -> bool:
         sent = [self.send_part(index, part, self.context) for index, part in enumerate(parts)]
@@ -413,6 +376,8 @@ class Call:
         parts = self._parts
         if parts.is_cancelled(request.ticket):
             return False
+        if isinstance(part, BaseException):
+            raise part
         body = part if type(part) is bytes else self._invoker.encode_body(part, context, index)
         head = b""
         status = 200
@@ -454,7 +419,7 @@ class Call:
                 if not is_first and not self.send_part(index, held, self.context):
                     generator.close()  # type: ignore[attr-defined]
                     break
-                held, is_first = part, False
+                held, is_first = self.settled(index, part), False
         finally:
             invoker.is_calling = False
         return held

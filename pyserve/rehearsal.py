@@ -32,6 +32,10 @@ log = logging.getLogger("pyserve.worker")
 
 # Of the time that a worker has to start, the share that trying out may take.
 TIME_SHARE_MAX = 0.5
+DESCRIBE_HINT = (
+    "If it takes other inputs than that, describe them with 'input' in model-config.yaml, or pack one as "
+    "sample_input.json"
+)
 
 
 class _DroppedParts(Parts):
@@ -166,14 +170,14 @@ class _Rehearsal:
 
     def _refusal(self, outcome: Outcome) -> HandlerLoadError | HandlerMemoryError:
         failure = outcome.failure
-        text = f"the model was tried out and cannot answer {outcome.sample.name}: {outcome.reason()}"
-        if outcome.sample.name.startswith("a made-up") and failure is not None and not failure.hint:
-            text += (
-                ". If it takes other inputs than that, describe them with 'input' in model-config.yaml, or pack one as "
-                "sample_input.json"
-            )
+        name = outcome.sample.name
+        text = f"the model was tried with {name} and cannot answer it"
+        detail = dict(failure.detail()) if failure is not None else {}
+        detail["text"] = f"{text}: {detail.get('text') or outcome.reason()}"
+        if name.startswith("a made-up"):
+            detail.setdefault("hint", DESCRIBE_HINT)
         kind = HandlerMemoryError if outcome.answer[2] == 507 else HandlerLoadError
-        error = kind(text, detail=failure.detail() if failure is not None else None)
+        error = kind(f"{text}: {outcome.reason()}", detail=detail)
         error.traceback = failure.traceback if failure is not None else ""
         return error
 
@@ -212,7 +216,7 @@ def item_of(sample: Sample, number: int) -> Item:
     """The request as it comes over the wire to a worker."""
     pairs = (("content-type", sample.content_type), ("explain", "False"), ("url_path", ""))
     headers = "\n".join(text for pair in pairs for text in pair)
-    return number, 0, f"rehearsal-{number}\0{headers}\0".encode("latin-1", "replace"), bytearray(sample.body)
+    return number, 0, f"rehearsal-{number}\0{headers}\0".encode(), bytearray(sample.body)
 
 
 def _is_form(outcome: Outcome) -> bool:

@@ -68,7 +68,7 @@ LEVELS = [
     "row_requests "
     "native_lane python_workers python_lane "
     "sequence_lane audit_lane lane_choice audit audit_choice "
-    "self_description gpu_usage "
+    "self_description gpu_usage checks "
     "model",
     "system_metrics",
     # The server's endpoints.
@@ -78,7 +78,7 @@ LEVELS = [
     "browser_guard cors "
     "parameters openapi_schemas openapi routes "
     "protect "
-    "checks inference management",
+    "inference management",
     "open_inference_rest protocol_requests tensor_rows open_inference_models kserve_v1 kserve",
     # What looks at an archive without a server.
     "tune_run tune "

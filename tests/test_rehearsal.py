@@ -67,7 +67,7 @@ def test_what_cannot_be_answered_is_refused_with_the_cause(
 
 def test_a_sample_of_the_archive_that_a_model_cannot_answer_is_refused_with_its_name(attempt: Try) -> None:
     result = "x if float(x.sum()) < 100 else (x, object())"
-    with pytest.raises(HandlerLoadError, match=r"cannot answer sample_input_big\.json: .*object"):
+    with pytest.raises(HandlerLoadError, match=r"tried with sample_input_big\.json and cannot answer it: .*object"):
         attempt(files={"sample_input_big.json": "[1, 2, 3, 100]"}, result=result)
 
 
