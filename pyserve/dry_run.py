@@ -86,7 +86,7 @@ class Input:
         names = {name.lower() for name, _ in self.headers}
         added = [pair for pair in (("explain", "False"), ("url_path", "")) if pair[0] not in names]
         headers = "\n".join(text for pair in [*self.headers, *added] for text in pair)
-        head = f"request-{number}\0{headers}\0{self.query}".encode("latin-1", "replace")
+        head = f"request-{number}\0{headers}\0{self.query}".encode()
         return number, 0, head, bytearray(self.body)
 
     @property

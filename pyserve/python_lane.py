@@ -209,7 +209,7 @@ class PythonLane(Lane):
         """Submits the request as it came."""
         request = pending.exchange.request
         query = request.query if pending.query_is_input else ""
-        head = f"{request.id}\0{request.header_text}\0{query}".encode("latin-1", "replace")
+        head = f"{request.id}\0{request.header_text}\0{query}".encode()
         flags = pending.flags
         if pending.client_deadline:
             head += b"\0%d" % pending.client_deadline

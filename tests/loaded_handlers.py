@@ -67,7 +67,7 @@ def request(
     """An item of a batch, as the server sends it."""
     named = {**(headers or {}), **({"Content-Type": content_type} if content_type else {})}
     text = "\n".join(part for pair in named.items() for part in pair)
-    return (ticket, flags, f"{id or f'id-{ticket}'}\0{text}\0{query}".encode("latin-1"), bytearray(body))
+    return (ticket, flags, f"{id or f'id-{ticket}'}\0{text}\0{query}".encode(), bytearray(body))
 
 
 class Told(NamedTuple):
