@@ -6,7 +6,7 @@ Handlers of an archive's own may read any field, and what a value is they know t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyserve.handler import InputError
@@ -36,18 +36,25 @@ def check_row(
     Raises:
         InputError: a field is not read, or a value is not what its content type says.
     """
-    inputs = _inputs_in(handler, row)
-    for name in row:
-        if name not in inputs and name not in READ_ELSEWHERE and name != start_key and inputs:
-            known = ", ".join(map(repr, sorted(inputs)))
-            raise InputError(
-                f"the request has a field {name[:NAME_SHOWN_MAX]!r} that nothing reads; its input is {known}"
-            )
+    inputs: Collection[str] = row
+    if len(row) > 1:  # of a lone field that it does not read the handler says so itself
+        inputs = _inputs_in(handler, row)
+        _check_names(inputs, [name for name in row if name not in READ_ELSEWHERE and name != start_key])
     for name in inputs:
-        _check_value(handler, name, row[name], types.get(name, ""), decodes=decodes)
+        value = row[name]
+        if isinstance(value, (str, bytes, bytearray, memoryview)):
+            _check_value(handler, name, value, types.get(name, ""), decodes=decodes)
 
 
-def _inputs_in(handler: Any, row: Mapping[str, Any]) -> frozenset[str]:
+def _check_names(inputs: Collection[str], names: list[str]) -> None:
+    unread = [name for name in names if name not in inputs]
+    if unread and inputs:
+        known = ", ".join(map(repr, sorted(inputs)))
+        shown = repr(unread[0][:NAME_SHOWN_MAX])
+        raise InputError(f"the request has a field {shown} that nothing reads; its input is {known}")
+
+
+def _inputs_in(handler: Any, row: Mapping[str, Any]) -> Collection[str]:
     """The fields that the handler will read; none if it will say itself what it misses."""
     names = frozenset(spec.name for spec in getattr(handler, "specs", ()) if spec.name)
     if names and names <= set(row):
@@ -62,12 +69,13 @@ def _check_value(handler: Any, name: str, value: Any, content_type: str, *, deco
     media, _, parameters = content_type.lower().partition(";")
     media = media.strip()
     if isinstance(value, str):
+        if not parameters:
+            return
         charset = parameters.partition("charset=")[2].partition(";")[0].strip(' "')
         if charset not in _UTF8 and not value.isascii():
             raise InputError(f"{name} is text in {charset[:40]!r} by its content type; only UTF-8 is read, send that")
-    elif isinstance(value, (bytes, bytearray, memoryview)) and value:
-        takes_numbers = bool(getattr(handler, "specs", ()))
-        if takes_numbers:
+    elif value:
+        if getattr(handler, "specs", ()):
             _check_raw(handler, name, value, media)
         elif media == _JSON and decodes and handler.sample_kind not in ("picture", "saved tensor"):
             raise InputError(f"{name} was sent as {_JSON}, but it is not JSON")
