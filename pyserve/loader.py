@@ -41,8 +41,8 @@ from pyserve.trace import (
     Tracing,
     native_example,
     needs_tracing,
+    python_reason,
     traced_file,
-    untraceable_note,
 )
 
 log = logging.getLogger(__name__)
@@ -236,6 +236,7 @@ def _prove(
         config.batch_dependent == "allowed",
     )
     network.batches.extend(batch_size, BUDGET_S)
+    model.settle()
 
 
 def _check_precision(archive: Archive, network: Network, precision: str) -> None:
@@ -272,9 +273,10 @@ def _load_weights(
         "precision": archive.config.precision or "fp32",
         "channels_last": archive.config.memory_format == "channels_last",
     }
+    reason = python_reason(archive)
+    if reason:
+        raise NeedsPythonError(reason)
     if archive.manifest.model_file is not None:
-        if untraceable_note(archive).exists():
-            raise NeedsPythonError(untraceable_note(archive).read_text())
         if needs_tracing(archive):
             (tracing or Tracing(archive)).wait(progress, timeout_s)
         progress("loading the TorchScript")

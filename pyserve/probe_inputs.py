@@ -44,7 +44,8 @@ class InputDomain:
     @classmethod
     def of(cls, handler: Any, example: Sequence[torch.Tensor]) -> list[InputDomain]:
         """Of each input: as model-config.yaml describes it to the ``handler``, else the example's own shape."""
-        specs = getattr(handler, "specs", None) or ()
+        own = getattr(handler, "_spec", None)  # of a handler that takes one input, where it is described
+        specs = getattr(handler, "specs", None) or (() if own is None else (own,))
         if len(specs) != len(example):
             return [cls(each.dtype, tuple((size, size) for size in each.shape[1:])) for each in example]
         return [cls._of_spec(spec) for spec in specs]

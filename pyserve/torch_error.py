@@ -24,6 +24,7 @@ _CODE = re.compile(r"^\s*(File \"|~+|\^+|.*<--- HERE|The following call raised t
 _GLOBAL = re.compile(r"Unsupported (?:global|class|operand)[^:]*:? ?(?:GLOBAL )?([\w.]+)")
 # What torch.export says of a size that the program does not take.
 _GUARD = re.compile(r"Not all values of \S+ = L\['(\w+)'\]\.size\(\)\[(\d+)\] .*?satisfy the generated guard ([^\n]+)")
+_FIXED = re.compile(r"You marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)")
 _AOTI_CALL = re.compile(r"\w+\(.*\) API call failed\b.*", re.S)
 _ADVICE = re.compile(
     r"(?: ?This is an internal (?:miniz )?error\b.*"
@@ -70,6 +71,9 @@ def cause_of(error_text: str) -> str:
     if guard is not None:
         limits = re.sub(r"L\['\w+'\]\.size\(\)\[\d+\]", "size", guard[3]).strip()
         return f"dimension {guard[2]} of {guard[1]} is not free: the program needs {limits}"
+    fixed = _FIXED.search(text)
+    if fixed is not None:
+        return f"the code computes with {fixed[1]} as a plain number, here {fixed[2]}"
     if _AOTI_CALL.match(text):
         return "the package's compiled code failed; it writes why only to the standard error of the process"
     named = list(_NAMED.finditer(text)) if _TRACEBACK.search(text) or _NAMED.match(text) else []

@@ -41,7 +41,7 @@ LEVELS = [
     "zip_reader tar_reader folder_reader manifest "
     "input_config "
     "model_config weights archive_formats extract archive_cache archive "
-    "archive_inspect trace archiver folder_manifest worker_spec",
+    "conversion archive_inspect trace archiver folder_manifest worker_spec",
     # What archives come through.
     "http_fetch object_fetch archive_sources",
     # The wire.
@@ -54,6 +54,8 @@ LEVELS = [
     "stages "
     "spans "
     "context custom_metrics metrics json_body forms codec handler engine placement",
+    # A process that makes TorchScript of an eager model.
+    "traced_reads eager_answers export_script convert trace_child",
     "open_inference audit_compare "
     "worker_log",
     # Worker processes: their inside, then what looks after them.
@@ -168,7 +170,7 @@ def test_the_server_does_without_the_names_of_torchserve(name: str) -> None:
 
 @pytest.mark.parametrize("name", HANDLERS)
 def test_handlers_import_only_the_handler_contract(name: str) -> None:
-    contract = {"handler", "context", "handlers", "input_config", "torch_error"}
+    contract = {"handler", "context", "handlers", "input_config", "torch_error", "package_rules"}
     assert neighbours(HANDLERS[name], everywhere=True) <= contract
 
 

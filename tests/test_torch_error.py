@@ -56,6 +56,12 @@ GUARD = """Constraints violated (n)! For more information, run with TORCH_LOGS="
 Suggested fixes:
   n = Dim('n', max=32)
 """
+FIXED = """Constraints violated (size_0)! For more information, run with TORCH_LOGS="+dynamic".
+  - You marked size_0 as dynamic but your code specialized it to be a constant (17). If you're using mark_dynamic, \
+either remove it or use maybe_mark_dynamic.
+Suggested fixes:
+  size_0 = 17
+"""
 DATA = """Could not guard on data-dependent expression Eq(u0, 1) (unhinted: Eq(u0, 1)).  (Size-like symbols: none)
 
 consider using data-dependent friendly APIs such as guard_or_false, guard_or_true and statically_known_true.
@@ -82,6 +88,7 @@ CASES = {
     UNPICKLING: "it holds __main__.Net, and only tensors and plain values in lists and dicts are read as weights",
     CHAINED: "no weights today",
     GUARD: "dimension 1 of ids is not free: the program needs 2 <= size and size <= 32",
+    FIXED: "the code computes with size_0 as a plain number, here 17",
     DATA: "Could not guard on data-dependent expression Eq(u0, 1) (unhinted: Eq(u0, 1)). (Size-like symbols: none)",
     SCRIPTING: "Python builtin <built-in function eval> is currently not supported in Torchscript",
     AOTI: "the package's compiled code failed; it writes why only to the standard error of the process",

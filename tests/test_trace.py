@@ -11,6 +11,7 @@ import torch
 from packing import EAGER, pack
 
 from pyserve.archive import Archive, open_archive
+from pyserve.conversion import conversion_file, conversion_of
 from pyserve.errors import ModelLoadError
 from pyserve.trace import Tracing, needs_tracing, traced_file
 
@@ -53,7 +54,11 @@ def test_the_traced_model_is_the_eager_one_and_is_kept(packed: OpenPacked) -> No
     assert needs_tracing(archive)
     assert trace(archive) == ["building the model and reading its weights", "tracing", "keeping the TorchScript"]
     assert not needs_tracing(archive)
-    assert [path.name for path in traced_file(archive).parent.iterdir()] == [traced_file(archive).name]
+    kept = traced_file(archive)
+    assert {path.name for path in kept.parent.iterdir()} == {kept.name, conversion_file(kept).name}
+    conversion = conversion_of(archive)
+    assert conversion is not None
+    assert (conversion.how, conversion.override) == ("traced", False) and conversion.difference < 1e-6
     x = torch.randn(3, 4)
     torch.testing.assert_close(
         torch.jit.load(str(traced_file(archive)))(x), x @ WEIGHTS["linear.weight"].t() + 1, atol=1e-5, rtol=1e-5

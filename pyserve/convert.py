@@ -1,0 +1,244 @@
+"""Makes TorchScript of an eager model that is true to it for every input, or says why not.
+
+In this order of trust:
+
+    traced      no number of the input and no size that may change became one of Python's, so there is one path
+    scripted    control flow is kept
+    exported    torch.export has proven one path for all sizes in their ranges; its graph is kept with symbolic sizes
+
+Whatever it is, it must also agree with the eager model on inputs made to disagree: same numbers, shapes, dtypes and
+structure, and errors where the eager model raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pyserve.comparison import ROUNDING, difference, dtypes
+from pyserve.conversion import Conversion, NeedsPythonError
+from pyserve.eager_answers import EagerAnswers, Refusal, runs
+from pyserve.export_script import exported, script_of
+from pyserve.probe_inputs import InputDomain, Probe, batch_rows, probe_inputs
+from pyserve.torch_error import cause_of
+from pyserve.traced_reads import ReadsWatch
+
+# A path that is proven without them is tried on no more probes than run in this time, but on so many, seconds.
+PROBING_S = 1.0
+PROBES_MIN = 4
+# How many probes a frozen program is compared on: freezing changes roundings, not paths.
+FROZEN_PROBES = 2
+
+Inputs = tuple[torch.Tensor, ...]
+Module = torch.jit.ScriptModule
+# The tracer says this of outputs with a structure, which the probes compare.
+_ABOUT_OUTPUTS = "Encountering a"
+
+
+@dataclass
+class Trace:
+    """What tracing gave.
+
+    Attributes:
+        program: None if the model cannot be traced.
+        problem: why not, or what the code learned about the input; ``""`` if there is one path only.
+    """
+
+    program: Module | None
+    problem: str = ""
+
+
+@dataclass
+class _Converter:
+    model: torch.nn.Module
+    example: Inputs
+    domains: Sequence[InputDomain]
+    probes: Sequence[Probe]
+    truth: EagerAnswers
+    freezes: bool
+    tolerance: float
+    objections: list[str] = field(default_factory=list)
+
+    def convert(self) -> tuple[Module, Conversion]:
+        trace = self.trace()
+        if trace.program is not None and not trace.problem:
+            count = self._affordable()
+            found = self._accepted("traced", lambda: trace.program, "nothing in it depends on sizes or data", count)
+            if found:
+                return found
+        elif trace.problem:
+            self.objections.append(f"tracing: {trace.problem}")
+        for how, make, reason in (
+            ("scripted", self.script, "its control flow is kept"),
+            ("exported", self._export, "torch.export has proven one path for all sizes"),
+        ):
+            found = self._accepted(how, make, reason, len(self.probes))
+            if found:
+                return found
+        raise NeedsPythonError(
+            f"{'; '.join(self.objections)}. Its forward probably depends on the data or the batch size in a way that "
+            "cannot be converted; export the model yourself (torch.jit.script or torch.export) and pack that as "
+            "--serialized-file without --model-file, or write 'conversion: trace' in model-config.yaml to have it "
+            "traced all the same"
+        )
+
+    def trace(self) -> Trace:
+        """The trace of a batch of two, and what the model's code learned about it."""
+        model = self.truth.fresh()
+        kept = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+        inputs = self._batch_of_two()
+        watch = ReadsWatch()
+        try:
+            with warnings.catch_warnings(record=True) as caught, watch:
+                warnings.simplefilter("always", torch.jit.TracerWarning)
+                program = torch.jit.trace(model, inputs, check_trace=False, strict=False)
+        except Exception as error:  # the model's own code runs here, and may raise anything
+            return Trace(None, cause_of(str(error)) or type(error).__name__)
+        with torch.no_grad():  # tracing has run it once
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])
+        said = [str(each.message) for each in caught if issubclass(each.category, torch.jit.TracerWarning)]
+        said = [text for text in said if not text.startswith(_ABOUT_OUTPUTS)]
+        if watch.reads:
+            return Trace(program, f"its code reads numbers or sizes of its input ({', '.join(_some(watch.reads))})")
+        if said:
+            return Trace(program, cause_of(said[0]))
+        if watch.splits and any(domain.free for domain in self.domains):
+            return Trace(program, f"its code makes lists along a dimension ({', '.join(_some(watch.splits))})")
+        return Trace(program)
+
+    def script(self) -> Module:
+        program: Module = torch.jit.script(self.truth.fresh())
+        return program
+
+    def _export(self) -> Module:
+        return script_of(exported(self.truth.fresh(), self.example, self.domains))
+
+    def _batch_of_two(self) -> Inputs:
+        rows = batch_rows(self.example, self.domains, 2)
+        inputs = tuple(torch.cat(column) for column in zip(*rows, strict=True))
+        if isinstance(runs(self.truth.fresh, inputs, 0, twice=False), Refusal):
+            return tuple(each.clone() for each in self.example)  # it takes single items only
+        return inputs
+
+    def _affordable(self) -> int:
+        once = max(self.truth.run_s, 1e-4) * 4  # both models, and batches of more than the example's one
+        return min(len(self.probes), max(PROBES_MIN, int(PROBING_S / once)))
+
+    def _accepted(
+        self, how: str, make: Callable[[], Module | None], reason: str, count: int
+    ) -> tuple[Module, Conversion] | None:
+        """The program if it is true on ``count`` probes; else None, and why not among the objections."""
+        try:
+            program = make()
+            assert program is not None
+            program = program.eval()
+            largest, objection = self.compared(program, count)
+            if not objection and self.freezes:
+                program = torch.jit.freeze(program)
+                largest, objection = self.compared(program, min(count, FROZEN_PROBES), largest)
+        except Exception as error:  # torch's converters raise errors of many classes
+            objection = cause_of(str(error)) or type(error).__name__
+        if objection:
+            self.objections.append(f"{_NAMES[how]}: {objection}")
+            return None
+        return program, Conversion(how, reason, count, largest)
+
+    def compared(self, program: Module, count: int, largest: float = 0.0) -> tuple[float, str]:
+        """The largest difference to the eager model on the first ``count`` probes, and what is against the program."""
+        twice = self.truth.keeps_state
+
+        def fresh() -> Module:
+            return copy.deepcopy(program) if twice else program
+
+        for number, probe in enumerate(self.probes[:count]):
+            wanted = self.truth.answers(number, probe.inputs)
+            got = runs(fresh, probe.inputs, number, twice=twice)
+            if isinstance(wanted, Refusal):
+                if not isinstance(got, Refusal):
+                    return math.inf, f"it answers {probe.name}, which the model refuses ({wanted.cause})"
+                continue
+            if isinstance(got, Refusal):
+                return math.inf, f"it fails on {probe.name}: {got.cause}"
+            worst = max(difference(left, right) for left, right in zip(wanted, got, strict=True))
+            if dtypes(wanted) != dtypes(got) or math.isinf(worst):
+                return math.inf, f"its answer differs from the model's in shape, kind or structure on {probe.name}"
+            if worst > self.tolerance:
+                return worst, f"its answer differs from the model's by {worst:.1e} on {probe.name}"
+            largest = max(largest, worst)
+        return largest, ""
+
+
+_NAMES = {"traced": "tracing", "scripted": "scripting", "exported": "torch.export"}
+
+
+def convert(
+    model: torch.nn.Module,
+    example: Sequence[torch.Tensor],
+    domains: Sequence[InputDomain],
+    samples: Sequence[Probe] = (),
+    *,
+    how: str | None = None,
+    freezes: bool = True,
+) -> tuple[Module, Conversion]:
+    """TorchScript of ``model``, in eval mode, and how it came about. Call it without gradients.
+
+    Args:
+        example: one item [1, ...] per input.
+        domains: what each input may hold.
+        samples: inputs that it is compared on before those made up here.
+        how: ``trace`` or ``script`` takes that one though it cannot be proven; None finds one that can.
+        freezes: whether the result is frozen.
+
+    Raises:
+        NeedsPythonError: none was found; the text says why.
+        Exception: whatever the model raises for the example.
+    """
+    torch.backends.mha.set_fastpath_enabled(False)  # what is traced is the way that is not special to some inputs
+    truth = EagerAnswers(model)
+    watch = ReadsWatch(example)
+    with watch:
+        truth.fresh()(*example)
+    domains = [
+        dataclasses.replace(domain, values=(0, watch.vocabularies[position] - 1))
+        if domain.values is None and position in watch.vocabularies else domain
+        for position, domain in enumerate(domains)
+    ]  # fmt: skip
+    truth.examine(example)
+    probes = [*samples, *probe_inputs(example, domains)]
+    converter = _Converter(model, tuple(example), domains, probes, truth, freezes, _tolerance(model))
+    if how in ("trace", "script"):
+        return _as_told(converter, how)
+    return converter.convert()
+
+
+def _as_told(converter: _Converter, how: str) -> tuple[Module, Conversion]:
+    trace = converter.trace() if how == "trace" else Trace(None)
+    try:
+        program = trace.program if how == "trace" else converter.script()
+    except Exception as error:
+        raise NeedsPythonError(f"scripting: {cause_of(str(error)) or type(error).__name__}") from error
+    if program is None:
+        raise NeedsPythonError(f"tracing: {trace.problem}")
+    program = torch.jit.freeze(program.eval()) if converter.freezes else program.eval()
+    largest, objection = converter.compared(program, len(converter.probes))
+    text = "; ".join(filter(None, [trace.problem, objection])) or "nothing was found against it"
+    name = "traced" if how == "trace" else "scripted"
+    return program, Conversion(name, text, len(converter.probes), largest, override=True)
+
+
+def _tolerance(model: torch.nn.Module) -> float:
+    found = {each.dtype for each in (*model.parameters(), *model.buffers())}
+    if torch.bfloat16 in found:
+        return ROUNDING["bf16"]
+    return ROUNDING["fp16"] if torch.float16 in found else ROUNDING["fp32"]
+
+
+def _some(names: Sequence[str]) -> list[str]:
+    return sorted(set(names))[:3]
