@@ -5,6 +5,7 @@ So a request is run again by the audit. It is slower, and what everything else i
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -22,7 +23,8 @@ def run_plainly() -> None:
     global _is_plain
     _is_plain = True
     os.nice(NICENESS)
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    with contextlib.suppress(OSError):  # a container may forbid it; niceness does most of it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     # TorchScript is interpreted as it was written: no profiling, no fusion, nothing specialized on shapes.
     torch._C._set_graph_executor_optimize(False)
 

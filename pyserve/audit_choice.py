@@ -9,6 +9,7 @@ from pyserve.audit import Audit
 from pyserve.comparison import ROUNDING
 from pyserve.lane import Lane
 from pyserve.lane_choice import Wish, open_audit_lane
+from pyserve.loader import PRECISION_ERROR_MAX
 
 log = logging.getLogger(__name__)
 
@@ -43,5 +44,5 @@ def tolerance_of(precision: str, error_max: float | None, *, is_on_gpu: bool) ->
     """
     allowed = ROUNDING[precision]
     if precision != "fp32":
-        return max(allowed, error_max or 0.0)
+        return max(allowed, error_max or PRECISION_ERROR_MAX)
     return max(allowed, ROUNDING["fp16"]) if is_on_gpu else allowed

@@ -20,6 +20,7 @@ from pyserve.audit_lane import Repetition
 from pyserve.comparison import ROUNDING
 from pyserve.errors import ModelLoadError, OverloadedError
 from pyserve.http1_exchange import Exchange
+from pyserve.loader import PRECISION_ERROR_MAX
 from pyserve.messages import ErrorFormat, Request, Response
 
 
@@ -326,5 +327,6 @@ def test_tolerance_follows_the_precision_and_what_the_user_allows() -> None:
     assert tolerance_of("fp32", None, is_on_gpu=False) == ROUNDING["fp32"]
     assert tolerance_of("fp32", 0.5, is_on_gpu=False) == ROUNDING["fp32"]
     assert tolerance_of("fp32", None, is_on_gpu=True) == ROUNDING["fp16"]
-    assert tolerance_of("bf16", None, is_on_gpu=False) == ROUNDING["bf16"]
+    assert tolerance_of("bf16", None, is_on_gpu=False) == PRECISION_ERROR_MAX > ROUNDING["bf16"]
+    assert tolerance_of("fp16", 1e-6, is_on_gpu=False) == ROUNDING["fp16"]
     assert tolerance_of("bf16", 0.5, is_on_gpu=False) == 0.5
