@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import pickle
 import random
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 
 from pyserve.handler import ModelLoadError
+from pyserve.handlers.mapped_load import can_be_mapped
 from pyserve.handlers.skipped_init import SkipRandomFill, StaleMemory, StaleNumberUsedError
 from pyserve.handlers.source_file import import_file
 from pyserve.torch_error import cause_of
@@ -145,7 +144,7 @@ def read_state_dict(weights: Path | BinaryIO, name: str) -> Mapping[str, torch.T
         ModelLoadError: the file is missing, damaged, or holds anything but named tensors.
     """
     try:
-        mmap = isinstance(weights, Path) and zipfile.is_zipfile(weights) and _is_cached(weights)
+        mmap = isinstance(weights, Path) and can_be_mapped(weights)
         state = torch.load(weights, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise ModelLoadError(f"{name} is not in the archive; repack it with --serialized-file") from error
@@ -167,13 +166,6 @@ def read_state_dict(weights: Path | BinaryIO, name: str) -> Mapping[str, torch.T
         hint = f"save its member {inner!r} alone" if inner else "save model.state_dict()"
         raise ModelLoadError(f"{name} is a checkpoint, not a state dict ({odd!r} is no tensor); {hint}")
     return state
-
-
-def _is_cached(path: Path) -> bool:
-    """Whether nobody but pyserve writes to the file. A file in a folder that is served where it lies may be replaced
-    in place, which would change a mapped model's numbers."""
-    cache = os.environ.get("PYSERVE_WEIGHTS_CACHE")
-    return bool(cache) and path.resolve().is_relative_to(Path(cache or "").resolve().parent)
 
 
 def _fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], target: str, name: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.serialization import config as load_options
 
 from pyserve.handler import ModelLoadError
 from pyserve.handlers.shared_weights import share_weights
@@ -105,9 +104,7 @@ def load_package(path: Path, device: torch.device) -> Any:
             inductor = importlib.import_module("torch._inductor")
             call = inductor.aoti_load_package(str(path), device_index=-1 if device.index is None else device.index)
             return _checked(call, path)
-        # Its reader hands files to torch.load that cannot be mapped.
-        with load_options.patch("load.mmap", False):
-            program = torch.export.load(str(path))
+        program = torch.export.load(str(path))
         if device.type != "cpu":
             program = importlib.import_module("torch.export.passes").move_to_device_pass(program, device)
         return program.module()

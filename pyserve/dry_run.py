@@ -252,7 +252,7 @@ def interpreter_for(subject: Subject, say: Say) -> str:
 
 def enter(spec: WorkerSpec, config: Config) -> None:
     """Makes this process what a worker process is: its folder, environment and torch's options."""
-    from torch.utils.serialization.config import load as load_options
+    from pyserve.handlers.mapped_load import map_loads
 
     os.environ.setdefault("PYSERVE_WEIGHTS_CACHE", str(open_cache().root / "weights"))
     if config.blacklist_env_vars:
@@ -260,7 +260,7 @@ def enter(spec: WorkerSpec, config: Config) -> None:
             del os.environ[name]
     os.chdir(spec.model_dir)
     sys.argv = [f"pyserve-worker {spec.name}"]
-    load_options.mmap = True
+    map_loads()
 
 
 def on_device(subject: Subject) -> WorkerSpec:

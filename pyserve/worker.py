@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils.serialization.config import load as load_options
 
 from pyserve import __version__
 from pyserve.batch_trial import Verdict
@@ -26,6 +25,7 @@ from pyserve.custom_metrics import MetricsCache, MetricsCachePyYamlError, Metric
 from pyserve.engine import load_core
 from pyserve.entry_point import EntryPoint, HandlerLoadError, HandlerMemoryError, load_entry_point, load_error
 from pyserve.failure import HandlerTimeout
+from pyserve.handlers.mapped_load import map_loads
 from pyserve.invoker import Answer, Invoker, Parts, report_failure
 from pyserve.launch import Reporter
 from pyserve.rehearsal import rehearse
@@ -112,7 +112,7 @@ def _set_up(spec: WorkerSpec, reports: Reporter) -> _ReportHandler:
     os.chdir(spec.model_dir)
     sys.argv = [f"pyserve-worker {spec.name}"]
     torch.set_num_threads(spec.intra_op_threads)
-    load_options.mmap = True  # state dicts are mapped: workers share the pages
+    map_loads()  # workers share the pages of state dicts
     if spec.is_audit:
         from pyserve.handlers.plain import run_plainly
 
