@@ -438,18 +438,21 @@ def request_as_json(request: InferRequest, model_name: str, *, as_base64: bool) 
     """The request as a handler of its own reads it: all data as JSON, flat.
 
     Args:
-        as_base64: whether BYTES become base64 even if they are text, as TorchServe's gRPC has it.
+        as_base64: whether BYTES become base64 even if they are text, as TorchServe's gRPC has it. Else all of an input
+            do if one is no text, and its parameter ``content_type`` is ``base64``.
     """
     inputs = []
     for tensor in request.inputs:
+        said: dict[str, str] = {}
         if tensor.datatype == BYTES:
-            values = [_as_text(element, as_base64=as_base64) for element in elements_of(tensor)]
+            values, is_base64 = _texts(elements_of(tensor), as_base64=as_base64)
+            said = {"content_type": "base64"} if is_base64 and not as_base64 else said
         elif isinstance(tensor.data, list):
             values = flat_values(tensor)
         else:
             values = tensor_of(tensor).reshape(-1).tolist()
         entry = {"name": tensor.name, "shape": list(tensor.shape), "datatype": tensor.datatype, "data": values}
-        rest = {name: value for name, value in tensor.parameters.items() if name != "binary_data_size"}
+        rest = {name: value for name, value in tensor.parameters.items() if name != "binary_data_size"} | said
         inputs.append({**entry, **({"parameters": rest} if rest else {})})
     whole: dict[str, Any] = {"id": request.id} if request.id else {}
     whole |= {"model_name": model_name, "inputs": inputs}
@@ -460,16 +463,14 @@ def request_as_json(request: InferRequest, model_name: str, *, as_base64: bool) 
     return json.dumps(whole).encode()
 
 
-def _as_text(element: Any, *, as_base64: bool) -> str:
-    if isinstance(element, str) and not as_base64:
-        return element
-    raw = element.encode() if isinstance(element, str) else bytes(element)
+def _texts(elements: list[Any], *, as_base64: bool) -> tuple[list[str], bool]:
     if not as_base64:
         try:
-            return raw.decode()
+            return [each if isinstance(each, str) else bytes(each).decode() for each in elements], False
         except UnicodeDecodeError:
             pass
-    return base64.b64encode(raw).decode()
+    raws = [each.encode("utf-8", "surrogatepass") if isinstance(each, str) else bytes(each) for each in elements]
+    return [base64.b64encode(raw).decode() for raw in raws], True
 
 
 def outputs_in_json(body: bytes | bytearray | memoryview) -> list[InferOutput] | None:

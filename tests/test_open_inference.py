@@ -251,7 +251,8 @@ def test_own_handlers_get_json_also_of_binary_tensors(client: Any) -> None:
               tensor_input("t", np.array([b"text", b"\xff"], np.object_), "BYTES", binary=True)]  # fmt: skip
     answer = client.infer("own", inputs, request_id="9")
     np.testing.assert_array_equal(answer.as_numpy("seen x"), rows(2))
-    assert answer.as_numpy("seen t").tolist() == [b"text", b"/w=="]
+    # Never some of them: the handler could not tell which.
+    assert answer.as_numpy("seen t").tolist() == [b"dGV4dA==", b"/w=="]
     assert answer.get_response()["id"] == "9"
     # As in TorchServe, what says that it is JSON is parsed, and everything else stays bytes.
     in_json = client.infer("own", [tensor_input("x", rows(2), "FP32", binary=False)], headers=dict(JSON))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from pyserve.http1_exchange import Exchange
 from pyserve.messages import Headers, Request, Response
 from pyserve.open_inference import InferInput, InferOutput, InferRequest, InferResponse
 from pyserve.pending import Pending
-from pyserve.protocol_requests import TensorsPending, Transport, outputs_of_answers
+from pyserve.protocol_requests import TensorsPending, Transport, outputs_of_answers, request_as_json
 from pyserve.row_requests import RowPending
 
 RAW: Headers = [("Content-Type", "application/octet-stream")]
@@ -226,3 +227,15 @@ def test_numbers_of_a_handlers_json_keep_all_their_digits() -> None:
     (output,) = outputs_of_answers(answers)
     assert isinstance(output, InferOutput) and output.datatype == "FP64"
     assert output.values() == [0.1, 2.0, 1e-300, 0.3]
+
+
+@pytest.mark.parametrize(("elements", "data", "parameters"), [
+    (["a", b"\xc3\xbc"], ["a", "\u00fc"], None),
+    (["a", b"\xff"], ["YQ==", "/w=="], {"content_type": "base64"}),
+])  # fmt: skip
+def test_bytes_reach_an_own_handler_as_text_or_all_as_base64(
+    elements: list[Any], data: list[str], parameters: dict[str, str] | None
+) -> None:
+    told = json.loads(request_as_json(InferRequest([InferInput("x", "BYTES", (2,), elements)]), "m", as_base64=False))
+    (entry,) = told["inputs"]
+    assert (entry["data"], entry.get("parameters")) == (data, parameters)
