@@ -80,10 +80,11 @@ class InferenceService:
         Answers of different sequences leave as they come.
         """
         last_id = ""
+        are_mixed = False  # requests of several sequences take turns, so that one without an id may be of any
         positions = itertools.count()
 
         def begin(message: Any) -> Begun:
-            nonlocal last_id
+            nonlocal last_id, are_mixed
             id = message.sequence_id
             request_id = new_id()
             position = next(positions)
@@ -93,6 +94,9 @@ class InferenceService:
                     raise BadRequestError(
                         f"The stream's first request needs sequence_id, or an input {self._start_key} that is true."
                     )
+                if not headers and are_mixed:
+                    raise BadRequestError("The requests of this stream are of several sequences; give sequence_id.")
+                are_mixed = are_mixed or (len(headers) == 1 and last_id not in ("", id))
                 id = id or (headers[0][1] if headers else last_id)
                 last_id = id
                 prediction: Prediction | ServeError = self._begin(

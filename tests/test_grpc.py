@@ -402,6 +402,14 @@ def test_the_server_makes_an_id_for_a_sequence_that_starts(client: Stub) -> None
     assert json.loads(second.prediction)["numbers"] == [1, 2]
 
 
+def test_a_request_without_an_id_is_not_guessed_to_be_of_one_of_several_sequences(client: Stub) -> None:
+    answers = ask_all(client, add("g1", add=1), add("g2", start=True, add=2), add(add=3), add("g1", add=4), add(add=5))
+    told = {answer.sequence_id: json.loads(answer.prediction)["numbers"] for answer in answers if answer.prediction}
+    assert told == {"g1": [1, 4], "g2": [2, 3]}
+    (status,) = [answer.status for answer in answers if not answer.prediction]
+    assert status.code == 3 and "several sequences" in status.message and '"position": 4' in status.message
+
+
 def test_errors_of_a_stream_of_requests_travel_beside_the_answers(client: Stub) -> None:
     answers = ask_all(client, add(add=1), add("e1", model="none"), add("e1", model=""), add("e1", add=1))
     assert [answer.status.code for answer in answers] == [3, 13, 13, 0]
