@@ -227,6 +227,7 @@ class Audit:
 
         A difference that is no number, since the structure differs, is None.
         """
+        self._drop_disconnected()  # at least as often as metrics are read
         told: JsonObject = {
             "share": self._share,
             "tolerance": self._tolerance,
