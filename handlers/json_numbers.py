@@ -33,7 +33,10 @@ KINDS = {
     "bool": (torch.bool, "B"),
 }
 _KIND_OF = dict(KINDS.values())
-_ARRAY_DTYPES = {"f": torch.float32, "d": torch.float64}
+_ARRAY_DTYPES = {torch.float16: torch.float64, torch.bfloat16: torch.float32, torch.bool: torch.uint8}
+# The kinds that may call a number infinite which Python's floats can hold.
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+_FEW_MAX = 64
 
 
 class UnfitNumberError(ValueError):
@@ -61,14 +64,17 @@ def tensor_of_numbers(flat: list[Any], dtype: torch.dtype) -> torch.Tensor:
         numbers = array.array(typecode, flat)
     except (TypeError, OverflowError) as error:
         raise _unfit(flat, typecode) from error
-    tensor = torch.frombuffer(numbers, dtype=_ARRAY_DTYPES.get(typecode, dtype if dtype != torch.bool else torch.uint8))
-    if typecode in "fd":
+    tensor = torch.frombuffer(numbers, dtype=_ARRAY_DTYPES.get(dtype, dtype))
+    largest = _LARGEST.get(dtype)
+    if largest is not None:
         if dtype is torch.float16:
             with np.errstate(over="ignore"):
                 tensor = torch.from_numpy(tensor.numpy().astype(np.float16))
-        else:
+        elif dtype is torch.bfloat16:
             tensor = tensor.to(dtype)
-        _check_finite(flat, tensor)
+        # Python looks at a few numbers faster than torch starts to; NaN fails the comparison or is passed over.
+        if len(flat) > _FEW_MAX or not -largest <= min(flat) <= max(flat) <= largest:
+            _check_finite(flat, tensor)
     elif dtype is torch.bool:
         if tensor.max().item() > 1:
             position = next(position for position, value in enumerate(flat) if value > 1)

@@ -51,6 +51,8 @@ def leaves(output: Any) -> list[Leaf]:
     Raises:
         HandlerError: something in it is of no kind that can be answered, or it is nested in itself.
     """
+    if isinstance(output, torch.Tensor):  # most often, so without a detour
+        return [Leaf((), _plain(output, ()))]
     return [Leaf(path, value) for path, value in _walk(output, ())]
 
 
@@ -67,6 +69,8 @@ def _walk(output: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 def _parts(output: Any) -> list[tuple[str | int, Any]] | None:
     """Names or positions with what stands there; None for what has no parts."""
+    if isinstance(output, torch.Tensor):
+        return None
     if isinstance(output, Mapping):
         return [(str(name), part) for name, part in output.items()]
     if isinstance(output, (tuple, list)):
@@ -103,6 +107,8 @@ def row_count(parts: list[Leaf]) -> int:
         HandlerError: its tensors do not agree, or there is none to tell.
     """
     counts: dict[int, Leaf] = {}
+    if len(parts) == 1 and isinstance(parts[0].value, torch.Tensor) and parts[0].value.dim():
+        return len(parts[0].value)
     for leaf in parts:
         if not isinstance(leaf.value, torch.Tensor):
             continue

@@ -172,7 +172,11 @@ class TensorHandler(BaseHandler):
             raise HandlerError(f"the model's output has {count} entries for {len(context.request_ids)} items")
         wants_raw = [_answers_raw(context, i) for i in range(count)]
         answers = [None] * count if all(wants_raw) else json_rows(data, count, self.json_values)
-        raw_answers, headers, refusal = _raw_answers(parts if any(wants_raw) else [], count, self.output_names)
+        if not any(wants_raw):
+            for i in range(count):
+                context.set_response_content_type(i, JSON)
+            return answers
+        raw_answers, headers, refusal = _raw_answers(parts, count, self.output_names)
         for i, raw in enumerate(wants_raw):
             if not raw:
                 context.set_response_content_type(i, JSON)
