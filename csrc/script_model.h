@@ -23,6 +23,9 @@ class ScriptModel final : public TorchModel {
     c10::IValue run_plain(const std::vector<at::Tensor>& inputs) override;
     void forget_optimization() override;
     uint64_t checksum() const override;
+    void settle() override {
+        if (!has_state() && !is_optimized()) file_.reset();
+    }
 
   protected:
     std::shared_ptr<TorchModel> load_again() override;

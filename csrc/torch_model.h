@@ -54,6 +54,9 @@ class TorchModel : public std::enable_shared_from_this<TorchModel> {
     // For what only running has shown. REQUIRES: no worker has been started.
     void note_state(const std::string& text) { state_ = text; }
 
+    // Nothing more is found out about it: lets go of its file, unless the model may have to be read again.
+    virtual void settle() {}
+
     // A number that changes when a call wrote to a weight or a constant; 0 where the format does not show them.
     virtual uint64_t checksum() const { return 0; }
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pyserve.errors import JsonObject
-from pyserve.model import Model
+from pyserve.lane import Lane
+from pyserve.model_config import ModelConfig
 from pyserve.native_lane import NativeLane
 
 
-def checks_of(model: Model) -> JsonObject:
+def checks_of(lane: Lane | None, config: ModelConfig, audit: JsonObject | None) -> JsonObject:
     """``checks`` of a model's description; what has nothing to say is left out.
 
     ``lane``            why it runs in worker processes although its handler would not need them
@@ -20,7 +21,6 @@ def checks_of(model: Model) -> JsonObject:
     ``allowed``         what model-config.yaml takes upon itself
     ``audit``           requests that were run again, and how many of them differed
     """
-    lane = model.current_lane
     found: JsonObject = {}
     if lane is not None:
         found |= {
@@ -31,11 +31,10 @@ def checks_of(model: Model) -> JsonObject:
         }
     if isinstance(lane, NativeLane):
         found |= lane.network.findings
-    config = model.archive.config
     found["allowed"] = [
         f"{key}: {value}"
         for key, value in (("batchDependent", config.batch_dependent), ("conversion", config.conversion))
         if value not in (None, "auto")
     ]
-    found["audit"] = model.audit_report()
+    found["audit"] = audit
     return {name: value for name, value in found.items() if value not in ("", None, [])}

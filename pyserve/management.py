@@ -16,7 +16,6 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from pyserve import openapi, parameters
-from pyserve.checks import checks_of
 from pyserve.config import Config
 from pyserve.entries import shown
 from pyserve.errors import (
@@ -363,7 +362,7 @@ def _own_description(model: Model, *, tells_errors: bool) -> JsonObject:
         "weightsSize": model.weights_size,
         "minBatch": model.min_batch,
         "precision": model.precision,
-        "checks": checks_of(model),
+        "checks": model.checks(),
     }
     stats = model.stats()
     if "batch_size" in stats:

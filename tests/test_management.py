@@ -70,6 +70,9 @@ class FakeModel:
         self.scalings: list[tuple[int, int]] = []
         self.measured: dict[str, Any] = {}
 
+    def checks(self) -> dict[str, Any]:
+        return {"batches": "passed"}
+
     async def loaded(self) -> None:
         pass
 
@@ -268,7 +271,7 @@ def test_description_has_torchserves_keys_in_its_order_and_pyserves_after_them()
     keys = list(described)
     assert keys[: len(CONTRACT_KEYS)] == CONTRACT_KEYS
     assert keys[len(CONTRACT_KEYS) :] == [
-        "lane", "state", "device", "weightsShared", "copies", "weightsSize", "minBatch", "precision",
+        "lane", "state", "device", "weightsShared", "copies", "weightsSize", "minBatch", "precision", "checks",
     ]  # fmt: skip
     assert described["customizedMetadata"] == {}
     assert described["maxRetryTimeoutInSec"] == 300
