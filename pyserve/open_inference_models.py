@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from pyserve import __version__
+from pyserve.archive import Archive
 from pyserve.audit_lane import Repetition
 from pyserve.errors import JsonObject, ServeError
 from pyserve.handlers.outputs import named_outputs
@@ -39,6 +41,7 @@ from pyserve.tensor_rows import TensorRowsPending
 EXTENSIONS = ["binary_tensor_data", "statistics"]
 # Built-in handlers that bring their input to the network as it is, and its output back.
 _TENSOR_HANDLERS = ("tensor", "base_handler")
+_DESCRIBED: WeakKeyDictionary[Archive, tuple[list[TensorSpec], tuple[str, ...]]] = WeakKeyDictionary()
 _NO_TIME = {"count": 0, "ns": 0}
 
 
@@ -77,22 +80,29 @@ def _pending_for(
         return OwnHandlerPending(lane, exchange, model.version, url_version, transport=transport, headers=added)
     network = model.network if isinstance(lane, NativeLane) else None
     if network is not None and model.built_in_handler in _TENSOR_HANDLERS:
-        config = network.context.model_yaml_config
+        specs, outputs = _described(model.archive)
         return TensorsPending(
-            lane, exchange, model.version, url_version, transport=transport,
-            specs=input_specs(config), output_names=output_names(config),
+            lane, exchange, model.version, url_version, transport=transport, specs=specs, output_names=outputs,
             known_names=frozenset(output["name"] for output in network.outputs or ()),
         )  # fmt: skip
     if model.built_in_handler == "tensor":
-        config = model.archive.config.raw
+        specs, outputs = _described(model.archive)
         return TensorRowsPending(
-            lane, exchange, model.version, url_version, transport=transport,
-            headers=added, specs=input_specs(config), output_names=output_names(config),
+            lane, exchange, model.version, url_version, transport=transport, headers=added, specs=specs,
+            output_names=outputs,
         )  # fmt: skip
     pixels = _spec_of(network.example[0]) if network is not None else None
     return HandlerRowsPending(
         lane, exchange, model.version, url_version, transport=transport, headers=added, pixels=pixels
     )
+
+
+def _described(archive: Archive) -> tuple[list[TensorSpec], tuple[str, ...]]:
+    """A model's inputs and the names of its outputs, as model-config.yaml has them; read once."""
+    found = _DESCRIBED.get(archive)
+    if found is None:
+        found = _DESCRIBED[archive] = input_specs(archive.config.raw), output_names(archive.config.raw)
+    return found
 
 
 def _spec_of(example: torch.Tensor) -> TensorSpec:
@@ -118,17 +128,17 @@ async def model_metadata(model: Model, versions: list[str]) -> JsonObject:
         return about | {"inputs": [], "outputs": []}  # what its handler understands is its own business
     if network is None and model.built_in_handler == "tensor":
         # What it answers is known in its worker only.
-        return about | {"inputs": _inputs(model.archive.config.raw), "outputs": []}
+        return about | {"inputs": _inputs(model), "outputs": []}
     if network is None or model.built_in_handler not in _TENSOR_HANDLERS:
         row = {"datatype": BYTES, "shape": [-1]}
         return about | {"inputs": [{"name": "input0", **row}], "outputs": [{"name": "output0", **row}]}
     if network.outputs is None:
         network.outputs = await asyncio.to_thread(_example_outputs, network)
-    return about | {"inputs": _inputs(network.context.model_yaml_config), "outputs": network.outputs}
+    return about | {"inputs": _inputs(model), "outputs": network.outputs}
 
 
-def _inputs(config: Mapping[str, Any]) -> list[JsonObject]:
-    specs = input_specs(config)
+def _inputs(model: Model) -> list[JsonObject]:
+    specs, _ = _described(model.archive)
     return [
         {"name": name, "datatype": datatype_of(spec.torch_dtype), "shape": [-1, *spec.shape]}
         for name, spec in zip(names_of_inputs(specs), specs, strict=True)
