@@ -275,14 +275,9 @@ def on_device(subject: Subject) -> WorkerSpec:
 
 def makes_samples(handler: Any) -> bool:
     """Whether `sample_input` can make something for ``handler``: it is derived from BaseHandler."""
-    return callable(getattr(handler, "example_input", None)) and hasattr(handler, "sample_kind")
+    from pyserve import sample_requests
 
-
-def sample_value(handler: Any, example: Any) -> Any:
-    """What `example_input` made, as JSON: nested lists, or an object of them if the model has several inputs."""
-    if not isinstance(example, tuple):
-        return example[0].tolist()
-    return {spec.name: each[0].tolist() for spec, each in zip(handler.specs, example, strict=True)}
+    return sample_requests.makes_samples(handler)
 
 
 def sample_input(handler: Any, context: Any) -> Input:
@@ -291,20 +286,14 @@ def sample_input(handler: Any, context: Any) -> Input:
     Raises:
         UsageError: none can be made; the text says what to give.
     """
-    if handler.sample_kind == "picture":
-        import tempfile
+    from pyserve.sample_requests import made_up_requests
 
-        from pyserve.examples import write_sample_picture
-
-        with tempfile.TemporaryDirectory(prefix="pyserve-") as folder:
-            picture = write_sample_picture(Path(folder, "sample.jpg")).read_bytes()
-        return _input(picture, "a made-up picture", [], "image/jpeg")
     try:
-        example = sample_value(handler, handler.example_input(context))
+        made_up = next(iter(made_up_requests(handler, context)))
     except Exception as error:
         text = " ".join(str(error).split())
         raise UsageError(f"no sample can be made up ({text}); give a file with -i, or --json-body") from error
-    return _input(json.dumps(example).encode(), "a made-up tensor", [], "application/json")
+    return _input(made_up.sample.body, made_up.sample.name, [], made_up.sample.content_type)
 
 
 NO_INPUT = "what does this handler take? give a file with -i, or JSON with --json-body '...'"

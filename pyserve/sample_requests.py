@@ -73,10 +73,10 @@ def _ways(handler: Any, example: Inputs) -> list[Sample]:
     if handler.sample_kind == "picture":
         return [Sample("made-up pixels", nested(handler, example), JSON), *_picture_like(example)]
     shape = ", ".join(str(list(each.shape[1:])) for each in example)
-    as_json = Sample(f"a made-up input {shape}", nested(handler, example), JSON)
+    as_json = Sample(f"a made-up tensor {shape}", nested(handler, example), JSON)
     if not takes_raw(handler):
         return [as_json]
-    as_bytes = Sample(f"a made-up input {shape} as bytes", raw(example), RAW)
+    as_bytes = Sample(f"a made-up tensor {shape} as bytes", raw(example), RAW)
     is_small = sum(each.numel() for each in example) <= JSON_COUNT_MAX
     return [as_json, as_bytes] if is_small else [as_bytes, as_json]
 

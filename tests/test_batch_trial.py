@@ -83,7 +83,10 @@ def test_a_model_whose_answers_depend_on_the_batch_is_found(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_small_batch_size_may_be_raised_and_so_is_tried_too(attempt: Try, batch_size: int) -> None:
+def test_a_small_batch_size_may_be_raised_and_so_is_tried_too(
+    attempt: Try, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyserve.batch_trial.IDLE_ANSWER_TIME_MAX_S", 10.0)
     assert attempt(result="torch.softmax(x, 0)", batch_size=batch_size).verdict.note
 
 

@@ -36,7 +36,7 @@ __all__ = ["attempt"]
     ],
 )  # fmt: skip
 def test_what_can_be_answered_is_loaded(attempt: Try, handler: str, result: str, config: dict[str, Any]) -> None:
-    tried = attempt(handler, result=result, config=config)
+    tried = attempt(handler, result=result, config=config, batch_size=2)
     assert tried.verdict.probe == "passed"
     assert tried.model.calls.item() == 0, "trying leaves no state behind"
 
@@ -72,7 +72,7 @@ def test_a_sample_of_the_archive_that_a_model_cannot_answer_is_refused_with_its_
 
 
 def test_a_sample_that_is_no_input_of_the_model_is_a_warning(attempt: Try, caplog: pytest.LogCaptureFixture) -> None:
-    tried = attempt(files={"sample_input.json": "[1, 2]"})
+    tried = attempt(files={"sample_input.json": "[1, 2]"}, batch_size=2)
     assert tried.verdict.probe == "passed"
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
@@ -85,7 +85,7 @@ def test_a_model_that_takes_another_input_than_described_is_loaded_if_it_answers
     result = "x if x.shape[1] == 7 else x @ torch.ones(5, 5)"
     sample = json.dumps([1.0] * 7)
     attempt(files={"sample_input.json": sample}, result=result, config={"input": {"shape": [-1]}})
-    assert "a made-up input [16] was not answered" in caplog.text
+    assert "a made-up tensor [16] was not answered" in caplog.text
 
 
 def test_without_a_described_input_nothing_is_made_up(attempt: Try) -> None:

@@ -182,7 +182,7 @@ def test_a_model_that_cannot_be_answered_fails_at_load_with_the_cause(served: Se
                   config={"input": LINEAR_INPUT, "conversion": "python"})  # fmt: skip
     answer = served.ask("POST", "/models?url=broken.mar&initial_workers=1&synchronous=true", port="management")
     assert answer.status >= 400
-    assert "the model was tried with a made-up input [4] and cannot answer it: " in answer.detail["text"]
+    assert "the model was tried with a made-up tensor [4] and cannot answer it: " in answer.detail["text"]
 
 
 def test_a_sample_that_ends_its_worker_does_not_keep_the_model_from_being_served(served: Server) -> None:
