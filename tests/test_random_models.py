@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from random_comparison import differs
+from random_comparison import differs, tensors_of
 from random_models import Item, RandomModel, draw_model
-from random_requests import UNREADABLE, ask, batch_size_of, forms_of, problem_of
-from serving import Answer, Server, at_once
+from random_requests import UNREADABLE, ask, ask_rows, batch_size_of, forms_of, problem_of, rows_problem_of
+from serving import Answer, Client, Server, at_once
 
 from pyserve.archiver import ArchiverConfig, write_archive
 
@@ -124,6 +124,30 @@ def _ask_alone(server: Server, name: str, outcome: Outcome) -> None:
             forms = forms_of(outcome.model, item)
             for form in dice.sample(forms, min(2, len(forms))):
                 _judge(outcome, item, form, ask(client, name, outcome.model, item, form), "alone")
+        _ask_in_rows(client, name, outcome)
+
+
+def _ask_in_rows(client: Client, name: str, outcome: Outcome) -> None:
+    """Items of one shape in one request, each of which is still to be answered by itself."""
+    by_shape: dict[tuple[torch.Size, ...], list[Item]] = {}
+    for item in outcome.model.items:
+        if item.is_answerable and not item.offence and "v2" in forms_of(outcome.model, item):
+            by_shape.setdefault(tuple(each.shape for each in item.inputs), []).append(item)
+    items = max(by_shape.values(), key=len, default=[])
+    if len({_shapes_of(item.row) for item in items}) > 1:
+        return  # an answer has one shape for all its rows
+    if len(items) > 1:
+        answer = ask_rows(client, name, outcome.model, items, is_binary=outcome.model.seed % 2 == 0)
+        outcome.counts[f"right {answer.status}"] += 1
+        if answer.status != 200:
+            outcome.refused[f"rows {answer.status}: {_text(answer.body.decode())}"] += 1
+        elif problem := rows_problem_of(outcome.model, items, answer):
+            shown = "; ".join(_shown(item.inputs) for item in items)
+            outcome.problems.append(f"{len(items)} rows, input {shown}\n  -> {problem}")
+
+
+def _shapes_of(output: Any) -> str:
+    return str([(each.dtype, each.shape) for each in tensors_of(output)])
 
 
 def _ask_together(server: Server, name: str, outcome: Outcome) -> None:
