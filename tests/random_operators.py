@@ -88,7 +88,7 @@ class Names:
 
     def dimension(self, x: Value) -> int:
         """One of ``x``, seldom the batch, as often counted from the end."""
-        if x.rank == 1 or self.chance(ACROSS_BATCH):
+        if x.rank < 2 or self.chance(ACROSS_BATCH):
             return 0
         dim = self.dice.randrange(1, x.rank)
         return dim - x.rank if self.chance(0.5) else dim
