@@ -1,5 +1,6 @@
 # make serve   build, pack densenet161 and serve it; returns once it answers
 # make test    lint, types and all tests
+# make correctness   serve the models of tests/models in every way and write docs/correctness.md
 #
 # TORCH=...    the torch to build against, as pip takes it (2.11 to 2.13), for instance
 #              make build TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STORE := model-store
 EXAMPLE_FLAGS := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(LABELS),--labels $(LABELS))
 
-.PHONY: build serve stop test lint bench clean
+.PHONY: build serve stop test lint bench correctness clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -53,6 +54,9 @@ test: lint
 
 bench: build
 	$(BIN)/python bench/compare.py
+
+correctness: build
+	PYTHONPATH=tests:$$PYTHONPATH $(BIN)/python -m models.correctness
 
 clean:
 	rm -rf build bench/out pyserve/_core*.so pyserve/_build_info.py $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache

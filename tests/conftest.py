@@ -24,7 +24,7 @@ def seed() -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked ``nightly`` unless ``-m`` names it; an ``-m`` of addopts would give way to any other."""
+    """Leaves out what is marked ``nightly`` unless ``-m`` names it; any other ``-m`` would replace one of addopts."""
     if "nightly" in config.option.markexpr:
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly") is not None])

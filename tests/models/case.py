@@ -41,6 +41,7 @@ class Case:
         precisions: all in which it is tried.
         rounding: the largest difference that is rounding, where it is not that of the output's dtype.
         mixed: requests sent at once, per number of workers.
+        is_pure: the class is known to keep nothing, so that one model of it may answer all items.
         config: further keys of model-config.yaml.
     """
 
@@ -58,6 +59,7 @@ class Case:
     precisions: tuple[str, ...] = ("fp32",)
     rounding: float | None = None
     mixed: int = 48
+    is_pure: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -21,7 +21,8 @@ from .judging import difference
 # Batches form only while workers are busy, and these models are quick: without waiting nothing would be mixed.
 BATCHING = {"minBatch": 6, "maxBatchDelay": 20}
 
-# torch's random numbers are the process's: two threads that build models would seed each other's.
+# torch's random numbers are the process's: two threads that build models would seed each other's. And two variants of
+# one case share its files.
 BUILDING = threading.Lock()
 
 
@@ -55,6 +56,11 @@ class Packed:
         Raises:
             Untrue: TorchScript or torch.export cannot express the model as it is.
         """
+        with BUILDING:
+            return Path(shutil.move(self._written(variant, name), store / f"{name}.mar"))
+
+    def _written(self, variant: Variant, name: str) -> Path:
+        _ = self.right_answers  # here, where no other thread draws random numbers
         is_eager = variant.backend == "eager"
         entries = list(self.case.inputs)
         config = {
@@ -67,17 +73,14 @@ class Packed:
         }
         config_file = self.folder / "model-config.yaml"
         config_file.write_text(json.dumps(config))
-        with BUILDING:
-            _ = self.right_answers  # they need the lock too
-            weights = self.weights if is_eager else self._converted(variant.backend)
+        weights = self.weights if is_eager else self._converted(variant.backend)
         has_weights = not is_eager or bool(self.model.state_dict())
-        written = write_archive(
+        return write_archive(
             ArchiverConfig(
                 name, "tensor", serialized_file=str(weights) if has_weights else None, config_file=str(config_file),
                 model_file=str(self.source) if is_eager else None, export_path=str(self.folder), force=True,
             )
         )  # fmt: skip
-        return Path(shutil.move(written, store / f"{name}.mar"))
 
     def _converted(self, backend: str) -> Path:
         path = self.folder / (f"{backend}.pt2" if backend in ("exported", "compiled") else f"{backend}.pt")

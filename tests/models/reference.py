@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ def rebuilt(path: Path, weights: Path) -> nn.Module:
 
 def right_answers(path: Path, weights: Path, case: Case) -> list[Any]:
     """Per request of ``case`` the output of a fresh model for it alone, or `Refused`."""
+    if case.is_pure:
+        model = rebuilt(path, weights)
+        return [_alone(model, item) for item in case.requests()]
     return [_alone(rebuilt(path, weights), item) for item in case.requests()]
 
 
@@ -75,7 +79,8 @@ def _alone(model: nn.Module, item: Item) -> Any:
             output = model(*(each.clone() for each in item))
     except Exception as error:  # whatever the model raises: the server must not answer
         return Refused(f"{type(error).__name__}: {error}")
-    output = getattr(output, "logits", output)  # of objects that are no containers, this is what handlers take
+    if isinstance(output, types.SimpleNamespace):  # its names are those of the outputs
+        output = vars(output)
     odd = _no_row(output)
     return Refused(odd) if odd else output
 
