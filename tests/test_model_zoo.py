@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import matrix
+from models import architectures, matrix
 from models.case import Case, Variant
 from models.catalogue import CASES
 from models.judging import difference, unreadable
@@ -28,6 +28,14 @@ NIGHT = [pair for pair in matrix.at_night() if pair not in EACH_RUN]
 
 def _key(pair: Pair) -> str:
     return f"{pair[0].name}-{pair[1]}"
+
+
+def _lacking(case: Case, variant: Variant) -> str:
+    """What this machine lacks for a trial."""
+    if variant.backend == "compiled" and not shutil.which("g++"):
+        return "needs a C++ compiler"
+    absent = architectures.missing() if case in architectures.CASES else []
+    return f"needs the packages of the extra nightly: {', '.join(absent)}" if absent else ""
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +57,14 @@ def outcomes(
         and "pair" in item.callspec.params
     ]  # fmt: skip
     with matrix.running(tmp_path_factory.mktemp("zoo"), compiled) as run:
-        chosen = [pair for pair in chosen if pair[1].backend != "compiled" or shutil.which("g++")]
+        chosen = [pair for pair in chosen if not _lacking(*pair)]
         yield dict(zip(map(_key, chosen), run.begin(chosen), strict=True))
 
 
 def _check(pair: Pair, outcomes: dict[str, Future[Outcome]]) -> None:
     case, variant = pair
     if _key(pair) not in outcomes:
-        pytest.skip("needs a C++ compiler")
+        pytest.skip(_lacking(case, variant))
     outcome = outcomes[_key(pair)].result()
     assert not outcome.wrong, "\n".join([case.trap, *outcome.wrong[:5], f"{len(outcome.wrong)} in all"])
     if not {variant.backend, variant.precision}.intersection(case.may_refuse):
@@ -74,6 +82,12 @@ def test_answers_are_those_of_each_item_alone(pair: Pair, outcomes: dict[str, Fu
 def test_answers_in_every_variant_are_those_of_each_item_alone(
     pair: Pair, outcomes: dict[str, Future[Outcome]]
 ) -> None:
+    _check(pair, outcomes)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("pair", matrix.of_architectures(), ids=_key)
+def test_architectures_answer_as_they_do_alone(pair: Pair, outcomes: dict[str, Future[Outcome]]) -> None:
     _check(pair, outcomes)
 
 

@@ -6,6 +6,7 @@ Weights are seeded, configurations small. The packages are those of the extra ``
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ STAND_INS = Path(__file__).parent / "stand_ins"
 PACKAGES = ("timm", "transformers", "segmentation_models_pytorch")
 VOCABULARY = 100
 
-_AS_PUBLISHED: dict[str, Any] = {"precisions": ("fp32", "bf16"), "is_pure": True}
+# Of bf16 a refusal for its error is right; how many there are is in docs/correctness.md.
+_AS_PUBLISHED: dict[str, Any] = {"precisions": ("fp32", "bf16"), "may_refuse": ("bf16",), "is_pure": True}
 
 
 def missing() -> list[str]:
-    """Packages that are not installed."""
+    """Packages that are not installed. The others' models can be built in this process from now on."""
+    if str(STAND_INS) not in sys.path:
+        sys.path.append(str(STAND_INS))
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 

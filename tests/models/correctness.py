@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 
 from . import architectures, matrix
-from .case import Variant
 from .catalogue import KINDS
 from .matrix import Pair
 from .trial import Outcome
@@ -62,28 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{part}: not installed: {', '.join(absent)}")
             continue
         pairs = _pairs(part)
-        outcomes = _run(pairs, options.minutes * 60, path=_packages_path() if part == "architectures" else "")
+        outcomes = _run(pairs, options.minutes * 60)
         _write(part, _section(part, outcomes, len(pairs)))
         is_right = is_right and not any(outcome.wrong for outcome in outcomes)
     return 0 if is_right else 1
 
 
-def _packages_path() -> str:
-    """What models of packages need on their path, in this process too."""
-    sys.path.append(str(architectures.STAND_INS))
-    return os.pathsep.join([str(architectures.STAND_INS), os.environ.get("PYTHONPATH", "")])
-
-
 def _pairs(part: str) -> list[Pair]:
     """In the order of their worth, should the time not suffice: one of each case, then the other variants."""
     if part == "architectures":
-        variants = [Variant(), Variant(precision="bf16"), Variant(conversion="python")]
-        return [(case, variant) for variant in variants for case in architectures.CASES]
+        return matrix.of_architectures()
     first = matrix.in_each_run()
     return first + [pair for pair in matrix.at_night() if pair not in first]
 
 
-def _run(pairs: Sequence[Pair], limit_s: float, *, path: str) -> list[Outcome]:
+def _run(pairs: Sequence[Pair], limit_s: float) -> list[Outcome]:
     begun = time.monotonic()
     outcomes = []
 
@@ -95,7 +87,7 @@ def _run(pairs: Sequence[Pair], limit_s: float, *, path: str) -> list[Outcome]:
 
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         compiled = Path(tempfile.gettempdir()) / "pyserve-zoo-packages"
-        with matrix.running(Path(folder), compiled, path=path) as run:
+        with matrix.running(Path(folder), compiled) as run:
             futures = run.begin(pairs, progress)
             for future in futures:
                 if time.monotonic() - begun > limit_s:

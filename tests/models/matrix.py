@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from serving import Server
 
+from . import architectures
+from .architectures import STAND_INS
 from .case import Case, Variant
 from .catalogue import CASES
 from .packing import Packed, Untrue
@@ -36,18 +39,29 @@ def at_night() -> list[Pair]:
 
 # These are compiled, which takes seconds; from the second run on they are kept.
 COMPILED_IN_EACH_RUN = ("fixed_batch_1", "declared_length", "undeclared_length")
-# Classes that have a TorchScript too, but are served in another way.
-CLASSES_IN_EACH_RUN = ("seeded_features", "rare_leak", "attention", "counter")
+# Loading a class takes seconds, so that a run of all tests has only some.
+CLASSES_IN_EACH_RUN = (
+    "odd_size_padding", "counter", "mask_branch", "length_without_padding", "long_branch", "plain_loop",
+    "read_through_numpy", "numbers_through_numpy", "experts", "seeded_features", "tied_in_a_list", "tied_by_a_view",
+    "initial_weights_matter", "weight_norm", "extra_state", "tuple_with_none", "dict_in_dict", "text_beside", "no_rows",
+    "rare_leak", "seeded_noise", "attention",
+)  # fmt: skip
+
+
+def of_architectures() -> list[Pair]:
+    """In the order of their worth, should the time not suffice."""
+    variants = [Variant(), Variant(precision="bf16"), Variant(conversion="python")]
+    return [(case, variant) for variant in variants for case in architectures.CASES]
 
 
 def in_each_run() -> list[Pair]:
-    """TorchScript of each case that has it, which loads at once, in every precision; of the others the class."""
+    """TorchScript of each case that has it, which loads at once, in every precision; some classes."""
     pairs = []
     for case in CASES:
         script = next((each for each in ("scripted", "traced") if each in case.backends), "")
         if script:
             pairs += [(case, Variant(script, precision=precision)) for precision in case.precisions]
-        if case.name in CLASSES_IN_EACH_RUN or (not script and "eager" in case.backends):
+        if case.name in CLASSES_IN_EACH_RUN:
             pairs.append((case, Variant()))
         if case.name in COMPILED_IN_EACH_RUN:
             pairs.append((case, Variant("compiled")))
@@ -86,12 +100,12 @@ class Run:
 
 
 @contextmanager
-def running(folder: Path, compiled: Path, *, path: str = "") -> Iterator[Run]:
-    """A server with a store of its own in ``folder``; ``path`` is added to the Python path of models."""
+def running(folder: Path, compiled: Path) -> Iterator[Run]:
+    """A server with a store of its own in ``folder``; its models import what this process can import."""
     folder.mkdir(exist_ok=True)
     server = Server(folder)
-    if path:
-        server.environment["PYTHONPATH"] += f":{path}"
+    paths = [server.environment["PYTHONPATH"], str(STAND_INS), os.environ.get("PYTHONPATH", "")]
+    server.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     server.start()
     run = Run(server, folder / "packed", compiled)
     try:
