@@ -158,8 +158,10 @@ class _Operators(TorchDispatchMode):
             self.is_looking = False
 
     def _spread(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        written = [args[place] if isinstance(place, int) and place < len(args) else kwargs.get(place)
-                   for place in _written(func)]  # fmt: skip
+        written = [
+            kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None
+            for place in _written(func)
+        ]
         for tensor in _tensors((written, result)):
             self.stale.add(tensor)
         if name not in _ABOUT_KINDS and any(isinstance(each, (bool, int, float, complex)) for each in _leaves(result)):

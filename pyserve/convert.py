@@ -25,7 +25,7 @@ from pyserve.comparison import ROUNDING, difference, dtypes
 from pyserve.conversion import Conversion, NeedsPythonError
 from pyserve.eager_answers import EagerAnswers, Refusal, runs
 from pyserve.export_script import exported, script_of
-from pyserve.probe_inputs import InputDomain, Probe, batch_rows, probe_inputs
+from pyserve.probe_inputs import InputDomain, Probe, probe_inputs
 from pyserve.torch_error import cause_of
 from pyserve.traced_reads import ReadsWatch
 
@@ -121,8 +121,7 @@ class _Converter:
         return script_of(exported(self.truth.fresh(), self.example, self.domains))
 
     def _batch_of_two(self) -> Inputs:
-        rows = batch_rows(self.example, self.domains, 2)
-        inputs = tuple(torch.cat(column) for column in zip(*rows, strict=True))
+        inputs = tuple(torch.cat([each, each]) for each in self.example)
         if isinstance(runs(self.truth.fresh, inputs, 0, twice=False), Refusal):
             return tuple(each.clone() for each in self.example)  # it takes single items only
         return inputs
@@ -145,8 +144,8 @@ class _Converter:
                 largest, objection = self.compared(program, min(count, FROZEN_PROBES), largest)
         except Exception as error:  # torch's converters raise errors of many classes
             objection = cause_of(str(error)) or type(error).__name__
-        if objection:
-            self.objections.append(f"{_NAMES[how]}: {objection}")
+        if objection or program is None:
+            self.objections.append(f"{_NAMES[how]}: {objection.rstrip('.')}")
             return None
         return program, Conversion(how, reason, count, largest)
 

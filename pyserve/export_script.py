@@ -27,7 +27,7 @@ _CHECKS = frozenset({
     "aten::_assert_tensor_metadata", "aten::sym_constrain_range", "aten::sym_constrain_range_for_size",
     "aten::_assert_scalar", "aten::_assert_async",
 })  # fmt: skip
-_FUNCTIONS = {
+_FUNCTIONS: dict[Any, Any] = {
     torch.sym_max: builtins.max,
     torch.sym_min: builtins.min,
     torch.sym_float: builtins.float,
@@ -120,8 +120,8 @@ def _copy(root: torch.nn.Module, nodes: Iterable[fx.Node], graph: fx.Graph, valu
             elif schema not in _CHECKS:
                 values[node] = graph.node_copy(node, values.__getitem__)
                 values[node].target = node.target.overloadpacket
-        elif node.target is operator.getitem and isinstance(values.get(node.args[0]), (tuple, list)):
-            values[node] = values[node.args[0]][node.args[1]]
+        elif node.target is operator.getitem and isinstance(_mapped(node.args[0], values), (tuple, list)):
+            values[node] = operator.getitem(*_mapped(node.args, values))
         elif node.op == "get_attr" and isinstance(_attribute(root, str(node.target)), fx.GraphModule):
             values[node] = _attribute(root, str(node.target))
         else:
