@@ -269,6 +269,27 @@ def masked(ids: list[int], mask: list[float], **more: Any) -> dict[str, Any]:
     return {"inputs": inputs, **more}
 
 
+def form_of_bytes(ids: list[int], mask: list[float]) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of a form with an input's numbers in each part."""
+    body = b""
+    for name, raw in (("ids", np.array(ids, "<i8").tobytes()), ("mask", np.array(mask, "<f4").tobytes())):
+        head = f'Content-Disposition: form-data; name="{name}"; filename="f"\r\nContent-Type: {RAW["Content-Type"]}'
+        body += f"--B\r\n{head}\r\n\r\n".encode() + raw + b"\r\n"
+    return body + b"--B--\r\n", {"Content-Type": "multipart/form-data; boundary=B"}
+
+
+@pytest.mark.parametrize("model", ["masked", "masked-python"])
+def test_a_mask_of_another_length_is_refused_by_grpc(server: Server, model: str) -> None:
+    def ask(ids: list[int], mask: list[float]) -> Any:
+        fields = {"ids": np.array(ids, "<i8").tobytes(), "mask": np.array(mask, "<f4").tobytes()}
+        with stub(server) as calls:
+            return calls.Predictions(model_name=model, input=fields).prediction
+
+    assert np.frombuffer(ask([9, 9, 9], [0.5, 0.5, 0.5]), "<f4").tolist() == [13.5]
+    with pytest.raises(grpc.RpcError, match="'ids' has 3, 'mask' has 2"):
+        ask([9, 9, 9], [1, 1])
+
+
 @pytest.mark.parametrize("model", ["masked", "masked-python"])
 def test_a_mask_of_another_length_is_refused(server: Server, model: str) -> None:
     def ask(ids: list[int], mask: list[float]) -> list[Answer]:
@@ -277,12 +298,13 @@ def test_a_mask_of_another_length_is_refused(server: Server, model: str) -> None
             server.ask("POST", f"/predictions/{model}", json.dumps(plain).encode(), JSON),
             server.ask("POST", f"/v1/models/{model}:predict", json.dumps({"instances": [plain]}).encode(), JSON),
             server.ask("POST", f"/v2/models/{model}/infer", json.dumps(v2).encode(), JSON),
+            server.ask("POST", f"/predictions/{model}", *form_of_bytes(ids, mask)),
         ]
 
     for length in (2, 3, 4):
-        plain, v1, v2 = ask([9] * length, [0.5] * length)
+        plain, v1, v2, form = ask([9] * length, [0.5] * length)
         (output,) = v2.json["outputs"]
-        assert plain.json == v1.json["predictions"][0] == output["data"][0] == 4.5 * length
+        assert plain.json == v1.json["predictions"][0] == output["data"][0] == form.json == 4.5 * length
     for answer in ask([9, 9, 9], [1, 1]):
         assert answer.status == 400, answer.body
         assert "share the dimension 'length', but 'ids' has 3, 'mask' has 2" in answer.json["message"]

@@ -103,6 +103,13 @@ def test_no_file_is_all_none() -> None:
     "input: {shape: [-1], pad_to: [0]}", "input: {shape: [3], pad_to: [4]}", "input: {shape: [-1, -1], pad_to: [4]}",
     "input: {shape: [-1], pad_to: [99999999999]}", 'input: {shape: [-1], pad_to: [4], pad_value: "x"}',
  "parallelType: dp", "useVenv: 1", 'useJobTicket: "yes"', "torchrun: 3",
+    'input: {shape: ["4..2"]}', 'input: {shape: [".."]}', "input: {shape: [0..4]}", "input: {shape: [1..99999999999]}",
+    "input: {dtype: int64, shape: [2..4], vocabulary: 0}", "input: {shape: [2], values: [1, 0]}",
+    "input: {shape: [2], same: length}", "input: []", "input: [{name: a, shape: [1]}, {name: a, shape: [1]}]",
+    "batchDependent: yes", "batchDependent: forbidden", "conversion: jit", "conversion: 1",
+    "audit: 101%", "audit: -1%", "audit: 1.5", "audit: .nan", "audit: some", "audit: true", "audit: [1]",
+    'audit: "1e-3%"',
+    "precisionErrorMax: 0", "precisionErrorMax: -0.1", "precisionErrorMax: .inf", "precisionErrorMax: 5%",
     "clientTimeoutInMills: -1", f"batchSize: 0x{'f' * 5000}", "minBatch: 0",
 ])
 def test_bad_value_is_refused_and_its_key_named(line: str) -> None:
@@ -222,6 +229,28 @@ def test_input_spec_defaults_to_float32_and_may_be_a_scalar() -> None:
     assert parse("input: {dtype: int64, shape: [-1]}").input == InputSpec("int64", (-1,))
     padded = "input: {dtype: int64, shape: [-1, 2], pad_to: [4, 8], pad_value: -1}"
     assert parse(padded).input == InputSpec("int64", (-1, 2), pad_to=(4, 8), pad_value=-1)
+
+
+def test_ranges_are_plain_yaml() -> None:
+    config = parse("""
+input:
+  - {name: ids, dtype: int64, shape: [2..64], vocabulary: 30522, same: length}
+  - {name: mask, dtype: float32, shape: [..64], values: [0, 1], same: length}
+  - {name: picture, shape: [3, 32..512, 16..], same: [height, width]}
+""")
+    assert config.input == [
+        InputSpec("int64", (-1,), "ids", ((2, 64),), (0, 30521), ("length",)),
+        InputSpec("float32", (-1,), "mask", ((2, 64),), (0, 1), ("length",)),
+        InputSpec("float32", (3, -1, -1), "picture", ((3, 3), (32, 512), (16, None)), None, ("height", "width")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("0.1%", 0.001), ("100 %", 1.0), ("0%", 0.0), ("0.25", 0.25), ("1", 1.0), ("0", 0.0), ('"5%"', 0.05)],
+)
+def test_a_share_is_a_percentage_or_a_number(text: str, share: float) -> None:
+    assert parse(f"audit: {text}").audit_share == pytest.approx(share)
 
 
 @pytest.mark.parametrize("name", BOUNDS)
