@@ -72,9 +72,12 @@ async def open_lane(wish: Wish) -> Lane:
     try:
         return await _open_native_lane(wish)
     except NeedsPythonError as error:
-        log.warning("%s runs in worker processes, each with a copy of the model: %s", wish.label, error.message)
+        reason = error.message
+        if wish.archive.config.precision not in (None, "fp32"):
+            reason += "; it is served in fp32"
+        log.warning("%s runs in worker processes, each with a copy of the model: %s", wish.label, reason)
         lane = await open_python_lane(wish)
-        lane.reason = error.message
+        lane.reason = reason
         return lane
 
 

@@ -39,6 +39,7 @@ from pyserve.trace import (
     NeedsPythonError,
     Progress,
     Tracing,
+    conversion_of,
     native_example,
     needs_tracing,
     python_reason,
@@ -210,6 +211,10 @@ def _prove(
     """
     model, config = network.torch_model, archive.config
     example = network.on_device(network.example)
+    conversion = conversion_of(archive) if archive.manifest.model_file is not None else None
+    if conversion is not None:
+        network.findings["conversion"] = f"{conversion.how}: {conversion.reason}"
+        log.info("%s: its model is %s: %s", network.context.model_name, conversion.how, conversion.reason)
     if program is not None:
         network.restored = out_structure(model.call_spec())
     precision = config.precision or "fp32"
@@ -226,7 +231,12 @@ def _prove(
                  network.context.model_name, odd)  # fmt: skip
     elif model.is_optimized:
         network.findings["optimization"] = "oneDNN layout"
-    rehearse(archive.name, network.handler, network.context, network.example, network.run, is_built_in=is_built_in)
+    try:
+        rehearse(archive.name, network.handler, network.context, network.example, network.run, is_built_in=is_built_in)
+    except ModelLoadError as error:
+        if archive.manifest.model_file is None:
+            raise
+        raise NeedsPythonError(error.message) from error  # the model itself may do better; worker processes try it too
     own = model.instance()
     network.batches = BatchProof(
         lambda inputs: network.run_on(own, inputs),
@@ -280,7 +290,11 @@ def _load_weights(
         if needs_tracing(archive):
             (tracing or Tracing(archive)).wait(progress, timeout_s)
         progress("loading the TorchScript")
-        return _load(archive.name, traced_file(archive), example, options)
+        try:
+            return _load(archive.name, traced_file(archive), example, options)
+        except ModelLoadError as error:
+            # The model itself works, as the conversion has shown.
+            raise NeedsPythonError(error.message) from error
     if weights is None:
         raise ModelLoadError(
             f"{archive.name} has neither --serialized-file nor --model-file, so there is no model in it; repack it"
