@@ -82,9 +82,8 @@ def _pending_for(
     if network is not None and model.built_in_handler in _TENSOR_HANDLERS:
         specs, outputs = _described(model.archive)
         return TensorsPending(
-            lane, exchange, model.version, url_version, transport=transport, specs=specs, output_names=outputs,
-            known_names=frozenset(output["name"] for output in network.outputs or ()),
-        )  # fmt: skip
+            lane, exchange, model.version, url_version, transport=transport, specs=specs, output_names=outputs
+        )
     if model.built_in_handler == "tensor":
         specs, outputs = _described(model.archive)
         return TensorRowsPending(

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from pyserve.errors import HandlerError, InputError
-from pyserve.handlers.outputs import ASK_JSON
 from pyserve.handlers.shared_sizes import filled_up
 from pyserve.handlers.tensor_spec import TensorSpec, is_allowed
 from pyserve.http1_exchange import Exchange
@@ -115,19 +114,17 @@ class TensorsPending(ProtocolPending):
     Args:
         specs: of the network's inputs, in order.
         output_names: of its outputs, in order; empty if the network names them itself or nobody does.
-        known_names: of the outputs that its metadata lists; empty if nobody has asked for that.
     """
 
-    __slots__ = ("_columns", "_known_names", "_outputs", "_specs", "output_names")
+    __slots__ = ("_columns", "_outputs", "_specs", "output_names")
 
     def __init__(
         self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
-        specs: list[TensorSpec], output_names: tuple[str, ...], known_names: frozenset[str] = frozenset(),
+        specs: list[TensorSpec], output_names: tuple[str, ...],
     ):  # fmt: skip
         super().__init__(lane, exchange, version, url_version, transport=transport)
         self._specs = specs
         self.output_names = output_names
-        self._known_names = known_names
         self._columns: list[torch.Tensor] = []  # [rows, ...], one per input
         self._outputs: list[InferOutput] = []
 
@@ -166,9 +163,6 @@ class TensorsPending(ProtocolPending):
             kept.data[first : first + count] = output
 
     def _name_outputs(self, outputs: list[torch.Tensor], names: tuple[str, ...]) -> None:
-        missing = sorted(self._known_names.difference(names))
-        if missing:
-            raise InputError(f"output {missing[0]!r} is None in this answer, though metadata lists it; {ASK_JSON}")
         self._outputs = [InferOutput(name, output) for name, output in zip(names, outputs, strict=True)]
         for output in self._outputs:
             try:
@@ -373,6 +367,7 @@ def _element_row(element: Any) -> tuple[bytearray, str]:
 def _selected(request: InferRequest, outputs: list[InferOutput]) -> list[InferOutput]:
     if not request.outputs:
         return outputs
+    # What is None is not among them: the protocol has no word for it, and its clients read a missing output as None.
     by_name = {output.name: output for output in outputs}
     names = [wanted.name for wanted in request.outputs]
     for name in names:

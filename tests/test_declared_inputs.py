@@ -70,6 +70,16 @@ class Nested(torch.nn.Module):
         return x, None, {"left": x[:, 0], "right": x[:, 1]}
 
 
+class Sometimes(torch.nn.Module):
+    """x [n, 1] -> x, and its double if all of the batch are above 0."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        double: torch.Tensor | None = x * 2
+        if bool((x <= 0).any()):
+            double = None
+        return x, double, x * 3
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("declared"))
@@ -77,6 +87,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_torchscript(store, Lookup(), "native", config={"input": IDS, "batchSize": 4})
     write_torchscript(store, Masked(), "masked", config={"input": MASKED, "batchSize": 4})
     write_torchscript(store, Nested(), "nested", config={"input": {"shape": [2]}, "output": ["x", "none", "halves"]})
+    write_torchscript(store, Sometimes(), "sometimes", config={"input": {"shape": [1]}})
     source = EAGER.format(rows=10, arguments="ids", result="self.table[ids].sum(1)")
     table = {"table": torch.arange(10.0) ** 2}
     write_eager(store, "python", source, table, config={"input": IDS, **PYTHON})
@@ -369,3 +380,23 @@ def test_outputs_of_the_protocol_are_those_of_its_metadata(server: Server) -> No
     asked = body | {"outputs": [{"name": "none"}]}
     answer = server.ask("POST", "/v2/models/nested/infer", json.dumps(asked).encode(), JSON)
     assert answer.status == 400 and "no output 'none', or it is None here" in answer.json["message"]
+
+
+def test_an_output_that_is_none_is_missing_and_the_others_keep_their_names(server: Server) -> None:
+    def ask(values: list[float], *outputs: str) -> Answer:
+        tensor = {"name": "x", "datatype": "FP32", "shape": [len(values), 1], "data": values}
+        body = {"inputs": [tensor]} | ({"outputs": [{"name": name} for name in outputs]} if outputs else {})
+        return server.ask("POST", "/v2/models/sometimes/infer", json.dumps(body).encode(), JSON)
+
+    def told(answer: Answer) -> dict[str, list[float]]:
+        return {each["name"]: each["data"] for each in answer.json["outputs"]}
+
+    assert told(ask([1.0])) == {"output0": [1.0], "output1": [2.0], "output2": [3.0]}
+    assert told(ask([-1.0])) == {"output0": [-1.0], "output2": [-3.0]}
+    assert told(ask([-1.0], "output2", "output0")) == {"output2": [-3.0], "output0": [-1.0]}
+    refused = ask([-1.0], "output1")
+    assert refused.status == 400 and "no output 'output1', or it is None here" in refused.json["message"]
+    # Each row ran alone, and one has what the other does not.
+    mixed = ask([1.0, -1.0])
+    assert mixed.status == 503 and "None for some rows" in json.dumps(mixed.json), mixed.body
+    assert server.predict("sometimes", [-1]).json == [[-1.0], None, [-3.0]]
