@@ -89,6 +89,20 @@ class Seeded(torch.nn.Module):
         return self.linear(x) + self.table
 """
 
+# A trace has one of its branches.
+BRANCHING = """
+import torch
+
+
+class Branching(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.weight * 2 if x.sum() > 0 else x * self.weight * 3
+"""
+
 
 class OverTheBatch(torch.nn.Module):
     """[n, 4] -> [n, 4], each row's share of the whole batch."""
@@ -113,6 +127,8 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with torch.random.fork_rng(devices=[]):
         state = {"linear.weight": torch.ones(3, 4), "linear.bias": torch.zeros(3)}
         write_eager(store, "seeded", SEEDED, state, config={**described, **ALL})
+    write_eager(store, "branching", BRANCHING, {"weight": torch.ones(1)},
+                config={**described, **ALL, "conversion": "trace"})  # fmt: skip
     server.start("--grpc", "true", "--models", "all")
     try:
         yield server
@@ -224,6 +240,14 @@ def test_answer_that_depends_on_the_batch_is_found(audited: Server, model: str) 
     if not differed_before:
         assert told["requestId"] in [answer.headers["x-request-id"] for answer in answers]
         assert told["sha256"] in [hashlib.sha256(body).hexdigest() for body in bodies]
+
+
+def test_wrong_graph_that_the_user_insists_on_is_found(audited: Server) -> None:
+    answers = [audited.predict("branching", [sign] * 4).json for sign in (1.0, -1.0)]
+    assert answers in ([[2.0] * 4, [-2.0] * 4], [[3.0] * 4, [-3.0] * 4])  # one of them is of the other branch
+    wait_for_audits(audited, "branching", 2)
+    assert count(audited, "requests", "branching") == 2
+    assert count(audited, "differences", "branching") == 1
 
 
 def test_eager_model_is_built_plainly(audited: Server) -> None:
