@@ -31,7 +31,7 @@ from pyserve.traced_reads import ReadsWatch
 
 # A path that is proven without them is tried on no more probes than run in this time, but on so many, seconds.
 PROBING_S = 1.0
-PROBES_MIN = 4
+PROBES_MIN = 2
 # How many probes a frozen program is compared on: freezing changes roundings, not paths.
 FROZEN_PROBES = 2
 
@@ -138,10 +138,13 @@ class _Converter:
             program = make()
             assert program is not None
             program = program.eval()
-            largest, objection = self.compared(program, count)
+            largest, objection = 0.0, ""
+            is_heavy = count < len(self.probes) and self.freezes
+            if not is_heavy:  # a heavy one is compared as it will be kept, once
+                largest, objection = self.compared(program, count)
             if not objection and self.freezes:
                 program = torch.jit.freeze(program)
-                largest, objection = self.compared(program, min(count, FROZEN_PROBES), largest)
+                largest, objection = self.compared(program, count if is_heavy else FROZEN_PROBES, largest)
         except Exception as error:  # torch's converters raise errors of many classes
             objection = cause_of(str(error)) or type(error).__name__
         if objection or program is None:
@@ -201,15 +204,12 @@ def convert(
     """
     torch.backends.mha.set_fastpath_enabled(False)  # what is traced is the way that is not special to some inputs
     truth = EagerAnswers(model)
-    watch = ReadsWatch(example)
-    with watch:
-        truth.fresh()(*example)
+    watch = truth.examine(example)
     domains = [
         dataclasses.replace(domain, values=(0, watch.vocabularies[position] - 1))
         if domain.values is None and position in watch.vocabularies else domain
         for position, domain in enumerate(domains)
     ]  # fmt: skip
-    truth.examine(example)
     probes = [*samples, *probe_inputs(example, domains)]
     converter = _Converter(model, tuple(example), domains, probes, truth, freezes, _tolerance(model))
     if how in ("trace", "script"):

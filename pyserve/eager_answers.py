@@ -6,10 +6,11 @@ same state of torch's generator as the converted model's run.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from pyserve.comparison import difference
 from pyserve.conversion import NeedsPythonError
 from pyserve.torch_error import cause_of
+from pyserve.traced_reads import ReadsWatch
 
 # Not a number that a model would seed the generator with itself.
 _SEED = 918_273_645
@@ -62,8 +64,11 @@ class EagerAnswers:
                 self._can_be_copied = False
         return self._model
 
-    def examine(self, example: Inputs) -> None:
+    def examine(self, example: Inputs) -> ReadsWatch:
         """Finds out whether the model keeps state, or draws random numbers elsewhere than from torch.
+
+        Returns:
+            What its code did with the example.
 
         Raises:
             NeedsPythonError: it cannot be shown that a conversion is true to it.
@@ -72,33 +77,44 @@ class EagerAnswers:
         model = self.fresh()
         parameters = [each._version for each in model.parameters()]
         before = _state(model)
-        started_at = time.perf_counter()
-        first = _run(model, example, 0)
-        self.run_s = time.perf_counter() - started_at
+        given = [each.clone() for each in example]
+        with ReadsWatch(given) as watch:
+            first = _run(model, given, 0, copies=False)
         self.keeps_state = _state(model) != before
         if parameters != [each._version for each in model.parameters()]:
             raise NeedsPythonError("it changes its own parameters when it runs")
+        with _other_random_numbers():
+            started_at = time.perf_counter()
+            again = _run(model, example, 0)
+            self.run_s = time.perf_counter() - started_at
+            if difference(first, again) != 0.0:
+                self.keeps_state = True
+                if difference(first, _run(self.fresh(), example, 0)) != 0.0:
+                    raise NeedsPythonError(
+                        "two runs on one input differ: it draws random numbers elsewhere than from torch"
+                    )
         if self.keeps_state and not self._can_be_copied:
             raise NeedsPythonError("it changes its own state when it runs, and cannot be copied (copy.deepcopy)")
-        again = _run(model, example, 0)
-        if difference(first, again) != 0.0:
-            self.keeps_state = True
-        states = np.random.get_state(), random.getstate()
-        np.random.seed(1)
-        random.seed(1)
-        other = _run(self.fresh(), example, 0)
-        np.random.set_state(states[0])
-        random.setstate(states[1])
-        if self._can_be_copied and difference(first, other) != 0.0:
-            raise NeedsPythonError("two runs on one input differ: it draws random numbers elsewhere than from torch")
-        if not self._can_be_copied and self.keeps_state:
-            raise NeedsPythonError("two runs on the same input differ, and it cannot be copied (copy.deepcopy)")
+        return watch
 
     def answers(self, number: int, inputs: Inputs) -> list[Any] | Refusal:
         """The outputs for probe ``number``, of a second run too if the model keeps state; or what it raised."""
         if number not in self._kept:
             self._kept[number] = runs(self.fresh, inputs, number, twice=self.keeps_state)
         return self._kept[number]
+
+
+@contextlib.contextmanager
+def _other_random_numbers() -> Iterator[None]:
+    """Inside of it, Python and numpy draw others than outside."""
+    states = np.random.get_state(), random.getstate()
+    np.random.seed(_SEED)
+    random.seed(_SEED)
+    try:
+        yield
+    finally:
+        np.random.set_state(states[0])
+        random.setstate(states[1])
 
 
 def runs(
@@ -112,9 +128,9 @@ def runs(
         return Refusal(error)
 
 
-def _run(model: Callable[..., Any], inputs: Inputs, number: int) -> Any:
+def _run(model: Callable[..., Any], inputs: Inputs, number: int, *, copies: bool = True) -> Any:
     torch.manual_seed(_SEED + number)
-    return _detached(model(*(each.clone() for each in inputs)))
+    return _detached(model(*((each.clone() for each in inputs) if copies else inputs)))
 
 
 def _detached(output: Any) -> Any:

@@ -20,7 +20,7 @@ LARGEST_SIZE_MAX = 512
 BATCH = 3
 
 # How the numbers of an input are chosen.
-VALUES = ("random", "zeros", "negative", "large", "tiny", "ones", "unit", "ends early", "constant", "alternating")
+VALUES = ("random", "negative", "zeros", "large", "tiny", "ones", "unit", "ends early", "constant", "alternating")
 
 
 @dataclass(frozen=True)

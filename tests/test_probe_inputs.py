@@ -39,7 +39,7 @@ def test_numbers_stay_in_the_range_that_is_described() -> None:
     domains = [InputDomain(torch.int64, ((8, 8),), (0, 49)), InputDomain(torch.float32, ((2, 2),), (-1.0, 2.0))]
     probes = probe_inputs([torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 2)], domains)
     ids = torch.cat([probe.inputs[0].flatten() for probe in probes])
-    assert ids.min() == 0 and ids.max() == 49 and len(ids.unique()) > 40
+    assert ids.min() == 0 and ids.max() == 49 and len(ids.unique()) > 30
     floats = torch.cat([probe.inputs[1].flatten() for probe in probes])
     assert floats.min() >= -1 and floats.max() <= 2 and len(floats.unique()) > 10
 
