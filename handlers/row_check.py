@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyserve.handler import InputError
+from pyserve.handlers.rows import found
 
 # Read by the server (which model, the beginning of a sequence), or by explanations.
 READ_ELSEWHERE = frozenset({"target", "model_name", "ts_request_sequence_start"})
@@ -85,9 +86,9 @@ def _check_raw(handler: Any, name: str, value: Any, media: str) -> None:
     """Bytes that would be taken for numbers in memory, though they are text."""
     if media == _JSON or media.startswith("text"):
         raise InputError(
-            f"{name} was sent as {media[:NAME_SHOWN_MAX]} and could not be read as that; send JSON in UTF-8 as "
-            f"{_JSON}, with nothing after that in the content type of a form's part, and numbers as they lie in memory "
-            "as application/octet-stream"
+            f"expected {handler.specs[0]}: {name} was sent as {media[:NAME_SHOWN_MAX]} and could not be read as that, "
+            f"{found(value)}; if this is JSON, check it (the content type of a form's part must be {_JSON} and nothing "
+            "else); numbers as they lie in memory go as application/octet-stream"
         )
     spec = next((spec for spec in handler.specs if spec.name == name), handler.specs[0])
     if media or spec.torch_dtype.itemsize == 1 or value[0] != ord("[") or value[-1] != ord("]"):
