@@ -22,6 +22,9 @@ BATCH = 3
 # How the numbers of an input are chosen.
 VALUES = ("random", "negative", "zeros", "large", "tiny", "ones", "unit", "ends early", "constant", "alternating")
 
+# Kind and scale of the rows of a batch, in order.
+_ROWS = (("random", 1.0), ("zeros", 8.0), ("random", 30.0), ("ends early", 0.25), ("ones", 1.0), ("random", 8.0))
+
 
 @dataclass(frozen=True)
 class InputDomain:
@@ -118,16 +121,18 @@ def batch_rows(
 ) -> list[tuple[torch.Tensor, ...]]:
     """``count`` items of the example's shape, each a tuple of tensors [1, ...], with different numbers.
 
-    Their magnitudes differ too, since what a batch has in common (a scale, a mean) shows only between unlike rows.
+    They differ in magnitude and in kind (all zero, all one, ending early), since what a batch has in common (a scale, a
+    mean, a mask) shows only between unlike rows. Where there are several inputs, the later ones differ in kind.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     items = []
     for number in range(count):
-        row = [_filled(domain, tuple(each.shape), "random", generator)
-               for each, domain in zip(example, domains, strict=True)]  # fmt: skip
-        for position, domain in enumerate(domains):
-            if domain.dtype.is_floating_point and domain.values is None:
-                row[position] = row[position] * (1.0, 8.0, 0.25, 30.0)[number % 4]
+        kind, scale = _ROWS[number % len(_ROWS)]
+        row = []
+        for position, (each, domain) in enumerate(zip(example, domains, strict=True)):
+            is_plain = len(domains) > 1 and (position == 0) == (number < len(_ROWS))
+            made = _filled(domain, tuple(each.shape), "random" if is_plain else kind, generator)
+            row.append(made * scale if domain.dtype.is_floating_point and domain.values is None else made)
         items.append(tuple(row))
     return items
 

@@ -107,3 +107,13 @@ def test_a_handler_without_specs_has_the_shape_of_its_example() -> None:
     assert InputDomain.of(object(), [torch.rand(1, 3, 8, 8)]) == [
         InputDomain(torch.float32, ((3, 3), (8, 8), (8, 8)))
     ]
+
+
+def test_rows_of_a_batch_differ_in_kind() -> None:
+    ids, mask = InputDomain(torch.int64, ((8, 8),), (0, 49)), InputDomain(torch.int64, ((8, 8),))
+    items = batch_rows([torch.zeros(1, 8, dtype=torch.int64)] * 2, [ids, mask], 12)
+    masks = [item[1] for item in items[:6]]
+    assert any((each == 0).all() for each in masks) and any((each == 1).all() for each in masks)
+    assert any(each[0, 0] == 1 and each[0, -1] == 0 for each in masks)
+    assert all(len(item[0].unique()) > 3 for item in items[:6])
+    assert any((item[0] == 0).all() for item in items[6:])
