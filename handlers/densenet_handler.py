@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from pyserve.context import Context
 from pyserve.handler import HandlerError, InputError
 from pyserve.handlers.base_handler import BaseHandler
 from pyserve.handlers.rows import found, row_value
+from pyserve.handlers.tensor_spec import TensorSpec, dtype_name
 
 
 class DenseNetHandler(BaseHandler):
@@ -20,13 +22,29 @@ class DenseNetHandler(BaseHandler):
     lane = "python"
     sample_kind = "saved tensor"
 
+    def prepare(self, context: Context) -> None:
+        """As of every handler. ModelLoadError if model-config.yaml describes an input that is none."""
+        super().prepare(context)
+        if type(self) is DenseNetHandler and self.model_yaml_config.get("input") is not None:
+            self._spec = TensorSpec.from_config(self.model_yaml_config)
+
     def preprocess(self, data: Sequence[Any]) -> Any:
         """Rows -> their tensors on the handler's device.
 
         Raises:
-            InputError: a row is not a tensor that torch.save wrote.
+            InputError: a row is not a tensor that torch.save wrote, or not what model-config.yaml describes.
         """
-        return [_tensor(row_value(row)).to(self.get_device()) for row in data]
+        tensors = [_tensor(row_value(row)) for row in data]
+        for tensor in tensors if self._spec is not None else ():
+            self._check(tensor)
+        return [tensor.to(self.get_device()) for tensor in tensors]
+
+    def _check(self, tensor: torch.Tensor) -> None:
+        assert self._spec is not None
+        if tensor.dtype is not self._spec.torch_dtype or tensor.layout is not torch.strided or not tensor.dim():
+            kind = f"a tensor of {dtype_name(tensor.dtype)} {list(tensor.shape)}"
+            raise InputError(f"{self._spec.wanted} in a tensor [items, ...], got {kind}")
+        self._spec.check(tensor)
 
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's output for each tensor. Tensors [k, channels, height, width] that fit together run as one."""

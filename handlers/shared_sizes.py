@@ -28,7 +28,7 @@ def filled_up(specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> l
 
 def check_shared(specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> None:
     """Whether inputs, as they came, have one size where they share a dimension. InputError if not."""
-    if len(specs) > 1 or specs[0].same:
+    if len(specs) > 1:
         for name, places in _shared(tuple(specs)):
             sizes = [tensors[index].shape[axis + 1] for index, axis in places]
             if len(set(sizes)) > 1:

@@ -57,6 +57,7 @@ class TensorSpec:
     fixed_size: int = field(init=False, repr=False)  # bytes, or of one step of the free dimensions
     wanted: str = field(init=False, repr=False)  # the beginning of what is said about an input that does not fit
     _limits: tuple[float, float] | None = field(init=False, repr=False)  # `values`, as the dtype holds them
+    _has_equal_sizes: bool = field(init=False, repr=False)  # `same` has a name twice
 
     def __post_init__(self) -> None:
         torch_dtype = KINDS[self.dtype][0]
@@ -66,6 +67,7 @@ class TensorSpec:
         object.__setattr__(self, "sizes", self.sizes or sizes_of_shape(self.shape, self.pad_to))
         object.__setattr__(self, "wanted", f"{self._called()}expected {self}")
         object.__setattr__(self, "_limits", _limits(self.values, torch_dtype))
+        object.__setattr__(self, "_has_equal_sizes", len(set(self.same)) < len(self.same))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TensorSpec:
@@ -194,6 +196,8 @@ class TensorSpec:
         except UnfitNumberError as error:
             place = _place(error.position, sizes)
             raise InputError(f"{self.wanted}: {self._number_kind()}, got {error.text}{place}") from error
+        if self._has_equal_sizes:
+            self._check_equal_sizes(tensor)
         self._check_values(tensor)
         return tensor
 
@@ -222,7 +226,20 @@ class TensorSpec:
             if not is_allowed(size, allowed):
                 refused = self._refused_size(axis, size, f"in dimension {axis + 1}")
                 raise InputError(f"{self.wanted}, got {list(sizes)}: {refused}")
+        if self._has_equal_sizes:
+            self._check_equal_sizes(tensor)
         self._check_values(tensor)
+
+    def _check_equal_sizes(self, tensor: torch.Tensor) -> None:
+        """Dimensions of one name have one size."""
+        found_sizes: dict[str, int] = {}
+        free = [axis for axis, size in enumerate(self.shape) if size == -1]
+        for name, axis in zip(self.same, free, strict=True):
+            size = tensor.shape[axis + 1]
+            if found_sizes.setdefault(name, size) != size:
+                raise InputError(
+                    f"{self.wanted}, got {list(tensor.shape[1:])}: its dimensions named {name!r} must have one size"
+                )
 
     def _check_values(self, tensor: torch.Tensor) -> None:
         if self._limits is None:

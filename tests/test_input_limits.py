@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from pyserve.handler import InputError, ModelLoadError
 from pyserve.handlers.base_handler import BaseHandler
+from pyserve.handlers.densenet_handler import DenseNetHandler
 from pyserve.handlers.json_numbers import KINDS, UnfitNumberError, tensor_of_numbers
 from pyserve.handlers.tensor import TensorHandler
 from pyserve.handlers.tensor_spec import TensorSpec, input_specs
@@ -185,6 +187,25 @@ def test_the_base_handler_takes_what_is_declared() -> None:
         handler.preprocess([{"body": [1, 2]}, {"body": [1, 2, 3]}])
 
 
+def test_saved_tensors_are_what_is_declared() -> None:
+    def saved(tensor: torch.Tensor) -> dict[str, bytes]:
+        file = io.BytesIO()
+        torch.save(tensor, file)
+        return {"body": file.getvalue()}
+
+    handler = DenseNetHandler()
+    handler.prepare(context_for("/nowhere", input={"dtype": "int64", "shape": ["2..3"], "vocabulary": 5}))
+    rows = torch.tensor([[1, 2], [3, 4]])
+    assert torch.equal(handler.preprocess([saved(rows)])[0], rows)
+    for tensor, says in (
+        (rows.float(), "in a tensor [items, ...], got a tensor of float32 [2, 2]"), (rows[:, :1], "1 instead of 2..3"),
+        (rows[0], "0 dimensions instead of 1"), (rows + 1, "got 5 at position [1, 1]"), (torch.tensor(1), "int64 []"),
+    ):  # fmt: skip
+        with pytest.raises(InputError) as caught:
+            handler.preprocess([saved(tensor)])
+        assert says in caught.value.message
+
+
 # --- inputs that share a dimension ------------------------------------------------------------------------------------
 
 
@@ -228,9 +249,16 @@ def test_each_of_several_dimensions_may_be_shared() -> None:
     assert [tuple(each.shape) for each in handler.preprocess([{"body": right}])] == [(1, 3, 2, 4), (1, 2, 4)]
     with pytest.raises(InputError, match="the dimension 'width', but 'picture' has 4, 'mask' has 2"):
         handler.preprocess([{"body": right | {"mask": torch.zeros(2, 2).tolist()}}])
-    square = handler_of({"name": "a", "shape": [-1, -1], "same": ["n", "n"]}, {"name": "b", "shape": [1]})
-    with pytest.raises(InputError, match="the dimension 'n', but 'a' has 1, 'a' has 2"):
-        square.preprocess([{"body": {"a": [[1, 2]], "b": [1]}}])
+
+
+def test_dimensions_of_one_input_may_have_one_size() -> None:
+    square = spec(shape=[-1, -1, -1], same=["n", "channels", "n"])
+    assert square.from_nested(torch.zeros(2, 3, 2).tolist()).shape == (1, 2, 3, 2)
+    oblong = torch.zeros(1, 2, 2, 3)
+    for check in (lambda: square.from_nested(oblong[0].tolist()), lambda: square.check(oblong)):
+        with pytest.raises(InputError, match=r"got \[2, 2, 3\]: its dimensions named 'n' must have one size"):
+            check()
+    assert square.example().shape == (1, 16, 16, 16)
 
 
 def test_who_shares_a_dimension_has_the_sizes_that_all_allow() -> None:
