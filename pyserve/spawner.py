@@ -27,6 +27,9 @@ REQUEST_MEMORY_SIZE = 1 << 20  # grows with what is sent
 ANSWER_MEMORY_SIZE = 64 << 20  # sparse: what is not written takes no memory
 ZYGOTE_START_S = 60.0
 
+# Variables that the server sets when a model asks for workers, by when their zygote may be running.
+_SET_LATER = ("PYSERVE_WEIGHTS_CACHE",)
+
 
 class Spawner:
     """All zygotes of a server and their workers.
@@ -132,7 +135,7 @@ class _Zygote:
             "number": number,
             "title": f"py-{spec.name}",
             "spec": spec.to_json(),
-            "environment": self._environment,
+            "environment": {**_set_later(), **self._environment},
             "without": [name for name in os.environ if self._without(name)],
         }
         try:
@@ -259,3 +262,7 @@ def _memory(name: str, size: int) -> int:
     seals: Any = fcntl.F_SEAL_SHRINK | (fcntl.F_SEAL_GROW if name == "answer_memory" else 0)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     return fd
+
+
+def _set_later() -> dict[str, str]:
+    return {name: os.environ[name] for name in _SET_LATER if name in os.environ}

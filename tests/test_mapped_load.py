@@ -7,7 +7,9 @@ import json
 import subprocess
 import sys
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +98,62 @@ def test_every_file_and_every_way_to_load_it_gives_its_numbers(cache: Path, kind
     told = subprocess.run([sys.executable, "-c", LOADER, str(path)], capture_output=True, text=True, check=True).stdout
     wanted = {name: [value.sum().item(), list(value.shape)] for name, value in TENSORS.items()}
     assert json.loads(told) == [wanted] * 4
+
+
+# Loads the file, changes every number of it in place, says what it has then, and waits.
+WRITER = """
+import json, sys
+from pathlib import Path
+from typing import Any
+import torch
+from pyserve.handlers.loading import load_torchscript
+from pyserve.handlers.mapped_load import map_loads
+
+map_loads()
+path = sys.argv[1]
+tensors = load_torchscript(Path(path), None).state_dict() if path.endswith(".pt") else torch.load(path)
+before = sum(value.sum().item() for value in tensors.values())
+with torch.no_grad():
+    for value in tensors.values():
+        value.add_(1)
+after = sum(value.sum().item() for value in tensors.values())
+print(json.dumps([before, after]), flush=True)
+sys.stdin.read()
+"""
+
+
+class Large(torch.nn.Module):
+    """With weights that are worth sharing, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((1500, 1500), 0.25))
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.seen.sum()
+
+
+@pytest.mark.parametrize("kind", ["state dict", "torchscript"])
+def test_a_process_that_writes_to_its_weights_changes_nobody_elses(cache: Path, kind: str) -> None:
+    path = cache / ("model.pt" if kind == "torchscript" else "weights.pth")
+    model = Large().eval()
+    if kind == "torchscript":
+        torch.jit.script(model).save(str(path))
+    else:
+        torch.save(model.state_dict(), path)
+    first_bytes = path.read_bytes()
+    with ExitStack() as stack:
+        told = []
+        for _ in range(2):  # the second begins while the first has its weights changed
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", WRITER, str(path)], **pipes))
+            stack.callback(process.kill)
+            told.append(json.loads(process.stdout.readline()))  # type: ignore[union-attr]
+    assert told == [[562_500.0, 562_500.0 + 1500 * 1500 + 4]] * 2
+    assert path.read_bytes() == first_bytes
+    kept = list((cache / "weights").glob("*.weights"))
+    assert len(kept) == (kind == "torchscript"), "only what was read, not mapped, has a file of its own"
+    for each in kept:
+        shared = torch.frombuffer(bytearray(each.read_bytes()), dtype=torch.float32)
+        assert shared.sum().item() == 562_500.0
