@@ -42,7 +42,7 @@ def _pictures(size: int) -> Items:
 
 def _texts(generator: torch.Generator) -> list[Item]:
     """Ids with their mask, of several lengths, some with nothing at the end."""
-    items = []
+    items: list[Item] = []
     for length, kept in ((8, 8), (16, 16), (5, 3), (24, 10), (1, 1), (31, 31)):
         mask = torch.zeros(1, length, dtype=torch.int64)
         mask[:, :kept] = 1
@@ -87,7 +87,7 @@ class Net(nn.Module):
                 _pictures(size), **_AS_PUBLISHED)
 
 
-_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+_SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def _hugging_face(name: str, config: str, arguments: dict[str, Any]) -> str:
@@ -132,7 +132,7 @@ def _sound(name: str, config: str, **arguments: Any) -> Case:
     )  # fmt: skip
 
 
-_BERT = {**_SMALL, "max_position_embeddings": 40}
+_BERT: dict[str, Any] = {**_SMALL, "max_position_embeddings": 40}
 
 CASES = [
     _timm("resnet10t"),

@@ -18,7 +18,7 @@ def _masked(masks: list[list[int]]) -> Items:
 
 def _filled(generator: torch.Generator) -> list[Item]:
     """Ids of lengths 0 to 8, filled up with zeros."""
-    items = []
+    items: list[Item] = []
     for length in (8, 3, 1, 0, 5):
         ids = torch.randint(1, 50, (1, 8), generator=generator)
         ids[:, length:] = 0
@@ -28,6 +28,17 @@ def _filled(generator: torch.Generator) -> list[Item]:
 
 def _with_lengths(generator: torch.Generator) -> list[Item]:
     return [(torch.randint(1, 50, (1, 8), generator=generator), torch.tensor([[length]])) for length in (3, 8, 1, 5)]
+
+
+def _with_token(generator: torch.Generator) -> list[Item]:
+    """Ids of which some items have 737."""
+    items: list[Item] = []
+    for at in (None, 2, None, 7, None):
+        ids = torch.randint(0, 700, (1, 8), generator=generator)
+        if at is not None:
+            ids[0, at] = 737
+        items.append((ids,))
+    return items
 
 
 IDS, MASK = tensor(8, dtype="int64", name="ids"), tensor(8, dtype="int64", name="mask")
@@ -222,6 +233,7 @@ CASES = [
         """, (tensor(4, name="a"), tensor(4, name="b")),
         lambda generator: [(one := torch.randn(1, 4, generator=generator), one.clone()),
                            (one, one + 1), (torch.zeros(1, 4), torch.zeros(1, 4)), (one * 3, -one)],
+        ("eager", "scripted"),
     ),
     Case(
         "until_small", "halves until it is small enough", """
@@ -271,6 +283,29 @@ CASES = [
                 packed = nn.utils.rnn.pack_padded_sequence(self.e(ids), sizes, batch_first=True, enforce_sorted=False)
                 return self.g(packed)[1][-1]
         """, (IDS, tensor(1, dtype="int64", name="lengths")), _with_lengths,
+    ),
+    Case(
+        "special_token", "one number of a thousand takes another way: random probes miss it", """
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.e = nn.Embedding(1000, 8)
+
+            def forward(self, ids):
+                h = self.e(ids)
+                if bool((ids == 737).any()):
+                    h = h * 2
+                return h.sum(1)
+        """, (tensor(8, dtype="int64", vocabulary=1000),), _with_token, ("eager", "scripted"),
+    ),
+    Case(
+        "huge_branch", "if a number is above a million", """
+        class Net(nn.Module):
+            def forward(self, x):
+                if bool(x.abs().max() > 1e6):
+                    return torch.log(x.abs() + 1)
+                return x * 2
+        """, (tensor(4),), floats(4, scales=(1, 1e7, 10, 1e9, 1e5)), ("eager", "scripted"),
     ),
     Case(
         "batch_branch", "another way for a batch than for one", """
