@@ -57,7 +57,7 @@ class DenseNetHandler(BaseHandler):
             output = super().inference(torch.cat(data), *args, **kwargs)
             if isinstance(output, torch.Tensor) and output.dim() and len(output) == sum(sizes):
                 return list(output.split(sizes))
-        return [super(DenseNetHandler, self).inference(each, *args, **kwargs) for each in data]
+        return [_kept(super(DenseNetHandler, self).inference(each, *args, **kwargs)) for each in data]
 
     def postprocess(self, data: Any) -> list[Any]:
         """One tensor per row, on the CPU, with memory of its own.
@@ -70,6 +70,11 @@ class DenseNetHandler(BaseHandler):
             raise HandlerError(f"densenet_handler needs a tensor from the model, got a {type(odd).__name__}")
         # torch.save writes all of the memory that a tensor is a part of, and so would send the whole batch.
         return [each.detach().clone().cpu() for each in data]
+
+
+def _kept(output: Any) -> Any:
+    """An output that the model's next call cannot change, should it be the model's own memory."""
+    return output.clone() if isinstance(output, torch.Tensor) else output
 
 
 def _tensor(value: Any) -> torch.Tensor:

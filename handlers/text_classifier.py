@@ -56,10 +56,11 @@ class TextClassifier(TextHandler):
         counts = [len(numbers)] if not words or isinstance(words[0], str) else [len(row) for row in words]
         offsets = [0, *accumulate(counts[:-1])]
         output = super().inference(numbers, torch.tensor(offsets, device=self.device), *args, **kwargs)
-        if len(counts) > 1 and isinstance(output, torch.Tensor) and (not output.dim() or len(output) != len(counts)):
+        if len(counts) > 1 and isinstance(output, torch.Tensor) and (output.dim() < 2 or len(output) != len(counts)):
             # The model ignores the offsets: it knows one text only.
             start = torch.tensor([0], device=self.device)
-            rows = [super(TextClassifier, self).inference(part, start, *args, **kwargs)
+            # Cloned: it may be memory of the model's own, which the next call changes.
+            rows = [super(TextClassifier, self).inference(part, start, *args, **kwargs).clone()
                     for part in numbers.split(counts)]  # fmt: skip
             return torch.cat([row if row.dim() == 2 else row.unsqueeze(0) for row in rows])
         return output

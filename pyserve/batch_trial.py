@@ -190,6 +190,8 @@ class BuiltInTrial:
             if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], (list, tuple)):
                 output = output[1]
             return [kept(output[place]) for place in range(count)]
+        if handler.sample_kind == "text" and isinstance(output, torch.Tensor) and output.dim() == 1:
+            output = output.unsqueeze(0)  # scores of one text, which its handler takes too
         return [kept(rows(output, place, 1)) for place in range(count)]
 
     def tolerance(self, answer: Any) -> float:

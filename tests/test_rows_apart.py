@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,9 @@ from pyserve.continuous import serve_continuously
 from pyserve.custom_metrics import MetricsReport
 from pyserve.invoker import ERROR, Answer, Item, Parts
 from tests.loaded_handlers import JSON, Load, Loaded, load, request
+from tests.tried_handlers import Try, attempt
 
-__all__ = ["load"]
+__all__ = ["attempt", "load"]
 
 # Answers in a buffer that it uses again, and cannot take more than one row at a time.
 REUSING = """
@@ -235,6 +237,47 @@ def test_coroutines_that_share_a_buffer_send_the_parts_that_they_yielded(load: L
     with pytest.raises(EOFError):
         serve_coroutines(ending, loaded.invoker, loaded.entry, report_of(loaded))
     assert (ending.values(10), ending.values(20)) == ([10, 11, 12], [20, 21, 22])
+
+
+# --- models that answer with memory of their own ---------------------------------------------------------------------
+
+OWN_MEMORY = """
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("last", torch.zeros(2))
+
+        def forward(self, x, *others):
+            self.last.copy_(torch.stack([x.sum(), -x.sum()]))
+            return self.last
+"""
+
+
+def saved(*values: float) -> bytes:
+    file = io.BytesIO()
+    torch.save(torch.tensor([values], dtype=torch.float32), file)
+    return file.getvalue()
+
+
+def test_saved_tensors_of_a_model_that_answers_with_its_buffer_are_each_their_own(attempt: Try) -> None:
+    tried = attempt("densenet_handler", {"model.py": OWN_MEMORY}, batch_size=3)
+    assert tried.verdict.probe == "passed"
+    rows = [{"body": bytearray(saved(value, 0, 0, 0))} for value in (1, 2, 3)]
+    answers = tried.entry(rows, tried.context.for_batch(["a", "b", "c"], [[]] * 3))
+    assert [answer.tolist() for answer in answers] == [[1, -1], [2, -2], [3, -3]]
+
+
+def test_texts_for_a_model_that_answers_with_its_buffer_are_each_their_own(attempt: Try, tmp_path: Path) -> None:
+    torch.save({"one": 1, "two": 2, "three": 3}, tmp_path / "vocabulary")
+    files = {"model.py": OWN_MEMORY, "source_vocab.pt": (tmp_path / "vocabulary").read_bytes()}
+    tried = attempt("text_classifier", files, config={}, batch_size=3)
+    assert tried.verdict.probe == "passed"
+    rows = [{"body": text} for text in ("one", "two", "three")]
+    answers = tried.entry(rows, tried.context.for_batch(["a", "b", "c"], [[]] * 3))
+    expected = [torch.tensor([value, -value]).softmax(0).tolist() for value in (1.0, 2.0, 3.0)]
+    assert [list(answer.values()) for answer in answers] == [pytest.approx(each) for each in expected]
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
