@@ -33,7 +33,7 @@ TIME_MAX_S = 1.0
 # Of one answer, above which not even that is.
 ANSWER_TIME_MAX_S = 5.0
 # Of one answer, above which a model that is to run alone is not tried with more.
-IDLE_ANSWER_TIME_MAX_S = 0.05
+IDLE_ANSWER_TIME_MAX_S = 0.1
 # Seeds of random numbers that a model may draw.
 SEEDS = (1, 2)
 

@@ -3,7 +3,8 @@ postprocess, encode. What cannot be answered is found when a model is loaded, no
 
 A built-in handler is sent a request made up from what it says of its input, and the archive's own samples. If none of
 the ways to ask it is answered, the model cannot be served. Handlers of the archive's own are sent its samples only,
-since nobody else knows what they take; one that is not answered is worth a warning, no more.
+since nobody else knows what they take; one that is not answered is worth a warning, no more. Without samples batches of
+the network alone are tried, if everything before it is inherited.
 
 Nothing of it stays: no metric, no request id, no state of the model, no random number drawn.
 """
@@ -15,7 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyserve.batch_trial import AnswerTrial, BuiltInTrial, Verdict, try_batches
 from pyserve.context import Context
@@ -32,6 +33,8 @@ log = logging.getLogger("pyserve.worker")
 
 # Of the time that a worker has to start, the share that trying out may take.
 TIME_SHARE_MAX = 0.5
+# What makes an output of a request.
+INHERITED = ("handle", "preprocess", "inference")
 DESCRIBE_HINT = (
     "If it takes other inputs than that, describe them with 'input' in model-config.yaml, or pack one as "
     "sample_input.json"
@@ -185,7 +188,25 @@ class _Rehearsal:
 
     def run_own(self) -> Verdict:
         """Everything for a handler of the archive's own."""
-        return self._try_samples(self._ask_samples(refuses=False))
+        answered = self._ask_samples(refuses=False)
+        trial = None if answered else self._trial_of_network()
+        return self._try_samples(answered) if trial is None else try_batches(self._spec, trial, is_built_in=False)
+
+    def _trial_of_network(self) -> BuiltInTrial | None:
+        """Of a handler that has what leads to its model's output from a built-in one: nothing else of it is called.
+
+        None if it has not, or its model takes nothing that can be made up.
+        """
+        handler = self._entry.handler
+        if not (makes_samples(handler) and all(_is_inherited(handler, name) for name in INHERITED)):
+            return None
+        with contextlib.suppress(Exception):  # model-config.yaml does not describe the input
+            for made_up in made_up_requests(handler, self._context):
+                trial = BuiltInTrial(self._spec, self._entry, made_up)
+                with contextlib.suppress(Exception):  # the next may fit
+                    trial.answers([0])
+                    return trial
+        return None
 
     def _ask_samples(self, *, refuses: bool) -> list[Sample]:
         """Those that were answered.
@@ -217,6 +238,11 @@ def item_of(sample: Sample, number: int) -> Item:
     pairs = (("content-type", sample.content_type), ("explain", "False"), ("url_path", ""))
     headers = "\n".join(text for pair in pairs for text in pair)
     return number, 0, f"rehearsal-{number}\0{headers}\0".encode(), bytearray(sample.body)
+
+
+def _is_inherited(handler: Any, name: str) -> bool:
+    method = getattr(type(handler), name, None)
+    return name not in vars(handler) and getattr(method, "__module__", "").startswith("pyserve.handlers.")
 
 
 def _is_form(outcome: Outcome) -> bool:

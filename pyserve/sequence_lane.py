@@ -129,6 +129,7 @@ class SequenceLane(PythonLane):
         self._look_timer: asyncio.TimerHandle | None = None
         # The lane that it is itself has no worker and takes no request; members do.
         super().__init__(services, spec, label, settings, **named)
+        self.batch_probe = "not probed: requests of this kind of model depend on those before them"
 
     # --- workers and settings -------------------------------------------------------------------------------------
 

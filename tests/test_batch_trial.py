@@ -226,6 +226,51 @@ def test_own_handlers_that_keep_rows_apart_are_not_suspected(attempt: Try, resul
     assert own(attempt, result) == Verdict(probe="passed")
 
 
+INHERITING = """
+    from ts.torch_handler.{module} import {base}
+
+    class Handler({base}):
+        def postprocess(self, output):
+            raise AssertionError("own code is not called without a sample")
+{more}
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "base", "result", "config"),
+    [
+        ("base_handler", "BaseHandler", "x.softmax(0)", {"input": INPUT}),
+        ("vision_handler", "VisionHandler", "x.mean((2, 3)).softmax(0)", {}),
+        ("image_classifier", "ImageClassifier", "x.mean((2, 3)).softmax(0)", {}),
+    ],
+)
+def test_the_network_of_a_handler_that_inherits_the_way_to_it_is_tried(
+    attempt: Try, module: str, base: str, result: str, config: dict[str, Any]
+) -> None:
+    files = {"handler.py": INHERITING.format(module=module, base=base, more="")}
+    verdict = attempt("handler.py", files, result=result, config=config, batch_size=3).verdict
+    assert verdict.probe.startswith("answers depend on the batch")
+    assert verdict.note
+    verdict = attempt("handler.py", files, result="x", config=config, batch_size=3).verdict
+    assert verdict == Verdict(probe="passed")
+
+
+@pytest.mark.parametrize(
+    ("more", "config"),
+    [
+        ("        def preprocess(self, data):\n            raise AssertionError", {"input": INPUT}),
+        ("        def handle(self, data, context):\n            raise AssertionError", {"input": INPUT}),
+        ("", {}),
+        ("", {"input": {"shape": [5]}}),
+    ],
+)
+def test_a_network_that_nothing_is_known_of_is_believed(attempt: Try, more: str, config: dict[str, Any]) -> None:
+    files = {"handler.py": INHERITING.format(module="base_handler", base="BaseHandler", more=more)}
+    result = "(x @ torch.ones(4, 4)).softmax(0)"
+    verdict = attempt("handler.py", files, result=result, config=config, batch_size=3).verdict
+    assert verdict == Verdict(probe="not probed: no sample_input* file in the archive that it answers")
+
+
 def test_one_sample_shows_what_a_batch_of_the_same_row_changes(attempt: Try) -> None:
     files = {"sample_input.json": "[1, 2]"}
     assert own(attempt, "torch.softmax(x, 0).tolist()", files).note
