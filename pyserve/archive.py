@@ -39,8 +39,8 @@ from pyserve.model_config import ModelConfig
 from pyserve.weights import FileIdentity, Weights, check_inflation
 
 __all__ = [
-    "Archive", "Manifest", "ModelConfig", "Survey", "Weights", "give_manifest", "has_manifest", "open_archive",
-    "survey",
+    "Archive", "Manifest", "ModelConfig", "Survey", "Weights", "give_manifest", "has_manifest", "is_unpacked",
+    "open_archive", "survey",
 ]
 
 # Folder -> text of the manifest that `pyserve dev` made up for it, JSON.
@@ -279,6 +279,20 @@ def _open_folder(path: Path, cache: ArchiveCache, limits: Limits, manifest: byte
         path, cache, key, model_dir=reader.path, manifest=found.manifest, config=found.config, weights=weights,
         files=files,
     )
+
+
+def is_unpacked(path: str | Path) -> bool:
+    """Whether opening this archive unpacks nothing: it is a folder, or in the cache.
+
+    Raises:
+        ServeError: there is no such file.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        return True
+    with _opened(path) as source:
+        cache = open_cache()
+        return cache.look_up(cache.digest(source)) is not None
 
 
 def has_manifest(folder: Path) -> bool:

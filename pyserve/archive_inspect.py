@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from pyserve.archive import Survey, survey
+from pyserve.archive import Survey, is_unpacked, open_archive, survey
+from pyserve.conversion import conversion_of, python_reason
 from pyserve.entries import Entry
 from pyserve.errors import ServeError
 
@@ -41,6 +42,8 @@ def _print_survey(path: Path, found: Survey) -> None:
         if not entry.is_folder:
             print(f"{entry.size:>14} {entry.packed_size:>14}  {_how(found.kind, entry):<8}  {entry.name}")
     print(f"\n{_weights_line(found)}")
+    if found.manifest.model_file is not None:
+        print(f"conversion: {_conversion_line(path)}")
     for warning in found.config.warnings:
         print(f"warning: {warning}")
 
@@ -62,6 +65,20 @@ def _weights_line(found: Survey) -> str:
         return f"weights: {weights.name}, {size}, mapped from the archive at byte {weights.offset}, not unpacked"
     return (f"weights: {weights.name}, {size}, unpacked once into the cache; "
             "pack with `pyserve archive` to have it mapped instead")
+
+
+def _conversion_line(path: Path) -> str:
+    """How the model file's model got to the native lane, or why it did not, as far as this machine knows."""
+    if is_unpacked(path):
+        with open_archive(path) as archive:
+            found, reason = conversion_of(archive), python_reason(archive)
+        if reason:
+            return f"none, it runs in worker processes: {reason}"
+        if found is not None:
+            said = ", as model-config.yaml says though it is not proven" if found.override else ""
+            return (f"{found.how}{said}; {found.reason}; largest difference to the eager model {found.difference:.1e} "
+                    f"(relative) on {found.probes} inputs")  # fmt: skip
+    return "none kept on this machine; packing or starting it here makes one if its handler runs in the native lane"
 
 
 def size_on_disk(path: Path) -> int:

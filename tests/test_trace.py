@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from packing import EAGER, pack
+from packing import EAGER, TENSOR_CONFIG, pack
 
 from pyserve.archive import Archive, open_archive
-from pyserve.conversion import conversion_file, conversion_of
+from pyserve.archive_inspect import inspect_command
+from pyserve.conversion import conversion_file, conversion_of, python_reason
 from pyserve.errors import ModelLoadError
 from pyserve.trace import Tracing, needs_tracing, traced_file
 
@@ -26,8 +28,8 @@ OpenPacked = Callable[..., Archive]
 def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenPacked:
     monkeypatch.setenv("PYSERVE_CACHE", str(tmp_path / "cache"))
 
-    def make(code: str = EAGER, state: dict[str, torch.Tensor] | None = None) -> Archive:
-        return open_archive(pack(tmp_path, model_code=code, state=state))
+    def make(code: str = EAGER, state: dict[str, torch.Tensor] | None = None, config: str = TENSOR_CONFIG) -> Archive:
+        return open_archive(pack(tmp_path, model_code=code, state=state, config=config))
 
     return make
 
@@ -65,6 +67,29 @@ def test_the_traced_model_is_the_eager_one_and_is_kept(packed: OpenPacked) -> No
     )
 
 
+def inspected(archive: Archive, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line about the conversion."""
+    capsys.readouterr()
+    assert inspect_command(argparse.Namespace(archive=str(archive.path))) == 0
+    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("conversion: "))
+
+
+def test_how_a_model_was_converted_is_shown(packed: OpenPacked, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = packed(state=WEIGHTS)
+    assert "none kept on this machine" in inspected(archive, capsys)
+    trace(archive)
+    assert inspected(archive, capsys).startswith("conversion: traced; nothing in it depends on sizes or data; largest ")
+
+
+def test_why_a_model_was_not_converted_is_shown_and_kept(
+    packed: OpenPacked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = packed(NO_WEIGHTS.format("return x * float(x.sum()) if x.numpy().sum() > 0 else x"))
+    text = failure(archive)
+    assert python_reason(archive) == text and not needs_tracing(archive)
+    assert inspected(archive, capsys) == f"conversion: none, it runs in worker processes: {text}"
+
+
 def test_a_model_that_tracing_gets_wrong_is_scripted(packed: OpenPacked) -> None:
     archive = packed(NO_WEIGHTS.format("return x + 1 if bool(x.sum() > 0.05) else x - 1"))
     trace(archive)
@@ -82,6 +107,21 @@ def test_a_model_that_changes_its_input_in_place_is_traced(packed: OpenPacked) -
 def test_a_model_that_depends_on_the_data_in_python_is_rejected(packed: OpenPacked) -> None:
     text = failure(packed(NO_WEIGHTS.format("return x * len(eval(repr([1] * int(abs(x).sum().item()*100))))")))
     assert "export the model yourself" in text and "depends on the data" in text
+
+
+def test_model_config_can_ask_for_a_trace_that_is_not_proven(packed: OpenPacked) -> None:
+    code = NO_WEIGHTS.format("return x + 1 if x.numpy().sum() > -1 else x")
+    archive = packed(code, config=TENSOR_CONFIG + "conversion: trace\n")
+    trace(archive)
+    conversion = conversion_of(archive)
+    assert conversion is not None
+    assert (conversion.how, conversion.override) == ("traced", True) and "numpy" in conversion.reason
+
+
+def test_model_config_can_keep_a_model_in_worker_processes(packed: OpenPacked) -> None:
+    archive = packed(config=TENSOR_CONFIG + "conversion: python\n")
+    assert not needs_tracing(archive) and "conversion: python" in python_reason(archive)
+    assert conversion_of(archive) is None
 
 
 CASES = {
