@@ -19,6 +19,7 @@ from models.judging import difference, unreadable
 from models.matrix import Pair
 from models.packing import Packed
 from models.trial import Outcome
+from serving import Server, at_once
 
 pytestmark = pytest.mark.server
 
@@ -91,16 +92,24 @@ def test_architectures_answer_as_they_do_alone(pair: Pair, outcomes: dict[str, F
     _check(pair, outcomes)
 
 
-@pytest.mark.parametrize("backend", ["scripted", "eager"])
-def test_loading_does_not_count_as_a_call(backend: str, tmp_path: Path) -> None:
-    counter = next(case for case in CASES if case.name == "counter")
-    packed = Packed(counter, tmp_path, tmp_path)
-    with matrix.running(tmp_path / "server", tmp_path) as run:
-        server = run.server
-        packed.archive(Variant(backend, batch_size=1), "counter", server.store)
-        server.manage("POST", "/models?url=counter.mar&initial_workers=1&synchronous=true")
-        counts = [server.predict("counter", [1, 2, 3, 4]).json[1] for _ in range(3)]
-    assert counts == [[1.0], [2.0], [3.0]]
+@pytest.fixture(
+    scope="module", params=[Variant("scripted"), Variant("eager"), Variant("eager", conversion="python")], ids=str
+)
+def counter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose model ``counter`` counts its calls, with batches of up to 8; nobody has asked it yet."""
+    folder = tmp_path_factory.mktemp("counter")
+    packed = Packed(next(case for case in CASES if case.name == "counter"), folder, folder)
+    with matrix.running(folder / "server", folder) as run:
+        packed.archive(request.param, "counter", run.server.store)
+        run.server.manage("POST", "/models?url=counter.mar&initial_workers=1&synchronous=true")
+        yield run.server
+
+
+def test_each_request_is_one_call_and_loading_is_none(counter: Server) -> None:
+    alone = [counter.predict("counter", [1, 2, 3, 4]).json[1] for _ in range(3)]
+    assert alone == [[1.0], [2.0], [3.0]]
+    together = at_once([lambda: counter.predict("counter", [1, 2, 3, 4]).json[1][0]] * 16)
+    assert sorted(together) == [float(count) for count in range(4, 20)]
 
 
 def test_every_kind_of_fault_has_models() -> None:
