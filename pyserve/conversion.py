@@ -14,7 +14,7 @@ from pyserve.archive import Archive
 from pyserve.errors import ModelLoadError
 
 # Part of the kept files' names: what an earlier proof accepted is proven again.
-PROOF = 1
+PROOF = 2
 
 # Models are frozen when they are converted, where it is done once, if nothing has to be changed in them afterwards.
 _FROZEN_AS = ("fp32", "contiguous")
@@ -34,6 +34,8 @@ class Conversion:
         probes: how many inputs it was compared with the eager model on.
         difference: the largest one, relative.
         override: it was taken though it could not be proven, because model-config.yaml says so.
+        reads: what the model's code does to look at the numbers of a whole batch, such as ``__bool__``; ``""`` if it
+            does not. What it does with one item may then depend on the others.
     """
 
     how: str
@@ -41,6 +43,7 @@ class Conversion:
     probes: int
     difference: float
     override: bool = False
+    reads: str = ""
 
 
 def is_frozen(archive: Archive) -> bool:

@@ -63,6 +63,7 @@ class _Converter:
     truth: EagerAnswers
     freezes: bool
     tolerance: float
+    reads: str = ""
     objections: list[str] = field(default_factory=list)
 
     def convert(self) -> tuple[Module, Conversion]:
@@ -150,7 +151,7 @@ class _Converter:
         if objection or program is None:
             self.objections.append(f"{_NAMES[how]}: {objection.rstrip('.')}")
             return None
-        return program, Conversion(how, reason, count, largest)
+        return program, Conversion(how, reason, count, largest, reads="" if how == "traced" else self.reads)
 
     def compared(self, program: Module, count: int, largest: float = 0.0) -> tuple[float, str]:
         """The largest difference to the eager model on the first ``count`` probes, and what is against the program."""
@@ -211,7 +212,8 @@ def convert(
         for position, domain in enumerate(domains)
     ]  # fmt: skip
     probes = [*samples, *probe_inputs(example, domains)]
-    converter = _Converter(model, tuple(example), domains, probes, truth, freezes, _tolerance(model))
+    reads = ", ".join(watch.data_reads)
+    converter = _Converter(model, tuple(example), domains, probes, truth, freezes, _tolerance(model), reads)
     if how in ("trace", "script"):
         return _as_told(converter, how)
     return converter.convert()
@@ -229,7 +231,8 @@ def _as_told(converter: _Converter, how: str) -> tuple[Module, Conversion]:
     largest, objection = converter.compared(program, len(converter.probes))
     text = "; ".join(filter(None, [trace.problem, objection])) or "nothing was found against it"
     name = "traced" if how == "trace" else "scripted"
-    return program, Conversion(name, text, len(converter.probes), largest, override=True)
+    reads = "" if how == "trace" else converter.reads  # a trace knows the one branch that it took
+    return program, Conversion(name, text, len(converter.probes), largest, True, reads)
 
 
 def _tolerance(model: torch.nn.Module) -> float:

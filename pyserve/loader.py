@@ -245,6 +245,9 @@ def _prove(
         program.rows_max if program is not None else None,
         config.batch_dependent == "allowed",
     )
+    if conversion is not None and conversion.reads:
+        # No trial would show it: a branch may be taken for one number in a million only.
+        network.batches.limit_to_one(f"its forward looks at the numbers of a whole batch ({conversion.reads})")
     network.batches.extend(batch_size, BUDGET_S)
     model.settle()
 

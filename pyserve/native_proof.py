@@ -75,6 +75,14 @@ class BatchProof:
             return
         self._settle(size, budget_s)
 
+    def limit_to_one(self, problem: str) -> None:
+        """Has each item run alone, unless model-config.yaml allows that answers depend on the batch."""
+        if self.is_allowed:
+            return
+        self.size_max = 1
+        self.note = f"runs one item per batch: {problem}; {_ALLOW_HINT}"
+        self.probe = f"depends on the batch: {problem}"
+
     def _settle(self, size: int, budget_s: float) -> None:
         if self.is_allowed:
             self.size_max, self.probe = size, "allowed to depend on the batch by batchDependent"
@@ -91,9 +99,7 @@ class BatchProof:
             except Exception as error:  # the model's own code
                 problem = f"it cannot be tried: {cause_of(str(error))}"
             if problem:
-                self.size_max = 1
-                self.note = f"runs one item per batch: {problem}; {_ALLOW_HINT}"
-                self.probe = f"depends on the batch: {problem}"
+                self.limit_to_one(problem)
                 return
             self._tried.add(each)
         self.size_max, self.probe = size, "passed"

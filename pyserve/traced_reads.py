@@ -23,6 +23,11 @@ _ABOUT_KINDS = frozenset({
     "has_names", "output_nr", "is_grad_enabled", "type", "__hash__", "can_cast", "result_type", "promote_types",
     "is_autocast_enabled", "get_autocast_dtype", "get_default_dtype", "is_storage", "__repr__", "size", "shape",
 })  # fmt: skip
+# They give code the numbers of a tensor, or how many there are in a whole batch.
+_OF_DATA = frozenset({
+    "__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "__len__", "__array__", "item",
+    "tolist", "numpy", "equal", "allclose", "is_nonzero", "numel", "nelement",
+})  # fmt: skip
 _SPLITS = frozenset({
     "unbind", "split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "hsplit", "vsplit",
     "dsplit", "__iter__",
@@ -57,6 +62,12 @@ class ReadsWatch(TorchFunctionMode):
         elif name not in _ABOUT_KINDS and not _is_opaque(result):
             self.reads.append(name)
         return result
+
+    @property
+    def data_reads(self) -> list[str]:
+        """Of `reads`, those of numbers in tensors, each once. While nothing is traced, sizes are plain numbers and not
+        among them, but for the count of all numbers in a batch."""
+        return sorted(_OF_DATA.intersection(self.reads))
 
     def _looked_up(self, ids: Any, table: Any) -> None:
         if not isinstance(ids, torch.Tensor) or not isinstance(table, torch.Tensor):

@@ -241,11 +241,16 @@ KEPT = {
 }
 
 
+# What is done with an item may depend on the others in its batch.
+READS = {"torch.equal": "equal", "lengths": "__int__"}
+
+
 @pytest.mark.parametrize("name", KEPT)
 def test_a_conversion_is_true_to_its_model(name: str) -> None:
     cls, domains, how = KEPT[name]
     program, conversion = converted(cls(), *domains)
     assert (conversion.how, conversion.override) == (how, False)
+    assert conversion.reads == READS.get(name, "")
     for batch, length in ((1, 3), (2, 16), (5, 41)):
         inputs = []
         for domain in domains:
