@@ -1,13 +1,16 @@
 """Tensors in, tensors out: JSON nested lists, or raw little-endian bytes.
 
-model-config.yaml says what one item is: ``input: {dtype: float32, shape: [1, 8, 8]}``, the shape without
-the batch dimension, -1 for any size. With ``pad_to: [32, 64, 128]`` a free dimension is filled up with ``pad_value``
-(0) to the next of these sizes, so that items of similar length share batches; the model must know what to leave out.
+model-config.yaml says what one item is: ``input: {dtype: float32, shape: [1, 8, 8]}``, the shape without the batch
+dimension, -1 for any size, ``2..64`` for a range; ``vocabulary`` or ``values`` say which numbers may come
+(`pyserve.input_config` has all of it). What is said there is checked before the model runs. With
+``pad_to: [32, 64, 128]`` a free dimension is filled up with ``pad_value`` (0) to the next of these sizes, so that items
+of similar length share batches; the model must know what to leave out.
+
 Answers come in kind (raw to raw, JSON to JSON and forms) unless ``Accept`` asks
 for ``application/octet-stream`` or ``application/json``. A raw answer has the headers ``x-tensor-dtype``
 (``float32``) and ``x-tensor-shape`` (``10``, ``3,224,224``; empty for a single number). A model with several
 outputs answers with their bytes one after the other, dtypes separated by ``,`` and shapes by ``;``; if it
-names them (a dict) ``x-tensor-name`` has the names.
+names or nests them ``x-tensor-name`` has the names, see `pyserve.handlers.outputs`.
 
 A model with several inputs has a list of them there, each with a name: ``input: [{name: a, dtype: ..., shape: ...}]``.
 A request is then a JSON object or a form with these names, or the raw bytes one after the other.
