@@ -123,6 +123,13 @@ class EntryPoint:
         """Whether it comes with pyserve; else it is code of the archive's own, or of a package."""
         return self.code.module is None
 
+    def inherits(self, name: str) -> bool:
+        """Whether the handler has method ``name`` from one that comes with pyserve."""
+        handler = self.handler
+        method = getattr(type(handler), name, None)
+        is_own = name in getattr(handler, "__dict__", ())
+        return not is_own and str(getattr(method, "__module__", "")).startswith("pyserve.handlers.")
+
     @property
     def place(self) -> str:
         """``handler.py:12 in handle``: where what is called is defined."""

@@ -107,7 +107,10 @@ class Invoker:
             else:
                 requests.append(request)
         if requests:
-            answers += self._run_batch(requests)
+            first, *more = self._split(requests)
+            answers += _settled(self._run_batch(first)) if more else self._run_batch(first)
+            for together in more:
+                answers += _settled(self._run_batch(together))
             timed = {request.ticket for request in requests if request.flags & TIMED}
             if timed:
                 times = (began_at, self.call_began_at, self.call_ended_at, time.monotonic_ns())
@@ -116,6 +119,17 @@ class Invoker:
                     for ticket, kind, status, head, body in answers
                 ]
         return answers
+
+    def _split(self, requests: list[WorkerRequest]) -> list[list[WorkerRequest]]:
+        """Those that one call may answer. Handlers look at the first request only to see whether an explanation is
+        wanted, and of what class."""
+        explained = [request for request in requests if request.header("explain") == "True"]
+        if not explained or len(requests) == 1:
+            return [requests]
+        others = [request for request in requests if request.header("explain") != "True"]
+        takes_first = self._entry.inherits("explain_handle")
+        groups = [others, *([request] for request in explained)] if takes_first else [others, explained]
+        return [group for group in groups if group]
 
     # --- in -------------------------------------------------------------------------------------------------------
 
@@ -178,11 +192,7 @@ class Invoker:
             request.put_body_back()
             with contextlib.suppress(Exception):
                 self._decode(request)  # the call that failed may have changed its rows
-        # As they are now: the next call may write to the same memory.
-        return [
-            (ticket, kind, status, head, body if type(body) is bytes else bytes(body))
-            for ticket, kind, status, head, body in self._run_batch(requests)
-        ]
+        return _settled(self._run_batch(requests))
 
     def _retry_halves(self, requests: list[WorkerRequest]) -> list[Answer]:
         """Memory ran out: what did not fit at once may fit in two goes."""
@@ -423,6 +433,14 @@ class Call:
         finally:
             invoker.is_calling = False
         return held
+
+
+def _settled(answers: list[Answer]) -> list[Answer]:
+    """The answers as they are now: the handler's next call may write to the same memory."""
+    return [
+        (ticket, kind, status, head, body if type(body) is bytes else bytes(body))
+        for ticket, kind, status, head, body in answers
+    ]
 
 
 class _ShapeError(HandlerError):

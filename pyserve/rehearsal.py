@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pyserve.batch_trial import AnswerTrial, BuiltInTrial, Verdict, try_batches
 from pyserve.context import Context
@@ -198,7 +198,7 @@ class _Rehearsal:
         None if it has not, or its model takes nothing that can be made up.
         """
         handler = self._entry.handler
-        if not (makes_samples(handler) and all(_is_inherited(handler, name) for name in INHERITED)):
+        if not (makes_samples(handler) and all(self._entry.inherits(name) for name in INHERITED)):
             return None
         with contextlib.suppress(Exception):  # model-config.yaml does not describe the input
             for made_up in made_up_requests(handler, self._context):
@@ -238,11 +238,6 @@ def item_of(sample: Sample, number: int) -> Item:
     pairs = (("content-type", sample.content_type), ("explain", "False"), ("url_path", ""))
     headers = "\n".join(text for pair in pairs for text in pair)
     return number, 0, f"rehearsal-{number}\0{headers}\0".encode(), bytearray(sample.body)
-
-
-def _is_inherited(handler: Any, name: str) -> bool:
-    method = getattr(type(handler), name, None)
-    return name not in vars(handler) and getattr(method, "__module__", "").startswith("pyserve.handlers.")
 
 
 def _is_form(outcome: Outcome) -> bool:

@@ -101,6 +101,52 @@ def test_a_field_of_a_form_is_what_it_was_too(load: Load) -> None:
     assert (first.value, last.value) == ([4.0], [1.0])
 
 
+# --- explanations -----------------------------------------------------------------------------------------------------
+
+EXPLAINING = """
+    from ts.torch_handler.base_handler import BaseHandler
+
+    CALLS = []
+
+    class Handler(BaseHandler):
+        def initialize(self, context):
+            self.model = lambda x: x * 2
+
+        def preprocess(self, data):
+            CALLS.append(len(data))
+            return super().preprocess([{{"data": row["body"]["data"]}} for row in data])
+
+        def get_insights(self, tensor_data, raw_data, target=0):
+            return [{{"explained": row, "class": target}} for row in tensor_data.tolist()]
+        {more}
+"""
+# For whom all explanations of a batch are of one kind is for an own method to say.
+TOGETHER = """
+        def explain_handle(self, batch, data):
+            return [{"explained": row["body"]["data"], "class": row["body"]["target"]} for row in data]
+"""
+
+
+def explaining(value: float, target: int, *, is_explained: bool) -> Item:
+    body = json.dumps({"data": [value], "target": target}).encode()
+    return request(body, JSON, headers={"explain": str(is_explained)})
+
+
+@pytest.mark.parametrize(("more", "calls"), [("", [2, 1, 1]), (TOGETHER, [2, 2])], ids=["inherited", "own"])
+def test_explanations_and_predictions_of_one_batch_are_each_what_was_asked_for(
+    load: Load, more: str, calls: list[int]
+) -> None:
+    loaded = load(EXPLAINING.format(more=more))
+    answers = loaded.run(
+        explaining(1, 3, is_explained=True), explaining(2, 0, is_explained=False),
+        explaining(4, 5, is_explained=True), explaining(8, 0, is_explained=False),
+    )  # fmt: skip
+    assert [answer.value for answer in answers] == [
+        {"explained": [1.0], "class": 3}, [4.0], {"explained": [4.0], "class": 5}, [16.0]
+    ]  # fmt: skip
+    assert calls == loaded.module.CALLS
+
+
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 # Yields one object again and again.
