@@ -21,6 +21,7 @@ from pyserve.context import Context
 from pyserve.engine import load_core
 from pyserve.errors import ModelLoadError
 from pyserve.first_answer import rehearse
+from pyserve.graph_reads import program_reads
 from pyserve.handler import Handler, load_handler
 from pyserve.native_proof import BUDGET_S, BatchProof, find_state, prove_optimization, single_row_differs
 from pyserve.package_rules import (
@@ -245,11 +246,29 @@ def _prove(
         program.rows_max if program is not None else None,
         config.batch_dependent == "allowed",
     )
-    if conversion is not None and conversion.reads:
-        # No trial would show it: a branch may be taken for one number in a million only.
-        network.batches.limit_to_one(f"its forward looks at the numbers of a whole batch ({conversion.reads})")
+    looks = _looks_at_numbers(archive) if program is None and not network.batches.is_settled_for(batch_size) else ""
+    if looks:
+        network.batches.limit_to_one(looks)
     network.batches.extend(batch_size, BUDGET_S)
     model.settle()
+
+
+def _looks_at_numbers(archive: Archive) -> str:
+    """Why items of one batch may depend on each other, though no trial shows it: a branch may be taken for one number
+    in a million only. ``""`` if the model's code never looks at numbers.
+    """
+    conversion = conversion_of(archive) if archive.manifest.model_file is not None else None
+    if conversion is not None:
+        reads = conversion.reads
+    elif archive.weights is None or archive.manifest.model_file is not None:
+        return ""
+    else:
+        try:
+            with archive.weights.open() as file:
+                reads = program_reads(file)
+        except Exception as error:  # torch's, of many classes
+            return f"its graph cannot be searched: {cause_of(str(error)) or type(error).__name__}"
+    return f"its forward looks at the numbers of a whole batch ({reads})" if reads else ""
 
 
 def _check_precision(archive: Archive, network: Network, precision: str) -> None:

@@ -23,7 +23,7 @@ LEVELS = [
     "__init__ _build_info errors messages log address properties entries failure import_scan versions json_encoding "
     "result_check",
     # What two ways to run one model are compared with.
-    "torch_error comparison probe_inputs batch_probe native_proof",
+    "torch_error comparison probe_inputs graph_reads batch_probe native_proof",
     "log_files exposition metric_log",
     "metrics_config load_gauges",
     "host_metrics",
