@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.export import Dim
 
 from .case import Case, Items, floats, tensor
 
@@ -30,7 +31,16 @@ def _case(name: str, trap: str, line: str, backends: tuple[str, ...] = ALL, item
 
 
 CASES = [
-    _case("softmax_over_batch", "softmax over dimension 0", "F.softmax(y, dim=0)"),
+    Case(
+        "softmax_over_batch", "softmax over dimension 0", _with_head("F.softmax(y, dim=0)"), X, ITEMS,
+        (*ALL, "compiled"), dynamic=({0: Dim("batch", min=1, max=64)},),
+        example=lambda items: (items[0][0].repeat(2, 1),),
+    ),
+    Case(
+        "softmax_over_fixed_batch", "the same, exported for a batch of exactly 4: one row cannot be answered rightly",
+        _with_head("F.softmax(y, dim=0)"), X, ITEMS, ("compiled",), may_refuse=("compiled",),
+        example=lambda items: (items[0][0].repeat(4, 1),),
+    ),
     _case("batch_statistics", "normalised by the batch's own mean",
           "(y - y.mean(0)) / (y.std(0, unbiased=False) + 1e-3) + y"),
     _case("largest_of_batch", "divided by the batch's largest number", "y / x.abs().max().clamp(min=1e-6)"),

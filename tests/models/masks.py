@@ -31,6 +31,15 @@ def _pairs(*sizes: tuple[int, int]) -> Items:
     return make
 
 
+def _picture_masks(generator: torch.Generator) -> list[Item]:
+    """Pictures with masks of their size, and of others."""
+    sizes = (((8, 8), (8, 8)), ((5, 12), (5, 12)), ((8, 6), (6, 8)), ((2, 3), (2, 3)), ((8, 8), (8, 9)))
+    return [
+        (torch.randn(1, 3, *picture, generator=generator), (torch.rand(1, *mask, generator=generator) > 0.5).float())
+        for picture, mask in sizes
+    ]
+
+
 SIZES = ((3, 3), (8, 8), (1, 1), (13, 13), (8, 5), (5, 8), (3, 12))
 
 CASES = [
@@ -50,6 +59,20 @@ CASES = [
         "short_mask_unpadded", "the same without filling up: sizes of 1 broadcast", POOLED,
         (tensor(-1, dtype="int64", name="ids", same="length"), tensor(-1, dtype="int64", name="mask", same="length")),
         _pairs(*SIZES), ("eager", "scripted"),
+    ),
+    Case(
+        "picture_mask", "a mask of another size than its picture", """
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+            def forward(self, x, mask):
+                kept = mask.unsqueeze(1)
+                return (self.conv(x) * kept).sum((2, 3)) / kept.sum((2, 3)).clamp(min=1)
+        """, (tensor(3, "2..32", "2..32", name="x", same=["height", "width"]),
+              tensor("2..32", "2..32", name="mask", same=["height", "width"])),
+        _picture_masks, ("eager", "scripted"),
     ),
     Case(
         "filled_ids", "filled up with zeros, and a model that leaves zeros out", """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.export import Dim
 
 from .case import Case, Item, Items, tensor
 
@@ -38,7 +39,8 @@ CASES = [
 
             def forward(self, x):
                 return self.d(self.c(x).relu()).relu()
-        """, (tensor(3, 8, 8),), _odd(3, 8, 8), BACKENDS,
+        """, (tensor(3, 8, 8),), _odd(3, 8, 8), (*BACKENDS, "compiled"),
+        dynamic=({0: Dim("batch", min=1, max=64)},), example=lambda items: (items[0][0].repeat(2, 1, 1, 1),),
     ),
     Case(
         "convolution_norm_pool", "normalisation folded into weights, pooling", """

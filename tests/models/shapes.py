@@ -64,6 +64,23 @@ CASES = [
         example=lambda items: (torch.cat([items[0][0]] * 2),), precisions=("fp32", "bf16"),
     ),
     Case(
+        "declared_double", "declared as float64, but made of float32: memory would be read as what it is not",
+        PERCEPTRON, (tensor(16, dtype="float64"),),
+        lambda generator: [(each[0].double(),) for each in floats(16)(generator)], ("eager", "scripted", "compiled"),
+        may_refuse=("eager", "scripted", "compiled"), dynamic=({0: BATCH},),
+        example=lambda items: (items[0][0].float().repeat(2, 1),),
+    ),
+    Case(
+        "declared_wider", "declared as 32 numbers, compiled for 16", PERCEPTRON, (tensor(32),), floats(32),
+        ("eager", "scripted", "compiled"), may_refuse=("eager", "scripted", "compiled"), dynamic=({0: BATCH},),
+        example=lambda items: (items[0][0][:, :16].repeat(2, 1),),
+    ),
+    Case(
+        "declared_narrower", "declared as 4 numbers, compiled for 16: what lies behind them would be read", PERCEPTRON,
+        (tensor(4),), floats(4), ("eager", "scripted", "compiled"), may_refuse=("eager", "scripted", "compiled"),
+        dynamic=({0: BATCH},), example=lambda items: (items[0][0].repeat(2, 4),),
+    ),
+    Case(
         "declared_length", "exported for lengths 2 to 64, declared so", POSITIONS,
         (tensor("2..64", dtype="int64", vocabulary=100),), _too_long, ("eager", "scripted", "exported", "compiled"),
         may_refuse=("exported",), dynamic=_LENGTHS, example=lambda items: (torch.cat([items[2][0]] * 2),),

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.export import Dim
+
 from .case import Case, Item, Items, floats, tensor
 
 # Races need calls that follow one another at once, and many of them.
 AT_ONCE: dict[str, Any] = {"mixed": 300, "config": {"minBatch": 1, "maxBatchDelay": 0, "batchSize": 4}}
+
+COMPILED: dict[str, Any] = {
+    "dynamic": ({0: Dim("batch", min=1, max=64)},), "example": lambda items: (items[0][0].repeat(2, 1),),
+}  # fmt: skip
 
 
 def many(width: int) -> Items:
@@ -35,7 +41,7 @@ CASES = [
                 o = self.out[:x.shape[0]]
                 o.copy_(x * 2 + 1)
                 return o
-        """, (tensor(4096),), many(4096), ("eager", "scripted"), **AT_ONCE,
+        """, (tensor(4096),), many(4096), ("eager", "scripted", "compiled"), **AT_ONCE, **COMPILED,
     ),
     Case(
         "accumulator", "steps within a call add up in a buffer", """
@@ -90,7 +96,8 @@ CASES = [
             def forward(self, x):
                 self.n += 1
                 return x * 2, self.n.expand(x.shape[0], 1).clone()
-        """, (tensor(4),), floats(4), ("eager", "scripted"), may_refuse=("scripted",), likely=_counts,
+        """, (tensor(4),), floats(4), ("eager", "scripted", "compiled"), may_refuse=("scripted", "compiled"),
+        likely=_counts, **COMPILED,
     ),
     Case(
         "returned_weights", "answers with its own memory", """
