@@ -161,6 +161,19 @@ def test_the_log_says_once_what_differs_and_what_to_do(served: Server) -> None:
     assert all("write 'batchDependent: allowed' in model-config.yaml if that is meant" in line for line in lines)
 
 
+def test_a_description_shows_what_trying_batches_came_to(served: Server) -> None:
+    found = {name: served.describe(name)["checks"] for name in ("softmax", "linear", "unknown", "meant")}
+    assert found["softmax"]["batchSize"] == 1
+    assert found["softmax"]["batches"].startswith("answers depend on the batch: row 1 of 2 has ")
+    assert found["softmax"]["batchNote"].startswith("batches hold one request: answers depend on the batch: ")
+    assert (found["linear"]["batchSize"], found["linear"]["batches"]) == (8, "passed")
+    assert (found["unknown"]["batchSize"], found["unknown"]["batches"]) == (
+        8, "not probed: no sample_input* file in the archive that it answers"
+    )  # fmt: skip
+    assert (found["meant"]["batchSize"], found["meant"]["batches"]) == (8, "not probed: batchDependent: allowed")
+    assert all("batchNote" not in found[name] for name in ("linear", "unknown", "meant"))
+
+
 def test_another_worker_need_not_try_what_is_known(served: Server) -> None:
     served.manage("PUT", "/models/gru?min_worker=2&synchronous=true")
     ask_at_once(served, "gru", items_of(4))
