@@ -117,3 +117,8 @@ def test_rows_of_a_batch_differ_in_kind() -> None:
     assert any(each[0, 0] == 1 and each[0, -1] == 0 for each in masks)
     assert all(len(item[0].unique()) > 3 for item in items[:6])
     assert any((item[0] == 0).all() for item in items[6:])
+
+
+def test_the_first_row_of_a_batch_is_large_and_the_second_is_not() -> None:
+    first, second, *_ = batch_rows([torch.rand(1, 4)], [FLOATS], 2)
+    assert first[0].min() >= 64 and second[0].abs().max() == 0
