@@ -2,6 +2,7 @@
 
 The rules are TorchServe's: a plain body is ``{"body": value}``, a form is one key per field; JSON is parsed,
 text becomes ``str``, anything else stays a ``bytearray``; what cannot be decoded stays a ``bytearray`` too.
+A part of a form with a content type is decoded also when it has no file name; TorchServe 0.12 then gives its bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from pyserve import json_encoding
 from pyserve.errors import BadRequestError, HandlerError, TooLargeError
 from pyserve.failure import is_memory_error
-from pyserve.forms import PARTS_MAX, read_multipart, read_urlencoded
+from pyserve.forms import PARTS_MAX, Field, read_multipart, read_query, read_urlencoded
 from pyserve.json_body import NAME_SHOWN_MAX, NotJsonError, parse_json
 
 log = logging.getLogger(__name__)
@@ -52,31 +53,48 @@ def decode_request(
     Args:
         decode: whether JSON and text are decoded (``decode_input_request``).
         types: filled with the content types of a form's parts by their names.
-        lenient: of fields, and of a JSON object's members, of one name the last one counts, as in TorchServe; else
-            they are refused.
+        lenient: as TorchServe 0.12 was measured: of fields, and of a JSON object's members, of one name the last one
+            counts, else they are refused; media types count as they are spelled; a part without a file name is bytes.
 
     Raises:
         BadRequestError: a broken form, JSON nested too deeply or with an absurd number, or input that would be lost.
         TooLargeError: a form with too many parts.
     """
-    media_type = request.content_type
+    media_type = _media_type_as_sent(request) if lenient else request.content_type
     if media_type not in FORM_TYPES:
         return {"body": decode_value(request.body, media_type, lenient=lenient) if decode else request.body}
-    is_urlencoded = media_type == "application/x-www-form-urlencoded"
-    if is_urlencoded:
+    if media_type == "application/x-www-form-urlencoded":
         fields = read_urlencoded(request.body, lenient=lenient)
     else:
         fields = read_multipart(request.body, request.header("content-type"), lenient=lenient)
     row: dict[str, Any] = {}
-    for name, value, content_type in fields:
-        if name in row and not lenient:
-            raise _repeated(name)
-        # Exactly as sent: TorchServe does not strip parameters from a part's content type.
-        as_sent = is_urlencoded or not decode
-        row[name] = value if as_sent else decode_value(value, content_type.lower(), lenient=lenient)
-        if content_type and types is not None:
-            types[name] = content_type
+    for field in fields:
+        if field.name in row and not lenient:
+            raise _repeated(field.name)
+        content_type = _part_type(field) if lenient else field.content_type
+        part_type = content_type if lenient else _media_type(content_type).lower()
+        row[field.name] = decode_value(field.value, part_type, lenient=lenient) if decode else field.value
+        if types is not None and (content_type or lenient):
+            types[field.name] = content_type
     return row
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip()
+
+
+def _media_type_as_sent(request: RequestParts) -> str:
+    """As TorchServe compares it: in any case only for url-encoded forms, and for a multipart one with its boundary."""
+    if request.content_type == "application/x-www-form-urlencoded":
+        return request.content_type
+    header = request.header("content-type")
+    media_type = header.partition(";")[0]
+    return "" if media_type == "multipart/form-data" and "boundary=" not in header else media_type
+
+
+def _part_type(field: Field) -> str:
+    """What TorchServe takes a part's type to be: only those with a file name have one."""
+    return _media_type(field.content_type or "application/octet-stream") if field.is_file else ""
 
 
 def add_query(row: dict[str, Any], query: str, *, lenient: bool = False) -> None:
@@ -85,12 +103,14 @@ def add_query(row: dict[str, Any], query: str, *, lenient: bool = False) -> None
     Raises:
         BadRequestError: two of them, or one and a field, have the same name. ``lenient`` keeps the field, or the last.
     """
-    sent = frozenset(row)
-    for name, value, _ in read_urlencoded(query.replace(";", "&").encode("latin-1", "replace"), lenient=lenient):
+    sent = dict(row)
+    if lenient:
+        row.clear()  # TorchServe's rows have the query's fields first, which handlers see that take the first one
+    for name, value, *_ in read_query(query.replace(";", "&").encode("latin-1", "replace"), lenient=lenient):
         if name in row and not lenient:
             raise _repeated(name)
-        if name not in sent:
-            row[name] = value
+        row[name] = value
+    row.update(sent)
 
 
 def _repeated(name: str) -> BadRequestError:

@@ -22,14 +22,16 @@ class Inference:
 
     Args:
         tells_errors: whether ``/ready`` may say why a model failed to load, in the words of an exception.
+        lenient: how forms are read, see `codec.decode_request`.
 
     Attributes:
         is_ready: whether the server takes requests: not while it starts or drains.
     """
 
-    def __init__(self, registry: Registry, *, tells_errors: bool = True):
+    def __init__(self, registry: Registry, *, tells_errors: bool = True, lenient: bool = False):
         self._registry = registry
         self._tells_errors = tells_errors
+        self._lenient = lenient
         self.is_ready = False
 
     def routes(self) -> list[RouteRow]:
@@ -86,8 +88,7 @@ class Inference:
         if len(loaded) == 1:
             return loaded[0]
         if request.content_type in codec.FORM_TYPES:
-            # Only to see where it goes; what cannot be taken is refused there.
-            field = codec.decode_request(request, lenient=True).get("model_name")
+            field = codec.decode_request(request, lenient=self._lenient).get("model_name")
             named = field.decode("utf-8", "replace") if isinstance(field, bytearray) else field
             if named:
                 return str(named)

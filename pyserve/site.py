@@ -112,7 +112,9 @@ class Site:
             progress=start.report.progress,
         )
         self._metrics.models = self.registry.all_models
-        self._inference = Inference(self.registry, tells_errors=services.error_format.with_private_detail)
+        self._inference = Inference(
+            self.registry, tells_errors=services.error_format.with_private_detail, lenient=config.compat == "strict"
+        )
         self.grpc = GrpcSite(config, start.restart)
         self._servers: list[asyncio.AbstractServer] = []
         self._connections: list[Connections] = []

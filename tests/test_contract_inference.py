@@ -317,7 +317,7 @@ def parts(*each: tuple[str, str]) -> bytes:
          {"a": ["bytearray", "1"], "f": ["bytearray", "2"]}),
         (BOUNDARY, parts(('name="a"; filename="f"\r\nContent-Type: application/json', "[1]")), {"a": ["list", [1]]}),
         (BOUNDARY, parts(('name="a"; filename="f"\r\nContent-Type: application/json; charset=utf-8', "[1]")),
-         {"a": ["bytearray", "[1]"]}),
+         {"a": ["list", [1]]}),
         (BOUNDARY, parts(('name="a"; filename="f"\r\nContent-Type: text/plain', "t")), {"a": ["str", "t"]}),
     ],
 )  # fmt: skip

@@ -31,6 +31,14 @@ class Handler(BaseHandler):
         names = ("TS_IPEX_ENABLE", "TS_IPEX_GPU_ENABLE", "SECRET_THING", "PLAIN_THING")
         return [{name: os.environ.get(name) for name in names} for _ in rows]
 """
+SHOW = """
+def handle(data, context):
+    return data and [
+        {"row": [[name, str(value)] for name, value in row.items()],
+         "types": {name: context.get_request_header(index, name) for name in row}}
+        for index, row in enumerate(data)
+    ]
+"""
 PROPERTIES = """
 enable_envvars_config=true
 ipex_enable=true
@@ -49,13 +57,14 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_handler(server.store, "slow", HANDLER, config={**one, "responseTimeout": 1})
     write_handler(server.store, "brief", HANDLER, config={**one, "sequenceBatching": True, "sequenceMaxIdleMSec": 1})
     write_handler(server.store, "other", HANDLER)
+    write_handler(server.store, "show", SHOW, config=one)
     write_pictures(server.store)
     (server.folder / "config.properties").write_text(PROPERTIES)
     server.environment |= {
         "PYSERVE_COMPAT": "strict", "PYSERVE_CPU_BUDGET": "2", "TS_IPEX_GPU_ENABLE": "true",
         "SECRET_THING": "s", "PLAIN_THING": "p", "PYSERVE_DISABLE_TOKEN_AUTHORIZATION": "true",
     }  # fmt: skip
-    server.start("--models", "told.mar", "pair.mar", "slow.mar", "brief.mar", "pictures.mar")
+    server.start("--models", "told.mar", "pair.mar", "slow.mar", "brief.mar", "pictures.mar", "show.mar")
     try:
         yield server
     finally:
@@ -76,7 +85,7 @@ def test_workers_environment_is_what_the_configuration_says(strict: Server) -> N
 
 def test_of_what_is_given_twice_the_last_counts(strict: Server) -> None:
     def ask(*texts: str) -> int:
-        head = '--B\r\nContent-Disposition: form-data; name="body"\r\nContent-Type: text/plain\r\n\r\n'
+        head = '--B\r\nContent-Disposition: form-data; name="body"; filename="f"\r\nContent-Type: text/plain\r\n\r\n'
         form = "".join(f"{head}{text}\r\n" for text in texts) + "--B--\r\n"
         headers = {"Content-Type": "multipart/form-data; boundary=B"}
         return strict.ask("POST", "/predictions/told", form.encode(), headers).status
@@ -84,6 +93,23 @@ def test_of_what_is_given_twice_the_last_counts(strict: Server) -> None:
     assert (ask("bad", "good"), ask("good", "bad")) == (200, 503)
     answer = strict.ask("POST", "/predictions/told", b'{"a": 1, "a": 2}', {"Content-Type": "application/json"})
     assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("target", "head", "row"),
+    [
+        ("/predictions/show?x=1", 'name="x"\r\nContent-Type: application/json', [["x", "bytearray(b'[1]')"]]),
+        ("/show/predict?z=1&x=3", 'name="x"; filename="f"\r\nContent-Type: application/json',
+         [["z", "bytearray(b'1')"], ["x", "[1]"]]),
+    ],
+)  # fmt: skip
+def test_a_form_reaches_the_handler_as_from_torchserve(
+    strict: Server, target: str, head: str, row: list[list[str]]
+) -> None:
+    form = f"--B\r\nContent-Disposition: form-data; {head}\r\n\r\n[1]\r\n--B--\r\n".encode()
+    answer = strict.ask("POST", target, form, {"Content-Type": "multipart/form-data; boundary=B"}).json
+    assert answer["row"] == row
+    assert answer["types"]["x"] == {"content-type": "application/json" if "filename" in head else ""}
 
 
 def test_request_id_is_always_a_new_one(strict: Server) -> None:
