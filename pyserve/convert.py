@@ -29,9 +29,10 @@ from pyserve.probe_inputs import InputDomain, Probe, probe_inputs
 from pyserve.torch_error import cause_of
 from pyserve.traced_reads import ReadsWatch
 
-# A path that is proven without them is tried on no more probes than run in this time, but on so many, seconds.
-PROBING_S = 1.0
-PROBES_MIN = 2
+# Probes are run for no longer than this, seconds, but so many of them: where nothing in the code depends on the input,
+# and where control flow was translated.
+PROBING_S = {"traced": 1.0, "scripted": 10.0, "exported": 10.0}
+PROBES_MIN = {"traced": 2, "scripted": 6, "exported": 6}
 # How many probes a frozen program is compared on: freezing changes roundings, not paths.
 FROZEN_PROBES = 2
 
@@ -69,8 +70,7 @@ class _Converter:
     def convert(self) -> tuple[Module, Conversion]:
         trace = self.trace()
         if trace.program is not None and not trace.problem:
-            count = self._affordable()
-            found = self._accepted("traced", lambda: trace.program, "nothing in it depends on sizes or data", count)
+            found = self._accepted("traced", lambda: trace.program, "nothing in it depends on sizes or data")
             if found:
                 return found
         elif trace.problem:
@@ -79,7 +79,7 @@ class _Converter:
             ("scripted", self.script, "its control flow is kept"),
             ("exported", self._export, "torch.export has proven one path for all sizes"),
         ):
-            found = self._accepted(how, make, reason, len(self.probes))
+            found = self._accepted(how, make, reason)
             if found:
                 return found
         raise NeedsPythonError(
@@ -127,14 +127,15 @@ class _Converter:
             return tuple(each.clone() for each in self.example)  # it takes single items only
         return inputs
 
-    def _affordable(self) -> int:
+    def _affordable(self, how: str) -> int:
         once = max(self.truth.run_s, 1e-4) * 4  # both models, and batches of more than the example's one
-        return min(len(self.probes), max(PROBES_MIN, int(PROBING_S / once)))
+        return min(len(self.probes), max(PROBES_MIN[how], int(PROBING_S[how] / once)))
 
     def _accepted(
-        self, how: str, make: Callable[[], Module | None], reason: str, count: int
+        self, how: str, make: Callable[[], Module | None], reason: str
     ) -> tuple[Module, Conversion] | None:
-        """The program if it is true on ``count`` probes; else None, and why not among the objections."""
+        """The program if it is true on the probes; else None, and why not among the objections."""
+        count = self._affordable(how)
         try:
             program = make()
             assert program is not None
