@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +76,29 @@ def pack(model: RandomModel, folder: Path, store: Path) -> str:
 def serve_and_ask(server: Server, name: str, model: RandomModel) -> Outcome:
     outcome = Outcome(model)
     path = f"/models?url={name}.mar&initial_workers={model.config['minWorkers']}&synchronous=true"
-    registered = server.ask("POST", path, port="management")
-    if registered.status != 200:
-        outcome.refusal = registered.body.decode()
-        if found := UNREADABLE.search(outcome.refusal):
-            outcome.problems.append(f"its refusal shows {found[0]!r}: {outcome.refusal[:600]}")
-        return outcome
     try:
-        if model.remembers:
+        registered = server.ask("POST", path, port="management")
+        if registered.status == 200:
+            _ask_for_all(server, name, outcome)
+            return outcome
+    except (OSError, HTTPException) as error:  # a crash also ends the connections of the model beside it
+        outcome.problems.append(f"the server went away: {error!r}")
+        return outcome
+    outcome.refusal = registered.body.decode()
+    if found := UNREADABLE.search(outcome.refusal):
+        outcome.problems.append(f"its refusal shows {found[0]!r}: {outcome.refusal[:600]}")
+    return outcome
+
+
+def _ask_for_all(server: Server, name: str, outcome: Outcome) -> None:
+    try:
+        if outcome.model.remembers:
             _ask_in_order(server, name, outcome)
         else:
             _ask_alone(server, name, outcome)
             _ask_together(server, name, outcome)
     finally:
         server.ask("DELETE", f"/models/{name}", port="management")
-    return outcome
 
 
 def _judge(outcome: Outcome, item: Item, form: str, answer: Answer, how: str) -> None:
