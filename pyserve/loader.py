@@ -50,6 +50,8 @@ from pyserve.trace import (
 log = logging.getLogger(__name__)
 
 PYTHON_SUFFIXES = (".onnx", ".so")
+# As csrc/graph_state.h has it.
+RESIZED_STATE = "forward changes the size of a buffer of the model"
 # Relative to fp32; model-config.yaml's precisionErrorMax sets another limit.
 PRECISION_ERROR_MAX = 0.05
 TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
@@ -222,6 +224,8 @@ def _prove(
     _check_precision(archive, network, precision)
     find_state(model, example, is_package=program is not None)
     if model.state:
+        if model.state.startswith(RESIZED_STATE):
+            raise NeedsPythonError(f"{model.state}, which torch does not allow for a model loaded from a file")
         network.findings["state"] = model.state
         log.info("%s: each worker has a model of its own, since %s", network.context.model_name, model.state)
     odd = prove_optimization(model, network.example, domains)

@@ -142,7 +142,8 @@ class NativeLane(Lane):
             # One that is stopping finishes its batch first, however long that takes; that is no failure.
             if any(row["state"] in ("starting", "warming") for row in self.core.workers()):
                 return f"a worker was not ready within startup_timeout={timeout_s:g} s"
-        return next((str(row["error"]) for row in self.core.workers() if row["state"] == "failed"), "")
+        errors = [str(row["error"]) for row in self.core.workers() if row["state"] == "failed"]
+        return (cause_of(errors[0]) or "no text") if errors else ""
 
     def apply_limits(self) -> None:
         """Brings the settings to the engine; they hold from the next batch on."""
@@ -384,7 +385,9 @@ class NativeLane(Lane):
         takers = [owner for owner in owners if isinstance(owner, RowPending) and owner.wants_tensors]
         others = [None if owner is not None and owner.wants_tensors else owner for owner in owners]
         try:
-            outputs, names = named_outputs(self.network.output(completion.output))
+            # All of them are of one protocol, which has one set of names for a model.
+            configured = takers[0].whole.output_names
+            outputs, names = named_outputs(self.network.output(completion.output), configured)
         except ServeError as error:
             self._complete_failed_postprocess(list(takers), error)
             return others

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pyserve import _core
 from pyserve.batch_probe import probe_batches, probe_sizes
 from pyserve.comparison import difference
+from pyserve.loader import RESIZED_STATE
 from pyserve.native_proof import ORDINARY_MAX, BatchProof, find_state, prove_optimization
 from pyserve.probe_inputs import InputDomain, batch_rows
 
@@ -111,6 +112,17 @@ class GivesAwayItsWeight(nn.Module):
         return self.table.expand(x.shape[0], 4)
 
 
+class Resizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(1))
+
+    def forward(self, x):
+        self.kept.resize_(x.shape)
+        self.kept.copy_(x)
+        return self.kept * 2
+
+
 ITEM = [torch.tensor([[0.5, -1.0, 2.0, 0.25]])]
 
 
@@ -139,6 +151,11 @@ def test_a_graph_that_writes_to_its_own_tensors_has_no_state(
     assert model.instance() is model
     find_state(model, ITEM, is_package=False)
     assert not model.state
+
+
+def test_a_model_that_resizes_its_buffer_is_named_as_one_that_the_engine_must_not_run(tmp_path: Path) -> None:
+    # torch refuses the first call and reads no memory at all in the second.
+    assert loaded(Resizes(), tmp_path).state.startswith(RESIZED_STATE)
 
 
 def test_each_instance_of_a_model_with_state_begins_as_it_was_saved(tmp_path: Path) -> None:
