@@ -24,7 +24,8 @@ def parse_json(body: bytes | bytearray, *, lenient: bool = False) -> Any:
     """``body`` as JSON; in UTF-8, UTF-16 or UTF-32.
 
     Args:
-        lenient: of members of one name in an object the last one counts, as in TorchServe; else they are refused.
+        lenient: as TorchServe 0.12 was measured: of members of one name in an object the last one counts, else they
+            are refused; only UTF-8 without a byte order mark is JSON.
 
     Raises:
         NotJsonError: it is not JSON.
@@ -34,7 +35,7 @@ def parse_json(body: bytes | bytearray, *, lenient: bool = False) -> Any:
         raise InputError(f"the JSON body is nested more than {DEPTH_MAX} levels deep; flatten it")
     try:
         if lenient:
-            return json.loads(body)
+            return json.loads(body.decode())
         return _decoder.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise NotJsonError(f"the body is not JSON that can be used: {error}") from error

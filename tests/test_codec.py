@@ -210,6 +210,10 @@ def measured_forms() -> Iterator[tuple[bytes, str, dict[str, Any]]]:
     for spelled in ("Application/JSON", "application/json ; charset=utf-8"):
         yield b"[1]", spelled, {"body": b"[1]"}
     yield b"[1]", f"{JSON}; charset=utf-8", {"body": [1]}
+    yield rb'{"a": 1, "\u0061": 2}', JSON, {"body": {"a": 2}}
+    for encoding in ("utf-16", "utf-8-sig"):
+        yield "[1]".encode(encoding), JSON, {"body": "[1]".encode(encoding)}
+    yield b'"\xed\xa0\x80"', JSON, {"body": b'"\xed\xa0\x80"'}
     yield b"t", "TEXT/plain", {"body": b"t"}
 
 
