@@ -21,7 +21,7 @@ _ABOUT_KINDS = frozenset({
     "dtype", "layout", "is_leaf", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_cuda", "is_cpu",
     "is_mps", "is_xpu", "is_meta", "is_mkldnn", "is_shared", "grad", "grad_fn", "_grad", "retains_grad", "names",
     "has_names", "output_nr", "is_grad_enabled", "type", "__hash__", "can_cast", "result_type", "promote_types",
-    "is_autocast_enabled", "get_autocast_dtype", "get_default_dtype", "is_storage", "__repr__", "size", "shape",
+    "is_autocast_enabled", "get_autocast_dtype", "get_default_dtype", "is_storage", "size", "shape",
 })  # fmt: skip
 # They give code the numbers of a tensor, or how many there are in a whole batch.
 _OF_DATA = frozenset({

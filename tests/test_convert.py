@@ -341,3 +341,14 @@ def test_ids_are_drawn_from_the_table_that_they_are_looked_up_in() -> None:
         converted(Half(), IDS)
     _, conversion = converted(Half(), IDS, how="trace")
     assert conversion.difference > 0.1
+
+
+def test_sizes_that_the_tracer_takes_for_constants_are_found_by_other_sizes() -> None:
+    class Roll(Linear):
+        def forward(self, x, **kwargs):
+            return self.fc(x.roll(x.shape[1] // 2, 1))
+
+    program, conversion = converted(Roll(), STEPS)
+    assert conversion.how == "exported"
+    x = torch.arange(88.0).view(2, 11, 4)
+    assert difference(Roll()(x), program(x)) < 1e-6
