@@ -11,7 +11,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,10 +20,12 @@ import torch
 from pyserve.comparison import ROUNDING, difference, dtypes, rows
 from pyserve.entry_point import EntryPoint
 from pyserve.failure import HandlerTimeout, describe_failure, is_memory_error
+from pyserve.graph_reads import graph_reads
 from pyserve.invoker import ERROR, Invoker, Item
 from pyserve.model_state import KeptRandomness, KeptState, models_in
 from pyserve.sample_requests import MadeUp, unlike_rows
 from pyserve.time_limit import TimeLimit
+from pyserve.traced_reads import ReadsWatch
 from pyserve.worker_spec import WorkerSpec
 
 # Unlike rows.
@@ -34,6 +36,8 @@ TIME_MAX_S = 1.0
 ANSWER_TIME_MAX_S = 5.0
 # Of one answer, above which a model that is to run alone is not tried with more.
 IDLE_ANSWER_TIME_MAX_S = 0.1
+# Calls that tell how many numbers there are.
+COUNTS = ("__len__", "numel", "nelement")
 # Seeds of random numbers that a model may draw.
 SEEDS = (1, 2)
 
@@ -81,6 +85,9 @@ class Trial(Protocol):
     def tolerance(self, answer: Any) -> float:
         """What rounding explains of a difference to ``answer``."""
 
+    def reads(self) -> str:
+        """By what the model's code looks at numbers, as far as that can be seen; ``""`` if it does not."""
+
 
 class NotAnswered(Exception):
     """A row has no answer that could be compared; the text says why."""
@@ -121,6 +128,10 @@ def _tried(spec: WorkerSpec, trial: Trial, is_built_in: bool) -> Verdict:
         return Verdict.untried(spec, "it was loaded with batch size 1", is_built_in=True)
     if not difference(first, again) <= trial.tolerance(first):
         return Verdict(probe="not probed: its answers to the same request differ from call to call")
+    reads = trial.reads()
+    if reads:  # a branch may be taken for one number in a million only: no trial shows it
+        probe = f"its forward looks at the numbers of a whole batch ({reads})"
+        return Verdict(note=f"batches hold one request: {probe}; {FIX}", probe=probe)
     sizes = batch_sizes(spec.batch_size, answer_s)
     alone = {0: first}
     for size in sizes:
@@ -185,8 +196,11 @@ class BuiltInTrial:
 
     def answers(self, numbers: Sequence[int]) -> list[Any]:
         """See `Trial`."""
-        handler, count = self._handler, len(numbers)
         self._state.restore()
+        return self._outputs(numbers)
+
+    def _outputs(self, numbers: Sequence[int]) -> list[Any]:
+        handler, count = self._handler, len(numbers)
         output = handler.inference(handler.preprocess([dict(self._rows[number]) for number in numbers]))
         if handler.sample_kind == "saved tensor" or hasattr(handler, "_detections"):
             if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], (list, tuple)):
@@ -196,10 +210,41 @@ class BuiltInTrial:
             output = output.unsqueeze(0)  # scores of one text, which its handler takes too
         return [kept(rows(output, place, 1)) for place in range(count)]
 
+    def reads(self) -> str:
+        """See `Trial`."""
+        model = self._handler.model
+        if isinstance(model, torch.jit.ScriptModule):
+            return graph_reads(model.inlined_graph)
+        # What torch.compile made does not run as it is written.
+        if not isinstance(model, torch.nn.Module) or hasattr(model, "_orig_mod"):
+            return ""
+        self._state.restore()  # before, since it would take the watch away too
+        return reads_of(model, lambda: self._outputs([0]))
+
     def tolerance(self, answer: Any) -> float:
         """See `Trial`."""
         kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
         return max(ROUNDING[kind] for kind in (self._precision, *(kinds.get(each, "fp32") for each in dtypes(answer))))
+
+
+def reads_of(model: torch.nn.Module, run: Callable[[], object]) -> str:
+    """By what the Python code of ``model`` looks at numbers while ``run`` calls it. How many there are is no number of
+    a request: a branch on that shows in a trial."""
+    watch = ReadsWatch()
+
+    def enter(module: torch.nn.Module, arguments: Any) -> None:
+        watch.__enter__()
+
+    def leave(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        watch.__exit__(None, None, None)
+
+    hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ", ".join(name for name in watch.data_reads if name not in COUNTS)
 
 
 class AnswerTrial:
@@ -230,6 +275,10 @@ class AnswerTrial:
         if any(kind == ERROR for _, kind, _, _, _ in answers):
             raise NotAnswered(f"a batch of {len(numbers)} of the archive's samples is answered with an error")
         return [value_of(status, head, body) for _, _, status, head, body in sorted(answers, key=lambda each: each[0])]
+
+    def reads(self) -> str:
+        """See `Trial`: what an own handler looks at is not known."""
+        return ""
 
     def tolerance(self, answer: Any) -> float:
         """See `Trial`."""

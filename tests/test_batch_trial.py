@@ -111,6 +111,43 @@ def test_a_model_whose_answers_do_not_is_not_suspected(
     assert attempt(handler, files, result=result, config=config, batch_size=5).verdict == Verdict(probe="passed")
 
 
+RARE = [
+    ("x * 2 if x.max() > 1e6 else x", "__bool__"),
+    ("x * float(x.max() > 1e6)", "__float__"),
+    ("x + x.max().item() * 1e-30", "item"),
+    ("x if torch.equal(x, x) else -x", "equal"),
+]
+
+
+@pytest.mark.parametrize(("result", "read"), RARE)
+def test_a_branch_that_only_rare_numbers_take_is_seen_in_the_code(attempt: Try, result: str, read: str) -> None:
+    verdict = attempt(result=result, batch_size=4).verdict
+    assert verdict.probe == f"its forward looks at the numbers of a whole batch ({read})"
+    assert verdict.note == f"batches hold one request: {verdict.probe}; {FIX}"
+
+
+@pytest.mark.parametrize("result", ["x if len(x) < 100 else x * 2", "x[:, : x.shape[1]]", "x.reshape(len(x), -1)"])
+def test_sizes_are_no_numbers_of_a_request(attempt: Try, result: str) -> None:
+    assert attempt(result=result, batch_size=4).verdict == Verdict(probe="passed")
+
+
+def test_torchscript_is_searched_too(attempt: Try, tmp_path: Any) -> None:
+    class Branching(torch.nn.Module):
+        def forward(self, numbers: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+            scores = numbers.float()[offsets].unsqueeze(1).repeat(1, 2)
+            if bool((numbers > 1_000_000).any()):
+                scores = scores * 2
+            return scores
+
+    torch.save({"one": 1, "two": 2, "three": 3}, tmp_path / "vocabulary")
+    torch.jit.script(Branching()).save(str(tmp_path / "model.pt"))
+    files = {name: (tmp_path / path).read_bytes()
+             for name, path in (("source_vocab.pt", "vocabulary"), ("model.pt", "model.pt"))}  # fmt: skip
+    model = {"serializedFile": "model.pt"}
+    verdict = attempt("text_classifier", files, config={}, model=model, batch_size=4).verdict
+    assert verdict.probe.startswith("its forward looks at the numbers of a whole batch (")
+
+
 def test_texts_of_different_length_are_tried_together(attempt: Try, tmp_path: Any) -> None:
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "be", "see"]
     torch.save({word: number for number, word in enumerate(words)}, tmp_path / "vocabulary")

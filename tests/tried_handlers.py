@@ -60,14 +60,14 @@ def attempt(tmp_path: Path) -> Iterator[Try]:
 
         def tried(
             handler: str = "tensor", files: Mapping[str, str | bytes] | None = None, *, result: str = "x",
-            config: dict[str, Any] | None = None, **settings: Any,
+            config: dict[str, Any] | None = None, model: dict[str, str] | None = None, **settings: Any,
         ) -> Tried:  # fmt: skip
             folder = write_folder(tmp_path / "archive", None)
             named = {"model.py": MODEL.replace("{result}", result), **(files or {})}
             for name, content in named.items():
                 text = textwrap.dedent(content).encode() if isinstance(content, str) else content
                 (folder / name).write_bytes(text)
-            manifest = {"model": {"modelFile": "model.py"}}
+            manifest = {"model": model or {"modelFile": "model.py"}}
             spec = make_spec(
                 folder, handler=handler, manifest=manifest, config={"input": INPUT} if config is None else config,
                 **settings,
