@@ -65,6 +65,7 @@ class _Converter:
     freezes: bool
     tolerance: float
     reads: str = ""
+    sample_count: int = 0  # of the probes; they come first, and all of them are run
     objections: list[str] = field(default_factory=list)
 
     def convert(self) -> tuple[Module, Conversion]:
@@ -129,7 +130,7 @@ class _Converter:
 
     def _affordable(self, how: str) -> int:
         once = max(self.truth.run_s, 1e-4) * 4  # both models, and batches of more than the example's one
-        return min(len(self.probes), max(PROBES_MIN[how], int(PROBING_S[how] / once)))
+        return min(len(self.probes), self.sample_count + max(PROBES_MIN[how], int(PROBING_S[how] / once)))
 
     def _accepted(
         self, how: str, make: Callable[[], Module | None], reason: str
@@ -214,7 +215,7 @@ def convert(
     ]  # fmt: skip
     probes = [*samples, *probe_inputs(example, domains)]
     reads = ", ".join(watch.data_reads)
-    converter = _Converter(model, tuple(example), domains, probes, truth, freezes, _tolerance(model), reads)
+    converter = _Converter(model, tuple(example), domains, probes, truth, freezes, _tolerance(model), reads, len(samples))
     if how in ("trace", "script"):
         return _as_told(converter, how)
     return converter.convert()

@@ -313,12 +313,13 @@ class Linear2(Linear):
 def test_the_archives_own_samples_are_probes() -> None:
     class Rare(Linear):
         def forward(self, x):
-            return self.fc(x) * (1 + (x == 7).all(1, keepdim=True))
+            return self.fc(x) * (2 if bool((x == 7).all()) else 1)
 
     sample = Probe("sample_input.json", (torch.full((1, 4), 7.0),))
-    _, conversion = convert(Rare().eval(), [torch.rand(1, 4)], [FOUR], [sample])
-    _, without = convert(Rare().eval(), [torch.rand(1, 4)], [FOUR])
-    assert conversion.probes == without.probes + 1
+    _, conversion = convert(Rare().eval(), [torch.rand(1, 4)], [FOUR], [sample], how="trace")
+    assert conversion.difference > 0.1 and "sample_input.json" in conversion.reason
+    _, conversion = convert(Rare().eval(), [torch.rand(1, 4)], [FOUR], how="trace")
+    assert conversion.difference < 1e-5
 
 
 def test_what_the_model_raises_for_the_example_is_raised() -> None:
