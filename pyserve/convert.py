@@ -215,7 +215,9 @@ def convert(
     ]  # fmt: skip
     probes = [*samples, *probe_inputs(example, domains)]
     reads = ", ".join(watch.data_reads)
-    converter = _Converter(model, tuple(example), domains, probes, truth, freezes, _tolerance(model), reads, len(samples))
+    converter = _Converter(
+        model, tuple(example), domains, probes, truth, freezes, _tolerance(model), reads, len(samples)
+    )
     if how in ("trace", "script"):
         return _as_told(converter, how)
     return converter.convert()
