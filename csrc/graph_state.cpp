@@ -147,9 +147,7 @@ class Search {
             if (!is_marked(node->input(i))) continue;
             takes_marked = true;
             if (const auto* alias = alias_of(i); alias != nullptr && alias->isWrite()) {
-                const bool resizes = name == "resize_" || name == "resize_as_" || name == "set_";
-                found_ = (resizes ? std::string(resized_state) : "forward writes to a buffer or weight of the model") +
-                         " (" + std::string(name) + ")";
+                found_ = "forward writes to a buffer or weight of the model (" + std::string(name) + ")";
                 return;
             }
         }

@@ -12,10 +12,6 @@ namespace pyserve {
 // written to.
 //
 // REQUIRES: the module is frozen or its calls are inlined; constants of the graph count as parts of the module.
-// How the text begins if a tensor of the module gets another size. What torch loads from a file cannot, and a call that
-// has tried leaves a tensor without memory behind.
-inline constexpr const char* resized_state = "forward changes the size of a buffer of the model";
-
 std::string written_state(const torch::jit::Module& module);
 
 }  // namespace pyserve

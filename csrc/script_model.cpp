@@ -59,6 +59,19 @@ void to_channels_last(Module& module) {
     }
 }
 
+// A storage that was read from a file cannot grow. resize_ finds that out when it has already changed the tensor's
+// sizes: it raises, and from then on the tensor reaches beyond its memory.
+void make_resizable(const Module& module) {
+    for (const Module& each : module.modules()) {
+        for (const auto& attribute : each.named_attributes(/*recurse=*/false)) {
+            if (attribute.value.isTensor() && attribute.value.toTensor().defined()) {
+                at::Tensor tensor = attribute.value.toTensor();
+                tensor.set_data(tensor.clone());
+            }
+        }
+    }
+}
+
 double largest_difference(const at::Tensor& left, const at::Tensor& right) {
     const at::Tensor a = left.to(at::kCPU, at::kFloat), b = right.to(at::kCPU, at::kFloat);
     return a.sizes() == b.sizes() && a.numel() > 0 ? (a - b).abs().max().item<double>() : 0;
@@ -123,16 +136,15 @@ class AutocastScope {
 ScriptModel::ScriptModel(const ModelOptions& options, const std::vector<at::Tensor>& example)
     : TorchModel(options), file_(std::make_shared<FileWindow>(options.path, options.offset, options.size)) {
     load(example);
-    state_ = written_state(module_);
     if (state_.empty() && options.optimizes) optimize(example);
 }
 
 ScriptModel::ScriptModel(const ScriptModel& like, bool optimizes) : TorchModel(like.options_), file_(like.file_) {
     is_autocast_ = like.is_autocast_;
     precision_error_ = like.precision_error_;
-    state_ = like.state_;
     file_->check_unchanged();
     load({});
+    state_ = like.state_;
     if (optimizes && like.is_optimized()) optimize({});
 }
 
@@ -215,6 +227,8 @@ void ScriptModel::load(const std::vector<at::Tensor>& example) {
     }
     weights_size_ = size_of(module_);
     if (!was_frozen) module_ = torch::jit::freeze(module_);
+    state_ = written_state(module_);
+    if (has_state()) make_resizable(module_);
     storages_.clear();
     visit_weights(module_, [&](const at::Tensor& tensor) {
         if (tensor.has_storage()) storages_.insert(tensor.storage().data());

@@ -16,7 +16,7 @@ import torch
 
 from pyserve.handler import ModelLoadError
 from pyserve.handlers.shared_weights import share_weights
-from pyserve.package_rules import CheckedPackage, read_program
+from pyserve.package_rules import CheckedPackage, check_filling, read_program
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,22 @@ def load_torchscript(path: Path, device: torch.device | None) -> torch.jit.Scrip
         ) from error
     model = model.eval()
     share_weights(model, path)
+    _make_resizable(model)
     return model
+
+
+def _make_resizable(model: torch.jit.ScriptModule) -> None:
+    """Gives buffers that the graph resizes memory that can grow.
+
+    What was read from a file cannot: resize_ finds that out when it has changed the sizes already, so that the next
+    call writes beyond the memory.
+    """
+    graph = getattr(model, "inlined_graph", None)
+    if graph is None or not any(graph.findAllNodes(f"aten::{name}") for name in ("resize_", "resize_as_", "set_")):
+        return
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.set_(buffer.clone())
 
 
 def load_package(path: Path, device: torch.device) -> Any:
@@ -119,12 +134,18 @@ def load_package(path: Path, device: torch.device) -> Any:
 
 
 def _checked(call: Any, path: Path) -> Any:
-    """A compiled program that runs only what it was compiled for, if it says what that is."""
+    """A compiled program that runs only what it was compiled for, if it says what that is.
+
+    Raises:
+        ModelLoadError: it takes no item alone, and cannot be given one in a batch either.
+    """
     try:
-        return CheckedPackage(call, read_program(path, path.name))
+        program = read_program(path, path.name)
     except ModelLoadError as error:
         log.warning("requests cannot be checked: %s", error.message)
         return call
+    check_filling(lambda inputs: call(*inputs), program, path.name)
+    return CheckedPackage(call, program)
 
 
 def load_library(path: Path, device: torch.device) -> Any:

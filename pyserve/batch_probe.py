@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from pyserve.comparison import difference, rows
+from pyserve.comparison import ROUNDING, difference, rows
 from pyserve.torch_error import cause_of
 
 Item = tuple[torch.Tensor, ...]
+Run = Callable[[Sequence[torch.Tensor]], Any]
 
 # Different items that a probe is made of; larger batches repeat them.
 ITEMS_MAX = 8
@@ -74,3 +75,21 @@ def probe_batches(
     """
     probe = BatchProbe(run, items, tolerance)
     return next((text for size in sizes if (text := probe.try_size(size))), "")
+
+
+def rows_are_independent(run: Run, items: Sequence[Sequence[torch.Tensor]], count: int) -> bool:
+    """Whether the first of ``count`` rows is answered alike beside copies of itself and beside other rows."""
+    others = [items[index % len(items)] for index in range(count)]
+    beside_others = outcome(run, [torch.cat(list(column)) for column in zip(*others, strict=True)])
+    beside_itself = outcome(run, [torch.cat([each] * count) for each in others[0]])
+    if isinstance(beside_others, type) or isinstance(beside_itself, type):
+        return False
+    return difference(rows(beside_itself, 0, 1), rows(beside_others, 0, 1)) <= ROUNDING["fp32"]
+
+
+def outcome(run: Run, inputs: Sequence[torch.Tensor]) -> Any:
+    """What ``run`` gives for a copy of ``inputs``, or the kind of error that it ends in."""
+    try:
+        return run([each.clone() for each in inputs])
+    except Exception as error:  # the model's own code
+        return type(error)

@@ -15,7 +15,7 @@ import torch
 
 from pyserve import __version__
 from pyserve.archive import Archive
-from pyserve.batch_probe import ITEMS_MAX
+from pyserve.batch_probe import ITEMS_MAX, rows_are_independent
 from pyserve.comparison import ROUNDING
 from pyserve.context import Context
 from pyserve.engine import load_core
@@ -23,11 +23,18 @@ from pyserve.errors import ModelLoadError
 from pyserve.first_answer import rehearse
 from pyserve.graph_reads import program_reads
 from pyserve.handler import Handler, load_handler
-from pyserve.native_proof import BUDGET_S, BatchProof, find_state, prove_optimization, single_row_differs
+from pyserve.native_proof import (
+    BUDGET_S,
+    BatchProof,
+    find_state,
+    prove_optimization,
+    single_row_differs,
+)
 from pyserve.package_rules import (
     SPECIALIZED_MIN,
     Program,
     check_against,
+    check_filling,
     fitted_domains,
     fitted_example,
     is_compiled,
@@ -50,8 +57,6 @@ from pyserve.trace import (
 log = logging.getLogger(__name__)
 
 PYTHON_SUFFIXES = (".onnx", ".so")
-# As csrc/graph_state.h has it.
-RESIZED_STATE = "forward changes the size of a buffer of the model"
 # Relative to fp32; model-config.yaml's precisionErrorMax sets another limit.
 PRECISION_ERROR_MAX = 0.05
 TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
@@ -224,8 +229,6 @@ def _prove(
     _check_precision(archive, network, precision)
     find_state(model, example, is_package=program is not None)
     if model.state:
-        if model.state.startswith(RESIZED_STATE):
-            raise NeedsPythonError(f"{model.state}, which torch does not allow for a model loaded from a file")
         network.findings["state"] = model.state
         log.info("%s: each worker has a model of its own, since %s", network.context.model_name, model.state)
     odd = prove_optimization(model, network.example, domains)
@@ -345,6 +348,8 @@ def _load_weights(
 def _load_package(
     label: str, path: Path, example: list[torch.Tensor], program: Program, options: dict[str, Any]
 ) -> Any:
+    domains = [InputDomain(each.dtype, tuple((size, size) for size in each.shape[1:])) for each in example]
+    items = batch_rows(example, domains, ITEMS_MAX)
     if any(each.is_channels_last for each in program.inputs):
         options["channels_last"] = True
     elif options["channels_last"]:
@@ -352,8 +357,12 @@ def _load_package(
             f"{label}: the package was compiled for contiguous inputs; take memoryFormat out of model-config.yaml"
         )
     model = _load(label, path, example, {**options, "rows_min": program.rows_min})
-    if program.takes_one_row_unsaid and single_row_differs(model, example):
-        model = _load(label, path, example, {**options, "rows_min": SPECIALIZED_MIN})
+    if program.takes_one_row_unsaid:
+        # If rows depend on each other, two copies of a row are another question than the row alone.
+        if single_row_differs(model, example) and rows_are_independent(model.run, items, SPECIALIZED_MIN):
+            model = _load(label, path, example, {**options, "rows_min": SPECIALIZED_MIN})
+    else:
+        check_filling(model.run, program, label)
     return model
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from pyserve.batch_probe import BatchProbe, probe_sizes
+from pyserve.batch_probe import BatchProbe, Run, outcome, probe_sizes
 from pyserve.comparison import ROUNDING, difference, rows
 from pyserve.probe_inputs import InputDomain, probe_inputs
 from pyserve.torch_error import cause_of
@@ -32,9 +32,6 @@ ORDINARY_MAX = 1e6
 _LARGE_MIN = 1e3
 
 _ALLOW_HINT = "write 'batchDependent: allowed' in model-config.yaml if that is meant"
-
-Run = Callable[[Sequence[torch.Tensor]], Any]
-
 
 @dataclass
 class BatchProof:
@@ -126,14 +123,6 @@ def prove_optimization(model: Any, example: Sequence[torch.Tensor], domains: Seq
         if not _agrees(expected, got, inputs):
             return name
     return ""
-
-
-def outcome(run: Run, inputs: Sequence[torch.Tensor]) -> Any:
-    """What ``run`` gives for a copy of ``inputs``, or the kind of error that it ends in."""
-    try:
-        return run([each.clone() for each in inputs])
-    except Exception as error:  # the model's own code
-        return type(error)
 
 
 def _agrees(expected: Any, got: Any, inputs: Sequence[torch.Tensor]) -> bool:

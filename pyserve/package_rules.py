@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pyserve.batch_probe import ITEMS_MAX, Run, rows_are_independent
 from pyserve.errors import ModelLoadError
 from pyserve.handler import InputError
 from pyserve.probe_inputs import InputDomain, batch_rows
@@ -291,6 +292,28 @@ def out_structure(call_spec: Sequence[str]) -> Callable[[Any], Any] | None:
         return _pytree.tree_unflatten(leaves, spec) if len(leaves) == spec.num_leaves else outputs
 
     return restored
+
+
+def check_filling(run: Run, program: Program, label: str) -> None:
+    """Checks that batches smaller than the program takes may be filled up with copies of a row.
+
+    Args:
+        run: the program: tensors [rows_min, ...] -> its output.
+
+    Raises:
+        ModelLoadError: the answer for an item depends on the others in its batch.
+    """
+    if program.rows_min == 1:
+        return
+    shapes = [tuple(size.min for size in each.dimensions[1:]) for each in program.inputs]
+    example = [torch.zeros((1, *shape), dtype=each.dtype) for shape, each in zip(shapes, program.inputs, strict=True)]
+    domains = [InputDomain(each.dtype, tuple((size, size) for size in each.shape[1:])) for each in example]
+    if not rows_are_independent(run, batch_rows(example, domains, ITEMS_MAX), program.rows_min):
+        raise ModelLoadError(
+            f"{label}: the package was compiled for batches of {program.rows_min} or more, and its answer for an item "
+            "depends on the others in its batch, so that no request could be answered alone; export it again with "
+            "torch.export.Dim('batch', min=1, ...) for dimension 0"
+        )
 
 
 def _is_leaf(spec: str) -> bool:

@@ -16,9 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyserve import _core
-from pyserve.batch_probe import probe_batches, probe_sizes
+from pyserve.batch_probe import probe_batches, probe_sizes, rows_are_independent
 from pyserve.comparison import difference
-from pyserve.loader import RESIZED_STATE
 from pyserve.native_proof import ORDINARY_MAX, BatchProof, find_state, prove_optimization
 from pyserve.probe_inputs import InputDomain, batch_rows
 
@@ -153,9 +152,17 @@ def test_a_graph_that_writes_to_its_own_tensors_has_no_state(
     assert not model.state
 
 
-def test_a_model_that_resizes_its_buffer_is_named_as_one_that_the_engine_must_not_run(tmp_path: Path) -> None:
-    # torch refuses the first call and reads no memory at all in the second.
-    assert loaded(Resizes(), tmp_path).state.startswith(RESIZED_STATE)
+def test_a_buffer_that_was_read_from_a_file_may_grow(tmp_path: Path) -> None:
+    model = loaded(Resizes(), tmp_path).instance()
+    for count in (1, 3, 2, 8):
+        x = torch.rand(count, 4)
+        assert torch.equal(model.run([x]), x * 2)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_filling_a_batch_up_needs_rows_that_do_not_depend_on_each_other(count: int) -> None:
+    assert rows_are_independent(lambda inputs: inputs[0] * 2, items(), count)
+    assert not rows_are_independent(lambda inputs: inputs[0].softmax(0), items(), count)
 
 
 def test_each_instance_of_a_model_with_state_begins_as_it_was_saved(tmp_path: Path) -> None:

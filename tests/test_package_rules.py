@@ -19,6 +19,7 @@ from pyserve.package_rules import (
     Dimension,
     Program,
     ProgramInput,
+    check_filling,
     fitted_domains,
     fitted_example,
     is_compiled,
@@ -170,3 +171,10 @@ def test_compiled_code_reads_memory_in_its_own_order() -> None:
     x = torch.rand(8, 3).t()
     assert not x.is_contiguous()
     assert torch.equal(package(x)["twice"], x * 2)
+
+
+def test_a_program_whose_rows_depend_on_each_other_cannot_be_filled_up() -> None:
+    program = Program((ProgramInput(torch.float32, (Dimension(4, 4), Dimension(8, 8))),), 4, 4)
+    check_filling(lambda inputs: inputs[0] * 2, program, "m")
+    with pytest.raises(ModelLoadError, match="no request could be answered alone"):
+        check_filling(lambda inputs: inputs[0].softmax(0), program, "m")
