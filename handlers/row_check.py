@@ -84,11 +84,11 @@ def _check_value(handler: Any, name: str, value: Any, content_type: str, *, deco
 
 def _check_raw(handler: Any, name: str, value: Any, media: str) -> None:
     """Bytes that would be taken for numbers in memory, though they are text."""
-    if media == _JSON or media.startswith("text"):
+    if "json" in media or media.startswith("text"):  # application/jsonlines and the like are text too
         raise InputError(
             f"expected {handler.specs[0]}: {name} was sent as {media[:NAME_SHOWN_MAX]} and could not be read as that, "
-            f"{found(value)}; if this is JSON, check it (the content type of a form's part must be {_JSON} and nothing "
-            "else); numbers as they lie in memory go as application/octet-stream"
+            f"{found(value)}; if this is JSON, check it and send it as {_JSON}; numbers as they lie in memory go as "
+            "application/octet-stream"
         )
     spec = next((spec for spec in handler.specs if spec.name == name), handler.specs[0])
     if media or spec.torch_dtype.itemsize == 1 or value[0] != ord("[") or value[-1] != ord("]"):

@@ -95,9 +95,15 @@ def test_the_parameter_that_names_the_model_is_no_input_of_a_built_in_handler(se
     refused(server.ask("POST", "/invocations?model_name=doubled&scale=3", b"[1, 2]", JSON), "'scale'")
 
 
+def test_json_in_a_part_is_read_also_where_its_type_has_parameters(server: Server) -> None:
+    body = part("data", b"[1.0,20]", "Content-Type: application/json; charset=utf-8\r\n") + b"--BB--"
+    assert server.ask("POST", "/predictions/doubled", body, MULTIPART).json == [2, 40]
+
+
 @pytest.mark.parametrize(("body", "headers"), [
     (b"[1.0,2.0", JSON), (b"data=[1.0,20]", FORM), (b"[1.0,20]", {}), (b"\xff" * 8, {"Content-Type": "text/plain"}),
-    (part("data", b"[1.0,20]", "Content-Type: application/json; charset=utf-8\r\n") + b"--BB--", MULTIPART),
+    (part("data", b"[1.0,20]") + b"--BB--", MULTIPART), (b"[1.0,20]", {"Content-Type": "application/vnd.a+json"}),
+    (part("data", b"[1.0,20]", "Content-Type: application/jsonlines\r\n") + b"--BB--", MULTIPART),
 ])  # fmt: skip
 def test_text_is_never_taken_for_numbers_in_memory(server: Server, body: bytes, headers: dict[str, str]) -> None:
     refused(server.ask("POST", "/predictions/doubled", body, headers), "application/octet-stream")
