@@ -44,6 +44,9 @@ _CLEANED = [
     (re.compile(r"(?:\bat |@)?\b0x[0-9a-fA-F]{5,}\b"), ""),
     # A folder is nobody's business; a file's name may be what matters.
     (re.compile(r"(?<![\w:/.])/(?:[\w.+@~-]+/)+"), ""),
+    # Numbers of a tensor that is printed: weights, or what a client sent.
+    (re.compile(r"tensor\([^()]*\)"), "a tensor"),
+    (re.compile(r"(?:-?\d+\.\d*(?:e[+-]?\d+)?[\s,\[\]]+){3,}"), "(numbers) "),
     (re.compile(r"\s+"), " "),
     (re.compile(r"(?<= )\(\s*\)|\s+(?=[.,;:](?:\s|$))"), ""),
 ]

@@ -102,6 +102,9 @@ CASES = {
     "Expected self.dtype() == mat2.dtype() to be true, but got false.  (Could this error message be improved?  If so, "
     "please report it)": "Expected self.dtype() == mat2.dtype() to be true, but got false.",
     "nothing known about <torch.Thing object at 0x7f3322aa>": "nothing known about a torch.Thing",
+    "module contains attributes values that overlaps -0.0529  0.4424 -0.3211  0.1234\n-1.0000e-02 0.5 0.25 0.75\n"
+    "[ CPUFloatType{2,4} ]": "module contains attributes values that overlaps (numbers) CPUFloatType{2,4} ]",
+    "Tracer cannot infer type of namespace(x=tensor([1., 1.]))": "Tracer cannot infer type of namespace(x=a tensor)",
     "index out of range in self": "index out of range in self",
     "": "",
 }  # fmt: skip
