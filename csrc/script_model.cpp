@@ -59,6 +59,15 @@ void to_channels_last(Module& module) {
     }
 }
 
+// Freezing refuses modules whose attributes share memory in lists or dicts. They run as they are.
+Module frozen_if_possible(const Module& module) {
+    try {
+        return torch::jit::freeze(module);
+    } catch (const std::exception&) {
+        return module;
+    }
+}
+
 // A storage that was read from a file cannot grow. resize_ finds that out when it has already changed the tensor's
 // sizes: it raises, and from then on the tensor reaches beyond its memory.
 void make_resizable(const Module& module) {
@@ -226,7 +235,7 @@ void ScriptModel::load(const std::vector<at::Tensor>& example) {
         prepare();
     }
     weights_size_ = size_of(module_);
-    if (!was_frozen) module_ = torch::jit::freeze(module_);
+    if (!was_frozen) module_ = frozen_if_possible(module_);
     state_ = written_state(module_);
     if (has_state()) make_resizable(module_);
     storages_.clear();

@@ -102,7 +102,7 @@ def _make_resizable(model: torch.jit.ScriptModule) -> None:
         return
     with torch.no_grad():
         for buffer in model.buffers():
-            buffer.set_(buffer.clone())
+            buffer.data = buffer.clone()
 
 
 def load_package(path: Path, device: torch.device) -> Any:

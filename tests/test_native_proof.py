@@ -122,6 +122,16 @@ class Resizes(nn.Module):
         return self.kept * 2
 
 
+class TiesInAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.tied = [self.linear.weight]
+
+    def forward(self, x):
+        return self.linear(x) @ self.tied[0]
+
+
 ITEM = [torch.tensor([[0.5, -1.0, 2.0, 0.25]])]
 
 
@@ -163,6 +173,13 @@ def test_a_buffer_that_was_read_from_a_file_may_grow(tmp_path: Path) -> None:
 def test_filling_a_batch_up_needs_rows_that_do_not_depend_on_each_other(count: int) -> None:
     assert rows_are_independent(lambda inputs: inputs[0] * 2, items(), count)
     assert not rows_are_independent(lambda inputs: inputs[0].softmax(0), items(), count)
+
+
+def test_a_module_that_cannot_be_frozen_runs_as_it_is(tmp_path: Path) -> None:
+    network = TiesInAList().eval()
+    model = loaded(network, tmp_path)
+    assert not model.state
+    torch.testing.assert_close(model.run(ITEM), network(ITEM[0]).detach())
 
 
 def test_each_instance_of_a_model_with_state_begins_as_it_was_saved(tmp_path: Path) -> None:
