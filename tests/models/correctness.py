@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 
 from . import architectures, matrix
-from .catalogue import KINDS
+from .case import Variant
+from .catalogue import CASES, KINDS
 from .matrix import Pair
 from .trial import Outcome
 
@@ -72,6 +73,8 @@ def _pairs(part: str) -> list[Pair]:
     if part == "architectures":
         return matrix.of_architectures()
     first = matrix.in_each_run()
+    names = {case.name for case, _ in first}
+    first += [(case, Variant()) for case in CASES if case.name not in names]
     return first + [pair for pair in matrix.at_night() if pair not in first]
 
 
