@@ -135,7 +135,8 @@ def _summary(outcomes: list[Outcome], planned: int) -> list[str]:
 
 def _row(outcome: Outcome) -> str:
     lane = outcome.lane + (f", {outcome.conversion}" if outcome.conversion else "")
-    batch = "" if not outcome.lane else "alone" if outcome.batch <= 1 else str(outcome.batch)
+    alone = "alone: " + _cell(outcome.note) if outcome.note else "alone"
+    batch = "" if not outcome.lane else alone if outcome.batch <= 1 else str(outcome.batch)
     if outcome.wrong:
         found = f"**{len(outcome.wrong)} wrong**: {_cell(outcome.wrong[0])}"
     elif outcome.refusal:

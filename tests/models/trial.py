@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Outcome:
     """What came of a trial.
 
     Attributes:
-        lane, conversion: what describe says; "" if it does not.
+        lane, conversion, note: what describe says; the note is about batches.
         wrong: one line per answer 200 that is wrong, or per error whose text no client should read.
         refusal: the text with which registration was refused.
         errors: texts of requests that were answered with an error.
@@ -178,9 +179,10 @@ class Trial:
     def _describe(self) -> None:
         described = self.server.describe(self.name)
         self.outcome.lane = described.get("lane", "")
-        conversion = described.get("conversion") or ""
-        self.outcome.conversion = conversion if isinstance(conversion, str) else str(conversion.get("how", ""))
-        self.outcome.note = str(described.get("batchNote") or described.get("batch_note") or "")
+        checks = described.get("checks", {})
+        how = re.search(r"traced|scripted|exported", str(checks.get("conversion", "")))
+        self.outcome.conversion = how.group() if how else ""
+        self.outcome.note = str(checks.get("batchNote", ""))
         sizes = [int(size) for size in described.get("batchSizeHistogram", {}) if size.isdigit()]
         self.outcome.batch = max(sizes, default=0)
 
