@@ -175,7 +175,7 @@ py::object run_model(TorchModel& model, const Inputs& inputs) {
 std::shared_ptr<TorchModel> load_model(const std::string& path, const Inputs& example, int64_t offset, int64_t size,
                                        bool is_package, const std::string& device, const std::string& precision,
                                        bool channels_last, bool optimizes, int package_runners_max,
-                                       int64_t rows_min) {
+                                       int64_t rows_min, const std::vector<Inputs>& others) {
     ModelOptions options;
     options.path = path;
     options.offset = offset;
@@ -189,7 +189,7 @@ std::shared_ptr<TorchModel> load_model(const std::string& path, const Inputs& ex
     options.rows_min = rows_min;
     // Reading and freezing takes seconds and needs no Python.
     const py::gil_scoped_release release;
-    return TorchModel::load(options, example);
+    return TorchModel::load(options, example, others);
 }
 
 }  // namespace
@@ -205,7 +205,7 @@ PYBIND11_MODULE(_core, m) {
                     py::arg("size") = -1, py::arg("is_package") = false, py::arg("device") = "cpu",
                     py::arg("precision") = "fp32", py::arg("channels_last") = false,
                     py::arg("optimizes") = true,
-                    py::arg("package_runners_max") = 1, py::arg("rows_min") = 1)
+                    py::arg("package_runners_max") = 1, py::arg("rows_min") = 1, py::arg("others") = std::vector<Inputs>{})
         .def("run", &run_model<&TorchModel::run>, py::arg("inputs"))
         .def("run_plain", &run_model<&TorchModel::run_plain>, py::arg("inputs"))
         .def("instance", &TorchModel::instance, py::call_guard<py::gil_scoped_release>())

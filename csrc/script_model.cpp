@@ -142,9 +142,11 @@ class AutocastScope {
 
 }  // namespace
 
-ScriptModel::ScriptModel(const ModelOptions& options, const std::vector<at::Tensor>& example)
-    : TorchModel(options), file_(std::make_shared<FileWindow>(options.path, options.offset, options.size)) {
+ScriptModel::ScriptModel(const ModelOptions& options, const std::vector<at::Tensor>& example,
+                         const std::vector<std::vector<at::Tensor>>& others)
+    : TorchModel(options), others_(others), file_(std::make_shared<FileWindow>(options.path, options.offset, options.size)) {
     load(example);
+    others_.clear();
     if (state_.empty() && options.optimizes) optimize(example);
 }
 
@@ -247,15 +249,27 @@ void ScriptModel::load(const std::vector<at::Tensor>& example) {
 // What the lower precision costs, and whether the model runs at it or needs autocast. Leaves the module as it is in the
 // file: one that has run is compiled, and may have changed.
 void ScriptModel::measure(const std::vector<at::Tensor>& example) {
-    std::vector<at::Tensor> inputs;
-    const c10::IValue reference = forward_copies(example);
+    std::vector<std::vector<at::Tensor>> batches{example};
+    std::vector<c10::IValue> references{forward_copies(example)};
+    for (const auto& batch : others_) {
+        try {
+            references.push_back(forward_copies(batch));
+            batches.push_back(batch);
+        } catch (const std::exception&) {
+            // Numbers that this model does not take.
+        }
+    }
     for (;;) {
         module_ = read();
         prepare();
-        inputs.clear();
-        for (const at::Tensor& input : example) inputs.push_back(on_device_copy(input));
+        precision_error_ = 0;
         try {
-            precision_error_ = relative_difference(reference, run(inputs));
+            for (size_t i = 0; i < batches.size(); ++i) {
+                std::vector<at::Tensor> inputs;
+                for (const at::Tensor& input : batches[i]) inputs.push_back(on_device_copy(input));
+                const double error = relative_difference(references[i], run(inputs));
+                if (!(error <= precision_error_)) precision_error_ = error;  // what is no number is larger than any
+            }
             break;
         } catch (const std::exception&) {
             // Most often numbers of two precisions meet: some that are made within, and a weight.

@@ -15,7 +15,8 @@ namespace pyserve {
 
 class ScriptModel final : public TorchModel {
   public:
-    ScriptModel(const ModelOptions& options, const std::vector<at::Tensor>& example);
+    ScriptModel(const ModelOptions& options, const std::vector<at::Tensor>& example,
+                const std::vector<std::vector<at::Tensor>>& others);
     // The same file again; `like` has measured what an example is needed for.
     ScriptModel(const ScriptModel& like, bool optimizes);
 
@@ -43,6 +44,7 @@ class ScriptModel final : public TorchModel {
     at::Tensor on_device_copy(const at::Tensor& input) const;
     ScriptModel& plain();
 
+    std::vector<std::vector<at::Tensor>> others_;  // to measure with; empty once that is done
     std::shared_ptr<FileWindow> file_;
     torch::jit::Module module_;
     std::unordered_set<const void*> storages_;  // of weights and constants

@@ -8,7 +8,8 @@
 
 namespace pyserve {
 
-std::shared_ptr<TorchModel> TorchModel::load(const ModelOptions& options, const std::vector<at::Tensor>& example) {
+std::shared_ptr<TorchModel> TorchModel::load(const ModelOptions& options, const std::vector<at::Tensor>& example,
+                                             const std::vector<std::vector<at::Tensor>>& others) {
     const c10::InferenceMode guard;
     // The profiling executor exists to fuse kernels on accelerators. On a CPU it only makes the first runs slow and
     // compiles again for shapes it has not seen.
@@ -17,7 +18,7 @@ std::shared_ptr<TorchModel> TorchModel::load(const ModelOptions& options, const 
     if (options.is_package) {
         model = std::make_shared<PackageModel>(options);
     } else {
-        model = std::make_shared<ScriptModel>(options, example);
+        model = std::make_shared<ScriptModel>(options, example, others);
     }
     // Weights may still be on their way; the workers' streams do not wait for the one they were copied on.
     if (!options.device.is_cpu()) at::accelerator::synchronizeDevice(options.device.index());

@@ -30,9 +30,11 @@ class TorchModel : public std::enable_shared_from_this<TorchModel> {
   public:
     virtual ~TorchModel() = default;
 
-    // Loads, converts, freezes. `example` is one batch of inputs, used to measure what a lower precision costs.
+    // Loads, converts, freezes. `example` is one batch of inputs; what a lower precision costs is measured on it and on
+    // `others`, further batches.
     // Throws c10::Error or std::exception with the library's words when the file cannot be used.
-    static std::shared_ptr<TorchModel> load(const ModelOptions& options, const std::vector<at::Tensor>& example);
+    static std::shared_ptr<TorchModel> load(const ModelOptions& options, const std::vector<at::Tensor>& example,
+                                            const std::vector<std::vector<at::Tensor>>& others = {});
 
     // Any thread; of a model with state one at a time. Inputs are on `device()`, batch first. A tensor, or a tuple,
     // list or dict of tensors comes back, none of which shares memory with the model.
@@ -76,7 +78,8 @@ class TorchModel : public std::enable_shared_from_this<TorchModel> {
     // Bytes of parameters and buffers; 0 where the format does not say.
     int64_t weights_size() const { return weights_size_; }
 
-    // Largest difference to fp32 on the example input, relative to the largest number there; 0 for fp32.
+    // Largest difference to fp32 on the inputs to measure with, relative to the largest number of each output; 0 for
+    // fp32.
     double precision_error() const { return precision_error_; }
 
     // Whether the lower precision is torch's autocast, since the model does not run at it throughout.

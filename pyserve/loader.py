@@ -161,6 +161,7 @@ def load_network(
         archive,
         network.example,
         device,
+        domains=domains,
         program=program,
         package_runners_max=cpu_budget,
         timeout_s=startup_timeout_s,
@@ -252,10 +253,8 @@ def _prove(
         ROUNDING[precision],
         program.rows_max if program is not None else None,
         config.batch_dependent == "allowed",
+        lambda: _looks_at_numbers(archive) if program is None else "",
     )
-    looks = _looks_at_numbers(archive) if program is None and not network.batches.is_settled_for(batch_size) else ""
-    if looks:
-        network.batches.limit_to_one(looks)
     network.batches.extend(batch_size, BUDGET_S)
     model.settle()
 
@@ -282,14 +281,14 @@ def _check_precision(archive: Archive, network: Network, precision: str) -> None
     if precision == "fp32":
         return
     error, limit = network.torch_model.precision_error, archive.config.precision_error_max or PRECISION_ERROR_MAX
-    log.info("%s: largest difference of %s to fp32 on the example input: %.1e (relative)",
+    log.info("%s: largest difference of %s to fp32 on inputs made up for it: %.1e (relative)",
              archive.name, precision, error)  # fmt: skip
     network.findings["precisionError"] = error
     if network.torch_model.is_autocast:
         network.findings["precision"] = f"torch's autocast to {precision}: the model does not run at it throughout"
     if not error <= limit:
         raise ModelLoadError(
-            f"{archive.name}: with 'precision: {precision}' its answer to the example input differs from fp32's by "
+            f"{archive.name}: with 'precision: {precision}' an answer differs from fp32's by "
             f"{error:.1%}, more than precisionErrorMax ({limit:.0%}); take precision out of model-config.yaml, or "
             "raise precisionErrorMax there if that much is good enough"
         )
@@ -301,17 +300,20 @@ def _load_weights(
     device: str,
     *,
     package_runners_max: int,
+    domains: list[InputDomain],
     program: Program | None,
     timeout_s: float,
     progress: Progress,
     tracing: Tracing | None,
 ) -> Any:
     weights = archive.weights
-    options = {
+    options: dict[str, Any] = {
         "device": device,
         "precision": archive.config.precision or "fp32",
         "channels_last": archive.config.memory_format == "channels_last",
     }
+    if options["precision"] != "fp32":
+        options["others"] = [list(item) for item in batch_rows(example, domains, ITEMS_MAX)]
     reason = python_reason(archive)
     if reason:
         raise NeedsPythonError(reason)

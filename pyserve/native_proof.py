@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,14 @@ _ALLOW_HINT = "write 'batchDependent: allowed' in model-config.yaml if that is m
 class BatchProof:
     """How many items of a model may share a batch.
 
+    Args:
+        run: the model: tensors [n, ...] -> its output.
+        items: unlike items of one shape, each a tuple of tensors [1, ...].
+        tolerance: of `pyserve.comparison.difference`.
+        rows_max: the most that the program takes; None for any number.
+        is_allowed: model-config.yaml says that answers may depend on the batch.
+        look: why they do as far as the model's code shows, ``""`` if it does not; asked before anything is tried.
+
     Attributes:
         size_max: the largest size that was shown to change nothing, 1 at first.
         note: why it is less than somebody asked for; ``""`` if it is not, or if trying has not come to an end.
@@ -48,9 +56,11 @@ class BatchProof:
     tolerance: float
     rows_max: int | None = None
     is_allowed: bool = False
+    look: Callable[[], str] = lambda: ""
     size_max: int = 1
     note: str = ""
     probe: str = ""
+    _has_looked: bool = False
     _tried: set[int] = field(default_factory=set)
     _batch_probe: BatchProbe | None = None
 
@@ -65,6 +75,12 @@ class BatchProof:
         """Tries batches of up to ``size``, until ``budget_s`` seconds are over. Any thread, one at a time."""
         if self.is_settled_for(size):
             return
+        if not self._has_looked:
+            self._has_looked = True
+            problem = self.look()
+            if problem and not self.is_allowed:
+                self._limit_to_one(problem)
+                return
         if self.rows_max is not None and size > self.rows_max:
             self._settle(min(size, self.rows_max), budget_s)
             if self.size_max == self.rows_max:
@@ -72,10 +88,7 @@ class BatchProof:
             return
         self._settle(size, budget_s)
 
-    def limit_to_one(self, problem: str) -> None:
-        """Has each item run alone, unless model-config.yaml allows that answers depend on the batch."""
-        if self.is_allowed:
-            return
+    def _limit_to_one(self, problem: str) -> None:
         self.size_max = 1
         self.note = f"runs one item per batch: {problem}; {_ALLOW_HINT}"
         self.probe = f"depends on the batch: {problem}"
@@ -96,7 +109,7 @@ class BatchProof:
             except Exception as error:  # the model's own code
                 problem = f"it cannot be tried: {cause_of(str(error))}"
             if problem:
-                self.limit_to_one(problem)
+                self._limit_to_one(problem)
                 return
             self._tried.add(each)
         self.size_max, self.probe = size, "passed"

@@ -314,6 +314,19 @@ def test_what_does_not_run_at_the_lower_precision_runs_with_autocast(tmp_path: P
     assert model.precision_error == pytest.approx(found, rel=1e-3)
 
 
+class Cosine(nn.Module):
+    def forward(self, x):
+        return torch.cos(x)
+
+
+def test_the_cost_of_a_precision_is_measured_on_harder_inputs_than_the_example(tmp_path: Path) -> None:
+    path = str(save_script(Cosine(), tmp_path / "m.pt"))
+    easy = _core.TorchModel.load(path, ITEM, precision="bf16").precision_error
+    hard = _core.TorchModel.load(path, ITEM, precision="bf16", others=[[ITEM[0] * 301.7]]).precision_error
+    assert 0 < easy < 0.01
+    assert hard > 0.05
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -393,6 +406,15 @@ def test_what_depends_on_the_batch_runs_alone_and_says_how_to_allow_it() -> None
     allowed = BatchProof(lambda inputs: inputs[0].softmax(0), items(), 1e-4, is_allowed=True)
     allowed.extend(8)
     assert (allowed.size_max, allowed.note) == (8, "")
+
+
+def test_code_that_looks_at_a_whole_batch_runs_alone_whenever_larger_batches_are_asked_for() -> None:
+    proof = BatchProof(lambda inputs: inputs[0], items(), 1e-4, look=lambda: "it looks at numbers (aten::Bool)")
+    proof.extend(1)
+    assert proof.note == ""
+    proof.extend(8)
+    assert proof.size_max == 1
+    assert "it looks at numbers (aten::Bool); write 'batchDependent: allowed'" in proof.note
 
 
 def test_a_batch_that_fails_where_its_items_do_not_runs_alone() -> None:
