@@ -41,7 +41,7 @@ class Point:
     Attributes:
         rate: items per second.
         p50_ms, p95_ms: from a request's arrival to the end of its batch.
-        precision_error: largest absolute difference to fp32 on the example input.
+        precision_error: largest difference to fp32, relative to the largest number.
         error: why nothing was measured; "" if it was.
     """
 

@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 from networks import save_script
+from serving_models import write_torchscript
 from torch import nn
 from torch.nn import functional as F
 
 from pyserve import _core
+from pyserve.archive import open_archive
 from pyserve.batch_probe import probe_batches, probe_sizes, rows_are_independent
 from pyserve.comparison import difference
+from pyserve.errors import ModelLoadError
+from pyserve.loader import load_network
 from pyserve.native_proof import ORDINARY_MAX, BatchProof, find_state, prove_optimization
 from pyserve.probe_inputs import InputDomain, batch_rows
 
@@ -427,3 +431,42 @@ def test_a_batch_that_fails_where_its_items_do_not_runs_alone() -> None:
     proof.extend(8)
     assert proof.size_max == 1
     assert "a batch of 3 fails where each of its items alone does not: The size of tensor a (3)" in proof.note
+
+
+# --- an archive on its way into the engine ----------------------------------------------------------------------------
+
+
+def network_of(folder: Path, module: nn.Module, config: dict[str, Any], batch_size: int = 1) -> Any:
+    with open_archive(write_torchscript(folder, module, "m", config=config)) as archive:
+        return load_network(
+            archive, name="m", handler_name=None, device="cpu", batch_size=batch_size, cpu_budget=1,
+            limit_max_image_pixels=True, startup_timeout_s=60, progress=lambda text: None,
+        )  # fmt: skip
+
+
+def test_a_precision_that_costs_too_much_is_refused_unless_that_is_allowed(tmp_path: Path) -> None:
+    config = {"input": {"dtype": "float32", "shape": [4]}, "precision": "bf16"}
+    with pytest.raises(ModelLoadError, match=r"differs from fp32's by \d+\.\d%, more than precisionErrorMax \(5%\)"):
+        network_of(tmp_path, Cosine(), config)
+    assert network_of(tmp_path, Cosine(), {**config, "precisionErrorMax": 2.0}).findings["precisionError"] > 0.05
+    narrow = {"input": {"dtype": "float32", "shape": [4], "values": [0, 1]}, "precision": "bf16"}
+    assert network_of(tmp_path, Cosine(), narrow).findings["precisionError"] < 0.01
+
+
+class GivesBackItsSize(nn.Module):
+    def forward(self, x):
+        return x.sum()
+
+
+def test_a_model_whose_output_cannot_be_answered_is_refused_at_load(tmp_path: Path) -> None:
+    config = {"input": {"dtype": "float32", "shape": [4]}}
+    with pytest.raises(ModelLoadError, match=r"m\.mar cannot be answered: postprocess"):
+        network_of(tmp_path, GivesBackItsSize(), config)
+
+
+def test_loading_a_model_draws_no_random_numbers(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    network_of(tmp_path, Cosine(), {"input": {"dtype": "float32", "shape": [4]}}, batch_size=4)
+    assert torch.equal(torch.rand(3), expected)
