@@ -11,7 +11,7 @@ import torch
 # What an error's text must not have: frames, files of ours or torch's, addresses, advice to load unsafely.
 UNREADABLE = re.compile(
     r"Traceback|most recent call|\bframe #\d|0x[0-9a-f]{6,}|\.(?:cpp|cc|h|py):\d+|File \"|weights_only=False|C\+\+ "
-    r"stack"
+    r"stack|^Internal error"
 )
 # By dtype of the right answer. Rounding differs between kernels; a float64 that went through float32 is off by 1e-7.
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
