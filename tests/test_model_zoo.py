@@ -28,8 +28,6 @@ NIGHT = [pair for pair in matrix.at_night() if pair not in EACH_RUN]
 
 # The error of lowered precision is measured on a few inputs when a model is loaded. On others it may be larger.
 LOWERED = {
-    "seeded_features-scripted-bf16": "cosines of large numbers: 7.5 % off, where 5 % are allowed",
-    "seeded_features-eager-bf16": "cosines of large numbers: 7.5 % off, where 5 % are allowed",
     "timm_efficientnet_lite0-eager-bf16": "5.5 % off on a picture of steep contrast, where 5 % are allowed",
 }
 

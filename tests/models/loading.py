@@ -18,7 +18,7 @@ CASES = [
 
             def forward(self, x):
                 return self.fc(torch.cos(x @ self.R))
-        """, X, ITEMS, ("eager", "scripted"), precisions=("fp32", "bf16"),
+        """, X, ITEMS, ("eager", "scripted"), precisions=("fp32", "bf16"), may_refuse=("bf16",),
     ),
     Case(
         "numpy_features", "random features of numpy", """
