@@ -217,6 +217,7 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("state", &TorchModel::state)
         .def_property_readonly("is_autocast", &TorchModel::is_autocast)
         .def_property_readonly("weights_size", &TorchModel::weights_size)
+        .def_property_readonly("optimization_note", &TorchModel::optimization_note)
         .def_property_readonly("is_optimized", &TorchModel::is_optimized)
         .def_property_readonly("precision_error", &TorchModel::precision_error);
 

@@ -96,6 +96,10 @@ class Search {
         if (kind == c10::prim::Loop) return visit_loop(node);
         if (kind == c10::prim::If) return visit_if(node);
         for (Block* inner : node->blocks()) visit_other_block(node, inner);
+        if (std::string_view(kind.toUnqualString()) == "manual_seed") {
+            found_ = seeded_state;
+            return;
+        }
         if (const auto* schema = node->maybeSchema()) {
             visit_operator(node, *schema);
         } else if (has_marked_input(node)) {

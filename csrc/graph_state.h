@@ -7,9 +7,12 @@
 
 namespace pyserve {
 
+// What is written about a graph that seeds torch's random numbers, which all threads of the process draw from.
+inline constexpr const char* seeded_state = "forward seeds torch's random numbers";
+
 // In a few words what a call of `forward` writes to the module itself: an attribute that it sets, a buffer that it
-// changes in place. "" if it writes to nothing but its own tensors. Conservative: what cannot be followed counts as
-// written to.
+// changes in place; or `seeded_state`. "" if it writes to nothing but its own tensors. Conservative: what cannot be
+// followed counts as written to.
 //
 // REQUIRES: the module is frozen or its calls are inlined; constants of the graph count as parts of the module.
 std::string written_state(const torch::jit::Module& module);

@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "finite_flow.h"
 #include "graph_state.h"
 #include "magnitude.h"
 
@@ -294,6 +295,11 @@ void ScriptModel::prepare() {
 void ScriptModel::optimize(const std::vector<at::Tensor>& example) {
     if (!options_.device.is_cpu() || options_.precision != at::kFloat || options_.channels_last) return;
     if (example.empty() || !has_convolution(module_.get_method("forward").graph()->block())) return;
+    const std::string odd = may_hide_nan(module_);
+    if (!odd.empty()) {
+        optimization_note_ = "left out, since NaN may come up within the model (" + odd + "), which oneDNN would hide";
+        return;
+    }
     try {
         const c10::IValue expected = forward_copies(example);
         load(example);  // a graph that has run is compiled, and changes to it are not seen

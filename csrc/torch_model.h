@@ -87,6 +87,8 @@ class TorchModel : public std::enable_shared_from_this<TorchModel> {
 
     // Whether convolutions run in oneDNN's own layout.
     bool is_optimized() const { return is_optimized_.load(std::memory_order_relaxed); }
+    // Why they do not although they could; "" if they do or there are none.
+    const std::string& optimization_note() const { return optimization_note_; }
 
   protected:
     explicit TorchModel(const ModelOptions& options) : options_(options) {}
@@ -98,6 +100,7 @@ class TorchModel : public std::enable_shared_from_this<TorchModel> {
     double precision_error_ = 0;
     bool is_autocast_ = false;
     std::atomic<bool> is_optimized_{false};
+    std::string optimization_note_;
     std::string state_;
 };
 

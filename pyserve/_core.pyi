@@ -46,6 +46,8 @@ class TorchModel:
     def precision_error(self) -> float: ...
     @property
     def is_optimized(self) -> bool: ...
+    @property
+    def optimization_note(self) -> str: ...  # why it is not although it could be
 
 class Completion:
     """One batch that came to an end. ``owners[i]`` belongs to row ``i`` of ``output``; None if it was cancelled."""

@@ -15,7 +15,7 @@ import torch
 
 from pyserve import __version__
 from pyserve.archive import Archive
-from pyserve.batch_probe import ITEMS_MAX, rows_are_independent
+from pyserve.batch_probe import rows_are_independent
 from pyserve.comparison import ROUNDING
 from pyserve.context import Context
 from pyserve.engine import load_core
@@ -41,7 +41,7 @@ from pyserve.package_rules import (
     out_structure,
     read_program,
 )
-from pyserve.probe_inputs import InputDomain, batch_rows
+from pyserve.probe_inputs import ITEMS_MAX, InputDomain, batch_rows, probe_rows
 from pyserve.torch_error import cause_of
 from pyserve.trace import (
     NeedsPythonError,
@@ -57,6 +57,8 @@ from pyserve.trace import (
 log = logging.getLogger(__name__)
 
 PYTHON_SUFFIXES = (".onnx", ".so")
+# As csrc/graph_state.h has it.
+SEEDED_STATE = "forward seeds torch's random numbers"
 # Relative to fp32; model-config.yaml's precisionErrorMax sets another limit.
 PRECISION_ERROR_MAX = 0.05
 TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
@@ -228,8 +230,12 @@ def _prove(
         network.restored = out_structure(model.call_spec())
     precision = config.precision or "fp32"
     _check_precision(archive, network, precision)
+    if program is not None and program.written:
+        model.note_state(f"the package writes to its buffer {program.written[0]}, or gives it away")
     find_state(model, example, is_package=program is not None)
     if model.state:
+        if model.state == SEEDED_STATE:
+            raise NeedsPythonError(f"{model.state}, which all models of the server would draw from")
         network.findings["state"] = model.state
         log.info("%s: each worker has a model of its own, since %s", network.context.model_name, model.state)
     odd = prove_optimization(model, network.example, domains)
@@ -240,6 +246,8 @@ def _prove(
                  network.context.model_name, odd)  # fmt: skip
     elif model.is_optimized:
         network.findings["optimization"] = "oneDNN layout"
+    elif model.optimization_note:
+        network.findings["optimization"] = model.optimization_note
     try:
         rehearse(archive.name, network.handler, network.context, network.example, network.run, is_built_in=is_built_in)
     except ModelLoadError as error:
@@ -249,7 +257,7 @@ def _prove(
     own = model.instance()
     network.batches = BatchProof(
         lambda inputs: network.run_on(own, inputs),
-        batch_rows(network.example, domains, ITEMS_MAX),
+        probe_rows(network.example, domains),
         ROUNDING[precision],
         program.rows_max if program is not None else None,
         config.batch_dependent == "allowed",

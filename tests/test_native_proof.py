@@ -20,10 +20,11 @@ from pyserve import _core
 from pyserve.archive import open_archive
 from pyserve.batch_probe import probe_batches, probe_sizes, rows_are_independent
 from pyserve.comparison import difference
+from pyserve.conversion import NeedsPythonError
 from pyserve.errors import ModelLoadError
-from pyserve.loader import load_network
+from pyserve.loader import SEEDED_STATE, load_network
 from pyserve.native_proof import ORDINARY_MAX, BatchProof, find_state, prove_optimization
-from pyserve.probe_inputs import InputDomain, batch_rows
+from pyserve.probe_inputs import InputDomain, ProbeRows, batch_rows, probe_rows
 
 
 class KeepsItsOutput(nn.Module):
@@ -253,15 +254,76 @@ def test_one_number_out_of_the_ordinary_is_answered_as_torch_does(value: float, 
     assert difference(network(odd).detach(), model.run([odd])) < 1e-4
 
 
-def test_an_optimisation_is_kept_where_it_agrees_and_left_out_where_it_hides_nan(tmp_path: Path) -> None:
+def test_an_optimisation_is_kept_where_it_agrees(tmp_path: Path) -> None:
     model = loaded(Relu(), tmp_path, PICTURE)
     assert prove_optimization(model, PICTURE, DOMAIN) == ""
-    hiding = _core.TorchModel.load(str(save_script(RootFirst(), tmp_path / "root.pt")), PICTURE)
-    assert hiding.is_optimized
-    assert prove_optimization(hiding, PICTURE, DOMAIN)
-    hiding.forget_optimization()
-    assert not hiding.is_optimized
-    assert torch.isnan(hiding.run([-PICTURE[0]])).all()
+    assert (model.is_optimized, model.optimization_note) == (True, "")
+    model.forget_optimization()
+    assert not model.is_optimized
+    torch.testing.assert_close(model.run(PICTURE), Relu().eval()(PICTURE[0]).detach())
+
+
+class DividesByItself(Relu):
+    def forward(self, x):
+        x = (x - 7) / (x - 7).abs()
+        return self.linear(self.conv(x).relu().flatten(1))
+
+
+class OverflowsBetween(Relu):
+    def forward(self, x):
+        return self.linear((self.conv(x) * 100).exp().sub_(1).relu().flatten(1))
+
+
+class MasksWithInfinity(Relu):
+    def forward(self, x):
+        masked = self.conv(x).masked_fill(x[:, :, :6, :6] > 5, -math.inf)
+        return self.linear((masked - masked.amax((2, 3), keepdim=True)).relu().flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("module", "odd", "operator"),
+    [(RootFirst, -PICTURE[0], "sqrt"), (DividesByItself, PICTURE[0] * 0 + 7, "div"),
+     (OverflowsBetween, PICTURE[0] * 1000, "exp"), (MasksWithInfinity, PICTURE[0] + 9, "infinity")],
+)  # fmt: skip
+def test_an_optimisation_is_left_out_where_nan_could_come_up_within_the_model(
+    module: type[nn.Module], odd: torch.Tensor, operator: str, tmp_path: Path
+) -> None:
+    network = module().eval()
+    model = loaded(network, tmp_path, PICTURE)
+    assert not model.is_optimized
+    assert f"({operator})" in model.optimization_note
+    assert difference(network(odd).detach(), model.run([odd])) < 1e-4
+
+
+class NormalizesItsAnswer(Relu):
+    """Divides by a constant before, by what it computed after the convolutions: both are common, neither is hidden."""
+
+    def forward(self, x):
+        y = super_forward(self, x / 255)
+        return y / y.norm(2, 1, True)
+
+
+def super_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.linear(self.conv(x).relu().flatten(1))
+
+
+def test_operators_behind_the_last_kernel_hide_nothing(tmp_path: Path) -> None:
+    traced = torch.jit.trace(NormalizesItsAnswer().eval(), PICTURE[0], check_trace=False)
+    traced.save(str(tmp_path / "m.pt"))
+    model = _core.TorchModel.load(str(tmp_path / "m.pt"), PICTURE)
+    assert (model.is_optimized, model.optimization_note) == (True, "")
+
+
+class Seeds(nn.Module):
+    def forward(self, x):
+        torch.manual_seed(0)
+        return x + torch.randn(x.shape[0], 4)
+
+
+def test_a_graph_that_seeds_random_numbers_is_left_to_worker_processes(tmp_path: Path) -> None:
+    assert loaded(Seeds(), tmp_path).state == SEEDED_STATE
+    with pytest.raises(NeedsPythonError, match="forward seeds torch's random numbers"):
+        network_of(tmp_path, Seeds(), {"input": {"dtype": "float32", "shape": [4]}})
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
@@ -334,8 +396,15 @@ def test_the_cost_of_a_precision_is_measured_on_harder_inputs_than_the_example(t
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
+FOUR = InputDomain(torch.float32, ((4, 4),))
+
+
 def items(count: int = 8) -> list[tuple[torch.Tensor, ...]]:
-    return batch_rows(ITEM, [InputDomain(torch.float32, ((4, 4),))], count)
+    return batch_rows(ITEM, [FOUR], count)
+
+
+def made(domain: InputDomain = FOUR) -> ProbeRows:
+    return probe_rows(ITEM, [domain])
 
 
 @pytest.mark.parametrize(
@@ -352,7 +421,7 @@ def items(count: int = 8) -> list[tuple[torch.Tensor, ...]]:
     ],
 )
 def test_answers_that_depend_on_the_batch_are_found(name: str, run: Any) -> None:
-    assert probe_batches(run, items(), probe_sizes(8), 1e-4), name
+    assert probe_batches(run, made(), 8, 1e-4), name
 
 
 @pytest.mark.parametrize(
@@ -365,11 +434,86 @@ def test_answers_that_depend_on_the_batch_are_found(name: str, run: Any) -> None
     ],
 )
 def test_answers_of_their_own_are_left_alone(name: str, run: Any) -> None:
-    assert probe_batches(run, items(), probe_sizes(8), 1e-4) == "", name
+    assert probe_batches(run, made(), 8, 1e-4) == "", name
 
 
-def test_sizes_to_try_are_a_pair_an_odd_one_and_the_largest() -> None:
-    assert [probe_sizes(size) for size in (1, 2, 3, 8)] == [[], [2], [2, 3], [2, 3, 8]]
+def test_sizes_to_try_are_all_small_ones_then_doubled_ones_and_the_largest() -> None:
+    assert [probe_sizes(size) for size in (0, 1, 2, 3, 8)] == [[], [], [2], [2, 3], [2, 3, 4, 5, 6, 7, 8]]
+    assert [probe_sizes(size)[7:] for size in (9, 16, 40, 64)] == [[9], [16], [16, 32, 40], [16, 32, 64]]
+
+
+def no_room(inputs: Any) -> Any:
+    """Three items find room in the group of their largest number; a fourth one is left as it is."""
+    chosen = F.one_hot(inputs[0].nan_to_num().argmax(1), 4)
+    place = (chosen.cumsum(0) * chosen).amax(1)
+    return torch.where((place <= 3)[:, None], inputs[0] * 2, inputs[0])
+
+
+def no_copies(inputs: Any) -> Any:
+    """What resembles an item before it is left out."""
+    directions = F.normalize(inputs[0].nan_to_num(0, 1, -1))
+    return inputs[0].masked_fill((directions @ directions.T).tril(-1).gt(0.9999).any(1, keepdim=True), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "words"),
+    [
+        ("NaN in any", lambda inputs: torch.where(inputs[0].isnan().any(), 0, inputs[0]), "of 4 with NaN"),
+        ("infinity in any", lambda inputs: torch.where(inputs[0].isinf().any(), 0, inputs[0]), "of 4 with NaN"),
+        ("zero times NaN", lambda inputs: torch.eye(len(inputs[0])) @ inputs[0], "of 4 with NaN"),
+        ("NaN made finite", lambda inputs: inputs[0].nan_to_num(float(inputs[0].nanmean())), "of "),
+        ("full groups", no_room, "of "),
+        ("copies", no_copies, "of "),
+        ("sizes between", lambda inputs: inputs[0] + (4 <= len(inputs[0]) < 8), "of 4 "),
+        ("seven", lambda inputs: inputs[0] + (len(inputs[0]) == 7), "of 7 "),
+    ],
+)
+def test_what_unlike_items_of_one_size_do_not_show_is_found(name: str, run: Any, words: str) -> None:
+    proof = BatchProof(run, made(), 1e-4)
+    proof.extend(8)
+    assert proof.size_max == 1
+    assert f"the answer of an item in a batch {words}" in proof.probe, name
+
+
+@pytest.mark.parametrize(("run", "size"), [(no_room, 8), (no_copies, 2)])
+def test_places_and_copies_show_only_between_like_items(run: Any, size: int) -> None:
+    rows = made()
+    unlike = ProbeRows([item for item in rows.unlike if item[0].any()][:5], [], [])
+    assert probe_batches(run, unlike, 5, 1e-4) == ""
+    assert "like items differs by" in probe_batches(run, ProbeRows(unlike.unlike, [], rows.alike), size, 1e-4)
+
+
+def test_groups_that_are_full_above_eight_are_found_at_the_size_that_fills_them() -> None:
+    def run(inputs: Any) -> Any:
+        near = (inputs[0][:, None] - inputs[0][None]).abs().amax(2) < 0.1
+        return inputs[0] * (near.tril(-1).sum(1, keepdim=True) < 12)
+
+    rows = ProbeRows(made().unlike, [], made().alike)
+    assert probe_batches(run, rows, 8, 1e-4) == ""
+    assert "of 32 differs" in probe_batches(run, rows, 64, 1e-4)
+
+
+def test_numbers_are_finite_where_their_range_is_known() -> None:
+    known = made(InputDomain(torch.float32, ((4, 4),), (0, 1)))
+    assert not known.not_finite
+    proof = BatchProof(lambda inputs: torch.where(inputs[0].isnan().any(), 0, inputs[0]), known, 1e-4)
+    proof.extend(8)
+    assert (proof.size_max, proof.probe) == (8, "passed")
+
+
+def test_a_model_that_fails_for_nan_and_infinities_is_tried_without_them() -> None:
+    def run(inputs: Any) -> Any:
+        if not inputs[0].isfinite().all():
+            raise IndexError("index out of range in self")
+        return inputs[0]
+
+    proof = BatchProof(run, made(), 1e-4)
+    proof.extend(8)
+    assert (proof.size_max, proof.probe) == (8, "passed")
+
+
+def batches_of(tried: list[int]) -> list[int]:
+    return [size for size in tried if size > 1]
 
 
 def test_batches_grow_only_as_far_as_they_were_tried() -> None:
@@ -379,7 +523,7 @@ def test_batches_grow_only_as_far_as_they_were_tried() -> None:
         tried.append(len(inputs[0]))
         return inputs[0] * 2
 
-    proof = BatchProof(run, items(), 1e-4)
+    proof = BatchProof(run, made(), 1e-4)
     assert proof.size_max == 1
     proof.extend(4, budget_s=0)
     assert proof.size_max == 1
@@ -387,14 +531,35 @@ def test_batches_grow_only_as_far_as_they_were_tried() -> None:
     proof.extend(4)
     assert proof.size_max == 4
     assert proof.probe == "passed"
+    assert batches_of(tried) == [2, 4, 4, 3, 4]  # a pair, NaN, like items, and the other sizes
     proof.extend(3)
     proof.extend(16)
     assert proof.size_max == 16
-    assert [size for size in tried if size > 1] == [2, 3, 4, 16]
+    assert batches_of(tried)[5:] == [8, 5, 6, 7, 8, 16]
+    assert tried.count(1) == 13  # each item alone once
+
+
+def test_a_batch_that_took_too_long_is_where_the_next_call_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, tried = [0.0], []
+    monkeypatch.setattr("pyserve.native_proof.time.monotonic", lambda: now[0])
+
+    def run(inputs: Any) -> Any:
+        tried.append(len(inputs[0]))
+        now[0] += 1.0 if len(inputs[0]) > 1 else 0.0
+        return inputs[0]
+
+    proof = BatchProof(run, made(), 1e-4)
+    reached = []
+    while not proof.is_settled_for(16):
+        assert not proof.probe
+        proof.extend(16, budget_s=2.0)  # two batches
+        reached.append(proof.size_max)
+    assert batches_of(tried) == [2, 4, 8, 3, 4, 5, 6, 7, 8, 16]
+    assert reached == [1, 3, 5, 7, 16]
 
 
 def test_a_program_is_never_given_more_rows_than_it_was_compiled_for() -> None:
-    proof = BatchProof(lambda inputs: inputs[0], items(), 1e-4, rows_max=4)
+    proof = BatchProof(lambda inputs: inputs[0], made(), 1e-4, rows_max=4)
     proof.extend(64)
     assert proof.size_max == 4
     assert proof.note == "the program was compiled for batches of at most 4"
@@ -402,18 +567,18 @@ def test_a_program_is_never_given_more_rows_than_it_was_compiled_for() -> None:
 
 
 def test_what_depends_on_the_batch_runs_alone_and_says_how_to_allow_it() -> None:
-    proof = BatchProof(lambda inputs: inputs[0].softmax(0), items(), 1e-4)
+    proof = BatchProof(lambda inputs: inputs[0].softmax(0), made(), 1e-4)
     proof.extend(8)
     assert proof.size_max == 1
     assert "batchDependent: allowed" in proof.note
     assert proof.probe.startswith("depends on the batch: the answer of an item in a batch of 2 differs by ")
-    allowed = BatchProof(lambda inputs: inputs[0].softmax(0), items(), 1e-4, is_allowed=True)
+    allowed = BatchProof(lambda inputs: inputs[0].softmax(0), made(), 1e-4, is_allowed=True)
     allowed.extend(8)
     assert (allowed.size_max, allowed.note) == (8, "")
 
 
 def test_code_that_looks_at_a_whole_batch_runs_alone_whenever_larger_batches_are_asked_for() -> None:
-    proof = BatchProof(lambda inputs: inputs[0], items(), 1e-4, look=lambda: "it looks at numbers (aten::Bool)")
+    proof = BatchProof(lambda inputs: inputs[0], made(), 1e-4, look=lambda: "it looks at numbers (aten::Bool)")
     proof.extend(1)
     assert proof.note == ""
     proof.extend(8)
@@ -427,7 +592,7 @@ def test_a_batch_that_fails_where_its_items_do_not_runs_alone() -> None:
             raise RuntimeError("The size of tensor a (3) must match the size of tensor b (2)")
         return inputs[0]
 
-    proof = BatchProof(run, items(), 1e-4)
+    proof = BatchProof(run, made(), 1e-4)
     proof.extend(8)
     assert proof.size_max == 1
     assert "a batch of 3 fails where each of its items alone does not: The size of tensor a (3)" in proof.note
