@@ -67,8 +67,8 @@ bool is_nonzero_constant(const Value* value) {
     if (!constant) return false;
     if (constant->isInt()) return constant->toInt() != 0;
     if (constant->isDouble()) return std::abs(constant->toDouble()) > 1e-30;
-    if (!constant->isTensor() || !constant->toTensor().is_floating_point()) return false;
-    return constant->toTensor().abs().gt(1e-30).all().item().toBool();
+    if (!constant->isTensor() || constant->toTensor().is_complex()) return false;
+    return constant->toTensor().to(at::kDouble).abs().gt(1e-30).all().item().toBool();
 }
 
 class Flow {
