@@ -17,21 +17,26 @@ from typing import Any, Protocol
 
 import torch
 
+from pyserve.batch_probe import RowNumbers, Step, probe_sizes, size_step, special_steps
 from pyserve.comparison import ROUNDING, difference, dtypes, rows
 from pyserve.entry_point import EntryPoint
 from pyserve.failure import HandlerTimeout, describe_failure, is_memory_error
 from pyserve.graph_reads import graph_reads
 from pyserve.invoker import ERROR, Invoker, Item
 from pyserve.model_state import KeptRandomness, KeptState, models_in
-from pyserve.sample_requests import MadeUp, unlike_rows
+from pyserve.probe_inputs import ITEMS_MAX
+from pyserve.sample_requests import MadeUp, trial_rows
 from pyserve.time_limit import TimeLimit
 from pyserve.traced_reads import ReadsWatch
 from pyserve.worker_spec import WorkerSpec
 
-# Unlike rows.
-ROWS_MAX = 8
-# Trying batches ends when it has taken so long; a batch of two is tried anyway.
+# The largest size that is tried of a model however slow it is.
+SLOW_SIZE_MAX = 8
+# Trying batches ends when it has taken so long; a batch of two is tried anyway, and special ones of two for longer.
 TIME_MAX_S = 1.0
+SPECIAL_TIME_MAX_S = 3.0
+# Of one answer, above which special batches are of two.
+SPECIAL_ANSWER_TIME_MAX_S = 0.025
 # Of one answer, above which not even that is.
 ANSWER_TIME_MAX_S = 5.0
 # Of one answer, above which a model that is to run alone is not tried with more.
@@ -74,10 +79,10 @@ class Trial(Protocol):
     """Something to be asked for rows alone and together.
 
     Attributes:
-        count: of unlike rows.
+        rows: the numbers of its rows, by kind.
     """
 
-    count: int
+    rows: RowNumbers
 
     def answers(self, numbers: Sequence[int]) -> list[Any]:
         """One answer per row of ``numbers``, run together. Raises whatever the model raises."""
@@ -94,7 +99,7 @@ class NotAnswered(Exception):
 
 
 def try_batches(spec: WorkerSpec, trial: Trial, *, is_built_in: bool) -> Verdict:
-    """Runs batches of 2, of 3 and of the most there may be, as far as time allows.
+    """Runs batches of all sizes that `batch_steps` names, as far as time allows.
 
     Args:
         is_built_in: whether its answers are a model's and nothing else.
@@ -132,31 +137,36 @@ def _tried(spec: WorkerSpec, trial: Trial, is_built_in: bool) -> Verdict:
     if reads:  # a branch may be taken for one number in a million only: no trial shows it
         probe = f"its forward looks at the numbers of a whole batch ({reads})"
         return Verdict(note=f"batches hold one request: {probe}; {FIX}", probe=probe)
-    sizes = batch_sizes(spec.batch_size, answer_s)
     alone = {0: first}
-    for size in sizes:
-        if size > 2 and time.monotonic() - began > TIME_MAX_S:
-            break
-        numbers = [place % min(trial.count, ROWS_MAX) for place in range(size)]
-        for number in numbers:
-            if number not in alone:
-                alone[number] = seeded_answers(trial, [number], SEEDS[0])[0]
-        problem = _problem_of(spec, trial, numbers, alone)
+    for place, step in enumerate(batch_steps(trial.rows, spec.batch_size, answer_s)):
+        limit_s = SPECIAL_TIME_MAX_S if step.what else TIME_MAX_S
+        if place and time.monotonic() - began > limit_s:
+            continue
+        problem = _problem_of(spec, trial, step, alone)
+        if problem and step.what:  # if it is for its size alone, that says more
+            problem = _problem_of(spec, trial, size_step(trial.rows, len(step.numbers)), alone) or problem
         if problem:
             return Verdict(note=f"batches hold one request: {problem}; {FIX}", probe=problem)
     return Verdict(probe="passed")
 
 
-def batch_sizes(batch_size: int, answer_s: float) -> list[int]:
-    """Sizes to try: 2, an odd one and the largest; smaller ones of a model that is slow."""
-    if batch_size <= 3:
-        return [2] if batch_size == 2 else [2, 3]
-    affordable = max(ROWS_MAX, int(TIME_MAX_S / 2 / max(answer_s, 1e-6)))
-    return sorted({2, 3, min(batch_size, affordable)})
+def batch_steps(rows: RowNumbers, batch_size: int, answer_s: float) -> list[Step]:
+    """What to try, what shows most first: a pair, special batches, the largest there may be (a smaller one of a model
+    that is slow), an odd one, and all other sizes."""  # fmt: skip
+    largest = batch_size if batch_size > 1 else 3
+    if batch_size > 3:
+        largest = min(batch_size, max(SLOW_SIZE_MAX, int(TIME_MAX_S / 2 / max(answer_s, 1e-6))))
+    special = special_steps(rows, largest if answer_s <= SPECIAL_ANSWER_TIME_MAX_S else 2)
+    others = [size for size in probe_sizes(largest) if size not in (2, 3, largest)]
+    sizes = [*({largest} - {2}), *({3} - {largest} if largest > 3 else ()), *others]
+    return [size_step(rows, 2), *special, *(size_step(rows, size) for size in sizes)]
 
 
-def _problem_of(spec: WorkerSpec, trial: Trial, numbers: list[int], alone: Mapping[int, Any]) -> str:
-    """How the answers of rows together differ from those alone; ``""`` if they do not."""
+def _problem_of(spec: WorkerSpec, trial: Trial, step: Step, alone: dict[int, Any]) -> str:
+    """How the answers of rows together differ from those alone, which it adds to ``alone``; ``""`` if they do not."""
+    numbers = [number for number in step.numbers if _is_answered(trial, number, alone)]
+    if len(numbers) < len(step.numbers) and not set(numbers) & set(trial.rows.not_finite):
+        return ""
     size = len(numbers)
     try:
         together = seeded_answers(trial, numbers, SEEDS[0])
@@ -165,13 +175,28 @@ def _problem_of(spec: WorkerSpec, trial: Trial, numbers: list[int], alone: Mappi
     except Exception as error:
         if is_memory_error(error):
             return ""  # no wrong number: a batch that does not fit is run in halves
-        return f"a batch of {size} cannot be run: {describe_failure(error, spec.model_dir).line()}"
+        return f"a batch of {size}{step.what} cannot be run: {describe_failure(error, spec.model_dir).line()}"
     for place, number in enumerate(numbers):
         found = difference(alone[number], together[place])
         if not found <= trial.tolerance(alone[number]):
             how = "another form" if found == float("inf") else f"a relative difference of {found:.1e}"
-            return f"answers depend on the batch: row {place + 1} of {size} has {how} to the same row alone"
+            where = f"row {place + 1} of {size}{step.what}"
+            return f"answers depend on the batch: {where} has {how} to the same row alone"
     return ""
+
+
+def _is_answered(trial: Trial, number: int, alone: dict[int, Any]) -> bool:
+    """Whether the row has an answer alone, now in ``alone``. One with NaN or infinities need not have."""
+    if number not in alone:
+        try:
+            alone[number] = seeded_answers(trial, [number], SEEDS[0])[0]
+        except (HandlerTimeout, MemoryError):
+            raise
+        except Exception:  # of the model's own code
+            if number not in trial.rows.not_finite:
+                raise
+            return False
+    return True
 
 
 def seeded_answers(trial: Trial, numbers: Sequence[int], seed: int) -> list[Any]:
@@ -188,10 +213,11 @@ class BuiltInTrial:
     """
 
     def __init__(self, spec: WorkerSpec, entry: EntryPoint, like: MadeUp):
-        self.count = ROWS_MAX
         self._handler = entry.handler
         self._state = KeptState(models_in(entry.handler))
-        self._rows = unlike_rows(entry.handler, like, self.count)
+        made = trial_rows(entry.handler, like)
+        self._rows = [*made.unlike, *made.not_finite, *made.alike]
+        self.rows = RowNumbers.of(*map(len, made))
         self._precision = precision_of(spec, entry.handler)
 
     def answers(self, numbers: Sequence[int]) -> list[Any]:
@@ -255,7 +281,8 @@ class AnswerTrial:
     """
 
     def __init__(self, spec: WorkerSpec, entry: EntryPoint, invoker: Invoker, items: list[Item], limit: TimeLimit):
-        self.count = len(items)
+        # Copies of a sample are all that is known to be alike.
+        self.rows = RowNumbers(tuple(range(min(len(items), ITEMS_MAX))), alike=(0,) if len(items) > 1 else ())
         self._items = items
         self._invoker = invoker
         self._limit = limit

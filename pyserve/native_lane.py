@@ -32,7 +32,7 @@ from pyserve.lane import Lane, WorkerRow, live, request_ids, ring_capacity
 from pyserve.loader import Network
 from pyserve.messages import Response
 from pyserve.model_settings import ModelSettings
-from pyserve.native_proof import BatchProof
+from pyserve.native_proof import BUDGET_S, BatchProof
 from pyserve.pending import OVER, SUBMITTED, Pending
 from pyserve.raw_rows import RAW_TYPE, RawRows
 from pyserve.row_requests import RowPending
@@ -163,7 +163,9 @@ class NativeLane(Lane):
         """Tries batches beside the requests, which have smaller ones meanwhile."""
         try:
             while not (self._is_draining or proof.is_settled_for(self.settings.batch_size)):
-                await asyncio.to_thread(proof.extend, self.settings.batch_size)
+                await asyncio.to_thread(proof.extend, self.settings.batch_size, BUDGET_S)
+                if not self._is_draining:
+                    super().apply_limits()  # as far as has been shown by now
         except Exception:
             log.exception("%s: trying batches failed; they stay at %d", self._label, proof.size_max)
             proof.note = proof.note or "trying larger batches failed, see the log"
@@ -427,7 +429,7 @@ class NativeLane(Lane):
         elif _INDEX.search(cause) and not self._is_strict:
             # The model answers other inputs, and this one was alone when it failed.
             error = InputError(
-                f"a number in the input stands for nothing that the model has: {cause}; send smaller ones "
+                f"a number in the input stands for nothing that the model has: {cause}; send those that it has "
                 "('vocabulary' or 'values' under 'input' in model-config.yaml says which there are)"
             )
         else:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from pyserve.batch_probe import BatchProbe, Run, outcome, probe_sizes
+from pyserve.batch_probe import BatchProbe, Run, Step, outcome, steps
 from pyserve.comparison import ROUNDING, difference, rows
-from pyserve.probe_inputs import InputDomain, probe_inputs
+from pyserve.probe_inputs import InputDomain, ProbeRows, probe_inputs
 from pyserve.torch_error import cause_of
 
 log = logging.getLogger(__name__)
@@ -39,20 +39,20 @@ class BatchProof:
 
     Args:
         run: the model: tensors [n, ...] -> its output.
-        items: unlike items of one shape, each a tuple of tensors [1, ...].
+        rows: to make batches of.
         tolerance: of `pyserve.comparison.difference`.
         rows_max: the most that the program takes; None for any number.
         is_allowed: model-config.yaml says that answers may depend on the batch.
         look: why they do as far as the model's code shows, ``""`` if it does not; asked before anything is tried.
 
     Attributes:
-        size_max: the largest size that was shown to change nothing, 1 at first.
+        size_max: the largest size that was shown to change nothing, 1 at first; grows while sizes are tried.
         note: why it is less than somebody asked for; ``""`` if it is not, or if trying has not come to an end.
         probe: ``passed``, ``not probed: ...``, ``depends on the batch: ...``, or ``""`` so far.
     """
 
     run: Run
-    items: Sequence[tuple[torch.Tensor, ...]]
+    rows: ProbeRows
     tolerance: float
     rows_max: int | None = None
     is_allowed: bool = False
@@ -61,18 +61,19 @@ class BatchProof:
     note: str = ""
     probe: str = ""
     _has_looked: bool = False
-    _tried: set[int] = field(default_factory=set)
+    _tried: set[Step] = field(default_factory=set)
     _batch_probe: BatchProbe | None = None
 
     def __post_init__(self) -> None:
-        self._batch_probe = BatchProbe(self.run, self.items, self.tolerance)
+        self._batch_probe = BatchProbe(self.run, self.rows, self.tolerance)
 
     def is_settled_for(self, size: int) -> bool:
         """Whether nothing more can be found out about batches of up to ``size``."""
         return bool(self.note) or size <= self.size_max
 
     def extend(self, size: int, budget_s: float = math.inf) -> None:
-        """Tries batches of up to ``size``, until ``budget_s`` seconds are over. Any thread, one at a time."""
+        """Tries batches of up to ``size``, until ``budget_s`` seconds are over; the next call continues there. Any
+        thread, one at a time."""  # fmt: skip
         if self.is_settled_for(size):
             return
         if not self._has_looked:
@@ -98,21 +99,22 @@ class BatchProof:
             self.size_max, self.probe = size, "allowed to depend on the batch by batchDependent"
             return
         began = time.monotonic()
+        self.probe = ""
         assert self._batch_probe is not None
-        for each in probe_sizes(size):
-            if each in self._tried:
-                continue
-            if time.monotonic() - began >= budget_s:
-                return
-            try:
-                problem = self._batch_probe.try_size(each)
-            except Exception as error:  # the model's own code
-                problem = f"it cannot be tried: {cause_of(str(error))}"
-            if problem:
-                self._limit_to_one(problem)
-                return
-            self._tried.add(each)
-        self.size_max, self.probe = size, "passed"
+        for step in steps(self._batch_probe.numbers, size):
+            if step not in self._tried:
+                if time.monotonic() - began >= budget_s:
+                    return
+                try:
+                    problem = self._batch_probe.try_step(step)
+                except Exception as error:  # the model's own code
+                    problem = f"it cannot be tried: {cause_of(str(error))}"
+                if problem:
+                    self._limit_to_one(problem)
+                    return
+                self._tried.add(step)
+            self.size_max = max(self.size_max, step.shown)
+        self.probe = "passed"
 
 
 def prove_optimization(model: Any, example: Sequence[torch.Tensor], domains: Sequence[InputDomain]) -> str:

@@ -1,7 +1,7 @@
 """Inputs made to disagree: what two ways to run one network are compared on.
 
 One easy example proves nothing: a branch, a loop or a constant of the example's size shows only on other numbers, other
-sizes and other batches. Never NaN or infinity here. The same seed gives the same inputs.
+sizes and other batches. NaN and infinity are in `ProbeRows.not_finite` only. The same seed gives the same inputs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ VALUES = ("random", "negative", "zeros", "large", "tiny", "ones", "unit", "ends 
 # Kind and scale of the rows of a batch, in order. The first has nothing but large numbers, so that what leaks from it
 # into the second is seen.
 _ROWS = (("bright", 1.0), ("zeros", 1.0), ("random", 30.0), ("ends early", 0.25), ("ones", 1.0), ("random", 1.0))
+
+# Different items that batches are made of; larger batches repeat them.
+ITEMS_MAX = 8
+# By how much items that are nearly alike differ, as a share of each number.
+_NEARLY = (1e-3, -1e-3)
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,60 @@ def batch_rows(
             row.append(made * scale if domain.dtype.is_floating_point and domain.values is None else made)
         items.append(tuple(row))
     return items
+
+
+@dataclass(frozen=True)
+class ProbeRows:
+    """Items to make batches of, each a tuple of tensors [1, ...] of one shape.
+
+    Attributes:
+        unlike: with numbers of different magnitudes and kinds.
+        not_finite: one with NaN and one with infinities in every input that may hold any number; empty where none may.
+        alike: one, and others that differ from it by a thousandth or in one whole number.
+    """
+
+    unlike: list[tuple[torch.Tensor, ...]]
+    not_finite: list[tuple[torch.Tensor, ...]]
+    alike: list[tuple[torch.Tensor, ...]]
+
+    @property
+    def items(self) -> list[tuple[torch.Tensor, ...]]:
+        """All of them, in the order of the attributes."""
+        return [*self.unlike, *self.not_finite, *self.alike]
+
+
+def probe_rows(example: Sequence[torch.Tensor], domains: Sequence[InputDomain], *, seed: int = 0) -> ProbeRows:
+    """Items of the example's shape for batches in which one item may change another's answer.
+
+    Unlike items never meet where only like ones do (a place for each group that is full, copies that are dropped), and
+    finite numbers times zero never show what NaN times zero does.
+    """
+    generator = torch.Generator().manual_seed(seed + 2)
+    first = tuple(_filled(domain, tuple(each.shape), "random", generator)
+                  for each, domain in zip(example, domains, strict=True))  # fmt: skip
+    nearly = [tuple(_nearly(each, domain, share) for each, domain in zip(first, domains, strict=True))
+              for share in _NEARLY]  # fmt: skip
+    takes_any = [domain.dtype.is_floating_point and domain.values is None for domain in domains]
+    # In all of an input: where single ones come out depends on how a convolution is computed, not on the batch alone.
+    not_finite = [
+        tuple(torch.full_like(each, number) if is_any else each.clone()
+              for each, is_any in zip(first, takes_any, strict=True))
+        for number in (float("nan"), float("inf")) if any(takes_any)
+    ]  # fmt: skip
+    return ProbeRows(batch_rows(example, domains, ITEMS_MAX, seed=seed), not_finite, [first, *nearly])
+
+
+def _nearly(tensor: torch.Tensor, domain: InputDomain, share: float) -> torch.Tensor:
+    """``tensor``, a little off: each number by ``share`` of it, or one whole number by one; inside the domain."""
+    if domain.dtype.is_floating_point or domain.dtype.is_complex:
+        moved = tensor * (1 + share)
+        return moved if domain.values is None else moved.clamp(*domain.values)
+    moved = tensor.clone()
+    if moved.numel():
+        at = moved.view(-1)[-1 if share > 0 else 0]
+        low, high = domain.values if domain.values is not None else (0, 1)
+        at.fill_(int(at) - 1 if int(at) > low else min(int(at) + 1, int(high)))
+    return moved
 
 
 def _is_unbounded(domains: Sequence[InputDomain]) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pyserve.context import Context
-from pyserve.probe_inputs import InputDomain, batch_rows
+from pyserve.probe_inputs import ITEMS_MAX, InputDomain, probe_rows
 from pyserve.samples import Sample
 
 PICTURE_SIZE = (400, 300)
@@ -115,19 +115,32 @@ def example_of(handler: Any, context: Context) -> Inputs:
     return example if isinstance(example, tuple) else (example,)
 
 
-def unlike_rows(handler: Any, like: MadeUp, count: int) -> list[dict[str, Any]]:
-    """``count`` rows of the shape of ``like`` for ``handler.preprocess``, as unlike each other as requests may be."""
+class TrialRows(NamedTuple):
+    """Rows for ``handler.preprocess``, of the kinds of `pyserve.probe_inputs.ProbeRows`; one after the other."""
+
+    unlike: list[dict[str, Any]]
+    not_finite: list[dict[str, Any]]
+    alike: list[dict[str, Any]]
+
+
+def trial_rows(handler: Any, like: MadeUp) -> TrialRows:
+    """Rows of the shape of ``like``, as unlike each other as requests may be, and others as like each other."""
     kind, example = handler.sample_kind, like.example
     if example is None:
         if kind == "picture":
-            return [{"body": bytearray(picture(number))} for number in range(count)]
-        return [{"body": text(handler.source_vocab, number)} for number in range(count)]
-    items = batch_rows(example, InputDomain.of(handler, example), count)
-    if kind == "saved tensor":
-        return [{"body": bytearray(saved(item[0]))} for item in items]
-    if takes_raw(handler):
-        return [{"body": bytearray(raw(item))} for item in items]
-    return [{"body": value(handler, item)} for item in items]
+            unlike = [{"body": bytearray(picture(number))} for number in range(ITEMS_MAX)]
+            near = [{"body": bytearray(picture(0, quality))} for quality in (90, 89, 91)]
+            return TrialRows(unlike, [], near)
+        texts = [{"body": text(handler.source_vocab, number)} for number in range(ITEMS_MAX)]
+        return TrialRows(texts, [], texts[:1])
+    made = probe_rows(example, InputDomain.of(handler, example))
+    return TrialRows(*([_row(handler, item) for item in items] for items in (made.unlike, made.not_finite, made.alike)))
+
+
+def _row(handler: Any, item: Inputs) -> dict[str, Any]:
+    if handler.sample_kind == "saved tensor":
+        return {"body": bytearray(saved(item[0]))}
+    return {"body": bytearray(raw(item)) if takes_raw(handler) else value(handler, item)}
 
 
 # --- bodies -----------------------------------------------------------------------------------------------------------
@@ -178,7 +191,7 @@ def text(vocabulary: Any, number: int) -> str:
     return " ".join(words[(number * 7 + place * 3) % len(words)] for place in range(count))
 
 
-def picture(number: int) -> bytes:
+def picture(number: int, quality: int = 90) -> bytes:
     """A JPEG of soft colours with grain, another one for each ``number``."""
     from PIL import Image
 
@@ -187,5 +200,5 @@ def picture(number: int) -> bytes:
     pixels = np.asarray(colours.resize(PICTURE_SIZE, Image.Resampling.BICUBIC)).astype(np.int16)
     pixels = pixels + generator.integers(-12, 13, pixels.shape, dtype=np.int16)
     file = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=quality)
     return file.getvalue()

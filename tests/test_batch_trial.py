@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pyserve.batch_trial import FIX, Verdict, batch_sizes, comparable, value_of
+from pyserve.batch_probe import RowNumbers
+from pyserve.batch_trial import FIX, Verdict, batch_steps, comparable, value_of
 from pyserve.comparison import ROUNDING, difference
 from tests.tried_handlers import INPUT, Try, attempt
 
@@ -207,11 +208,56 @@ def test_a_slow_model_is_not_tried_with_more_than_it_is_to_run(
 
 @pytest.mark.parametrize(
     ("batch_size", "answer_s", "sizes"),
-    [(1, 1e-4, [2, 3]), (2, 1e-4, [2]), (3, 1e-4, [2, 3]), (8, 1e-4, [2, 3, 8]), (64, 1e-3, [2, 3, 64]),
-     (64, 0.2, [2, 3, 8]), (65_536, 1e-3, [2, 3, 500])],
+    [(1, 1e-4, [2, 3]), (2, 1e-4, [2]), (3, 1e-4, [2, 3]), (8, 1e-4, [2, 8, 3, 4, 5, 6, 7]),
+     (40, 1e-3, [2, 40, 3, 4, 5, 6, 7, 8, 16, 32]), (64, 0.2, [2, 8, 3, 4, 5, 6, 7]),
+     (65_536, 1e-3, [2, 500, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128, 256])],
 )  # fmt: skip
-def test_two_an_odd_number_and_the_largest_are_tried(batch_size: int, answer_s: float, sizes: list[int]) -> None:
-    assert batch_sizes(batch_size, answer_s) == sizes
+def test_all_small_sizes_are_tried_and_first_those_that_show_most(
+    batch_size: int, answer_s: float, sizes: list[int]
+) -> None:
+    steps = batch_steps(RowNumbers.of(8, 2, 3), batch_size, answer_s)
+    assert [len(step.numbers) for step in steps if not step.what] == sizes
+    assert sum(bool(step.what) for step in steps[1:4]) >= 2
+
+
+@pytest.mark.parametrize(("answer_s", "widths"), [(0.001, [4, 8]), (0.1, [2, 2, 2])])
+def test_special_batches_of_a_slow_model_are_pairs(answer_s: float, widths: list[int]) -> None:
+    steps = batch_steps(RowNumbers.of(8, 2, 3), 8, answer_s)
+    assert [len(step.numbers) for step in steps if step.what] == widths
+
+
+NO_ROOM = "x * (torch.nn.functional.one_hot(x.argmax(1), 4).cumsum(0).max(1).values <= 3).float()[:, None]"
+COPIES = "x.masked_fill(((torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(x).T).tril(-1) > 0.99)"
+
+
+@pytest.mark.parametrize(
+    ("result", "where"),
+    [
+        ("torch.where(torch.isnan(x).any(), torch.zeros_like(x), x)", "4 with NaN or infinities in another item"),
+        ("torch.eye(len(x)) @ x", "4 with NaN or infinities in another item"),
+        ("torch.where(torch.isinf(x).any(), -x, x)", "4 with NaN or infinities in another item"),
+        ("x * (1 - (x[:, None] - x[None]).abs().amax(2).lt(0.05).float().tril(-1).amax(1, True))", "8 like items"),
+        (COPIES + ".any(1, keepdim=True), 0.0)", ""),
+        ("x + x.mean(0) if 4 <= len(x) < 8 else x", ""),
+        ("x + x.mean(0) if len(x) == 7 else x", "7"),
+    ],
+)  # fmt: skip
+def test_what_unlike_items_of_one_size_do_not_show_is_found(attempt: Try, result: str, where: str) -> None:
+    verdict = attempt(result=result, batch_size=8).verdict
+    assert verdict.probe.startswith("answers depend on the batch: row ")
+    assert f" of {where}" in verdict.probe
+    assert verdict.note
+
+
+def test_numbers_are_not_infinite_where_the_model_takes_none_that_are(attempt: Try) -> None:
+    result = "torch.where(torch.isnan(x).any() | torch.isinf(x).any(), torch.zeros_like(x), x)"
+    config = {"input": {"dtype": "float32", "shape": [4], "values": [0, 1]}}
+    assert attempt(result=result, config=config, batch_size=8).verdict == Verdict(probe="passed")
+
+
+def test_a_model_that_fails_for_nan_is_tried_without_it(attempt: Try) -> None:
+    result = "torch.arange(9.0)[x.nan_to_num(99, 99).clamp(0, 99).div(40).long().where(x == x, 9)]"
+    assert attempt(result=result, batch_size=8).verdict == Verdict(probe="passed")
 
 
 # --- handlers of the archive's own ------------------------------------------------------------------------------------
