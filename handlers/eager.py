@@ -11,7 +11,6 @@ import inspect
 import logging
 import pickle
 import random
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -89,7 +88,8 @@ def _built_the_short_way(cls: type, state: Mapping[str, torch.Tensor]) -> torch.
         if isinstance(model, torch.nn.Module):
             assign = _all_become_stale(model, state, stale)
             with SkipRandomFill(stale):
-                model.load_state_dict(OrderedDict(state), assign=assign)  # a copy: hooks may rename what is in it
+                # Copied there, together with the versions of the modules that it came from.
+                model.load_state_dict(state, assign=assign)
             if not stale.is_alive():
                 return model
             log.debug("%s is built plainly: it keeps memory of its constructor", cls.__name__)
@@ -160,9 +160,12 @@ def read_state_dict(weights: Path | BinaryIO, name: str) -> Mapping[str, torch.T
         raise ModelLoadError(f"{name} cannot be read as weights, it may be damaged: {cause_of(str(error))}") from error
     if not isinstance(state, Mapping):
         raise ModelLoadError(f"{name} holds a {type(state).__name__}, not a state dict; save model.state_dict()")
+    # Modules keep other things in their state too: extra state, and quantised ones a dtype. A checkpoint has members
+    # around its weights.
+    members = ("state_dict", "model_state_dict", "model")
+    inner = next((key for key in members if isinstance(state.get(key), Mapping)), None)
     odd = next((key for key, value in state.items() if not isinstance(value, torch.Tensor)), None)
-    if odd is not None:
-        inner = next((key for key in ("state_dict", "model_state_dict", "model") if key in state), None)
+    if odd is not None and (inner or not any(isinstance(value, torch.Tensor) for value in state.values())):
         hint = f"save its member {inner!r} alone" if inner else "save model.state_dict()"
         raise ModelLoadError(f"{name} is a checkpoint, not a state dict ({odd!r} is no tensor); {hint}")
     return state
@@ -170,7 +173,7 @@ def read_state_dict(weights: Path | BinaryIO, name: str) -> Mapping[str, torch.T
 
 def _fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], target: str, name: str) -> None:
     try:
-        model.load_state_dict(OrderedDict(state))
+        model.load_state_dict(state)
     except RuntimeError as error:
         own = model.state_dict()
         lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]

@@ -67,9 +67,17 @@ def _convert(archive_path: str, out: Path, progress: Callable[[str], None], *, f
     progress("tracing")
     # A network runs only a few times here; the profiling executor would spend those on measuring it.
     torch._C._jit_set_profiling_mode(False)
-    with torch.inference_mode(False), torch.no_grad():
-        domains = InputDomain.of(handler, example)
-        program, conversion = convert(model, example, domains, samples, how=archive.config.conversion, freezes=freezes)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            domains = InputDomain.of(handler, example)
+            how = archive.config.conversion
+            program, conversion = convert(model, example, domains, samples, how=how, freezes=freezes)
+    except ServeError:
+        raise
+    except Exception as error:
+        # Models are copied to be tried, which not all survive. A worker process tries the one that was built.
+        cause = cause_of(str(error))
+        raise NeedsPythonError(f"converting it failed: {type(error).__name__}{': ' if cause else ''}{cause}") from error
     progress("keeping the TorchScript")
     _keep(conversion_file(out), lambda path: Path(path).write_text(conversion_text(conversion)))
     _keep(out, lambda path: torch.jit.save(program, path))

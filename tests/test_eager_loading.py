@@ -211,3 +211,32 @@ def test_the_weights_of_a_zoo_network_are_taken_as_they_are(tmp_path: Path, monk
     model = load_eager_model(tmp_path, "model.py", tmp_path / "weights.pth")
     state = torch.load(tmp_path / "weights.pth", weights_only=True)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+QUANTISED = """
+import torch
+from torch import nn
+
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.s = torch.ao.quantization.quantize_dynamic(layers, {nn.Linear})
+
+    def forward(self, x):
+        return self.s(x)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_state_dict_keeps_its_versions_and_what_is_no_tensor(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(QUANTISED)
+    names: dict[str, type[nn.Module]] = {}
+    exec(QUANTISED, names)
+    torch.manual_seed(1)
+    network = names["M"]()
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    x = torch.rand(3, 4)
+    for plain in (False, True):
+        model = load_eager_model(tmp_path, "model.py", tmp_path / "w.pth", plain=plain)
+        assert torch.equal(model(x), network(x))
