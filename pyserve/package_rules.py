@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from pyserve.batch_probe import ITEMS_MAX, Run, rows_are_independent
+from pyserve.batch_probe import Run, rows_are_independent
 from pyserve.errors import ModelLoadError
 from pyserve.handler import InputError
-from pyserve.probe_inputs import InputDomain, batch_rows
+from pyserve.package_writes import written_constants
+from pyserve.probe_inputs import ITEMS_MAX, InputDomain, batch_rows
 
 _SOURCE = re.compile(r"data/aotinductor/model/[^/]*wrapper\.cpp$")
 # More than the largest seen by far; what is longer is not read.
@@ -67,11 +68,13 @@ class Program:
 
     Attributes:
         rows_min, rows_max: sizes of its batch; rows_max is None if any is taken.
+        written: the constants that a call may write to or give away, as the package's source names them.
     """
 
     inputs: tuple[ProgramInput, ...]
     rows_min: int
     rows_max: int | None
+    written: tuple[str, ...] = ()
 
     @property
     def takes_one_row_unsaid(self) -> bool:
@@ -143,7 +146,7 @@ def _program_of(source: str, label: str) -> Program:
             "torch.export.Dim for dimension 0 of all inputs"
         )
     (low, high, _), = batches
-    return Program(tuple(inputs), 1 if low <= SPECIALIZED_MIN and low != high else low, high)
+    return Program(tuple(inputs), 1 if low <= SPECIALIZED_MIN and low != high else low, high, written_constants(source))
 
 
 def _input(
@@ -330,7 +333,8 @@ def _dtype(dtype: torch.dtype) -> str:
 class CheckedPackage:
     """A package as torch loads it, which runs only what it was compiled for; in a worker process.
 
-    A batch of another size than it takes is run in pieces, or filled up with copies of its last row.
+    A batch of another size than it takes is run in pieces, or filled up with copies of its last row. Outputs of one
+    that writes to its constants are copies, since the next call would change the constants.
 
     Raises (when it is called):
         InputError: a size or dtype that it was not compiled for.
@@ -352,13 +356,21 @@ class CheckedPackage:
         rows = laid_out[0].shape[0]
         low, high = program.rows_min, program.rows_max
         if low <= rows and (high is None or rows <= high):
-            return self._call(*laid_out)
+            return self._run(laid_out)
         if rows < low:
             filled = [torch.cat([each, each[-1:].expand(low - rows, *each.shape[1:])]) for each in laid_out]
-            return self._cut(self._call(*filled), rows, low)
+            return self._cut(self._run(filled), rows, low)
         assert high is not None  # else any number of rows is taken
         parts = [self(*(each[at : at + high] for each in laid_out)) for at in range(0, rows, high)]
         return _joined(parts)
+
+    def _run(self, inputs: Sequence[torch.Tensor]) -> Any:
+        from torch.utils import _pytree
+
+        output = self._call(*inputs)
+        if not self._program.written:
+            return output
+        return _pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
 
     def _checked(self, index: int, tensor: torch.Tensor, seen: dict[str, int]) -> torch.Tensor:
         wanted = self._program.inputs[index]

@@ -55,6 +55,11 @@ def test_a_program_without_a_dynamic_batch_takes_its_one_size(tmp_path: Path) ->
     assert program.inputs[0].dimensions == (Dimension(4, 4), Dimension(64, 64))
 
 
+def test_the_buffers_that_a_program_writes_to_are_named(tmp_path: Path) -> None:
+    assert program_of(tmp_path, "kept_buffer").written == ("kept",)
+    assert program_of(tmp_path, "mlp_static4").written == ()
+
+
 def test_inputs_share_their_batch(tmp_path: Path) -> None:
     program = program_of(tmp_path, "two_dict")
     assert [each.dimensions[0].symbol for each in program.inputs] == ["s17", "s17"]
@@ -164,6 +169,15 @@ def test_what_the_program_was_not_compiled_for_never_reaches_it(x: torch.Tensor,
     with pytest.raises(InputError, match=text):
         package(x)
     assert compiled.called_with == []
+
+
+def test_an_answer_does_not_lie_in_a_buffer_that_the_next_call_writes_to() -> None:
+    kept = torch.zeros(2, 3)
+    program = Program((ProgramInput(torch.float32, (Dimension(1, None), Dimension(3, 3))),), 1, None, ("kept",))
+    package = CheckedPackage(lambda x: {"kept": kept.copy_(x)}, program)
+    first = package(torch.ones(2, 3))
+    package(torch.zeros(2, 3))
+    assert torch.equal(first["kept"], torch.ones(2, 3))
 
 
 def test_compiled_code_reads_memory_in_its_own_order() -> None:
