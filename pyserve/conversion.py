@@ -14,7 +14,7 @@ from pyserve.archive import Archive
 from pyserve.errors import ModelLoadError
 
 # Part of the kept files' names: what an earlier proof accepted is proven again.
-PROOF = 2
+PROOF = 3
 
 # Models are frozen when they are converted, where it is done once, if nothing has to be changed in them afterwards.
 _FROZEN_AS = ("fp32", "contiguous")

@@ -16,7 +16,7 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,7 @@ from pyserve.comparison import ROUNDING, difference, dtypes
 from pyserve.conversion import Conversion, NeedsPythonError
 from pyserve.eager_answers import EagerAnswers, Refusal, runs
 from pyserve.export_script import exported, script_of
+from pyserve.mode_questions import ASKED_BY, mode_questions
 from pyserve.probe_inputs import InputDomain, Probe, probe_inputs
 from pyserve.torch_error import cause_of
 from pyserve.traced_reads import ReadsWatch
@@ -66,6 +67,7 @@ class _Converter:
     tolerance: float
     reads: str = ""
     sample_count: int = 0  # of the probes; they come first, and all of them are run
+    questions: set[str] = field(default_factory=set)  # of the model's code, about how it is being run
     objections: list[str] = field(default_factory=list)
 
     def convert(self) -> tuple[Module, Conversion]:
@@ -80,6 +82,10 @@ class _Converter:
             ("scripted", self.script, "its control flow is kept"),
             ("exported", self._export, "torch.export has proven one path for all sizes"),
         ):
+            asked = ASKED_BY[how] & self.questions
+            if asked:
+                self.objections.append(f"{_NAMES[how]}: {_asking(asked)}")
+                continue
             found = self._accepted(how, make, reason)
             if found:
                 return found
@@ -97,7 +103,7 @@ class _Converter:
         inputs = self._batch_of_two()
         watch = ReadsWatch()
         try:
-            with warnings.catch_warnings(record=True) as caught, watch:
+            with warnings.catch_warnings(record=True) as caught, watch, mode_questions() as asked:
                 warnings.simplefilter("always", torch.jit.TracerWarning)
                 program = torch.jit.trace(model, inputs, check_trace=False, strict=False)
         except Exception as error:  # the model's own code runs here, and may raise anything
@@ -107,6 +113,8 @@ class _Converter:
                 buffer.copy_(kept[name])
         said = [str(each.message) for each in caught if issubclass(each.category, torch.jit.TracerWarning)]
         said = [text for text in said if not text.startswith(_ABOUT_OUTPUTS)]
+        if asked & ASKED_BY["traced"]:
+            return Trace(program, _asking(asked & ASKED_BY["traced"]))
         if watch.reads:
             return Trace(program, f"its code reads numbers or sizes of its input ({', '.join(_some(watch.reads))})")
         if said:
@@ -216,8 +224,9 @@ def convert(
     probes = [*samples, *probe_inputs(example, domains)]
     reads = ", ".join(watch.data_reads)
     converter = _Converter(
-        model, tuple(example), domains, probes, truth, freezes, _tolerance(model), reads, len(samples)
-    )
+        model, tuple(example), domains, probes, truth, freezes, _tolerance(model), reads, len(samples),
+        truth.questions,
+    )  # fmt: skip
     if how in ("trace", "script"):
         return _as_told(converter, how)
     return converter.convert()
@@ -244,6 +253,10 @@ def _tolerance(model: torch.nn.Module) -> float:
     if torch.bfloat16 in found:
         return ROUNDING["bf16"]
     return ROUNDING["fp16"] if torch.float16 in found else ROUNDING["fp32"]
+
+
+def _asking(questions: Collection[str]) -> str:
+    return f"its code asks how it is being run ({', '.join(sorted(questions))}), and may compute something else then"
 
 
 def _some(names: Sequence[str]) -> list[str]:

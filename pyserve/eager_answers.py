@@ -18,6 +18,7 @@ import torch
 
 from pyserve.comparison import difference
 from pyserve.conversion import NeedsPythonError
+from pyserve.mode_questions import mode_questions
 from pyserve.torch_error import cause_of
 from pyserve.traced_reads import ReadsWatch
 
@@ -44,6 +45,7 @@ class EagerAnswers:
     Attributes:
         keeps_state: a run changes a buffer or an attribute, so that two runs in a row are compared.
         run_s: how long one run of the example took, seconds.
+        questions: what its code asked about how it is being run.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -51,6 +53,7 @@ class EagerAnswers:
         self._can_be_copied = True
         self.keeps_state = False
         self.run_s = 0.0
+        self.questions: set[str] = set()
         self._kept: dict[int, list[Any] | Refusal] = {}
 
     def fresh(self) -> torch.nn.Module:
@@ -78,7 +81,7 @@ class EagerAnswers:
         parameters = [each._version for each in model.parameters()]
         before = _state(model)
         given = [each.clone() for each in example]
-        with ReadsWatch(given) as watch:
+        with ReadsWatch(given) as watch, mode_questions() as self.questions:
             first = _run(model, given, 0, copies=False)
         self.keeps_state = _state(model) != before
         if parameters != [each._version for each in model.parameters()]:

@@ -55,7 +55,7 @@ LEVELS = [
     "spans "
     "context custom_metrics metrics json_body forms codec handler engine placement",
     # A process that makes TorchScript of an eager model.
-    "traced_reads eager_answers export_script convert trace_child",
+    "traced_reads mode_questions eager_answers export_script convert trace_child",
     "open_inference audit_compare "
     "worker_log",
     # Worker processes: their inside, then what looks after them.
@@ -66,7 +66,7 @@ LEVELS = [
     "stage_times "
     "raw_rows "
     "lane_refusals "
-    "examples zoo sample package_rules first_answer loader services model_settings pending lane "
+    "examples zoo sample package_writes package_rules first_answer loader services model_settings pending lane "
     "row_requests "
     "native_lane python_workers python_lane "
     "sequence_lane audit_lane lane_choice audit audit_choice "
