@@ -7,10 +7,12 @@ of the time of building it. Where anything else came of the random numbers, the 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import pickle
 import random
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -88,8 +90,7 @@ def _built_the_short_way(cls: type, state: Mapping[str, torch.Tensor]) -> torch.
         if isinstance(model, torch.nn.Module):
             assign = _all_become_stale(model, state, stale)
             with SkipRandomFill(stale):
-                # Copied there, together with the versions of the modules that it came from.
-                model.load_state_dict(state, assign=assign)
+                model.load_state_dict(_copied(state), assign=assign)
             if not stale.is_alive():
                 return model
             log.debug("%s is built plainly: it keeps memory of its constructor", cls.__name__)
@@ -100,6 +101,16 @@ def _built_the_short_way(cls: type, state: Mapping[str, torch.Tensor]) -> torch.
     np.random.set_state(generators[1])
     random.setstate(generators[2])
     return None
+
+
+def _copied(state: Mapping[str, torch.Tensor]) -> OrderedDict[str, torch.Tensor]:
+    """As it was in the file, with the versions of the modules that it came from. torch keeps the way of loading in these,
+    and the next load of the same dict would follow it."""  # fmt: skip
+    copied = OrderedDict(state)
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        copied._metadata = copy.deepcopy(versions)  # type: ignore[attr-defined]
+    return copied
 
 
 def _all_become_stale(model: torch.nn.Module, state: Mapping[str, torch.Tensor], stale: StaleMemory) -> bool:
@@ -173,7 +184,7 @@ def read_state_dict(weights: Path | BinaryIO, name: str) -> Mapping[str, torch.T
 
 def _fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], target: str, name: str) -> None:
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(_copied(state))
     except RuntimeError as error:
         own = model.state_dict()
         lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]

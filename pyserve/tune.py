@@ -213,7 +213,8 @@ def _hint_at_precision(points: list[Point], best: Point, parsed: argparse.Namesp
     if lower is not None and lower.setting.precision != best.setting.precision:
         print(
             f"{lower.setting.precision} would give {lower.rate / best.rate:.2f} times as many items/s; the largest "
-            f"difference to fp32, relative to the largest number, is {lower.precision_error:.2e}. Choose it with --lower-precision"
+            f"difference to fp32, relative to the largest number, is {lower.precision_error:.2e}. Choose it with "
+            "--lower-precision"
         )
 
 
