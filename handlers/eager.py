@@ -104,8 +104,10 @@ def _built_the_short_way(cls: type, state: Mapping[str, torch.Tensor]) -> torch.
 
 
 def _copied(state: Mapping[str, torch.Tensor]) -> OrderedDict[str, torch.Tensor]:
-    """As it was in the file, with the versions of the modules that it came from. torch keeps the way of loading in these,
-    and the next load of the same dict would follow it."""  # fmt: skip
+    """As it was in the file, with the versions of the modules that it came from.
+
+    torch keeps the way of loading in these, and the next load of the same dict would follow it.
+    """
     copied = OrderedDict(state)
     versions = getattr(state, "_metadata", None)
     if versions is not None:
