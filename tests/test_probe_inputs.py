@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pyserve.handlers.tensor_spec import TensorSpec
-from pyserve.probe_inputs import InputDomain, Probe, batch_rows, probe_inputs
+from pyserve.probe_inputs import InputDomain, Probe, batch_rows, probe_inputs, probe_rows
 
 FLOATS = InputDomain(torch.float32, ((4, 4),))
 
@@ -122,3 +122,26 @@ def test_rows_of_a_batch_differ_in_kind() -> None:
 def test_the_first_row_of_a_batch_is_large_and_the_second_is_not() -> None:
     first, second, *_ = batch_rows([torch.rand(1, 4)], [FLOATS], 2)
     assert first[0].min() >= 64 and second[0].abs().max() == 0
+
+
+def test_rows_that_are_alike_differ_by_a_thousandth_or_one_whole_number_in_range() -> None:
+    ids, mask = InputDomain(torch.int64, ((8, 8),), (0, 49)), InputDomain(torch.bool, ((8, 8),))
+    domains = [FLOATS, ids, mask]
+    example = [torch.rand(1, 4), torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.bool)]
+    first, *nearly = probe_rows(example, domains).alike
+    for each in nearly:
+        assert torch.allclose(each[0], first[0], rtol=1.1e-3, atol=0) and not torch.equal(each[0], first[0])
+        assert [int((one != other).sum()) for one, other in zip(first[1:], each[1:], strict=True)] == [1, 1]
+        assert each[1].min() >= 0 and each[1].max() <= 49
+    bounded = InputDomain(torch.float32, ((4, 4),), (1, 1))
+    assert all(torch.equal(item[0], torch.ones(1, 4)) for item in probe_rows([torch.ones(1, 4)], [bounded]).alike)
+
+
+def test_nan_and_infinities_stand_in_inputs_that_may_hold_any_number_only() -> None:
+    bounded = InputDomain(torch.float32, ((4, 4),), (0, 1))
+    whole = InputDomain(torch.int64, ((4, 4),), (0, 9))
+    example = [torch.rand(1, 4), torch.rand(1, 4), torch.zeros(1, 4, dtype=torch.int64)]
+    nan, infinite = probe_rows(example, [FLOATS, bounded, whole]).not_finite
+    assert nan[0].isnan().all() and infinite[0].isinf().all()
+    assert all(0 <= number <= 9 for item in (nan, infinite) for each in item[1:] for number in each.flatten().tolist())
+    assert probe_rows(example[1:], [bounded, whole]).not_finite == []
