@@ -12,11 +12,12 @@ structure, and errors where the eager model raises.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +42,21 @@ Inputs = tuple[torch.Tensor, ...]
 Module = torch.jit.ScriptModule
 # The tracer says this of outputs with a structure, which the probes compare.
 _ABOUT_OUTPUTS = "Encountering a"
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Lets only the general way of torch's attention be converted.
+
+    The fast one is for some inputs only and cannot be converted. Where something is masked it answers in its own way, as
+    the comparison with the model shows, which takes it.
+    """
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 @dataclass
@@ -103,7 +119,7 @@ class _Converter:
         inputs = self._batch_of_two()
         watch = ReadsWatch()
         try:
-            with warnings.catch_warnings(record=True) as caught, watch, mode_questions() as asked:
+            with warnings.catch_warnings(record=True) as caught, _without_fast_path(), watch, mode_questions() as asked:
                 warnings.simplefilter("always", torch.jit.TracerWarning)
                 program = torch.jit.trace(model, inputs, check_trace=False, strict=False)
         except Exception as error:  # the model's own code runs here, and may raise anything
@@ -124,11 +140,15 @@ class _Converter:
         return Trace(program)
 
     def script(self) -> Module:
-        program: Module = torch.jit.script(self.truth.fresh())
+        with _without_fast_path():
+            program: Module = torch.jit.script(self.truth.fresh())
+        if "annotated to be ignored" in str(program.inlined_graph):
+            raise NeedsPythonError("it calls a method that torch.jit.ignore or torch.jit.unused left out")
         return program
 
     def _export(self) -> Module:
-        return script_of(exported(self.truth.fresh(), self.example, self.domains))
+        with _without_fast_path():
+            return script_of(exported(self.truth.fresh(), self.example, self.domains))
 
     def _batch_of_two(self) -> Inputs:
         inputs = tuple(torch.cat([each, each]) for each in self.example)
@@ -213,7 +233,6 @@ def convert(
         NeedsPythonError: none was found; the text says why.
         Exception: whatever the model raises for the example.
     """
-    torch.backends.mha.set_fastpath_enabled(False)  # what is traced is the way that is not special to some inputs
     truth = EagerAnswers(model)
     watch = truth.examine(example)
     domains = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from pyserve.package_rules import (
     out_structure,
     read_program,
 )
-from pyserve.probe_inputs import ITEMS_MAX, InputDomain, batch_rows, probe_rows
+from pyserve.probe_inputs import ITEMS_MAX, InputDomain, ProbeRows, batch_rows, probe_rows
 from pyserve.torch_error import cause_of
 from pyserve.trace import (
     NeedsPythonError,
@@ -257,7 +257,7 @@ def _prove(
     own = model.instance()
     network.batches = BatchProof(
         lambda inputs: network.run_on(own, inputs),
-        probe_rows(network.example, domains),
+        _rows_to_try(network, domains),
         ROUNDING[precision],
         program.rows_max if program is not None else None,
         config.batch_dependent == "allowed",
@@ -265,6 +265,12 @@ def _prove(
     )
     network.batches.extend(batch_size, BUDGET_S)
     model.settle()
+
+
+def _rows_to_try(network: Network, domains: list[InputDomain]) -> ProbeRows:
+    rows = probe_rows(network.example, domains)
+    # An index made of what is no number ends an accelerator for the whole process.
+    return rows if network.device == "cpu" else replace(rows, not_finite=[])
 
 
 def _looks_at_numbers(archive: Archive) -> str:

@@ -353,3 +353,41 @@ def test_sizes_that_the_tracer_takes_for_constants_are_found_by_other_sizes() ->
     assert conversion.how == "exported"
     x = torch.arange(88.0).view(2, 11, 4)
     assert difference(Roll()(x), program(x)) < 1e-6
+
+
+class Encoder(nn.Module):
+    """Answers 0 where something is masked, as torch's fast way through it does in eval."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x, src_key_padding_mask=is_masked).mean(1)
+
+
+def test_the_truth_has_torchs_fast_way_through_attention() -> None:
+    with pytest.raises(NeedsPythonError):
+        converted(Encoder(), InputDomain(torch.float32, ((8, 8), (4, 4))), InputDomain(torch.bool, ((8, 8),)))
+
+
+class LeavesOut(Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > 100:
+            return self.long(x)
+        return self.fc(x).sum(1)
+
+    @torch.jit.unused
+    def long(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x).mean(1)
+
+
+def test_a_script_that_leaves_a_method_out_is_not_believed() -> None:
+    try:
+        program, _ = converted(LeavesOut(), STEPS)
+    except NeedsPythonError:
+        return
+    x = torch.rand(1, 120, 4)
+    assert torch.allclose(program(x), LeavesOut().eval()(x))
