@@ -93,6 +93,9 @@ class Trial(Protocol):
     def reads(self) -> str:
         """By what the model's code looks at numbers, as far as that can be seen; ``""`` if it does not."""
 
+    def remembers(self) -> bool:
+        """Whether a call changes what the next one answers, as far as is known."""
+
 
 class NotAnswered(Exception):
     """A row has no answer that could be compared; the text says why."""
@@ -136,6 +139,9 @@ def _tried(spec: WorkerSpec, trial: Trial, is_built_in: bool) -> Verdict:
     reads = trial.reads()
     if reads:  # a branch may be taken for one number in a million only: no trial shows it
         probe = f"its forward looks at the numbers of a whole batch ({reads})"
+        return Verdict(note=f"batches hold one request: {probe}; {FIX}", probe=probe)
+    if trial.remembers():
+        probe = "its answers depend on the calls before"
         return Verdict(note=f"batches hold one request: {probe}; {FIX}", probe=probe)
     alone = {0: first}
     for place, step in enumerate(batch_steps(trial.rows, spec.batch_size, answer_s)):
@@ -247,6 +253,13 @@ class BuiltInTrial:
         self._state.restore()  # before, since it would take the watch away too
         return reads_of(model, lambda: self._outputs([0]))
 
+    def remembers(self) -> bool:
+        """See `Trial`."""
+        first = seeded_answers(self, [0], SEEDS[0])[0]
+        KeptRandomness.seed(SEEDS[0])
+        again = self._outputs([0])[0]  # what the first call left is still there
+        return not difference(first, again) <= self.tolerance(first)
+
     def tolerance(self, answer: Any) -> float:
         """See `Trial`."""
         kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -302,6 +315,10 @@ class AnswerTrial:
         if any(kind == ERROR for _, kind, _, _, _ in answers):
             raise NotAnswered(f"a batch of {len(numbers)} of the archive's samples is answered with an error")
         return [value_of(status, head, body) for _, _, status, head, body in sorted(answers, key=lambda each: each[0])]
+
+    def remembers(self) -> bool:
+        """See `Trial`: an own handler may count, or keep what it likes."""
+        return False
 
     def reads(self) -> str:
         """See `Trial`: what an own handler looks at is not known."""
