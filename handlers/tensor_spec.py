@@ -104,13 +104,16 @@ class TensorSpec:
         return self.values is not None or self.torch_dtype is torch.bool
 
     def example(self) -> torch.Tensor:
-        """A tensor [1, *shape] that is allowed: seeded numbers in [0, 1), zeros for whole numbers, or as near as
+        """A tensor [1, *shape] that is allowed: seeded numbers in [0, 1), ones for whole numbers, or as near as
         ``values`` lets them be; free dimensions get size 16, or the nearest that is allowed.
+
+        Not zeros: to many models of texts an item of zeros is nothing but padding.
         """  # fmt: skip
         shape = [1, *(low if low == high else self._example_size(low, high) for low, high in self.sizes)]
         if not self.torch_dtype.is_floating_point:
-            low, high = self._limits or (0, 0)
-            return torch.full(shape, min(max(0, low), high), dtype=self.torch_dtype)
+            usual = 0 if self.torch_dtype is torch.bool else 1
+            low, high = self._limits or (usual, usual)
+            return torch.full(shape, min(max(usual, low), high), dtype=self.torch_dtype)
         numbers = torch.rand(shape, generator=torch.Generator().manual_seed(0))
         if self.values:
             low, high = self.values

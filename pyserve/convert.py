@@ -48,8 +48,8 @@ _ABOUT_OUTPUTS = "Encountering a"
 def _without_fast_path() -> Iterator[None]:
     """Lets only the general way of torch's attention be converted.
 
-    The fast one is for some inputs only and cannot be converted. Where something is masked it answers in its own way, as
-    the comparison with the model shows, which takes it.
+    The fast one is for some inputs only and cannot be converted. Where something is masked it answers in its own way,
+    as the comparison with the model shows, which takes it.
     """
     was_enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -41,7 +41,7 @@ from pyserve.package_rules import (
     out_structure,
     read_program,
 )
-from pyserve.probe_inputs import ITEMS_MAX, InputDomain, ProbeRows, batch_rows, probe_rows
+from pyserve.probe_inputs import ITEMS_MAX, InputDomain, ProbeRows, batch_rows, other_examples, probe_rows
 from pyserve.torch_error import cause_of
 from pyserve.trace import (
     NeedsPythonError,
@@ -57,6 +57,8 @@ from pyserve.trace import (
 log = logging.getLogger(__name__)
 
 PYTHON_SUFFIXES = (".onnx", ".so")
+# Sizes of free dimensions at which batches are tried, beside the example's.
+OTHER_SHAPES = 2
 # As csrc/graph_state.h has it.
 SEEDED_STATE = "forward seeds torch's random numbers"
 # Relative to fp32; model-config.yaml's precisionErrorMax sets another limit.
@@ -262,6 +264,7 @@ def _prove(
         program.rows_max if program is not None else None,
         config.batch_dependent == "allowed",
         lambda: _looks_at_numbers(archive) if program is None else "",
+        [probe_rows(each, domains) for each in other_examples(network.example, domains, OTHER_SHAPES)],
     )
     network.batches.extend(batch_size, BUDGET_S)
     model.settle()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pyserve.batch_probe import BatchProbe, Run, Step, outcome, steps
+from pyserve.batch_probe import BatchProbe, Run, Step, outcome, size_step, steps
 from pyserve.comparison import ROUNDING, difference, rows
 from pyserve.probe_inputs import InputDomain, ProbeRows, probe_inputs
 from pyserve.torch_error import cause_of
@@ -43,6 +43,7 @@ class BatchProof:
         tolerance: of `pyserve.comparison.difference`.
         rows_max: the most that the program takes; None for any number.
         is_allowed: model-config.yaml says that answers may depend on the batch.
+        others: rows of other shapes, of which a pair and three are tried.
         look: why they do as far as the model's code shows, ``""`` if it does not; asked before anything is tried.
 
     Attributes:
@@ -57,10 +58,12 @@ class BatchProof:
     rows_max: int | None = None
     is_allowed: bool = False
     look: Callable[[], str] = lambda: ""
+    others: Sequence[ProbeRows] = ()
     size_max: int = 1
     note: str = ""
     probe: str = ""
     _has_looked: bool = False
+    _shapes_tried: int = 0
     _tried: set[Step] = field(default_factory=set)
     _batch_probe: BatchProbe | None = None
 
@@ -101,6 +104,10 @@ class BatchProof:
         began = time.monotonic()
         self.probe = ""
         assert self._batch_probe is not None
+        problem = self._try_shapes(size)
+        if problem:
+            self._limit_to_one(problem)
+            return
         for step in steps(self._batch_probe.numbers, size):
             if step not in self._tried:
                 if time.monotonic() - began >= budget_s:
@@ -115,6 +122,22 @@ class BatchProof:
                 self._tried.add(step)
             self.size_max = max(self.size_max, step.shown)
         self.probe = "passed"
+
+
+    def _try_shapes(self, size: int) -> str:
+        """Why items of another size depend on each other; those that the model does not take say nothing."""
+        for made in self.others[self._shapes_tried :]:
+            probe = BatchProbe(self.run, made, self.tolerance)
+            shape = ", ".join("x".join(map(str, each.shape[1:])) for each in made.unlike[0])
+            try:
+                for count in (2, 3):
+                    problem = probe.try_step(size_step(probe.numbers, count)) if count <= size else ""
+                    if problem:
+                        return f"of size {shape}, {problem}"
+            except Exception as error:
+                log.debug("batches of size %s cannot be tried: %s", shape, error)
+            self._shapes_tried += 1
+        return ""
 
 
 def prove_optimization(model: Any, example: Sequence[torch.Tensor], domains: Sequence[InputDomain]) -> str:

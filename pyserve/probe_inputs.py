@@ -6,6 +6,7 @@ sizes and other batches. NaN and infinity are in `ProbeRows.not_finite` only. Th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +138,12 @@ def batch_rows(
         row = []
         for position, (each, domain) in enumerate(zip(example, domains, strict=True)):
             is_plain = len(domains) > 1 and (position == 0) == (number < len(_ROWS))
-            made = _filled(domain, tuple(each.shape), "random" if is_plain else kind, generator)
+            # An item of texts that is nothing but padding, or masked throughout, is none; torch's own operators have
+            # been seen to end the process for one.
+            may_be_empty = domain.dtype.is_floating_point or domain.dtype.is_complex
+            is_empty = kind == "zeros" or (kind == "ones" and domain.dtype is torch.bool)
+            own = "ends early" if is_empty and not may_be_empty else kind
+            made = _filled(domain, tuple(each.shape), "random" if is_plain else own, generator)
             row.append(made * scale if domain.dtype.is_floating_point and domain.values is None else made)
         items.append(tuple(row))
     return items
@@ -182,6 +188,17 @@ def probe_rows(example: Sequence[torch.Tensor], domains: Sequence[InputDomain], 
         for number in (float("nan"), float("inf")) if any(takes_any)
     ]  # fmt: skip
     return ProbeRows(batch_rows(example, domains, ITEMS_MAX, seed=seed), not_finite, [first, *nearly])
+
+
+def other_examples(
+    example: Sequence[torch.Tensor], domains: Sequence[InputDomain], count: int
+) -> list[list[torch.Tensor]]:
+    """At most ``count`` examples like this one, whose free dimensions have other sizes; the largest come first."""
+    shapes = _free_sizes(example, domains)
+    return [
+        [each.new_zeros((1, *shape)) for each, shape in zip(example, chosen, strict=True)]
+        for chosen in sorted(shapes, key=lambda each: -sum(map(math.prod, each)))[:count]
+    ]
 
 
 def _nearly(tensor: torch.Tensor, domain: InputDomain, share: float) -> torch.Tensor:

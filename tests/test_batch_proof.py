@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from pyserve.batch_probe import probe_batches, probe_sizes
 from pyserve.native_proof import BatchProof
-from pyserve.probe_inputs import InputDomain, ProbeRows, probe_rows
+from pyserve.probe_inputs import InputDomain, ProbeRows, other_examples, probe_rows
 
 ITEM = [torch.tensor([[0.5, -1.0, 2.0, 0.25]])]
 FOUR = InputDomain(torch.float32, ((4, 4),))
@@ -209,3 +209,32 @@ def test_a_batch_that_fails_where_its_items_do_not_runs_alone() -> None:
     proof.extend(8)
     assert proof.size_max == 1
     assert "a batch of 4 fails where each of its items alone does not: The size of tensor a (3)" in proof.note
+
+
+STEPS = InputDomain(torch.float32, ((1, 400), (4, 4)))
+
+
+def test_batches_are_tried_at_other_sizes_than_the_examples() -> None:
+    example = [torch.rand(1, 16, 4)]
+
+    def run(inputs: Any) -> Any:
+        x = inputs[0]
+        return x - x.mean(0) if x.shape[1] > 64 else x
+
+    others = [probe_rows(each, [STEPS]) for each in other_examples(example, [STEPS], 2)]
+    assert [each.unlike[0][0].shape[1] for each in others] == [400, 65]
+    proof = BatchProof(run, probe_rows(example, [STEPS]), 1e-4, others=others)
+    proof.extend(8)
+    assert proof.size_max == 1
+    assert "of size 400x4, the answer of an item in a batch of 2 differs" in proof.note
+    right = BatchProof(lambda inputs: inputs[0] * 2, probe_rows(example, [STEPS]), 1e-4, others=others)
+    right.extend(8)
+    assert right.size_max == 8
+
+
+def test_whole_numbers_are_never_nothing_but_padding() -> None:
+    ids = InputDomain(torch.int64, ((8, 8),), (0, 99))
+    masks = InputDomain(torch.bool, ((8, 8),))
+    rows = probe_rows([torch.ones(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.bool)], [ids, masks])
+    assert all(item[0].any() for item in rows.items)
+    assert not all(item[1].all() for item in rows.items)

@@ -329,7 +329,7 @@ def test_example_input_has_the_described_shape(tmp_path: Path) -> None:
     assert example.shape == (1, 3, tensor_spec.EXAMPLE_DIMENSION)
     assert torch.equal(example, TensorHandler().example_input(context))
     whole = context_for(tmp_path, input={"dtype": "int64", "shape": [2]})
-    assert torch.equal(TensorHandler().example_input(whole), torch.zeros(1, 2, dtype=torch.int64))
+    assert torch.equal(TensorHandler().example_input(whole), torch.ones(1, 2, dtype=torch.int64))
 
 
 def test_describe_and_explain_requests_are_told_apart(handler: TensorHandler) -> None:
