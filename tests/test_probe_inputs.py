@@ -54,7 +54,7 @@ def test_a_mask_is_zero_alone_and_one_alone_and_ends_early() -> None:
     ids, mask = InputDomain(torch.int64, ((8, 8),), (0, 49)), InputDomain(torch.int64, ((8, 8),))
     probes = probe_inputs([torch.zeros(1, 8, dtype=torch.int64)] * 2, [ids, mask])
     masks = [probe.inputs[1] for probe in probes if len(probe.inputs[0].unique()) > 3]
-    assert any((each == 1).all() for each in masks) and not any((each == 0).all() for each in masks)
+    assert any((each == 0).all() for each in masks) and any((each == 1).all() for each in masks)
     assert any((each[:, 0] > 0).all() and (each[:, -1] == 0).all() for each in masks)
 
 
@@ -113,7 +113,7 @@ def test_rows_of_a_batch_differ_in_kind() -> None:
     ids, mask = InputDomain(torch.int64, ((8, 8),), (0, 49)), InputDomain(torch.int64, ((8, 8),))
     items = batch_rows([torch.zeros(1, 8, dtype=torch.int64)] * 2, [ids, mask], 12)
     masks = [item[1] for item in items[:6]]
-    assert any((each == 0).all() for each in masks) and any((each == 1).all() for each in masks)
+    assert any((each == 1).all() for each in masks) and not any((each == 0).all() for each in masks)
     assert any(each[0, 0] == 1 and each[0, -1] == 0 for each in masks)
     assert all(len(item[0].unique()) > 3 for item in items[:6])
     assert any((item[0] == 1).all() for item in items[6:])
