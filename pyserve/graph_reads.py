@@ -26,6 +26,13 @@ _ABOUT_KINDS = frozenset({
     "prim::is_sparse", "prim::is_nested", "prim::is_mkldnn", "prim::is_xpu", "prim::is_mps", "prim::is_meta",
     "prim::requires_grad", "aten::__is__", "aten::__isnot__", "aten::__len__", "prim::type",
 })  # fmt: skip
+# Without a dimension they are one question about all items of a batch too, also where the answer stays a tensor.
+_REDUCTIONS = frozenset({
+    "aten::any", "aten::all", "aten::max", "aten::min", "aten::amax", "aten::amin", "aten::aminmax", "aten::argmax",
+    "aten::argmin", "aten::sum", "aten::nansum", "aten::mean", "aten::nanmean", "aten::median", "aten::prod",
+    "aten::std", "aten::var", "aten::norm", "aten::linalg_vector_norm", "aten::count_nonzero", "aten::bincount", "aten::histc",
+    "aten::unique", "aten::_unique2", "aten::unique_consecutive",
+})  # fmt: skip
 _NUMBERS = frozenset({"BoolType", "IntType", "FloatType", "NumberType", "ComplexType", "StringType"})
 
 
@@ -102,11 +109,32 @@ def _walk(block: Any, marked: set[str], found: dict[str, None]) -> None:
                     marked.add(output.debugName())
         if list(node.blocks()) or not is_made_of_them:
             continue
+        if kind in _REDUCTIONS and _is_about_all(node):
+            found[f"{kind} of all"] = None
         for output in node.outputs():
             if output.type().kind() not in _NUMBERS:
                 marked.add(output.debugName())
             elif any(each.debugName() in marked and each.type().kind() == "TensorType" for each in node.inputs()):
                 found[kind] = None
+
+
+def _is_about_all(node: Any) -> bool:
+    """Whether a reduction has no dimension, and nothing to compare its tensor with element by element."""
+    try:
+        names = [argument.name for argument in torch._C.parse_schema(node.schema()).arguments]
+    except RuntimeError:
+        return True
+    if "other" in names:
+        return False
+    if "dim" not in names or names.index("dim") >= len(list(node.inputs())):
+        return True
+    given = list(node.inputs())[names.index("dim")]
+    if given.type().kind() == "NoneType":
+        return True
+    value = given.toIValue() if given.node().kind() == "prim::Constant" else None
+    if given.node().kind() == "prim::ListConstruct":
+        return not list(given.node().inputs())
+    return isinstance(value, list) and not value
 
 
 def _enter(node: Any, inner: Any, marked: set[str]) -> None:

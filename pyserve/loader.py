@@ -281,16 +281,16 @@ def _looks_at_numbers(archive: Archive) -> str:
     in a million only. ``""`` if the model's code never looks at numbers.
     """
     conversion = conversion_of(archive) if archive.manifest.model_file is not None else None
-    if conversion is not None:
-        reads = conversion.reads
-    elif archive.weights is None or archive.manifest.model_file is not None:
-        return ""
-    else:
-        try:
+    reads = conversion.reads if conversion is not None else ""
+    try:
+        if not reads and conversion is not None:
+            with open(traced_file(archive), "rb") as file:
+                reads = program_reads(file)
+        elif archive.weights is not None and archive.manifest.model_file is None:
             with archive.weights.open() as file:
                 reads = program_reads(file)
-        except Exception as error:  # torch's, of many classes
-            return f"its graph cannot be searched: {cause_of(str(error)) or type(error).__name__}"
+    except Exception as error:  # torch's, of many classes
+        return f"its graph cannot be searched: {cause_of(str(error)) or type(error).__name__}"
     return f"its forward looks at the numbers of a whole batch ({reads})" if reads else ""
 
 

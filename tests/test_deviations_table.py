@@ -42,6 +42,7 @@ PROOFS = {
     "one bad item in a batch": "contract_responses::1_7_one_bad_item_fails_alone",
     "a picture or tensor": "serving_bad_input::what_is_no_picture_is_a_400_that_says_so",
     "a batch changes answers": "serving_batches::every_answer_is_that_of_its_row_alone",
+    "what a model file reads from": "trace::what_the_code_reads_from_elsewhere_is_read_once_unless_it_runs_in_python",
     "a built-in handler that cannot answer": "native_proof::a_model_whose_output_cannot_be_answered_is_refused_at_load",
     "inputs that a compiled": "package_rules::what_the_program_was_not_compiled_for_never_reaches_it",
     "an input outside what": "declared_inputs::what_is_declared_holds_on_every_way_in",

@@ -75,8 +75,27 @@ class Sizes(nn.Module):
         return torch.where(x > 0, y, x)
 
 
-READS = {Any: "aten::Bool", Equal: "aten::equal", Length: "aten::Int", InALoop: "aten::Bool", Inner: "aten::Bool",
-         Sizes: ""}  # fmt: skip
+class ScaledByAll(nn.Module):
+    def forward(self, x):
+        return x / torch.clamp(x.abs().max() / 1e5, min=1)
+
+
+class CountsInAll(nn.Module):
+    def forward(self, x):
+        return x * (1 - (x == 100).any().float())
+
+
+class OfEachItem(nn.Module):
+    def forward(self, x):
+        y = x.mean((1, 2)) + x.amax(2).amax(1) + torch.max(x, x * 2).sum(-1).sum(-1) + x.flatten(1).norm(2, 1)
+        return y + x.flatten(1).max(1).values + x.flatten(1).argmax(1) + (x > 0).any(2).any(1)
+
+
+READS = {
+    Any: "aten::any of all, aten::Bool", Equal: "aten::equal", Length: "aten::sum of all, aten::Int",
+    InALoop: "aten::sum of all, aten::Bool", Inner: "aten::any of all, aten::Bool", Sizes: "",
+    ScaledByAll: "aten::max of all", CountsInAll: "aten::any of all", OfEachItem: "",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])
@@ -86,7 +105,7 @@ def test_a_program_that_looks_at_numbers_is_found(cls: type[nn.Module], is_froze
     file = io.BytesIO()
     torch.jit.save(torch.jit.freeze(program) if is_frozen else program, file)
     file.seek(0)
-    assert program_reads(file) == READS[cls]
+    assert set(program_reads(file).split(", ")) == set(READS[cls].split(", "))
 
 
 def test_a_file_that_is_no_program_raises() -> None:

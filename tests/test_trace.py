@@ -162,3 +162,33 @@ def test_a_conversion_that_is_not_wanted_any_more_is_ended(packed: OpenPacked) -
     tracing.stop()
     assert tracing._process.returncode == -signal.SIGKILL
     archive.close()
+
+
+READS_THE_ENVIRONMENT = """
+import os
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.linear(x) * float(os.environ["SCALE_OF_TEST"])
+"""
+
+
+def test_what_the_code_reads_from_elsewhere_is_read_once_unless_it_runs_in_python(
+    packed: OpenPacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCALE_OF_TEST", "2")
+    archive = packed(READS_THE_ENVIRONMENT, WEIGHTS)
+    trace(archive)
+    monkeypatch.setenv("SCALE_OF_TEST", "3")
+    assert not needs_tracing(archive)
+    program = torch.jit.load(traced_file(archive))
+    assert program(torch.ones(1, 4)).tolist() == [[14.0, 46.0]]  # (0 + 1 + 2 + 3 + 1) * 2 and (4 + 5 + 6 + 7 + 1) * 2
+    config = TENSOR_CONFIG + "conversion: python\n"
+    with open_archive(pack(tmp_path, name="n", model_code=READS_THE_ENVIRONMENT, state=WEIGHTS, config=config)) as other:
+        assert not needs_tracing(other)
+        assert "conversion: python" in python_reason(other)
