@@ -30,8 +30,8 @@ _ABOUT_KINDS = frozenset({
 _REDUCTIONS = frozenset({
     "aten::any", "aten::all", "aten::max", "aten::min", "aten::amax", "aten::amin", "aten::aminmax", "aten::argmax",
     "aten::argmin", "aten::sum", "aten::nansum", "aten::mean", "aten::nanmean", "aten::median", "aten::prod",
-    "aten::std", "aten::var", "aten::norm", "aten::linalg_vector_norm", "aten::count_nonzero", "aten::bincount", "aten::histc",
-    "aten::unique", "aten::_unique2", "aten::unique_consecutive",
+    "aten::std", "aten::var", "aten::norm", "aten::linalg_vector_norm", "aten::count_nonzero", "aten::bincount",
+    "aten::histc", "aten::unique", "aten::_unique2", "aten::unique_consecutive",
 })  # fmt: skip
 _NUMBERS = frozenset({"BoolType", "IntType", "FloatType", "NumberType", "ComplexType", "StringType"})
 

@@ -189,6 +189,7 @@ def test_what_the_code_reads_from_elsewhere_is_read_once_unless_it_runs_in_pytho
     program = torch.jit.load(traced_file(archive))
     assert program(torch.ones(1, 4)).tolist() == [[14.0, 46.0]]  # (0 + 1 + 2 + 3 + 1) * 2 and (4 + 5 + 6 + 7 + 1) * 2
     config = TENSOR_CONFIG + "conversion: python\n"
-    with open_archive(pack(tmp_path, name="n", model_code=READS_THE_ENVIRONMENT, state=WEIGHTS, config=config)) as other:
+    path = pack(tmp_path, name="n", model_code=READS_THE_ENVIRONMENT, state=WEIGHTS, config=config)
+    with open_archive(path) as other:
         assert not needs_tracing(other)
         assert "conversion: python" in python_reason(other)
