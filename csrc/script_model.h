@@ -25,6 +25,8 @@ class ScriptModel final : public TorchModel {
     void forget_optimization() override;
     uint64_t checksum() const override;
     void settle() override {
+        const std::lock_guard lock(plain_mutex_);
+        plain_.reset();  // a second copy of the weights
         if (!has_state() && !is_optimized()) file_.reset();
     }
 
