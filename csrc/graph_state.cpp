@@ -100,6 +100,10 @@ class Search {
             found_ = seeded_state;
             return;
         }
+        if (std::string_view(kind.toUnqualString()).find("_nested_tensor") != std::string_view::npos) {
+            found_ = nested_state;
+            return;
+        }
         if (const auto* schema = node->maybeSchema()) {
             visit_operator(node, *schema);
         } else if (has_marked_input(node)) {

@@ -60,7 +60,10 @@ PYTHON_SUFFIXES = (".onnx", ".so")
 # Sizes of free dimensions at which batches are tried, beside the example's.
 OTHER_SHAPES = 2
 # As csrc/graph_state.h has it.
-SEEDED_STATE = "forward seeds torch's random numbers"
+NOT_IN_THREADS = {
+    "forward seeds torch's random numbers": "which all models of the server would draw from",
+    "forward makes nested tensors": "whose operators may end the process",
+}
 # Relative to fp32; model-config.yaml's precisionErrorMax sets another limit.
 PRECISION_ERROR_MAX = 0.05
 TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
@@ -236,8 +239,8 @@ def _prove(
         model.note_state(f"the package writes to its buffer {program.written[0]}, or gives it away")
     find_state(model, example, is_package=program is not None)
     if model.state:
-        if model.state == SEEDED_STATE:
-            raise NeedsPythonError(f"{model.state}, which all models of the server would draw from")
+        if model.state in NOT_IN_THREADS:
+            raise NeedsPythonError(f"{model.state}, {NOT_IN_THREADS[model.state]}")
         network.findings["state"] = model.state
         log.info("%s: each worker has a model of its own, since %s", network.context.model_name, model.state)
     odd = prove_optimization(model, network.example, domains)
