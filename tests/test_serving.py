@@ -10,6 +10,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,14 @@ def batch_counts(site: Server, model: str) -> dict[str, int]:
     return counts
 
 
+def wait_for_batches(site: Server, model: str, size: int) -> None:
+    """Larger batches are tried before they are used."""
+    deadline = time.monotonic() + LIMIT_S
+    while site.describe(model)["checks"]["batchSize"] < size:
+        assert time.monotonic() < deadline, site.describe(model)["checks"]
+        time.sleep(0.05)
+
+
 # --- right answers ----------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +199,7 @@ def test_a_corrupt_picture_fails_alone_among_seven_good_ones(site: Server) -> No
     # The seven make one batch: no worker starts before they are all there.
     site.manage("PUT", f"/models/pictures?batch_size=8&min_batch=7&max_batch_delay={int(LIMIT_S * 1000)}")
     try:
+        wait_for_batches(site, "pictures", 8)
         *good, bad = at_once([
             lambda body=body: site.ask("POST", "/predictions/pictures", body)  # type: ignore[misc]
             for body in (*pictures, corrupt)
