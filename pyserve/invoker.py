@@ -123,8 +123,10 @@ class Invoker:
     def _split(self, requests: list[WorkerRequest]) -> list[list[WorkerRequest]]:
         """Those that one call may answer. Handlers look at the first request only to see whether an explanation is
         wanted, and of what class."""
+        if len(requests) == 1:
+            return [requests]
         explained = [request for request in requests if request.header("explain") == "True"]
-        if not explained or len(requests) == 1:
+        if not explained:
             return [requests]
         others = [request for request in requests if request.header("explain") != "True"]
         takes_first = self._entry.inherits("explain_handle")
