@@ -210,7 +210,7 @@ PYBIND11_MODULE(_core, m) {
         .def("run_plain", &run_model<&TorchModel::run_plain>, py::arg("inputs"))
         .def("instance", &TorchModel::instance, py::call_guard<py::gil_scoped_release>())
         .def("forget_optimization", &TorchModel::forget_optimization, py::call_guard<py::gil_scoped_release>())
-        .def("settle", &TorchModel::settle)
+        .def("settle", &TorchModel::settle, py::call_guard<py::gil_scoped_release>())
         .def("checksum", &TorchModel::checksum, py::call_guard<py::gil_scoped_release>())
         .def("call_spec", &TorchModel::call_spec)
         .def("note_state", &TorchModel::note_state, py::arg("text"))

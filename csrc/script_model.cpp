@@ -162,7 +162,7 @@ ScriptModel::ScriptModel(const ScriptModel& like, bool optimizes) : TorchModel(l
 
 c10::IValue ScriptModel::run(const std::vector<at::Tensor>& inputs) {
     // oneDNN's kernels treat numbers that are none, and what overflows to them, in another way than torch's.
-    if (is_optimized() && !is_ordinary(inputs)) return plain().run(inputs);
+    if (is_optimized() && !is_ordinary(inputs)) return plain()->run(inputs);
     std::vector<c10::IValue> stack;
     stack.reserve(inputs.size());
     for (const at::Tensor& input : inputs) stack.emplace_back(convert_input(input));
@@ -174,19 +174,21 @@ c10::IValue ScriptModel::run(const std::vector<at::Tensor>& inputs) {
 }
 
 c10::IValue ScriptModel::run_plain(const std::vector<at::Tensor>& inputs) {
-    return is_optimized() ? plain().run(inputs) : run(inputs);
+    return is_optimized() ? plain()->run(inputs) : run(inputs);
 }
 
-ScriptModel& ScriptModel::plain() {
+// Whoever runs it keeps it: `settle` may let go of it meanwhile.
+std::shared_ptr<ScriptModel> ScriptModel::plain() {
     const std::lock_guard lock(plain_mutex_);
     if (!plain_) plain_ = std::make_shared<ScriptModel>(*this, /*optimizes=*/false);
-    return *plain_;
+    return plain_;
 }
 
 void ScriptModel::forget_optimization() {
     if (!is_optimized()) return;
-    module_ = plain().module_;
-    storages_ = plain().storages_;
+    const std::shared_ptr<ScriptModel> unchanged = plain();
+    module_ = unchanged->module_;
+    storages_ = unchanged->storages_;
     is_optimized_ = false;
 }
 

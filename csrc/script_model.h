@@ -44,7 +44,7 @@ class ScriptModel final : public TorchModel {
     c10::IValue forward_copies(const std::vector<at::Tensor>& example);
     c10::IValue own(const c10::IValue& output) const;
     at::Tensor on_device_copy(const at::Tensor& input) const;
-    ScriptModel& plain();
+    std::shared_ptr<ScriptModel> plain();
 
     std::vector<std::vector<at::Tensor>> others_;  // to measure with; empty once that is done
     std::shared_ptr<FileWindow> file_;

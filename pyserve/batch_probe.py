@@ -158,16 +158,6 @@ class BatchProbe:
         return False
 
 
-def probe_batches(run: Run, rows: ProbeRows, largest: int, tolerance: float) -> str:
-    """Tries batches of up to ``largest``. Other arguments as of `BatchProbe`.
-
-    Returns:
-        why answers depend on the batch, or ``""``.
-    """
-    probe = BatchProbe(run, rows, tolerance)
-    return next((text for step in steps(probe.numbers, largest) if (text := probe.try_step(step))), "")
-
-
 def rows_are_independent(run: Run, items: Sequence[Sequence[torch.Tensor]], count: int) -> bool:
     """Whether the first of ``count`` rows is answered alike beside copies of itself and beside other rows."""
     others = [items[index % len(items)] for index in range(count)]

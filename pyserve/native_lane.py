@@ -166,6 +166,7 @@ class NativeLane(Lane):
                 await asyncio.to_thread(proof.extend, self.settings.batch_size, BUDGET_S)
                 if not self._is_draining:
                     super().apply_limits()  # as far as has been shown by now
+            await asyncio.to_thread(self.network.torch_model.settle)  # items with NaN need a second copy of the weights
         except Exception:
             log.exception("%s: trying batches failed; they stay at %d", self._label, proof.size_max)
             proof.note = proof.note or "trying larger batches failed, see the log"

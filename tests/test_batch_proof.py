@@ -8,12 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyserve.batch_probe import probe_batches, probe_sizes
+from pyserve.batch_probe import BatchProbe, Run, probe_sizes, steps
 from pyserve.native_proof import BatchProof
 from pyserve.probe_inputs import InputDomain, ProbeRows, other_examples, probe_rows
 
 ITEM = [torch.tensor([[0.5, -1.0, 2.0, 0.25]])]
 FOUR = InputDomain(torch.float32, ((4, 4),))
+
+
+def probe_batches(run: Run, rows: ProbeRows, largest: int, tolerance: float) -> str:
+    """Why answers depend on batches of up to ``largest``, or ``""``."""
+    probe = BatchProbe(run, rows, tolerance)
+    return next((text for step in steps(probe.numbers, largest) if (text := probe.try_step(step))), "")
 
 
 def made(domain: InputDomain = FOUR) -> ProbeRows:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,18 @@ def test_a_graph_that_seeds_random_numbers_is_left_to_worker_processes(tmp_path:
     assert loaded(Seeds(), tmp_path).state in NOT_IN_THREADS
     with pytest.raises(NeedsPythonError, match="forward seeds torch's random numbers"):
         network_of(tmp_path, Seeds(), {"input": {"dtype": "float32", "shape": [4]}})
+
+
+def test_the_plain_graph_may_be_let_go_of_while_it_runs(tmp_path: Path) -> None:
+    network = Relu().eval()
+    model = loaded(network, tmp_path, PICTURE)
+    odd = torch.full((4, 1, 8, 8), math.nan)
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(model.run, [odd]) for _ in range(200)]
+        for _ in range(50):
+            model.settle()
+        assert all(torch.isnan(each.result()).all() for each in running)
+    assert model.is_optimized
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
