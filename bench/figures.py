@@ -46,8 +46,9 @@ class Run:
         """Makes the picture and the archives."""
         import torch
 
-        from pyserve.archiver import ArchiverConfig, write_archive
-        from pyserve.examples import write_example, write_sample_picture
+        from pyserve.archive.packing import ArchiverConfig, write_archive
+        from pyserve.commands.example import write_example
+        from pyserve.models.sample import write_sample_picture
 
         write_sample_picture(self.picture)
         write_example("densenet161", self.densenet.parent)
@@ -126,7 +127,7 @@ def memory(run: Run) -> Result:
                 server.set("densenet161", f"min_worker={workers}&max_worker={workers}")
                 run.load(server.url("/predictions/densenet161"), "--concurrency", "8", duration_s=8)
                 # The handover names the server process's part: same folder, torch loaded.
-                numbers[workers].append(resident_mb("pyserve.server"))
+                numbers[workers].append(resident_mb("pyserve.server.main"))
     one, four = (statistics.median(numbers[each]) for each in ("1", "4"))
     show("Resident memory after load, densenet161, by workers", "MB", numbers, digits=0)
     print(f"| 4 workers / 1 worker | {four / one:.3f} |")
@@ -168,7 +169,7 @@ def start(run: Run) -> Result:
 
 def _torchserve_archive(run: Run, bin_folder: Path) -> Path:
     """The same model file and weights, with a handler that needs no torchvision."""
-    from pyserve.archive import open_archive
+    from pyserve.archive.archive import open_archive
 
     source = open_archive(run.densenet)
     assert source.weights is not None and source.manifest.model_file is not None

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from pyserve.archive import open_archive
-from pyserve.loader import Network, load_network
+from pyserve.archive.archive import open_archive
+from pyserve.lanes.network import Network
+from pyserve.models.loader import load_network
 
 
 def load(path: Path, batch_size: int) -> Network:

@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.servers import free_ports
 from bench.sides import PEERS, Side, running, settings_for, when_ready
 from bench.workloads import JSON_TYPE, RAW_TYPE, UPLOAD_TYPE, Workload, binary_requests
-from pyserve.open_inference_rest import JSON_SIZE_HEADER
+from pyserve.api.open_inference_rest import JSON_SIZE_HEADER
 
 # (folder, bin of the peer's environment, workload, workers, cores)
 MakeSide = Callable[[Path, Path, Workload, int, int], Side]

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from bench.servers import Server, free_ports, pyserve, torchserve
 from bench.workloads import JSON_TYPE, RAW_TYPE, UPLOAD_TYPE, Workload, binary_requests
-from pyserve.open_inference_rest import JSON_SIZE_HEADER
+from pyserve.api.open_inference_rest import JSON_SIZE_HEADER
 
 PEERS = Path(__file__).parent / "peers"
 DELAY_MS = 5  # how long a peer may wait for a batch to fill; pyserve waits only while its workers are busy

@@ -80,11 +80,11 @@ def clock_cost_ns() -> float:
 
 def instrument() -> dict[str, Stage]:
     """Puts a stage around the calls that belong to it. Of this process, for good."""
-    from pyserve.http1 import Http1Protocol
-    from pyserve.http1_answer import AnswerWriter
-    from pyserve.lane import Lane
-    from pyserve.native_lane import NativeLane
-    from pyserve.routes import Router
+    from pyserve.api.routes import Router
+    from pyserve.http1.answer import AnswerWriter
+    from pyserve.http1.protocol import Http1Protocol
+    from pyserve.lanes.lane import Lane
+    from pyserve.lanes.native import NativeLane
 
     stages = {name: Stage() for name in STAGES}
     for owner, method, name in (
@@ -100,19 +100,22 @@ async def serve(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Serves the model and drives it. Returns what was counted between two moments of the load."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from pyserve.archive import open_archive
-    from pyserve.config import Config
+    from pyserve.api.inference import Inference
+    from pyserve.api.routes import Router
+    from pyserve.archive.archive import open_archive
+    from pyserve.config.config import Config
+    from pyserve.config.model_source import ModelSource
     from pyserve.cpu_budget import cpu_budget
     from pyserve.engine import Engine
-    from pyserve.http1 import BodyBudget, Connections, Http1Limits, Http1Protocol
-    from pyserve.inference import Inference
-    from pyserve.messages import ErrorFormat
-    from pyserve.metrics import Metrics
-    from pyserve.model_source import ModelSource
-    from pyserve.registry import Registry
-    from pyserve.routes import Router
-    from pyserve.services import Services
-    from pyserve.spawner import Spawner
+    from pyserve.http1.connections import Connections
+    from pyserve.http1.limits import Http1Limits
+    from pyserve.http1.protocol import Http1Protocol
+    from pyserve.lanes.resources import Services
+    from pyserve.lanes.spawner import Spawner
+    from pyserve.models.registry import Registry
+    from pyserve.request.body_budget import BodyBudget
+    from pyserve.request.messages import ErrorFormat
+    from pyserve.telemetry.metrics import Metrics
 
     load = free_model(folder)
     archive = str(load.archives["fp32"])

@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run as a file: its folder is on the path, the r
 import grpc.aio
 import uvloop
 
-from pyserve.grpc_messages import INFERENCE, message
+from pyserve.grpc_api.messages import INFERENCE, message
 
 Ask = Callable[[int], Awaitable[None]]
 

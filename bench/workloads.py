@@ -14,8 +14,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor, nn
 
 from bench.fitting import fit_head
-from pyserve.archiver import ArchiverConfig, write_archive
-from pyserve.examples import write_sample_picture
+from pyserve.archive.packing import ArchiverConfig, write_archive
+from pyserve.models.sample import write_sample_picture
 from pyserve.zoo import DenseNet, ResNet, seed_weights
 
 BOUNDARY = "pyserve-bench"

@@ -16,7 +16,7 @@ import torch
 
 from pyserve.handler import ModelLoadError
 from pyserve.handlers.shared_weights import share_weights
-from pyserve.package_rules import CheckedPackage, check_filling, read_program
+from pyserve.proof.package_rules import CheckedPackage, check_filling, read_program
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from pyserve.cli import main
+from pyserve.commands.cli import main
 
 sys.exit(main())

@@ -27,7 +27,7 @@
         ├── OutOfMemoryError        507 InternalServerException
         └── ConfigError             (start-up only, never on the wire)
 
-What HTTP itself can get wrong (408, 414, 417, 431, ...) is in `pyserve.http1_errors`.
+What HTTP itself can get wrong (408, 414, 417, 431, ...) is in `pyserve.http1.errors`.
 
 Status codes, ``type`` strings and the three keys of the body are TorchServe's, so that clients
 need not change; ``detail`` is pyserve's addition.
@@ -35,6 +35,9 @@ need not change; ``detail`` is pyserve's addition.
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 from typing import Any
 
 JsonObject = dict[str, Any]
@@ -219,3 +222,40 @@ class OutOfMemoryError(ServerError):
 
 class ConfigError(ServerError):
     """The configuration cannot be used; start-up ends with this text."""
+
+
+
+def shown(name: str) -> str:
+    """A name fit for a message: quoted, ASCII, at most about 80 characters."""
+    return json.dumps(name if len(name) <= 80 else name[:77] + "...")
+
+
+TEXT_SIZE_MAX = 2000
+
+
+# What the CPU's allocators of torch say; the class is RuntimeError.
+_ALLOCATION = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU; told by type, not by words such as CUDA."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    of_torch = getattr(torch, "OutOfMemoryError", None) or torch.cuda.OutOfMemoryError
+    if isinstance(error, of_torch):
+        return True
+    return type(error) is RuntimeError and _ALLOCATION.search(_text_of(error)) is not None
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        if isinstance(error, SyntaxError):
+            text = str(error.msg)  # without the place, which is told beside it
+        else:
+            text = str(error.args[0]) if isinstance(error, SystemExit) and error.args else str(error)
+    except BaseException:  # a class of the handler's may do anything here
+        return f"<{type(error).__name__} whose text cannot be made>"
+    return text if len(text) <= TEXT_SIZE_MAX else text[: TEXT_SIZE_MAX - 3] + "..."

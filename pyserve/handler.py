@@ -1,40 +1,20 @@
-"""What handlers and the server agree on, and finding the handler an archive asks for.
+"""What handlers and the server agree on: the handler contract, and the names of the built-in handlers.
 
 Handlers import this module and `pyserve.context` and nothing else of pyserve.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
-import inspect
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
-from pyserve.archive import Archive
 from pyserve.context import Context
 from pyserve.errors import HandlerError, InputError, ModelLoadError
-from pyserve.failure import describe_failure
-from pyserve.handlers.source_file import import_file
-from pyserve.manifest import split_handler
 
-__all__ = [
-    "BUILT_IN",
-    "Handler",
-    "HandlerError",
-    "InputError",
-    "ModelLoadError",
-    "PredictionException",
-    "load_handler",
-    "load_thread_handler",
-    "python_lane_reason",
-]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BUILT_IN", "Handler", "HandlerError", "InputError", "ModelLoadError", "PredictionException"]
 
 # Handler name -> (module, class) of those that come with pyserve.
 BUILT_IN = {
@@ -54,14 +34,7 @@ NOT_BUILT_IN = {
     "vllm_handler": "vllm",
 }
 
-_TORCHSERVE_PREFIX = "ts.torch_handler."
-_COMPAT_DIR = str(Path(__file__).parent / "compat")
 
-# What the native lane does itself. A handler that does one of these in its own way needs a process of its own.
-_NOT_IN_A_THREAD = (
-    "handle", "inference", "initialize", "explain_handle",
-    "_load_pickled_model", "_load_torchscript_model", "_load_torch_export_aot_compile",
-)  # fmt: skip
 
 
 class PredictionException(Exception):
@@ -98,166 +71,25 @@ class Handler(Protocol):
     def handle(self, data: Sequence[Any], context: Context) -> list[Any]: ...
 
 
-def python_lane_reason(archive: Archive, named: str | None = None) -> str:
-    """Why the handler must run in worker processes; ``""`` if it can run in the native lane, or does not exist.
-
-    Args:
-        named: in place of the handler that the archive's manifest names.
-
-    Raises:
-        ModelLoadError: ``isolation`` in model-config.yaml is neither ``process`` nor ``thread``.
-    """
-    module, name = _module_and_name(archive, named)
-    if (archive.model_dir / f"{module}.py").is_file():
-        return "" if _wants_thread(archive) else f"{module}.py is handler code of its own"
-    if name in BUILT_IN:
-        return f"{name} calls the model in Python" if _built_in_class(name).lane == "python" else ""
-    if name in NOT_BUILT_IN:
-        return ""
-    # Only a module's first part can be looked for without running code.
-    package = module.partition(".")[0]
-    if f"{package}/__init__.py" in archive.files or archive.manifest.requirements_file or _is_installed(package):
-        return f"{module} is a module, not a built-in handler"
-    return ""
 
 
-def built_in_name(archive: Archive, named: str | None = None) -> str | None:
-    """The built-in handler that the archive asks for; None if its handler is code of its own."""
-    module, name = _module_and_name(archive, named)
-    is_own = name not in BUILT_IN or (archive.model_dir / f"{module}.py").is_file()
-    return None if is_own else name
 
 
-def load_handler(archive: Archive, named: str | None = None) -> Handler:
-    """A new, not yet prepared handler for the native lane: the one ``named``, by default the manifest's.
-
-    Raises:
-        ModelLoadError: the archive brings handler code of its own that needs worker processes, or names a handler that
-            does not exist.
-    """
-    module, name = _module_and_name(archive, named)
-    # The archive's own file comes first, as in TorchServe, also when it bears a built-in handler's name.
-    if (archive.model_dir / f"{module}.py").is_file():
-        if _wants_thread(archive):
-            return load_thread_handler(archive, named)
-        raise ModelLoadError(
-            f"{archive.name} brings handler code of its own ({module}.py), which runs in worker processes (the python "
-            f"lane), not here. Built-in handlers: {_built_in_names()}."
-        )
-    if name in BUILT_IN:
-        handler: Handler = _built_in_class(name)()
-        return handler
-    raise ModelLoadError(_unknown_handler_text(archive.name, named or archive.manifest.handler, name))
 
 
-def load_thread_handler(archive: Archive, named: str | None = None) -> Handler:
-    """A new, not yet prepared handler from the archive's own file, to run in the threads of this process.
-
-    This is what ``isolation: thread`` in model-config.yaml asks for. The file is imported under a name of its own; its
-    neighbours can be imported by it while it is loaded, and ``ts`` at any time.
-
-    Raises:
-        ModelLoadError: the file cannot be imported, or what it defines needs a process of its own.
-    """
-    module_name, _ = _module_and_name(archive, named)
-    chosen = split_handler(named or archive.manifest.handler)[1]
-    file = f"{module_name}.py"
-    if _COMPAT_DIR not in sys.path:
-        sys.path.append(_COMPAT_DIR)  # last, so that a `ts` that is installed wins
-    try:
-        module = import_file(archive.model_dir / file)
-        cls = _thread_class(module, file, chosen)
-        handler: Handler = cls()
-    except ModelLoadError:
-        raise
-    except Exception as error:
-        failure = describe_failure(error, archive.model_dir)
-        raise ModelLoadError(f"{archive.name}: {failure.line()}", detail=failure.detail()) from error
-    replaced = next((name for name in _NOT_IN_A_THREAD if name in vars(handler)), None)
-    if replaced is not None:
-        raise ModelLoadError(_not_in_a_thread_text(cls.__name__, file, f"its __init__ replaces {replaced}"))
-    return handler
 
 
-def _thread_class(module: ModuleType, file: str, chosen: str | None) -> type:
-    from pyserve.handlers.base_handler import BaseHandler
-
-    classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__]
-    if chosen is not None:
-        classes = [cls for cls in classes if cls.__name__ == chosen]
-    elif callable(getattr(module, "handle", None)):
-        raise ModelLoadError(_not_in_a_thread_text("handle", file, "a function is a whole handler"))
-    if len(classes) != 1:
-        names = ", ".join(cls.__name__ for cls in classes) or "none"
-        wanted = f"a class {chosen}" if chosen else "exactly one class"
-        raise ModelLoadError(_not_in_a_thread_text(file, file, f"it must define {wanted}, the handler; found: {names}"))
-    cls = classes[0]
-    if not issubclass(cls, BaseHandler):
-        raise ModelLoadError(_not_in_a_thread_text(cls.__name__, file, "it is not derived from BaseHandler"))
-    if cls.lane != "native":
-        built_in = next(each for each in cls.__mro__ if each.__module__.startswith("pyserve.handlers."))
-        reason = f"{built_in.__name__}, which it is derived from, calls the model in Python"
-        raise ModelLoadError(_not_in_a_thread_text(cls.__name__, file, reason))
-    for name in _NOT_IN_A_THREAD:
-        origin = next(each for each in cls.__mro__ if name in vars(each))
-        if not origin.__module__.startswith("pyserve.handlers."):
-            mend = "; set attributes in prepare(self, context) instead" if name == "initialize" else ""
-            raise ModelLoadError(_not_in_a_thread_text(cls.__name__, file, f"it defines {name}{mend}"))
-    return cls
 
 
-def _not_in_a_thread_text(name: str, file: str, reason: str) -> str:
-    place = "" if name == file else f" in {file}"
-    return (
-        f"{name}{place} cannot run with 'isolation: thread', where the model runs in native code: {reason}. Drop "
-        "'isolation: thread' from model-config.yaml to run it in worker processes."
-    )
 
 
-def _module_and_name(archive: Archive, named: str | None) -> tuple[str, str]:
-    """Of the handler asked for: the module, and the name a built-in handler would have."""
-    module = split_handler(named or archive.manifest.handler)[0].removesuffix(".py")
-    name = module.removeprefix(_TORCHSERVE_PREFIX)
-    return (name, name) if (archive.model_dir / f"{name}.py").is_file() else (module, name)
 
 
-def _wants_thread(archive: Archive) -> bool:
-    isolation = archive.config.raw.get("isolation")
-    if isolation not in (None, "process", "thread"):
-        raise ModelLoadError(
-            f"{archive.name}: 'isolation' in model-config.yaml is {isolation!r}; write process (worker processes, the "
-            "default) or thread"
-        )
-    return isolation == "thread"
 
 
-def _built_in_class(name: str) -> Any:
-    module, cls = BUILT_IN[name]
-    return getattr(importlib.import_module(module), cls)
 
 
-def _built_in_names() -> str:
-    return ", ".join(sorted(BUILT_IN))
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
 
 
-def _unknown_handler_text(archive_name: str, named: str, name: str) -> str:
-    if name in NOT_BUILT_IN:
-        return (
-            f"{archive_name} asks for TorchServe's handler {name!r}, which is not built in: it is a cover of "
-            f"{NOT_BUILT_IN[name]}. Install {NOT_BUILT_IN[name]} and pack a handler of your own that calls it. "
-            f"Built-in handlers: {_built_in_names()}."
-        )
-    nearest = difflib.get_close_matches(name, BUILT_IN, n=1)
-    hint = f", did you mean {nearest[0]!r}?" if nearest else "."
-    repack = nearest[0] if nearest else f"path/to/{name}.py"
-    return (
-        f"{archive_name} asks for handler {named!r}, but holds no file {name}.py and there is no built-in handler of "
-        f"that name{hint} Built-in handlers: {_built_in_names()}. Repack the archive with --handler {repack}."
-    )

@@ -23,19 +23,20 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyserve.config import Config
 from pyserve.cpu_budget import cpu_budget
 from pyserve.errors import JsonObject
+
+ROOT_DIR = Path(__file__).resolve().parent.parent  # where the package lies
+COMPAT_DIR = str(ROOT_DIR / "pyserve" / "compat")  # what `import ts` finds in a worker process
 
 SERVER_VARIABLE = "PYSERVE_SERVER"
 SUPERVISOR_VARIABLE = "PYSERVE_SUPERVISOR"
 SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # the current folder's files are no modules of ours
-SERVER_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.server"]
-SUPERVISOR_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.supervisor"]
+SERVER_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.server.main"]
+SUPERVISOR_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.server.supervisor"]
 
 EXIT_DRAINED = 0
 EXIT_WILL_FAIL_AGAIN = 3
@@ -106,7 +107,7 @@ def child_environment() -> dict[str, str]:
     # Not spinning at all makes a network of many small operations slower than one thread would be.
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", "5000")
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(ROOT_DIR)
     if sys.path and sys.path[0] in ("", root) and root not in sys.path[1:]:
         inherited = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = root + (os.pathsep + inherited if inherited else "")
@@ -132,48 +133,8 @@ def receive(variable: str, environ: Mapping[str, str] | None = None) -> tuple[Js
         return json.load(file), Reporter(descriptors["report_fd"])
 
 
-@dataclass
-class ServerStart:
-    """What the supervisor hands to the server.
-
-    Attributes:
-        config: the checked configuration.
-        sockets: listening sockets by name; two names may share one.
-        restart: 0 for the first server of this supervisor, then counting up.
-        state_file: where the server keeps what a restarted one has to know; it may not exist yet.
-        report: the way back to the supervisor.
-        like_torchserve: the console has all that TorchServe's has.
-    """
-
-    config: Config
-    sockets: dict[str, socket.socket]
-    restart: int
-    state_file: Path
-    report: Reporter
-    like_torchserve: bool
 
 
-def receive_server_start() -> ServerStart:
-    """Take over from the supervisor; from here on this process dies with it.
-
-    Raises:
-        RuntimeError: the process was not started by a supervisor.
-    """
-    handover, report = receive(SERVER_VARIABLE)
-    die_with_parent(handover["parent_pid"])
-    by_fd: dict[int, socket.socket] = {}
-    for fd in handover["sockets"].values():
-        if fd not in by_fd:
-            os.set_inheritable(fd, False)
-            by_fd[fd] = socket.socket(fileno=fd)
-    return ServerStart(
-        config=Config.from_json(handover["config"]),
-        sockets={name: by_fd[fd] for name, fd in handover["sockets"].items()},
-        restart=handover["restart"],
-        state_file=Path(handover["state_file"]),
-        report=report,
-        like_torchserve=handover["like_torchserve"],
-    )
 
 
 def die_with_parent(parent_pid: int) -> None:

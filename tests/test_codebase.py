@@ -6,102 +6,49 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = {path.stem: path for path in sorted((ROOT / "pyserve").glob("*.py"))}
-HANDLERS = {path.stem: path for path in sorted((ROOT / "handlers").glob("*.py"))}
 CSRC = sorted((ROOT / "csrc").iterdir())
+HANDLERS = sorted((ROOT / "handlers").glob("*.py"))
 # What `import ts` finds in a worker process. Its file names are TorchServe's.
 COMPAT = sorted((ROOT / "pyserve" / "compat").rglob("*.py"))
-SOURCES = [*MODULES.values(), *HANDLERS.values(), *sorted((ROOT / "bench").glob("*.py")), ROOT / "setup.py"]
 
-# Each module imports only from earlier rows; within a row from the left.
-LEVELS = [
-    # Ground: no module of another row.
-    "__init__ _build_info errors messages log address properties entries failure import_scan versions json_encoding "
-    "result_check",
-    # What two ways to run one model are compared with.
-    "torch_error comparison probe_inputs graph_reads batch_probe native_proof",
-    "log_files exposition metric_log",
-    "metrics_config load_gauges",
-    "host_metrics",
-    # Configuration and archives; no torch.
-    "archive_url allowed_urls public_address transfer "
-    "access_log",
-    "config_variables "
-    "settings model_source cpu_budget config_keys config pid_file console launch",
-    "tokens "
-    "snapshot_models snapshot "
-    "tls "
-    "renewal "
-    "server_logs "
-    "samples "
-    "zip_reader tar_reader folder_reader manifest "
-    "input_config "
-    "model_config weights archive_formats extract archive_cache archive "
-    "conversion archive_inspect trace archiver folder_manifest worker_spec",
-    # What archives come through.
-    "http_fetch object_fetch archive_sources",
-    # The wire.
-    "http1_peer "
-    "http1_limits http1_errors http1_timer http1_exchange http1_connections http1_head http1_body http1_incoming "
-    "http1_direct "
-    "http1_answer http1 "
-    "http1_tls",
-    # What a lane needs.
-    "stages "
-    "spans "
-    "context custom_metrics metrics json_body forms codec handler engine placement",
-    # A process that makes TorchScript of an eager model.
-    "traced_reads mode_questions eager_answers export_script convert trace_child",
-    "open_inference audit_compare "
-    "worker_log",
-    # Worker processes: their inside, then what looks after them.
-    "model_state time_limit sample_requests "
-    "streaming entry_point worker_request invoker batch_trial rehearsal reload continuous async_worker worker",
-    "restart_policy requirements worker_output worker_handle zygote spawner",
-    "client_limit "
-    "stage_times "
-    "raw_rows "
-    "lane_refusals "
-    "examples zoo sample package_writes package_rules first_answer loader services model_settings pending lane "
-    "row_requests "
-    "native_lane python_workers python_lane "
-    "sequence_lane audit_lane lane_choice audit audit_choice "
-    "self_description gpu_usage checks "
-    "model",
-    "system_metrics",
-    # The server's endpoints.
-    "kept_state "
-    "registry",
-    "grpc_messages grpc_status grpc_streams grpc_call grpc_service",
-    "browser_guard cors "
-    "parameters openapi_schemas openapi routes "
-    "protect "
-    "inference management",
-    "open_inference_rest protocol_requests tensor_rows open_inference_models kserve_v1 kserve",
-    # What looks at an archive without a server.
-    "tune_run tune "
-    "dry_run debug check_run check config_report doctor",
-    # Processes.
-    "listeners "
-    "grpc_inference grpc_open_inference grpc_management grpc_health grpc_server grpc_site "
-    "start_report "
-    "site server",
-    "api_client "
-    "deploy "
-    "torch_model_archiver torchserve "
-    "supervisor start status stop dev cli __main__",
+# The rooms of pyserve/, one floor a line: a room may import those of the lines above it, and the modules of the root.
+# Rooms of one line are neighbours that never import each other.
+FLOORS = [
+    "config request proof",
+    "archive telemetry security http1 handlers",
+    "fetch worker",
+    "conversion lanes",
+    "models",
+    "api",
+    "grpc_api",
+    "server",
+    "commands",
 ]
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
-# Never imported when these are: the supervisor, the command line, and the server until its archives are open.
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+# Rooms that may import less than what lies below them. The handlers double as examples: what they import, archives may.
+ONLY = {"http1": {"request"}, "handlers": {"proof"}, "archive": {"config"}, "fetch": {"archive", "config"}}
+
+ROOM_PATHS = {room: ROOT / ("handlers" if room == "handlers" else f"pyserve/{room}") for room in FLOOR}
+# Dotted name -> file, of the package without compat/.
+MODULES = {f"pyserve.{path.stem}".removesuffix(".__init__"): path for path in sorted((ROOT / "pyserve").glob("*.py"))}
+MODULES |= {
+    f"pyserve.{room}.{path.stem}".removesuffix(".__init__"): path
+    for room, folder in ROOM_PATHS.items()
+    for path in sorted(folder.glob("*.py"))
+}
+SOURCES = [*MODULES.values(), *sorted((ROOT / "bench").glob("*.py")), ROOT / "setup.py"]
+
+# Import no torch: the supervisor, the command line, and the server until its archives are open.
 NO_TORCH = [
-    "cli", "trace", "supervisor", "start", "status", "stop", "launch", "config", "archive", "archiver", "server",
-    "kept_state",
-    "deploy",
-    "spawner", "zygote", "failure", "dev", "debug", "check", "tune", "dry_run", "config_report",
+    "archive.archive", "archive.packing", "commands.check", "commands.cli", "commands.config", "commands.debug",
+    "commands.deploy", "commands.dev", "commands.start", "commands.status", "commands.stop", "commands.trial",
+    "commands.tune", "config.config", "conversion.torchscript", "handler", "lanes.spawner", "launch",
+    "models.state_file", "server.main", "server.supervisor", "worker.failure", "worker.zygote",
 ]  # fmt: skip
 
 BANNED_FILE_NAMES = {"util", "utils", "helper", "helpers", "manager", "misc", "common", "data", "info"}
@@ -115,79 +62,127 @@ PLAIN_CPP = [
 ]  # fmt: skip
 
 
+class Imported(NamedTuple):
+    """A module of pyserve that a file imports, and the line that does."""
+
+    module: str
+    line: int
+
+
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
-def imports_of(tree: ast.AST, *, everywhere: bool) -> Iterator[str]:
-    """Dotted names that a file imports when it is loaded; ``everywhere``: inside of functions too."""
+def names_of(node: ast.AST) -> list[str]:
+    """The dotted names that an import statement asks for."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def imports_of(path: Path) -> Iterator[Imported]:
+    """What a file imports of pyserve, anywhere in it: in functions and for types too."""
+    for node in ast.walk(parse(path)):
+        for name in names_of(node):
+            module = name if name in MODULES else name.rpartition(".")[0]
+            if name.partition(".")[0] == "pyserve" and module in MODULES:
+                yield Imported(module, node.lineno)  # type: ignore[attr-defined]
+
+
+def at_import(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that are imported when the file itself is."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            continue
-        elif everywhere or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            yield from imports_of(node, everywhere=everywhere)
+        is_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if not is_for_types and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from names_of(node)
+            yield from at_import(node)
 
 
-def neighbours(path: Path, *, everywhere: bool = False) -> set[str]:
-    """Modules of pyserve that a file imports; handlers as ``handlers``."""
-    found = set()
-    for name in imports_of(parse(path), everywhere=everywhere):
-        parts = name.split(".")
-        if parts[0] != "pyserve":
-            continue
-        known = len(parts) > 1 and (parts[1] in MODULES or parts[1] in ("handlers", "_core"))
-        found.add(parts[1] if known else "__init__")
-    return found
-
-
-def test_every_module_has_its_level() -> None:
-    assert set(LEVEL) - {"_build_info"} == set(MODULES) - {"_build_info"}
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_go_down(name: str) -> None:
-    for other in neighbours(MODULES[name]) - {"_core", "handlers"}:
-        assert LEVEL[other] <= LEVEL[name], f"{name} imports {other}, which is above it"
-
-
-def test_no_module_imports_itself_through_others() -> None:
-    edges = {name: neighbours(path) & set(MODULES) - {name} for name, path in MODULES.items()}
-    while edges:
-        free = {name for name, others in edges.items() if not others & set(edges)}
-        assert free, f"an import cycle among {sorted(edges)}"
-        edges = {name: others for name, others in edges.items() if name not in free}
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_the_server_does_without_the_names_of_torchserve(name: str) -> None:
-    assert not {each for each in imports_of(parse(MODULES[name]), everywhere=True) if each.split(".")[0] == "ts"}
-
-
-@pytest.mark.parametrize("name", HANDLERS)
-def test_handlers_import_only_the_handler_contract(name: str) -> None:
-    contract = {"handler", "context", "handlers", "input_config", "torch_error", "package_rules"}
-    assert neighbours(HANDLERS[name], everywhere=True) <= contract
-
-
-def test_what_runs_without_torch_does_not_import_it() -> None:
-    for name in NO_TORCH:
-        seen: set[str] = set()
-        todo = {name}
-        while todo:
-            module = todo.pop()
-            seen.add(module)
-            names = {each.split(".")[0] for each in imports_of(parse(MODULES[module]), everywhere=False)}
-            assert "torch" not in names, f"{name} imports torch through {module}"
-            todo |= neighbours(MODULES[module]) & set(MODULES) - seen
+def room_of(module: str) -> str:
+    """The room of a module; empty for those of the root."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in FLOOR else ""
 
 
 def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+def may_import(room: str, other: str) -> bool:
+    if other in (room, ""):
+        return True
+    return room != "" and FLOOR[other] < FLOOR[room] and other in ONLY.get(room, FLOOR)
+
+
+def test_every_folder_of_the_package_is_a_room() -> None:
+    folders = {path.name for path in (ROOT / "pyserve").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(FLOOR) | {"compat", "protos"}
+
+
+@pytest.mark.parametrize("room", [room for room in FLOOR if room != "handlers"])
+def test_a_rooms_init_is_its_charter(room: str) -> None:
+    [only] = parse(ROOM_PATHS[room] / "__init__.py").body
+    assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant), "a docstring, and nothing else"
+
+
+@pytest.mark.parametrize("room", FLOOR)
+def test_a_room_has_tests(room: str) -> None:
+    assert list((ROOT / "tests" / room).glob("test_*.py")), f"tests/{room} holds no tests"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_import_only_what_lies_below(module: str) -> None:
+    room = room_of(module)
+    for other, line in imports_of(MODULES[module]):
+        is_allowed = may_import(room, room_of(other)) or module == "pyserve.__main__"
+        assert is_allowed, f"{named(MODULES[module])}:{line}: {room or 'the root'} may not import {other}"
+
+
+def test_the_rule_of_rooms_refuses_what_it_should() -> None:
+    for room, other in [("lanes", "models"), ("config", "request"), ("", "config"), ("http1", "config")]:
+        assert not may_import(room, other)
+    for room, other in [("models", "lanes"), ("http1", "request"), ("http1", ""), ("api", "api")]:
+        assert may_import(room, other)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    lines = {name: dict(imports_of(path)) for name, path in MODULES.items()}
+    edges = {name: set(others) - {name, "pyserve"} for name, others in lines.items()}
+    while edges:
+        free = {name for name, others in edges.items() if not others & set(edges)}
+        shown = [f"{named(MODULES[a])}:{lines[a][b]} imports {b}" for a in edges for b in edges[a] & set(edges)]
+        assert free, "an import cycle:\n" + "\n".join(shown)
+        edges = {name: others for name, others in edges.items() if name not in free}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_server_does_without_the_names_of_torchserve(module: str) -> None:
+    names = {name.split(".")[0] for node in ast.walk(parse(MODULES[module])) for name in names_of(node)}
+    assert "ts" not in names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_imports_what_only_stands_beside(module: str) -> None:
+    names = {name for node in ast.walk(parse(MODULES[module])) for name in names_of(node)}
+    assert not {name for name in names if re.match(r"(tests|bench|pyserve\.compat)\b", name)}
+
+
+def test_what_runs_without_torch_does_not_import_it() -> None:
+    for start in NO_TORCH:
+        seen: set[str] = set()
+        todo = {f"pyserve.{start}"}
+        while todo:
+            module = todo.pop()
+            seen.add(module)
+            names = set(at_import(parse(MODULES[module])))
+            assert "torch" not in {name.split(".")[0] for name in names}, f"{start} imports torch through {module}"
+            ours = {name if name in MODULES else name.rpartition(".")[0] for name in names}
+            # Whatever imports a module of a room imports the room first.
+            ours |= {name.rpartition(".")[0] for name in ours}
+            todo |= ours & set(MODULES) - seen
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *CSRC], ids=named)

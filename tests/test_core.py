@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Affine, Conv, Identity, InPlace, NamedOutputs, Outputs, save_script
 
 import pyserve
 from pyserve import _core
+from tests.support.networks import Affine, Conv, Identity, InPlace, NamedOutputs, Outputs, save_script
 
 STUB = Path(pyserve.__file__).parent / "_core.pyi"
 EXAMPLE = [torch.zeros(1, 16)]

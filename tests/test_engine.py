@@ -13,8 +13,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from lane_bench import FAR, LaneBench, worker_thread_count
-from networks import (
+from torch import nn
+
+from pyserve import _core
+from tests.support.lane_bench import FAR, LaneBench, worker_thread_count
+from tests.support.networks import (
     POISON,
     Affine,
     Gate,
@@ -30,9 +33,6 @@ from networks import (
     View,
     save_script,
 )
-from torch import nn
-
-from pyserve import _core
 
 EXAMPLE = [torch.zeros(1, 16)]
 MakeBench = Callable[..., LaneBench]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, fields
 
-from pyserve.archiver import ArchiverConfig
+from pyserve.archive.packing import ArchiverConfig
 
 
 @dataclass

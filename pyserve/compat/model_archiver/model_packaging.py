@@ -9,9 +9,9 @@ from dataclasses import fields, replace
 
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_archiver_error import ModelArchiverError
-from pyserve.archiver import write_archive
+from pyserve.archive.packing import write_archive
+from pyserve.commands.torch_model_archiver import main
 from pyserve.errors import ServeError
-from pyserve.torch_model_archiver import main
 
 
 def generate_model_archive(config: ModelArchiverConfig | None = None) -> None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from queue import Queue
 from typing import IO, Any
 
-from pyserve import pid_file
-from pyserve.address import Address
+from pyserve.config.address import Address
+from pyserve.server import pid_file
 
-COMMAND = [sys.executable, "-m", "pyserve.torchserve"]
+COMMAND = [sys.executable, "-m", "pyserve.commands.torchserve"]
 STARTED = "Model server started."
 MANAGEMENT_DEFAULT = "http://127.0.0.1:8081"
 

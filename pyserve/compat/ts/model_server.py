@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pyserve.torchserve import main
+from pyserve.commands.torchserve import main
 
 
 def start() -> None:

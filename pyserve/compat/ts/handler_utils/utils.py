@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from pyserve.streaming import send_intermediate_predict_response
+from pyserve.worker.streaming import send_intermediate_predict_response
 
 __all__ = ["create_predict_response", "import_class", "send_intermediate_predict_response"]
 

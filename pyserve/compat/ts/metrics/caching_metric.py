@@ -1,5 +1,5 @@
 """Metrics of handlers under TorchServe's names."""
 
-from pyserve.custom_metrics import CachingMetric
+from pyserve.telemetry.custom_metrics import CachingMetric
 
 __all__ = ["CachingMetric"]

@@ -1,5 +1,5 @@
 """Metrics of handlers under TorchServe's names."""
 
-from pyserve.custom_metrics import Dimension
+from pyserve.telemetry.custom_metrics import Dimension
 
 __all__ = ["Dimension"]

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Sequence
 
-from pyserve.custom_metrics import UNITS, Dimension, MetricTypes
+from pyserve.telemetry.custom_metrics import UNITS, Dimension, MetricTypes
 
 
 class Metric:

@@ -1,6 +1,6 @@
 """Errors of metrics under TorchServe's names."""
 
-from pyserve.custom_metrics import (
+from pyserve.telemetry.custom_metrics import (
     MetricsCacheKeyError,
     MetricsCachePyYamlError,
     MetricsCacheTypeError,

@@ -1,5 +1,5 @@
 """`MetricsCache` under TorchServe's name."""
 
-from pyserve.custom_metrics import MetricsCache as MetricsCacheYamlImpl
+from pyserve.telemetry.custom_metrics import MetricsCache as MetricsCacheYamlImpl
 
 __all__ = ["MetricsCacheYamlImpl"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pyserve.custom_metrics import MetricsCache
+from pyserve.telemetry.custom_metrics import MetricsCache
 
 
 class MetricsStore(MetricsCache):

@@ -1,6 +1,6 @@
 """Units of metrics."""
 
-from pyserve.custom_metrics import UNITS
+from pyserve.telemetry.custom_metrics import UNITS
 
 
 class Units:

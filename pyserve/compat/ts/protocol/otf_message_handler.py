@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from pyserve import streaming
+from pyserve.worker import streaming
 
 
 def send_intermediate_predict_response(

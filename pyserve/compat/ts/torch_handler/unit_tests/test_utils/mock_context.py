@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyserve.context import Context
-from pyserve.custom_metrics import MetricsCache
+from pyserve.telemetry.custom_metrics import MetricsCache
 
 
 class MockContext(Context):

@@ -1,0 +1,1 @@
+"""What HTTP clients can ask: TorchServe's and KServe's APIs, routing, OpenAPI."""

@@ -1,0 +1,133 @@
+"""The inference API: predictions and health."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyserve.api.routes import ANY, RouteRow
+from pyserve.errors import BadRequestError
+from pyserve.models.model import EXPLAIN_HEADER
+from pyserve.models.registry import Registry
+from pyserve.request import codec
+from pyserve.request.exchange import Exchange
+from pyserve.request.messages import ExtraHeaders, Request, Response, json_response
+
+PREDICT_HEADER = ("explain", "False")
+# By name, for paths that others of the same form stand beside: a listed method wins over ANY.
+METHODS = "GET POST PUT PATCH DELETE"
+
+
+class Inference:
+    """Endpoints of the inference port. Loop thread only.
+
+    Args:
+        tells_errors: whether ``/ready`` may say why a model failed to load, in the words of an exception.
+        lenient: how forms are read, see `codec.decode_request`.
+
+    Attributes:
+        is_ready: whether the server takes requests: not while it starts or drains.
+    """
+
+    def __init__(self, registry: Registry, *, tells_errors: bool = True, lenient: bool = False):
+        self._registry = registry
+        self._tells_errors = tells_errors
+        self._lenient = lenient
+        self.is_ready = False
+
+    def routes(self) -> list[RouteRow]:
+        """What the inference listener answers."""
+        rows: list[RouteRow] = [("*", "/ping", self.ping), ("GET", "/ready", self.ready), ("GET", "/live", self.live)]
+        for name, header in (("predictions", PREDICT_HEADER), ("explanations", EXPLAIN_HEADER)):
+            run = self._endpoint(header, ("url_path", ""))
+            rows += [
+                (ANY, f"/{name}/{{model_name}}", run),
+                (ANY, f"/{name}/{{model_name}}/{{model_version}}", run),
+                (ANY, f"/{name}/{{model_name}}/{{model_version}}/{{rest...}}", self._endpoint_with_path(header)),
+            ]
+        return [
+            *rows,
+            # SageMaker's, and TorchServe's oldest: here the query's parameters are inputs.
+            # On a port that is shared this is no version "invoke" of management's, as in TorchServe.
+            (METHODS, "/models/{model_name}/invoke", self._endpoint(query_is_input=True)),
+            (ANY, "/invocations", self.invoke),
+            (ANY, "/{model_name}/predict", self._endpoint(query_is_input=True)),
+            (ANY, "/{model_name}/{model_version}/predict", self._endpoint(query_is_input=True)),
+        ]
+
+    def _endpoint(self, *headers: tuple[str, str], query_is_input: bool = False) -> Callable[..., None]:
+        """Runs a model on the body, and answers later, without a task; ``headers`` are added for its handler."""
+
+        extra = ExtraHeaders(*headers)
+        explains = EXPLAIN_HEADER in headers
+
+        def run(exchange: Exchange, model_name: str, model_version: str | None = None) -> None:
+            exchange.request.add_headers(extra)
+            model = self._registry.get(model_name, model_version)
+            model.predict(exchange, model_version or "default", explains=explains, query_is_input=query_is_input)
+
+        return run
+
+    def _endpoint_with_path(self, header: tuple[str, str]) -> Callable[..., None]:
+        def run(exchange: Exchange, model_name: str, model_version: str, rest: str) -> None:
+            exchange.request.add_headers(ExtraHeaders(header, ("url_path", rest)))
+            model = self._registry.get(model_name, model_version)
+            model.predict(exchange, model_version, explains=header == EXPLAIN_HEADER)
+
+        return run
+
+    def invoke(self, exchange: Exchange) -> None:
+        """SageMaker's one path: the model is a parameter, or the only one there is."""
+        name = self._invoked_name(exchange.request)
+        self._registry.get(name, None).predict(exchange, query_is_input=True)
+
+    def _invoked_name(self, request: Request) -> str:
+        for key, value in request.params:
+            if key == "model_name" and value:
+                return value
+        loaded = [model.name for model in self._registry.default_models() if model.loaded_at_startup]
+        if len(loaded) == 1:
+            return loaded[0]
+        if request.content_type in codec.FORM_TYPES:
+            field = codec.decode_request(request, lenient=self._lenient).get("model_name")
+            named = field.decode("utf-8", "replace") if isinstance(field, bytearray) else field
+            if named:
+                return str(named)
+        raise BadRequestError("Parameter model_name is required.")
+
+    def ping(self, exchange: Exchange) -> Response:
+        """200 Healthy, or 500 Unhealthy when a model that should have workers has none that is ready."""
+        healthy = self.is_healthy
+        return json_response({"status": "Healthy" if healthy else "Unhealthy"}, 200 if healthy else 500)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the server takes requests, and every model that should have workers has one."""
+        return self.is_ready and not self._not_ready()
+
+    def ready(self, exchange: Exchange) -> Response:
+        """200 when every model can answer; else 503 with the reason for each that cannot."""
+        reasons = self._not_ready()
+        if not self.is_ready:
+            return json_response({"status": "NotReady", "reason": "the server is starting or stopping"}, 503)
+        if reasons:
+            return json_response({"status": "NotReady", "models": reasons}, 503)
+        return json_response({"status": "Ready"})
+
+    def live(self, exchange: Exchange) -> Response:
+        """200 as long as the event loop turns."""
+        return json_response({"status": "Live"})
+
+    def _not_ready(self) -> dict[str, dict[str, str]]:
+        reasons = {}
+        for model in self._registry.default_models():
+            # A model that somebody adds, or gives its first workers, must not take the others out of rotation.
+            is_coming = model.state == "LOADING" or model.starts_first_workers
+            is_short = model.wanted_workers > 0 and not model.has_ready_worker and not is_coming
+            if model.state == "FAILED" or is_short:
+                reasons[model.name] = self._reason(model.state, model.error)
+        for failure in self._registry.failures:
+            reasons[failure.name] = self._reason("FAILED", failure.error)
+        return reasons
+
+    def _reason(self, state: str, error: str) -> dict[str, str]:
+        return {"state": state, **({"error": error} if error and self._tells_errors else {})}

@@ -1,0 +1,164 @@
+"""KServe's protocols over HTTP, versions 1 and 2: their paths, and what stands at each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyserve.api import open_inference_models as models
+from pyserve.api.inference import METHODS, PREDICT_HEADER, Inference
+from pyserve.api.kserve_requests import Transport
+from pyserve.api.kserve_v1 import InstancesPending, is_instances_request
+from pyserve.api.open_inference_rest import (
+    JSON_SIZE_HEADER,
+    QUICK_JSON_SIZE_MAX,
+    encode_response,
+    is_infer_request,
+    is_quick_to_encode,
+    read_request,
+)
+from pyserve.api.routes import ANY, RouteRow
+from pyserve.lanes.audit import Repetition
+from pyserve.models.model import EXPLAIN_HEADER, Model
+from pyserve.models.registry import Registry
+from pyserve.request.exchange import Exchange
+from pyserve.request.messages import ExtraHeaders, Request, Response, json_response
+from pyserve.telemetry.metrics import Metrics
+
+Run = Callable[..., None]
+
+
+class KServe:
+    """Endpoints of the inference port. Loop thread only.
+
+    Args:
+        inference: tells whether the server takes requests and which models cannot.
+        response_size_max: bytes of an answer.
+    """
+
+    def __init__(self, registry: Registry, inference: Inference, metrics: Metrics, response_size_max: int):
+        self._registry = registry
+        self._inference = inference
+        self._metrics = metrics
+        self._response_size_max = response_size_max
+
+    def routes(self) -> list[RouteRow]:
+        """What the inference listener answers of these protocols."""
+        rows: list[RouteRow] = [
+            ("GET", "/v1/models", self.list_models),
+            (METHODS, "/v1/models/{model_name}:predict", self._v1(explains=False)),
+            (METHODS, "/v1/models/{model_name}:explain", self._v1(explains=True)),
+            ("GET", "/v1/models/{model_name}", self.show_readiness),
+            ("GET", "/v2", self.show_server),
+            ("GET", "/v2/health/live", self.show_live),
+            ("GET", "/v2/health/ready", self.show_ready),
+            ("GET", "/v2/models/stats", self.show_statistics),
+        ]
+        infer, explain = self._v2(explains=False), self._v2(explains=True)
+        for model in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{model_version}"):
+            rows += [
+                ("GET", model, self.show_model),
+                ("GET", f"{model}/ready", self.show_model_ready),
+                ("GET", f"{model}/stats", self.show_statistics),
+                (ANY, f"{model}/infer", infer),
+                (ANY, f"{model}/explain", explain),
+            ]
+        return rows
+
+    # --- running models -------------------------------------------------------------------------------------------
+
+    def _v1(self, *, explains: bool) -> Run:
+        extra = ExtraHeaders(EXPLAIN_HEADER if explains else PREDICT_HEADER)
+
+        def run(exchange: Exchange, model_name: str) -> None:
+            model = self._registry.get(model_name)
+            if model.built_in_handler is None or not is_instances_request(exchange.request):
+                exchange.request.add_headers(extra)
+                model.predict(exchange, explains=explains)
+                return
+            model.take(
+                exchange,
+                lambda lane: InstancesPending(lane, exchange, model.version, explains=explains),
+                explains=explains,
+                repetition=Repetition(lambda lane, copy: InstancesPending(lane, copy, model.version, explains=False)),
+            )
+
+        return run
+
+    def _v2(self, *, explains: bool) -> Run:
+        extra = ExtraHeaders(EXPLAIN_HEADER if explains else PREDICT_HEADER)
+
+        def run(exchange: Exchange, model_name: str, model_version: str | None = None) -> None:
+            request = exchange.request
+            model = self._registry.get(model_name, model_version)
+            url_version = model_version or "default"
+            is_meant = is_infer_request(request) if model.built_in_handler else bool(request.header(JSON_SIZE_HEADER))
+            if is_meant:
+                models.infer(
+                    model, exchange, self._transport(request), url_version, explains=explains,
+                    transport_of=self._transport,
+                )  # fmt: skip
+            else:
+                # As in TorchServe: what the body means is up to the model's envelope or handler.
+                request.add_headers(extra)
+                model.predict(exchange, url_version, explains=explains)
+
+        return run
+
+    def _transport(self, request: Request) -> Transport:
+        size_max = self._response_size_max
+        told = request.header(JSON_SIZE_HEADER)
+        json_size = int(told) if told.isascii() and told.isdigit() and len(told) < 10 else len(request.body)
+        return Transport(
+            read=lambda: read_request(request),
+            encode=lambda asked, answer: encode_response(asked, answer, size_max),
+            is_read_quick=json_size <= QUICK_JSON_SIZE_MAX,
+            is_encode_quick=is_quick_to_encode,
+            passes_others=True,
+        )
+
+    # --- what there is --------------------------------------------------------------------------------------------
+
+    def list_models(self, exchange: Exchange) -> Response:
+        """Their names."""
+        return json_response({"models": [model.name for model in self._registry.default_models()]})
+
+    def show_readiness(self, exchange: Exchange, model_name: str) -> Response:
+        """``{"name": ..., "ready": true}``, as the management port answers."""
+        model = self._registry.get(model_name)
+        return json_response({"name": model.name, "ready": bool(model.worker_rows())})
+
+    def show_server(self, exchange: Exchange) -> Response:
+        """Name, version and extensions."""
+        return json_response(models.server_metadata())
+
+    def show_live(self, exchange: Exchange) -> Response:
+        """200 as long as the event loop turns."""
+        return json_response({"live": True})
+
+    def show_ready(self, exchange: Exchange) -> Response:
+        """200 when every model can answer; else 503, with the reasons as ``/ready`` gives them."""
+        told = self._inference.ready(exchange)
+        return json_response({"ready": True}) if told.status == 200 else told
+
+    async def show_model(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
+        """Name, versions, platform, inputs and outputs."""
+        model = self._registry.get(model_name, model_version)
+        versions = [each.version for each in self._registry.versions(model_name)]
+        return json_response(await models.model_metadata(model, versions))
+
+    def show_model_ready(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
+        """200 when it has a worker that is ready, else 503."""
+        model = self._registry.get(model_name, model_version)
+        ready = model.has_ready_worker
+        return json_response({"name": model.name, "ready": ready}, 200 if ready else 503)
+
+    def show_statistics(
+        self, exchange: Exchange, model_name: str | None = None, model_version: str | None = None
+    ) -> Response:
+        """Of a version, of all versions of a model, or of all models."""
+        return json_response(models.statistics(self._statistics_of(model_name, model_version), self._metrics))
+
+    def _statistics_of(self, name: str | None, version: str | None) -> list[Model]:
+        if name is None:
+            return self._registry.all_models()
+        return self._registry.versions(name) if version is None else [self._registry.get(name, version)]

@@ -1,0 +1,488 @@
+"""KServe's protocols spoken for models that do not know them: requests whose rows a lane takes one by one.
+
+* `TensorsPending`: tensors go into the network as they are, and its outputs come back as they are.
+* `tensor_rows.TensorRowsPending`: the same for a handler in worker processes, whose rows go there as numbers.
+* `HandlerRowsPending`: each row is a request to the handler, as a caller of ``/predictions`` would make it.
+* `OwnHandlerPending`: the whole is one request, in JSON, to a handler that knows the protocol itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyserve.api.open_inference import (
+    TEXT_SHOWN_MAX,
+    InferInput,
+    InferOutput,
+    InferRequest,
+    InferResponse,
+    check_input,
+    element_count,
+    elements_of,
+    flat_values,
+    quoted,
+    tensor_of,
+)
+from pyserve.errors import HandlerError, InputError
+from pyserve.handlers.shared_sizes import filled_up
+from pyserve.handlers.tensor_spec import TensorSpec, is_allowed
+from pyserve.input_config import range_text
+from pyserve.lanes.lane import Lane
+from pyserve.lanes.row_requests import ROW_COUNT_MAX, RowPending, RowsPending
+from pyserve.lanes.sequences import SequenceLane
+from pyserve.request.datatypes import BYTES, DATATYPES, datatype_of
+from pyserve.request.exchange import Exchange
+from pyserve.request.messages import Headers, Request, Response
+
+JSON = "application/json"
+RAW = "application/octet-stream"
+# Bodies of rows that are made on the loop.
+QUICK_SIZE_MAX = 4096
+# What a row's own request must not have of the whole's: it says what the whole's body is.
+_OF_THE_BODY = ("content-type", "content-length", "accept", "inference-header-content-length")
+
+
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """How a request came, and how its answer leaves.
+
+    Attributes:
+        read: gives the request; any thread; raises InputError.
+        encode: makes the answer, of whatever form ``exchange`` delivers; any thread; raises ServeError.
+        is_read_quick: whether ``read`` takes under 50 us.
+        is_encode_quick: the same of ``encode``.
+        passes_others: whether an answer of a handler that is not of the protocol leaves as it is; else it becomes an
+            output of BYTES.
+        bytes_as_base64: whether a handler of its own is given BYTES as base64 even if they are text.
+    """
+
+    read: Callable[[], InferRequest]
+    encode: Callable[[InferRequest, InferResponse], Response]
+    is_read_quick: bool = True
+    is_encode_quick: Callable[[InferRequest, list[InferOutput]], bool] = lambda request, outputs: True
+    passes_others: bool = False
+    bytes_as_base64: bool = False
+
+
+class ProtocolPending(RowsPending):
+    """What the three have in common."""
+
+    __slots__ = ("_headers", "_request", "_transport")
+
+    def __init__(
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
+        headers: Headers | None = None,
+    ):  # fmt: skip
+        """``headers``: what the server adds to rows for the handler."""
+        super().__init__(lane, exchange, version, url_version)
+        self._transport = transport
+        self._headers = headers or []
+        self._request = InferRequest([])
+
+    def _row_request(self, body: bytearray, content_type: str, accept: str = "") -> Request:
+        whole = self.exchange.request
+        headers = [pair for pair in whole.headers if pair[0].lower() not in _OF_THE_BODY]
+        if content_type:
+            headers.append(("Content-Type", content_type))
+        if accept:
+            headers.append(("Accept", accept))
+        request = Request(
+            "POST", whole.path, headers=headers + self._headers, body=body, client=whole.client, id=whole.id,
+            arrived_at=whole.arrived_at, has_timing=whole.has_timing,
+        )  # fmt: skip
+        request.deadline = whole.deadline
+        return request
+
+    def _encoded(self, outputs: list[InferOutput]) -> Response:
+        response = InferResponse(
+            self.lane.name, self.version, _selected(self._request, outputs), self._request.id
+        )  # fmt: skip
+        return self._transport.encode(self._request, response)
+
+
+class TensorsPending(ProtocolPending):
+    """Inputs that are the network's own.
+
+    Args:
+        specs: of the network's inputs, in order.
+        output_names: of its outputs, in order; empty if the network names them itself or nobody does.
+    """
+
+    __slots__ = ("_columns", "_outputs", "_specs", "output_names")
+
+    def __init__(
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
+        specs: list[TensorSpec], output_names: tuple[str, ...],
+    ):  # fmt: skip
+        super().__init__(lane, exchange, version, url_version, transport=transport)
+        self._specs = specs
+        self.output_names = output_names
+        self._columns: list[torch.Tensor] = []  # [rows, ...], one per input
+        self._outputs: list[InferOutput] = []
+
+    @property
+    def is_quick(self) -> bool:
+        return self._transport.is_read_quick
+
+    def read(self) -> int:
+        self._request = request = self._transport.read()
+        tensors = tensors_for(request.inputs, self._specs, is_for_engine=True)
+        self._columns = filled_up(self._specs, tensors)
+        return len(tensors[0])
+
+    def row(self, index: int) -> RowPending:
+        columns = self._columns
+        inputs = columns if self.row_count == 1 else [column[index : index + 1] for column in columns]
+        return RowPending(self, index, self.exchange.request, inputs, wants_tensors=True)
+
+    def take_tensors(self, first: int, outputs: list[torch.Tensor], names: tuple[str, ...]) -> None:
+        count = len(outputs[0])
+        if count == self.row_count:
+            self._name_outputs(outputs, names)
+            return
+        if not self._outputs:
+            whole = [torch.empty((self.row_count, *each.shape[1:]), dtype=each.dtype) for each in outputs]
+            self._name_outputs(whole, names)
+        elif tuple(output.name for output in self._outputs) != names:
+            raise HandlerError("an output is None for some rows of the request and not for all; send them one by one")
+        for kept, output in zip(self._outputs, outputs, strict=True):
+            assert isinstance(kept.data, torch.Tensor)
+            if kept.data.shape[1:] != output.shape[1:] or kept.data.dtype != output.dtype:
+                raise HandlerError(
+                    f"the rows of one request have outputs {kept.name!r} of different shapes, "
+                    f"{list(kept.data.shape[1:])} and {list(output.shape[1:])}; send such rows one by one"
+                )
+            kept.data[first : first + count] = output
+
+    def _name_outputs(self, outputs: list[torch.Tensor], names: tuple[str, ...]) -> None:
+        self._outputs = [InferOutput(name, output) for name, output in zip(names, outputs, strict=True)]
+        for output in self._outputs:
+            try:
+                datatype_of(output.data.dtype)  # type: ignore[union-attr]
+            except KeyError:
+                raise HandlerError(
+                    f"output {output.name!r} is {output.data.dtype}, for which the protocol has no datatype"  # type: ignore[union-attr]
+                ) from None
+
+    @property
+    def is_answer_quick(self) -> bool:
+        return self._transport.is_encode_quick(self._request, self._outputs)
+
+    def make_answer(self) -> Response:
+        return self._encoded(self._outputs)
+
+
+class AskedRowsPending(ProtocolPending):
+    """Rows that are requests to the handler, each with a body of its own; `read` and `make_answer` are the protocol's.
+
+    Attributes:
+        rows_to_ask: body and content type of each; set by `read`.
+    """
+
+    __slots__ = ("_answers", "rows_to_ask")
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.rows_to_ask: list[tuple[bytearray, str]] = []
+        self._answers: dict[int, Response] = {}
+
+    @property
+    def is_quick(self) -> bool:
+        return self._transport.is_read_quick and len(self.exchange.request.body) <= QUICK_SIZE_MAX
+
+    def row(self, index: int) -> RowPending:
+        return RowPending(self, index, self._row_request(*self.rows_to_ask[index]), None)
+
+    def take_answer(self, index: int, response: Response) -> None:
+        self._answers[index] = response
+
+    @property
+    def is_answer_quick(self) -> bool:
+        return sum(len(answer.body) for answer in self._answers.values()) <= QUICK_SIZE_MAX
+
+    @property
+    def answers(self) -> list[Response]:
+        """Of all rows, in their order."""
+        return [self._answers[index] for index in range(self.row_count)]
+
+
+class HandlerRowsPending(AskedRowsPending):
+    """Rows for a built-in handler that makes its own input of them.
+
+    Args:
+        pixels: what the network takes where tensors may come too, in place of what the handler makes its input of.
+    """
+
+    __slots__ = ("_pixels", "_tensor")
+
+    def __init__(
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
+        headers: Headers | None = None, pixels: TensorSpec | None = None,
+    ):  # fmt: skip
+        super().__init__(lane, exchange, version, url_version, transport=transport, headers=headers)
+        self._pixels = pixels
+        self._tensor: torch.Tensor | None = None  # in place of `rows_to_ask`
+
+    def read(self) -> int:
+        self._request = request = self._transport.read()
+        if len(request.inputs) != 1:
+            names = ", ".join(repr(tensor.name) for tensor in request.inputs)[:TEXT_SHOWN_MAX]
+            raise InputError(f"the model takes one input, each row an item for its handler; got {names}")
+        (tensor,) = request.inputs
+        count = tensor.shape[0]
+        if count > ROW_COUNT_MAX:
+            return count  # refused as too many
+        if tensor.datatype == BYTES:
+            self.rows_to_ask = element_rows(tensor)
+        elif self._pixels is not None:
+            (self._tensor,) = tensors_for([tensor], [self._pixels])
+        else:
+            self.rows_to_ask = [(bytearray(json.dumps(row.tolist()).encode()), JSON) for row in tensor_of(tensor)]
+        return count
+
+    def row(self, index: int) -> RowPending:
+        if self._tensor is not None:
+            return RowPending(self, index, self._row_request(bytearray(), ""), [self._tensor[index : index + 1]])
+        return super().row(index)
+
+    def make_answer(self) -> Response:
+        return self._encoded(outputs_of_answers(self.answers))
+
+
+class OwnHandlerPending(AskedRowsPending):
+    """One request to a handler that reads the protocol's JSON, or its envelope does."""
+
+    __slots__ = ()
+
+    def read(self) -> int:
+        self._request = self._transport.read()
+        if isinstance(self.lane, SequenceLane):
+            self._check_sequence(self.lane.spec.header_keys[0])
+        body = request_as_json(self._request, self.lane.name, as_base64=self._transport.bytes_as_base64)
+        self.rows_to_ask = [(bytearray(body), JSON)]
+        return 1
+
+    def _check_sequence(self, id_key: str) -> None:
+        """That it is of the sequence that its parameters name; by its headers it has found its worker."""
+        told = sequence_id(self._request.parameters)
+        if told and told != self.exchange.request.header(id_key):
+            raise InputError(f"the parameter 'sequence_id' is {quoted(told)}; over HTTP send it as the header {id_key}")
+
+    def make_answer(self) -> Response:
+        (answer,) = self.answers
+        outputs = outputs_in_json(answer.body)
+        if outputs is None:
+            if self._transport.passes_others:
+                return answer
+            outputs = [InferOutput("output0", [bytes(answer.body)])]
+        return self._encoded(outputs)
+
+
+def sequence_id(parameters: Mapping[str, Any]) -> str:
+    """The sequence that Triton's clients name in a request's parameters; ``""`` for none."""
+    id = parameters.get("sequence_id")
+    return "" if id in (None, 0, "") else str(id)
+
+
+def names_of_outputs(count: int, configured: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that model-config.yaml gives, if they are as many, else ``output0``, ``output1``, ..."""
+    return configured if len(configured) == count else tuple(f"output{index}" for index in range(count))
+
+
+def names_of_inputs(specs: list[TensorSpec]) -> list[str]:
+    """As model-config.yaml gives them, else ``input0``."""
+    return [spec.name or f"input{index}" for index, spec in enumerate(specs)]
+
+
+def tensors_for(
+    inputs: list[InferInput], specs: list[TensorSpec], *, is_for_engine: bool = False
+) -> list[torch.Tensor]:
+    """The inputs in the network's order, each [rows, ...], as they came: nothing is padded.
+
+    Args:
+        is_for_engine: they go into a batch of the engine, which takes numbers from any address.
+
+    Raises:
+        InputError: they are not those that ``specs`` describe; the text names the input, what came and what may.
+    """
+    ordered = _in_order(inputs, specs)
+    for tensor, spec in zip(ordered, specs, strict=True):
+        _check_fits(tensor, spec)
+    if len({tensor.shape[0] for tensor in ordered}) > 1:
+        raise InputError(f"the inputs have different numbers of rows: {', '.join(map(str, ordered))}")
+    tensors = []
+    for tensor, spec in zip(ordered, specs, strict=True):
+        is_looked_at = spec.pad_to or spec.has_to_be_read
+        tensors.append(tensor_of(tensor, is_for_engine=is_for_engine and not is_looked_at))
+        spec.check(tensors[-1])
+    return tensors
+
+
+def _in_order(inputs: list[InferInput], specs: list[TensorSpec]) -> list[InferInput]:
+    """``inputs`` as the network takes them. A lone input without a configured name may have any."""
+    if len(specs) == 1 and len(inputs) == 1 and not specs[0].name:
+        return inputs
+    names = names_of_inputs(specs)
+    given = {tensor.name: tensor for tensor in inputs}
+    if len(given) < len(inputs):
+        raise InputError("two inputs have the same name")
+    if set(given) != set(names):
+        told = ", ".join(map(repr, given))[:TEXT_SHOWN_MAX] or "none"
+        raise InputError(f"the model's inputs are {', '.join(map(repr, names))}; got {told}")
+    return [given[name] for name in names]
+
+
+def _check_fits(tensor: InferInput, spec: TensorSpec) -> None:
+    wanted = datatype_of(spec.torch_dtype)
+    if tensor.datatype != wanted:
+        raise InputError(f"{tensor} must be {wanted}, as the model's input is {spec}")
+    sizes = tensor.shape[1:]
+    if len(sizes) != len(spec.sizes) or not all(map(is_allowed, sizes, spec.sizes)):
+        shape = ", ".join(["rows", *map(range_text, spec.sizes)])
+        raise InputError(f"{tensor} must have the shape [{shape}]")
+
+
+def element_rows(tensor: InferInput) -> list[tuple[bytearray, str]]:
+    """Body and content type of a row for each element of a BYTES input. InputError if there is not one per row."""
+    count = tensor.shape[0]
+    if element_count(tensor) != count:
+        raise InputError(f"{tensor} needs one element per row, that is the shape [{count}] or [{count}, 1]")
+    return [_element_row(element) for element in elements_of(tensor)]
+
+
+def _element_row(element: Any) -> tuple[bytearray, str]:
+    if isinstance(element, str):
+        return bytearray(element.encode("utf-8", "surrogatepass")), "text/plain; charset=utf-8"
+    return bytearray(element), ""
+
+
+def _selected(request: InferRequest, outputs: list[InferOutput]) -> list[InferOutput]:
+    if not request.outputs:
+        return outputs
+    # What is None is not among them: the protocol has no word for it, and its clients read a missing output as None.
+    by_name = {output.name: output for output in outputs}
+    names = [wanted.name for wanted in request.outputs]
+    for name in names:
+        if name not in by_name:
+            known = ", ".join(map(repr, by_name))
+            raise InputError(f"the model has no output {quoted(name)}, or it is None here; its outputs are {known}")
+        if names.count(name) > 1:
+            raise InputError(f"output {quoted(name)} is asked for twice; name each output once")
+    return [by_name[wanted.name] for wanted in request.outputs]
+
+
+def outputs_of_answers(answers: list[Response], configured: tuple[str, ...] = ()) -> list[InferOutput]:
+    """A handler's answers, one per row, as outputs: tensors if they are numbers of one shape, else BYTES.
+
+    Args:
+        configured: names of outputs that come without.
+
+    Raises:
+        HandlerError: tensors of several shapes, which do not make one.
+    """
+    headers = answers[0].headers
+    if all("x-tensor-dtype" in answer.headers for answer in answers):
+        if any(answer.headers != headers for answer in answers):
+            shapes = " and ".join(sorted({f"[{answer.headers['x-tensor-shape']}]" for answer in answers})[:2])
+            raise HandlerError(
+                f"the rows of one request have outputs of different shapes, {shapes}; send such rows one by one"
+            )
+        return _outputs_of_raw(answers, configured)
+    values = []
+    for answer in answers:
+        try:
+            values.append(json.loads(bytes(answer.body)))
+        except ValueError:
+            break
+    if len(values) == len(answers) and isinstance(values[0], (int, float, list)):
+        try:
+            tensor = torch.tensor(values)
+            if tensor.is_floating_point():
+                tensor = torch.tensor(values, dtype=torch.float64)  # as exact as the handler's answer
+        except (ValueError, TypeError, RuntimeError, OverflowError):
+            pass  # of different shapes, or with something else in them
+        else:
+            return [InferOutput("output0", tensor)]
+    return [InferOutput("output0", [bytes(answer.body) for answer in answers])]
+
+
+def _outputs_of_raw(answers: list[Response], configured: tuple[str, ...]) -> list[InferOutput]:
+    headers = answers[0].headers
+    dtypes = [getattr(torch, name) for name in headers["x-tensor-dtype"].split(",")]
+    shapes = [[int(size) for size in shape.split(",") if size] for shape in headers["x-tensor-shape"].split(";")]
+    names = tuple(name for name in headers.get("x-tensor-name", "").split(",") if name)
+    sizes = [dtype.itemsize * torch.Size(shape).numel() for dtype, shape in zip(dtypes, shapes, strict=True)]
+    outputs, at = [], 0
+    for index, name in enumerate(names_of_outputs(len(dtypes), names or configured)):
+        column = bytearray(b"".join(bytes(answer.body[at : at + sizes[index]]) for answer in answers))
+        at += sizes[index]
+        tensor = torch.frombuffer(column, dtype=dtypes[index]).view(len(answers), *shapes[index])
+        outputs.append(InferOutput(name, tensor))
+    return outputs
+
+
+def request_as_json(request: InferRequest, model_name: str, *, as_base64: bool) -> bytes:
+    """The request as a handler of its own reads it: all data as JSON, flat.
+
+    Args:
+        as_base64: whether BYTES become base64 even if they are text, as TorchServe's gRPC has it. Else all of an input
+            do if one is no text, and its parameter ``content_type`` is ``base64``.
+    """
+    inputs = []
+    for tensor in request.inputs:
+        said: dict[str, str] = {}
+        if tensor.datatype == BYTES:
+            values, is_base64 = _texts(elements_of(tensor), as_base64=as_base64)
+            said = {"content_type": "base64"} if is_base64 and not as_base64 else said
+        elif isinstance(tensor.data, list):
+            values = flat_values(tensor)
+        else:
+            values = tensor_of(tensor).reshape(-1).tolist()
+        entry = {"name": tensor.name, "shape": list(tensor.shape), "datatype": tensor.datatype, "data": values}
+        rest = {name: value for name, value in tensor.parameters.items() if name != "binary_data_size"} | said
+        inputs.append({**entry, **({"parameters": rest} if rest else {})})
+    whole: dict[str, Any] = {"id": request.id} if request.id else {}
+    whole |= {"model_name": model_name, "inputs": inputs}
+    if request.parameters:
+        whole["parameters"] = dict(request.parameters)
+    if request.outputs:
+        whole["outputs"] = [{"name": output.name} for output in request.outputs]
+    return json.dumps(whole).encode()
+
+
+def _texts(elements: list[Any], *, as_base64: bool) -> tuple[list[str], bool]:
+    if not as_base64:
+        try:
+            return [each if isinstance(each, str) else bytes(each).decode() for each in elements], False
+        except UnicodeDecodeError:
+            pass
+    raws = [each.encode("utf-8", "surrogatepass") if isinstance(each, str) else bytes(each) for each in elements]
+    return [base64.b64encode(raw).decode() for raw in raws], True
+
+
+def outputs_in_json(body: bytes | bytearray | memoryview) -> list[InferOutput] | None:
+    """The outputs that a handler answered in the protocol's JSON; None if the answer is something else."""
+    try:
+        told = json.loads(bytes(body))
+        entries = told["outputs"]
+        return [_output_in_json(entry) for entry in entries]
+    except (ValueError, TypeError, KeyError, AttributeError, InputError, RecursionError):
+        return None
+
+
+def _output_in_json(entry: dict[str, Any]) -> InferOutput:
+    name, datatype, shape, data = str(entry["name"]), entry["datatype"], entry["shape"], entry["data"]
+    if datatype not in DATATYPES or not isinstance(data, list):
+        raise ValueError(f"output {name} is not of the protocol")
+    if datatype == BYTES:
+        texts = [each if isinstance(each, str) else json.dumps(each) for each in data]
+        return InferOutput(name, [each.encode() for each in texts])
+    tensor = InferInput(name, datatype, tuple(shape), data)
+    check_input(tensor)
+    return InferOutput(name, tensor_of(tensor))

@@ -1,0 +1,200 @@
+"""The shapes of what goes over the wire, as JSON schemas in OpenAPI 3.0.1's dialect; see `openapi`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyserve.api import parameters
+from pyserve.archive.manifest import MODEL_NAME_PATTERN, NAME_SIZE_MAX, VERSION_PATTERN
+from pyserve.config.bounds import BOUNDS
+from pyserve.errors import JsonObject
+from pyserve.request.deadline import TIMEOUT_MAX_MS
+from pyserve.request.messages import ASK_HEADER, TIMEOUT_HEADER
+
+JSON = "application/json"
+
+
+def record(*optional: str, **properties: JsonObject) -> JsonObject:
+    """An object that has all ``properties`` but perhaps the ``optional`` ones, and perhaps others."""
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "properties": properties, **({"required": required} if required else {})}
+
+
+def array(items: JsonObject) -> JsonObject:
+    """A list of ``items``."""
+    return {"type": "array", "items": items}
+
+
+def table(values: JsonObject) -> JsonObject:
+    """An object of ``values`` under names that are not known beforehand."""
+    return {"type": "object", "additionalProperties": values}
+
+
+def _setting(name: str) -> JsonObject:
+    return {"type": "integer", "minimum": BOUNDS[name].least, "maximum": BOUNDS[name].most}
+
+
+TEXT: JsonObject = {"type": "string"}
+COUNT: JsonObject = {"type": "integer", "minimum": 0}
+FLAG: JsonObject = {"type": "boolean"}
+BYTES: JsonObject = {"type": "string", "format": "binary"}
+ANYTHING: JsonObject = {}
+OBJECT: JsonObject = {"type": "object"}
+
+# Named in each document as components; `reference` stands for them.
+ERROR = record(
+    "detail",
+    code={"type": "integer", "minimum": 400, "maximum": 599},
+    type={**TEXT, "description": "TorchServe's exception class."},
+    message=TEXT,
+    detail={
+        **OBJECT, "description": "The cause: reason, exception, text, where, mend, request_id. Left out under strict.",
+    },
+)  # fmt: skip
+STATUS = record(status=TEXT)
+_WORKER = record(
+    id=TEXT, startTime={**TEXT, "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$"},
+    status={**TEXT, "enum": ["READY", "UNLOADING"]}, memoryUsage=COUNT, pid={"type": "integer", "minimum": -1},
+    gpu=FLAG, gpuUsage=TEXT,
+)  # fmt: skip
+MODEL = record(
+    "deviceIds", "customizedMetadata", "error", "batchSizeHistogram", "meanQueueMs",
+    modelName=TEXT, modelVersion=TEXT, modelUrl=TEXT, runtime=TEXT, minWorkers=_setting("workers_min"),
+    maxWorkers=_setting("workers_max"), batchSize=_setting("batch_size"), maxBatchDelay=_setting("max_batch_delay_ms"),
+    responseTimeout=_setting("response_timeout_s"), startupTimeout=_setting("startup_timeout_s"),
+    maxRetryTimeoutInSec=COUNT, clientTimeoutInMills=_setting("client_timeout_ms"),
+    parallelType={**TEXT, "enum": ["", "pp", "tp", "pptp", "custom"]}, parallelLevel=COUNT,
+    deviceType={**TEXT, "enum": ["cpu", "gpu"]}, deviceIds=array(COUNT), continuousBatching=FLAG, useJobTicket=FLAG,
+    useVenv=FLAG, stateful=FLAG, sequenceMaxIdleMSec=COUNT, sequenceTimeoutMSec=COUNT, maxNumSequence=COUNT,
+    maxSequenceJobQueueSize=COUNT, loadedAtStartup=FLAG, workers=array(_WORKER),
+    jobQueueStatus=record(remainingCapacity=COUNT, pendingRequests=COUNT), customizedMetadata=OBJECT,
+    lane={**TEXT, "enum": ["native", "python", ""]},
+    state={**TEXT, "enum": ["LOADING", "READY", "FAILED", "DRAINING"]}, error=TEXT, device=TEXT, weightsShared=FLAG,
+    copies=COUNT, weightsSize=COUNT, minBatch=_setting("min_batch"), precision=TEXT,
+    checks={**OBJECT, "description": "What was found out about the model at load."},
+    batchSizeHistogram=table(COUNT), meanQueueMs={"type": "number", "minimum": 0},
+)  # fmt: skip
+
+def reference(name: str) -> JsonObject:
+    """Stands for a member of COMPONENTS."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+SCALED = record(
+    "changed", "unused", status=TEXT, unused=array(TEXT), changed={**table(TEXT), "example": {"batch_size": "1 -> 8"}}
+)
+LISTED = record(
+    "nextPageToken", nextPageToken={**TEXT, "pattern": "^[0-9]+$"},
+    models=array(record(modelName=TEXT, modelUrl=TEXT)),
+)  # fmt: skip
+HEALTH = record(status={**TEXT, "enum": ["Healthy", "Unhealthy"]})
+READINESS = record(
+    "reason", "models", status={**TEXT, "enum": ["Ready", "NotReady"]}, reason=TEXT,
+    models=table(record("error", state=TEXT, error=TEXT)),
+)  # fmt: skip
+DOCUMENT = record(openapi={**TEXT, "enum": ["3.0.1"]}, info=record(title=TEXT, version=TEXT), paths=OBJECT)
+# KServe's protocols.
+NAMES = record(models=array(TEXT))
+KNOWN = record(name=TEXT, ready=FLAG)
+SERVER = record(name=TEXT, version=TEXT, extensions=array(TEXT), extenstion=array(TEXT))
+V2_ERROR = {
+    **ERROR,
+    "properties": {**ERROR["properties"], "error": {**TEXT, "description": "The message; not in what HTTP refuses."}},
+}  # fmt: skip
+_DATATYPE: JsonObject = {
+    **TEXT,
+    "enum": ["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64",
+             "BF16", "BYTES"],
+}  # fmt: skip
+_SHAPE = array({"type": "integer", "minimum": -1})
+_TENSOR_KIND = record(name=TEXT, datatype=_DATATYPE, shape=_SHAPE)
+V2_MODEL = record(
+    name=TEXT, versions=array(TEXT), platform=TEXT, inputs=array(_TENSOR_KIND), outputs=array(_TENSOR_KIND)
+)
+_TIME = record(count=COUNT, ns=COUNT)
+V2_STATISTICS = record(model_stats=array(record(
+    name=TEXT, version=TEXT, last_inference=COUNT, inference_count=COUNT, execution_count=COUNT,
+    inference_stats=record(success=_TIME, fail=_TIME, queue=_TIME, compute_input=_TIME, compute_infer=_TIME,
+                           compute_output=_TIME),
+)))  # fmt: skip
+_TENSOR = record(
+    "data", "parameters", name=TEXT, shape=array(COUNT), datatype=_DATATYPE,
+    data={"type": "array", "items": ANYTHING}, parameters=OBJECT,
+)  # fmt: skip
+V2_REQUEST: JsonObject = {
+    JSON: {"schema": record(
+        "id", "parameters", "outputs", id=TEXT, parameters=OBJECT, inputs=array(_TENSOR),
+        outputs=array(record("parameters", name=TEXT, parameters=OBJECT)),
+    )},
+    "application/octet-stream": {"schema": {
+        **BYTES, "description": "The JSON, as long as Inference-Header-Content-Length says, then the tensors' bytes.",
+    }},
+}  # fmt: skip
+
+INPUT: JsonObject = {
+    "*/*": {"schema": BYTES},
+    JSON: {"schema": ANYTHING},
+    "multipart/form-data": {"schema": table(BYTES)},
+    "application/x-www-form-urlencoded": {"schema": table(TEXT)},
+}
+REGISTRATION: JsonObject = {
+    JSON: {"schema": {
+        "type": "object", "required": ["url"], "additionalProperties": False,
+        "properties": {each.name: {**each.schema, "description": each.about} for each in parameters.REGISTER},
+    }},
+}  # fmt: skip
+
+
+def _name(pattern: str) -> JsonObject:
+    return {"type": "string", "pattern": f"^{pattern}$", "maxLength": NAME_SIZE_MAX}
+
+
+PATH_PARAMETERS: dict[str, JsonObject] = {
+    "model_name": {
+        "description": "As registered.",
+        "schema": _name(MODEL_NAME_PATTERN),
+    },
+    "model_version": {"description": "As in the archive's manifest.", "schema": _name(VERSION_PATTERN)},
+    "rest": {
+        "description": "May hold slashes; the handler finds it in its url_path header.",
+        "schema": {"type": "string", "pattern": r"^[^/\x00-\x1f\x7f]+$"},
+    },
+}
+
+
+def header(name: str, about: str, schema: JsonObject) -> JsonObject:
+    """A Parameter Object of a request header."""
+    return {"in": "header", "name": name, "description": about, "schema": schema}
+
+
+REQUEST_ID = header(
+    "x-request-id", "Names the request in the answer, in the log and for its handler; made up if it is not valid.",
+    {**TEXT, "example": "b9ddb6f6-8d7b-4ab0-9f3c-2d4f3c0a4a57"},
+)  # fmt: skip
+JSON_SIZE = header(
+    "Inference-Header-Content-Length", "With tensors behind the JSON: how long the JSON is, in bytes.", TEXT
+)
+TIME_HEADERS = (
+    header(TIMEOUT_HEADER, "How long the client waits, in ms: longer and the request never runs (503), or its result "
+           "is dropped (504).", {"type": "integer", "minimum": 1, "maximum": TIMEOUT_MAX_MS}),
+    header(ASK_HEADER, "1: the answer has a Server-Timing header.", {"type": "string", "enum": ["0", "1"]}),
+    header("traceparent", "W3C Trace Context; one that is malformed is ignored.", TEXT),
+)  # fmt: skip
+
+
+COMPONENTS: dict[str, JsonObject] = {"Error": ERROR, "Status": STATUS, "Model": MODEL, "V2Error": V2_ERROR}
+
+
+def _answer_header(about: str, schema: JsonObject) -> JsonObject:
+    return {"description": about, "schema": schema}
+
+
+ANSWER_HEADERS: JsonObject = {"x-request-id": _answer_header("The request's id.", TEXT)}
+TIMED_HEADERS: JsonObject = {
+    **ANSWER_HEADERS,
+    "Server-Timing": _answer_header("Durations of the stages in ms, and why the batch was released.", TEXT),
+}
+LATER_HEADERS: JsonObject = {**ANSWER_HEADERS, "Retry-After": _answer_header("Seconds.", COUNT)}
+KEY_SCHEMES: dict[str, Any] = {
+    "key": {"type": "http", "scheme": "bearer", "description": "Of key_file.json, where this server asks for one."}
+}

@@ -1,0 +1,4 @@
+"""Archives as untrusted files: read, check, unpack, cache, pack; manifest and model-config.
+
+Never runs what is in them.
+"""

@@ -1,0 +1,331 @@
+"""Opens a model archive: ``.mar`` (zip), ``.tar.gz``/``.tgz``, or a plain folder.
+
+The file is opened once and everything is read through that descriptor, so replacing it meanwhile gives the old or the
+new content, never a mixture. The order is: list, check, read manifest and configuration, check what the weights would
+inflate to, and only then write; what is written appears by one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyserve.archive.cache import ArchiveCache, Contents, folder_key, open_cache
+from pyserve.archive.entries import (
+    LIMITS,
+    MANIFEST_NAME,
+    Entry,
+    Limits,
+    Reader,
+    SourceFile,
+    check_entries,
+    check_unpacked_size,
+    name_problem,
+    refuse,
+)
+from pyserve.archive.extract import find_root, open_reader, unpack, verify
+from pyserve.archive.folder_reader import FolderReader
+from pyserve.archive.manifest import Manifest, missing_manifest
+from pyserve.archive.model_config import ModelConfig
+from pyserve.archive.weights import FileIdentity, Weights, check_inflation
+from pyserve.errors import InvalidModelError, ModelLoadError, ModelNotFoundError, shown
+
+__all__ = [
+    "Archive", "Manifest", "ModelConfig", "Survey", "Weights", "give_manifest", "has_manifest", "is_unpacked",
+    "open_archive", "survey",
+]
+
+# Folder -> text of the manifest that `pyserve dev` made up for it, JSON.
+_MANIFESTS_VARIABLE = "PYSERVE_DEV_MANIFESTS"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What an archive holds, before anything is unpacked.
+
+    Attributes:
+        kind: ``zip``, ``tar.gz``, ``tar`` or ``folder``.
+        entries: everything in it, in its order.
+        root: the folder that holds the model, with a trailing slash, or empty.
+        weights: the entry of the serialized file; None when the manifest names none.
+        is_mapped: the weights can be used where they lie.
+    """
+
+    kind: str
+    entries: list[Entry]
+    root: str
+    manifest: Manifest
+    config: ModelConfig
+    weights: Entry | None
+    is_mapped: bool
+
+
+class Archive:
+    """An opened archive.
+
+    Attributes:
+        path: as given to `open_archive`.
+        name: its file name.
+        manifest, config: parsed and checked.
+        model_dir: folder with code and extra files. Mapped weights are not in it until `Weights.as_file` is called.
+        weights: the serialized file; None when the manifest names none.
+        sha256: key of the content; for a folder, of its files' identities.
+        files: names below ``model_dir`` that belong to the archive, mapped weights included, with sizes in bytes.
+    """
+
+    def __init__(
+        self, path: Path, cache: ArchiveCache, key: str, *, model_dir: Path, manifest: Manifest, config: ModelConfig,
+        weights: Weights | None, files: dict[str, int],
+    ):
+        self.path = path
+        self.name = path.name
+        self.sha256 = key
+        self.model_dir = model_dir
+        self.manifest = manifest
+        self.config = config
+        self.weights = weights
+        self.files = files
+        self._cache = cache
+
+    def cache_file(self, name: str) -> Path:
+        """Where something derived from this content is kept, such as a compiled model. The file may not exist.
+
+        Raises:
+            ValueError: ``name`` is not a plain file name.
+        """
+        if "/" in name or name_problem(name):
+            raise ValueError(f"{name!r} is not a plain file name")
+        return self._cache.derived(self.sha256) / name
+
+    def close(self) -> None:
+        """Lets go of the archive file. Unpacked files and open maps stay."""
+        if self.weights is not None:
+            self.weights.close()
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+
+def open_archive(
+    path: str | Path, *, cache_dir: str | Path | None = None, limits: Limits = LIMITS, manifest: bytes | None = None
+) -> Archive:
+    """Opens an archive, unpacking it the first time its content is seen.
+
+    Args:
+        path: a ``.mar``, ``.tar.gz``, ``.tgz`` or ``.tar`` file, or a folder.
+        cache_dir: where to unpack; see `pyserve.archive.cache.open_cache` for the default.
+        manifest: text of MANIFEST.json for a folder without one; `give_manifest` gives it to all processes.
+
+    Raises:
+        ModelNotFoundError: there is no such file.
+        InvalidModelError: the archive cannot be used; nothing of it is left on disk.
+        ModelLoadError: the cache folder cannot be used, or the disk is full.
+    """
+    path = Path(path).absolute()
+    cache = open_cache(Path(cache_dir).absolute() if cache_dir is not None else None)
+    try:
+        if path.is_dir():
+            return _open_folder(path, cache, limits, manifest or _given_manifest(path))
+        with _opened(path) as source:
+            return _open_file(path, source, cache, limits)
+    except OSError as error:
+        raise ModelLoadError(
+            f"{path.name}: cannot be read or unpacked: {error.strerror or type(error).__name__}; check its "
+            "permissions, and free space or set PYSERVE_CACHE to a folder with enough of it"
+        ) from error
+
+
+@contextlib.contextmanager
+def survey(path: str | Path, *, label: str | None = None, limits: Limits = LIMITS) -> Iterator[Survey]:
+    """Lists and checks an archive, and unpacks nothing. Errors as for `open_archive`, with ``label`` for its name."""
+    path = Path(path).absolute()
+    if path.is_dir():
+        yield _survey(FolderReader(_model_folder(path), label or path.name, limits), limits)
+        return
+    with _opened(path) as source:
+        source.label = label or source.label
+        yield _survey(open_reader(source, limits), limits)
+
+
+def _survey(reader: Reader, limits: Limits) -> Survey:
+    entries = list(reader.entries)
+    check_entries(reader.label, entries, limits)
+    root = find_root(reader.label, entries)
+    files = {entry.name[len(root) :]: entry for entry in entries if not entry.is_folder and entry.name.startswith(root)}
+    manifest = Manifest.parse(reader.read(files[MANIFEST_NAME], limits.manifest_size_max), reader.label)
+    manifest.check_files(files.keys(), reader.label)
+    config = ModelConfig()
+    if manifest.config_file is not None:
+        text = reader.read(files[manifest.config_file], limits.config_size_max)
+        config = ModelConfig.parse(text, f"{reader.label}: {manifest.config_file}")
+    weights = files[manifest.serialized_file] if manifest.serialized_file is not None else None
+    if weights is not None and weights.size == 0:
+        refuse(reader.label, f"serializedFile {shown(weights.name)} is empty (0 bytes); add the weights and pack again")
+    is_mapped = weights is not None and weights.is_stored
+    if reader.kind != "folder":
+        unpacked = [entry for entry in entries if not (is_mapped and entry is weights)]
+        check_unpacked_size(reader.label, unpacked, reader.file_size, limits)
+    return Survey(reader.kind, entries, root, manifest, config, weights, is_mapped)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[SourceFile]:
+    """The regular file ``path``; a pipe or device in its place neither blocks nor is read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelNotFoundError(f"Model not found at: {path.name}") from None
+    except OSError as error:
+        refuse(path.name, f"cannot be opened: {error.strerror}; check its permissions")
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            refuse(path.name, "is not a regular file; give an archive or a folder")
+        yield SourceFile(descriptor, path.name, status.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def _open_file(path: Path, source: SourceFile, cache: ArchiveCache, limits: Limits) -> Archive:
+    before = FileIdentity.of(source.descriptor)
+    reader = open_reader(source, limits)
+    key = cache.digest(source)
+    contents = cache.look_up(key)
+    if contents is None:
+        with cache.lock(key):
+            contents = cache.look_up(key) or _add(
+                reader, source, path=path, cache=cache, key=key, limits=limits
+            )
+    if FileIdentity.of(source.descriptor) != before:
+        refuse(path.name, "changed while it was read; write it elsewhere, then rename it into place")
+    model_dir = cache.files(key) / contents.root
+    manifest = Manifest.parse((model_dir / MANIFEST_NAME).read_bytes(), path.name)
+    config = ModelConfig()
+    if manifest.config_file is not None:
+        text = (model_dir / manifest.config_file).read_bytes()
+        config = ModelConfig.parse(text, f"{path.name}: {manifest.config_file}")
+    names = dict(contents.files)
+    weights = None
+    if contents.weights is not None:
+        name, offset, size = contents.weights
+        names[name] = size
+        unpack_to = cache.files(key) / name
+        weights = Weights(
+            name[len(contents.root) :], path, offset, size, descriptor=source.descriptor, unpack_to=unpack_to
+        )
+    elif manifest.serialized_file is not None:
+        unpacked = model_dir / manifest.serialized_file
+        weights = Weights(manifest.serialized_file, unpacked, 0, unpacked.stat().st_size)
+    root = contents.root
+    files = {name[len(root) :]: size for name, size in names.items() if name.startswith(root)}
+    return Archive(
+        path, cache, key, model_dir=model_dir, manifest=manifest, config=config, weights=weights, files=files
+    )
+
+
+def _add(
+    reader: Reader, source: SourceFile, *, path: Path, cache: ArchiveCache, key: str, limits: Limits
+) -> Contents:
+    """Unpacks an archive into the cache; whatever goes wrong, nothing of it stays."""
+    found = _survey(reader, limits)
+    weights = found.weights
+    mapped = weights if found.is_mapped else None
+    with cache.unpacking(key) as partial:
+        files = partial / "files"
+        files.mkdir()
+        if mapped is not None:
+            with contextlib.closing(Weights(mapped.name, path, mapped.offset, mapped.size,
+                                            descriptor=source.descriptor)) as window:
+                check_inflation(window, limits, path.name)
+            verify(reader, [mapped])
+        unpack(reader, [entry for entry in found.entries if entry is not mapped], files)
+        if weights is not None and mapped is None:
+            check_inflation(Weights(weights.name, files / weights.name, 0, weights.size), limits, path.name)
+        contents = Contents(
+            found.root,
+            {entry.name: entry.size for entry in found.entries if not entry.is_folder and entry is not mapped},
+            (mapped.name, mapped.offset, mapped.size) if mapped is not None else None,
+        )
+        cache.commit(key, partial, contents)
+    return contents
+
+
+def _open_folder(path: Path, cache: ArchiveCache, limits: Limits, manifest: bytes | None) -> Archive:
+    if manifest is not None:
+        reader = FolderReader(path, path.name, limits, manifest=manifest)
+    else:
+        reader = FolderReader(_model_folder(path), path.name, limits)
+    found = _survey(reader, limits)
+    weights = None
+    if found.weights is not None:
+        weights = Weights(found.weights.name, reader.path / found.weights.name, 0, found.weights.size)
+        check_inflation(weights, limits, path.name)
+    files = {entry.name: entry.size for entry in reader.files if not entry.is_folder}
+    key = folder_key(reader.path, reader.files)
+    if manifest is not None:
+        key = hashlib.sha256(key.encode() + manifest).hexdigest()
+    return Archive(
+        path, cache, key, model_dir=reader.path, manifest=found.manifest, config=found.config, weights=weights,
+        files=files,
+    )
+
+
+def is_unpacked(path: str | Path) -> bool:
+    """Whether opening this archive unpacks nothing: it is a folder, or in the cache.
+
+    Raises:
+        ServeError: there is no such file.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        return True
+    with _opened(path) as source:
+        cache = open_cache()
+        return cache.look_up(cache.digest(source)) is not None
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether ``folder``, or the one folder in it, is a model with a MANIFEST.json."""
+    try:
+        _model_folder(folder)
+    except InvalidModelError:
+        return False
+    return True
+
+
+def give_manifest(folder: Path, manifest: bytes) -> None:
+    """Has this process, and those that it starts from now on, open ``folder`` with a manifest that is not in it."""
+    given = json.loads(os.environ.get(_MANIFESTS_VARIABLE, "{}"))
+    given[str(folder.resolve())] = manifest.decode()
+    os.environ[_MANIFESTS_VARIABLE] = json.dumps(given)
+
+
+def _given_manifest(path: Path) -> bytes | None:
+    given = os.environ.get(_MANIFESTS_VARIABLE)
+    if not given:
+        return None
+    text = json.loads(given).get(str(path.resolve()))
+    return None if text is None else str(text).encode()
+
+
+def _model_folder(path: Path) -> Path:
+    """The folder with the manifest: ``path``, or the one folder in it."""
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    try:
+        below = [child for child in path.iterdir() if child.is_dir() and not child.name.startswith((".", "__"))]
+    except OSError as error:
+        refuse(path.name, f"cannot be read: {error.strerror}; check its permissions")
+    if len(below) == 1 and not below[0].is_symlink() and (below[0] / MANIFEST_NAME).is_file():
+        return below[0]
+    raise missing_manifest(path.name)

@@ -1,0 +1,239 @@
+"""The folder where archives are unpacked once, keyed by their content.
+
+    <cache>/archives/<key>/contents.json     what was unpacked, and where the weights are
+    <cache>/archives/<key>/files/...         the archive's files
+    <cache>/archives/<key>/derived/...       what was made from them: compiled models
+    <cache>/archives/.partial-<key>/         being unpacked; renamed when complete, removed when it failed
+    <cache>/locks/<xx>                       one of 256 lock files: one process unpacks a key, the others wait
+    <cache>/digests/<device>-<inode>         SHA-256 of a file seen before, so that it is not hashed again
+
+The key is the SHA-256 of all of the archive's bytes. Names, sizes and CRC-32s would be faster to collect but are easy
+to forge, and whoever forges them would have their code run under another archive's key. Hashing runs at about 1.2 GB/s
+and is remembered per device, inode, size, modification and change time; the last one cannot be set back.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pyserve.archive.entries import Entry, SourceFile
+from pyserve.errors import ModelLoadError
+
+_log = logging.getLogger(__name__)
+
+_FORMAT = 1
+# File systems keep times in steps; a file written within this time of being hashed may change without showing it.
+_SETTLED_NS = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What lies under a key.
+
+    Attributes:
+        root: folder inside ``files`` that holds the model, with a trailing slash, or empty.
+        files: size in bytes of each unpacked file, by name.
+        weights: (name, offset, size) of weights that stay in the archive; None when they are among ``files``.
+    """
+
+    root: str
+    files: dict[str, int]
+    weights: tuple[str, int, int] | None
+
+    def to_json(self) -> str:
+        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Contents:
+        """Raises ValueError, KeyError or TypeError for anything that `to_json` did not write."""
+        found = json.loads(text)
+        if found["format"] != _FORMAT:
+            raise ValueError("another version wrote this")
+        weights = found["weights"]
+        return cls(
+            str(found["root"]), {str(name): int(size) for name, size in found["files"].items()},
+            (str(weights[0]), int(weights[1]), int(weights[2])) if weights else None,
+        )
+
+
+class ArchiveCache:
+    """Unpacked archives below ``root``. Any thread, any number of processes."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._archives = root / "archives"
+
+    def files(self, key: str) -> Path:
+        return self._archives / key / "files"
+
+    def derived(self, key: str) -> Path:
+        """The folder for things made from this content; created here."""
+        folder = self._archives / key / "derived"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def look_up(self, key: str) -> Contents | None:
+        """What was unpacked under ``key``; None when nothing was, or files are gone or have other sizes by now."""
+        try:
+            contents = Contents.from_json((self._archives / key / "contents.json").read_text())
+            files = self.files(key)
+            if all((files / name).lstat().st_size == size for name, size in contents.files.items()):
+                return contents
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        return None
+
+    @contextlib.contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Held by the one that unpacks ``key``. Freed by the system when its holder dies."""
+        descriptor = os.open(self.root / "locks" / key[:2], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def unpacking(self, key: str) -> Iterator[Path]:
+        """A fresh folder to unpack into, for the holder of `lock`; put in place by `commit`, else removed."""
+        partial = self._archives / f".partial-{key}"
+        if partial.exists():  # its writer was killed: the lock is ours now
+            shutil.rmtree(partial)
+        partial.mkdir(mode=0o700)
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def commit(self, key: str, partial: Path, contents: Contents) -> None:
+        """Makes what was unpacked visible at once. An older, damaged folder of the same key goes away."""
+        with (partial / "contents.json").open("x") as file:
+            file.write(contents.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        target = self._archives / key
+        if target.exists():
+            if (target / "derived").is_dir():
+                (target / "derived").rename(partial / "derived")
+            discarded = self._archives / f".partial-{key}-{os.urandom(4).hex()}"
+            target.rename(discarded)
+            shutil.rmtree(discarded, ignore_errors=True)
+        _sync_folder(partial)
+        partial.rename(target)
+        _sync_folder(self._archives)
+
+    def digest(self, source: SourceFile) -> str:
+        """SHA-256 of the file's bytes in hex, remembered for the next time."""
+        before = os.fstat(source.descriptor)
+        seen: dict[str, Any] = {
+            "size": before.st_size, "mtime_ns": before.st_mtime_ns, "ctime_ns": before.st_ctime_ns,
+        }
+        note = self.root / "digests" / f"{before.st_dev}-{before.st_ino}"
+        try:
+            known = json.loads(note.read_text())
+            if isinstance(known, dict) and {**seen, "sha256": known.get("sha256")} == known:
+                return str(known["sha256"])
+        except (OSError, ValueError):
+            pass
+        digest = hashlib.sha256()
+        for chunk in source.chunks(0, source.size):
+            digest.update(chunk)
+        key = digest.hexdigest()
+        if time.time_ns() - max(before.st_mtime_ns, before.st_ctime_ns) > _SETTLED_NS:
+            partial = note.with_name(f"{note.name}.{os.getpid()}.{os.urandom(4).hex()}")
+            partial.write_text(json.dumps({**seen, "sha256": key}))
+            partial.replace(note)
+        return key
+
+
+def folder_key(path: Path, entries: list[Entry]) -> str:
+    """A key for a plain folder: of its files' names, identities and times, not of gigabytes of content.
+
+    The change time cannot be set back, so a file cannot be altered and keep the key.
+    """
+    digest = hashlib.sha256(str(path).encode())
+    for entry in entries:
+        if not entry.is_folder:
+            status = (path / entry.name).stat()
+            digest.update(f"\n{entry.name}\0{status.st_dev} {status.st_ino} {status.st_size} "
+                          f"{status.st_mtime_ns} {status.st_ctime_ns}".encode())
+    return digest.hexdigest()
+
+
+def open_cache(cache_dir: Path | None = None) -> ArchiveCache:
+    """The cache in ``cache_dir``, or the default one.
+
+    Default: ``$PYSERVE_CACHE``, else ``$XDG_CACHE_HOME/pyserve``, else ``~/.cache/pyserve``. When that cannot be
+    written, or others could write it, a private temporary folder serves until the process ends.
+
+    Raises:
+        ModelLoadError: ``cache_dir`` was given and cannot be used.
+    """
+    root = cache_dir or _default_root()
+    problem = _prepare(root)
+    if problem is None:
+        return ArchiveCache(root)
+    if cache_dir is not None:
+        raise ModelLoadError(f"the cache folder cannot be used: {problem}; give one that only this user can write")
+    return ArchiveCache(_private_root(str(root), problem))
+
+
+def _default_root() -> Path:
+    if given := os.environ.get("PYSERVE_CACHE"):
+        return Path(given).absolute()
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given).absolute() / "pyserve"
+    return Path(os.path.expanduser("~")).absolute() / ".cache" / "pyserve"
+
+
+def _prepare(root: Path) -> str | None:
+    """Makes the folders; why they cannot be used, or None. Code is run from here, so nobody else may write it."""
+    try:
+        for folder in (root / "archives", root / "locks", root / "digests"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = folder.lstat()
+            if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+                return f"'{folder.name}' in it belongs to, or can be written by, another user"
+            if not os.access(folder, os.W_OK | os.X_OK):
+                return f"'{folder.name}' in it cannot be written"
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _private_root(wanted: str, problem: str) -> Path:
+    root = Path(tempfile.mkdtemp(prefix="pyserve-cache-"))
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a forked child
+            shutil.rmtree(root, ignore_errors=True)
+
+    atexit.register(remove)
+    _prepare(root)
+    _log.warning("cache folder %s cannot be used (%s); unpacking into %s until exit. Set PYSERVE_CACHE to a folder "
+                 "that only this user can write", wanted, problem, root)
+    return root
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

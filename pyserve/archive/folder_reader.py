@@ -1,0 +1,87 @@
+"""Reads a plain folder as if it were an archive. Nothing is copied: the folder itself is the model's folder.
+
+The folder belongs to the operator, so links to files are allowed in it as long as they stay inside it: a folder that
+came from elsewhere must not make the server read ``/etc`` as weights.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+from pyserve.archive.entries import CHUNK_SIZE, LIMITS, MANIFEST_NAME, Entry, Limits, refuse
+from pyserve.errors import shown
+
+
+class FolderReader:
+    """The files below ``path``. Raises InvalidModelError for links that leave it and for devices and pipes.
+
+    Args:
+        manifest: text of MANIFEST.json for a folder without one.
+    """
+
+    kind = "folder"
+    file_size = 0
+
+    def __init__(self, path: Path, label: str, limits: Limits = LIMITS, *, manifest: bytes | None = None):
+        self.label = label
+        self.path = path.resolve()
+        self._limits = limits
+        self._manifest = manifest
+
+    @property
+    def files(self) -> list[Entry]:
+        """The entries that lie in the folder, not a manifest that was given."""
+        return self.entries if self._manifest is None else self.entries[1:]
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        found: list[Entry] = []
+        if self._manifest is not None:
+            size = len(self._manifest)
+            found.append(Entry(MANIFEST_NAME, size, size, is_stored=True, offset=0))
+        for folder, folder_names, file_names in os.walk(self.path):
+            # Byte code and version control come and go, and are no part of the model.
+            folder_names[:] = sorted(name for name in folder_names if not name.startswith((".", "__pycache__")))
+            relative = os.path.relpath(folder, self.path)
+            prefix = "" if relative == "." else f"{relative}/"
+            for name in sorted(file_names):
+                size = self._size_of(prefix + name)
+                found.append(Entry(prefix + name, size, size, is_stored=True, offset=0))
+            for name in folder_names:
+                if os.path.islink(os.path.join(folder, name)):
+                    refuse(self.label, f"{shown(prefix + name)} is a link to a folder; copy that folder here")
+                found.append(Entry(prefix + name, 0, 0, is_folder=True))
+            if len(found) > self._limits.entry_count_max:
+                refuse(self.label, f"holds more than the {self._limits.entry_count_max} files allowed; "
+                       "give the folder of one model")
+        return found
+
+    def read(self, entry: Entry, size_max: int) -> bytes:
+        if self._manifest is not None and entry.name == MANIFEST_NAME:
+            return self._manifest
+        with (self.path / entry.name).open("rb") as file:
+            content = file.read(size_max + 1)
+        if len(content) > size_max:
+            refuse(self.label, f"{shown(entry.name)} has {entry.size} bytes, more than the {size_max} allowed")
+        return content
+
+    def contents(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, Iterator[bytes]]]:
+        for entry in entries:
+            with (self.path / entry.name).open("rb") as file:
+                yield entry, iter(lambda file=file: file.read(CHUNK_SIZE), b"")  # type: ignore[misc]
+
+    def _size_of(self, name: str) -> int:
+        path = self.path / name
+        try:
+            status = path.stat()
+            if path.is_symlink() and not path.resolve().is_relative_to(self.path):
+                refuse(self.label, f"{shown(name)} is a link that leaves the folder; copy the file here")
+        except OSError as error:
+            refuse(self.label, f"{shown(name)} cannot be read: {error.strerror}")
+        if not stat.S_ISREG(status.st_mode):
+            refuse(self.label, f"{shown(name)} is not a regular file; take it out of the folder")
+        return status.st_size

@@ -1,0 +1,320 @@
+"""``model-config.yaml``, typed and range-checked.
+
+Only plain YAML values are built: no Python objects, and no aliases that multiply. Keys that the server knows are
+checked and a bad value is an error that names the key; every other key is the handler's business and is kept.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from pyserve.archive.entries import LIMITS, refuse
+from pyserve.config.bounds import DEVICE_COUNT_MAX, validate_setting
+from pyserve.errors import InvalidModelError, shown
+from pyserve.input_config import InputConfigError, InputSpec, read_inputs
+
+try:
+    from yaml import CSafeLoader as _Loader
+except ImportError:  # PyYAML built without libyaml
+    from yaml import SafeLoader as _Loader
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+MEMORY_FORMATS = ("contiguous", "channels_last")
+DEVICE_TYPES = ("cpu", "gpu")
+PARALLEL_TYPES = ("pp", "tp", "pptp", "custom")
+BATCH_DEPENDENCES = ("allowed",)
+CONVERSIONS = ("auto", "trace", "script", "python")
+
+_NODE_COUNT_MAX = 20_000  # values in the yaml, aliases counted as often as they are used; read in about 0.3 s
+_DEPTH_MAX = 64
+_PERCENT = re.compile(r"\s*([0-9]{1,3}(?:\.[0-9]{1,12})?)\s*%\s*")
+_NEAR_MISS_COUNT_MAX = 100  # unknown keys compared with the known ones: comparing costs about 0.1 ms each
+_KEY_SIZE_MAX = 64
+
+# Keys of handlers and libraries that TorchServe's documentation uses at the top level: never a misspelling.
+_HANDLER_KEYS = frozenset({"handler", "pt2", "micro_batching", "pippy", "deepspeed", "profile"})
+
+
+@dataclass
+class ModelConfig:
+    """The keys of ``model-config.yaml``; None where the file does not say.
+
+    Attributes:
+        batch_dependent: ``"allowed"``: answers may depend on what else is in the batch.
+        precision_error_max: largest error of a lowered precision, relative to the largest number of an output.
+        audit_share: share, 0 to 1, of the requests whose answers are computed again and compared.
+        conversion: how an eager model gets to the native lane; ``"trace"`` and ``"script"`` also where it could not be
+            proven right, ``"python"`` never.
+        raw: the whole yaml, as handlers see it.
+        has_file: there was a file, even an empty one.
+        warnings: texts about keys that look misspelled or cannot be followed.
+    """
+
+    workers_min: int | None = None
+    workers_max: int | None = None
+    batch_size: int | None = None
+    max_batch_delay_ms: int | None = None
+    min_batch: int | None = None
+    response_timeout_s: int | None = None
+    startup_timeout_s: int | None = None
+    device_type: str | None = None
+    device_ids: list[int] | None = None
+    queue_size: int | None = None
+    precision: str | None = None
+    memory_format: str | None = None
+    input: InputSpec | list[InputSpec] | None = None
+    retry_timeout_max_s: int | None = None
+    client_timeout_ms: int | None = None
+    parallel_type: str | None = None
+    parallel_level: int | None = None
+    torchrun: dict[str, Any] | None = None
+    use_job_ticket: bool | None = None
+    continuous_batching: bool | None = None
+    sequence_batching: bool | None = None
+    sequence_idle_max_ms: int | None = None
+    sequence_timeout_ms: int | None = None
+    sequence_queue_size: int | None = None
+    sequence_count_max: int | None = None
+    async_communication: bool | None = None
+    use_venv: bool | None = None
+    batch_dependent: str | None = None
+    precision_error_max: float | None = None
+    audit_share: float | None = None
+    conversion: str | None = None
+    raw: dict[str, Any] = field(default_factory=dict)
+    has_file: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, text: bytes, label: str) -> ModelConfig:
+        """Reads a yaml file. ``label`` is what to call it in messages, such as ``"m.mar: model-config.yaml"``.
+
+        Raises:
+            InvalidModelError: not YAML, larger than 1 MiB, aliases that multiply, or a value out of range.
+        """
+        raw = _load(text, label)
+        config = cls(raw=raw, has_file=True)
+        for key, value in raw.items():
+            if key in _KEYS:
+                attribute, read = _KEYS[key]
+                # An empty value ("batchSize:") means what leaving the key out means.
+                if value is not None:
+                    setattr(config, attribute, read(f"{label}: {key}", attribute, value, config.warnings))
+        for key in itertools.islice(raw.keys() - _KEYS.keys() - _HANDLER_KEYS, _NEAR_MISS_COUNT_MAX):
+            config._maybe_warn(key, label)
+        _check_together(config, label)
+        return config
+
+    @staticmethod
+    def key_of(attribute: str) -> str:
+        """What ``attribute`` is called in the file."""
+        return next(key for key, (name, _) in _KEYS.items() if name == attribute)
+
+    def _maybe_warn(self, key: object, label: str) -> None:
+        if not isinstance(key, str) or len(key) > _KEY_SIZE_MAX:
+            return
+        plain = {known.lower(): known for known in _KEYS}
+        close = difflib.get_close_matches(key.lower().replace("_", "").replace("-", ""), plain, n=1, cutoff=0.85)
+        if close:
+            self.warnings.append(
+                f"{label}: unknown key {shown(key)}, did you mean {plain[close[0]]}? "
+                "It is passed to the handler and changes nothing else"
+            )
+
+
+def config_lines(text: bytes) -> dict[str, int]:
+    """Top-level key -> its line, counted from 1, of a file that `ModelConfig.parse` has read without error."""
+    root = yaml.compose(text, Loader=_Loader)
+    if not isinstance(root, yaml.MappingNode):
+        return {}
+    return {key.value: key.start_mark.line + 1 for key, _ in root.value if isinstance(key, yaml.ScalarNode)}
+
+
+_Read = Callable[[str, str, Any, list[str]], Any]
+
+
+def _integer(label: str, attribute: str, value: Any, _: list[str]) -> int:
+    return validate_setting(attribute, value, label=label)
+
+
+def _boolean(label: str, _: str, value: Any, __: list[str]) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidModelError(f"{label} must be true or false, not {shown(str(value))}")
+    return value
+
+
+def _one_of(*choices: str) -> _Read:
+    def read(label: str, _: str, value: Any, __: list[str]) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise InvalidModelError(f"{label} must be one of {', '.join(choices)}, not {shown(str(value))}")
+        return value
+
+    return read
+
+
+def _device_type(label: str, _: str, value: Any, warnings: list[str]) -> str | None:
+    if not isinstance(value, str):
+        raise InvalidModelError(f"{label} must be one of {', '.join(DEVICE_TYPES)}, not {shown(str(value))}")
+    if value not in DEVICE_TYPES:  # other servers' device names: archives with them must still load
+        warnings.append(f"{label}: {shown(value)} is none of {', '.join(DEVICE_TYPES)}; the server chooses the device")
+        return None
+    return value
+
+
+def _device_ids(label: str, _: str, value: Any, __: list[str]) -> list[int]:
+    if not isinstance(value, list) or not 1 <= len(value) <= DEVICE_COUNT_MAX:
+        found = f"a list of {len(value)}" if isinstance(value, list) else shown(str(value))
+        raise InvalidModelError(f"{label} must be a list of 1 to {DEVICE_COUNT_MAX} device numbers, not {found}")
+    return [validate_setting("device_id", item, label=label) for item in value]
+
+
+def _mapping(label: str, _: str, value: Any, __: list[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidModelError(f"{label} must be a mapping, not {shown(str(value))}")
+    return value
+
+
+def _inputs(label: str, _: str, value: Any, __: list[str]) -> InputSpec | list[InputSpec]:
+    """One input, or a list of them with a name each."""
+    try:
+        inputs = read_inputs(value, label)
+    except InputConfigError as error:
+        raise InvalidModelError(str(error)) from error
+    return inputs if isinstance(value, list) else inputs[0]
+
+
+def _positive(label: str, _: str, value: Any, __: list[str]) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InvalidModelError(f"{label} must be a number above 0, such as 0.05, not {shown(str(value))}")
+    return float(value)
+
+
+def _share(label: str, _: str, value: Any, __: list[str]) -> float:
+    """``"0.1%"`` or 0.001."""
+    found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    share = float(found[1]) / 100 if found else value
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise InvalidModelError(
+            f"{label} must be a share of the requests, from 0% to 100% or from 0 to 1, such as 0.1%, not "
+            f"{shown(str(value))}"
+        )
+    return float(share)
+
+
+_KEYS: dict[str, tuple[str, _Read]] = {
+    "minWorkers": ("workers_min", _integer),
+    "maxWorkers": ("workers_max", _integer),
+    "batchSize": ("batch_size", _integer),
+    "maxBatchDelay": ("max_batch_delay_ms", _integer),
+    "minBatch": ("min_batch", _integer),
+    "responseTimeout": ("response_timeout_s", _integer),
+    "startupTimeout": ("startup_timeout_s", _integer),
+    "deviceType": ("device_type", _device_type),
+    "deviceIds": ("device_ids", _device_ids),
+    "jobQueueSize": ("queue_size", _integer),
+    "precision": ("precision", _one_of(*PRECISIONS)),
+    "memoryFormat": ("memory_format", _one_of(*MEMORY_FORMATS)),
+    "input": ("input", _inputs),
+    "maxRetryTimeoutInSec": ("retry_timeout_max_s", _integer),
+    "clientTimeoutInMills": ("client_timeout_ms", _integer),
+    "parallelType": ("parallel_type", _one_of(*PARALLEL_TYPES)),
+    "parallelLevel": ("parallel_level", _integer),
+    "torchrun": ("torchrun", _mapping),
+    "useJobTicket": ("use_job_ticket", _boolean),
+    "continuousBatching": ("continuous_batching", _boolean),
+    "sequenceBatching": ("sequence_batching", _boolean),
+    "sequenceMaxIdleMSec": ("sequence_idle_max_ms", _integer),
+    "sequenceTimeoutMSec": ("sequence_timeout_ms", _integer),
+    "maxSequenceJobQueueSize": ("sequence_queue_size", _integer),
+    "maxNumSequence": ("sequence_count_max", _integer),
+    "asyncCommunication": ("async_communication", _boolean),
+    "useVenv": ("use_venv", _boolean),
+    "batchDependent": ("batch_dependent", _one_of(*BATCH_DEPENDENCES)),
+    "precisionErrorMax": ("precision_error_max", _positive),
+    "audit": ("audit_share", _share),
+    "conversion": ("conversion", _one_of(*CONVERSIONS)),
+}
+
+
+def _check_together(config: ModelConfig, label: str) -> None:
+    pairs = (
+        ("minWorkers", config.workers_min, "maxWorkers", config.workers_max),
+        ("minBatch", config.min_batch, "batchSize", config.batch_size),
+    )
+    for low_key, low, high_key, high in pairs:
+        if low is not None and high is not None and low > high:
+            raise InvalidModelError(f"{label}: {low_key} ({low}) must not be larger than {high_key} ({high})")
+
+
+def _load(text: bytes, label: str) -> dict[str, Any]:
+    if len(text) > LIMITS.config_size_max:
+        refuse(label, f"has {len(text)} bytes, more than the {LIMITS.config_size_max} allowed; "
+               "put data into an extra file")
+    try:
+        _check_expansion(text, label)
+        # A subclass of SafeLoader: builds no Python objects.
+        raw = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        refuse(label, f"is not plain YAML: {shown(error.problem or 'broken')}{where}")
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError) as error:
+        refuse(label, f"is not plain YAML: {shown(str(error).splitlines()[0] if str(error) else type(error).__name__)}")
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        refuse(label, f"must be a mapping such as `batchSize: 8`, not a {type(raw).__name__}")
+    return raw
+
+
+def _check_expansion(text: bytes, label: str) -> None:
+    """Counts values as if aliases were copies, from the event stream, before anything is built.
+
+    A few hundred bytes of aliases of aliases stand for billions of values: harmless in memory, since they are
+    shared, but not to whoever walks or prints the configuration later.
+    """
+    sizes: dict[str, int | None] = {}  # anchor -> values below it; None while it is still open
+    open_nodes: list[tuple[str | None, int]] = []  # (anchor, values below so far)
+    total = 0
+
+    def count(size: int) -> None:
+        nonlocal total
+        total += size
+        if open_nodes:
+            anchor, below = open_nodes[-1]
+            open_nodes[-1] = (anchor, below + size)
+        if total > _NODE_COUNT_MAX:
+            refuse(label, f"stands for more than {_NODE_COUNT_MAX} values; use fewer aliases or put data into a file")
+
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            size = sizes.get(event.anchor)
+            if size is None:
+                refuse(label, f"alias {shown(str(event.anchor))} stands for itself or for nothing; write the value out")
+            count(size)
+        elif isinstance(event, yaml.ScalarEvent):
+            if event.anchor:
+                sizes[event.anchor] = 1
+            count(1)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            if len(open_nodes) >= _DEPTH_MAX:
+                refuse(label, f"is nested more than {_DEPTH_MAX} levels deep; make it flatter")
+            if event.anchor:
+                sizes[event.anchor] = None
+            count(1)
+            open_nodes.append((event.anchor, 0))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, below = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = below + 1
+            if open_nodes:
+                outer, outer_below = open_nodes[-1]
+                open_nodes[-1] = (outer, outer_below + below)

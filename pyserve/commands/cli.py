@@ -1,0 +1,318 @@
+"""The command line. Every import that takes time happens inside the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from pyserve import __version__
+
+if TYPE_CHECKING:
+    from pyserve.config.config import Config
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+COMMANDS = {
+    "start": "start a server, in the background unless --foreground",
+    "stop": "drain the running server and stop it",
+    "status": "say whether a server is running and how its models are",
+    "deploy": "put a new version of a model in the place of the one that is served, without a gap",
+    "archive": "pack a model into an archive",
+    "inspect": "show what is in an archive",
+    "dev": "serve a folder, and take on its handler's code whenever it is saved",
+    "debug": "call a model's handler in this terminal, so that breakpoint() works",
+    "check": "try a model for what would fail once it is served",
+    "tune": "measure an archive's model at many settings, and write down the best",
+    "doctor": "look for what is wrong with this machine, or with an archive on it",
+    "config": "show every setting, and where its value comes from",
+    "example": "make an archive or a picture to try",
+}
+
+_OVERRIDES = {
+    "model_store": "--model-store",
+    "inference_address": "--inference-address",
+    "management_address": "--management-address",
+    "metrics_address": "--metrics-address",
+    "token_file": "--token-file",
+    "enable_grpc": "--grpc",
+    "grpc_inference_port": "--grpc-inference-port",
+    "grpc_management_port": "--grpc-management-port",
+}
+_SWITCHES = {
+    "disable_token_auth": "disable_token_authorization",
+    "enable_model_api": "enable_model_api",
+    "strict": "strict",
+    "restore": "restore",
+    "no_config_snapshots": "no_config_snapshots",
+}
+_IGNORED = {
+    "log_config": "--log-config is ignored: log4j2 files configure Java",
+    "cpp_log_config": "--cpp-log-config is ignored: there is no C++ backend to log for",
+    "plugins_path": "--plugins-path is ignored: plug-ins are Java archives",
+    "workflow_store": "--workflow-store is ignored: workflows are not available in this version",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, whatever the sub-command."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"pyserve: error: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Errors are one line on stderr, without a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: _run(given), "pyserve")
+
+
+def guarded(run: Callable[[], int], name: str) -> int:
+    """Run a command called ``name``: its exit code, also of what it raises."""
+    try:
+        return run()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing must be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except Exception as error:
+        from pyserve.errors import ServeError
+
+        if not isinstance(error, ServeError | OSError):
+            raise
+        text = " ".join(str(error).split())
+        print(f"{name}: error: {text}", file=sys.stderr)
+        return int(getattr(error, "exit_code", EXIT_ERROR))
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _Parser(prog="pyserve", description="Serves PyTorch models over HTTP.")
+    parser.add_argument("-v", "--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    wanted = next((each for each in arguments if not each.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == wanted:  # the others' arguments may live in modules that take time to import
+            _add_arguments(name, command)
+    if wanted is not None and wanted not in COMMANDS:
+        parser.error(f"unknown command {wanted!r}{_nearest(wanted, COMMANDS)}")
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        chosen = commands.choices[parsed.command] if parsed.command else parser
+        chosen.error(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].partition('=')[0], _options(chosen))}")
+    if parsed.version:
+        print(f"pyserve {__version__}")
+        return 0
+    if parsed.command is None:
+        parser.print_help()
+        return EXIT_USAGE
+    return _command(parsed)
+
+
+def _command(parsed: argparse.Namespace) -> int:
+    match parsed.command:
+        case "start":
+            return _start(parsed)
+        case "stop":
+            from pyserve.commands.stop import stop_server
+
+            return stop_server(_pid_path(parsed), parsed.timeout)
+        case "status":
+            from pyserve.commands.status import print_status
+
+            return print_status(_pid_path(parsed))
+        case "deploy":
+            from pyserve.commands.deploy import deploy_command
+
+            return deploy_command(parsed, _pid_path(parsed))
+        case "archive":
+            from pyserve.commands.archive import archive_command
+
+            return archive_command(parsed)
+        case "inspect":
+            from pyserve.commands.inspect_archive import inspect_command
+
+            return inspect_command(parsed)
+        case "dev":
+            from pyserve.commands.dev import dev_command
+
+            return dev_command(parsed.folder, _overrides(parsed), parsed)
+        case "debug":
+            from pyserve.commands.debug import debug_command
+
+            return debug_command(parsed)
+        case "check":
+            from pyserve.commands.check import check_command
+
+            return check_command(parsed)
+        case "tune":
+            from pyserve.commands.tune import tune_command
+
+            return tune_command(parsed, _pid_path(parsed))
+        case "doctor":
+            from pyserve.commands.doctor import doctor_command
+
+            return doctor_command(parsed)
+        case "config":
+            from pyserve.commands.config import config_command
+
+            return config_command(_overrides(parsed), parsed)
+        case _:
+            from pyserve.commands.example import example_command
+
+            return example_command(parsed)
+
+
+def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    match name:
+        case "start":
+            _add_start_arguments(parser)
+        case "stop":
+            _add_pid_file(parser)
+            parser.add_argument("--timeout", type=float, metavar="S", help="how long to wait for it to drain, in s")
+        case "status":
+            _add_pid_file(parser)
+        case "deploy":
+            from pyserve.commands.deploy import add_deploy_arguments
+
+            add_deploy_arguments(parser)
+            _add_pid_file(parser)
+        case "archive":
+            from pyserve.commands.archive import add_archiver_arguments
+
+            add_archiver_arguments(parser)
+        case "inspect":
+            from pyserve.commands.inspect_archive import add_inspect_arguments
+
+            add_inspect_arguments(parser)
+        case "dev":
+            from pyserve.commands.dev import add_dev_arguments
+
+            add_dev_arguments(parser)
+            _add_address_arguments(parser)
+            _add_pid_file(parser)
+        case "debug":
+            from pyserve.commands.debug import add_debug_arguments
+
+            add_debug_arguments(parser)
+        case "check":
+            from pyserve.commands.check import add_check_arguments
+
+            add_check_arguments(parser)
+        case "tune":
+            from pyserve.commands.tune import add_tune_arguments
+
+            add_tune_arguments(parser)
+            _add_pid_file(parser)
+        case "doctor":
+            from pyserve.commands.doctor import add_doctor_arguments
+
+            add_doctor_arguments(parser)
+        case "config":
+            _add_start_arguments(parser)
+            parser.add_argument("--json", action="store_true", help="as JSON")
+        case "example":
+            from pyserve.commands.example import add_example_arguments
+
+            add_example_arguments(parser)
+
+
+def _add_pid_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pid-file", metavar="FILE", help="default: .pyserve.pid in the folder for temporary files")
+
+
+def _add_start_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model-store", metavar="DIR", help="folder with the archives")
+    add("--models", nargs="+", metavar="MODEL", help="all, archive.mar, name=archive.mar or a path; repeatable")
+    add("--foreground", action="store_true", help="stay, and log to the terminal; Ctrl-C drains")
+    add("--strict", action="store_true",
+        help="stop if a model cannot be loaded (exit code 3) or a key is not known (2)")  # fmt: skip
+    add("--restore", action="store_true", help="serve what the newest snapshot in logs/config names, not --models")
+    add("--no-config-snapshots", "--ncs", action="store_true", help="write no snapshots to logs/config")
+    _add_address_arguments(parser)
+    _add_pid_file(parser)
+    ignored = parser.add_argument_group("accepted for TorchServe's sake")
+    ignored.add_argument("--log-config", metavar="FILE")
+    ignored.add_argument("--plugins-path", "--ppath", metavar="DIR")
+    ignored.add_argument("--workflow-store", metavar="DIR")
+
+
+def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--ts-config", metavar="FILE", help="a config.properties; $TS_CONFIG_FILE goes before it")
+    add("--inference-address", metavar="ADDRESS", help="http://host[:port], https://host[:port] or unix:/path")
+    add("--management-address", metavar="ADDRESS")
+    add("--metrics-address", metavar="ADDRESS")
+    add("--grpc", dest="enable_grpc", metavar="WHETHER", help="true, false or auto: if grpcio is installed (default)")
+    add("--grpc-inference-port", metavar="PORT", help="default: 7070")
+    add("--grpc-management-port", metavar="PORT", help="default: 7071")
+    add("--token-file", metavar="FILE", help="keys that callers must show; default: made at start, where one is needed")
+    add("--disable-token-auth", "--dt", action="store_true", help="no tokens, wherever the server listens")
+    add("--enable-model-api", action="store_true", help="allow registering models, wherever the server listens")
+
+
+def _start(parsed: argparse.Namespace) -> int:
+    from pyserve.commands.start import start_server
+
+    return start_server(configured(parsed), pid_path=_pid_path(parsed), foreground=parsed.foreground)
+
+
+def configured(parsed: argparse.Namespace) -> Config:
+    """The configuration of a command that starts a server; what is wrong with it is told on stderr.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    from pyserve.commands import terminal as console
+    from pyserve.config.config import load_config
+
+    warnings: list[str] = []
+    try:
+        config = load_config(_overrides(parsed), ts_config=parsed.ts_config, warnings=warnings)
+    finally:
+        # Told even when the configuration cannot be used: a misspelt key may be the reason why.
+        console.warn(warnings)
+    config.notices += [text for name, text in _IGNORED.items() if getattr(parsed, name, None)]
+    return config
+
+
+def _overrides(parsed: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """Key of the configuration -> (text, flag), of what the command line says."""
+    given = vars(parsed)
+    overrides = {key: (given[key], flag) for key, flag in _OVERRIDES.items() if given.get(key) is not None}
+    if given.get("models"):
+        overrides["load_models"] = (",".join(parsed.models), "--models")
+    for name, key in _SWITCHES.items():
+        if given.get(name):
+            overrides[key] = ("true", f"--{name.replace('_', '-')}")
+    return overrides
+
+
+def _pid_path(parsed: argparse.Namespace) -> Path:
+    from pyserve.server.pid_file import default_path
+
+    return Path(parsed.pid_file) if parsed.pid_file else default_path()
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return [option for option in parser._option_string_actions if option.startswith("--")]
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

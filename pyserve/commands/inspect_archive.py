@@ -1,0 +1,105 @@
+"""``pyserve inspect``: what is in an archive, without unpacking it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from pyserve.archive.archive import Survey, is_unpacked, open_archive, survey
+from pyserve.archive.entries import Entry
+from pyserve.conversion.record import conversion_of, python_reason
+from pyserve.errors import ServeError
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("archive", help="a .mar, .tar.gz or .tgz file, or a folder")
+
+
+def inspect_command(args: argparse.Namespace) -> int:
+    """Prints what is in an archive without unpacking it. Exit code: 0, or 1 with the reason on stderr."""
+    path = Path(args.archive)
+    try:
+        with survey(path) as found:
+            _print_survey(path, found)
+    except (ServeError, OSError) as error:
+        return report_failure(error)
+    return 0
+
+
+def _print_survey(path: Path, found: Survey) -> None:
+    manifest = found.manifest
+    print(f"{path.name}: {found.kind}, {readable_size(size_on_disk(path))}, "
+          f"{sum(not entry.is_folder for entry in found.entries)} files")
+    print("\nMANIFEST")
+    print(json.dumps(manifest.raw, indent=2))
+    print(f"\nCONFIG {manifest.config_file or '(none)'}")
+    if found.config.has_file:
+        print(json.dumps(found.config.raw, indent=2, default=str))
+    print(f"\nENTRIES\n{'size':>14} {'packed':>14}  how       name")
+    for entry in found.entries:
+        if not entry.is_folder:
+            print(f"{entry.size:>14} {entry.packed_size:>14}  {_how(found.kind, entry):<8}  {entry.name}")
+    print(f"\n{_weights_line(found)}")
+    if found.manifest.model_file is not None:
+        print(f"conversion: {_conversion_line(path)}")
+    for warning in found.config.warnings:
+        print(f"warning: {warning}")
+
+
+def _how(kind: str, entry: Entry) -> str:
+    if kind == "zip":
+        return "stored" if entry.is_stored else "deflated"
+    return "file" if kind == "folder" else "tar"
+
+
+def _weights_line(found: Survey) -> str:
+    weights = found.weights
+    if weights is None:
+        return "weights: none"
+    size = readable_size(weights.size)
+    if found.kind == "folder":
+        return f"weights: {weights.name}, {size}, used where it lies"
+    if found.is_mapped:
+        return f"weights: {weights.name}, {size}, mapped from the archive at byte {weights.offset}, not unpacked"
+    return (f"weights: {weights.name}, {size}, unpacked once into the cache; "
+            "pack with `pyserve archive` to have it mapped instead")
+
+
+def _conversion_line(path: Path) -> str:
+    """How the model file's model got to the native lane, or why it did not, as far as this machine knows."""
+    if is_unpacked(path):
+        with open_archive(path) as archive:
+            found, reason = conversion_of(archive), python_reason(archive)
+        if reason:
+            return f"none, it runs in worker processes: {reason}"
+        if found is not None:
+            said = ", as model-config.yaml says though it is not proven" if found.override else ""
+            return (f"{found.how}{said}; {found.reason}; largest difference to the eager model {found.difference:.1e} "
+                    f"(relative) on {found.probes} inputs")  # fmt: skip
+    return "none kept on this machine; packing or starting it here makes one if its handler runs in the native lane"
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size
+
+
+def readable_size(size: int) -> str:
+    """``"57.1 MiB"``."""
+    amount = float(size)
+    for unit in ("bytes", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "bytes" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} GiB"
+
+
+def report_failure(error: Exception) -> int:
+    """Prints one line on stderr and returns the exit code."""
+    text = str(error).splitlines()
+    print(f"error: {text[0] if text else type(error).__name__}", file=sys.stderr)
+    return 1

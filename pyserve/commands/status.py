@@ -1,0 +1,128 @@
+"""``pyserve status``: is a server running, where does it listen, and how are its models?"""
+
+from __future__ import annotations
+
+import http.client
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from pyserve.commands import terminal as console
+from pyserve.commands.client import Connection, local_address, management_key
+from pyserve.config.address import Address
+from pyserve.errors import ConfigError, JsonObject
+from pyserve.server import pid_file
+
+EXIT_RUNNING = 0
+EXIT_NOT_RUNNING = 3
+EXIT_UNKNOWN = 4
+"""As LSB init scripts do: 4 when the supervisor runs and the server does not answer."""
+
+
+def print_status(pid_path: Path) -> int:
+    """Print what is known and return the exit code: 0 running, 3 not running, 4 running without an answer.
+
+    Raises:
+        ConfigError: the pid file cannot be trusted.
+    """
+    running = pid_file.read(pid_path)
+    if running is None:
+        print("pyserve is not currently running.")
+        return EXIT_NOT_RUNNING
+    print(f"pyserve is running (pid {running.pid})")
+    width = max(10, *map(len, running.addresses))
+    for name, text in running.addresses.items():
+        print(f"{name:<{width}}  {text}")
+    if running.log_file:
+        print(f"{'log':<{width}}  {running.log_file}")
+    try:
+        rows = model_rows(
+            local_address(running.addresses["management"]),
+            running.addresses.get("inference", ""),
+            management_key(running.key_file),
+        )
+    except (ConfigError, OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+        print(f"the management address gives no list of models: {error or type(error).__name__}")
+        return EXIT_UNKNOWN
+    rows += _failed_rows(local_address(running.addresses["inference"]), {str(row["model"]) for row in rows})
+    print("\n".join(console.table_lines(rows)) if rows else "no model is loaded")
+    return EXIT_RUNNING
+
+
+def model_rows(management: Address, inference: str, key: str = "") -> list[JsonObject]:
+    """One row for every version of every model, as the management API describes them.
+
+    Args:
+        key: that management calls need; ``""`` for none.
+
+    Raises:
+        OSError, http.client.HTTPException, ValueError: no answer, or one that is no description.
+    """
+    connection = Connection(management, key)
+    try:
+        names: list[str] = []
+        token = ""
+        while True:
+            page = _get(connection, f"/models?limit=100{token}")
+            names += [str(model["modelName"]) for model in page["models"]]
+            if not page["models"] or "nextPageToken" not in page:
+                break
+            token = "&next_page_token=" + quote(str(page["nextPageToken"]))
+        rows = []
+        for name in names:
+            described = _get(connection, f"/models/{quote(name, safe='')}/all")
+            rows += [_row(version, inference) for version in described]
+        return rows
+    finally:
+        connection.close()
+
+
+def _failed_rows(inference: Address, known: set[str]) -> list[JsonObject]:
+    """Archives that could not even be opened at start: the management API does not list them, ``/ready`` does."""
+    connection = Connection(inference)
+    try:
+        reasons = connection.ask("GET", "/ready").json.get("models", {}).items()
+        return [{"model": name, **reason} for name, reason in reasons if name not in known]
+    except (OSError, http.client.HTTPException, ValueError, AttributeError, TypeError):
+        return []
+    finally:
+        connection.close()
+
+
+def _get(connection: Connection, path: str) -> Any:
+    answer = connection.ask("GET", path)
+    if answer.status != 200:
+        raise ValueError(answer.text)
+    if answer.json is None:
+        raise ValueError("no JSON")
+    return answer.json
+
+
+def _row(version: JsonObject, inference: str) -> JsonObject:
+    workers = version.get("workers", [])
+    ready = sum(worker.get("status") == "READY" for worker in workers)
+    wanted = int(version.get("minWorkers", 0))
+    name = version.get("modelName")
+    address = Address.parse(inference, 0) if inference else None
+    url = "" if address is None else f"{address.client_url}/predictions/{quote(str(name), safe='')}"
+    return {
+        "model": name,
+        "version": version.get("modelVersion"),
+        "state": _state(str(version.get("state", "READY")), ready, wanted),
+        "workers": f"{ready}/{wanted}",
+        "device": version.get("deviceType"),
+        "batch": version.get("batchSize"),
+        "url": url,
+        "error": version.get("error"),
+    }
+
+
+def _state(state: str, ready: int, wanted: int) -> str:
+    """The model's own state; one that is READY as far as its workers are."""
+    if state != "READY":
+        return state
+    if wanted == 0 and ready == 0:
+        return "NO WORKERS"
+    if ready == 0:
+        return "NOT READY"
+    return "READY" if ready >= wanted else "DEGRADED"

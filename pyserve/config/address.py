@@ -1,0 +1,124 @@
+"""Where a server listens: ``http://host[:port]``, ``https://host[:port]`` or ``unix:/path``."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+UNIX_PATH_SIZE_MAX = 107  # bytes; sockaddr_un.sun_path holds 108 with its final NUL
+
+_HTTP = re.compile(
+    r"http(?P<tls>s?)://(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?/?", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Address:
+    """One place to listen at.
+
+    Attributes:
+        host: name or IP address without brackets; ``""`` for a unix socket.
+        port: TCP port; 0 lets the system choose one. 0 for a unix socket, too.
+        path: path of the unix socket; ``""`` for TCP.
+        is_tls: whether it speaks TLS.
+    """
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    is_tls: bool = False
+
+    @classmethod
+    def parse(cls, text: str, port_default: int, tls_port_default: int = 0) -> Address:
+        """Read ``text``; one of the default ports is taken when it names none.
+
+        Raises:
+            ValueError: the text is not an address; the message says what is allowed.
+        """
+        if text.startswith("unix:"):
+            return cls._parse_unix(text[len("unix:"):])
+        match = _HTTP.fullmatch(text)
+        if match is None:
+            raise ValueError("allowed are http://host[:port], https://host[:port] and unix:/path")
+        is_tls = bool(match["tls"])
+        port = int(match["port"]) if match["port"] else tls_port_default if is_tls else port_default
+        if port > 65535:
+            raise ValueError(f"port {port} is too large; the largest is 65535")
+        return cls(host=match["host"].strip("[]"), port=port, is_tls=is_tls)
+
+    @classmethod
+    def _parse_unix(cls, path: str) -> Address:
+        if not path.startswith("/"):
+            raise ValueError("a unix socket needs an absolute path, such as unix:/run/pyserve.sock")
+        if "\0" in path:
+            raise ValueError("the path of a unix socket cannot hold a NUL byte")
+        size = len(path.encode("utf-8", "surrogateescape"))
+        if size > UNIX_PATH_SIZE_MAX:
+            raise ValueError(f"the path is {size} bytes long; a unix socket's may have {UNIX_PATH_SIZE_MAX}")
+        return cls(path=path)
+
+    @property
+    def is_unix(self) -> bool:
+        return bool(self.path)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.is_unix or self.host.lower() == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def client_url(self) -> str:
+        """Base URL that a client on this machine can use; wildcard hosts become loopback ones."""
+        if self.is_unix:
+            return "http+unix://" + quote(self.path, safe="")
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return str(Address(host=host, port=self.port, is_tls=self.is_tls))
+
+    def __str__(self) -> str:
+        if self.is_unix:
+            return "unix:" + self.path
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.is_tls else 'http'}://{host}:{self.port}"
+
+
+
+def port_owner(port: int) -> str:
+    """``"nginx (pid 812)"`` for the process listening on TCP ``port``; ``""`` if /proc does not tell."""
+    inodes = _listening_inodes(port)
+    if not inodes:
+        return ""
+    for pid in (entry for entry in os.listdir("/proc") if entry.isdigit()):
+        try:
+            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        except OSError:
+            continue  # another user's, or gone
+        if inodes.intersection(links):
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            return f"{command.strip()[:80]} (pid {pid})"
+    return ""
+
+
+def _listening_inodes(port: int) -> set[str]:
+    """Socket links, as in /proc/<pid>/fd, of the sockets in state LISTEN (0A) on ``port``."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for columns in map(str.split, lines):
+            if columns[3] == "0A" and int(columns[1].rpartition(":")[2], 16) == port:
+                inodes.add(f"socket:[{columns[9]}]")
+    return inodes

@@ -1,0 +1,96 @@
+"""What became of an eager archive's model: where its TorchScript is kept, how it was made, and why it was believed.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from pyserve.archive.archive import Archive
+from pyserve.errors import ModelLoadError
+
+# Part of the kept files' names: what an earlier proof accepted is proven again.
+PROOF = 3
+
+# Models are frozen when they are converted, where it is done once, if nothing has to be changed in them afterwards.
+_FROZEN_AS = ("fp32", "contiguous")
+
+
+class NeedsPythonError(ModelLoadError):
+    """The archive is fine, but the native lane cannot run it: it has to run in a worker process."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a TorchScript came about.
+
+    Attributes:
+        how: ``traced``, ``scripted`` or ``exported`` (by torch.export, its graph made TorchScript).
+        reason: why it is believed, or what is against it; one line.
+        probes: how many inputs it was compared with the eager model on.
+        difference: the largest one, relative.
+        override: it was taken though it could not be proven, because model-config.yaml says so.
+        reads: what the model's code does to look at the numbers of a whole batch, such as ``__bool__``; ``""`` if it
+            does not. What it does with one item may then depend on the others.
+    """
+
+    how: str
+    reason: str
+    probes: int
+    difference: float
+    override: bool = False
+    reads: str = ""
+
+
+def is_frozen(archive: Archive) -> bool:
+    """Whether the kept TorchScript is frozen already."""
+    config = archive.config
+    return (config.precision or "fp32", config.memory_format or "contiguous") == _FROZEN_AS
+
+
+def traced_file(archive: Archive) -> Path:
+    """Where the TorchScript made from this archive by this torch, as its model-config.yaml wants it, is kept."""
+    kind = "traced" if is_frozen(archive) else "traced-unfrozen"
+    return archive.cache_file(f"{_named(archive, kind)}.pt")
+
+
+def untraceable_note(archive: Archive) -> Path:
+    """Where it is kept why this torch cannot make TorchScript of this archive, so that it is tried only once."""
+    return archive.cache_file(f"{_named(archive, 'untraceable')}.txt")
+
+
+def conversion_file(traced: Path) -> Path:
+    """What is kept beside a TorchScript file: how it was made."""
+    return traced.with_suffix(".json")
+
+
+def _named(archive: Archive, kind: str) -> str:
+    return f"{kind}-proof-{PROOF}-{archive.config.conversion or 'auto'}-torch-{version('torch')}"
+
+
+def python_reason(archive: Archive) -> str:
+    """Why the archive's model file runs in worker processes, as far as is known; ``""`` if nothing says so."""
+    if archive.config.conversion == "python":
+        return "model-config.yaml says 'conversion: python'"
+    try:
+        return untraceable_note(archive).read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def conversion_of(archive: Archive) -> Conversion | None:
+    """How the kept TorchScript of this archive was made; None if there is none."""
+    try:
+        found = json.loads(conversion_file(traced_file(archive)).read_text())
+        return Conversion(**found)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def conversion_text(conversion: Conversion) -> str:
+    """As JSON, the infinite difference as a text that JSON can hold."""
+    return json.dumps({**asdict(conversion), "difference": min(conversion.difference, 1e300)})

@@ -1,0 +1,193 @@
+"""Turns an eager model (model file and state dict) into TorchScript, in a process of its own.
+
+A process of its own because the model file is somebody's code: it may import its neighbours under names another
+archive uses too, change globals or crash. What comes out is data, kept in the archive's cache, so that the second
+start does not trace again.
+
+The parent side needs no torch, so that a server can begin tracing before it imports torch itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pyserve.archive.archive import Archive, open_archive
+from pyserve.archive.manifest import PYTHON_HANDLERS
+from pyserve.conversion.record import (
+    Conversion,
+    NeedsPythonError,
+    conversion_of,
+    is_frozen,
+    python_reason,
+    traced_file,
+    untraceable_note,
+)
+from pyserve.errors import ModelLoadError
+from pyserve.launch import ROOT_DIR
+
+__all__ = [
+    "Conversion", "NeedsPythonError", "Progress", "Tracing", "check_packed", "conversion_of", "native_example",
+    "needs_tracing", "python_reason", "runs_in_python", "traced_file", "untraceable_note",
+]  # fmt: skip
+
+Progress = Callable[[str], None]
+
+
+class Tracing:
+    """A running conversion. `wait` or `stop` must be called.
+
+    The child reports through a pipe of its own, so that what the model file prints is nobody's business.
+    """
+
+    def __init__(self, archive: Archive):
+        self._archive = archive
+        folder = ROOT_DIR
+        path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+        freezes = "frozen" if is_frozen(archive) else "unfrozen"
+        self._reports, for_child = os.pipe()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop; a pipe would have to be read too
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pyserve.conversion.child", str(archive.path), str(traced_file(archive)),
+                 freezes,
+                 str(for_child)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr,
+                pass_fds=(for_child,),
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        finally:
+            os.close(for_child)
+        self._is_over = False
+
+    def wait(self, progress: Progress, timeout_s: float) -> Path:
+        """The TorchScript file.
+
+        Raises:
+            NeedsPythonError: it works, but cannot be converted.
+            ModelLoadError: the model cannot be built, or does not fit its weights.
+        """
+        deadline = time.monotonic() + timeout_s
+        problem: str | None = None
+        works = False
+        try:
+            for line in self._lines(deadline):
+                report = json.loads(line)
+                problem = report.get("error", problem)
+                works = report.get("works", works)
+                if "progress" in report:
+                    progress(report["progress"])
+            status = self._process.wait(max(0.0, deadline - time.monotonic()))
+            last = self._last_error_line()
+        except (TimeoutError, subprocess.TimeoutExpired):
+            raise ModelLoadError(
+                f"tracing {self._archive.name} took longer than startup_timeout={timeout_s} s; raise startupTimeout in "
+                "its model-config.yaml"
+            ) from None
+        finally:
+            self.stop()
+        if status == 0:
+            return traced_file(self._archive)
+        if works and problem:
+            untraceable_note(self._archive).write_text(problem)
+            raise NeedsPythonError(problem)
+        raise ModelLoadError(problem or f"tracing {self._archive.name} failed: {_ending(status)}{last}")
+
+    def _lines(self, deadline: float) -> Iterator[bytes]:
+        """The child's reports until it ends.
+
+        Raises:
+            TimeoutError: it has not by ``deadline``.
+        """
+        rest = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._reports, selectors.EVENT_READ)
+            while selector.select(max(0.0, deadline - time.monotonic())):
+                chunk = os.read(self._reports, 1 << 16)
+                if not chunk:
+                    return
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from lines
+        raise TimeoutError
+
+    def _last_error_line(self) -> str:
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
+
+    def stop(self) -> None:
+        """Ends the child, if it still runs, and lets go of it."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._process.kill()
+        self._process.wait()
+        os.close(self._reports)
+        self._stderr.close()
+
+
+def _ending(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def needs_tracing(archive: Archive) -> bool:
+    """Whether there is a model file, a handler that runs in the native lane, and no conversion kept."""
+    if archive.manifest.model_file is None or runs_in_python(archive):
+        return False
+    return not traced_file(archive).exists() and not python_reason(archive)
+
+
+def runs_in_python(archive: Archive) -> bool:
+    """Whether the archive's handler, as far as can be told without torch, is one for worker processes."""
+    name, colon, _ = archive.manifest.handler.rpartition("/")[2].partition(":")
+    name = name.removesuffix(".py")
+    brings_code = f"{name}.py" in archive.files and archive.config.raw.get("isolation") != "thread"
+    return bool(colon) or brings_code or name in PYTHON_HANDLERS
+
+
+def native_example(handler, context):  # type: ignore[no-untyped-def]  # the parent side has no torch
+    """One item as the handler's `preprocess` makes it: a tuple of tensors [1, ...], one per input of the model.
+
+    Raises:
+        NeedsPythonError: nobody says what it looks like, so nothing can be traced or warmed up with it.
+    """
+    try:
+        example = handler.example_input(context)
+        return example if isinstance(example, tuple) else (example,)
+    except ModelLoadError as error:
+        raise NeedsPythonError(error.message) from error
+
+
+def check_packed(path: Path, progress: Progress, timeout_s: float = 600.0) -> str:
+    """Traces a freshly packed eager archive: it is shown to load, and its first start here finds the work done.
+
+    Does nothing for other archives, and where torch is not installed.
+
+    Returns:
+        Why it will run in worker processes although its handler would not need them; or ``""``.
+
+    Raises:
+        ModelLoadError: it cannot be served as it was packed.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return ""
+    with open_archive(path) as archive:
+        if archive.config.conversion == "python" and archive.manifest.model_file is not None:
+            return python_reason(archive)
+        if needs_tracing(archive):
+            try:
+                Tracing(archive).wait(progress, timeout_s)
+            except NeedsPythonError as error:
+                return error.message
+    return ""

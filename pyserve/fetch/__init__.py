@@ -1,0 +1,1 @@
+"""Archives from elsewhere, from hosts that may be hostile: addresses, transfers, limits."""

@@ -1,0 +1,1 @@
+"""The same over gRPC. Nothing here is imported when gRPC is off."""

@@ -1,0 +1,128 @@
+"""What went wrong, as a gRPC status: the one place where errors get their code and their text.
+
+The text's first line is the message that HTTP has, the second is what TorchServe adds (the name of a Java class, by
+which its clients tell errors apart), the third is the ``detail`` of HTTP's answer as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import grpc
+
+from pyserve.errors import (
+    BadRequestError,
+    ConflictError,
+    DefaultVersionError,
+    ExpiredError,
+    MethodNotAllowedError,
+    ModelNotFoundError,
+    OverloadedError,
+    ServeError,
+    VersionNotFoundError,
+)
+from pyserve.request.messages import ErrorFormat
+
+Code = grpc.StatusCode
+
+# A client's gRPC takes 8 KiB of metadata, in which every byte that is not plain ASCII counts three times.
+TEXT_SIZE_MAX = 2048
+MODEL_API_OFF = "Model API disabled"
+
+_BY_HTTP_STATUS = {
+    400: Code.INVALID_ARGUMENT,
+    401: Code.UNAUTHENTICATED,
+    403: Code.PERMISSION_DENIED,
+    404: Code.NOT_FOUND,
+    409: Code.ABORTED,
+    413: Code.RESOURCE_EXHAUSTED,
+    416: Code.OUT_OF_RANGE,
+    429: Code.RESOURCE_EXHAUSTED,
+    499: Code.CANCELLED,
+    501: Code.UNIMPLEMENTED,
+    503: Code.UNAVAILABLE,
+    504: Code.DEADLINE_EXCEEDED,
+}
+# Of refusals that TorchServe does not have.
+_OWN_REASONS = ("draining", "body budget")
+_JAVA_NAMES = {
+    "ModelNotFoundException": "org.pytorch.serve.archive.model.ModelNotFoundException",
+    "ModelVersionNotFoundException": "org.pytorch.serve.archive.model.ModelVersionNotFoundException",
+    "InternalServerException": "org.pytorch.serve.http.InternalServerException",
+}
+
+
+class MissingParameterError(BadRequestError):
+    """A call does not name what it is about."""
+
+    def __init__(self, name: str):
+        super().__init__(f"Parameter {name} is required.")
+
+
+class Verdict(NamedTuple):
+    """The code of an error, and the second line of its text; ``""`` for none."""
+
+    code: grpc.StatusCode
+    augmentation: str = ""
+
+
+# Of a call without the right key, whatever the service.
+TOKEN_VERDICT = Verdict(Code.PERMISSION_DENIED)
+
+Judge = Callable[[ServeError], Verdict]
+
+
+def code_of(status: int) -> grpc.StatusCode:
+    """The code for an HTTP status, by TorchServe's table."""
+    if 200 <= status < 300:
+        return Code.OK
+    if status in _BY_HTTP_STATUS:
+        return _BY_HTTP_STATUS[status]
+    return Code.FAILED_PRECONDITION if 400 <= status < 500 else Code.INTERNAL
+
+
+def judge_prediction(error: ServeError) -> Verdict:
+    """As TorchServe's inference service: what its frontend finds wrong is INTERNAL, the rest goes by HTTP status."""
+    if isinstance(error, ModelNotFoundError | VersionNotFoundError):
+        return Verdict(Code.INTERNAL, _JAVA_NAMES[error.type])
+    if isinstance(error, MissingParameterError):
+        return Verdict(Code.INTERNAL, "BadRequestException.()")
+    if isinstance(error, OverloadedError) and not isinstance(error, ExpiredError):
+        if error.detail.get("reason") not in _OWN_REASONS:
+            return Verdict(Code.INTERNAL, "InternalServerException.()")
+    elif error.type == "InternalServerException":
+        return Verdict(code_of(error.status), _JAVA_NAMES[error.type])
+    return Verdict(code_of(error.status), f"{error.type}.()")
+
+
+def judge_management(error: ServeError) -> Verdict:
+    """As TorchServe's management service."""
+    if isinstance(error, MethodNotAllowedError):  # nothing but the model API is ever switched off
+        return Verdict(Code.PERMISSION_DENIED)
+    if isinstance(error, ConflictError | DefaultVersionError):
+        return Verdict(Code.UNKNOWN, f"{error.type}.()")
+    return Verdict(code_of(error.status), _JAVA_NAMES.get(error.type, f"{error.type}.()"))
+
+
+def judge_open_inference(error: ServeError) -> Verdict:
+    """By HTTP status alone, but for a call without a name, which TorchServe answers so."""
+    return Verdict(Code.INTERNAL if isinstance(error, MissingParameterError) else code_of(error.status))
+
+
+def status_text(error: ServeError, verdict: Verdict, error_format: ErrorFormat, request_id: str) -> str:
+    """The description that goes with ``verdict.code``; at most TEXT_SIZE_MAX bytes."""
+    message = MODEL_API_OFF if isinstance(error, MethodNotAllowedError) else error.message
+    lines = [message]
+    if verdict.augmentation:
+        lines.append(verdict.augmentation)
+    detail = error_format.detail(error, request_id)
+    if detail:
+        # Long texts are cut, so that what follows them is told too.
+        lines.append(json.dumps({key: _short(value) for key, value in detail.items()}))
+    return "\n".join(lines).encode()[:TEXT_SIZE_MAX].decode("utf-8", "ignore")
+
+
+def _short(value: object) -> object:
+    return value[:500] + "..." if isinstance(value, str) and len(value) > 500 else value

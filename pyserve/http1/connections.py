@@ -1,0 +1,130 @@
+"""What the connections of one listener share: the list of them, the byte budget, the way to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+from pyserve.errors import OverloadedError, ServeError
+from pyserve.http1.answer import AnswerWriter
+from pyserve.http1.head import HeadReader
+from pyserve.http1.limits import Http1Limits
+from pyserve.request.body_budget import BodyBudget
+from pyserve.request.messages import Request, Response
+
+_REFUSED_COUNT_MAX = 128
+
+
+def _note_nothing(request: Request, status: int, is_http11: bool) -> None:
+    """Nobody wants to know of answers."""
+
+
+class Connection(Protocol):
+    """What ``Connections`` asks of its members."""
+
+    def drain(self) -> None:
+        """Closes at once if idle, else after the last answer."""
+
+    def abort(self) -> None:
+        """Closes at once, whatever is under way."""
+
+
+
+
+class Connections:
+    """The open connections of one listener. Loop thread only.
+
+    Args:
+        takes_ids: a request keeps its client's ``x-request-id``.
+
+    Attributes:
+        limits: the listener's limits.
+        budget: bytes of bodies in flight.
+        heads: reads the heads of requests.
+        answers: builds the heads of answers.
+        clock: ns, monotonic; stamps ``Request.arrived_at``.
+        draining: whether the listener is going away.
+        decorate: adds headers to the answers the protocol gives itself, such as those that browsers want to see.
+        refused: answers the protocol gave itself, without asking the app, counted by status.
+        on_answer: told of each answer as it is written, a streamed one at its first part: the request, the status, and
+            whether the client speaks HTTP/1.1.
+    """
+
+    def __init__(
+        self,
+        limits: Http1Limits,
+        budget: BodyBudget | None = None,
+        *,
+        decorate: Callable[[Request, Response], None] | None = None,
+        takes_ids: bool = True,
+        wall_clock: Callable[[], float] = time.time,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ):
+        self.limits = limits
+        self.budget = budget or BodyBudget(limits.body_budget_size)
+        self.answers = AnswerWriter(wall_clock)
+        self.heads = HeadReader(limits, takes_ids=takes_ids)
+        self.clock = clock
+        self.decorate = decorate
+        self.draining = False
+        self.refused: Counter[int] = Counter()
+        self.on_answer: Callable[[Request, int, bool], None] = _note_nothing
+        self._open: set[Connection] = set()
+        self._over: set[Connection] = set()
+        self._gone: asyncio.Future[None] | None = None
+
+    def __len__(self) -> int:
+        """Open connections, refused ones that are still lingering not counted."""
+        return len(self._open)
+
+    def add(self, connection: Connection) -> ServeError | None:
+        """Registers a new connection; returns why it is refused, if it is one too many or the listener is draining.
+
+        A connection that is refused stays registered until ``remove``, so that it can still be told why; too many of
+        those are cut off at once.
+        """
+        if len(self._open) < self.limits.connection_count_max and not self.draining:
+            self._open.add(connection)
+            return None
+        self._over.add(connection)
+        if len(self._over) > _REFUSED_COUNT_MAX:
+            connection.abort()
+        why = "The server is shutting down."
+        if not self.draining:
+            why = f"The limit of {self.limits.connection_count_max} connections is reached; try again later."
+        return OverloadedError(why, headers={"Retry-After": "1"})
+
+    def remove(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        self._over.discard(connection)
+        if self._gone is not None and not self._gone.done() and not self._open and not self._over:
+            self._gone.set_result(None)
+
+    async def drain(self) -> None:
+        """Closes idle connections at once and busy ones after their answers; returns when all are gone.
+
+        Waits as long as that takes: give it a time with ``asyncio.wait_for`` and call ``abort`` after it.
+        """
+        self.start_drain()
+        if self._open or self._over:
+            if self._gone is None or self._gone.done():
+                self._gone = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._gone)
+
+    def start_drain(self) -> None:
+        """The first half of ``drain``: says so to every connection and returns."""
+        self.draining = True
+        for connection in tuple(self._open):
+            connection.drain()
+
+    def abort(self) -> None:
+        """Cuts off every connection."""
+        for connection in (*self._open, *self._over):
+            connection.abort()
+
+
+
+

@@ -1,0 +1,350 @@
+"""Request head: the bytes up to and with the blank line -> ``RequestHead``.
+
+httptools splits the head into headers and refuses what breaks the grammar of RFC 9112; it sees exactly one head and is
+then thrown away, so nothing carries over from one request to the next (its trailers and its keep-alive flag would).
+All that it lets through though a server must not is checked here: target, version, Host, framing headers.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote_to_bytes
+
+import httptools
+
+from pyserve.errors import ClientError, MethodNotAllowedError
+from pyserve.http1.errors import (
+    METHODS,
+    HeadTooLargeError,
+    InvalidHttpError,
+    TargetTooLongError,
+    UnknownCodingError,
+    UnknownMethodError,
+    VersionError,
+)
+from pyserve.http1.limits import Http1Limits
+from pyserve.request.ids import REQUEST_ID
+from pyserve.request.messages import TIMING_HEADERS, Headers, join_headers, lower_names
+
+_CACHE_COUNT_MAX = 1024
+_CACHED_SIZE_MAX = 256
+_CACHED_HEAD_SIZE_MAX = 1024
+
+_METHODS = {name.encode(): name for name in METHODS}
+_REFUSED_METHODS = (b"CONNECT", b"TRACE")
+_METHOD = re.compile(rb"[A-Z][A-Z0-9-]{0,31}\Z")
+_VERSIONS = (b"HTTP/1.1", b"HTTP/1.0")
+_VERSION = re.compile(rb"HTTP/[0-9]\.[0-9]\Z")
+_TARGET = re.compile(rb'[!"$-~]+\Z')  # visible ASCII without "#"
+_ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)([/?].*)?\Z")
+_BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]*)?\Z")
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+
+# A dash and an underscore look the same once a proxy or a CGI-style environment has rewritten names, so a header
+# spelled with underscores could pose as another one. These three are TorchServe's own and have no dashed twin.
+_UNDERSCORE_NAMES = (b"ts_request_sequence_id", b"ts_request_sequence_start", b"ts_request_sequence_end")
+
+_PLAIN, _DROPPED, _HOST_FIELD, _LENGTH, _TRANSFER, _CONNECTION, _EXPECT, _CODING, _ID_FIELD, _TIMING, _ONE = range(11)
+_KINDS = {
+    b"host": _HOST_FIELD,
+    b"content-length": _LENGTH,
+    b"transfer-encoding": _TRANSFER,
+    b"connection": _CONNECTION,
+    b"expect": _EXPECT,
+    b"content-encoding": _CODING,
+    b"x-request-id": _ID_FIELD,
+    **{name.encode(): _TIMING for name in TIMING_HEADERS},
+    # They say what the body is, and whose sequence it belongs to: two different ones would ask two different things.
+    b"content-type": _ONE,
+    b"inference-header-content-length": _ONE,
+    **dict.fromkeys(_UNDERSCORE_NAMES, _ONE),
+}
+
+_names: dict[bytes, tuple[str, int]] = {}
+_targets: dict[bytes, tuple[str, str, str]] = {}
+_hosts: set[bytes] = set()
+
+
+class RequestHead:
+    """One checked request head.
+
+    Attributes:
+        method: one of ``METHODS``.
+        path: percent-decoded once; ``"*"`` for ``OPTIONS *``.
+        query: raw, without ``?``.
+        headers: as the client spelled them, names with underscores dropped.
+        is_http11: HTTP/1.1, else 1.0.
+        keep_alive: whether the client wants the connection kept.
+        length: announced body size in bytes; 0 if none.
+        chunked: whether the body comes in chunks.
+        expect: lower-case ``Expect`` value; ``""`` if none, or for HTTP/1.0, which has no such header.
+        coding: lower-case ``Content-Encoding``; ``""`` if none or ``identity``.
+        id: the client's ``x-request-id`` if it is a valid one, else ``""``.
+        has_timing: whether one of TIMING_HEADERS is among the headers.
+        is_simple: neither chunked, nor with ``Expect`` or a coding.
+        text: ``headers`` joined, see `messages.join_headers`.
+        lower: ``headers`` by name, see `messages.lower_names`.
+    """
+
+    __slots__ = (
+        "chunked", "coding", "expect", "has_timing", "headers", "id", "is_http11", "is_simple", "keep_alive",
+        "length", "lower", "method", "path", "query", "text",
+    )  # fmt: skip
+
+    def __init__(self, method: str, path: str, query: str, headers: Headers, is_http11: bool):
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.is_http11 = is_http11
+        self.keep_alive = is_http11
+        self.length = 0
+        self.chunked = False
+        self.expect = ""
+        self.coding = ""
+        self.id = ""
+        self.has_timing = False
+        self.is_simple = True
+        self.text = ""
+        self.lower: dict[str, str] = {}
+
+
+class _Fields:
+    """Receives the tokens of one head from httptools."""
+
+    __slots__ = ("lines",)
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[bytes, bytes]] = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.lines.append((name, value))
+
+
+def check_head_size(data: bytes | bytearray, start: int, end: int, limits: Http1Limits) -> None:
+    """Raises if the head that begins at ``start`` is over a limit; ``end`` is -1 while it is incomplete.
+
+    A head too long is refused with the same error whether it came at once or byte by byte.
+    """
+    line_end = data.find(b"\r\n", start, start + limits.line_size_max + 2)
+    if line_end < 0 and len(data) - start >= limits.line_size_max + 2:
+        method = bytes(data[start : start + 33]).partition(b" ")[0]
+        if not _METHOD.match(method):
+            raise InvalidHttpError("the request does not begin with a method")
+        raise TargetTooLongError(f"Request line is over the limit of {limits.line_size_max} bytes.")
+    if end < 0 and len(data) - start >= limits.head_size_max:
+        raise HeadTooLargeError(f"Request head is over the limit of {limits.head_size_max} bytes.")
+
+
+def check_head_start(data: bytes | bytearray) -> None:
+    """Refuses an unfinished head that can no longer become a request, such as a TLS handshake."""
+    method, space, _ = bytes(data[:33]).partition(b" ")
+    if method != b"\r" and not _METHOD.match(method):
+        raise InvalidHttpError("the request does not begin with a method")
+    if not space and len(data) > 32:
+        raise InvalidHttpError("the request does not begin with a method")
+
+
+class HeadReader:
+    """Reads the heads of one listener. Loop thread only.
+
+    A client on a kept connection repeats its head byte for byte; what was read once is not read again.
+    """
+
+    def __init__(self, limits: Http1Limits, *, takes_ids: bool = True):
+        self._limits = limits
+        self._takes_ids = takes_ids
+        self._known: dict[bytes, RequestHead] = {}
+
+    def read(self, data: bytes) -> RequestHead:
+        """Reads one whole head, ``data`` ending with its blank line. Heads are shared: do not change one.
+
+        Raises:
+            InvalidHttpError, MethodNotAllowedError, UnknownMethodError, UnknownCodingError, VersionError,
+            HeadTooLargeError: the request cannot be read on safely; the connection must end.
+        """
+        head = self._known.get(data)
+        if head is None:
+            if data.count(b"\r\n") - 2 > self._limits.header_count_max:
+                raise HeadTooLargeError(f"Request has more than {self._limits.header_count_max} headers.")
+            head = _read_head(data)
+            if not self._takes_ids:
+                head.id = ""
+            if len(data) <= _CACHED_HEAD_SIZE_MAX:
+                if len(self._known) >= _CACHE_COUNT_MAX:
+                    self._known.clear()
+                self._known[data] = head
+        return head
+
+
+def _read_head(data: bytes) -> RequestHead:
+    line = data[: data.find(b"\r\n")].split(b" ")
+    method = _METHODS.get(line[0])
+    if method is None and not _METHOD.match(line[0]):
+        raise InvalidHttpError("the request does not begin with a method")
+    if len(line) != 3:
+        raise InvalidHttpError("the request line is not 'METHOD target HTTP/1.1' with single spaces")
+    token, target, version = line
+    if version not in _VERSIONS:
+        raise _refused_version(version)
+    if method is None:
+        raise _refused_method(token)
+    path, query, authority = _targets.get(target) or _read_target(target, method)
+    if path == "*" and method != "OPTIONS":
+        raise InvalidHttpError("only OPTIONS may have the target '*'")
+    fields = _Fields()
+    try:
+        httptools.HttpRequestParser(fields).feed_data(data)
+    except httptools.HttpParserUpgrade:
+        pass  # no protocol to upgrade to: the request is served as HTTP/1.1 (RFC 9110, 7.8)
+    except httptools.HttpParserError as error:
+        raise InvalidHttpError(str(error)) from None
+    head = _read_fields(fields.lines, RequestHead(method, path, query, [], version == b"HTTP/1.1"))
+    if authority:  # it stands above the Host header (RFC 9112, 3.2.2)
+        head.headers = [(name, authority if name.lower() == "host" else value) for name, value in head.headers]
+    head.is_simple = not (head.chunked or head.expect or head.coding)
+    head.text = join_headers(head.headers)
+    head.lower = lower_names(head.headers)
+    return head
+
+
+def _read_fields(lines: list[tuple[bytes, bytes]], head: RequestHead) -> RequestHead:
+    modern = head.keep_alive  # so far: HTTP/1.1
+    headers = head.headers
+    hosts: list[bytes] = []
+    lengths: list[bytes] = []
+    transfers: list[bytes] = []
+    connections: list[bytes] = []
+    ones: dict[bytes, bytes] = {}
+    for name, raw in lines:
+        text, kind = _names.get(name) or _read_name(name)
+        if kind == _DROPPED:
+            continue
+        value = raw.rstrip(b" \t")
+        headers.append((text, value.decode("latin-1")))
+        if kind == _PLAIN:
+            continue
+        if kind == _HOST_FIELD:
+            hosts.append(value)
+        elif kind == _LENGTH:
+            lengths.append(value)
+        elif kind == _TRANSFER:
+            transfers.append(value)
+        elif kind == _CONNECTION:
+            connections.append(value)
+        elif kind == _ONE:
+            if ones.setdefault(name.lower(), value) != value:
+                raise InvalidHttpError(f"two different {text[:_CACHED_SIZE_MAX]} headers")
+        elif kind == _ID_FIELD:
+            if REQUEST_ID.match(headers[-1][1]):
+                head.id = headers[-1][1]
+        elif kind == _TIMING:
+            head.has_timing = True
+        elif kind == _EXPECT:
+            head.expect = headers[-1][1].lower() if modern else ""
+        elif value.lower() != b"identity":
+            head.coding = headers[-1][1].lower()
+    if len(hosts) != 1 or hosts[0] not in _hosts:
+        _check_host(hosts, modern)
+    if lengths or transfers:
+        _read_framing(lengths, transfers, modern, head)
+    if connections or not modern:
+        options = {option.strip().lower() for value in connections for option in value.split(b",")}
+        head.keep_alive = b"close" not in options and (modern or b"keep-alive" in options)
+    return head
+
+
+def _read_framing(lengths: list[bytes], transfers: list[bytes], modern: bool, head: RequestHead) -> None:
+    if lengths and transfers:
+        raise InvalidHttpError("Content-Length and Transfer-Encoding in one request")
+    if lengths:
+        if len(lengths) > 1 or not lengths[0].isdigit() or len(lengths[0]) > 20:
+            raise InvalidHttpError("Content-Length is not one decimal number")
+        head.length = int(lengths[0])
+        return
+    if not modern:
+        raise InvalidHttpError("Transfer-Encoding in an HTTP/1.0 request")
+    codings = [coding.strip(b" \t").lower() for value in transfers for coding in value.split(b",")]
+    if codings != [b"chunked"]:
+        if all(_TOKEN.match(coding) for coding in codings) and any(coding != b"chunked" for coding in codings):
+            raise UnknownCodingError("Transfer-Encoding other than 'chunked' is not implemented.")
+        raise InvalidHttpError("Transfer-Encoding is not 'chunked'")
+    head.chunked = True
+
+
+def _check_host(hosts: list[bytes], modern: bool) -> None:
+    if not hosts and not modern:
+        return
+    if len(hosts) != 1:
+        raise InvalidHttpError("no Host header" if not hosts else "more than one Host header")
+    if not _HOST.match(hosts[0]):
+        raise InvalidHttpError("Host is not 'name' or 'name:port'")
+    if len(hosts[0]) <= _CACHED_SIZE_MAX:
+        if len(_hosts) >= _CACHE_COUNT_MAX:
+            _hosts.clear()
+        _hosts.add(hosts[0])
+
+
+def _read_name(name: bytes) -> tuple[str, int]:
+    lower = name.lower()
+    kind = _KINDS.get(lower, _PLAIN)
+    if b"_" in name and lower not in _UNDERSCORE_NAMES:
+        kind = _DROPPED
+    named = (name.decode("latin-1"), kind)
+    if len(name) <= _CACHED_SIZE_MAX:
+        if len(_names) >= _CACHE_COUNT_MAX:
+            _names.clear()
+        _names[name] = named
+    return named
+
+
+def _read_target(target: bytes, method: str) -> tuple[str, str, str]:
+    """Path, query and, of an http URL, its ``host:port``."""
+    if not _TARGET.match(target):
+        raise InvalidHttpError("the target has a character that must be percent-encoded")
+    local = target
+    authority = ""
+    absolute = _ABSOLUTE.match(target)
+    if absolute:
+        authority = absolute[1].decode()
+        if not _HOST.match(absolute[1]):
+            raise InvalidHttpError("the target's host is not 'name' or 'name:port'")
+        local = absolute[2] or b"/"
+        if local[:1] == b"?":
+            local = b"/" + local
+        elif absolute[2] is None and method == "OPTIONS":
+            local = b"*"  # RFC 9112, 3.2.4: the form a proxy gives 'OPTIONS *'
+    if local[:1] != b"/" and local != b"*":
+        raise InvalidHttpError("the target is not a path or an http URL")
+    raw, _, query = local.partition(b"?")
+    if _BAD_PERCENT.search(raw):
+        raise InvalidHttpError("the target has '%' without two hexadecimal digits")
+    decoded = unquote_to_bytes(raw)
+    if _CONTROL.search(decoded):
+        raise InvalidHttpError("the target has a percent-encoded control character")
+    try:
+        parts = (decoded.decode(), query.decode("ascii"), authority)
+    except UnicodeDecodeError:
+        raise InvalidHttpError("the target is not UTF-8 once percent-decoded") from None
+    if len(target) <= _CACHED_SIZE_MAX and not absolute:
+        if len(_targets) >= _CACHE_COUNT_MAX:
+            _targets.clear()
+        _targets[target] = parts
+    return parts
+
+
+def _refused_method(token: bytes) -> ClientError:
+    allowed = ", ".join(METHODS)
+    return MethodNotAllowedError(allowed) if token in _REFUSED_METHODS else UnknownMethodError(allowed)
+
+
+def _refused_version(version: bytes) -> ClientError:
+    if _VERSION.match(version):
+        return VersionError(f"{version.decode()} is not served; use HTTP/1.1.")
+    return InvalidHttpError("the request line does not end with 'HTTP/1.1'")
+
+
+
+

@@ -1,0 +1,134 @@
+"""A request whose body is still on its way: what is kept of it, what it may cost, how long it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyserve.errors import OverloadedError, ServeError, UnsupportedMediaError
+from pyserve.http1.body import ChunkedBody, SizedBody
+from pyserve.http1.errors import BodyTooLargeError, ExpectationError
+from pyserve.http1.head import RequestHead
+from pyserve.http1.limits import Http1Limits
+from pyserve.request.body_budget import BodyBudget
+from pyserve.request.ids import new_id
+from pyserve.request.messages import Request
+
+
+class Incoming:
+    """One request between its head and the end of its body.
+
+    A body that is not wanted, though its framing is sound, is read to its end without being kept, so that the
+    connection can go on after the refusal.
+
+    Attributes:
+        head: the request's head.
+        body: the reader of the body; ``body.content`` is what is kept.
+        refusal: why the body is not wanted; None if it is.
+        wire_size: bytes read so far, head and framing with them.
+        reserved: bytes of the body budget this request holds.
+        continue_owed: whether the client waits for ``100 Continue``.
+        on_release: called by ``release``.
+    """
+
+    __slots__ = (
+        "_budget", "_limits", "_started_at", "body", "continue_owed", "head", "on_release", "refusal",
+        "reserved", "wire_size",
+    )  # fmt: skip
+
+    def __init__(self, head: RequestHead, head_size: int, limits: Http1Limits, budget: BodyBudget):
+        """Decides on the head alone whether the body is wanted.
+
+        Raises:
+            ServeError: it is not, and the connection must end, since nobody can tell whether the body will follow.
+        """
+        if head.length > limits.body_size_max:
+            raise BodyTooLargeError(head.length, limits.body_size_max, announced=head.length)
+        if head.expect not in ("", "100-continue"):
+            raise ExpectationError("Expect other than '100-continue' cannot be met.")
+        self.head = head
+        self.body: SizedBody | ChunkedBody = ChunkedBody(limits) if head.chunked else SizedBody(head.length)
+        self.refusal: ServeError | None = None
+        self.wire_size = head_size
+        self.reserved = 0
+        self.continue_owed = bool(head.expect) and not self.body.complete
+        self.on_release: Callable[[], None] | None = None
+        self._limits = limits
+        self._budget = budget
+        self._started_at = -1.0
+        if head.coding and not self.body.complete:
+            self._refuse(UnsupportedMediaError("Content-Encoding is not supported; send the body uncompressed."))
+        else:
+            self._reserve(head.length)
+
+    def feed(self, data: bytes, start: int) -> int:
+        """Takes what belongs to the body from ``data[start:]``; returns where the rest begins.
+
+        Raises:
+            ServeError: the framing is broken or over a limit; the connection must end.
+        """
+        end = self.body.feed(data, start)
+        self.wire_size += end - start
+        missing = len(self.body.content) - self.reserved
+        if missing > 0:
+            self._reserve(missing)
+        return end
+
+    @property
+    def direct_size(self) -> int:
+        """Bytes that are missing, if it is known beforehand and they are wanted; else 0."""
+        body = self.body
+        return body.announced - body.size if isinstance(body, SizedBody) and self.refusal is None else 0
+
+    def place(self) -> memoryview:
+        """Where these bytes belong; whoever fills some of it calls ``took``."""
+        assert isinstance(self.body, SizedBody)
+        return self.body.place()
+
+    def took(self, size: int) -> None:
+        """So many bytes have come to their place."""
+        assert isinstance(self.body, SizedBody)
+        self.body.took(size)
+        self.wire_size += size
+
+    def deadline(self, now: float) -> float:
+        """When the client is too slow, if nothing comes after ``now`` (s, ``loop.time()``)."""
+        limits = self._limits
+        if self._started_at < 0:
+            self._started_at = now
+        by_rate = self._started_at + limits.body_grace_s + self.body.size / limits.body_rate_min
+        return min(by_rate, now + limits.body_stall_s)
+
+    def release(self) -> None:
+        """Gives the budget back."""
+        self._budget.release(self.reserved)
+        self.reserved = 0
+        if self.on_release is not None:
+            self.on_release()
+
+    def _reserve(self, size: int) -> None:
+        if self._budget.reserve(size):
+            self.reserved += size
+            return
+        self.release()
+        size_max = self._budget.size_max
+        self._refuse(
+            OverloadedError(
+                f"Request bodies in memory would pass the limit of {size_max} bytes; try again later.",
+                detail={"reason": "body budget", "body_budget_size": size_max},
+                headers={"Retry-After": "1"},
+            )
+        )
+
+    def _refuse(self, error: ServeError) -> None:
+        if self.continue_owed:
+            raise error
+        self.refusal = error
+        self.body.discard()
+
+
+def unread_request(head: RequestHead | None, client: str) -> Request:
+    """A request that is answered though its body was not read; one without a method if its head was not, either."""
+    if head is None:
+        return Request("", "", client=client, id=new_id())
+    return Request(head.method, head.path, query=head.query, headers=head.headers, client=client,
+                   id=head.id or new_id())  # fmt: skip

@@ -1,0 +1,499 @@
+"""HTTP/1.1 server protocol: bytes -> ``Request`` -> app -> ``Response`` -> bytes. No policy, no endpoints.
+
+A connection reads heads and bodies in turn:
+
+    HEAD ──head with a body──> BODY ──body complete──> HEAD
+      └──────── last request, framing error, time out ────────> CLOSED   (input is thrown away)
+
+Requests stand in a queue of exchanges until answered; answers are written from its front, so pipelined requests are
+answered in order whatever order the app answers in. No task and no future is made for a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+from pyserve.errors import ServeError, ServerError
+from pyserve.http1.answer import INTERNAL_ERROR, JOINED_SIZE_MAX, error_response
+from pyserve.http1.connections import Connections
+from pyserve.http1.direct import DIRECT_SIZE_MIN, DirectBody
+from pyserve.http1.errors import BodyTooLargeError, InvalidHttpError, SlowClientError
+from pyserve.http1.head import RequestHead, check_head_size, check_head_start
+from pyserve.http1.incoming import Incoming, unread_request
+from pyserve.http1.limits import Http1Limits
+from pyserve.http1.peer import client_name, probe_pause_s, unread_size
+from pyserve.http1.timer import LazyTimer, StallTimer
+from pyserve.log import about
+from pyserve.request.exchange import Exchange
+from pyserve.request.ids import new_id
+from pyserve.request.messages import Request, Response
+
+log = logging.getLogger("pyserve.http1")
+
+_HEAD, _BODY, _CLOSED = range(3)
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+# A body of so many bytes that came together with its head needs no state of its own.
+_QUICK_BODY_MAX = 64 * 1024
+
+
+class Http1Protocol(asyncio.Protocol):
+    """One connection. Loop thread only.
+
+    Args:
+        app: called with each complete request, on the loop; answers by ``Exchange.respond``, now or later.
+        limits: of this connection.
+        connections: the listener's register of connections.
+        loop: the loop; the running one if not given.
+    """
+
+    def __init__(
+        self, app: Callable[[Exchange], None], limits: Http1Limits, connections: Connections,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ):  # fmt: skip
+        # constant
+        self._app = app
+        self._limits = limits
+        self._connections = connections
+        self._loop = loop or asyncio.get_running_loop()
+        # per connection
+        self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connection_made
+        self._client = "unix"
+        self._slots: deque[Exchange] = deque()
+        self._timer = LazyTimer(self._loop, self._on_deadline)
+        self._phase = _HEAD
+        self._writable = True
+        self._paused = False
+        self._backlog = b""  # came after reading was paused
+        self._eof = False
+        self._probe_count = 0
+        self._linger = False
+        self._discarded = 0
+        self._discarded_max = limits.linger_size_max
+        # per request
+        self._partial = bytearray()  # of a head
+        self._blank_size = 0  # of empty lines before it
+        self._head: RequestHead | None = None  # of a request whose body is being read
+        self._incoming: Incoming | None = None  # of a body
+
+    # transport -> protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=JOINED_SIZE_MAX)
+        self._client = client_name(transport.get_extra_info("peername"))
+        self._stall = StallTimer(
+            self._loop, self._transport, stall_s=self._limits.write_stall_s, rate_min=self._limits.body_rate_min
+        )
+        refusal = self._connections.add(self)
+        if refusal is None:
+            self._timer.set(self._loop.time() + self._limits.idle_timeout_s)
+        elif not transport.is_closing():
+            self._refuse(refusal)
+
+    def data_received(self, data: bytes) -> None:
+        if self._paused:
+            self._backlog += data
+        else:
+            self._advance(data)
+            if self._connections.draining:
+                self.drain()
+
+    def eof_received(self) -> bool:
+        self._eof = True
+        if not self._paused:
+            self._on_eof()
+        return True  # the answers still go out; the protocol closes after them
+
+    def pause_writing(self) -> None:
+        self._writable = False
+        self._stall.watch()
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        if not self._transport.is_closing():
+            self._stall.rest()
+        self._flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._phase = _CLOSED
+        self._timer.cancel()
+        self._stall.cancel()
+        self._connections.remove(self)
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Nobody can be answered any more."""
+        self._forget_request()
+        slots, self._slots = self._slots, deque()
+        for exchange in slots:
+            self._release(exchange)
+            exchange.disconnect()
+
+    # the listener -> protocol
+
+    def drain(self) -> None:
+        """Closes at once if idle, else after the answers to what has been received.
+
+        Received is what the kernel has, too: the loop may not have come to read it yet.
+        """
+        if self._phase == _HEAD and not (self._slots or self._partial or self._paused or unread_size(self._transport)):
+            self._close()
+
+    def abort(self) -> None:
+        """Closes at once, whatever is under way."""
+        self._transport.abort()
+
+    # reading
+
+    def _advance(self, data: bytes) -> None:
+        start, size = 0, len(data)
+        slots = self._slots
+        try:
+            while start < size and self._phase != _CLOSED:
+                if self._incoming is not None:
+                    start = self._take_body(self._incoming, data, start)
+                elif len(slots) >= self._limits.pipeline_max or not self._writable:
+                    break
+                else:
+                    start = self._take_head(data, start)
+        except ServeError as error:
+            self._refuse(error)
+            return
+        if self._phase == _CLOSED:
+            if start < size:
+                self._discard(size - start)
+        elif self._incoming is not None:
+            self.body_grew(self._incoming)
+            if self._incoming.direct_size >= DIRECT_SIZE_MIN:
+                DirectBody(self, self._transport, self._incoming, self._loop)
+        elif start < size or len(slots) >= self._limits.pipeline_max:
+            self._pause(data[start:])
+
+    def body_grew(self, incoming: Incoming) -> None:
+        """Some of the body has come; there is more to come."""
+        self._timer.set(incoming.deadline(self._loop.time()))
+
+    def body_came(self, incoming: Incoming) -> None:
+        """All of a body has come that was read directly; the transport reads on when this is done with."""
+        if incoming is self._incoming:
+            self._transport.resume_reading()
+            self._end_body(incoming)
+            self._advance(b"")
+            if self._connections.draining:
+                self.drain()
+
+    def _take_head(self, data: bytes, start: int) -> int:
+        if self._partial:
+            return self._extend_head(data, start)
+        while data.startswith(b"\r\n", start):  # RFC 9112, 2.2: empty lines before a request are ignored
+            start += 2
+            self._count_blank()
+        end = data.find(b"\r\n\r\n", start, start + self._limits.head_size_max)
+        if end < 0:
+            if start < len(data):
+                check_head_size(data, start, end, self._limits)
+                self._partial += memoryview(data)[start:]
+                check_head_start(self._partial)
+                self._timer.set(self._loop.time() + self._limits.head_timeout_s)
+            return len(data)
+        if end - start > self._limits.line_size_max:
+            check_head_size(data, start, end, self._limits)
+        end += 4
+        head = self._connections.heads.read(data[start:end])
+        body_end = end + head.length
+        if body_end > len(data) or not head.is_simple or not self._is_quick(head.length):
+            self._on_head(head, end - start)
+            return end
+        self._blank_size = 0
+        self._complete(head, bytearray(data[end:body_end]), body_end - start, head.length)
+        return body_end
+
+    def _is_quick(self, size: int) -> bool:
+        """Takes ``size`` bytes from the budget if a body of that size can be had at once."""
+        return size <= _QUICK_BODY_MAX and size <= self._limits.body_size_max and self._connections.budget.reserve(size)
+
+    def _extend_head(self, data: bytes, start: int) -> int:
+        partial = self._partial
+        if partial == b"\r":
+            if data[start] != 0x0A:
+                raise InvalidHttpError("the request does not begin with a method")
+            partial.clear()
+            self._count_blank()
+            return start + 1
+        known = len(partial)
+        partial += memoryview(data)[start : start + self._limits.head_size_max - known]
+        end = partial.find(b"\r\n\r\n", max(known - 3, 0))
+        check_head_size(partial, 0, end, self._limits)
+        if end < 0:
+            check_head_start(partial)
+            return len(data)
+        end += 4
+        head = bytes(memoryview(partial)[:end])
+        partial.clear()
+        self._on_head(self._connections.heads.read(head), end)
+        return start + end - known
+
+    def _count_blank(self) -> None:
+        self._blank_size += 2
+        if self._blank_size > self._limits.line_size_max:
+            raise InvalidHttpError("too many empty lines before the request")
+
+    def _on_head(self, head: RequestHead, size: int) -> None:
+        self._blank_size = 0
+        self._phase = _BODY
+        self._head = head
+        incoming = self._incoming = Incoming(head, size, self._limits, self._connections.budget)
+        if incoming.body.complete:
+            self._end_body(incoming)
+        elif incoming.continue_owed and not self._slots:
+            self._write_continue(incoming)
+
+    def _take_body(self, incoming: Incoming, data: bytes, start: int) -> int:
+        end = incoming.feed(data, start)
+        if incoming.body.complete:
+            self._end_body(incoming)
+        return end
+
+    def _end_body(self, incoming: Incoming) -> None:
+        self._incoming = self._head = None
+        self._phase = _HEAD
+        self._complete(incoming.head, incoming.body.content, incoming.wire_size, incoming.reserved, incoming.refusal)
+
+    def _complete(
+        self, head: RequestHead, content: bytearray, wire_size: int, reserved: int = 0,
+        refusal: ServeError | None = None,
+    ) -> None:  # fmt: skip
+        request = Request(
+            head.method, head.path, query=head.query, headers=head.headers, body=content, client=self._client,
+            id=head.id or new_id(), arrived_at=self._connections.clock(), header_text=head.text,
+            has_timing=head.has_timing, lower=head.lower,
+        )  # fmt: skip
+        exchange = Exchange(request, self._on_answer, head.keep_alive, wire_size, reserved)
+        exchange.is_http11 = head.is_http11
+        self._slots.append(exchange)
+        self._timer.deadline = math.inf
+        if not head.keep_alive:
+            self._phase = _CLOSED
+        if refusal is not None:
+            self._connections.refused[refusal.status] += 1
+            self._respond_error(exchange, refusal)
+            return
+        try:
+            self._app(exchange)
+        except ServeError as error:
+            self._respond_error(exchange, error)
+        except Exception:
+            log.exception("request %s %s %s failed", request.id, request.method, request.path,
+                          extra=about(request_id=request.id))  # fmt: skip
+            self._respond_error(exchange, ServerError(INTERNAL_ERROR))
+
+    def _respond_error(self, exchange: Exchange, error: ServeError) -> None:
+        response = error_response(error)
+        if self._connections.decorate is not None:
+            self._connections.decorate(exchange.request, response)
+        exchange.respond(response)
+
+    def _refuse(self, error: ServeError) -> None:
+        """Answers a request that cannot be read on, after those before it, and ends the connection."""
+        self._connections.refused[error.status] += 1
+        if isinstance(error, BodyTooLargeError):
+            # An honest client sends all it announced before it reads; let it, as far as the time goes.
+            self._discarded_max = max(self._discarded_max, error.announced)
+        request = unread_request(self._head, self._client)
+        self._forget_request()
+        self._phase = _CLOSED
+        self._timer.deadline = math.inf
+        self._linger = not isinstance(error, SlowClientError)
+        exchange = Exchange(request, self._on_answer)
+        self._slots.append(exchange)
+        self._respond_error(exchange, error)
+
+    def _forget_request(self) -> None:
+        self._partial.clear()
+        self._backlog = b""
+        self._head = None
+        if self._incoming is not None:
+            self._incoming.release()
+            self._incoming = None
+
+    def _discard(self, size: int) -> None:
+        self._discarded += size
+        if self._discarded > self._discarded_max:
+            if self._slots:
+                self._transport.pause_reading()
+            else:
+                self._close()
+
+    def _pause(self, rest: bytes) -> None:
+        self._paused = True
+        self._backlog = rest
+        self._timer.deadline = math.inf  # it is we who do not read
+        self._transport.pause_reading()
+
+    def _unpause(self) -> None:
+        self._paused = False
+        data, self._backlog = self._backlog, b""
+        if self._partial:
+            self._timer.set(self._loop.time() + self._limits.head_timeout_s)
+        if data:
+            self._advance(data)
+        if not (self._paused or self._transport.is_closing()):
+            self._transport.resume_reading()
+        if self._eof and not self._paused:
+            self._on_eof()
+
+    def _on_eof(self) -> None:
+        if self._phase == _CLOSED:
+            if not self._slots:
+                self._close()
+        elif self._partial or self._phase == _BODY:
+            self._refuse(InvalidHttpError("the connection ended within a request"))
+        elif self._slots:
+            self._slots[-1].keep_alive = False
+            self._phase = _CLOSED
+        else:
+            self._close()
+        if self._slots:
+            self._timer.set(self._loop.time() + probe_pause_s(0))
+
+    # writing
+
+    def _on_answer(self, exchange: Exchange) -> None:
+        if exchange.reserved:
+            self._release(exchange)
+        if self._slots and self._slots[0] is exchange:
+            self._flush()
+        if exchange.parts_size > self._limits.stream_backlog_max:
+            log.warning("request %s: its client does not read the parts of the answer; the connection is reset",
+                        exchange.request.id, extra=about(request_id=exchange.request.id))  # fmt: skip
+            self._transport.abort()
+
+    def _flush(self) -> None:
+        """Writes the answers that are at the front of the queue."""
+        slots = self._slots
+        while slots and self._writable:
+            exchange = slots[0]
+            response = exchange.response
+            if exchange.is_streaming:
+                if not self._write_parts(exchange, response):
+                    break
+                slots.popleft()
+                is_kept = exchange.keep_alive
+            elif response is None:
+                break
+            else:
+                slots.popleft()
+                is_kept = self._write(exchange, response)
+            if not is_kept:
+                self._finish()
+                return
+        if self._paused and self._writable and len(slots) <= self._limits.pipeline_max // 2:
+            self._unpause()
+        if slots or self._paused:
+            return
+        if self._phase == _HEAD:
+            if not self._partial:
+                self._timer.set(self._loop.time() + self._limits.idle_timeout_s)
+        elif self._incoming is not None and self._incoming.continue_owed:
+            self._write_continue(self._incoming)
+
+    def _write(self, exchange: Exchange, response: Response) -> bool:
+        """Writes one answer; returns whether the connection is kept."""
+        keep_alive = exchange.keep_alive
+        if keep_alive and self._connections.draining:
+            keep_alive = bool(self._slots or self._partial or self._incoming or unread_size(self._transport))
+        exchange.response = None
+        self._connections.on_answer(exchange.request, response.status, exchange.is_http11)
+        head, parts = self._connections.answers.encode(response, exchange.request, keep_alive)
+        self._transport.write(head)
+        if parts:
+            self._transport.writelines(parts)
+        return keep_alive
+
+    def _write_parts(self, exchange: Exchange, head: Response | None) -> bool:
+        """Writes what there is of a streamed answer; returns whether it is complete."""
+        is_chunked = exchange.is_http11
+        if head is not None:
+            exchange.response = None
+            self._connections.on_answer(exchange.request, head.status, is_chunked)
+            if not is_chunked:
+                exchange.keep_alive = False  # the end of the connection is the end of the answer
+            written = self._connections.answers.stream_head(head, exchange.request, exchange.keep_alive, is_chunked)
+            if written is None:
+                exchange.is_aborted = True
+            else:
+                self._transport.write(written)
+        if exchange.is_aborted:
+            self._transport.abort()
+            return False
+        is_wanted = exchange.request.method != "HEAD"
+        while exchange.parts and self._writable:
+            part = exchange.take_part(is_chunked)
+            if is_wanted:
+                self._transport.write(part)
+        if exchange.parts or not exchange.is_ended:
+            return False
+        if is_chunked and is_wanted:
+            self._transport.write(b"0\r\n\r\n")
+        return True
+
+    def _write_continue(self, incoming: Incoming) -> None:
+        incoming.continue_owed = False
+        self._transport.write(_CONTINUE)
+
+    def _finish(self) -> None:
+        """The last answer is written: closes so that the client can read it."""
+        self._phase = _CLOSED
+        self._forget_request()
+        if self._eof or self._discarded > self._discarded_max or not (self._linger or self._discarded):
+            self._close()
+            return
+        # Closing with unread input would reset the connection, and the client might lose the answer.
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        self._end_output()
+        self._timer.set(self._loop.time() + self._limits.linger_timeout_s)
+        self._stall.watch()
+
+    def _end_output(self) -> None:
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def _close(self) -> None:
+        self._phase = _CLOSED
+        self._timer.deadline = math.inf
+        self._transport.close()
+        self._stall.watch()
+
+    # clocks
+
+    def _probe(self) -> None:
+        """Whether a client that sends no more has gone shows when it is sent something."""
+        exchange = self._slots[0]
+        if exchange.is_http11 and exchange.response is None and not exchange.is_streaming:
+            self._transport.write(_CONTINUE)
+        self._probe_count += 1
+        self._timer.set(self._loop.time() + probe_pause_s(self._probe_count))
+
+    def _on_deadline(self) -> None:
+        if self._eof and self._slots:
+            self._probe()
+        elif self._phase == _BODY:
+            limits = self._limits
+            self._refuse(SlowClientError(
+                f"Request body came slower than {limits.body_rate_min} bytes/s or paused for {limits.body_stall_s:g} s."
+            ))  # fmt: skip
+        elif self._partial and self._phase == _HEAD:
+            self._refuse(SlowClientError(f"Request head took longer than {self._limits.head_timeout_s:g} s."))
+        else:
+            self._close()
+
+    def _release(self, exchange: Exchange) -> None:
+        self._connections.budget.release(exchange.reserved)
+        exchange.reserved = 0

@@ -1,0 +1,500 @@
+"""The native lane of one model, seen from the event loop: a request's way in, and its answer's way out.
+
+    admission ──> preprocess ──> engine ──> postprocess ──> answer
+    (lane.py) │   (pool, or      (C++)      (here, once  ↑
+              │   here if quick)            per batch)   │
+              └── raw rows (raw_rows.py) ──> engine ─────┘
+
+Loop thread only, but for `_prepare`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import torch
+
+from pyserve.errors import HandlerError, InputError, JsonObject, OutOfMemoryError, ServeError
+from pyserve.handlers import row_check
+from pyserve.handlers.outputs import named_outputs
+from pyserve.lanes.lane import Lane, WorkerRow, live, request_ids, ring_capacity
+from pyserve.lanes.network import Network
+from pyserve.lanes.pending import OVER, SUBMITTED, Pending
+from pyserve.lanes.raw_rows import RAW_TYPE, RawRows
+from pyserve.lanes.resources import Services
+from pyserve.lanes.row_requests import RowPending
+from pyserve.lanes.settings import ModelSettings
+from pyserve.proof.native_proof import BUDGET_S, BatchProof
+from pyserve.request import codec
+from pyserve.request.messages import Response
+from pyserve.telemetry.stage_times import StageTimes
+from pyserve.telemetry.worker_log import ERROR, SCALED_DOWN, STARTED, WorkerLog
+from pyserve.torch_error import cause_of
+from pyserve.worker.failure import describe_failure
+
+log = logging.getLogger(__name__)
+
+# The engine's first worker.
+FIRST_CORE_ID = 9000
+# What torch says of an index that a table does not have.
+_INDEX = re.compile(r"\bindex(es)? (\S+ )?(is )?out of (range|bounds)|\bindex out of bounds", re.IGNORECASE)
+_LOGGED_STATES = {"starting": STARTED, "warming": STARTED, "failed": ERROR, "stopped": SCALED_DOWN}
+
+
+class NativeLane(Lane):
+    """Requests of one model between admission and answer; the network runs in native threads."""
+
+    is_native = True
+
+    def __init__(self, services: Services, name: str, label: str, network: Network, settings: ModelSettings):
+        core = services.engine.add_lane(network.torch_model, network.example, ring_capacity(settings))
+        super().__init__(services, name, label, core, settings)
+        self.network = network
+        core.set_input_rules(network.rules)
+        self._proving: asyncio.Task[None] | None = None  # tries batches
+        self._warned_note = ""
+        self._started: dict[int, datetime] = {}
+        self.worker_log = WorkerLog(name, label.removeprefix(f"{name} "), services.config.initial_worker_port)
+        self._noted: dict[int, str] = {}  # worker's number -> state, as it was logged
+        self._has_warned_of_nan = False
+        self._raw = RawRows.of(network.handler, network.example)
+        self._is_announcing = False
+        self._preprocess_times, self._postprocess_times = StageTimes(), StageTimes()
+        self._warn_of_batches()
+        self.apply_limits()
+
+    # --- workers and settings -------------------------------------------------------------------------------------
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return self.network.device != "cpu"
+
+    @property
+    def wanted_count(self) -> int:
+        """Workers that are there or coming."""
+        return sum(1 for row in self.core.workers() if row["state"] in ("starting", "warming", "ready"))
+
+    def set_workers(self, count: int) -> None:
+        if not self.is_on_gpu:
+            self._services.engine.share_cpus(self.core, count)
+        self.apply_limits()
+        self.core.set_workers(count)
+        for row in self.core.workers():
+            self._started.setdefault(row["id"], datetime.now())
+        self._note_states()
+
+    def _note_states(self) -> None:
+        """Logs what has changed among the workers since the last time."""
+        rows = {row["id"] - FIRST_CORE_ID: row["state"] for row in self.core.workers()}
+        for number in [*self._noted.keys() - rows.keys()]:
+            del self._noted[number]
+            self.worker_log.move(number, SCALED_DOWN)
+        for number, state in rows.items():
+            if self._noted.get(number) == state:
+                continue
+            self._noted[number] = state
+            if state == "ready":
+                started_at = self._started.get(number + FIRST_CORE_ID) or datetime.now()
+                self.worker_log.loaded(number, (datetime.now() - started_at).total_seconds())
+            elif state in _LOGGED_STATES:
+                self.worker_log.move(number, _LOGGED_STATES[state])
+
+    def worker_rows(self) -> list[WorkerRow]:
+        """The workers, as the management API shows them; they are threads of this one process."""
+        memory = _resident_size()
+        return [
+            WorkerRow(
+                id=str(self.worker_log.id(row["id"] - FIRST_CORE_ID)),
+                start_time=self._started.get(row["id"], datetime.now()),
+                status="READY" if row["state"] == "ready" else "UNLOADING",
+                memory_usage=memory,
+                pid=os.getpid(),
+                gpu=self.is_on_gpu,
+            )
+            for row in self.core.workers()
+        ]
+
+    @property
+    def weights_size(self) -> int:
+        """Bytes of the one copy of the weights."""
+        return int(self.network.torch_model.weights_size)
+
+    async def settled(self, timeout_s: float) -> str:
+        """Waits until every worker is ready or gone. Returns why one is not, or ``""``."""
+
+        def is_settled() -> bool:
+            self.core.reap()
+            self._note_states()
+            return all(row["state"] in ("ready", "failed") for row in self.core.workers())
+
+        try:
+            await asyncio.wait_for(self._services.engine.wait_for_workers(is_settled), timeout_s)
+        except TimeoutError:
+            # One that is stopping finishes its batch first, however long that takes; that is no failure.
+            if any(row["state"] in ("starting", "warming") for row in self.core.workers()):
+                return f"a worker was not ready within startup_timeout={timeout_s:g} s"
+        errors = [str(row["error"]) for row in self.core.workers() if row["state"] == "failed"]
+        return (cause_of(errors[0]) or "no text") if errors else ""
+
+    def apply_limits(self) -> None:
+        """Brings the settings to the engine; they hold from the next batch on."""
+        super().apply_limits()
+        self.network.context.system_properties["batch_size"] = self.settings.batch_size
+        proof = self.network.batches
+        if proof is not None and self._proving is None and not proof.is_settled_for(self.settings.batch_size):
+            self._proving = self._loop.create_task(self._prove_batches(proof))
+
+    @property
+    def batch_size_max(self) -> int:
+        """The settings' number, as far as batches of it were shown to change no answer."""
+        proof = self.network.batches
+        return self.settings.batch_size if proof is None else min(self.settings.batch_size, proof.size_max)
+
+    async def _prove_batches(self, proof: BatchProof) -> None:
+        """Tries batches beside the requests, which have smaller ones meanwhile."""
+        try:
+            while not (self._is_draining or proof.is_settled_for(self.settings.batch_size)):
+                await asyncio.to_thread(proof.extend, self.settings.batch_size, BUDGET_S)
+                if not self._is_draining:
+                    super().apply_limits()  # as far as has been shown by now
+            await asyncio.to_thread(self.network.torch_model.settle)  # items with NaN need a second copy of the weights
+        except Exception:
+            log.exception("%s: trying batches failed; they stay at %d", self._label, proof.size_max)
+            proof.note = proof.note or "trying larger batches failed, see the log"
+        self._proving = None
+        self._warn_of_batches()
+        if not self._is_draining:
+            self.apply_limits()
+
+    def _warn_of_batches(self) -> None:
+        if self.batch_note and self.batch_note != self._warned_note:
+            self._warned_note = self.batch_note
+            log.warning("%s %s", self._label, self.batch_note)
+
+    @property
+    def batch_note(self) -> str:  # type: ignore[override]
+        """Why its batches are smaller than the settings ask for."""
+        proof = self.network.batches
+        return "" if proof is None or self.settings.batch_size <= proof.size_max else proof.note
+
+    @property
+    def batch_probe(self) -> str:  # type: ignore[override]
+        """What trying batches came to."""
+        proof = self.network.batches
+        if proof is None or self.settings.batch_size == 1:
+            return ""
+        return proof.probe or ("being tried; until then batches have "
+                               f"{proof.size_max} item{'s' if proof.size_max > 1 else ''}")  # fmt: skip
+
+    @property
+    def running_max(self) -> int:
+        """A GPU has a queue of its own; on a CPU more batches than cores only take turns."""
+        return (1 << 31) if self.is_on_gpu else self._services.engine.running_max
+
+    async def close(self) -> None:
+        """Finishes what was admitted, then stops the workers."""
+        await self.finish_requests()
+        self._services.engine.forget_lane(self.core)
+        self.core.set_workers(0)
+        await self._services.engine.wait_for_workers(
+            lambda: all(row["state"] in ("stopped", "failed") for row in self.core.workers())
+        )
+        self._note_states()
+        self.core.join()  # at once: their threads have ended
+
+    def stats(self) -> JsonObject:
+        """As a lane's, and the histograms of the stages before and after the engine."""
+        own = {"preprocess": self._preprocess_times.histogram(), "postprocess": self._postprocess_times.histogram()}
+        return {**super().stats(), **own}
+
+    # --- the way in -----------------------------------------------------------------------------------------------
+
+    def begin(self, pending: Pending) -> None:
+        """Preprocesses, here or in the pool, and submits."""
+        if pending.inputs is not None:
+            self._submit(pending, pending.inputs)
+            return
+        if self._raw is not None and not (pending.flags or pending.query_is_input or pending.stages):
+            request = pending.exchange.request
+            if self._raw.takes(request):
+                pending.is_raw = True
+                try:
+                    pending.ticket = self.core.submit_bytes(
+                        pending, request.body, request.arrived_at, self._deadline(pending)
+                    )
+                except OverflowError:
+                    self._answer_error(pending, self.refusal("queue full"))
+                    return
+                pending.stage = SUBMITTED
+                self._announce_soon()
+                return
+        if self.network.handler.is_quick(len(pending.exchange.request.body)):
+            prepared = self._prepare(pending)
+            self._preprocess_times.observe(pending.preprocess_ns / 1e9)
+            self._submit(pending, prepared)
+            return
+        self._preparing_count += 1
+        future = self._services.preprocess_pool.submit(self._prepare, pending)
+        future.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._prepared, pending, done))
+
+    def _prepare(self, pending: Pending) -> torch.Tensor | ServeError:
+        """Body to input tensor. Any thread."""
+        began = time.monotonic_ns()
+        prepared = self._preprocess(pending)
+        ended = time.monotonic_ns()
+        pending.preprocess_ns = ended - began
+        if pending.stages is not None:
+            pending.stages.times["admission"] = (pending.arrived_at, began)
+            pending.stages.times["preprocess"] = (began, ended)
+        return prepared
+
+    def _preprocess(self, pending: Pending) -> torch.Tensor | ServeError:
+        request = pending.exchange.request
+        try:
+            return self.network.handler.preprocess([self._row_of(pending)])
+        except ServeError as error:
+            return error
+        except Exception as error:
+            return self._handler_error(error, "preprocess", request.id)
+
+    def _row_of(self, pending: Pending) -> dict[str, Any]:
+        request, config, handler = pending.exchange.request, self._services.config, self.network.handler
+        decodes, lenient = config.decode_input_request, self._is_strict
+        types: dict[str, str] = {}
+        if pending.flags & codec.FIELDS:
+            row = codec.split_fields(request.body, request.query)
+        else:
+            row = codec.decode_request(request, decode=decodes, types=types, lenient=lenient)
+            types.setdefault("body", request.header("content-type"))
+            if pending.query_is_input:
+                codec.add_query(row, request.query, lenient=lenient)
+        if not lenient and row_check.is_built_in(handler):
+            row_check.check_row(handler, row, types, decodes=decodes, start_key=config.ts_header_key_sequence_start)
+        return row
+
+    def _prepared(self, pending: Pending, future: Future[torch.Tensor | ServeError]) -> None:
+        self._preparing_count -= 1
+        prepared = future.result()
+        self._preprocess_times.observe(pending.preprocess_ns / 1e9)
+        self._submit(pending, prepared)
+
+    def _submit(self, pending: Pending, prepared: torch.Tensor | list[torch.Tensor] | ServeError) -> None:
+        if pending.stage == OVER:
+            return  # expired or hung up meanwhile
+        if isinstance(prepared, ServeError):
+            if self._is_strict and isinstance(prepared, InputError):
+                prepared = HandlerError("Prediction failed")  # TorchServe's answer to any exception of a handler
+            self._answer_error(pending, prepared)
+            return
+        try:
+            pending.ticket = self.core.submit(
+                pending, prepared, pending.arrived_at, self._deadline(pending), False
+            )
+            pending.stage = SUBMITTED
+            self._announce_soon()
+        except OverflowError:
+            self._answer_error(pending, self.refusal("queue full"))
+        except self._services.engine.core.InputRefused as error:
+            refusal: ServeError = InputError(str(error))
+            self._answer_error(pending, HandlerError("Prediction failed") if self._is_strict else refusal)
+        except (TypeError, ValueError) as error:
+            self._answer_error(pending, self._handler_error(error, "preprocess", pending.exchange.request.id))
+
+    def _announce_soon(self) -> None:
+        """Wakes a worker for all requests that this turn of the loop brings: one wake-up, and a batch of them all."""
+        if not self._is_announcing:
+            self._is_announcing = True
+            self._loop.call_soon(self._announce)
+
+    def _announce(self) -> None:
+        self._is_announcing = False
+        self.core.announce()
+
+    # --- the way out ----------------------------------------------------------------------------------------------
+
+    def complete(self, completion: Any) -> None:
+        """A batch came to an end: row i of its output goes to request i."""
+        owners: list[Pending | None] = completion.owners
+        self.finished_at = completion.finished_at
+        for owner in owners:
+            if owner is not None:
+                owner.started_at = completion.started_at
+                if owner.stages is not None:
+                    owner.stages.note_native(completion, completion.stamps[owners.index(owner)][1])
+        self._note_batch(completion, owners)
+        if completion.code != "ok":
+            self._complete_failed(owners, completion)
+            return
+        if self._raw is not None and self._answer_rows(self._raw, owners, completion):
+            return
+        if any(owner is not None and owner.wants_tensors for owner in owners):
+            owners = self._give_tensors(owners, completion)
+            if not any(owners):
+                return
+        requests = [owner.exchange.request if owner is not None else None for owner in owners]
+        context = self.network.context.for_batch(
+            [request.id if request is not None else "" for request in requests],
+            [request.headers if request is not None else () for request in requests],
+        )
+        handler = self.network.handler
+        began = time.monotonic_ns()
+        try:
+            handler.context = context
+            results = handler.postprocess(self.network.output(completion.output))
+            _check_results(results, len(owners))
+        except Exception as error:
+            self._complete_failed_postprocess(owners, error)
+            return
+        finally:
+            self._postprocess_times.observe((time.monotonic_ns() - began) / 1e9)
+        for index, (owner, result) in enumerate(zip(owners, results, strict=True)):
+            if owner is None:
+                continue
+            try:
+                response = self._response(result, context, index)
+                if owner.stages is not None:
+                    delivered_at = owner.stages.times["delivery"][1]
+                    owner.stages.times["postprocess"] = (delivered_at, time.monotonic_ns())
+                self._answer(owner, response)
+            except Exception as error:
+                # The others' answers are not touched by this one's.
+                self._complete_failed_postprocess([owner], error)
+
+    def _answer_rows(self, raw: RawRows, owners: list[Pending | None], completion: Any) -> bool:
+        """Answers a batch of raw requests; returns whether it was one."""
+        for owner in owners:
+            if owner is not None and not owner.is_raw:
+                return False
+        rows: list[bytes | memoryview | None] | None = completion.rows()
+        if rows is None or any(row is not None and len(row) > self._services.config.max_response_size for row in rows):
+            return False  # the other way has the words for it
+        headers = raw.headers(completion.output)
+        for owner, row in zip(owners, rows, strict=True):
+            if owner is not None and row is not None:
+                self._answer(owner, Response(200, row, content_type=RAW_TYPE, reason="", headers=headers))
+        return True
+
+    def _give_tensors(self, owners: list[Pending | None], completion: Any) -> list[Pending | None]:
+        """Rows of the output go to those who want them as they are; returns the owners without these."""
+        takers = [owner for owner in owners if isinstance(owner, RowPending) and owner.wants_tensors]
+        others = [None if owner is not None and owner.wants_tensors else owner for owner in owners]
+        try:
+            # All of them are of one protocol, which has one set of names for a model.
+            configured = takers[0].whole.output_names
+            outputs, names = named_outputs(self.network.output(completion.output), configured)
+        except ServeError as error:
+            self._complete_failed_postprocess(list(takers), error)
+            return others
+        for first, rows in _runs(owners):
+            if any(row.stage == OVER for row in rows):
+                continue  # of a whole that has ended
+            for row in rows:
+                self._forget(row)
+            own = [output[first : first + len(rows)] for output in outputs]
+            rows[0].whole.tensors_came(rows, completion.started_at, own, names)
+        return others
+
+    def _response(self, result: Any, context: Any, index: int) -> Response:
+        body = codec.encode_result(result, None if self._is_strict else self._warn_of_nan)
+        size_max = self._services.config.max_response_size
+        if len(body) > size_max:
+            raise HandlerError(
+                f"the answer has {len(body)} bytes, more than max_response_size={size_max}; "
+                "raise it in config.properties"
+            )
+        status, phrase = context.get_response_status(index)
+        headers = dict(context.get_response_headers(index))
+        content_type = headers.pop("content-type", None)
+        # TorchServe sends an empty phrase when the handler set none, and no content type of its own.
+        return Response(status, body, content_type=content_type, reason=phrase or "", headers=headers)
+
+    def _warn_of_nan(self) -> None:
+        if not self._has_warned_of_nan:
+            self._has_warned_of_nan = True
+            log.warning("%s: %s", self._label, codec.NAN_WARNING)
+
+    def _complete_failed(self, owners: list[Pending | None], completion: Any) -> None:
+        cause = cause_of(completion.message) or "no text"
+        error: ServeError
+        if completion.code == "out_of_memory":
+            error = OutOfMemoryError("Out of resources", detail={"exception": "OutOfMemoryError", "text": cause})
+        elif _INDEX.search(cause) and not self._is_strict:
+            # The model answers other inputs, and this one was alone when it failed.
+            error = InputError(
+                f"a number in the input stands for nothing that the model has: {cause}; send those that it has "
+                "('vocabulary' or 'values' under 'input' in model-config.yaml says which there are)"
+            )
+        else:
+            detail = {"exception": "RuntimeError", "text": cause, "where": "the model's forward"}
+            error = HandlerError("Prediction failed", detail=detail)
+        waiting = live(owners)
+        if waiting:
+            ids = request_ids(waiting)
+            log.error("request %s failed in %s: %s", ids, self._label, completion.message.strip(),
+                      extra=self.worker_log.about_requests(ids))  # fmt: skip
+        for owner in waiting:
+            self._answer_error(owner, error)
+
+    def _complete_failed_postprocess(self, owners: list[Pending | None], error: Exception) -> None:
+        waiting = live(owners)
+        failure = error
+        if not isinstance(failure, ServeError):
+            failure = self._handler_error(error, "postprocess", request_ids(waiting))
+        for owner in waiting:
+            self._answer_error(owner, failure)
+
+    def _handler_error(self, error: Exception, stage: str, ids: str) -> ServeError:
+        model_dir = self.network.context.system_properties["model_dir"]
+        failure = describe_failure(error, model_dir)
+        if not failure.is_own:  # of a built-in handler or ours
+            failure = replace(failure, where=stage)
+        if not failure.is_expected:
+            log.error("request %s failed in %s of %s: %s\n%s", ids, stage, self._label, failure.line(),
+                      failure.traceback, extra=self.worker_log.about_requests(ids))  # fmt: skip
+        told: ServeError
+        if failure.status == 507:
+            told = OutOfMemoryError(failure.message, detail=failure.detail())
+        else:
+            told = HandlerError(failure.message, detail=failure.detail())
+            told.status, told.type = failure.status, failure.type
+        return told
+
+
+def _runs(owners: list[Pending | None]) -> list[tuple[int, list[RowPending]]]:
+    """Places in the batch where rows begin that follow one another in their request too: often all of it is one."""
+    runs: list[tuple[int, list[RowPending]]] = []
+    for place, owner in enumerate(owners):
+        if not isinstance(owner, RowPending) or not owner.wants_tensors:
+            continue
+        if runs:
+            first, rows = runs[-1]
+            if first + len(rows) == place and rows[0].whole is owner.whole and rows[-1].index + 1 == owner.index:
+                rows.append(owner)
+                continue
+        runs.append((place, [owner]))
+    return runs
+
+
+def _check_results(results: Any, count: int) -> None:
+    if not isinstance(results, list):
+        text = f"postprocess returned a {type(results).__name__}, not a list of {count}"
+        raise HandlerError("Invalid model predict output", detail={"text": text})
+    if len(results) != count:
+        text = f"postprocess returned a list of {len(results)} for a batch of {count}"
+        raise HandlerError("number of batch response mismatched", detail={"text": text})
+
+
+def _resident_size() -> int:
+    """Bytes of this process's memory that are in RAM."""
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0

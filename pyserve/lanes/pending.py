@@ -1,0 +1,117 @@
+"""A request on its way through a lane: from admission to its one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from pyserve.request.deadline import client_deadline
+from pyserve.request.exchange import Exchange
+from pyserve.request.stages import Stages, asked_stages
+
+if TYPE_CHECKING:
+    import torch
+
+PREPARING, SUBMITTED, OVER = range(3)
+
+
+class Pending:
+    """One admitted request. Loop thread only, but for ``exchange.request`` being read while preprocessing.
+
+    Attributes:
+        lane: what it runs on; has ``complete``, ``expire`` and ``cancel``.
+        version: the model's.
+        url_version: the version as in the URL, ``default`` if it named none.
+        flags: of the item, as a worker process sees them.
+        query_is_input: whether the query's parameters are inputs of the handler.
+        ticket: the engine's, once submitted.
+        stage: PREPARING, SUBMITTED or OVER. It moves forward only, and only the move to OVER answers.
+        started_at: ns; when its batch began to run; 0 until its completion tells.
+        is_raw: it is answered with the bytes of its row of the output, see `raw_rows`.
+        preprocess_ns: how long its body took to become an input, ns.
+        is_streaming: a part of the answer has left.
+        progress_at: ns; when the last part came; 0 if none did.
+        client_deadline: ns; when its client stops waiting; 0 if it did not say.
+        stages: where its time goes; None if nobody asks.
+        limit_timer: fires at ``client_deadline``; the lane's.
+
+    Attributes of rows and their wholes, see `row_requests`:
+        is_row: it is one row of another request, which is counted instead.
+        is_whole: it has rows, which go through the lane instead.
+        is_swept: whether the lane's time limits are for this one.
+        inputs: what the network gets; None to have the handler make it of the body.
+        wants_tensors: whether the network's output is wanted, not the handler's answer.
+
+    Raises:
+        BadRequestError: what the client says about time cannot be understood.
+    """
+
+    __slots__ = (
+        "client_deadline", "exchange", "flags", "is_raw", "is_streaming", "lane", "limit_timer", "preprocess_ns",
+        "progress_at", "query_is_input", "stage", "stages", "started_at", "ticket", "url_version", "version",
+    )  # fmt: skip
+
+    is_row = is_whole = wants_tensors = False
+    inputs: list[torch.Tensor] | None = None
+
+    def __init__(  # noqa: PLR0917 - made for every request
+        self, lane: Any, exchange: Exchange, version: str, url_version: str, query_is_input: bool = False,
+        flags: int = 0,
+    ):  # fmt: skip
+        self.lane = lane
+        self.exchange = exchange
+        self.version = version
+        self.url_version = url_version
+        self.query_is_input = query_is_input
+        self.flags = flags
+        self.ticket = 0
+        self.stage = PREPARING
+        self.started_at = 0
+        self.is_raw = self.is_streaming = False
+        self.progress_at = self.preprocess_ns = 0
+        self.client_deadline = 0
+        self.stages: Stages | None = None
+        if exchange.request.has_timing:
+            self.client_deadline = client_deadline(exchange.request)
+            self.stages = asked_stages(exchange.request)
+        self.limit_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def arrived_at(self) -> int:
+        return self.exchange.request.arrived_at
+
+    @property
+    def is_swept(self) -> bool:
+        return True
+
+    def begin(self) -> None:
+        """Called by the lane for a whole that is admitted."""
+        raise NotImplementedError
+
+    def began_at(self) -> int:
+        """When it began to run, ns; 0 while it waits; -1 if it has ended and its answer is on the way."""
+        return int(self.lane.core.started_at(self.ticket)) if self.stage == SUBMITTED else 0
+
+    def drop_rows(self) -> None:
+        """Called by the lane for a whole whose answer is wanted no more: its rows do not run."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """The client hung up."""
+        self.lane.cancel(self)
+
+    def queue_s(self) -> float:
+        """From arrival until a worker took it; 0 if none did."""
+        return (self.started_at - self.arrived_at) / 1e9 if self.started_at else 0.0
+
+    def remaining_s(self) -> float | None:
+        """How long the client still waits; None if it did not say."""
+        return max(0.0, (self.client_deadline - time.monotonic_ns()) / 1e9) if self.client_deadline else None
+
+    def client_limit_ms(self) -> int:
+        """What the client said; 0 if nothing."""
+        return (self.client_deadline - self.arrived_at) // 1_000_000 if self.client_deadline else 0
+
+    def age_s(self) -> float:
+        return (time.monotonic_ns() - self.arrived_at) / 1e9

@@ -1,0 +1,322 @@
+"""The python lane of one model: requests go to worker processes that call the archive's own handler.
+
+    admission ──> engine ──> worker process ──> answer
+    (lane.py)     (C++)      (decodes, calls,   (here)
+                              encodes)
+
+The server does not look into bodies: what a request holds and what an answer says is made in the worker.
+
+Loop thread only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pyserve.errors import HandlerError, JsonObject, OverloadedError, ServeError
+from pyserve.lanes.lane import Lane, WorkerRow, live, request_ids, ring_capacity
+from pyserve.lanes.pending import OVER, SUBMITTED, Pending
+from pyserve.lanes.refusals import no_worker_error, worker_died_error
+from pyserve.lanes.resources import Services
+from pyserve.lanes.settings import ModelSettings
+from pyserve.lanes.workers import READY, PythonWorkers
+from pyserve.request.messages import Response
+from pyserve.request.stages import TIMED
+from pyserve.telemetry.worker_log import WorkerLog
+from pyserve.worker.spec import BATCH, WorkerSpec
+
+log = logging.getLogger(__name__)
+
+# Kinds of answers, csrc/frame.h.
+ANSWER, ERROR, CHUNK, LAST = range(4)
+# Flag of items; others are codec.FIELDS and stages.TIMED.
+DESCRIBE = 1
+# How long a handler call may go on after it was asked to end.
+INTERRUPT_GRACE_S = 1.0
+_NO_LIMIT = 1 << 31
+
+
+class PythonLane(Lane):
+    """Requests of one model between admission and answer; a handler runs in worker processes.
+
+    Args:
+        spec: what workers are started with.
+        device_ids: GPUs to give to workers in turn; empty on a CPU.
+        interpreter: of the workers; None for the server's own.
+        worker_number: of the first worker.
+        on_trouble: told why there is no worker and none is coming, and ``""`` when there is one again.
+    """
+
+    def __init__(
+        self, services: Services, spec: WorkerSpec, label: str, settings: ModelSettings, *,
+        device_ids: list[int] | None = None, interpreter: str | None = None, worker_number: int = 0,
+        on_trouble: Callable[[str], None] = lambda text: None,
+    ):  # fmt: skip
+        core = services.engine.add_process_lane(ring_capacity(settings))
+        super().__init__(services, spec.name, label, core, settings)
+        self.spec = spec
+        self._is_multiplexed = spec.mode != BATCH
+        self._raised_batch_note = ""  # the note once the batch size is raised above 1
+        first_id = services.config.initial_worker_port + worker_number
+        self.worker_log = WorkerLog(spec.name, label.removeprefix(f"{spec.name} "), first_id)
+        self.workers = PythonWorkers(
+            services,
+            core,
+            spec,
+            settings,
+            label=label,
+            worker_log=self.worker_log,
+            device_ids=device_ids or [],
+            interpreter=interpreter,
+            on_event=self._on_event,
+            on_trouble=lambda text: self._on_trouble(text, on_trouble),
+            on_loaded=self._on_loaded,
+        )
+        self.apply_limits()
+
+    # --- workers and settings -------------------------------------------------------------------------------------
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return self.spec.gpu_id is not None
+
+    @property
+    def wanted_count(self) -> int:
+        """Workers that are there or coming."""
+        return self.workers.wanted_count
+
+    @property
+    def may_take(self) -> bool:
+        """A worker is being started, or started again: requests wait for it."""
+        return self.workers.is_starting
+
+    @property
+    def running_max(self) -> int:
+        """No limit: how many processes share the CPUs is for whoever asked for as many workers to say."""
+        return _NO_LIMIT
+
+    def set_workers(self, count: int) -> None:
+        if not self.is_on_gpu:
+            self._services.engine.share_cpus(self.core, count)
+        self.apply_limits()
+        self.workers.set_count(count)
+
+    def worker_rows(self) -> list[WorkerRow]:
+        """The worker processes, as the management API shows them."""
+        return [
+            WorkerRow(
+                id=str(self.worker_log.id(slot.index)),
+                start_time=slot.started_at,
+                status="READY" if slot.state == READY else "UNLOADING",
+                memory_usage=slot.handle.memory_usage() if slot.handle is not None else 0,
+                pid=slot.handle.pid if slot.handle is not None else -1,
+                gpu=self.is_on_gpu,
+                gpu_id=self.workers.gpu_id_of(slot),
+            )
+            for slot in self.workers.slots()
+        ]
+
+    async def settled(self, timeout_s: float) -> str:
+        """Waits until every worker is ready or gone. Returns why one is not, or ``""``."""
+        return await self.workers.settled(timeout_s)
+
+    @property
+    def failure(self) -> ServeError | None:
+        """The error of a worker that could not be started, if it is known in full."""
+        return self.workers.failure
+
+    async def close(self) -> None:
+        """Finishes what was admitted, then stops the workers."""
+        await self.finish_requests()
+        self._services.engine.forget_lane(self.core)
+        await self.workers.close()
+        self.core.join()
+
+    def look_after_workers(self, now: int) -> bool:
+        """Ends handler calls that go on past the limit, also those whose requests nobody waits for any more."""
+        limit_ns = self.settings.response_timeout_s * 1_000_000_000
+        grace_ns = int(INTERRUPT_GRACE_S * 1e9)
+        for row in self.core.workers():
+            if not row["running_since"]:
+                continue
+            over_ns = now - row["running_since"] - limit_ns
+            if over_ns >= grace_ns:
+                self.workers.kill(row["id"], f"a call of its handler did not end {INTERRUPT_GRACE_S:g} s after "
+                                             f"response_timeout={self.settings.response_timeout_s} s")  # fmt: skip
+            elif over_ns >= 0:
+                self.workers.interrupt(row["id"], row["batches"])
+        return bool(self.core.running) or any(row["running_since"] for row in self.core.workers())
+
+    def refusal(self, reason: str) -> OverloadedError:
+        """As of every lane; without a worker the reason why there is none."""
+        if reason != "no worker" or not self.workers.trouble:
+            return super().refusal(reason)
+        detail: JsonObject = {"reason": reason, "text": self.workers.trouble}
+        if self.workers.will_retry:
+            detail["mend"] = "retry later: a worker will be started again"
+            return no_worker_error(self._name, detail, self.workers.retry_after_s)
+        detail["mend"] = f"mend the handler, then PUT /models/{self._name}?min_worker=1"
+        return no_worker_error(self._name, detail)
+
+    def _on_trouble(self, text: str, tell: Callable[[str], None]) -> None:
+        if text and not self.ready_count and not self.may_take:
+            self.answer_all(self.refusal("no worker"))
+        tell(text)
+
+    def _on_loaded(self, event: JsonObject) -> None:
+        """A worker is about to take batches; it has tried what they do to answers, if it is among the first."""
+        found = event.get("batch")
+        if not isinstance(found, dict) or not found.get("probe") or self.batch_note:
+            return
+        self.batch_probe = str(found["probe"])
+        self.workers.tries_batches = False
+        self._raised_batch_note = str(found.get("raised_note") or "")
+        self._note_batches(str(found.get("note") or ""))
+        self.apply_limits()
+
+    def _note_batches(self, note: str) -> None:
+        if note and not self.batch_note:
+            self.batch_note = note
+            log.warning("%s: %s", self._label, note)
+
+    def apply_limits(self) -> None:
+        """Brings the settings to the engine; they hold from the next batch on."""
+        if self.settings.batch_size > 1:
+            self._note_batches(self._raised_batch_note)
+        super().apply_limits()
+
+    def _on_event(self, event: JsonObject) -> None:
+        kind = event["event"]
+        if kind == "metrics":
+            self._services.metrics.observe_custom(self._name, event.get("values"))
+        elif kind == "reloaded":
+            log.info("%s: reloaded %s", self._label, event.get("text", "its handler"))
+        elif kind == "reload_failed":
+            log.error("%s: the new code has an error, the old goes on: %s", self._label, event.get("text", ""))
+
+    def adopt(self, pending: Pending) -> None:
+        """`predict` for a request that was made for another lane."""
+        pending.lane = self
+        self.predict(pending)
+
+    # --- the way in -----------------------------------------------------------------------------------------------
+
+    def begin(self, pending: Pending) -> None:
+        """Submits the request as it came."""
+        request = pending.exchange.request
+        query = request.query if pending.query_is_input else ""
+        head = f"{request.id}\0{request.header_text}\0{query}".encode()
+        flags = pending.flags
+        if pending.client_deadline:
+            head += b"\0%d" % pending.client_deadline
+        if pending.stages is not None:
+            flags |= TIMED
+        try:
+            pending.ticket = self.core.submit(
+                pending, head, request.body, flags, request.arrived_at, self._deadline(pending)
+            )
+            pending.stage = SUBMITTED
+        except OverflowError:
+            self._answer_error(pending, self.refusal("queue full"))
+
+    # --- the way out ----------------------------------------------------------------------------------------------
+
+    def complete(self, completion: Any) -> None:
+        """A batch came to an end, or a part of a streamed answer came."""
+        code = completion.code
+        owners: list[Pending | None] = completion.owners
+        if code == "ok":
+            self.finished_at = completion.finished_at
+            self._note_batch(completion, owners)
+            started_at = completion.started_at
+            for owner, answer in zip(owners, completion.answers, strict=True):
+                if owner is not None and owner.stage != OVER:
+                    owner.started_at = started_at
+                    if owner.stages is not None:
+                        kind, status, head, body = answer
+                        head = owner.stages.note_python(completion, owner.arrived_at, head)
+                        self._finish(owner, kind, status, head, body)
+                        continue
+                    self._finish(owner, *answer)
+        elif code == "chunk":
+            for owner, (_, status, head, body) in zip(owners, completion.answers, strict=True):
+                if owner is not None and owner.stage != OVER:
+                    self._stream(owner, status, head, body)
+        elif code == "not_run":
+            for owner in live(owners):
+                self._submit_again(owner)
+        else:
+            self._complete_died(owners, completion.message)
+
+    def _finish(self, pending: Pending, kind: int, status: int, head: bytes, body: Any) -> None:
+        if kind == ERROR:
+            self._answer_error(pending, _handler_error(body))
+        elif kind == LAST and pending.is_streaming:
+            self._forget(pending)
+            self._observe(pending, 200)
+            pending.exchange.end_stream(body)
+        else:
+            self._answer(pending, _response(status, head, body))
+
+    def _stream(self, pending: Pending, status: int, head: bytes, body: Any) -> None:
+        pending.progress_at = time.monotonic_ns()
+        if pending.is_streaming:
+            pending.exchange.write(body)
+        else:
+            response = _response(status, head, body)
+            if pending.stages is not None and pending.stages.is_told:
+                # Only what is known so far.
+                pending.stages.times["queue"] = (pending.arrived_at, self.core.started_at(pending.ticket))
+                pending.stages.tell(response, pending.arrived_at)
+            pending.is_streaming = True
+            pending.exchange.start_stream(response)
+
+    def _submit_again(self, pending: Pending) -> None:
+        """Its worker died before it came to this request."""
+        if self.ready_count or self.may_take:
+            self.begin(pending)
+        else:
+            self._answer_error(pending, self.refusal("no worker"))
+
+    def _complete_died(self, owners: list[Pending | None], message: str) -> None:
+        waiting = live(owners)
+        if not waiting:
+            return
+        ids = request_ids(waiting)
+        log.error("request %s failed in %s: its worker died: %s", ids, self._label, message,
+                  extra=self.worker_log.about_requests(ids))  # fmt: skip
+        # How it ended is not known yet: the socket's end is seen before the process's.
+        error = worker_died_error({"exception": "WorkerDied", "text": message or "the worker process ended"})
+        for owner in waiting:
+            self._answer_error(owner, error)
+
+
+def _response(status: int, head: bytes, body: Any) -> Response:
+    if not head:
+        # TorchServe sends an empty phrase when the handler set none, and no content type of its own.
+        return Response(status, body, reason="")
+    reason, *rest = head.decode("latin-1").split("\n")
+    headers = dict(zip(rest[::2], rest[1::2], strict=False))
+    content_type = headers.pop("content-type", None)
+    return Response(status, body, content_type=content_type, reason=reason, headers=headers)
+
+
+def _handler_error(body: Any) -> ServeError:
+    """The error a worker tells, taken for what it is: something that a handler may have made up."""
+    error = HandlerError("Prediction failed")
+    try:
+        told = json.loads(bytes(body))
+        status, kind, message = int(told["status"]), str(told["type"]), str(told["message"])
+        detail = told.get("detail") or {}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return error
+    if not isinstance(detail, dict) or not 200 <= status <= 599:
+        return error
+    error = HandlerError(message, detail=detail)
+    error.status = status
+    error.type = kind
+    return error

@@ -1,0 +1,33 @@
+"""What every model of a server shares, passed down in one object."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from pyserve.config.config import Config
+from pyserve.engine import Engine
+from pyserve.lanes.spawner import Spawner
+from pyserve.request.messages import ErrorFormat
+from pyserve.security.tokens import Tokens
+from pyserve.telemetry.metrics import Metrics
+from pyserve.telemetry.spans import Tracer
+
+
+@dataclass
+class Services:
+    """Constant while the server runs.
+
+    Attributes:
+        tokens: None if no call needs a key.
+        tracer: None if nobody wants spans.
+    """
+
+    config: Config
+    engine: Engine
+    metrics: Metrics
+    preprocess_pool: Executor
+    spawner: Spawner
+    error_format: ErrorFormat
+    tokens: Tokens | None = None
+    tracer: Tracer | None = None

@@ -1,0 +1,456 @@
+"""Requests that belong together go to the same worker, one after the other (``sequenceBatching``).
+
+A handler of this kind keeps something between the requests of a sequence: the words said so far, a decoder's state.
+So each sequence stays with one worker, and its next request is handed over only when the last one was answered; a batch
+then holds at most one request of each sequence. Every worker has a queue of its own for that: a lane of one worker.
+
+When a worker ends, so do its sequences: what they had is lost. The next request of a sequence that ended without its
+handler's doing is told so, once, unless it says that it begins one; with ``compat=strict`` it begins one all the same.
+
+Loop thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from pyserve.archive.model_config import ModelConfig
+from pyserve.errors import ConflictError, JsonObject, OverloadedError, ServeError
+from pyserve.lanes.lane import SWEEP_INTERVAL_S, WorkerRow
+from pyserve.lanes.pending import OVER, SUBMITTED, Pending
+from pyserve.lanes.python import DESCRIBE, PythonLane
+from pyserve.lanes.refusals import worker_died_error
+from pyserve.lanes.resources import Services
+from pyserve.lanes.settings import ModelSettings
+from pyserve.request.ids import new_id
+from pyserve.request.messages import ExtraHeaders, Response
+from pyserve.worker.spec import WorkerSpec
+
+log = logging.getLogger(__name__)
+
+SEQUENCE_PREFIX = "ts-seq-"
+# Without sequenceMaxIdleMSec; sequences that nobody ends would take all places for ever.
+IDLE_MAX_S = 60.0
+ENDED_KEPT_MAX = 10_000
+
+
+class Sequence:
+    """Requests that share an id.
+
+    Attributes:
+        member: the lane, of one worker, that has its state.
+        running: the request that was handed over and is not answered yet.
+        waiting: those after it.
+        worker_id: of the worker that has its state, as far as that is known.
+        has_state: a request of it was given to a worker.
+    """
+
+    def __init__(self, id: str, member: _Member):
+        self.id = id
+        self.member = member
+        self.running: Pending | None = None
+        self.waiting: deque[Pending] = deque()
+        self.worker_id: int | None = None
+        self.has_state = False
+        self.started_at = self.used_at = time.monotonic()
+
+
+class _Member(PythonLane):
+    """One worker's lane; says when a request has come to its end."""
+
+    def __init__(self, *arguments: Any, on_answer: Callable[[Response], None],
+                 on_over: Callable[[Pending, bool], None], on_complete: Callable[[_Member], None],
+                 **named: Any):  # fmt: skip
+        super().__init__(*arguments, **named)
+        self._on_answer = on_answer
+        self._on_over = on_over
+        self._on_complete = on_complete
+        self._seen_id: int | None = None
+
+    @property
+    def worker_id(self) -> int | None:
+        """The engine's id of its worker, another one for each process; None while there is none."""
+        rows = self.core.workers()
+        return next((int(row["id"]) for row in rows if row["state"] in ("ready", "stopping")), None)
+
+    def _answer(self, pending: Pending, response: Response) -> None:
+        if pending.stage != OVER:
+            self._on_answer(response)
+        super()._answer(pending, response)
+
+    def _forget(self, pending: Pending) -> None:
+        # Of a request whose rows go through the lane they are what is submitted.
+        was_submitted = pending.stage == SUBMITTED or (pending.is_whole and not pending.is_swept)
+        super()._forget(pending)
+        self._on_over(pending, was_submitted)
+
+    def cut_short(self, pending: Pending, error: ServeError) -> None:
+        """Answers a request in place of its worker."""
+        self._drop(pending)
+        self._answer_error(pending, error)
+
+    def complete(self, completion: Any) -> None:
+        id = self.worker_id
+        if id != self._seen_id:  # first: what the last worker had must not be given to the next
+            self._seen_id = id
+            self._on_complete(self)
+        super().complete(completion)
+
+
+class SequenceLane(PythonLane):
+    """The python lane of a model whose requests come in sequences; see `PythonLane` for the arguments.
+
+    Args:
+        config: the model's, for the limits of sequences.
+    """
+
+    def __init__(
+        self, services: Services, spec: WorkerSpec, label: str, settings: ModelSettings, config: ModelConfig,
+        **named: Any,
+    ):  # fmt: skip
+        self._arguments = (services, spec, label, settings)
+        self._named = named
+        self._members: list[_Member] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._by_pending: dict[Pending, Sequence] = {}
+        self._ended: dict[str, ServeError] = {}  # by id: why it ended
+        self._troubles: dict[_Member, str] = {}
+        self._tell_trouble: Callable[[str], None] = named.pop("on_trouble", lambda text: None)
+        self._idle_max_s = (config.sequence_idle_max_ms or 0) / 1e3 or IDLE_MAX_S
+        self._lifetime_max_s = (config.sequence_timeout_ms or 0) / 1e3
+        self._count_max = config.sequence_count_max or 1
+        self._waiting_per_sequence_max = config.sequence_queue_size or 1
+        self._closing: list[asyncio.Task[None]] = []
+        self._look_timer: asyncio.TimerHandle | None = None
+        # The lane that it is itself has no worker and takes no request; members do.
+        super().__init__(services, spec, label, settings, **named)
+        self.batch_probe = "not probed: requests of this kind of model depend on those before them"
+
+    # --- workers and settings -------------------------------------------------------------------------------------
+
+    def set_workers(self, count: int) -> None:
+        """Each worker is a lane of its own. Sequences of one that goes are over."""
+        while len(self._members) > count:
+            member = self._members.pop()
+            self._troubles.pop(member, None)
+            for sequence in [each for each in self._sequences.values() if each.member is member]:
+                self._let_go(sequence)
+            self._closing.append(asyncio.get_running_loop().create_task(member.close()))
+        while len(self._members) < count:
+            self._members.append(self._new_member())
+        for member in self._members:
+            member.set_workers(1)
+
+    def _new_member(self) -> _Member:
+        member: _Member = _Member(
+            *self._arguments, on_answer=self._on_answer, on_over=self._on_over,
+            on_complete=self._on_change, on_trouble=lambda text: self._on_member_trouble(member, text),
+            worker_number=len(self._members), **self._named,
+        )  # fmt: skip
+        return member
+
+    def _on_member_trouble(self, member: _Member, text: str) -> None:
+        """One worker in trouble is none of the model's, as long as there is another."""
+        if member not in self._members:
+            return
+        was_in_trouble = len(self._troubles) == len(self._members)
+        if text:
+            self._troubles[member] = text
+        else:
+            self._troubles.pop(member, None)
+        is_in_trouble = len(self._troubles) == len(self._members)
+        if is_in_trouble:
+            self._tell_trouble(text)
+        elif was_in_trouble:
+            self._tell_trouble("")
+
+    async def settled(self, timeout_s: float) -> str:
+        """Waits until every worker is ready or gone. Returns why one is not, or ``""``."""
+        failures = await asyncio.gather(*(member.settled(timeout_s) for member in self._members))
+        for member in [each for each in self._troubles if each.ready_count]:
+            self._on_member_trouble(member, "")  # whoever asks for workers is not told when they come
+        return next(filter(None, failures), "")
+
+    @property
+    def failure(self) -> ServeError | None:
+        """The error of a worker that could not be started, if it is known in full."""
+        return next((member.failure for member in self._members if member.failure is not None), None)
+
+    @property
+    def wanted_count(self) -> int:
+        """Workers that are there or coming."""
+        return sum(member.wanted_count for member in self._members)
+
+    @property
+    def ready_count(self) -> int:
+        """Workers that take batches now."""
+        return sum(member.ready_count for member in self._members)
+
+    @property
+    def may_take(self) -> bool:
+        """A worker is being started, or started again."""
+        return any(member.may_take for member in self._members)
+
+    def apply_limits(self) -> None:
+        """Brings the settings to the engine; they hold from the next batch on."""
+        for member in self._members:
+            member.apply_limits()
+
+    async def close(self) -> None:
+        """Finishes what was admitted, then stops the workers."""
+        self._is_draining = True
+        for sequence in self._sequences.values():
+            self._answer_waiting(sequence, self.refusal("draining"))
+        await asyncio.gather(*(member.close() for member in self._members), *self._closing)
+        if self._look_timer is not None:
+            self._look_timer.cancel()
+        await super().close()
+
+    def answer_all(self, error: ServeError) -> None:
+        """Answers every admitted request with ``error``."""
+        super().answer_all(error)
+        for sequence in self._sequences.values():
+            self._answer_waiting(sequence, error)
+        for member in self._members:
+            member.answer_all(error)
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def predict(self, pending: Pending) -> None:
+        """Hands the request to its sequence's worker, now or when the one before it is answered."""
+        if self._is_draining or not self._members:
+            self._refuse(pending, self.refusal("draining" if self._is_draining else "no worker"))
+            return
+        if pending.flags & DESCRIBE:
+            self._members[0].adopt(pending)
+            return
+        ended = self._why_ended(pending)
+        if ended is not None:
+            self._answer_error(pending, ended)
+            return
+        sequence = self._sequence_of(pending)
+        if sequence is None:
+            self._refuse(pending, self._limit_refusal("maxNumSequence", self._count_max))
+        elif sequence.running is None and not sequence.waiting:  # not past those whose turn has just come
+            self._hand_over(sequence, pending)
+        elif len(sequence.waiting) >= self._waiting_per_sequence_max:
+            self._refuse(
+                pending, self._limit_refusal("maxSequenceJobQueueSize", self._waiting_per_sequence_max, sequence.id)
+            )
+        else:
+            sequence.waiting.append(pending)
+            if self._times_all:
+                self._begin_stages(pending)
+            if pending.client_deadline:
+                self._start_limit(pending)
+            pending.exchange.on_disconnect = lambda: self._leave(sequence, pending)
+        self._start_looking()
+
+    def _why_ended(self, pending: Pending) -> ServeError | None:
+        """The error of a request that goes on with a sequence that is no more."""
+        id_key, start_key, _ = self.spec.header_keys
+        request = pending.exchange.request
+        sequence = self._sequences.get(request.header(id_key))
+        if sequence is not None:
+            self._look_after(sequence)
+        error = self._ended.pop(request.header(id_key), None)
+        return None if self._is_strict or request.header(start_key).strip().lower() == "true" else error
+
+    def _sequence_of(self, pending: Pending) -> Sequence | None:
+        request = pending.exchange.request
+        id_key, start_key, _ = self.spec.header_keys
+        id = request.header(id_key)
+        if not id:
+            id = SEQUENCE_PREFIX + new_id()
+            request.add_headers(ExtraHeaders((id_key, id), (start_key, "true")))
+        sequence = self._sequences.get(id)
+        if sequence is None:
+            if len(self._sequences) >= self._count_max:
+                return None
+            taken = [sequence.member for sequence in self._sequences.values()]
+            able = [member for member in self._members if member.ready_count or member.may_take]
+            sequence = self._sequences[id] = Sequence(id, min(able or self._members, key=taken.count))
+        return sequence
+
+    def _hand_over(self, sequence: Sequence, pending: Pending) -> None:
+        sequence.running = pending
+        sequence.used_at = time.monotonic()
+        self._by_pending[pending] = sequence
+        if not sequence.has_state:
+            sequence.worker_id = sequence.member.worker_id
+        sequence.member.adopt(pending)
+
+    def _on_over(self, pending: Pending, was_submitted: bool) -> None:
+        sequence = self._by_pending.pop(pending, None)
+        if sequence is None:
+            return
+        sequence.running = None
+        sequence.used_at = time.monotonic()
+        if was_submitted:
+            sequence.has_state = True
+            if sequence.worker_id is None:  # it was being started
+                sequence.worker_id = sequence.member.worker_id
+        elif not (sequence.has_state or sequence.waiting):  # refused: it has not begun
+            self._sequences.pop(sequence.id, None)
+        # Not from within the answer of the one before: a refusal would recurse through all that wait.
+        self._loop.call_soon(self._hand_over_next, sequence)
+
+    def _hand_over_next(self, sequence: Sequence) -> None:
+        self._look_after(sequence)
+        if sequence.running is None and sequence.waiting:
+            self._hand_over(sequence, sequence.waiting.popleft())
+
+    def _on_answer(self, response: Response) -> None:
+        """A handler ends sequences by naming them in a header of an answer."""
+        ended = response.headers.get(self.spec.header_keys[2], "")
+        for id in ended.split(";"):
+            sequence = self._sequences.get(id.strip())
+            if sequence is not None:
+                self._end(sequence)
+
+    def expire(self, pending: Pending) -> None:
+        """Of one that waits in its sequence; those that were handed over are the members'."""
+        for sequence in self._sequences.values():
+            if pending in sequence.waiting:
+                sequence.waiting.remove(pending)
+        super().expire(pending)
+
+    def _leave(self, sequence: Sequence, pending: Pending) -> None:
+        if pending in sequence.waiting:
+            sequence.waiting.remove(pending)
+            self._forget(pending)
+            self._observe_abort(pending)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Its id is free. What waits still runs, as the beginning of another sequence would."""
+        self._forget_sequence(sequence)
+        sequence.has_state = False
+        if sequence.running is None:
+            self._hand_over_next(sequence)
+
+    def _forget_sequence(self, sequence: Sequence) -> None:
+        if self._sequences.get(sequence.id) is sequence:
+            del self._sequences[sequence.id]
+
+    def _look_after(self, sequence: Sequence) -> None:
+        """Ends it if the worker that had its state is gone."""
+        if sequence.has_state and sequence.worker_id != sequence.member.worker_id:
+            self._lose(sequence, "its worker ended")
+
+    def _on_change(self, member: _Member) -> None:
+        for sequence in [each for each in self._sequences.values() if each.member is member]:
+            self._look_after(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Its worker is told to stop: it finishes what runs, and no more."""
+        running, sequence.running = sequence.running, None
+        self._by_pending.pop(running, None)  # type: ignore[arg-type]
+        self._lose(sequence, "its worker was stopped")
+
+    def _lose(self, sequence: Sequence, why: str) -> None:
+        """What its worker knew of it is lost: its requests cannot go on with it."""
+        log.warning("%s: sequence %s is lost: %s", self._label, sequence.id, why)
+        error = worker_died_error(_told(sequence, f"sequence {sequence.id} is lost: {why}"))
+        self._forget_sequence(sequence)
+        running = sequence.running
+        if running is not None:
+            sequence.member.cut_short(running, error)
+        self._answer_waiting(sequence, error)
+        if running is None and sequence.has_state:
+            self._remember(sequence, error)
+
+    def _answer_waiting(self, sequence: Sequence, error: ServeError) -> None:
+        while sequence.waiting:
+            self._answer_error(sequence.waiting.popleft(), error)
+
+    def _remember(self, sequence: Sequence, error: ServeError) -> None:
+        self._ended[sequence.id] = error
+        if len(self._ended) > ENDED_KEPT_MAX:
+            del self._ended[next(iter(self._ended))]
+
+    def _time_out(self, sequence: Sequence, text: str) -> None:
+        log.info("%s: sequence %s ended: %s", self._label, sequence.id, text)
+        if sequence.has_state and sequence.running is None and not sequence.waiting:
+            error = ConflictError(f"sequence {sequence.id} has ended: {text}", detail=_told(sequence, text))
+            self._remember(sequence, error)
+        self._end(sequence)
+
+    # --- limits ---------------------------------------------------------------------------------------------------
+
+    def _refuse(self, pending: Pending, error: OverloadedError) -> None:
+        self._services.metrics.observe_rejection(self._name, error.detail["reason"])
+        self._answer_error(pending, error)
+
+    def _limit_refusal(self, key: str, limit: int, id: str = "") -> OverloadedError:
+        error = super().refusal("sequence limit")
+        error.detail["limit"] = f"{key}={limit}" + (f", sequence {id}" if id else "")
+        error.detail["mend"] = f"end sequences that are over, wait for the answer, or raise {key} in model-config.yaml"
+        return error
+
+    def _start_looking(self) -> None:
+        if self._look_timer is None and self._sequences:
+            self._look_timer = self._loop.call_later(SWEEP_INTERVAL_S, self._look)
+
+    def _look(self) -> None:
+        """Ends sequences that stood still or lived too long, and answers what waited past its time."""
+        self._look_timer = None
+        now = time.monotonic()
+        for sequence in list(self._sequences.values()):
+            late = [each for each in sequence.waiting if each.age_s() >= self.settings.queue_limit_s]
+            for pending in late:
+                self.expire(pending)
+            self._look_after(sequence)
+            is_idle = sequence.running is None and not sequence.waiting
+            if is_idle and self._idle_max_s and now - sequence.used_at >= self._idle_max_s:
+                self._time_out(sequence, f"idle for sequenceMaxIdleMSec={self._idle_max_s * 1e3:g}")
+            elif self._lifetime_max_s and now - sequence.started_at >= self._lifetime_max_s:
+                self._time_out(sequence, f"its lifetime of sequenceTimeoutMSec={self._lifetime_max_s * 1e3:g} is over")
+        self._start_looking()
+
+    # --- what others ask ------------------------------------------------------------------------------------------
+
+    def worker_rows(self) -> list[WorkerRow]:
+        """The workers, as the management API shows them."""
+        rows = [row for member in self._members for row in member.worker_rows()]
+        for index, row in enumerate(rows):
+            row.id = str(self.worker_log.id(index))
+        return rows
+
+    @property
+    def waiting_count(self) -> int:
+        """Requests in the members' queues and in the sequences'."""
+        return sum(member.waiting_count for member in self._members) + sum(
+            len(sequence.waiting) for sequence in self._sequences.values()
+        )
+
+    @property
+    def in_flight_count(self) -> int:
+        """Requests admitted and not answered."""
+        waiting = sum(len(sequence.waiting) for sequence in self._sequences.values())
+        return sum(member.in_flight_count for member in self._members) + waiting
+
+    def stats(self) -> JsonObject:
+        """The sum of the members' counters and histograms."""
+        total = super().stats()
+        total["queue_size"] = self.waiting_count
+        for member in self._members:
+            for key, value in member.stats().items():
+                if key != "queue_size":
+                    total[key] = _added(total[key], value)
+        return total
+
+
+def _told(sequence: Sequence, text: str) -> JsonObject:
+    return {"reason": "sequence ended", "sequence": sequence.id, "text": text,
+            "mend": "begin another sequence; its first request may say so with the start header, true"}  # fmt: skip
+
+
+def _added(left: Any, right: Any) -> Any:
+    if isinstance(left, tuple):  # a histogram: bounds, counts, sum
+        return left[0], [a + b for a, b in zip(left[1], right[1], strict=True)], left[2] + right[2]
+    return left + right

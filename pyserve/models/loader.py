@@ -1,0 +1,349 @@
+"""From an archive to a network in the native engine: finds the handler, traces eager models, loads the weights.
+
+Runs in a thread of its own; nothing here touches the event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyserve import __version__
+from pyserve.archive.archive import Archive
+from pyserve.context import Context
+from pyserve.conversion.torchscript import (
+    NeedsPythonError,
+    Progress,
+    Tracing,
+    conversion_of,
+    native_example,
+    needs_tracing,
+    python_reason,
+    traced_file,
+)
+from pyserve.engine import load_core
+from pyserve.errors import ModelLoadError
+from pyserve.handler import Handler
+from pyserve.lanes.network import Network
+from pyserve.models.first_answer import rehearse
+from pyserve.proof.batch_probe import rows_are_independent
+from pyserve.proof.comparison import ROUNDING
+from pyserve.proof.graph_reads import program_reads
+from pyserve.proof.native_proof import BUDGET_S, BatchProof, find_state, prove_optimization, single_row_differs
+from pyserve.proof.package_rules import (
+    SPECIALIZED_MIN,
+    Program,
+    check_against,
+    check_filling,
+    fitted_domains,
+    fitted_example,
+    is_compiled,
+    out_structure,
+    read_program,
+)
+from pyserve.proof.probe_inputs import ITEMS_MAX, InputDomain, ProbeRows, batch_rows, other_examples, probe_rows
+from pyserve.torch_error import cause_of
+from pyserve.worker.handler_choice import load_handler
+
+log = logging.getLogger(__name__)
+
+PYTHON_SUFFIXES = (".onnx", ".so")
+# Sizes of free dimensions at which batches are tried, beside the example's.
+OTHER_SHAPES = 2
+# As csrc/graph_state.h has it.
+NOT_IN_THREADS = {
+    "forward seeds torch's random numbers": "which all models of the server would draw from",
+    "forward makes nested tensors": "whose operators may end the process",
+}
+# Relative to fp32; model-config.yaml's precisionErrorMax sets another limit.
+PRECISION_ERROR_MAX = 0.05
+TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
+
+
+
+
+
+
+def load_network(
+    archive: Archive,
+    *,
+    name: str,
+    handler_name: str | None,
+    device: str,
+    batch_size: int,
+    cpu_budget: int,
+    limit_max_image_pixels: bool,
+    startup_timeout_s: float,
+    progress: Progress,
+    tracing: Tracing | None = None,
+) -> Network:
+    """Loads the network of ``archive`` onto ``device``.
+
+    Args:
+        tracing: a conversion of this archive that was started already.
+
+    Raises:
+        ServeError: of any kind; the text names what is wrong with the archive and how to mend it.
+    """
+    handler = load_handler(archive, handler_name)
+    context = Context(
+        name,
+        str(archive.model_dir),
+        archive.manifest.raw,
+        batch_size,
+        torch.device(device).index,
+        __version__,
+        limit_max_image_pixels,
+        model_yaml_config=archive.config.raw,
+    )
+    handler.prepare(context)
+    handler.device = torch.device("cpu")  # the engine brings inputs to the model's device and outputs back
+    example = list(native_example(handler, context))
+    network = Network(handler, context, None, example, device)
+    domains = InputDomain.of(handler, example)
+    program = _read_package(archive, network, domains)
+    random_state = torch.get_rng_state()
+    network.torch_model = _load_weights(
+        archive,
+        network.example,
+        device,
+        domains=domains,
+        program=program,
+        package_runners_max=cpu_budget,
+        timeout_s=startup_timeout_s,
+        progress=progress,
+        tracing=tracing,
+    )
+    progress("trying it")
+    _prove(archive, network, domains, program, batch_size, is_built_in=handler_is_built_in(handler))
+    torch.set_rng_state(random_state)
+    return network
+
+
+def handler_is_built_in(handler: Handler) -> bool:
+    """Whether its class comes with pyserve; else it was imported from an archive."""
+    return type(handler).__module__.startswith("pyserve.handlers.")
+
+
+def _read_package(archive: Archive, network: Network, domains: list[InputDomain]) -> Program | None:
+    """What the archive's package was compiled for; None if it has none. Fits the example and ``domains`` to it.
+
+    Raises:
+        ModelLoadError: requests cannot be checked, or the package does not go with what model-config.yaml says.
+    """
+    weights = archive.weights
+    if weights is None or archive.manifest.model_file is not None or weights.suffix != ".pt2":
+        return None
+    path = weights.as_file()
+    if not is_compiled(path):
+        raise NeedsPythonError(
+            f"{weights.name} was exported, but not compiled; torch._inductor.aoti_compile_and_package does that"
+        )
+    program = read_program(path, f"{archive.name}: {weights.name}")
+    names = _input_names(network.handler, len(network.example))
+    check_against(program, network.example, names, archive.name)
+    domains[:] = fitted_domains(program, domains, names, archive.name)
+    network.example = fitted_example(network.example, domains)
+    network.rules = program.rules(names, domains)
+    return program
+
+
+def _input_names(handler: Handler, count: int) -> list[str]:
+    names = [spec.name for spec in getattr(handler, "specs", ())]
+    if len(names) == count and all(names):
+        return names
+    return [f"input {number}" for number in range(1, count + 1)] if count > 1 else ["input"]
+
+
+def _prove(
+    archive: Archive, network: Network, domains: list[InputDomain], program: Program | None, batch_size: int, *,
+    is_built_in: bool,
+) -> None:  # fmt: skip
+    """Finds out what may be believed of a network that was loaded, and answers a first request with it.
+
+    Raises:
+        ModelLoadError: it cannot be answered, or its precision is too low.
+    """
+    model, config = network.torch_model, archive.config
+    example = network.on_device(network.example)
+    conversion = conversion_of(archive) if archive.manifest.model_file is not None else None
+    if conversion is not None:
+        network.findings["conversion"] = f"{conversion.how}: {conversion.reason}"
+        log.info("%s: its model is %s: %s", network.context.model_name, conversion.how, conversion.reason)
+    if program is not None:
+        network.restored = out_structure(model.call_spec())
+    precision = config.precision or "fp32"
+    _check_precision(archive, network, precision)
+    if program is not None and program.written:
+        model.note_state(f"the package writes to its buffer {program.written[0]}, or gives it away")
+    find_state(model, example, is_package=program is not None)
+    if model.state:
+        if model.state in NOT_IN_THREADS:
+            raise NeedsPythonError(f"{model.state}, {NOT_IN_THREADS[model.state]}")
+        network.findings["state"] = model.state
+        log.info("%s: each worker has a model of its own, since %s", network.context.model_name, model.state)
+    odd = prove_optimization(model, network.example, domains)
+    if odd:
+        model.forget_optimization()
+        network.findings["optimization"] = f"left out: it changes what is computed for {odd}"
+        log.info("%s: runs without oneDNN's layout, which changes what is computed for %s",
+                 network.context.model_name, odd)  # fmt: skip
+    elif model.is_optimized:
+        network.findings["optimization"] = "oneDNN layout"
+    elif model.optimization_note:
+        network.findings["optimization"] = model.optimization_note
+    try:
+        rehearse(archive.name, network.handler, network.context, network.example, network.run, is_built_in=is_built_in)
+    except ModelLoadError as error:
+        if archive.manifest.model_file is None:
+            raise
+        raise NeedsPythonError(error.message) from error  # the model itself may do better; worker processes try it too
+    own = model.instance()
+    network.batches = BatchProof(
+        lambda inputs: network.run_on(own, inputs),
+        _rows_to_try(network, domains),
+        ROUNDING[precision],
+        program.rows_max if program is not None else None,
+        config.batch_dependent == "allowed",
+        lambda: _looks_at_numbers(archive) if program is None else "",
+        [probe_rows(each, domains) for each in other_examples(network.example, domains, OTHER_SHAPES)],
+    )
+    network.batches.extend(batch_size, BUDGET_S)
+    model.settle()
+
+
+def _rows_to_try(network: Network, domains: list[InputDomain]) -> ProbeRows:
+    rows = probe_rows(network.example, domains)
+    # An index made of what is no number ends an accelerator for the whole process.
+    return rows if network.device == "cpu" else replace(rows, not_finite=[])
+
+
+def _looks_at_numbers(archive: Archive) -> str:
+    """Why items of one batch may depend on each other, though no trial shows it: a branch may be taken for one number
+    in a million only. ``""`` if the model's code never looks at numbers.
+    """
+    conversion = conversion_of(archive) if archive.manifest.model_file is not None else None
+    reads = conversion.reads if conversion is not None else ""
+    try:
+        if not reads and conversion is not None:
+            with open(traced_file(archive), "rb") as file:
+                reads = program_reads(file)
+        elif archive.weights is not None and archive.manifest.model_file is None:
+            with archive.weights.open() as file:
+                reads = program_reads(file)
+    except Exception as error:  # torch's, of many classes
+        return f"its graph cannot be searched: {cause_of(str(error)) or type(error).__name__}"
+    return f"its forward looks at the numbers of a whole batch ({reads})" if reads else ""
+
+
+def _check_precision(archive: Archive, network: Network, precision: str) -> None:
+    if precision == "fp32":
+        return
+    error, limit = network.torch_model.precision_error, archive.config.precision_error_max or PRECISION_ERROR_MAX
+    log.info("%s: largest difference of %s to fp32 on inputs made up for it: %.1e (relative)",
+             archive.name, precision, error)  # fmt: skip
+    network.findings["precisionError"] = error
+    if network.torch_model.is_autocast:
+        network.findings["precision"] = f"torch's autocast to {precision}: the model does not run at it throughout"
+    if not error <= limit:
+        raise ModelLoadError(
+            f"{archive.name}: with 'precision: {precision}' an answer differs from fp32's by "
+            f"{error:.1%}, more than precisionErrorMax ({limit:.0%}); take precision out of model-config.yaml, or "
+            "raise precisionErrorMax there if that much is good enough"
+        )
+
+
+def _load_weights(
+    archive: Archive,
+    example: list[torch.Tensor],
+    device: str,
+    *,
+    package_runners_max: int,
+    domains: list[InputDomain],
+    program: Program | None,
+    timeout_s: float,
+    progress: Progress,
+    tracing: Tracing | None,
+) -> Any:
+    weights = archive.weights
+    options: dict[str, Any] = {
+        "device": device,
+        "precision": archive.config.precision or "fp32",
+        "channels_last": archive.config.memory_format == "channels_last",
+    }
+    if options["precision"] != "fp32":
+        options["others"] = [list(item) for item in batch_rows(example, domains, ITEMS_MAX)]
+    reason = python_reason(archive)
+    if reason:
+        raise NeedsPythonError(reason)
+    if archive.manifest.model_file is not None:
+        if needs_tracing(archive):
+            (tracing or Tracing(archive)).wait(progress, timeout_s)
+        progress("loading the TorchScript")
+        try:
+            return _load(archive.name, traced_file(archive), example, options)
+        except ModelLoadError as error:
+            # The model itself works, as the conversion has shown.
+            raise NeedsPythonError(error.message) from error
+    if weights is None:
+        raise ModelLoadError(
+            f"{archive.name} has neither --serialized-file nor --model-file, so there is no model in it; repack it"
+        )
+    progress(f"reading {weights.name} ({weights.size / 1e6:.0f} MB)")
+    if program is not None:
+        return _load_package(archive.name, weights.as_file(), example, program,
+                             {**options, "is_package": True, "package_runners_max": package_runners_max})  # fmt: skip
+    if weights.suffix in PYTHON_SUFFIXES:
+        raise NeedsPythonError(f"{weights.name} is loaded by libraries that are called from Python")
+    if weights.suffix not in TORCHSCRIPT_SUFFIXES:
+        raise ModelLoadError(
+            f"{archive.name}: {weights.name} is neither TorchScript ({', '.join(TORCHSCRIPT_SUFFIXES)}) nor a .pt2 "
+            "package; export the model to one of these, or pack its --model-file too"
+        )
+    with weights.pinned() as descriptor:
+        # Opened again through the descriptor: the archive may have been replaced under its name meanwhile.
+        return _load(archive.name, Path(f"/proc/self/fd/{descriptor}"), example,
+                     {**options, "offset": weights.offset, "size": weights.size})  # fmt: skip
+
+
+def _load_package(
+    label: str, path: Path, example: list[torch.Tensor], program: Program, options: dict[str, Any]
+) -> Any:
+    domains = [InputDomain(each.dtype, tuple((size, size) for size in each.shape[1:])) for each in example]
+    items = batch_rows(example, domains, ITEMS_MAX)
+    if any(each.is_channels_last for each in program.inputs):
+        options["channels_last"] = True
+    elif options["channels_last"]:
+        raise ModelLoadError(
+            f"{label}: the package was compiled for contiguous inputs; take memoryFormat out of model-config.yaml"
+        )
+    model = _load(label, path, example, {**options, "rows_min": program.rows_min})
+    if program.takes_one_row_unsaid:
+        # If rows depend on each other, two copies of a row are another question than the row alone.
+        if single_row_differs(model, example) and rows_are_independent(model.run, items, SPECIALIZED_MIN):
+            model = _load(label, path, example, {**options, "rows_min": SPECIALIZED_MIN})
+    else:
+        check_filling(model.run, program, label)
+    return model
+
+
+def _load(label: str, path: Path, example: list[torch.Tensor], options: dict[str, Any]) -> Any:
+    try:
+        return load_core().TorchModel.load(str(path), example, **options)
+    except (RuntimeError, ValueError) as error:
+        reason = cause_of(str(error)) or type(error).__name__
+        hint = ""
+        if "constants.pkl" in reason or "PytorchStreamReader" in reason:
+            hint = (
+                ". It looks like a state dict or a damaged file: pack a TorchScript file (torch.jit.save), or pack "
+                "the model's class too with --model-file"
+            )
+        raise ModelLoadError(f"{label}: its weights cannot be loaded: {reason}{hint}") from error
+
+
+
+

@@ -1,0 +1,485 @@
+"""One served version of a model: its life and its settings.
+
+    LOADING ──> READY ──> DRAINING ──> gone
+       │        │  ^         │
+       └──────> FAILED ──────┘       (back to READY when a worker is there again)
+
+Loop thread only; loading runs in threads and comes back to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from pyserve.archive.archive import Archive
+from pyserve.conversion.torchscript import Progress, Tracing
+from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError, ServerError
+from pyserve.lanes.audit import Repetition
+from pyserve.lanes.describe import SelfDescription, ask_handler
+from pyserve.lanes.lane import RING_CAPACITY_MIN, Lane, WorkerRow
+from pyserve.lanes.native import NativeLane
+from pyserve.lanes.network import Network
+from pyserve.lanes.pending import Pending
+from pyserve.lanes.python import PythonLane
+from pyserve.lanes.refusals import no_worker_error
+from pyserve.lanes.resources import Services
+from pyserve.lanes.settings import PARAMETERS, ModelSettings
+from pyserve.models.audit import Audit
+from pyserve.models.audit_choice import audit_of
+from pyserve.models.checks import checks_of
+from pyserve.models.lane_choice import Wish, open_lane, open_python_lane
+from pyserve.models.sample import sample_arguments
+from pyserve.request.exchange import Exchange
+from pyserve.worker.handler_choice import built_in_name
+
+log = logging.getLogger(__name__)
+
+STATES = {
+    "LOADING": ("READY", "FAILED", "DRAINING"),
+    "READY": ("FAILED", "DRAINING"),
+    "FAILED": ("READY", "DRAINING"),
+    "DRAINING": (),
+}
+EXPLAIN_HEADER = ("explain", "True")
+
+
+class Model:
+    """One version.
+
+    Attributes:
+        url: the archive's file name.
+        device: ``cpu`` or ``cuda:0``.
+        state: a key of STATES.
+        error: why it FAILED.
+        wanted_workers: how many it is to have.
+        starts_first_workers: it has had none, and some are being started.
+    """
+
+    def __init__(
+        self, services: Services, archive: Archive, *, name: str, url: str, settings: ModelSettings, device: str,
+        handler_name: str | None = None, loaded_at_startup: bool = False,
+    ):  # fmt: skip
+        # Constant.
+        self.name = name
+        self.version = archive.manifest.model_version
+        self.url = url
+        self.runtime = archive.manifest.runtime
+        self.archive = archive
+        self.handler_name = handler_name
+        self.device = device
+        self.loaded_at_startup = loaded_at_startup
+        self._services = services
+        # Changes while it runs.
+        self.settings = settings
+        self.state = "LOADING"
+        self.error = ""
+        self.wanted_workers = settings.workers_min
+        self.starts_first_workers = False
+        # Its name, if the server may speak protocols for it; None of a handler that answers for itself.
+        self.built_in_handler: str | None = None
+        self._lane: Lane | None = None
+        self._explain_lane: PythonLane | None = None  # a native model's, made for the first explanation
+        self._opening_explain_lane = asyncio.Lock()
+        self._audit: Audit | None = None  # most models have none
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._scaling = asyncio.Lock()
+        self._loading = asyncio.Lock()
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def load(self, workers: int, progress: Progress, tracing: Tracing | None = None) -> None:
+        """Loads the network and starts ``workers`` workers; returns when they are warm.
+
+        Raises:
+            ServeError: it cannot be served; the state is FAILED then and ``error`` says why.
+        """
+        async with self._loading:
+            await self._load(workers, progress, tracing)
+
+    async def _load(self, workers: int, progress: Progress, tracing: Tracing | None) -> None:
+        try:
+            lane = await open_lane(self._wish(progress, tracing))
+            self.built_in_handler = self._find_built_in_handler()
+            self._lane = lane
+            self._audit = audit_of(self._wish(lambda text: None), lane)
+            self._check_still_loading()
+            if workers:
+                progress(f"starting {workers} worker{'s' if workers > 1 else ''}")
+            await self.scale(workers, max(workers, self.settings.workers_max))
+            self._check_still_loading()
+        except Exception as error:
+            if not isinstance(error, ServeError):
+                log.exception("loading %s %s failed", self.name, self.version)
+            self.error = _reason(error)
+            if self.state == "LOADING":
+                self._move("FAILED")
+            await self._close_lane()
+            raise
+        self._move("READY")
+        progress("ready")
+
+    def _wish(self, progress: Progress, tracing: Tracing | None = None) -> Wish:
+        return Wish(
+            self._services, self.archive, self.name, self.handler_name, self.device, self.settings, progress,
+            tracing=tracing, on_trouble=self._on_trouble,
+        )  # fmt: skip
+
+    def _find_built_in_handler(self) -> str | None:
+        config = self._services.config
+        if config.service_envelope:
+            return None
+        return built_in_name(self.archive, self.handler_name or config.default_service_handler or None)
+
+    def _on_trouble(self, text: str) -> None:
+        """The lane has no worker and gets none, or has one again."""
+        if self.state == ("READY" if text else "FAILED"):
+            self.error = text
+            self._move("FAILED" if text else "READY")
+
+    def _check_still_loading(self) -> None:
+        if self.state != "LOADING":
+            raise ConflictError(f"Model {self.name} version {self.version} was unregistered while it was loading")
+
+    async def loaded(self) -> None:
+        """Returns when it is not LOADING any more."""
+        async with self._loading:
+            pass
+
+    async def drain(self) -> None:
+        """Finishes what was admitted, then stops the workers and lets go of the weights. Takes no more requests.
+
+        A load that is under way is waited for: it notices, and gives up; workers that are starting are ended.
+        """
+        if self.state == "LOADING" and self._lane is not None:
+            self._lane.set_workers(0)
+        if self.state != "DRAINING":
+            self._move("DRAINING")
+        async with self._loading:
+            await self._close_lane()
+            self.archive.close()
+
+    def cut_short(self) -> None:
+        """Answers what waits with 503; nothing waits for the model any more."""
+        for lane in (self._lane, self._explain_lane):
+            if lane is not None:
+                lane.answer_all(lane.refusal("draining"))
+
+    async def _close_lane(self) -> None:
+        lanes = (self._lane, self._explain_lane)
+        self._lane = self._explain_lane = None
+        closing = [lane.close() for lane in lanes if lane is not None]
+        if self._audit is not None:
+            closing.append(self._audit.stop())
+        await asyncio.gather(*closing)
+
+    def _move(self, state: str) -> None:
+        if state not in STATES[self.state]:
+            raise RuntimeError(f"{self.name} {self.version}: {self.state} cannot become {state}")
+        self.state = state
+
+    # --- settings -------------------------------------------------------------------------------------------------
+
+    async def scale(self, workers_min: int, workers_max: int) -> int:
+        """Brings the number of workers into [workers_min, workers_max]; returns how many there are then.
+
+        Raises:
+            ModelLoadError: a worker cannot be started; the others go on.
+        """
+        async with self._scaling:
+            lane = self._lane
+            if lane is None:
+                raise self._scaling_error(self.error or "it is being unregistered")
+            before, wanted_before = lane.wanted_count, self.wanted_workers
+            bounds_before = self.settings.workers_min, self.settings.workers_max
+            trouble_before = self.error if self.state == "FAILED" else ""
+            wanted = min(max(before, workers_min), max(workers_min, workers_max))
+            self.settings.workers_min, self.settings.workers_max = workers_min, workers_max
+            self.wanted_workers = wanted
+            lane.set_workers(wanted)
+            self.starts_first_workers = not before
+            try:
+                failure = await lane.settled(self.settings.startup_timeout_s)
+            finally:
+                self.starts_first_workers = False
+            if self._lane is not lane:
+                raise self._scaling_error("it is being unregistered")
+            if not wanted and self._audit is not None:
+                await self._audit.stop()
+            if failure:
+                error = self._scaling_error(failure, lane.failure)
+                self.settings.workers_min, self.settings.workers_max = bounds_before
+                self.wanted_workers = wanted_before
+                lane.set_workers(min(before, wanted))
+                if trouble_before:
+                    self._on_trouble(trouble_before)
+                raise error
+            return wanted
+
+    def _scaling_error(self, text: str, cause: ServeError | None = None) -> ServeError:
+        message = f"Failed to start workers for model {self.name} version: {self.version}"
+        detail = cause.detail if cause is not None and cause.detail else {"text": text}
+        return (OutOfMemoryError if isinstance(cause, OutOfMemoryError) else ModelLoadError)(message, detail=detail)
+
+    def configure(self, changes: dict[str, int]) -> dict[str, tuple[int, int]]:
+        """Applies ``changes`` (keys of PARAMETERS) between two batches. Returns old and new value of each.
+
+        Raises:
+            BadRequestError: a value is out of range; nothing was changed.
+        """
+        capacity = self._lane.core.capacity if self._lane is not None else RING_CAPACITY_MIN
+        wanted = self.settings.checked(changes, queue_size_max=capacity)
+        changed = {name: (getattr(self.settings, PARAMETERS[name]), value) for name, value in changes.items()}
+        for attribute, value in wanted.items():
+            setattr(self.settings, attribute, value)
+        if self._lane is not None:
+            self._lane.apply_limits()
+        return changed
+
+    def take_back(self, changed: dict[str, tuple[int, int]]) -> None:
+        """Undoes a `configure` that returned ``changed``, except for what was changed again since."""
+        now = {name: getattr(self.settings, PARAMETERS[name]) for name in changed}
+        for name, (old, new) in changed.items():
+            if now[name] == new:
+                setattr(self.settings, PARAMETERS[name], old)
+        self.settings.min_batch = min(self.settings.min_batch, self.settings.batch_size)
+        if self._lane is not None:
+            self._lane.apply_limits()
+
+    # --- a request ------------------------------------------------------------------------------------------------
+
+    def predict(
+        self, exchange: Exchange, url_version: str = "default", *, explains: bool = False,
+        query_is_input: bool = False, flags: int = 0,
+    ) -> None:  # fmt: skip
+        """Sees to the request's answer.
+
+        Args:
+            url_version: the version as in the URL, for the metrics and the text of a refusal.
+            explains: an explanation is wanted.
+            query_is_input: whether the query's parameters are inputs of the handler.
+            flags: of the item, as a worker process sees them.
+
+        Raises:
+            OverloadedError: the model is not there yet, or not any more.
+        """
+        lane = self._lane
+        if lane is None:
+            raise no_worker_error(self.name, self._absence(), url_version=url_version)
+        if explains and isinstance(lane, NativeLane):
+            self._explain(
+                lane, exchange,
+                lambda other: Pending(other, exchange, self.version, url_version, query_is_input, flags),
+            )  # fmt: skip
+            return
+        pending = Pending(lane, exchange, self.version, url_version, query_is_input, flags)
+        if self._audit is not None and not explains:
+            self._audit.consider(exchange, Repetition(
+                lambda other, copy: Pending(other, copy, self.version, url_version, query_is_input, flags)
+            ))  # fmt: skip
+        lane.predict(pending)
+
+    def take(
+        self, exchange: Exchange, pending_for: Callable[[Lane], Pending], *, repetition: Repetition,
+        explains: bool = False,
+    ) -> None:  # fmt: skip
+        """As `predict`, for requests of another kind: ``pending_for`` makes one for the lane it is given."""
+        lane = self._lane
+        if lane is None:
+            raise no_worker_error(self.name, self._absence())
+        if explains and isinstance(lane, NativeLane):
+            self._explain(lane, exchange, pending_for)
+            return
+        pending = pending_for(lane)
+        if self._audit is not None and not explains:
+            self._audit.consider(exchange, repetition)
+        lane.predict(pending)
+
+    def _absence(self) -> JsonObject:
+        detail = {"reason": "no worker", "state": self.state}
+        if self.error:
+            detail |= {"text": self.error, "mend": "mend the archive and register it again"}
+        return detail
+
+    def _explain(self, native: NativeLane, exchange: Exchange, pending_for: Callable[[Lane], Pending]) -> None:
+        """Explanations need gradients, so Python's own copy of the model: a worker process, started for the first."""
+        lane = self._explain_lane
+        if lane is not None:
+            lane.predict(pending_for(lane))
+            return
+        waiting = Pending(native, exchange, self.version, "default")
+
+        async def explain_first() -> None:
+            opening = self._keep(self._open_explain_lane())
+            try:
+                # It goes on for those who are more patient.
+                await asyncio.wait_for(asyncio.shield(opening), waiting.remaining_s())
+                opened = self._explain_lane
+                if opened is None:
+                    raise no_worker_error(self.name, self._absence())
+                opened.predict(pending_for(opened))
+            except TimeoutError:
+                native.expire(waiting)
+            except Exception as error:
+                if not isinstance(error, ServeError):
+                    log.exception("starting a worker for explanations of %s %s failed", self.name, self.version)
+                    error = ServerError("Internal error")
+                exchange.respond(self._services.error_format.answer(error, exchange.request))
+
+        self._keep(explain_first())
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs ``work`` as a task, whether or not anybody waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+
+        def finish(done: asyncio.Task[None]) -> None:
+            self._tasks.discard(done)
+            if not done.cancelled():
+                done.exception()  # those who waited for it have it
+
+        task.add_done_callback(finish)
+        return task
+
+    async def _open_explain_lane(self) -> None:
+        async with self._opening_explain_lane:
+            if self._explain_lane is not None or self._lane is None:
+                return
+            log.info("%s %s: starting a worker process for explanations", self.name, self.version)
+            lane = await open_python_lane(self._wish(lambda text: None))
+            lane.set_workers(1)
+            failure = await lane.settled(self.settings.startup_timeout_s)
+            if failure or self._lane is None:
+                await lane.close()
+                if failure:
+                    raise self._scaling_error(failure)
+                return
+            self._explain_lane = lane
+
+    async def describe_handler(self) -> SelfDescription:
+        """What the handler says of itself.
+
+        Raises:
+            ServeError: it could not be asked, or failed.
+        """
+        return await ask_handler(self._lane, self.name, self.version)
+
+    # --- what others ask ------------------------------------------------------------------------------------------
+
+    @property
+    def network(self) -> Network | None:
+        """Of the native lane."""
+        return self._lane.network if isinstance(self._lane, NativeLane) else None
+
+    @property
+    def last_finished_at(self) -> int:
+        """ns; when the last batch came to its end; 0 if none did."""
+        return self._lane.finished_at if self._lane is not None else 0
+
+    def worker_load_ms(self) -> dict[str, float]:
+        """How long the workers took to load, by their names."""
+        return self._lane.worker_log.load_ms if self._lane is not None else {}
+
+    def checks(self) -> JsonObject:
+        """What was found out about it before its answers were believed."""
+        return checks_of(self._lane, self.archive.config, self.audit_report())
+
+    @property
+    def lane(self) -> str:
+        """``native``, or ``python`` for worker processes."""
+        return "python" if isinstance(self._lane, PythonLane) else "native"
+
+    @property
+    def workers_min(self) -> int:
+        return self.settings.workers_min
+
+    @property
+    def workers_max(self) -> int:
+        return self.settings.workers_max
+
+    @property
+    def batch_size(self) -> int:
+        return self.settings.batch_size
+
+    @property
+    def max_batch_delay_ms(self) -> int:
+        return self.settings.max_batch_delay_ms
+
+    @property
+    def min_batch(self) -> int:
+        return self.settings.min_batch
+
+    @property
+    def response_timeout_s(self) -> int:
+        return self.settings.response_timeout_s
+
+    @property
+    def startup_timeout_s(self) -> int:
+        return self.settings.startup_timeout_s
+
+    @property
+    def queue_size_max(self) -> int:
+        return self.settings.queue_size
+
+    @property
+    def device_type(self) -> str:
+        return "cpu" if self.device == "cpu" else "gpu"
+
+    @property
+    def device_ids(self) -> list[int] | None:
+        return self.archive.config.device_ids
+
+    @property
+    def precision(self) -> str:
+        return self.archive.config.precision or "fp32"
+
+    @property
+    def weights_size(self) -> int:
+        """Bytes; of one copy."""
+        if isinstance(self._lane, NativeLane):
+            return self._lane.weights_size
+        return self.archive.weights.size if self.archive.weights is not None else 0
+
+    @property
+    def has_ready_worker(self) -> bool:
+        return self.state == "READY" and self._lane is not None and self._lane.ready_count > 0
+
+    @property
+    def requests_in_flight(self) -> int:
+        return self._lane.in_flight_count if self._lane is not None else 0
+
+    def worker_rows(self) -> list[WorkerRow]:
+        """The workers, as the management API shows them."""
+        return self._lane.worker_rows() if self._lane is not None else []
+
+    def queue_status(self) -> tuple[int, int]:
+        """(remaining capacity, waiting requests)."""
+        waiting = self._lane.waiting_count if self._lane is not None else 0
+        return max(0, self.settings.queue_size - waiting), waiting
+
+    def stats(self) -> JsonObject:
+        """The native counters and histograms; empty while there is no lane."""
+        return self._lane.stats() if self._lane is not None else {}
+
+    def audit_report(self) -> JsonObject | None:
+        """What the audit found, see `Audit.report`; None if none is wanted."""
+        return self._audit.report() if self._audit is not None else None
+
+    def sample_arguments(self, folder: Path) -> str:
+        """Arguments of a curl call that sends something this model understands; the file is put into ``folder``.
+
+        REQUIRES: state is READY.
+        """
+        if not isinstance(self._lane, NativeLane):
+            return "-T FILE"  # what an own handler understands is its own business
+        network = self._lane.network
+        return sample_arguments(self.name, network.handler, network.example, folder)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, ServeError):
+        return error.reason()
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,435 @@
+"""The table of models: what is served, under which names and versions, and how that changes.
+
+Loop thread only. A change that answers success has been written down before (`models.state_file`), so that a server
+that is started again after a crash serves the same models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from pyserve.archive.archive import Archive, open_archive
+from pyserve.archive.manifest import check_model_name
+from pyserve.config.archive_url import is_url
+from pyserve.config.model_source import ModelSource
+from pyserve.conversion.torchscript import Tracing
+from pyserve.errors import (  # fmt: skip
+    ConflictError,
+    DefaultVersionError,
+    JsonObject,
+    ModelNotFoundError,
+    ServeError,
+    VersionNotFoundError,
+)
+from pyserve.fetch.sources import ArchiveSources, open_obtained
+from pyserve.lanes.resources import Services
+from pyserve.lanes.settings import first_settings, first_workers
+from pyserve.models.model import Model
+from pyserve.models.placement import choose_device, gpu_count
+from pyserve.models.snapshot import CHANGE, SHUTDOWN, STARTUP, SnapshotFolder
+from pyserve.models.state_file import LoadFailure, StateKeeper, snapshot_of, state_of
+
+log = logging.getLogger(__name__)
+
+ProgressOf = Callable[[str, str], None]  # model name, text
+
+
+class Registry:
+    """All served versions by name.
+
+    Args:
+        state_file: where the runtime state is kept; None keeps none.
+        snapshots: where snapshots go; None writes none.
+        progress: told what a loading model is doing; any thread.
+    """
+
+    def __init__(
+        self, services: Services, *, state_file: Path | None = None, snapshots: SnapshotFolder | None = None,
+        progress: ProgressOf | None = None,
+    ):  # fmt: skip
+        self._services = services
+        self._sources = ArchiveSources(services.config)
+        self._keeper = StateKeeper(state_file, snapshots, self._capture)
+        self._progress = progress or (lambda name, text: None)
+        self._models: dict[str, dict[str, Model]] = {}
+        self._defaults: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.failures: list[LoadFailure] = []
+        # A server that is still loading, or is being stopped, has no state worth keeping.
+        self._keeps_state = False
+
+    # --- looking up -----------------------------------------------------------------------------------------------
+
+    def get(self, name: str, version: str | None = None) -> Model:
+        """The default version of ``name``, or ``version``.
+
+        Raises:
+            ModelNotFoundError: no such name.
+            VersionNotFoundError: no such version of it.
+        """
+        versions = self._models.get(name)
+        if versions is None:
+            raise ModelNotFoundError(f"Model not found: {name}")
+        model = versions.get(self._defaults[name] if version is None else version)
+        if model is None:
+            raise VersionNotFoundError(f"Model version: {version} does not exist for model: {name}")
+        return model
+
+    def default_models(self) -> list[Model]:
+        return [self._models[name][self._defaults[name]] for name in sorted(self._models)]
+
+    def versions(self, name: str) -> list[Model]:
+        self.get(name)
+        return list(self._models[name].values())
+
+    def default_version(self, name: str) -> str:
+        return self.get(name).version
+
+    def all_models(self) -> list[Model]:
+        return [model for name in sorted(self._models) for model in self._models[name].values()]
+
+    # --- changing -------------------------------------------------------------------------------------------------
+
+    async def register(
+        self, url: str, *, model_name: str | None, handler: str | None, initial_workers: int, settings: dict[str, int],
+        waits: bool = True,
+    ) -> Model:  # fmt: skip
+        """Finds or fetches an archive, then loads and warms it; returns when it is READY.
+
+        It may take the place of a version that FAILED at start, and keeps that place as FAILED if it fails too.
+
+        Args:
+            url: name in the model store, path or URL; see `ArchiveSources`.
+            settings: management parameters; what is left out comes from model-config.yaml, then the ``models``
+                block, then the defaults.
+            waits: for the workers. Otherwise they start in the background, and a failure of that is logged.
+
+        Raises:
+            ServeError: nothing was registered, and nothing that was fetched is left.
+        """
+        source = await self._sources.obtain(url, in_use=[model.archive.path for model in self.all_models()])
+        try:
+            archive = await asyncio.to_thread(open_obtained, source)
+            failed = {(model.name, model.version) for model in self.all_models() if model.state == "FAILED"}
+            model = self._add(
+                archive, model_name, source.url, handler=handler, settings=settings, workers=initial_workers,
+                at_startup=False,
+            )  # fmt: skip
+        except BaseException:
+            await self._discard(source.path, source.url)
+            raise
+        loading = self._finish_register(model, stays=(model.name, model.version) in failed)
+        if waits or not model.workers_min:
+            await loading
+        else:
+            self._keep(asyncio.get_running_loop().create_task(loading), f"registering {source.url}")
+            await asyncio.sleep(0)  # it has begun, and whoever asks for the model from now on can wait for that
+        return model
+
+    async def _finish_register(self, model: Model, *, stays: bool) -> None:
+        try:
+            await self._load_or_remove(model, stays=stays)
+        except BaseException:
+            await self._discard(model.archive.path, model.url)
+            raise
+        self.failures = [failure for failure in self.failures if failure.url != model.url]
+        await self.changed()
+
+    async def unregister(self, name: str, version: str | None) -> None:
+        """Finishes what a version has admitted and removes it; without ``version`` the default one. An archive that was
+        fetched from a URL goes with it.
+
+        Of an archive that could not be opened the failure is forgotten.
+
+        Raises:
+            DefaultVersionError: it is the default while there are others.
+        """
+        forgotten = [
+            each for each in self.failures if each.name == name and (version is None or each.version in ("", version))
+        ]
+        if name not in self._models and forgotten:
+            self.failures = [each for each in self.failures if each not in forgotten]
+            await self.changed()
+            return
+        model = self.get(name, version)
+        if model.version == self._defaults[name] and len(self._models[name]) > 1:
+            raise DefaultVersionError(f"Cannot remove default version for model {name}")
+        self._remove(model)
+        draining = asyncio.get_running_loop().create_task(model.drain())
+        try:
+            await self.changed()
+        finally:
+            await draining
+        await self._discard(model.archive.path, model.url)
+
+    async def _discard(self, path: Path, url: str) -> None:
+        """Removes an archive that was fetched from a URL, unless a model is served from it."""
+        if is_url(url) and all(model.archive.path != path for model in self.all_models()):
+            await asyncio.to_thread(self._sources.remove, path)
+
+    async def set_default(self, name: str, version: str) -> None:
+        """Requests without a version go to ``version`` from now on. One that is loading is waited for.
+
+        Raises:
+            ConflictError: it FAILED; the default stays as it was.
+        """
+        model = self._version(name, version)
+        await model.loaded()
+        if self._version(name, version) is not model:
+            raise ConflictError(f"Model version {version} of model {name} was replaced meanwhile")
+        if model.state == "FAILED" and model.version != self._defaults[name]:
+            raise ConflictError(
+                f"Model version {version} of model {name} cannot be the default version: it FAILED",
+                detail={"text": model.error, "mend": "mend the archive and register it again"},
+            )
+        self._defaults[name] = version
+        await self.changed()
+
+    def _version(self, name: str, version: str) -> Model:
+        if name not in self._models:
+            raise ModelNotFoundError(f"Model not found: {name}")
+        if version not in self._models[name]:
+            raise VersionNotFoundError(f"Model version {version} does not exist for model {name}")
+        return self._models[name][version]
+
+    async def changed(self, kind: str = CHANGE) -> None:
+        """To be called after a model's workers or settings were changed; returns when that is written down.
+
+        Args:
+            kind: of the snapshot.
+        """
+        if self._keeps_state:
+            await self._keeper.save(kind)
+
+    async def load_at_start(
+        self, sources: Iterable[ModelSource], archives: dict[str, Archive | ServeError], tracings: dict[str, Tracing]
+    ) -> None:
+        """Loads what the server was started with, all at once. A failure is kept as a FAILED model or in ``failures``.
+
+        Args:
+            archives, tracings: by path; what was opened and begun before torch was imported.
+        """
+        sources = list(sources)
+        opened = [await _taken(archives, source.path_or_file) for source in sources]
+        await asyncio.gather(*(
+            self._load_source(source, archive, tracings.get(source.path_or_file))
+            for source, archive in zip(sources, opened, strict=True)
+        ))  # fmt: skip
+        self._prefer_what_loaded()
+        self._keeps_state = True
+        await self.changed(STARTUP)
+
+    def _prefer_what_loaded(self) -> None:
+        """Nobody chose the defaults of a start: of several versions the first that could be loaded is it."""
+        for name, versions in self._models.items():
+            if versions[self._defaults[name]].state != "FAILED":
+                continue
+            loaded = next((version for version, model in versions.items() if model.state != "FAILED"), None)
+            if loaded is not None:
+                log.warning("%s: version %s FAILED; %s is the default version", name, self._defaults[name], loaded)
+                self._defaults[name] = loaded
+
+    async def _load_source(self, source: ModelSource, archive: Archive | ServeError, tracing: Tracing | None) -> None:
+        file = source.shown
+        if isinstance(archive, ServeError):
+            self._note_failure(source.name or file, file, archive)
+            return
+        try:
+            model = self._add(archive, source.name, file, at_startup=True)
+        except ServeError as error:
+            self._note_failure(source.name or file, file, error)
+            return
+        try:
+            await model.load(model.workers_min, lambda text: self._progress(model.name, text), tracing)
+        except Exception as error:
+            # The model stays in the table as FAILED, so that whoever asks for it reads why.
+            log.error("%s", model.error or error)
+
+    def _note_failure(self, name: str, url: str, error: ServeError) -> None:
+        log.error("cannot be loaded: %s", error.message)  # the message names the file
+        self.failures.append(LoadFailure(name, url, error.message))
+
+    async def restore(
+        self, state: JsonObject, archives: dict[str, Archive | ServeError] | None = None,
+        tracings: dict[str, Tracing] | None = None,
+    ) -> None:  # fmt: skip
+        """Brings back what the state file or a snapshot says.
+
+        Args:
+            archives, tracings: by path; what was opened and begun before torch was imported.
+        """
+        archives = {} if archives is None else archives
+        opened = [
+            await _taken(archives, path)
+            for path in (entry["path"] for entry in state["models"])
+        ]
+        versions = await asyncio.gather(*(
+            self._restore_model(entry, archive, (tracings or {}).get(entry["path"]))
+            for entry, archive in zip(state["models"], opened, strict=True)
+        ))  # fmt: skip
+        actual = {(entry["name"], entry["version"]): version
+                  for entry, version in zip(state["models"], versions, strict=True)}  # fmt: skip
+        for name, wanted in state["defaults"].items():
+            version = actual.get((name, wanted))
+            if version is not None:
+                self._defaults[name] = version
+            elif name in self._models:
+                log.error("%s: the default version %s could not be restored; %s is it now", name, wanted,
+                          self._defaults[name])  # fmt: skip
+        self.failures += [LoadFailure(**failure) for failure in state["failures"]]
+        self._keeps_state = True
+        await self.changed(STARTUP)
+
+    async def _restore_model(
+        self, entry: JsonObject, archive: Archive | ServeError, tracing: Tracing | None
+    ) -> str | None:
+        """The version that it is; None if there is no model of it."""
+        try:
+            if isinstance(archive, ServeError):
+                raise archive
+            model = self._add(
+                archive, entry["name"], entry["url"],
+                handler=entry["handler"], at_startup=entry["loaded_at_startup"],
+            )  # fmt: skip
+        except ServeError as error:
+            self._note_failure(entry["name"], entry["url"], error)
+            self.failures[-1].version, self.failures[-1].entry = entry["version"], entry.get("entry")
+            return None
+        if model.version != entry["version"]:
+            log.warning("%s: its archive has version %s, not %s", model.name, model.version, entry["version"])
+        for attribute, value in entry["settings"].items():
+            setattr(model.settings, attribute, value)
+        model.wanted_workers = entry["workers"]
+        try:
+            await model.load(entry["workers"], lambda text: self._progress(model.name, text), tracing)
+        except Exception as error:
+            log.error("%s", model.error or error)
+        # It may have had more workers than its least, and loading took their number for that.
+        model.settings.workers_min = entry["settings"]["workers_min"]
+        return model.version
+
+    def stop_fetching(self) -> None:
+        """Registrations from URLs that are under way fail; the server is stopping."""
+        self._sources.stop()
+
+    async def drain(self) -> None:
+        """Finishes what all models have admitted and stops them."""
+        await self._changed_at_the_end()
+        self._keeps_state = False
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*(model.drain() for model in self.all_models()))
+
+    async def _changed_at_the_end(self) -> None:
+        try:
+            await self.changed(SHUTDOWN)
+        except OSError as error:
+            log.error("what is served could not be written down at the end: %s", error)
+
+    def _add(
+        self, archive: Archive, name: str | None, url: str, *, at_startup: bool, handler: str | None = None,
+        settings: dict[str, int] | None = None, workers: int | None = None,
+    ) -> Model:  # fmt: skip
+        """A new row of the table, LOADING. Closes the archive if there cannot be one."""
+        try:
+            return self._new_row(
+                archive, name, url, handler=handler, settings=settings or {}, workers=workers, at_startup=at_startup
+            )
+        except ServeError:
+            archive.close()
+            raise
+
+    def _new_row(
+        self, archive: Archive, name: str | None, url: str, *, at_startup: bool, handler: str | None,
+        settings: dict[str, int], workers: int | None,
+    ) -> Model:  # fmt: skip
+        name = name or archive.manifest.model_name
+        check_model_name(name)
+        version = archive.manifest.model_version
+        existing = self._models.get(name, {}).get(version)
+        if existing is not None and existing.state != "FAILED":
+            raise ConflictError(f"Model version {version} is already registered for model {name}")
+        config = self._services.config
+        block = config.models.get(name, {}).get(version, {})
+        first = first_settings(config, archive.config, block, settings, archive.name)
+        gpus = gpu_count(config.number_of_gpu)
+        first.workers_min, first.workers_max = first_workers(config, archive.config, block, workers, gpus=gpus)
+        model = Model(
+            self._services,
+            archive,
+            name=name,
+            url=url,
+            settings=first,
+            device=choose_device(archive.config, gpus, [other.device for other in self.all_models()]),
+            handler_name=handler,
+            loaded_at_startup=at_startup,
+        )
+        for warning in archive.config.warnings:
+            log.warning("%s", warning)
+        if existing is not None:
+            removal = asyncio.get_running_loop().create_task(existing.drain())
+            self._keep(removal, f"removing the failed {name} {version}")
+        self._models.setdefault(name, {})[version] = model
+        self._defaults.setdefault(name, version)
+        return model
+
+    async def _load_or_remove(self, model: Model, *, stays: bool) -> None:
+        """``stays``: in the table, as FAILED, if it cannot be loaded."""
+        try:
+            await model.load(model.workers_min, lambda text: self._progress(model.name, text))
+        except BaseException:
+            if stays and model.state == "FAILED":
+                raise
+            if model in self.all_models():  # it may have been unregistered meanwhile
+                self._remove(model)
+            await model.drain()
+            raise
+
+    def _remove(self, model: Model) -> None:
+        versions = self._models[model.name]
+        del versions[model.version]
+        if not versions:
+            del self._models[model.name], self._defaults[model.name]
+        elif self._defaults[model.name] == model.version:
+            self._defaults[model.name] = next(iter(versions))
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def _capture(self) -> tuple[JsonObject, JsonObject]:
+        # What is loading is not promised to anyone yet; and a model that kills the server while it loads must not
+        # come back.
+        models = [model for model in self.all_models() if model.state != "LOADING"]
+        store = self._services.config.model_store
+        return (
+            state_of(models, self._defaults, self.failures),
+            snapshot_of(models, self._defaults, self.failures, store),
+        )
+
+    def _keep(self, task: asyncio.Task[Any], what: str) -> None:
+        self._tasks.add(task)
+
+        def done(finished: asyncio.Task[Any]) -> None:
+            self._tasks.discard(finished)
+            if not finished.cancelled() and finished.exception() is not None:
+                log.error("%s failed: %s", what, finished.exception())
+
+        task.add_done_callback(done)
+
+
+async def _taken(archives: dict[str, Archive | ServeError], path: str) -> Archive | ServeError:
+    """The archive that was opened before; for a second model of the same file one of its own, to close by itself."""
+    found = archives.get(path)
+    if isinstance(found, Archive):
+        del archives[path]
+    return await _opened(path) if found is None else found
+
+
+async def _opened(path: str) -> Archive | ServeError:
+    try:
+        return await asyncio.to_thread(open_archive, path)
+    except ServeError as error:
+        return error

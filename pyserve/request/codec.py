@@ -1,0 +1,214 @@
+"""Bodies: from the wire to what a handler receives, and from what it returns to the wire.
+
+The rules are TorchServe's: a plain body is ``{"body": value}``, a form is one key per field; JSON is parsed,
+text becomes ``str``, anything else stays a ``bytearray``; what cannot be decoded stays a ``bytearray`` too.
+A part of a form with a content type is decoded also when it has no file name; TorchServe 0.12 then gives its bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+from urllib.parse import quote_plus, unquote_plus
+
+import torch
+
+from pyserve.errors import BadRequestError, HandlerError, TooLargeError, is_memory_error
+from pyserve.request import json_encoding
+from pyserve.request.forms import PARTS_MAX, Field, read_multipart, read_query, read_urlencoded
+from pyserve.request.json_body import NAME_SHOWN_MAX, NotJsonError, parse_json
+
+log = logging.getLogger(__name__)
+
+NAN_WARNING = (
+    "a result holds NaN or an infinity, for which JSON has no word; it is answered as null. Said once; compat=strict "
+    "answers NaN as TorchServe does"
+)
+# Flag of a request whose body is fields' values and whose query their sizes, see `split_fields`.
+FIELDS = 2
+FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
+FIELD_NAMES_SIZE_MAX = 64 << 10  # of all together, see `join_fields`
+
+
+class RequestParts(Protocol):
+    """What decoding looks at of a request; `messages.Request` has it."""
+
+    @property
+    def body(self) -> bytearray: ...
+
+    @property
+    def content_type(self) -> str: ...
+
+    def header(self, name: str, default: str = "") -> str: ...
+
+
+def decode_request(
+    request: RequestParts, *, decode: bool = True, types: dict[str, str] | None = None, lenient: bool = False
+) -> dict[str, Any]:
+    """The row a handler receives for one request.
+
+    Args:
+        decode: whether JSON and text are decoded (``decode_input_request``).
+        types: filled with the content types of a form's parts by their names.
+        lenient: as TorchServe 0.12 was measured: of fields, and of a JSON object's members, of one name the last one
+            counts, else they are refused; media types count as they are spelled; a part without a file name is bytes.
+
+    Raises:
+        BadRequestError: a broken form, JSON nested too deeply or with an absurd number, or input that would be lost.
+        TooLargeError: a form with too many parts.
+    """
+    media_type = _media_type_as_sent(request) if lenient else request.content_type
+    if media_type not in FORM_TYPES:
+        return {"body": decode_value(request.body, media_type, lenient=lenient) if decode else request.body}
+    if media_type == "application/x-www-form-urlencoded":
+        fields = read_urlencoded(request.body, lenient=lenient)
+    else:
+        fields = read_multipart(request.body, request.header("content-type"), lenient=lenient)
+    row: dict[str, Any] = {}
+    for field in fields:
+        if field.name in row and not lenient:
+            raise _repeated(field.name)
+        content_type = _part_type(field) if lenient else field.content_type
+        part_type = content_type if lenient else _media_type(content_type).lower()
+        row[field.name] = decode_value(field.value, part_type, lenient=lenient) if decode else field.value
+        if types is not None and (content_type or lenient):
+            types[field.name] = content_type
+    return row
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip()
+
+
+def _media_type_as_sent(request: RequestParts) -> str:
+    """As TorchServe compares it: in any case only for url-encoded forms, and for a multipart one with its boundary."""
+    if request.content_type == "application/x-www-form-urlencoded":
+        return request.content_type
+    header = request.header("content-type")
+    media_type = header.partition(";")[0]
+    return "" if media_type == "multipart/form-data" and "boundary=" not in header else media_type
+
+
+def _part_type(field: Field) -> str:
+    """What TorchServe takes a part's type to be: only those with a file name have one."""
+    return _media_type(field.content_type or "application/octet-stream") if field.is_file else ""
+
+
+def add_query(row: dict[str, Any], query: str, *, lenient: bool = False) -> None:
+    """Adds the parameters of a raw query string to ``row``, as fields without a content type: ``bytearray``.
+
+    Raises:
+        BadRequestError: two of them, or one and a field, have the same name. ``lenient`` keeps the field, or the last.
+    """
+    sent = dict(row)
+    if lenient:
+        row.clear()  # TorchServe's rows have the query's fields first, which handlers see that take the first one
+    for name, value, *_ in read_query(query.replace(";", "&").encode("latin-1", "replace"), lenient=lenient):
+        if name in row and not lenient:
+            raise _repeated(name)
+        row[name] = value
+    row.update(sent)
+
+
+def _repeated(name: str) -> BadRequestError:
+    return BadRequestError(
+        f"the request has more than one field {name[:NAME_SHOWN_MAX]!r}, and a handler is given one of each name; send "
+        "a request for each, or use different names",
+        detail={"field": name[:NAME_SHOWN_MAX]},
+    )
+
+
+def split_fields(body: bytearray, sizes: str) -> dict[str, Any]:
+    """The row of a request whose body is its fields' values one after the other, as they came: ``bytearray``.
+
+    Args:
+        sizes: names and sizes, ``data=4096&id=16``, as `join_fields` gives them.
+    """
+    if not sizes:
+        return {}
+    pairs = [(unquote_plus(name), int(size)) for name, _, size in (part.partition("=") for part in sizes.split("&"))]
+    if len(pairs) == 1:
+        return {pairs[0][0]: body}
+    row: dict[str, Any] = {}
+    start = 0
+    for name, size in pairs:
+        row[name] = body[start : start + size]
+        start += size
+    return row
+
+
+def join_fields(fields: Mapping[str, bytes]) -> tuple[bytearray, str]:
+    """The inverse of `split_fields`: body and sizes.
+
+    Raises:
+        TooLargeError: too many fields, or names that are too long.
+    """
+    if len(fields) > PARTS_MAX:
+        raise TooLargeError(f"the request has {len(fields)} inputs; at most {PARTS_MAX} are allowed")
+    sizes = "&".join([f"{quote_plus(name)}={len(value)}" for name, value in fields.items()])
+    if len(sizes) > FIELD_NAMES_SIZE_MAX:
+        raise TooLargeError(f"the names of the inputs have more than {FIELD_NAMES_SIZE_MAX} bytes; use shorter ones")
+    return bytearray().join(fields.values()), sizes
+
+
+def decode_value(body: bytearray, content_type: str, *, lenient: bool = False) -> Any:
+    """``body`` as its content type says; the bytes themselves when they turn out not to be that.
+
+    Raises:
+        InputError: JSON that is nested too deeply, has an absurd number, or, unless ``lenient``, a member twice.
+    """
+    if content_type == "application/json":
+        try:
+            return parse_json(body, lenient=lenient)
+        except NotJsonError as error:
+            log.warning("a body sent as application/json: %s; the handler receives its bytes", error)
+            return body
+    if content_type.startswith("text"):
+        try:
+            return body.decode("utf-8")
+        except UnicodeDecodeError:
+            return body
+    return body
+
+
+def encode_result(value: Any, on_nan: Callable[[], None] | None = None) -> bytes | bytearray | memoryview:
+    """What a handler returned for one request, as the bytes of the answer (contract: section 1.6).
+
+    Args:
+        on_nan: see `json_encoding.dump`.
+
+    Raises:
+        HandlerError: the value is neither bytes, text, a tensor nor JSON; the text says where in it and how to mend it.
+    """
+    if isinstance(value, memoryview):
+        # Its length counts bytes then, whatever it held.
+        return value.cast("B") if value.c_contiguous and value.nbytes else value.tobytes()
+    if isinstance(value, (bytes, bytearray)):
+        return value
+    if isinstance(value, torch.Tensor):
+        # All of the memory that a tensor is a part of is written, and so the answers of others in its batch.
+        if value.layout is torch.strided and value.untyped_storage().nbytes() > value.numel() * value.element_size():
+            value = value.clone()
+        file = io.BytesIO()
+        torch.save(value, file)
+        return file.getvalue()
+    try:
+        return value.encode() if isinstance(value, str) else json_encoding.dump(value, on_nan)
+    except Exception as error:  # of any kind: a `tolist` or a property of the handler's classes may run
+        if is_memory_error(error):
+            raise
+        raise HandlerError(
+            "Unsupported model output data type.",
+            detail={"exception": type(error).__name__, "text": _why_not(value, error)},
+        ) from error
+
+
+def _why_not(value: Any, error: Exception) -> str:
+    if isinstance(value, str):
+        return f"a str cannot become UTF-8: {error}"
+    found = json_encoding.find_not_json(value)
+    if found is None:
+        return f"a {type(value).__name__} cannot become JSON: {error}"
+    return f"{found.type}{found.place} cannot become JSON; {found.fix}"

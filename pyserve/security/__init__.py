@@ -1,0 +1,1 @@
+"""Who may call: keys, certificates, their renewal, what browsers may do."""

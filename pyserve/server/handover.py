@@ -1,0 +1,55 @@
+"""What the supervisor hands to the server that it starts."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyserve.config.config import Config
+from pyserve.launch import SERVER_VARIABLE, Reporter, die_with_parent, receive
+
+
+@dataclass
+class ServerStart:
+    """What the supervisor hands to the server.
+
+    Attributes:
+        config: the checked configuration.
+        sockets: listening sockets by name; two names may share one.
+        restart: 0 for the first server of this supervisor, then counting up.
+        state_file: where the server keeps what a restarted one has to know; it may not exist yet.
+        report: the way back to the supervisor.
+        like_torchserve: the console has all that TorchServe's has.
+    """
+
+    config: Config
+    sockets: dict[str, socket.socket]
+    restart: int
+    state_file: Path
+    report: Reporter
+    like_torchserve: bool
+
+
+def receive_server_start() -> ServerStart:
+    """Take over from the supervisor; from here on this process dies with it.
+
+    Raises:
+        RuntimeError: the process was not started by a supervisor.
+    """
+    handover, report = receive(SERVER_VARIABLE)
+    die_with_parent(handover["parent_pid"])
+    by_fd: dict[int, socket.socket] = {}
+    for fd in handover["sockets"].values():
+        if fd not in by_fd:
+            os.set_inheritable(fd, False)
+            by_fd[fd] = socket.socket(fileno=fd)
+    return ServerStart(
+        config=Config.from_json(handover["config"]),
+        sockets={name: by_fd[fd] for name, fd in handover["sockets"].items()},
+        restart=handover["restart"],
+        state_file=Path(handover["state_file"]),
+        report=report,
+        like_torchserve=handover["like_torchserve"],
+    )

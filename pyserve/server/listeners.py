@@ -1,0 +1,161 @@
+"""The listening sockets: made once by the supervisor, kept open while servers come and go.
+
+A client that connects while no server is running waits in the backlog instead of being refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pyserve.config.address import Address, port_owner
+from pyserve.config.config import Config
+from pyserve.errors import ConfigError
+
+BACKLOG = 4096  # the kernel lowers it to net.core.somaxconn
+UNIX_SOCKET_UMASK = 0o117  # owner and group may connect
+
+_FLAGS = {
+    "inference": "--inference-address", "management": "--management-address", "metrics": "--metrics-address",
+}
+
+
+class Listeners:
+    """Open sockets by name; two names with one address share one socket."""
+
+    def __init__(self) -> None:
+        self.sockets: dict[str, socket.socket] = {}
+        self.addresses: dict[str, Address] = {}
+        self._unix_files: dict[str, tuple[int, int]] = {}
+
+    @classmethod
+    def open(cls, config: Config) -> Listeners:
+        """Bind and listen on every address of ``config``.
+
+        Raises:
+            ConfigError: an address cannot be had; names it, its key, who has it and the mend. Nothing stays open.
+        """
+        listeners = cls()
+        try:
+            for name, address in config.addresses().items():
+                listeners._add(name, address, f"{name}_address ({config.origin.get(f'{name}_address', 'default')})")
+        except BaseException:
+            listeners.close()
+            raise
+        return listeners
+
+    def _add(self, name: str, address: Address, key: str) -> None:
+        target = _target(address, key)
+        for other, made in self.sockets.items():
+            # Port 0 asks for any free port, so two such addresses are two ports.
+            if made.getsockname() == target[1] and made.family == target[0]:
+                if address.is_tls != self.addresses[other].is_tls:
+                    raise ConfigError(f"{key}: {address} is {other}_address too, but one of the two speaks TLS only")
+                self.sockets[name], self.addresses[name] = made, self.addresses[other]
+                return
+        listener = self._listen_unix(address, key) if address.is_unix else _listen_tcp(target, address, key, name)
+        self.sockets[name] = listener
+        port = 0 if address.is_unix else listener.getsockname()[1]
+        self.addresses[name] = replace(address, port=port)
+
+    def _listen_unix(self, address: Address, key: str) -> socket.socket:
+        path = Path(address.path)
+        _remove_stale(path, key)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        umask = os.umask(UNIX_SOCKET_UMASK)
+        try:
+            listener.bind(address.path)
+            listener.listen(BACKLOG)
+        except OSError as error:
+            listener.close()
+            raise ConfigError(f"{key}: cannot listen on {address}: {error.strerror}") from None
+        finally:
+            os.umask(umask)
+        status = path.stat()
+        self._unix_files[address.path] = (status.st_dev, status.st_ino)
+        listener.setblocking(False)
+        return listener
+
+    def close(self) -> None:
+        """Close all sockets and remove the socket files that are still ours."""
+        for listener in set(self.sockets.values()):
+            listener.close()
+        for path, identity in self._unix_files.items():
+            try:
+                status = os.lstat(path)
+                if (status.st_dev, status.st_ino) == identity:
+                    os.unlink(path)
+            except OSError:
+                continue
+        self._unix_files.clear()
+
+
+def _target(address: Address, key: str) -> tuple[int, Any]:
+    if address.is_unix:
+        return socket.AF_UNIX, address.path
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(f"{key}: the host {address.host!r} is not known: {error.strerror}") from None
+    return found[0][0], found[0][4]
+
+
+def _listen_tcp(target: tuple[int, Any], address: Address, key: str, name: str) -> socket.socket:
+    family, where = target
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"{key}: cannot listen on {address}: {_reason(error, address, name)}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def _reason(error: OSError, address: Address, name: str) -> str:
+    if error.errno == errno.EADDRINUSE:
+        owner = port_owner(address.port)
+        taken = f"the port is in use by {owner}" if owner else "the port is in use"
+        return f"{taken}; stop that or choose another with {_FLAGS[name]}, or in config.properties"
+    if error.errno == errno.EACCES:
+        return f"ports below 1024 need privileges; choose another with {_FLAGS[name]}, or in config.properties"
+    if error.errno == errno.EADDRNOTAVAIL:
+        other = f"choose another with {_FLAGS[name]}, or in config.properties"
+        return f"no interface of this machine has that address; {other}"
+    return error.strerror or str(error)
+
+
+def _remove_stale(path: Path, key: str) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot listen on unix:{path}: {error.strerror}") from None
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{key}: {path} exists and is not a socket; remove it or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except OSError:
+            pass  # a full backlog or a missing permission: somebody is there
+    raise ConfigError(f"{key}: another server is listening on unix:{path}; stop it or choose another path")
+
+
+
+
+
+
+
+

@@ -1,0 +1,213 @@
+"""The server process: takes over the listening sockets, loads the models, serves, drains.
+
+Started by the supervisor. Nothing at the top of this file imports torch: eager archives begin to be traced in
+processes of their own before this one spends its second on that import.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import re
+import signal
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvloop
+
+from pyserve import log as log_setup
+from pyserve.archive.archive import Archive, open_archive
+from pyserve.config.config import Config
+from pyserve.config.model_source import ModelSource
+from pyserve.conversion.torchscript import Tracing, needs_tracing, runs_in_python
+from pyserve.errors import ConfigError, JsonObject, ModelNotFoundError, ServeError
+from pyserve.fetch.sources import obtain_at_start
+from pyserve.lanes.spawner import Spawner
+from pyserve.launch import EXIT_DRAINED, EXIT_WILL_FAIL_AGAIN
+from pyserve.models.snapshot import models_to_restore, snapshot_folder
+from pyserve.models.snapshot_models import SnapshotError, restored_state
+from pyserve.models.state_file import read_state
+from pyserve.server.handover import ServerStart, receive_server_start
+from pyserve.server.settings_report import settings_lines
+from pyserve.telemetry.server_logs import ServerLogs
+
+if TYPE_CHECKING:
+    from pyserve.server.server import Site
+
+log = logging.getLogger(__name__)
+
+EXIT_DRAIN_CUT_SHORT = 4
+# Objects that may be made, and not yet be gone, before the youngest are looked through; Python's own number is 700.
+GC_THRESHOLD = 20_000
+
+
+def main() -> int:
+    gc.disable()  # imports and loading make a million objects, nearly all of which stay
+    start = receive_server_start()
+    console = log_setup.configure(as_json=start.config.log_format == "json")
+    logs = ServerLogs(start.config, console=console.write_lines if start.like_torchserve else None)
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(_serve(start, logs))
+    except ConfigError as error:
+        start.report.failed(error.message)
+        return EXIT_WILL_FAIL_AGAIN
+    finally:
+        loop.close()
+        logs.close()
+
+
+async def _serve(start: ServerStart, logs: ServerLogs) -> int:
+    stop = _StopSignals()
+    state = _state_to_restore(start)
+    sources = start.config.models_to_load() if state is None else _sources_of(state)
+    fetching = asyncio.ensure_future(obtain_at_start(start.config, sources, start.report.progress))
+    first: list[asyncio.Future[Any]] = [fetching, stop.first]
+    await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+    if not fetching.done():
+        fetching.cancel()
+        return EXIT_DRAINED
+    sources, errors = fetching.result()
+    archives = _open_all(sources, errors, start.config.store_files())
+    tracings = _begin_tracing(archives)
+    hidden = re.compile(start.config.blacklist_env_vars) if start.config.blacklist_env_vars else None
+    spawner = Spawner(
+        lambda name: hidden is not None and hidden.fullmatch(name) is not None, worker_environment(start.config)
+    )
+    if any(isinstance(archive, Archive) and runs_in_python(archive) for archive in archives.values()):
+        spawner.prepare()
+
+    # Takes a second or two; what was begun above goes on meanwhile.
+    from pyserve.models.placement import gpu_count
+    from pyserve.server.server import Site
+
+    if start.restart == 0:
+        log.info("\n".join(["settings:", *settings_lines(start.config, gpus=gpu_count(start.config.number_of_gpu))]))
+    site = Site(start, spawner, logs)
+    try:
+        loading = asyncio.ensure_future(site.load(sources, archives, tracings, state))
+        await asyncio.wait([loading, stop.first], return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            loading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await loading
+            return EXIT_DRAINED
+        loading.result()
+        gc.collect()
+        gc.freeze()  # what is there now is there for good: no collection need look at it again
+        gc.set_threshold(GC_THRESHOLD)  # a request leaves no cycles behind, but makes enough to have them looked for
+        gc.enable()
+        await site.open_ports()
+        start.report.ready(**await site.report())
+        await stop.first
+        return await _drain(site, stop, start.config.drain_timeout_s)
+    finally:
+        for tracing in tracings.values():
+            tracing.stop()
+        await spawner.close()
+        await site.grpc.close()
+        site.close()
+
+
+def worker_environment(config: Config) -> dict[str, str]:
+    """What handlers find in their environment as TorchServe's do."""
+    return {
+        name: "true"
+        for name, is_set in (("TS_IPEX_ENABLE", config.ipex_enable), ("TS_IPEX_GPU_ENABLE", config.ipex_gpu_enable))
+        if is_set
+    }
+
+
+async def _drain(site: Site, stop: _StopSignals, timeout_s: int) -> int:
+    """Answers what was accepted, then stops. A second signal, or the timeout, ends it early."""
+    draining = asyncio.ensure_future(site.drain())
+    await asyncio.wait([draining, stop.second], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    if draining.done():
+        draining.result()
+        return EXIT_DRAINED
+    log.warning("stopping before everything was answered: %s",
+                "told twice" if stop.second.done() else f"drain_timeout_s={timeout_s} is over")  # fmt: skip
+    await site.cut_short()
+    # Native threads may be in the middle of a batch and cannot be stopped; the process goes without them.
+    logging.shutdown()
+    os._exit(EXIT_DRAIN_CUT_SHORT)
+
+
+def _open_all(
+    sources: list[ModelSource], errors: dict[str, ServeError], store_files: list[str]
+) -> dict[str, Archive | ServeError]:
+    """The archives by path; ``errors`` are of those that could not even be fetched."""
+    archives: dict[str, Archive | ServeError] = {**errors}
+    for source in sources:
+        path = source.path_or_file
+        if path not in archives:
+            archives[path] = _open(source, store_files)
+            if source.url is not None and isinstance(archives[path], ServeError):
+                Path(path).unlink(missing_ok=True)  # so that the next start fetches it anew
+    return archives
+
+
+def _open(source: ModelSource, store_files: list[str]) -> Archive | ServeError:
+    try:
+        return open_archive(source.path_or_file)
+    except ModelNotFoundError as error:
+        near = get_close_matches(Path(source.path_or_file).name, store_files, n=1, cutoff=0.8)
+        return ModelNotFoundError(f"{error.message}; did you mean {near[0]}?") if near else error
+    except ServeError as error:
+        return error
+
+
+def _begin_tracing(archives: dict[str, Archive | ServeError]) -> dict[str, Tracing]:
+    return {
+        path: Tracing(archive)
+        for path, archive in archives.items()
+        if isinstance(archive, Archive) and needs_tracing(archive)
+    }
+
+
+def _state_to_restore(start: ServerStart) -> JsonObject | None:
+    """What the server before this one served, if it got as far as serving; else what a snapshot says, if one is to be
+    restored.
+
+    Raises:
+        ConfigError: ``model_snapshot`` in the configuration cannot be used.
+    """
+    state = read_state(start.state_file) if start.restart else None
+    if state is not None:
+        return state
+    try:
+        models = models_to_restore(start.config, snapshot_folder())
+    except SnapshotError as error:
+        place = start.config.origin.get("model_snapshot", "the configuration")
+        raise ConfigError(f"{place}: model_snapshot: {error}") from None
+    return None if models is None else restored_state(models)
+
+
+def _sources_of(state: JsonObject) -> list[ModelSource]:
+    return [ModelSource(entry["name"], entry["path"]) for entry in state["models"]]
+
+
+class _StopSignals:
+    """The first and the second SIGTERM or SIGINT, as futures."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.first: asyncio.Future[None] = loop.create_future()
+        self.second: asyncio.Future[None] = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        future = self.second if self.first.done() else self.first
+        if not future.done():
+            future.set_result(None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""Everything one server process serves with: engine, models, endpoints and listeners, wired together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import shlex
+import ssl
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyserve.api.checks import protected, rotation_routes
+from pyserve.api.inference import Inference
+from pyserve.api.kserve import KServe
+from pyserve.api.management import Management
+from pyserve.api.routes import Router, RouteRow, inference_descriptions, metrics_routes
+from pyserve.archive.archive import Archive
+from pyserve.archive.cache import open_cache
+from pyserve.config.address import Address
+from pyserve.config.config import Config
+from pyserve.config.model_source import ModelSource
+from pyserve.conversion.torchscript import Tracing
+from pyserve.cpu_budget import cpu_budget
+from pyserve.engine import Engine
+from pyserve.errors import ConfigError, JsonObject, ServeError
+from pyserve.grpc_api.front_end import GrpcSite
+from pyserve.http1.connections import Connections
+from pyserve.http1.limits import Http1Limits
+from pyserve.http1.protocol import Http1Protocol
+from pyserve.http1.tls import Http1TlsProtocol
+from pyserve.lanes.resources import Services
+from pyserve.lanes.spawner import Spawner
+from pyserve.models.placement import gpu_count
+from pyserve.models.registry import Registry
+from pyserve.models.snapshot import SnapshotFolder, snapshot_folder
+from pyserve.request.body_budget import BodyBudget
+from pyserve.request.messages import ErrorFormat
+from pyserve.security.browser_guard import BrowserGuard
+from pyserve.security.cors import Cors, allowed_origins
+from pyserve.security.renewal import keep_renewed, watched
+from pyserve.security.tls import curl_target, server_context
+from pyserve.security.tls import restore as restore_certificate
+from pyserve.security.tokens import Tokens
+from pyserve.server.handover import ServerStart
+from pyserve.telemetry.metrics import Metrics, MetricsOptions
+from pyserve.telemetry.metrics_config import MetricsConfig, MetricsConfigError, read_metrics_config
+from pyserve.telemetry.server_logs import ServerLogs, metrics_mode
+from pyserve.telemetry.spans import open_tracer
+from pyserve.telemetry.system_metrics import SystemMetrics
+
+log = logging.getLogger("pyserve.site")
+
+ACCEPT_BACKLOG = 2048
+# Clients that connect without end must not keep the server from draining.
+ACCEPT_WAITING_MAX_S = 1.0
+TLS_HANDSHAKE_S = 10.0
+# Until a client that is slow to read has got its answer; Http1TlsProtocol hangs up on the others much sooner.
+TLS_SHUTDOWN_S = 120.0
+# Time for the last answers to leave when draining is cut short.
+CUT_SHORT_WRITE_S = 0.1
+
+
+class Site:
+    """One server process's worth of everything. Loop thread only.
+
+    Args:
+        spawner: starts worker processes; whoever made it closes it.
+        logs: the log files.
+
+    Raises:
+        ConfigError: the native engine cannot be used.
+    """
+
+    def __init__(self, start: ServerStart, spawner: Spawner, logs: ServerLogs):
+        config = start.config
+        budget = cpu_budget(config.cpu_budget)
+        # Preprocessing runs on threads of its own, one per CPU; torch must not multiply them.
+        torch.set_num_threads(1)
+        restore_certificate(config)
+        self._start = start
+        self._logs = logs
+        self._metrics = Metrics(torch_version=torch.__version__, options=_metrics_options(config), log=logs.metrics)
+        self._measuring: asyncio.Task[None] | None = None
+        self._engine = Engine(asyncio.get_running_loop(), budget)
+        self._pool = _single_threaded_pool(config.preprocess_threads or budget)
+        self._services = services = Services(
+            config=config,
+            engine=self._engine,
+            metrics=self._metrics,
+            preprocess_pool=self._pool,
+            spawner=spawner,
+            tokens=Tokens.open(config, start.state_file.parent, Path.cwd()),
+            tracer=open_tracer(),
+            error_format=ErrorFormat(
+                with_detail=config.compat != "strict" and config.error_detail != "none",
+                with_private_detail=config.error_detail == "full"
+                or (
+                    config.error_detail == "auto"
+                    and config.inference_address.is_loopback
+                    and config.management_is_local
+                    and (config.enable_grpc == "false" or Address(config.grpc_inference_address).is_loopback)
+                ),
+            ),
+        )
+        self.registry = Registry(
+            services,
+            state_file=start.state_file,
+            snapshots=None if config.no_config_snapshots else SnapshotFolder(snapshot_folder(), config),
+            progress=start.report.progress,
+        )
+        self._metrics.models = self.registry.all_models
+        self._inference = Inference(
+            self.registry, tells_errors=services.error_format.with_private_detail, lenient=config.compat == "strict"
+        )
+        self.grpc = GrpcSite(config, start.restart)
+        self._servers: list[asyncio.AbstractServer] = []
+        self._connections: list[Connections] = []
+        self._tls: ssl.SSLContext | None = None
+        self._renewing: asyncio.Future[None] | None = None
+        log.info("%d CPUs for %d preprocessing threads and the workers of all models", budget,
+                 config.preprocess_threads or budget)  # fmt: skip
+
+    async def load(
+        self,
+        sources: Sequence[ModelSource],
+        archives: dict[str, Archive | ServeError],
+        tracings: dict[str, Tracing],
+        state: JsonObject | None,
+    ) -> None:
+        """Loads what the server is started with, or what the one before it, or a snapshot, says was served.
+
+        Meanwhile gRPC takes its ports.
+        """
+        binding = asyncio.ensure_future(self.grpc.bind())
+        loading = asyncio.ensure_future(self._load_models(sources, archives, tracings, state))
+        try:
+            await asyncio.gather(binding, loading)
+        finally:
+            for task in (binding, loading):
+                task.cancel()
+
+    async def _load_models(
+        self,
+        sources: Sequence[ModelSource],
+        archives: dict[str, Archive | ServeError],
+        tracings: dict[str, Tracing],
+        state: JsonObject | None,
+    ) -> None:
+        if state is not None:
+            await self.registry.restore(state, archives, tracings)
+        else:
+            await self.registry.load_at_start(sources, archives, tracings)
+
+    async def open_ports(self) -> None:
+        """Begins to accept. Names that share an address share a listener, which then answers for all of them."""
+        config = self._start.config
+        budget = BodyBudget(Http1Limits().body_budget_size)
+        names_by_socket: dict[Any, list[str]] = {}
+        for name, sock in self._start.sockets.items():
+            names_by_socket.setdefault(sock, []).append(name)
+        for sock, names in names_by_socket.items():
+            await self._listen(sock, names, budget)
+        all_watched = watched(self._start.config, self._tls, self._services.tokens)
+        self._renewing = asyncio.ensure_future(keep_renewed(all_watched))
+        if not config.disable_system_metrics:
+            system = SystemMetrics(
+                self._metrics.host, config.metric_time_interval, command=config.system_metrics_cmd,
+                gpus=gpu_count(config.number_of_gpu),
+            )  # fmt: skip
+            self._measuring = asyncio.ensure_future(system.run())
+        self._inference.is_ready = True
+        await self.grpc.open(self._services, self.registry, self._inference, budget, self._logs.access)
+
+    async def _listen(self, sock: Any, names: list[str], budget: BodyBudget) -> None:
+        config = self._start.config
+        limits = Http1Limits(body_size_max=config.max_request_size, connection_count_max=config.connection_count_max)
+        cors = Cors(config)
+        connections = Connections(limits, budget, decorate=cors.add if cors else None,
+                                  takes_ids=config.compat != "strict")  # fmt: skip
+        self._connections.append(connections)
+        connections.on_answer = self._logs.access.observe_http
+        self._metrics.refused.append(connections.refused)
+        router = Router(
+            self._rows(names),
+            error_format=self._services.error_format,
+            cors=cors,
+            on_answer=self._metrics.observe_answer,
+        )
+        tls_options = self._tls_options(names[0])
+        protocol = Http1TlsProtocol if tls_options else Http1Protocol
+        self._servers.append(
+            await asyncio.get_running_loop().create_server(
+                lambda: protocol(router, limits, connections), sock=sock, backlog=ACCEPT_BACKLOG, **tls_options
+            )
+        )
+
+    def _tls_options(self, name: str) -> dict[str, Any]:
+        """Of a listener; none if it speaks plain HTTP."""
+        if not self._start.config.addresses()[name].is_tls:
+            return {}
+        if self._tls is None:
+            self._tls = server_context(self._start.config)
+        return {"ssl": self._tls, "ssl_handshake_timeout": TLS_HANDSHAKE_S, "ssl_shutdown_timeout": TLS_SHUTDOWN_S}
+
+    def _rows(self, names: list[str]) -> list[RouteRow]:
+        """What the listener of ``names`` answers. Each path has the checks of its own API, also where all share one."""
+        config, tokens = self._start.config, self._services.tokens
+        rows: list[RouteRow] = []
+        if "inference" in names:
+            kserve = KServe(self.registry, self._inference, self._metrics, config.max_response_size)
+            inference = [*self._inference.routes(), *kserve.routes()]
+            rows += protected([*inference, *inference_descriptions(inference, self.registry.get)], tokens, "inference")
+        if "management" in names:
+            tells_errors = self._services.error_format.with_private_detail
+            guard = BrowserGuard(config.management_address, allowed_origins(config))
+            rotation = rotation_routes(tokens)
+            neighbours = [pattern for _, pattern, _ in rotation]
+            management = Management(self.registry, config, tells_errors=tells_errors, neighbours=neighbours).routes()
+            rows += protected(management, tokens, "management", guard)
+            rows += protected(rotation, None, "api", guard)
+        if "metrics" in names:
+            rows += metrics_routes(self._metrics) if names == ["metrics"] else metrics_routes(self._metrics)[2:]
+        return rows
+
+    async def report(self) -> dict[str, Any]:
+        """What the start-up table shows, see `launch`."""
+        config = self._start.config
+        rows = [
+            {
+                "model": model.name,
+                "version": model.version,
+                "state": model.state,
+                "workers": model.wanted_workers if model.state == "READY" else 0,
+                "device": model.device,
+                "batch": model.batch_size,
+                "url": f"{config.inference_address}/predictions/{model.name}",
+                "error": model.error,
+            }
+            for model in self.registry.all_models()
+        ]
+        rows += [
+            {"model": failure.name, "version": "", "state": "FAILED", "workers": 0, "device": "", "batch": 0, "url": "",
+             "error": failure.error}
+            for failure in self.registry.failures
+        ]  # fmt: skip
+        loaded = {model.archive.path.name for model in self.registry.all_models()}
+        loaded |= {failure.url for failure in self.registry.failures}
+        return {
+            "models": rows,
+            "not_loaded": [file for file in config.store_files() if file not in loaded],
+            "sample": await self._sample(),
+            "grpc": self.grpc.addresses,
+            "notes": self.grpc.notes,
+        }
+
+    async def _sample(self) -> str:
+        """One line that a person can paste."""
+        ready = [model for model in self.registry.default_models() if model.has_ready_worker]
+        curl = await asyncio.to_thread(self._curl)
+        if not ready:
+            return f"{curl}/ping"
+        model = ready[0]
+        folder = open_cache().root / "samples"
+        # Drawing a picture takes a moment, and requests are being answered already.
+        arguments = await asyncio.to_thread(model.sample_arguments, folder)
+        return f"{curl}/predictions/{model.name} {arguments}"
+
+    def _curl(self) -> str:
+        """The command up to the path, for a client on this machine."""
+        config, tokens = self._start.config, self._services.tokens
+        address = config.inference_address
+        words, url = ["curl"], address.client_url
+        if address.is_unix:
+            words, url = ["curl", "--unix-socket", shlex.quote(address.path)], "http://localhost"
+        elif address.is_tls:
+            url, option = curl_target(config, address)
+            words.append(option)
+        if tokens is not None and tokens.guards("inference"):
+            words.append('-H "Authorization: Bearer KEY"')
+        return " ".join([*words, url])
+
+    async def drain(self) -> None:
+        """In this order: no new connections, answer what was accepted, stop the models."""
+        self._inference.is_ready = False
+        self.registry.stop_fetching()
+        await self._accept_waiting()
+        for server in self._servers:
+            server.close()
+        await asyncio.gather(self.grpc.drain(), *(connections.drain() for connections in self._connections))
+        await self.registry.drain()
+        log.info("drained")
+
+    async def _accept_waiting(self) -> None:
+        """Accepts the connections that were made before, so that closing the listeners resets none of them."""
+        waiting = select.poll()
+        for sock in set(self._start.sockets.values()):
+            waiting.register(sock.fileno(), select.POLLIN)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + ACCEPT_WAITING_MAX_S
+        while waiting.poll(0) and loop.time() < deadline:  # noqa: ASYNC110 - each turn of the loop accepts some
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the last one's connection_made
+
+    async def cut_short(self) -> None:
+        """Answers what waits with 503 and lets go of the rest."""
+        for model in self.registry.all_models():
+            model.cut_short()
+        await asyncio.sleep(CUT_SHORT_WRITE_S)  # the answers are written when the loop turns
+        for connections in self._connections:
+            connections.abort()
+
+    def close(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+        if self._measuring is not None:
+            self._measuring.cancel()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._engine.close()
+        if self._services.tracer is not None:
+            self._services.tracer.close()
+
+
+def _metrics_options(config: Config) -> MetricsOptions:
+    """Without the declarations of a metrics.yaml that cannot be used, unless the configuration is strict.
+
+    Raises:
+        ConfigError: under ``strict``, metrics.yaml cannot be used.
+    """
+    declared = MetricsConfig()
+    if config.metrics_config:
+        try:
+            declared = read_metrics_config(config.metrics_config)
+        except MetricsConfigError as error:
+            if config.strict:
+                raise ConfigError(str(error)) from None
+            log.error("%s; the built-in list of metrics is used", error)
+    return MetricsOptions(
+        declared, metrics_mode(config), is_strict=config.compat == "strict",
+        takes_undeclared=config.model_metrics_auto_detect,
+    )  # fmt: skip
+
+
+def _single_threaded_pool(count: int) -> ThreadPoolExecutor:
+    """Threads that run torch's operations alone.
+
+    A thread takes over torch's number of threads when it first asks for it, and the workers will change that number
+    for all who ask later; so every thread of the pool asks now.
+    """
+    pool = ThreadPoolExecutor(count, thread_name_prefix="preprocess")
+    all_there = threading.Barrier(count)
+
+    def ask() -> int:
+        all_there.wait()
+        return torch.get_num_threads()
+
+    counts = [pool.submit(ask) for _ in range(count)]
+    assert all(each.result() == 1 for each in counts)
+    return pool

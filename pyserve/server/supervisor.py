@@ -1,0 +1,398 @@
+"""Keeps one server running: owns the listening sockets and the pid file, restarts the server when it dies.
+
+One thread and one loop: a selector waits for the server's reports, for signals (through a wake-up socket) and
+for the next deadline. No torch here, and nothing else that could crash.
+
+    phase      server   leaves it when
+    starting   runs     it reports ready -> serving; it dies -> waiting, or the end if it never served
+    serving    runs     it dies -> waiting
+    waiting    none     the back-off is over -> starting
+    stopping   runs     it exits -> the end; it is killed when it drains too long
+
+SIGTERM and SIGINT drain; a second one stops at once. In the background SIGHUP is ignored, in the foreground
+(the terminal is gone) it drains.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from pyserve import launch, log
+from pyserve.config.config import Config
+from pyserve.errors import ConfigError, JsonObject
+from pyserve.security import tls
+from pyserve.security.tokens import Tokens, key_file, notes_of
+from pyserve.server import pid_file
+from pyserve.server.listeners import Listeners
+
+BACKOFF_FIRST_S = 0.2
+BACKOFF_MAX_S = 10.0
+HEALTHY_AFTER_S = 60.0
+FIRST_START_ATTEMPTS_MAX = 3
+"""A server that has never served is not restarted without end: whoever started it is waiting for an answer."""
+
+DRAIN_GRACE_S = 5.0
+SECOND_STOP_S = 2.0
+
+EXIT_STOPPED = 0
+EXIT_FAILED = 1
+EXIT_MODEL_FAILED = 3
+"""Exit codes of a supervisor: drained; failed, or stopped before it was drained; a model failed under ``strict``."""
+
+logger = logging.getLogger("pyserve.supervisor")
+
+
+class RestartPolicy:
+    """At once the first time, then capped exponential back-off with jitter, afresh after a healthy minute."""
+
+    def __init__(self, rng: random.Random):
+        self._rng = rng
+        self.count = 0
+        self._since_healthy = 0
+
+    def delay_s(self, served_s: float) -> float:
+        """Seconds until the next start of a server that has just ended after serving for ``served_s``."""
+        if served_s >= HEALTHY_AFTER_S:
+            self._since_healthy = 0
+        self.count += 1
+        self._since_healthy += 1
+        if self._since_healthy == 1:
+            return 0.0
+        # The exponent is capped too: 2.0 ** 1100 would overflow after a day of crashes.
+        longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(self._since_healthy - 2, 16))
+        return longest * self._rng.uniform(0.5, 1.0)
+
+
+class Supervisor:
+    """Runs in the main thread of its process, which it gives its signal handlers to."""
+
+    def __init__(
+        self,
+        config: Config,
+        listeners: Listeners,
+        state_dir: Path,
+        on_event: Callable[[JsonObject], None],
+        *,
+        server_command: list[str],
+        drains_on_hangup: bool,
+        like_torchserve: bool = False,
+        on_grpc: Callable[[dict[str, str]], None] = lambda addresses: None,
+    ):
+        # Constant after construction.
+        self._config = config
+        self._listeners = listeners
+        self._state_file = state_dir / "runtime-state.json"
+        self._on_event = on_event
+        self._server_command = server_command
+        self._drains_on_hangup = drains_on_hangup
+        self._like_torchserve = like_torchserve
+        self._on_grpc = on_grpc
+        self._selector = selectors.DefaultSelector()
+        # Per supervisor.
+        self._policy = RestartPolicy(random.Random())
+        self._stop_count = 0
+        self._has_served = False
+        self._exit_code: int | None = None
+        self._code_when_stopped = EXIT_STOPPED
+        self._deadline: float | None = None
+        self._phase = "waiting"
+        # Per server.
+        self._child: launch.Child | None = None
+        self._reports: launch.ReportReader | None = None
+        self._started_at = 0.0
+        self._ready_at: float | None = None
+        self._failure = ""
+
+    def run(self) -> int:
+        """Until the server has stopped for good. Returns the exit code of the process."""
+        wakeup, wakeup_writer = socket.socketpair()
+        wakeup.setblocking(False)
+        wakeup_writer.setblocking(False)
+        self._selector.register(wakeup, selectors.EVENT_READ, "signal")
+        old_fd = signal.set_wakeup_fd(wakeup_writer.fileno(), warn_on_full_buffer=False)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+        old_handlers = {number: signal.signal(number, _wake) for number in numbers}
+        try:
+            self._start_server()
+            while self._exit_code is None:
+                self._turn(wakeup)
+            return self._exit_code
+        finally:
+            self._kill()
+            for number, handler in old_handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(old_fd)
+            wakeup.close()
+            wakeup_writer.close()
+            self._selector.close()
+
+    def _turn(self, wakeup: socket.socket) -> None:
+        timeout_s = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        for key, _ in self._selector.select(timeout_s):
+            if key.data == "signal":
+                self._take_signals(wakeup)
+            else:
+                self._take_reports()
+        if self._child is not None and self._child.popen.poll() is not None:
+            self._server_ended()
+        if self._exit_code is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self._deadline = None
+            self._deadline_reached()
+
+    def _take_signals(self, wakeup: socket.socket) -> None:
+        try:
+            numbers = wakeup.recv(4096)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            if number in (signal.SIGTERM, signal.SIGINT) or (number == signal.SIGHUP and self._drains_on_hangup):
+                self._stop(signal.Signals(number).name)
+            elif number == signal.SIGHUP:
+                logger.info("SIGHUP is ignored; to read the configuration again, stop and start")
+
+    def _stop(self, reason: str) -> None:
+        self._stop_count += 1
+        if self._child is None:
+            self._exit_code = EXIT_STOPPED
+            return
+        now = time.monotonic()
+        if self._stop_count == 1:
+            logger.info("%s: draining, for at most %d s", reason, self._config.drain_timeout_s)
+            self._phase = "stopping"
+            self._deadline = now + self._config.drain_timeout_s + DRAIN_GRACE_S
+            # The server stops accepting; our copies of its sockets would let clients connect to nobody.
+            self._listeners.close()
+        else:
+            logger.warning("%s again: stopping without waiting for requests", reason)
+            self._deadline = min(self._deadline or now + SECOND_STOP_S, now + SECOND_STOP_S)
+        self._child.popen.send_signal(signal.SIGTERM)
+
+    def _deadline_reached(self) -> None:
+        if self._phase == "waiting":
+            self._start_server()
+        elif self._phase == "stopping" and self._child is not None:
+            logger.error("the server has not ended in time; killing it")
+            self._child.popen.kill()
+
+    def _start_server(self) -> None:
+        handover = {
+            "config": self._config.to_json(),
+            "sockets": {name: each.fileno() for name, each in self._listeners.sockets.items()},
+            "restart": self._policy.count,
+            "state_file": str(self._state_file),
+            "parent_pid": os.getpid(),
+            "like_torchserve": self._like_torchserve,
+        }
+        self._phase = "starting"
+        self._started_at = time.monotonic()
+        self._ready_at = None
+        self._failure = ""
+        sockets = set(self._listeners.sockets.values())
+        try:
+            self._child = launch.spawn(self._server_command, launch.SERVER_VARIABLE, handover, sockets=sockets)
+        except OSError as error:
+            self._restart_or_end(f"could not be started: {error}")
+            return
+        self._reports = launch.ReportReader(self._child.reports_fd)
+        self._selector.register(self._reports.fd, selectors.EVENT_READ, "reports")
+        logger.info("server started (pid %d)", self._child.popen.pid)
+
+    def _take_reports(self) -> None:
+        if self._reports is None:
+            return
+        for event in self._reports.read():
+            if event["event"] == "ready":
+                self._server_ready(event)
+            elif event["event"] == "failed":
+                self._failure = str(event.get("reason", "no reason given"))
+            elif event["event"] == "progress":
+                logger.info("%s: %s", event.get("model"), event.get("text"))
+                self._on_event(event)
+        if self._reports.at_end:
+            self._close_reports()
+
+    def _server_ready(self, event: JsonObject) -> None:
+        if self._phase != "starting":
+            return
+        self._ready_at = time.monotonic()
+        logger.info("server ready after %.1f s", self._ready_at - self._started_at)
+        self._phase = "serving"
+        first = not self._has_served
+        self._has_served = True
+        self._take_grpc(event.get("grpc") or {})
+        if not first:
+            return
+        self._on_event(event)
+        if self._config.strict and any(row.get("state") == "FAILED" for row in event.get("models", [])):
+            self._code_when_stopped = EXIT_MODEL_FAILED
+            self._stop("a model failed to load and strict is set")
+
+    def _take_grpc(self, addresses: dict[str, str]) -> None:
+        """A server that takes this one's place is to have the same ports, also if the system chose them."""
+        for name, address in addresses.items():
+            setattr(self._config, f"{name}_port", int(address.rpartition(":")[2]))
+        self._on_grpc(addresses)
+
+    def _server_ended(self) -> None:
+        assert self._child is not None
+        self._take_reports()
+        self._close_reports()
+        code = self._child.popen.returncode
+        self._child = None
+        self._deadline = None
+        ended = f"{launch.describe_exit(code)} after {time.monotonic() - self._started_at:.0f} s"
+        if self._phase == "stopping":
+            self._exit_code = self._code_after_stop(code)
+            logger.info("server %s", ended)
+        elif code == launch.EXIT_WILL_FAIL_AGAIN or (self._failure and not self._has_served):
+            self._fail(self._failure or f"the server {ended} and gave no reason")
+        else:
+            self._restart_or_end(ended)
+
+    def _code_after_stop(self, code: int) -> int:
+        # SIGTERM ends a server outright while it is still too young to have a handler for it.
+        stopped = code == launch.EXIT_DRAINED or (code == -signal.SIGTERM and self._ready_at is None)
+        return self._code_when_stopped if stopped else EXIT_FAILED
+
+    def _restart_or_end(self, ended: str) -> None:
+        served_s = 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
+        delay_s = self._policy.delay_s(served_s)
+        count = self._policy.count
+        if not self._has_served and count >= FIRST_START_ATTEMPTS_MAX:
+            self._fail(f"the server never became ready in {count} attempts; the last one {ended}")
+            return
+        wait = f" in {delay_s:.1f} s" if delay_s else ""
+        logger.error("server %s; restarting%s (%d)", ended, wait, count)
+        self._phase = "waiting"
+        self._deadline = time.monotonic() + delay_s
+
+    def _fail(self, reason: str) -> None:
+        logger.error("%s", reason)
+        self._on_event({"event": "failed", "reason": reason})
+        self._exit_code = EXIT_FAILED
+
+    def _close_reports(self) -> None:
+        if self._reports is not None:
+            self._selector.unregister(self._reports.fd)
+            self._reports.close()
+            self._reports = None
+
+    def _kill(self) -> None:
+        if self._child is not None:
+            self._child.popen.kill()
+            self._child.popen.wait()
+            self._child = None
+        self._close_reports()
+
+
+def _wake(number: int, frame: FrameType | None) -> None:
+    """Signals are taken from the wake-up socket; a handler must exist for the byte to be written there."""
+
+
+def supervise(
+    config: Config,
+    on_event: Callable[[JsonObject], None],
+    *,
+    pid_path: Path,
+    plain_pid_path: Path | None = None,
+    log_file: str,
+    server_command: list[str],
+    drains_on_hangup: bool,
+) -> int:
+    """Open the sockets, write pid files and keys, run a server until it is stopped, and clear everything away.
+
+    Raises:
+        ConfigError: an address, the pid file, a certificate or the file of keys cannot be had.
+    """
+    pid = os.getpid()
+    tokens: Tokens | None = None
+    listeners = Listeners()
+    state_dir = Path(tempfile.mkdtemp(prefix="pyserve-"))  # for its owner only
+    try:
+        notes = tls.prepare(config, state_dir)
+        listeners = Listeners.open(config)
+        addresses = {name: str(address) for name, address in listeners.addresses.items()}
+        for name, address in listeners.addresses.items():
+            setattr(config, f"{name}_address", address)
+        started = pid_file.start_time(pid)
+        assert started is not None
+        folder = Path.cwd()
+        keys = str(key_file(config, folder) or "")
+        running = pid_file.RunningServer(
+            pid, started, addresses, log_file, float(config.drain_timeout_s), keys, config.model_store or ""
+        )
+        pid_file.write(pid_path, running)
+        if plain_pid_path is not None and not pid_file.write_plain(plain_pid_path, pid):
+            logger.warning("%s cannot be written, or belongs to another server", plain_pid_path)
+        tokens = Tokens.create(config, state_dir, folder)  # behind the pid file: another server's keys stay its own
+        notes += notes_of(config, tokens)
+        logger.info("listening on %s", ", ".join(f"{address} ({name})" for name, address in addresses.items()))
+        supervisor = Supervisor(
+            config, listeners, state_dir, lambda event: on_event(_with_notes(event, notes)),
+            server_command=server_command, drains_on_hangup=drains_on_hangup,
+            like_torchserve=plain_pid_path is not None,
+            on_grpc=lambda grpc: pid_file.update(pid_path, replace(running, addresses={**addresses, **grpc})),
+        )  # fmt: skip
+        return supervisor.run()
+    finally:
+        if tokens is not None:
+            tokens.discard()
+        pid_file.remove(pid_path, pid)
+        if plain_pid_path is not None:
+            pid_file.remove_plain(plain_pid_path, pid)
+        listeners.close()
+        shutil.rmtree(state_dir, ignore_errors=True)
+
+
+def _with_notes(event: JsonObject, notes: list[tuple[str, str]]) -> JsonObject:
+    """Told together with the table, which is what people read."""
+    return {**event, "notes": [*notes, *event.get("notes", [])]} if event["event"] == "ready" else event
+
+
+def main() -> int:
+    """Entry of the background process that ``pyserve start`` starts."""
+    log.configure(logging.INFO, sys.stderr)
+    handover, reporter = launch.receive(launch.SUPERVISOR_VARIABLE)
+    config = Config.from_json(handover["config"])
+    log.configure(logging.INFO, sys.stderr, as_json=config.log_format == "json")
+    reporter.never_wait()
+
+    def on_event(event: JsonObject) -> None:
+        reporter.send(**event)
+        if event["event"] in ("ready", "failed"):
+            reporter.close()
+
+    try:
+        return supervise(
+            config,
+            on_event,
+            pid_path=Path(handover["pid_file"]),
+            plain_pid_path=Path(handover["plain_pid_file"]) if handover["plain_pid_file"] else None,
+            log_file=handover["log_file"],
+            server_command=handover["server_command"],
+            drains_on_hangup=False,
+        )
+    except ConfigError as error:
+        logger.error("%s", error)
+        on_event({"event": "failed", "reason": str(error)})
+        return EXIT_FAILED
+    except Exception:
+        logger.exception("the supervisor failed")
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,492 @@
+"""Calls a handler for a batch: requests become rows, what comes back becomes answers, and whatever goes wrong becomes
+an answer for the request at fault.
+
+A batch is a set of independent outcomes: what cannot be decoded never reaches the handler, a batch whose call fails is
+called again item by item, once, and a result that cannot be encoded fails alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from pyserve.context import Context
+from pyserve.errors import HandlerError, JsonObject, ServeError
+from pyserve.handlers import row_check
+from pyserve.request import codec
+from pyserve.request.stages import TIMED, worker_note
+from pyserve.worker.entry_point import EntryPoint
+from pyserve.worker.failure import Failure, HandlerTimeout, describe_failure
+from pyserve.worker.request import Item, WorkerRequest
+from pyserve.worker.result_check import ShapeProblem, explain_shape
+from pyserve.worker.spec import WorkerSpec
+from pyserve.worker.streaming import STREAM_HEADER
+
+# csrc/frame.h
+ANSWER, ERROR, CHUNK, LAST = range(4)
+DESCRIBE = 1
+HEAD_SIZE_MAX = 1 << 20
+
+Answer = tuple[int, int, int, bytes, Any]  # ticket, kind, status, head, body
+
+LogFailure = Callable[[list[str], Failure], None]
+
+
+class Parts:
+    """Where parts of streamed answers go; this one has nowhere to send them."""
+
+    def send(self, answer: Answer) -> None:
+        """Sends one part."""
+        raise NotImplementedError
+
+    def is_cancelled(self, ticket: int) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return False
+
+
+class Outcome(NamedTuple):
+    """What a call of the handler gave: results, one per request, or what it raised.
+
+    Attributes:
+        is_shape: it raised nothing, but returned something else than a list of as many.
+    """
+
+    results: list[Any]
+    error: BaseException | None
+    is_shape: bool = False
+
+
+class Invoker:
+    """One handler, called batch by batch.
+
+    Args:
+        entry: initialized.
+        context: the model's.
+        parts: where parts of streamed answers go.
+        log_failure: told of each failure that is not what the handler meant: ids of the requests, and what it was.
+
+    Attributes:
+        is_calling: whether the handler runs; read by the signal handler that interrupts it.
+        called_at: when `run` began, ``time.monotonic()``.
+        call_began_at, call_ended_at: of the last call of the handler, ``time.monotonic_ns()``.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, entry: EntryPoint, context: Context, *, parts: Parts | None = None,
+        log_failure: LogFailure = lambda ids, failure: None,
+    ):  # fmt: skip
+        self._spec = spec
+        self._entry = entry
+        self._context = context
+        self._parts = parts or Parts()
+        self._log_failure = log_failure
+        self._has_warned_of_nan = False
+        self.is_calling = False
+        self.called_at = 0.0
+        self.call_began_at = self.call_ended_at = 0
+
+    def run(self, items: list[Item]) -> list[Answer]:
+        """One final answer per item. Parts of streamed answers are sent meanwhile."""
+        began_at = time.monotonic_ns()
+        self.called_at = began_at / 1e9
+        answers: list[Answer] = []
+        requests: list[WorkerRequest] = []
+        for item in items:
+            request, refusal = self.read(item)
+            if refusal is not None:
+                answers.append(refusal)
+                continue
+            if request.flags & DESCRIBE:
+                answers += self._run_batch([request])
+            else:
+                requests.append(request)
+        if requests:
+            first, *more = self._split(requests)
+            answers += _settled(self._run_batch(first)) if more else self._run_batch(first)
+            for together in more:
+                answers += _settled(self._run_batch(together))
+            timed = {request.ticket for request in requests if request.flags & TIMED}
+            if timed:
+                times = (began_at, self.call_began_at, self.call_ended_at, time.monotonic_ns())
+                return [
+                    (ticket, kind, status, worker_note(head, *times) if ticket in timed else head, body)
+                    for ticket, kind, status, head, body in answers
+                ]
+        return answers
+
+    def _split(self, requests: list[WorkerRequest]) -> list[list[WorkerRequest]]:
+        """Those that one call may answer. Handlers look at the first request only to see whether an explanation is
+        wanted, and of what class."""
+        if len(requests) == 1:
+            return [requests]
+        explained = [request for request in requests if request.header("explain") == "True"]
+        if not explained:
+            return [requests]
+        others = [request for request in requests if request.header("explain") != "True"]
+        takes_first = self._entry.inherits("explain_handle")
+        groups = [others, *([request] for request in explained)] if takes_first else [others, explained]
+        return [group for group in groups if group]
+
+    # --- in -------------------------------------------------------------------------------------------------------
+
+    @property
+    def model_dir(self) -> str:
+        """Folder of the unpacked archive."""
+        return self._spec.model_dir
+
+    def read(self, item: Item) -> tuple[WorkerRequest, Answer | None]:
+        """The request of ``item``; and its answer, if its body cannot be decoded."""
+        request = WorkerRequest(item)
+        try:
+            self._decode(request)
+        except ServeError as error:
+            return request, _error_answer(request.ticket, error.body())
+        except BaseException as error:  # one broken body must not cost the others
+            return request, self.fail_element(request, error)
+        return request, None
+
+    def _decode(self, request: WorkerRequest) -> None:
+        if request.flags & DESCRIBE:
+            return
+        spec, handler = self._spec, self._entry.handler
+        types: dict[str, str] = {}
+        if request.flags & codec.FIELDS:
+            row = codec.split_fields(request.body, request.query)
+        else:
+            row = codec.decode_request(request, decode=spec.decode_input, types=types, lenient=spec.lenient)
+            if types:
+                request.add_types(types)
+            if request.query:
+                codec.add_query(row, request.query, lenient=spec.lenient)
+        if not spec.lenient and row_check.is_built_in(handler):
+            types.setdefault("body", request.header("content-type"))
+            row_check.check_row(handler, row, types, decodes=spec.decode_input, start_key=spec.header_keys[1])
+        request.row = row
+
+    # --- the call -------------------------------------------------------------------------------------------------
+
+    def _run_batch(self, requests: list[WorkerRequest]) -> list[Answer]:
+        call = Call(self, requests)
+        if len(requests) > 1:
+            for request in requests:
+                request.keep_body()
+        outcome = call.invoke()
+        if outcome.error is None:
+            return call.answers(outcome.results)
+        failure = describe_failure(outcome.error, self._spec.model_dir)
+        may_retry = len(requests) > 1 and not (
+            outcome.is_shape or call.has_streamed or isinstance(outcome.error, HandlerTimeout)
+        )
+        if may_retry and failure.status == 507:
+            return self._retry_halves(requests)
+        if may_retry and self._spec.isolate_errors:
+            return [answer for request in requests for answer in self._run_again([request])]
+        return self.fail(requests, failure)
+
+    def _run_again(self, requests: list[WorkerRequest]) -> list[Answer]:
+        for request in requests:
+            request.put_body_back()
+            with contextlib.suppress(Exception):
+                self._decode(request)  # the call that failed may have changed its rows
+        return _settled(self._run_batch(requests))
+
+    def _retry_halves(self, requests: list[WorkerRequest]) -> list[Answer]:
+        """Memory ran out: what did not fit at once may fit in two goes."""
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            with contextlib.suppress(RuntimeError):  # a GPU that has failed; the next call tells
+                torch.cuda.empty_cache()
+        middle = len(requests) // 2
+        return self._run_again(requests[:middle]) + self._run_again(requests[middle:])
+
+    def fail_element(self, request: WorkerRequest, error: BaseException) -> Answer:
+        """The answer of a request whose result cannot be used."""
+        return self.fail([request], describe_failure(error, self._spec.model_dir))[0]
+
+    def fail(self, requests: list[WorkerRequest], failure: Failure) -> list[Answer]:
+        """One answer per request that says what failed; the log is told once."""
+        if not failure.is_expected:
+            self._log_failure([request.id for request in requests], failure)
+        body = {"status": failure.status, "type": failure.type, "message": failure.message, "detail": failure.detail()}
+        return [_error_answer(request.ticket, body) for request in requests]
+
+    def encode(self, value: Any, request: WorkerRequest, context: Context, index: int, *, kind: int) -> Answer:
+        """A result as an answer.
+
+        Raises:
+            HandlerError: it cannot be encoded, or is too large.
+        """
+        body: Any = value
+        if type(value) is not bytes:
+            if isinstance(value, BaseException):
+                return self.fail_element(request, value)
+            body = self.encode_body(value, context, index)
+        if len(body) > self._spec.max_response_size:
+            raise HandlerError(
+                f"the answer has {len(body)} bytes, more than max_response_size={self._spec.max_response_size}; "
+                "raise it in config.properties",
+                detail={"where": self._entry.place},
+            )
+        status, phrase = context.get_response_status(index)
+        if status != 200:
+            status = self.checked_status(status)
+        return (request.ticket, kind, status, _head(phrase, context.get_response_headers(index)), body)
+
+    def checked_status(self, status: Any) -> int:
+        """A status that a handler set.
+
+        Raises:
+            HandlerError: HTTP has no such status for an answer.
+        """
+        if not isinstance(status, int) or not 200 <= status <= 599:
+            raise HandlerError(
+                f"the handler set the response status {status!r}; use an int from 200 to 599",
+                detail={"where": self._entry.place},
+            )
+        return int(status)
+
+    def encode_body(self, value: Any, context: Context, index: int) -> Any:
+        """A result, or a part of it, as bytes.
+
+        Raises:
+            HandlerError: it cannot be encoded; names the place in it, and the handler.
+        """
+        if type(value) is not str:
+            value = self._prepared(value, context, index)
+        try:
+            return codec.encode_result(value, self._warn_of_nan if self._spec.nan_as_null else None)
+        except HandlerError as error:
+            error.detail["text"] = f"element {index} of the result: {error.detail['text']}"
+            error.detail["where"] = self._entry.place
+            raise
+
+    def _warn_of_nan(self) -> None:
+        if not self._has_warned_of_nan:
+            self._has_warned_of_nan = True
+            logging.getLogger("pyserve.worker").warning("%s: %s", self._entry.place, codec.NAN_WARNING)
+
+    def _prepared(self, value: Any, context: Context, index: int) -> Any:
+        """What JSON has no word for, made into something that it has."""
+        image_class = getattr(sys.modules.get("PIL.Image"), "Image", None)
+        if image_class is not None and isinstance(value, image_class):
+            import io
+
+            file = io.BytesIO()
+            value.save(file, "PNG")
+            if context.get_response_content_type(index) is None:
+                context.set_response_content_type(index, "image/png")
+            return file.getvalue()
+        return value
+
+
+class Call:
+    """One call of the handler: its batch, its context, and what was streamed while it ran."""
+
+    def __init__(
+        self, invoker: Invoker, requests: list[WorkerRequest], *, streamed: set[int] | None = None,
+        parts: Parts | None = None,
+    ):  # fmt: skip
+        self._invoker = invoker
+        self._requests = requests
+        self._parts = parts or invoker._parts
+        self._streamed: set[int] = streamed if streamed is not None else set()
+        deadlines = [request.deadline for request in requests]
+        self.context = invoker._context.for_batch(
+            [request.id for request in requests], [request.headers for request in requests],
+            deadlines if any(deadlines) else (),
+        )  # fmt: skip
+        self.context.cl_socket = self
+        metrics = self.context.metrics
+        if metrics is not None:
+            metrics.bind(self.context.request_ids)
+        if requests[0].flags & DESCRIBE:
+            self.rows: list[dict[str, Any]] = [{}]
+        else:
+            self.rows = [request.row for request in requests]
+
+    @property
+    def has_streamed(self) -> bool:
+        return bool(self._streamed)
+
+    def invoke(self) -> Outcome:
+        """Calls the handler and checks the shape of what it returns."""
+        invoker = self._invoker
+        try:
+            try:
+                invoker.is_calling = True
+                invoker.call_began_at = time.monotonic_ns()
+                returned = invoker._entry(self.rows, self.context)
+                if inspect.iscoroutine(returned):
+                    returned = invoker._entry.run(returned)
+                if inspect.isgenerator(returned):
+                    returned = self._drain(returned)
+            finally:
+                invoker.is_calling = False
+                invoker.call_ended_at = time.monotonic_ns()
+        except _ShapeError as error:
+            return Outcome([], error, is_shape=True)
+        except BaseException as error:  # SystemExit and the like too: a handler must not take the worker along
+            return Outcome([], error)
+        try:
+            return Outcome(self.checked(returned), None)
+        except BaseException as error:  # of any kind too: it asks the object what it is
+            return Outcome([], error, is_shape=True)
+
+    def checked(self, returned: Any) -> list[Any]:
+        """``returned`` if it is a list with one element per request.
+
+        Raises:
+            _ShapeError: in TorchServe's words; the detail says what was returned and how to mend it.
+        """
+        count = len(self._requests)
+        if isinstance(returned, list) and len(returned) == count:
+            return returned
+        problem = explain_shape(returned, count) or ShapeProblem("type", "returned a stream", "yield lists")
+        raise _ShapeError(
+            "number of batch response mismatched" if isinstance(returned, list) else "Invalid model predict output",
+            detail={
+                "text": f"the handler {problem.what}", "exception": "ValueError", "where": self._invoker._entry.place,
+                "hint": f"{problem.fix}; `pyserve check` tries it with several batch sizes",
+            },
+        )  # fmt: skip
+
+    def _drain(self, generator: Iterator[Any]) -> list[Any]:
+        """The parts that a generator yields; the last one is what is answered in the end."""
+        count = len(self._requests)
+        held: list[Any] | None = None
+        for parts in generator:
+            batch = parts if isinstance(parts, list) and (count > 1 or len(parts) == 1) else [parts]
+            self.checked(batch)
+            if held is not None and not self._send_all(held):
+                generator.close()  # type: ignore[attr-defined]
+                break
+            held = [self.settled(index, part) for index, part in enumerate(batch)]
+        return held if held is not None else [b""] * count
+
+    def settled(self, index: int, part: Any) -> Any:
+        """A part as it is now, or why it has no bytes: a generator may change what it yielded in its next step."""
+        if isinstance(part, (bytes, str, BaseException)):
+            return part
+        try:
+            return bytes(self._invoker.encode_body(part, self.context, index))
+        except Exception as error:
+            return error
+
+    def _send_all(self, parts: list[Any]) -> bool:
+        sent = [self.send_part(index, part, self.context) for index, part in enumerate(parts)]
+        return any(sent)
+
+    def send_part(self, index: int, part: Any, context: Context) -> bool:
+        """`streaming.PartSink`."""
+        request = self._requests[index]
+        parts = self._parts
+        if parts.is_cancelled(request.ticket):
+            return False
+        if isinstance(part, BaseException):
+            raise part
+        body = part if type(part) is bytes else self._invoker.encode_body(part, context, index)
+        head = b""
+        status = 200
+        if index not in self._streamed:
+            context.set_response_header(index, STREAM_HEADER, "true")
+            status, phrase = context.get_response_status(index)
+            status = self._invoker.checked_status(status)
+            head = _head(phrase, context.get_response_headers(index))
+            self._streamed.add(index)
+        parts.send((request.ticket, CHUNK, status, head, body))
+        return True
+
+    def is_cancelled(self, index: int | None = None) -> bool:
+        """`streaming.PartSink`."""
+        is_cancelled = self._parts.is_cancelled
+        asked = self._requests if index is None else [self._requests[index]]
+        return all(is_cancelled(request.ticket) for request in asked)
+
+    def answers(self, results: list[Any]) -> list[Answer]:
+        """The final answers, one per request."""
+        invoker = self._invoker
+        answers = []
+        for index, (request, result) in enumerate(zip(self._requests, results, strict=True)):
+            try:
+                value = self._drain_one(index, result) if inspect.isgenerator(result) else result
+                kind = LAST if index in self._streamed else ANSWER
+                answers.append(invoker.encode(value, request, self.context, index, kind=kind))
+            except BaseException as error:  # the others' answers are not touched by this one's
+                answers.append(invoker.fail_element(request, error))
+        return answers
+
+    def _drain_one(self, index: int, generator: Iterator[Any]) -> Any:
+        invoker = self._invoker
+        held: Any = b""
+        is_first = True
+        try:
+            invoker.is_calling = True  # the code of a generator runs here
+            for part in generator:
+                if not is_first and not self.send_part(index, held, self.context):
+                    generator.close()  # type: ignore[attr-defined]
+                    break
+                held, is_first = self.settled(index, part), False
+        finally:
+            invoker.is_calling = False
+        return held
+
+
+def _settled(answers: list[Answer]) -> list[Answer]:
+    """The answers as they are now: the handler's next call may write to the same memory."""
+    return [
+        (ticket, kind, status, head, body if type(body) is bytes else bytes(body))
+        for ticket, kind, status, head, body in answers
+    ]
+
+
+class _ShapeError(HandlerError):
+    """A handler returned something else than a list with one element per request."""
+
+
+def _head(phrase: str | None, headers: dict[str, str]) -> bytes:
+    if not phrase and not headers:
+        return b""
+    texts = [phrase or "", *(text for pair in headers.items() for text in pair)]
+    head = "\n".join(text.replace("\n", " ").replace("\r", " ") for text in texts).encode("latin-1", "replace")
+    if len(head) > HEAD_SIZE_MAX:
+        raise HandlerError(f"the response headers have {len(head)} bytes; {HEAD_SIZE_MAX} are allowed")
+    return head
+
+
+def _error_answer(ticket: int, body: JsonObject) -> Answer:
+    told = {"status": body.get("status", body.get("code", 500)), "type": body["type"], "message": body["message"],
+            "detail": body.get("detail", {})}  # fmt: skip
+    return (ticket, ERROR, told["status"], b"", json.dumps(told).encode())
+
+
+def report_failure(report: Callable[..., None]) -> LogFailure:
+    """Sends failures as records of the log, each as one."""
+
+    def log_failure(ids: list[str], failure: Failure) -> None:
+        text = f"request {', '.join(ids)} failed in {failure.where}: {failure.line()}\n{failure.traceback}"
+        report("log", level=logging.getLevelName(logging.ERROR), logger="", text=text, request_id=",".join(ids))
+
+    return log_failure
+
+
+
+class ChannelParts(Parts):
+    """Parts of streamed answers, sent at once."""
+
+    def __init__(self, channel: Any):
+        self._channel = channel
+        self.batch = 0
+
+    def send(self, answer: Answer) -> None:
+        """Sends one part."""
+        self._channel.send(self.batch, [answer])
+
+    def is_cancelled(self, ticket: int) -> bool:
+        """Whether its client has gone."""
+        return bool(self._channel.is_cancelled(ticket))

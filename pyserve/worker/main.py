@@ -1,0 +1,238 @@
+"""The inside of a worker process: loads a handler, then calls it for batches until the server says that it is enough.
+
+Batches come through the channel; what becomes of the load, logs and metrics go back as reports.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from types import FrameType
+from typing import Any
+
+import torch
+
+from pyserve import __version__
+from pyserve.context import Context
+from pyserve.engine import load_core
+from pyserve.handlers.mapped_load import map_loads
+from pyserve.launch import Reporter
+from pyserve.telemetry.custom_metrics import MetricsCache, MetricsCachePyYamlError, MetricsReport
+from pyserve.worker.batch_trial import Verdict
+from pyserve.worker.entry_point import EntryPoint, HandlerLoadError, HandlerMemoryError, load_entry_point, load_error
+from pyserve.worker.failure import HandlerTimeout
+from pyserve.worker.invoker import Answer, ChannelParts, Invoker, report_failure
+from pyserve.worker.rehearsal import rehearse
+from pyserve.worker.reload import Reloader
+from pyserve.worker.spec import ASYNC, BATCH, CONTINUOUS, WorkerSpec
+
+EXIT_LOAD_FAILED = 3
+# A call that has only just begun is not the one that the server wants to end.
+INTERRUPT_AGE_MIN_S = 0.05
+WATCH_INTERVAL_MS = 300
+
+
+def run_worker(spec: WorkerSpec, descriptors: tuple[int, int, int], reports: Reporter) -> int:
+    """Serves until the server closes the channel. Returns the exit code.
+
+    Args:
+        descriptors: socket, request memory and answer memory.
+        reports: where loads, logs and metrics are told.
+    """
+    began = time.monotonic()
+    try:
+        log_handler = _set_up(spec, reports)
+        context = make_context(spec)
+        entry = load_entry_point(spec)
+        entry.initialize(context)
+        verdict = _rehearse(spec, entry, context, reports, began)
+    except (HandlerLoadError, HandlerMemoryError) as error:
+        _report_failed(reports, error)
+        return EXIT_LOAD_FAILED
+    except BaseException as error:  # whatever a handler raises while it is imported
+        _report_failed(reports, load_error(error, spec.model_dir))
+        return EXIT_LOAD_FAILED
+    if spec.mode == BATCH:
+        log_handler.metrics = context.metrics
+    gc.collect()
+    gc.freeze()
+    channel = load_core().WorkerChannel(*descriptors)
+    reports.send("loaded", load_s=round(time.monotonic() - began, 3), handler=entry.name, pid=os.getpid(),
+                 batch=asdict(verdict))  # fmt: skip
+    try:
+        _serve(spec, entry, context, channel, reports)
+    except EOFError:
+        pass  # told to stop, or the server is gone
+    return 0
+
+
+def _rehearse(spec: WorkerSpec, entry: EntryPoint, context: Context, reports: Reporter, began: float) -> Verdict:
+    """See `rehearsal.rehearse`."""
+    if not spec.rehearses or spec.is_audit:
+        return Verdict()
+    # Should the process end in it, the server knows by what.
+    reports.send("rehearsing", is_own_code=not entry.is_built_in)
+    return rehearse(spec, entry, context, began=began)
+
+
+def _metrics_cache(spec: WorkerSpec) -> MetricsCache:
+    """Of a metrics.yaml that cannot be used, the server's log tells; metrics work without it."""
+    try:
+        return MetricsCache(spec.name, config=spec.metrics_config, keeps_each=spec.keeps_each_metric)
+    except MetricsCachePyYamlError:
+        return MetricsCache(spec.name, keeps_each=spec.keeps_each_metric)
+
+
+def make_context(spec: WorkerSpec) -> Context:
+    """The context of a model, as its handler sees it."""
+    context = Context(
+        spec.name,
+        spec.model_dir,
+        spec.manifest,
+        spec.batch_size,
+        spec.gpu_id,
+        __version__,
+        spec.limit_max_image_pixels,
+        _metrics_cache(spec),
+        model_yaml_config=spec.config,
+    )
+    id_key, start_key, end_key = spec.header_keys
+    context.header_key_sequence_id = id_key
+    context.header_key_sequence_start, context.header_key_sequence_end = start_key, end_key
+    return context
+
+
+def _set_up(spec: WorkerSpec, reports: Reporter) -> _ReportHandler:
+    os.chdir(spec.model_dir)
+    sys.argv = [f"pyserve-worker {spec.name}"]
+    torch.set_num_threads(spec.intra_op_threads)
+    map_loads()  # workers share the pages of state dicts
+    if spec.is_audit:
+        from pyserve.handlers.plain import run_plainly
+
+        run_plainly()
+    handler = _ReportHandler(reports)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    return handler
+
+
+class _ReportHandler(logging.Handler):
+    """The handler's own log records, at their own level, a traceback in one piece.
+
+    Attributes:
+        metrics: whose requests the calls of the handler are about; None where calls overlap.
+    """
+
+    def __init__(self, reports: Reporter):
+        super().__init__()
+        self.metrics: MetricsCache | None = None
+        self._reports = reports
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+        except Exception as error:  # arguments that do not fit the text
+            text = f"log record {record.msg!r} cannot be formatted: {error!r}"
+        level = "WARNING" if record.levelname == "WARN" else record.levelname
+        ids = ""
+        if self.metrics is not None and record.thread == threading.main_thread().ident:
+            ids = ",".join(self.metrics.request_ids.values())
+        self._reports.send("log", level=level, logger=record.name, text=text, request_id=ids)
+
+
+def _report_failed(reports: Reporter, error: HandlerLoadError | HandlerMemoryError) -> None:
+    reports.send("failed", status=error.status, message=error.message, detail=error.detail, repeats=error.repeats,
+                 traceback=error.traceback)  # fmt: skip
+
+
+
+
+def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, reports: Reporter) -> None:
+    parts = ChannelParts(channel)
+    invoker = Invoker(spec, entry, context, parts=parts, log_failure=report_failure(reports.send))
+    report = MetricsReport(context.metrics, lambda values: reports.send("metrics", values=values))
+    if spec.mode == CONTINUOUS:
+        from pyserve.worker.continuous import serve_continuously
+
+        _let_calls_be_interrupted(invoker)
+        serve_continuously(channel, invoker, parts, context, report)
+    if spec.mode == ASYNC:
+        from pyserve.worker.coroutines import serve_coroutines
+
+        # A request over its limit is cancelled like one whose client has gone.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        serve_coroutines(channel, invoker, entry, report)
+    _let_calls_be_interrupted(invoker)
+    reloader = Reloader(spec, entry, reports) if spec.watch else None
+    watch_ms = WATCH_INTERVAL_MS if reloader is not None else -1
+    threads = _Threads(spec.intra_op_threads)
+    while True:
+        report_ms = report.look()
+        batch = channel.receive(report_ms if report_ms >= 0 else watch_ms)
+        if reloader is not None:
+            reloader.look()
+        if batch is None:
+            continue
+        if batch.intra_op_threads != threads.wanted:
+            threads.set(batch.intra_op_threads)
+        channel.begin(batch.id)
+        parts.batch = batch.id
+        began = time.perf_counter()
+        try:
+            answers = invoker.run(batch.items)
+        except HandlerTimeout:  # it came just after the call had ended; the requests are answered already
+            answers = [(item[0], 1, 504, b"", b"{}") for item in batch.items]
+        _send(channel, batch.id, answers)
+        report.note_prediction(time.perf_counter() - began, (invoker.call_ended_at - invoker.call_began_at) / 1e9)
+
+
+def _send(channel: Any, batch: int, answers: list[Answer]) -> None:
+    try:
+        channel.send(batch, answers)
+    except ValueError:  # together they are too large for a frame
+        for answer in answers:
+            channel.send(batch, [answer])
+
+
+def _let_calls_be_interrupted(invoker: Invoker) -> None:
+    """SIGUSR1 ends the call of the handler that runs; between calls it does nothing."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if invoker.is_calling and time.monotonic() - invoker.called_at >= INTERRUPT_AGE_MIN_S:
+            invoker.is_calling = False
+            raise HandlerTimeout("the call went on past response_timeout")
+
+    signal.signal(signal.SIGUSR1, interrupt)
+
+
+class _Threads:
+    """torch's threads for one operation: the server's number, unless the handler has set its own."""
+
+    def __init__(self, count: int):
+        self.wanted = count
+        self._warned = False
+
+    def set(self, count: int) -> None:
+        if torch.get_num_threads() != self.wanted:
+            if not self._warned:
+                self._warned = True
+                logging.getLogger("pyserve.worker").warning(
+                    "the handler has set %d threads; with %d workers' share that would be %d. Leave it to the server, "
+                    "which changes it with the number of workers", torch.get_num_threads(), count, count,
+                )  # fmt: skip
+        else:
+            torch.set_num_threads(count)
+        self.wanted = count
+
+
+
+

@@ -1,0 +1,50 @@
+"""An end to calls of somebody's code in the main thread of a process."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from pyserve.worker.failure import HandlerTimeout
+
+
+class TimeLimit:
+    """A time that may be over.
+
+    Attributes:
+        is_over: whether what ran was interrupted.
+    """
+
+    is_over = False
+
+    def check(self) -> None:
+        """Raises HandlerTimeout if it is over: whoever caught the first one must not go on."""
+        if self.is_over:
+            raise HandlerTimeout("the time is over")
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[TimeLimit]:
+    """Raises HandlerTimeout, once, in what runs within when the time is over, as soon as that is in Python.
+
+    In other threads than the main one nothing is interrupted.
+    """
+    limit = TimeLimit()
+    if threading.current_thread() is not threading.main_thread():
+        yield limit
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        limit.is_over = True
+        raise HandlerTimeout("the call went on past its time")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield limit
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

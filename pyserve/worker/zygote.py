@@ -1,0 +1,173 @@
+"""The zygote: a process that has imported what every worker needs and run none of it, and forks workers on request.
+
+A fork of it is a worker with torch loaded, within milliseconds. It must never run an operation of torch itself: that
+would start threads, which a fork does not copy and whose locks it would inherit.
+
+Over a SEQPACKET socket come requests, JSON with descriptors beside it; the answers are
+
+    {"ready": pid}                            it can fork
+    {"forked": number, "pid": pid}            with a pidfd
+    {"exited": pid, "status": wait status}    one line per worker that has ended
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import random
+import resource
+import selectors
+import signal
+import socket
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from pyserve.launch import Reporter, die_with_parent
+
+MESSAGE_SIZE_MAX = 4 << 20
+DESCRIPTORS = ("socket", "request_memory", "answer_memory", "reports", "stdout", "stderr")
+_PR_SET_NAME = 15
+EXIT_SETUP_FAILED = 70
+
+
+def main(descriptor: int, parent_pid: int) -> int:
+    """Forks workers until the server goes."""
+    die_with_parent(parent_pid)
+    gc.disable()  # importing torch makes millions of objects that all stay
+    # What is imported here is shared by all workers.
+    import numpy  # noqa: F401
+    import torch
+
+    import pyserve.handlers.base_handler
+    import pyserve.worker.main  # noqa: F401
+
+    assert not torch.cuda.is_initialized()
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    server = socket.socket(fileno=descriptor)
+    server.send(json.dumps({"ready": os.getpid()}).encode())
+    return _Zygote(server).run()
+
+
+class _Zygote:
+    def __init__(self, server: socket.socket):
+        self._server = server
+        self._wakeup, wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        wakeup.setblocking(False)
+        self._wakeup_end = wakeup
+        signal.set_wakeup_fd(wakeup.fileno())
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        # A terminal's Ctrl-C is for whoever runs the server, which will tell us.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def run(self) -> int:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._server, selectors.EVENT_READ)
+            selector.register(self._wakeup, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj is self._wakeup:
+                        with contextlib.suppress(BlockingIOError):
+                            self._wakeup.recv(4096)
+                    elif not self._serve_one():
+                        return 0
+                self._reap()
+
+    def _serve_one(self) -> bool:
+        message, descriptors, _, _ = socket.recv_fds(self._server, MESSAGE_SIZE_MAX, len(DESCRIPTORS))
+        if not message:
+            return False
+        request = json.loads(message)
+        named = dict(zip(DESCRIPTORS, descriptors, strict=True))
+        pid = os.fork()
+        if pid == 0:
+            self._become_worker(request, named)
+        try:
+            pidfd = os.pidfd_open(pid)
+        finally:
+            for each in descriptors:
+                os.close(each)
+        try:
+            told = json.dumps({"forked": request["number"], "pid": pid}).encode()
+            socket.send_fds(self._server, [told], [pidfd])
+        finally:
+            os.close(pidfd)
+        return True
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            # What the worker's handler has started goes with it.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+            self._server.send(json.dumps({"exited": pid, "status": status}).encode())
+
+    def _become_worker(self, request: dict[str, Any], named: dict[str, int]) -> NoReturn:
+        """The child. Never returns."""
+        code = EXIT_SETUP_FAILED
+        try:
+            parent = os.getppid()
+            os.setsid()
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            self._server.close()
+            self._wakeup.close()
+            self._wakeup_end.close()
+            die_with_parent(parent)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(nothing, 0)
+            os.dup2(named["stdout"], 1)
+            os.dup2(named["stderr"], 2)
+            for each in (nothing, named["stdout"], named["stderr"]):
+                os.close(each)
+            code = _run(request, named)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+
+def _run(request: dict[str, Any], named: dict[str, int]) -> int:
+    from pyserve.worker.main import run_worker
+    from pyserve.worker.spec import WorkerSpec
+
+    for name in request["without"]:
+        os.environ.pop(name, None)
+    os.environ.update(request["environment"])
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, f"{request['title']}"[:15].encode(), 0, 0, 0)
+    _draw_seeds_again()
+    spec = WorkerSpec.from_json(request["spec"])
+    channel = (named["socket"], named["request_memory"], named["answer_memory"])
+    return run_worker(spec, channel, Reporter(named["reports"]))
+
+
+def _draw_seeds_again() -> None:
+    """Workers that were forked from one process would otherwise draw the same numbers."""
+    import numpy as np
+    import torch
+
+    random.seed()
+    np.random.seed(int.from_bytes(os.urandom(4), "little"))
+    torch.manual_seed(int.from_bytes(os.urandom(7), "little"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,241 @@
+"""Requests of several rows in the native lane: one end for each, whatever becomes of its rows."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyserve.api.kserve_requests import TensorsPending, Transport, outputs_of_answers, request_as_json
+from pyserve.api.open_inference import InferInput, InferOutput, InferRequest, InferResponse
+from pyserve.handlers.tensor_spec import TensorSpec
+from pyserve.lanes.pending import Pending
+from pyserve.lanes.row_requests import RowPending
+from pyserve.request.exchange import Exchange
+from pyserve.request.messages import Headers, Request, Response
+from tests.support.lane_stand import SHAPE, Stand, error, run, standing
+from tests.support.networks import Gate, Gated, Identity
+
+RAW: Headers = [("Content-Type", "application/octet-stream")]
+ITEM = bytes(4 * SHAPE[0])
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    gate = Gate(tmp_path / "gate")
+    yield gate
+    gate.open()
+
+
+class Rows(TensorsPending):
+    """Of zeros; can be told to fail when outputs come."""
+
+    failure: Exception | None = None
+
+    def take_tensors(self, first: int, outputs: list[torch.Tensor], names: tuple[str, ...]) -> None:
+        if self.failure is not None:
+            raise self.failure
+        super().take_tensors(first, outputs, names)
+
+
+def post_rows(
+    stand: Stand, count: int, *, id: str, limit_ms: int = 0, deadline: int = 0, failure: Exception | None = None
+) -> Rows:
+    headers = [("x-request-timeout-ms", str(limit_ms))] if limit_ms else []
+    request = Request("POST", "/v2/models/m/infer", headers=headers, id=id, arrived_at=time.monotonic_ns())
+    if deadline:
+        request.deadline, request.has_timing = deadline, True
+
+    def deliver(exchange: Exchange) -> None:
+        assert exchange.response is not None and id not in stand.answers
+        stand.answers[id] = exchange.response
+
+    def read() -> InferRequest:
+        shape = (count, *SHAPE)
+        return InferRequest([InferInput("x", "FP32", shape, memoryview(bytearray(ITEM * count)))])
+
+    def encode(asked: InferRequest, answer: InferResponse) -> Response:
+        return Response(200, str(answer.outputs[0].shape).encode())
+
+    rows = Rows(stand.lane, Exchange(request, deliver), "1.0", "default", transport=Transport(read, encode),
+                specs=[TensorSpec("float32", SHAPE)], output_names=())  # fmt: skip
+    rows.failure = failure
+    stand.lane.predict(rows)
+    return rows
+
+
+def is_of(thing: object, stand: Stand) -> bool:
+    # Not isinstance, which asks things that only pretend to be of another class.
+    return issubclass(type(thing), Pending) and thing.lane is stand.lane  # type: ignore[attr-defined]
+
+
+def test_what_is_answered_is_not_kept_until_a_garbage_collection(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Identity(), batch_size=4) as stand:
+            gc.collect()
+            gc.disable()
+            try:
+                for number in range(8):
+                    post_rows(stand, 3, id=str(number))
+                await stand.until(lambda: len(stand.answers) == 8)
+                await stand.until(lambda: not any(is_of(each, stand) for each in gc.get_objects()))
+            finally:
+                gc.enable()
+
+    run(test())
+
+
+def test_rows_of_a_client_that_waits_no_longer_do_not_run(tmp_path: Path, gate: Gate) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Gated(str(gate.path)), batch_size=1) as stand:
+            gate.shut()
+            warmed = gate.runs
+            first = stand.post(1.0, id="first")
+            await stand.until(lambda: gate.runs > warmed)
+            post_rows(stand, 8, id="rows", limit_ms=50)
+            await stand.until(lambda: "rows" in stand.answers)
+            body = error(stand.answers["rows"])
+            assert (body["code"], body["detail"]["reason"]) == (503, "expired")
+            runs = gate.runs
+            gate.open()
+            await stand.until(lambda: first.answered)
+            await stand.until(lambda: stand.lane.stats()["queue_size"] == 0)
+            assert stand.lane.in_flight_count == 0 and gate.runs == runs
+
+    run(test())
+
+
+def test_a_request_of_rows_whose_first_runs_has_begun(tmp_path: Path, gate: Gate) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Gated(str(gate.path)), batch_size=1) as stand:
+            gate.shut()
+            runs = gate.runs
+            post_rows(stand, 8, id="rows", limit_ms=200)
+            await stand.until(lambda: gate.runs > runs)
+            await stand.until(lambda: "rows" in stand.answers)
+            body = error(stand.answers["rows"])
+            assert (body["code"], body["detail"]["reason"]) == (504, "x-request-timeout-ms")
+            assert stand.lane.in_flight_count == 0
+            gate.open()
+            await stand.until(lambda: stand.lane.core.running == 0)
+            assert gate.runs == runs + 1
+
+    run(test())
+
+
+def test_a_client_that_hangs_up_takes_its_rows_with_it(tmp_path: Path, gate: Gate) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Gated(str(gate.path)), batch_size=1) as stand:
+            gate.shut()
+            warmed = gate.runs
+            first = stand.post(1.0, id="first")
+            await stand.until(lambda: gate.runs > warmed)
+            runs = gate.runs
+            post_rows(stand, 8, id="rows").exchange.disconnect()
+            assert stand.lane.in_flight_count == 1
+            gate.open()
+            await stand.until(lambda: first.answered)
+            await stand.until(lambda: stand.lane.stats()["queue_size"] == 0)
+            assert gate.runs == runs and "rows" not in stand.answers
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"), [(MemoryError(), 507), (RuntimeError("nobody expected this"), 500)], ids=str
+)
+def test_outputs_that_cannot_be_kept_end_the_request(tmp_path: Path, failure: Exception, status: int) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Identity(), batch_size=2) as stand:
+            post_rows(stand, 40, id="rows", failure=failure)
+            await stand.until(lambda: "rows" in stand.answers)
+            assert error(stand.answers["rows"])["code"] == status
+            assert stand.lane.in_flight_count == 0
+            post_rows(stand, 3, id="others")
+            await stand.until(lambda: "others" in stand.answers)
+            assert bytes(stand.answers["others"].body) == b"[3, 4]"
+
+    run(test())
+
+
+def test_a_batch_that_cannot_be_delivered_is_answered_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Identity()) as stand:
+
+            def break_down(completion: Any) -> None:
+                raise RuntimeError("nobody expected this")
+
+            monkeypatch.setattr(stand.lane, "complete", break_down)
+            answer = await stand.answer(1.0)
+            assert error(answer)["code"] == 500 and b"nobody" not in bytes(answer.body)
+            assert stand.lane.in_flight_count == 0
+
+    run(test())
+
+
+@pytest.mark.parametrize("headers", [RAW, [("Content-Type", "application/json")]], ids=["raw", "json"])
+def test_a_ring_that_is_full_refuses(tmp_path: Path, headers: Headers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many the settings let wait."""
+    from pyserve.handlers.tensor import TensorHandler
+
+    monkeypatch.setattr("pyserve.lanes.lane.RING_CAPACITY_MIN", 8)
+
+    async def test() -> None:
+        async with standing(tmp_path, Identity(), handler=TensorHandler(), queue_size=2) as stand:
+            capacity = stand.lane.core.capacity
+            stand.lane.settings.queue_size = 10 * capacity
+            body = ITEM if headers is RAW else b"[0, 0, 0, 0]"
+            count = 4 * capacity
+            for index in range(count):  # nobody is woken before the loop turns
+                stand.post(body=body, id=f"r{index}", headers=headers)
+            await stand.until(lambda: len(stand.answers) == count)
+            refused = [answer for answer in stand.answers.values() if answer.status != 200]
+            assert refused and all(error(each)["detail"]["reason"] == "queue full" for each in refused)
+            assert stand.lane.in_flight_count == 0
+
+    run(test())
+
+
+def test_rows_of_a_call_with_a_deadline_have_it_too(tmp_path: Path, gate: Gate) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Gated(str(gate.path)), batch_size=1) as stand:
+            gate.shut()
+            stand.post(1.0)
+            await stand.until(lambda: stand.lane.core.running == 1)
+            deadline = time.monotonic_ns() + 60_000_000_000
+            rows = post_rows(stand, 2, id="rows", deadline=deadline)
+            own = rows._row_request(bytearray(), "")
+            assert (own.deadline, own.has_timing) == (deadline, True)
+            own_rows = rows._rows.values()
+            assert all(isinstance(each, RowPending) and each.client_deadline == deadline for each in own_rows)
+            gate.open()
+            await stand.until(lambda: "rows" in stand.answers)
+
+    run(test())
+
+
+def test_numbers_of_a_handlers_json_keep_all_their_digits() -> None:
+    answers = [Response(200, b"[0.1, 2]"), Response(200, b"[1e-300, 0.3]")]
+    (output,) = outputs_of_answers(answers)
+    assert isinstance(output, InferOutput) and output.datatype == "FP64"
+    assert output.values() == [0.1, 2.0, 1e-300, 0.3]
+
+
+@pytest.mark.parametrize(("elements", "data", "parameters"), [
+    (["a", b"\xc3\xbc"], ["a", "\u00fc"], None),
+    (["a", b"\xff"], ["YQ==", "/w=="], {"content_type": "base64"}),
+])  # fmt: skip
+def test_bytes_reach_an_own_handler_as_text_or_all_as_base64(
+    elements: list[Any], data: list[str], parameters: dict[str, str] | None
+) -> None:
+    told = json.loads(request_as_json(InferRequest([InferInput("x", "BYTES", (2,), elements)]), "m", as_base64=False))
+    (entry,) = told["inputs"]
+    assert (entry["data"], entry.get("parameters")) == (data, parameters)

@@ -1,0 +1,269 @@
+"""What is told about an exception in a handler: its place, a traceback of the user's own code, and the mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyserve.errors import TEXT_SIZE_MAX, HandlerError, InputError
+from pyserve.request.messages import ErrorFormat
+from pyserve.worker.failure import FRAMES_MAX, Failure, HandlerTimeout, describe_failure, describe_place
+from tests.support.loaded_handlers import Load, load, request, write_folder
+
+__all__ = ["load"]
+
+
+def failed(load: Load, body: str, files: Any = None, row: Any = 1) -> Failure:
+    """What calling a handler with ``body``, which sees ``row``, ends in."""
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    loaded = load(f"def handle(data, context):\n    if data is None: return\n    row = data[0]\n{lines}", files)
+    loaded.ask(row)
+    ((_, failure),) = loaded.failures
+    return failure
+
+
+def caught(act: Callable[[], Any]) -> BaseException:
+    """What ``act`` raises."""
+    with pytest.raises(BaseException) as info:
+        act()
+    return info.value
+
+
+# --- where ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_place_is_the_innermost_frame_of_the_archive(load: Load) -> None:
+    files = {"parts/__init__.py": "", "parts/second.py": "import json\ndef parse(text):\n    return json.loads(text)"}
+    failure = failed(load, "from parts import second\nreturn [second.parse('{')]", files)
+    assert failure.exception == "JSONDecodeError"
+    assert failure.where == "parts/second.py:3 in parse"
+    assert failure.is_own
+    assert failure.traceback.splitlines()[:4] == [
+        "  handler.py:5 in handle", "    return [second.parse('{')]",
+        "  parts/second.py:3 in parse", "    return json.loads(text)",
+    ]  # fmt: skip
+
+
+def test_frames_of_the_server_and_of_libraries_are_folded(load: Load) -> None:
+    failure = failed(load, "import torch\nreturn torch.nn.Linear(2, 2)(torch.ones(1, 3)).tolist()")
+    lines = failure.traceback.splitlines()
+    assert lines[0] == "  handler.py:5 in handle"
+    assert "invoker" not in failure.traceback and "entry_point" not in failure.traceback
+    assert lines[2].startswith("  ... ") and lines[2].endswith(" of torch")
+    assert lines[3].startswith("  torch/nn/modules/linear.py:")
+    assert lines[-1].startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert len(lines) == 5
+
+
+def test_causes_are_told_first_and_a_circle_of_them_ends(load: Load) -> None:
+    body = "try:\n    {}['key']\nexcept KeyError as error:\n    raise ValueError('wrapped') from error"
+    text = failed(load, body).traceback
+    assert text.index("KeyError: 'key'") < text.index("which caused:") < text.index("ValueError: wrapped")
+    body = "try:\n    {}['key']\nexcept KeyError:\n    raise ValueError('another')"
+    assert "while that was handled:" in failed(load, body).traceback
+    body = "try:\n    {}['key']\nexcept KeyError:\n    raise ValueError('alone') from None"
+    assert "KeyError" not in failed(load, body).traceback
+    first, second = ValueError("a"), ValueError("b")
+    first.__cause__, second.__cause__ = second, first
+    assert describe_failure(first, "/nowhere").traceback.count("ValueError") == 2
+
+
+def test_a_recursion_is_cut_short(load: Load) -> None:
+    failure = failed(load, "def deeper(n):\n    return deeper(n + 1)\nreturn deeper(0)")
+    assert failure.exception == "RecursionError"
+    assert len(failure.traceback.splitlines()) <= 2 * FRAMES_MAX + 10
+    assert " more\n" in failure.traceback
+
+
+def test_a_syntax_error_is_its_own_place_and_names_it_once(tmp_path: Path) -> None:
+    write_folder(tmp_path, "def f(:\n    pass")
+    path = str(tmp_path / "handler.py")
+    failure = describe_failure(caught(lambda: compile(Path(path).read_text(), path, "exec")), tmp_path)
+    assert failure.where == "handler.py:1"
+    assert failure.line() == "SyntaxError: invalid syntax (handler.py:1)"
+    assert failure.traceback.splitlines() == ["  handler.py:1", "    def f(:", "SyntaxError: invalid syntax"]
+
+
+def test_no_folder_of_this_machine_is_told(load: Load, tmp_path: Path) -> None:
+    failure = failed(load, "import os\nopen(os.path.join(context.system_properties['model_dir'], 'vocab.txt'))")
+    told = json.dumps(failure.detail()) + failure.traceback + failure.line()
+    assert str(tmp_path) not in told
+    assert "'vocab.txt'" in failure.text
+
+
+def test_a_text_is_bounded_and_one_line_is_one_line(load: Load) -> None:
+    failure = failed(load, "raise ValueError('x\\ny' * 100_000)")
+    assert len(failure.text) == TEXT_SIZE_MAX
+    assert failure.text.endswith("...")
+    assert "\n" not in failure.line()
+
+
+def test_what_pyserve_finds_fault_with_has_no_place_of_its_own() -> None:
+    def refuse() -> None:
+        raise InputError("the body is no picture")
+
+    failure = describe_failure(caught(refuse), "/nowhere")
+    assert (failure.status, failure.is_expected) == (400, True)
+    assert "where" not in failure.detail()
+
+    def find_fault() -> None:
+        raise HandlerError("message", detail={"text": "text", "where": "handler.py:3 in handle", "hint": "mend"})
+
+    failure = describe_failure(caught(find_fault), "/nowhere")
+    assert failure.detail() == {
+        "exception": "HandlerError", "text": "text", "where": "handler.py:3 in handle", "hint": "mend"
+    }  # fmt: skip
+    assert failure.traceback == "HandlerError: message"
+
+
+def test_the_place_of_a_definition_is_the_line_of_its_def(tmp_path: Path) -> None:
+    import importlib.util
+
+    source = """
+        import functools
+
+        @functools.lru_cache(
+            maxsize=2,
+        )
+        def decorated(x): return x
+
+        class Box:
+            @property
+            # the size
+            def size(self): return 1
+            def __call__(self): return 2
+
+        quick = lambda x: x
+    """
+    path = write_folder(tmp_path, source) / "handler.py"
+    spec = importlib.util.spec_from_file_location("place_of_a_definition", path)
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert describe_place(module.decorated, tmp_path) == "handler.py:6 in decorated"
+    assert describe_place(module.Box.size.fget, tmp_path) == "handler.py:11 in size"
+    assert describe_place(module.Box(), tmp_path) == "handler.py:12 in __call__"
+    assert describe_place(module.quick, tmp_path) == "handler.py:14 in <lambda>"
+    assert describe_place(None, tmp_path) == describe_place(len, tmp_path) == ""
+
+
+# --- what it means ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "repeats"),
+    [
+        (ValueError("no"), 503, True),
+        (RuntimeError("CUDA error: device-side assert"), 503, True),
+        (MemoryError(), 507, False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 507, False),
+        (ValueError("DefaultCPUAllocator: can't allocate memory"), 503, True),
+        (HandlerTimeout("over"), 504, False),
+        (KeyboardInterrupt(), 503, False),
+        (SystemExit(3), 503, True),
+        (urllib.error.URLError("hub"), 503, False),
+        (ConnectionRefusedError("hub"), 503, False),
+    ],
+)
+def test_the_class_decides_on_status_and_repetition(error: BaseException, status: int, repeats: bool) -> None:
+    failure = describe_failure(error, "/nowhere")
+    assert (failure.status, failure.repeats) == (status, repeats)
+
+
+# --- the mend ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "requirements", "hint"),
+    [
+        ("import nothing_like_it", None, "pip install nothing_like_it where pyserve runs, or pack a requirements.txt"),
+        ("import nothing_like_it.deep", None, "pip install nothing_like_it where"),
+        ("raise ModuleNotFoundError('no', name='cv2')", None, "pip install opencv-python-headless"),
+        ("import nothing_like_it", "nothing-like-it==1\n", "install_py_dep_per_model=true"),
+        ("import nothing_like_it", "other\n", "add nothing_like_it to the archive's requirements.txt"),
+        ("import ts.nothing_like_it", None, "pyserve has no ts.nothing_like_it"),
+        ("raise ImportError('attempted relative import with no known parent package')", None, "without a dot"),
+    ],
+)
+def test_a_missing_module_is_told_with_what_to_install(
+    load: Load, body: str, requirements: str | None, hint: str
+) -> None:
+    failure = failed(load, body, {"requirements.txt": requirements} if requirements else None)
+    assert hint in failure.hint
+    assert failure.line().count("handler.py:4") == 1
+
+
+@pytest.mark.parametrize(
+    ("opened", "hint"),
+    [
+        ("context.system_properties['model_dir'] + '/vocab.txt'", "vocab.txt is not in the archive; pack it"),
+        ("'/nowhere/at/all/vocab.txt'", "vocab.txt is not on this machine under that path"),
+        ("'there.txt'", "os.path.join(context.system_properties['model_dir'], 'there.txt')"),
+        ("'vocab.txt'", "put paths together from context.system_properties['model_dir']"),
+    ],
+)
+def test_a_missing_file_is_told_with_where_to_put_it(load: Load, opened: str, hint: str) -> None:
+    failure = failed(load, f"open({opened})", {"there.txt": ""})
+    assert hint in failure.hint
+    assert "/nowhere" not in failure.hint
+
+
+@pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        ("import json\nreturn [json.loads(row['body'])]", "arrives parsed"),
+        ("return [row['data']]", "row.get('data') or row.get('body')"),
+        ("return [row['picture']]", ""),
+        ("raise TypeError('another')", ""),
+    ],
+)
+def test_confusions_about_rows_are_told(load: Load, body: str, hint: str) -> None:
+    failure = failed(load, body, row={"a": 1})
+    assert hint in failure.hint
+    assert bool(failure.hint) == bool(hint)
+    assert failure.detail().get("hint", "") == failure.hint
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "hint"),
+    [
+        ("return [{value: 1}]", "image/jpeg", "bytes(value) makes bytes"),
+        ("return [value + 'text']", "image/jpeg", "value.decode() text"),
+        ("return [value.encode()]", "", "arrives as bytearray"),
+        ("from PIL import Image\nreturn [Image.open(value)]", "image/jpeg", "io.BytesIO(value) a file"),
+        ("return [value.decode()]", "text/plain", "arrives as str"),
+    ],
+)
+def test_bytes_and_text_that_are_taken_for_each_other_are_told(
+    load: Load, body: str, content_type: str, hint: str
+) -> None:
+    lines = "".join(f"        {line}\n" for line in body.splitlines())
+    loaded = load(f"def handle(data, context):\n    if data is not None:\n        value = data[0]['body']\n{lines}")
+    loaded.run(request(b"\x41", content_type))
+    ((_, failure),) = loaded.failures
+    assert hint in failure.hint
+
+
+def test_writing_into_the_archive_is_told(tmp_path: Path) -> None:
+    error = PermissionError(13, "Permission denied", str(tmp_path / "cache.bin"))
+    assert "tempfile" in describe_failure(error, tmp_path).hint
+
+
+# --- who is told ------------------------------------------------------------------------------------------------------
+
+
+def test_a_stranger_is_told_neither_text_nor_place_nor_mend(load: Load) -> None:
+    failure = failed(load, "import nothing_like_it")
+    error = HandlerError(failure.message, detail={**failure.detail(), "reason": "public"})
+    private = json.loads(bytes(ErrorFormat().response(error, "id").body))["detail"]
+    assert private.keys() == {"exception", "text", "where", "hint", "reason", "request_id"}
+    public = json.loads(bytes(ErrorFormat(with_private_detail=False).response(error, "id").body))
+    assert public["detail"] == {"reason": "public", "request_id": "id"}
+    assert "nothing_like_it" not in json.dumps(public)
+    assert os.sep not in public["message"]
