@@ -19,7 +19,6 @@ ROOT = Path(__file__).parent
 )
 
 
-
 class BuildPy(build_py):
     """Adds what makes `import ts` and `import model_archiver` find ours where TorchServe's are not installed.
 
@@ -40,7 +39,13 @@ setup(
             include_dirs=[str(ROOT / "csrc")],
             define_macros=[("PYSERVE_TORCH_VERSION", f'"{torch.__version__}"')],
             extra_compile_args=[
-                "-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter",
+                "-std=c++20",
+                "-O2",
+                "-g0",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+                "-Wno-unused-parameter",
                 *os.environ.get("PYSERVE_CXXFLAGS", "").split(),
             ],
         )

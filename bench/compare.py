@@ -86,9 +86,7 @@ class Run:
                 continue  # its numbers go as JSON, which is another comparison
             sides += [PEER_SIDES[name](self.folder, bin_folder, load, workers, self.cores) for workers in WORKERS]
         if load.kind == "floats" and "torchserve" in self.peers:  # as archives are, unless they say otherwise
-            sides.append(
-                torchserve_side(self.folder, self.peers["torchserve"], load, 1, self.cores, batch_size=1)
-            )
+            sides.append(torchserve_side(self.folder, self.peers["torchserve"], load, 1, self.cores, batch_size=1))
         return sides
 
     def handler_sides(self, load: Workload) -> list[Side]:
@@ -129,15 +127,19 @@ class Run:
 
     def drive(self, load: Workload, side: Side, url: str, clients: int) -> None:
         label = side.label
-        report = self.latency(url, side.content_type, side.bodies, "--concurrency", str(clients), "--warmup", "2s",
-                              *side.flags)
+        report = self.latency(
+            url, side.content_type, side.bodies, "--concurrency", str(clients), "--warmup", "2s", *side.flags
+        )
         row = self.results.setdefault(load.name, {}).setdefault(label, {}).setdefault(str(clients), {})
         row.setdefault("rate", []).append(report["rates"]["requests_per_s"])
         row.setdefault("p50_ms", []).append(report["latency_ms"]["p50"])
         row.setdefault("p99_ms", []).append(report["latency_ms"]["p99"])
         row.setdefault("failed", []).append(report["requests"]["failed"])
-        print(f"{load.name}: {label}, {clients} clients: {report['rates']['requests_per_s']:.2f}/s, "
-              f"p50 {report['latency_ms']['p50']:.3f} ms, failed {report['requests']['failed']}", file=sys.stderr)
+        print(
+            f"{load.name}: {label}, {clients} clients: {report['rates']['requests_per_s']:.2f}/s, "
+            f"p50 {report['latency_ms']['p50']:.3f} ms, failed {report['requests']['failed']}",
+            file=sys.stderr,
+        )
 
     def latency(self, url: str, content_type: str, bodies: list[bytes], *flags: str) -> dict[str, Any]:
         """One load test: its report."""
@@ -263,8 +265,9 @@ class Run:
                 found[name] = [next(iter(json.loads(body))) for _, body in answers]
         equal = sum(one == other for one, other in zip(found["fp32"], found["bf16"], strict=True))
         self.results.setdefault(f"{load.name}, classes", {})["bf16 as fp32"] = {"": {"rate": [equal / len(pictures)]}}
-        print(f"{load.name}: the most probable class is the same on {equal} of {len(pictures)} pictures",
-              file=sys.stderr)
+        print(
+            f"{load.name}: the most probable class is the same on {equal} of {len(pictures)} pictures", file=sys.stderr
+        )
 
     def open_loop(self, load: Workload) -> None:
         """At shares of the peak that the closed loop has just measured."""
@@ -273,12 +276,24 @@ class Run:
         rows = self.results.setdefault(f"{load.name}, open loop", {})
         with side.start() as url:
             for share in OPEN_LOOP_SHARES:
-                report = self.latency(url, side.content_type, side.bodies, "--rate", f"{peak * share:.3f}",
-                                      "--arrivals", "poisson", "--duration", str(4 * self.options.duration))
-                rows[f"{share:.0%} of the peak"] = {"open": {
-                    **{f"{key}_ms": [report["latency_ms"][key]] for key in ("p50", "p99", "p99.9")},
-                    "rate": [report["rates"]["requests_per_s"]], "failed": [report["requests"]["failed"]],
-                }}
+                report = self.latency(
+                    url,
+                    side.content_type,
+                    side.bodies,
+                    "--rate",
+                    f"{peak * share:.3f}",
+                    "--arrivals",
+                    "poisson",
+                    "--duration",
+                    str(4 * self.options.duration),
+                )
+                rows[f"{share:.0%} of the peak"] = {
+                    "open": {
+                        **{f"{key}_ms": [report["latency_ms"][key]] for key in ("p50", "p99", "p99.9")},
+                        "rate": [report["rates"]["requests_per_s"]],
+                        "failed": [report["requests"]["failed"]],
+                    }
+                }
 
 
 @contextmanager
@@ -296,17 +311,32 @@ def echo() -> Iterator[str]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"any of {', '.join(NAMES)}; default: all")
-    parser.add_argument("--peers", nargs="*", default=list(DEFAULT_PEERS), metavar="PEER",
-                        help=f"any of {', '.join(PEER_SIDES)}; default: {', '.join(DEFAULT_PEERS)}")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=list(DEFAULT_PEERS),
+        metavar="PEER",
+        help=f"any of {', '.join(PEER_SIDES)}; default: {', '.join(DEFAULT_PEERS)}",
+    )
     parser.add_argument("--all", action="store_true", help=f"these as well: {', '.join(MORE_SIDES)}")
-    parser.add_argument("--environments", type=Path, default=BENCH / "out" / "peers", metavar="DIR",
-                        help="where the peers' virtual environments are kept (default: %(default)s)")
+    parser.add_argument(
+        "--environments",
+        type=Path,
+        default=BENCH / "out" / "peers",
+        metavar="DIR",
+        help="where the peers' virtual environments are kept (default: %(default)s)",
+    )
     parser.add_argument("--torch", default="torch==2.13.0", metavar="SPEC", help="the peers' (default: %(default)s)")
     parser.add_argument("--clients", type=int, nargs="+", metavar="N", help="only these numbers of clients")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--duration", type=float, default=10, help="seconds of one load test (default: 10)")
-    parser.add_argument("--out", type=Path, default=BENCH / "out", metavar="DIR",
-                        help="for compare.json and compare.png (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=BENCH / "out",
+        metavar="DIR",
+        help="for compare.json and compare.png (default: %(default)s)",
+    )
     return parser
 
 
@@ -322,8 +352,13 @@ def main() -> int:
         if unknown := set(given) - set(known):
             parser.error(f"no {what} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    told = {"machine": machine(), "load_average_before": os.getloadavg(), "rounds": options.rounds,
-            "duration_s": options.duration, "at": time.strftime("%FT%TZ", time.gmtime())}
+    told = {
+        "machine": machine(),
+        "load_average_before": os.getloadavg(),
+        "rounds": options.rounds,
+        "duration_s": options.duration,
+        "at": time.strftime("%FT%TZ", time.gmtime()),
+    }
     with tempfile.TemporaryDirectory(prefix="pyserve-compare-") as folder:
         run = Run(Path(folder), options)
         told["peers"] = {name: versions_of(bin_folder, name) for name, bin_folder in run.peers.items()}

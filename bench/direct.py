@@ -95,9 +95,7 @@ def load(archive: Archive, torchscript: Path | None) -> tuple[Handler, torch.jit
         ServeError: the archive's model or handler cannot be used.
     """
     manifest = archive.manifest
-    context = Context(
-        manifest.model_name, str(archive.model_dir), manifest.raw, model_yaml_config=archive.config.raw
-    )
+    context = Context(manifest.model_name, str(archive.model_dir), manifest.raw, model_yaml_config=archive.config.raw)
     handler = load_handler(archive)
     model: Any
     if torchscript is not None:
@@ -230,13 +228,17 @@ def measure_all(
 
 
 def print_table(measured: list[dict[str, Any]]) -> None:
-    print(f"{'split':>8} {'batch':>6} {'items/s':>9} {'lowest':>9} {'highest':>9}   ms per item in one thread: "
-          "preprocess  inference  postprocess")
+    print(
+        f"{'split':>8} {'batch':>6} {'items/s':>9} {'lowest':>9} {'highest':>9}   ms per item in one thread: "
+        "preprocess  inference  postprocess"
+    )
     for entry in measured:
         stages = entry["stage_ms"]
-        print(f"{entry['split']:>8} {entry['batch_size']:>6} {entry['items_per_s']:>9.2f} {min(entry['rounds']):>9.2f} "
-              f"{max(entry['rounds']):>9.2f}   {'':27}{stages['preprocess']:>11.2f} {stages['inference']:>10.2f} "
-              f"{stages['postprocess']:>12.2f}")
+        print(
+            f"{entry['split']:>8} {entry['batch_size']:>6} {entry['items_per_s']:>9.2f} {min(entry['rounds']):>9.2f} "
+            f"{max(entry['rounds']):>9.2f}   {'':27}{stages['preprocess']:>11.2f} {stages['inference']:>10.2f} "
+            f"{stages['postprocess']:>12.2f}"
+        )
     best = measured[0]
     print(f"best: {best['split']} with batch size {best['batch_size']}, {best['items_per_s']:.2f} items/s")
 
@@ -246,10 +248,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--archive", type=Path, required=True, metavar="FILE.mar")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="one request's body")
     parser.add_argument("--torchscript", type=Path, metavar="FILE.pt", help="use this model instead of the archive's")
-    parser.add_argument("--threads", nargs="+", type=parse_split, metavar="AxB",
-                        help="A Python threads with B intra-op threads each (default: all splits of the cores)")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1], metavar="N",
-                        help="items per call of the model (default: 1)")
+    parser.add_argument(
+        "--threads",
+        nargs="+",
+        type=parse_split,
+        metavar="AxB",
+        help="A Python threads with B intra-op threads each (default: all splits of the cores)",
+    )
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=[1], metavar="N", help="items per call of the model (default: 1)"
+    )
     parser.add_argument("--duration", type=float, default=10.0, metavar="S", help="of one split (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is run (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -278,7 +286,10 @@ def main(argv: list[str] | None = None) -> int:
             threads = args.threads or default_splits(machine()["cores"])
             splits = [Split(workers, intra_op, size) for size in args.batch_sizes for workers, intra_op in threads]
             measured = measure_all(
-                direct, list(dict.fromkeys(splits)), args.rounds, args.duration,
+                direct,
+                list(dict.fromkeys(splits)),
+                args.rounds,
+                args.duration,
                 lambda split, rate: print(f"  {split}: {rate:.2f} items/s", file=sys.stderr, flush=True),
             )
     except UsageError as error:
@@ -289,8 +300,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print_table(measured)
     if args.json:
-        settings = {"archive": args.archive.name, "data": args.data.name, "duration_s": args.duration,
-                    "rounds": args.rounds, "torchscript": args.torchscript.name if args.torchscript else None}
+        settings = {
+            "archive": args.archive.name,
+            "data": args.data.name,
+            "duration_s": args.duration,
+            "rounds": args.rounds,
+            "torchscript": args.torchscript.name if args.torchscript else None,
+        }
         result = {"schema": 1, "settings": settings, "machine": machine(), "splits": measured}
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -56,8 +56,14 @@ def build_parser() -> Parser:
     what = parser.add_argument_group("what is sent")
     what.add_argument("--model", help="model name; fills {model} in --url")
     what.add_argument("--model-version", help="version, added to the path")
-    what.add_argument("--data", action="append", default=[], type=Path, metavar="FILE",
-                      help="request body; several are used in turn; without any, GET is sent to --url")
+    what.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="request body; several are used in turn; without any, GET is sent to --url",
+    )
     what.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s")
     what.add_argument("--content-type", help="none is sent by default, as curl -T does")
     what.add_argument("--header", action="append", default=[], metavar="'NAME: VALUE'", help="further header")
@@ -66,12 +72,21 @@ def build_parser() -> Parser:
     how.add_argument("--concurrency", type=int, metavar="N", help="closed loop with N clients (default: 1)")
     how.add_argument("--rate", type=float, metavar="R", help="open loop with R requests per second")
     how.add_argument("--arrivals", choices=("constant", "poisson"), default="constant", help="open loop only")
-    how.add_argument("--in-flight-max", type=int, default=512, metavar="N",
-                     help="most connections of the open loop (default: %(default)s)")
+    how.add_argument(
+        "--in-flight-max",
+        type=int,
+        default=512,
+        metavar="N",
+        help="most connections of the open loop (default: %(default)s)",
+    )
     how.add_argument("--requests", type=int, metavar="N", help="stop after N counted requests")
     how.add_argument("--duration", type=float, metavar="S", help="measure for S seconds (default: 10)")
-    how.add_argument("--warmup", default="2s", metavar="S|N",
-                     help="not counted: '5s' is seconds, '100' is requests (default: %(default)s)")
+    how.add_argument(
+        "--warmup",
+        default="2s",
+        metavar="S|N",
+        help="not counted: '5s' is seconds, '100' is requests (default: %(default)s)",
+    )
     how.add_argument("--timeout", type=float, default=60.0, metavar="S", help="per request (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, help="of the Poisson arrivals")
     how.add_argument("--processes", type=int, default=1, metavar="P", help="generator processes that share the load")
@@ -89,8 +104,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if args.rate is not None and args.concurrency is not None:
-        raise UsageError("--rate (open loop) and --concurrency (closed loop) exclude each other; "
-                         "--in-flight-max bounds the connections of the open loop")
+        raise UsageError(
+            "--rate (open loop) and --concurrency (closed loop) exclude each other; "
+            "--in-flight-max bounds the connections of the open loop"
+        )
     if args.requests is not None and args.duration is not None:
         raise UsageError("give --requests or --duration, not both")
     text = args.warmup.strip()
@@ -102,15 +119,23 @@ def make_plan(args: argparse.Namespace) -> Plan:
     except ValueError:
         raise UsageError(f"--warmup takes seconds ('5s') or a number of requests ('100'), not {text!r}") from None
     concurrency = args.concurrency or 1
-    for name, value in (("concurrency", concurrency if args.rate is None else args.in_flight_max),
-                        ("requests", args.requests)):
+    for name, value in (
+        ("concurrency", concurrency if args.rate is None else args.in_flight_max),
+        ("requests", args.requests),
+    ):
         if value is not None and value < args.processes:
             raise UsageError(f"--{name} {value} cannot be shared among --processes {args.processes}")
     duration_s = None if args.requests is not None else (args.duration or 10.0)
     return Plan(
-        concurrency=concurrency, rate=args.rate, arrivals=args.arrivals, requests=args.requests,
-        duration=None if duration_s is None else int(duration_s * NS_PER_S), warmup_requests=warmup_requests,
-        warmup=int(warmup_s * NS_PER_S), timeout=int(args.timeout * NS_PER_S), in_flight_max=args.in_flight_max,
+        concurrency=concurrency,
+        rate=args.rate,
+        arrivals=args.arrivals,
+        requests=args.requests,
+        duration=None if duration_s is None else int(duration_s * NS_PER_S),
+        warmup_requests=warmup_requests,
+        warmup=int(warmup_s * NS_PER_S),
+        timeout=int(args.timeout * NS_PER_S),
+        in_flight_max=args.in_flight_max,
         seed=args.seed,
     )
 
@@ -122,11 +147,17 @@ def share(plan: Plan, number: int, processes: int) -> Plan:
         return total // processes + (number < total % processes)
 
     return Plan(
-        concurrency=part(plan.concurrency), rate=None if plan.rate is None else plan.rate / processes,
-        arrivals=plan.arrivals, phase=number / processes,
-        requests=None if plan.requests is None else part(plan.requests), duration=plan.duration,
-        warmup_requests=part(plan.warmup_requests), warmup=plan.warmup, timeout=plan.timeout,
-        in_flight_max=part(plan.in_flight_max), seed=plan.seed * processes + number,
+        concurrency=part(plan.concurrency),
+        rate=None if plan.rate is None else plan.rate / processes,
+        arrivals=plan.arrivals,
+        phase=number / processes,
+        requests=None if plan.requests is None else part(plan.requests),
+        duration=plan.duration,
+        warmup_requests=part(plan.warmup_requests),
+        warmup=plan.warmup,
+        timeout=plan.timeout,
+        in_flight_max=part(plan.in_flight_max),
+        seed=plan.seed * processes + number,
     )
 
 
@@ -227,9 +258,11 @@ async def _show_progress(recording: Recording) -> None:
         if now >= recording.started_at:
             passed = (now - recording.started_at) / NS_PER_S
             counts = recording.recent_counts()  # of the whole run it would cost more each time
-            text = (f"{passed:6.1f} s  {recording.ok} ok  {recording.failures} failed  "
-                    f"{recording.ok_in_window / max(passed, 1e-9):.1f}/s  "
-                    f"p50 {value_at(counts, 50) / 1000:.2f} ms")
+            text = (
+                f"{passed:6.1f} s  {recording.ok} ok  {recording.failures} failed  "
+                f"{recording.ok_in_window / max(passed, 1e-9):.1f}/s  "
+                f"p50 {value_at(counts, 50) / 1000:.2f} ms"
+            )
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
         await asyncio.sleep(PROGRESS_S)
 
@@ -268,14 +301,23 @@ def settings_of(args: argparse.Namespace, url: str) -> dict[str, Any]:
     """The command line as it goes into the JSON; file names without their folders."""
     types = [mimetypes.guess_type(file.name)[0] or "" for file in args.data]
     return {
-        "url": url, "model": args.model, "model_version": args.model_version,
+        "url": url,
+        "model": args.model,
+        "model_version": args.model_version,
         "data": [{"name": file.name, "size": file.stat().st_size} for file in args.data],
-        "content_type": args.content_type, "headers": [line.partition(":")[0] for line in args.header],
+        "content_type": args.content_type,
+        "headers": [line.partition(":")[0] for line in args.header],
         "loop": "closed" if args.rate is None else "open",
         "concurrency": (args.concurrency or 1) if args.rate is None else None,
-        "rate": args.rate, "arrivals": args.arrivals if args.rate else None, "in_flight_max": args.in_flight_max,
-        "requests": args.requests, "duration_s": args.duration, "warmup": args.warmup, "timeout_s": args.timeout,
-        "seed": args.seed, "processes": args.processes,
+        "rate": args.rate,
+        "arrivals": args.arrivals if args.rate else None,
+        "in_flight_max": args.in_flight_max,
+        "requests": args.requests,
+        "duration_s": args.duration,
+        "warmup": args.warmup,
+        "timeout_s": args.timeout,
+        "seed": args.seed,
+        "processes": args.processes,
         "is_image": bool(types) and all(kind.startswith("image/") for kind in types),
     }
 

@@ -17,6 +17,7 @@ from pyserve.api.open_inference_rest import JSON_SIZE_HEADER
 # (folder, bin of the peer's environment, workload, workers, cores)
 MakeSide = Callable[[Path, Path, Workload, int, int], Side]
 
+
 @dataclass
 class App:
     """A peer whose file in `peers` starts it, on the port that the environment names."""

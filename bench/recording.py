@@ -219,8 +219,14 @@ def merge(recordings: list[Recording]) -> Recording:
         merged.errors += part.errors
         merged.samples = part.samples | merged.samples
         for name in (
-            "unsent", "unfinished", "received_size", "sent_size", "latency_sum_us", "ok_in_window",
-            "received_in_window", "cpu_share",
+            "unsent",
+            "unfinished",
+            "received_size",
+            "sent_size",
+            "latency_sum_us",
+            "ok_in_window",
+            "received_in_window",
+            "cpu_share",
         ):
             setattr(merged, name, getattr(merged, name) + getattr(part, name))
         lags.update(part.lag_counts)

@@ -33,8 +33,12 @@ def machine() -> JsonObject:
         except importlib.metadata.PackageNotFoundError:
             continue
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": _cpu_model(), "cores": cores, "system": f"{platform.system()} {platform.release()}",
-            "versions": versions}
+    return {
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": versions,
+    }
 
 
 def _cpu_model() -> str:
@@ -117,7 +121,10 @@ def _series(recording: Recording) -> list[JsonObject]:
     for second in recording.seconds:
         counts = dict(zip(second.counts[::2], second.counts[1::2], strict=True))
         row: JsonObject = {
-            "second": second.number, "ok": second.ok, "failed": second.failed, "received": second.received_size,
+            "second": second.number,
+            "ok": second.ok,
+            "failed": second.failed,
+            "received": second.received_size,
         }
         if counts:
             row |= {percentile_key(p): value_at(counts, p) / 1000 for p in (50.0, 99.0)}
@@ -161,8 +168,9 @@ def rows(report: JsonObject) -> list[tuple[str, str, bool]]:
         ("ok", f"{requests['ok']}", False),
         ("not 200 or no answer", f"{requests['failed']}  ({requests['failed_share']:.1%})", requests["failed"] > 0),
     ]
-    shown += [(f"  status {status}", str(count), not status.startswith("2"))
-              for status, count in report["statuses"].items()]
+    shown += [
+        (f"  status {status}", str(count), not status.startswith("2")) for status, count in report["statuses"].items()
+    ]
     shown += [(f"  {kind}", str(count), True) for kind, count in report["errors"].items()]
     if requests["unsent"]:
         shown.append(("unsent", str(requests["unsent"]), True))

@@ -151,7 +151,8 @@ async def serve(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     engine.close()
     report = json.loads(out.read_text())
     return {key: after[key] - before[key] for key in after} | {
-        "requests_per_s": report["rates"]["requests_per_s"], "failed": report["requests"]["failed"]
+        "requests_per_s": report["rates"]["requests_per_s"],
+        "failed": report["requests"]["failed"],
     }
 
 
@@ -170,8 +171,10 @@ def snapshot(model: Any, stages: dict[str, Stage]) -> dict[str, float]:
 
 def show(counted: dict[str, Any], cost_ns: float) -> None:
     requests = counted["requests"]
-    print(f"{requests:.0f} requests in {counted['batches']:.0f} batches, {counted['requests_per_s']:.0f} requests/s "
-          f"(slower than without the clocks), {counted['failed']} failed\n\n| stage | us per request |\n|---|---|")
+    print(
+        f"{requests:.0f} requests in {counted['batches']:.0f} batches, {counted['requests_per_s']:.0f} requests/s "
+        f"(slower than without the clocks), {counted['failed']} failed\n\n| stage | us per request |\n|---|---|"
+    )
     known = 0.0
     for name in STAGES:
         net_ns = max(0.0, counted[f"{name} ns"] - counted[f"{name} calls"] * 2 * cost_ns)

@@ -111,15 +111,21 @@ AIMS: list[Aim] = [
 def print_tables(told: dict[str, Any], results: Results) -> None:
     """Markdown."""
     cpu, versions = told["machine"]["cpu"], told["machine"]["versions"]
-    print(f"\n{cpu}, {told['machine']['cores']} cores, load before {told['load_average_before'][0]:.1f}; "
-          f"{told['rounds']} rounds of {told['duration_s']:g} s; {versions}; peers: {told['peers']}")
+    print(
+        f"\n{cpu}, {told['machine']['cores']} cores, load before {told['load_average_before'][0]:.1f}; "
+        f"{told['rounds']} rounds of {told['duration_s']:g} s; {versions}; peers: {told['peers']}"
+    )
     for workload, sides in results.items():
-        print(f"\n### {workload}\n\nMedians, lowest and highest in brackets.\n\n"
-              "| | clients | requests/s | p50 ms | p99 ms | not 200 |\n|---|---|---|---|---|---|")
+        print(
+            f"\n### {workload}\n\nMedians, lowest and highest in brackets.\n\n"
+            "| | clients | requests/s | p50 ms | p99 ms | not 200 |\n|---|---|---|---|---|---|"
+        )
         for side, rows in sides.items():
             for clients, row in rows.items():
-                print(f"| {side} | {clients} | {_spread(row['rate'])} | {_spread(row.get('p50_ms', []))} | "
-                      f"{_spread(row.get('p99_ms', []))} | {sum(row.get('failed', [])):g} |")
+                print(
+                    f"| {side} | {clients} | {_spread(row['rate'])} | {_spread(row.get('p50_ms', []))} | "
+                    f"{_spread(row.get('p99_ms', []))} | {sum(row.get('failed', [])):g} |"
+                )
     print("\n### Aims\n\n| | at least | measured | |\n|---|---|---|---|")
     for what, least, work_out in AIMS:
         try:

@@ -52,7 +52,16 @@ class HttpWire(asyncio.Protocol):
     """One keep-alive connection with at most one request under way. Loop thread only."""
 
     __slots__ = (
-        "_body", "_keep_alive", "_load", "_parser", "_size", "_status", "_transport", "intended", "is_busy", "sent_at",
+        "_body",
+        "_keep_alive",
+        "_load",
+        "_parser",
+        "_size",
+        "_status",
+        "_transport",
+        "intended",
+        "is_busy",
+        "sent_at",
     )
 
     def __init__(self, load: Load):
@@ -182,9 +191,7 @@ class Driver:
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._alarm = Alarm(self._loop, self._on_due)
-        self.load = Load(
-            plan, payloads, recording, connect=self._connect, now=time.monotonic_ns, on_done=self._on_done
-        )
+        self.load = Load(plan, payloads, recording, connect=self._connect, now=time.monotonic_ns, on_done=self._on_done)
 
     async def run(self, start_at: int = 0) -> None:
         """From ``start_at`` (ns, now if it has passed) until the plan is carried out or ``load.stop`` was called."""

@@ -1,9 +1,9 @@
 """What ``pt2`` in model-config.yaml asks for: its forms, checked, and the call of torch.compile.
 
-    pt2: inductor                                           a backend alone
-    pt2: {backend: inductor, mode: reduce-overhead}         arguments of torch.compile
-    pt2: {compile: {enable: true, backend: inductor, ...}}  the same, with a switch
-    pt2: {export: {aot_compile: true}}                      the weights are compiled already; nothing to do
+pt2: inductor                                           a backend alone
+pt2: {backend: inductor, mode: reduce-overhead}         arguments of torch.compile
+pt2: {compile: {enable: true, backend: inductor, ...}}  the same, with a switch
+pt2: {export: {aot_compile: true}}                      the weights are compiled already; nothing to do
 """
 
 from __future__ import annotations

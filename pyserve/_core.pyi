@@ -77,7 +77,11 @@ class Engine:
 class Lane:
     def __init__(self, engine: Engine, model: TorchModel, example: list[torch.Tensor], capacity: int) -> None: ...
     def submit(
-        self, owner: object, inputs: torch.Tensor | list[torch.Tensor], arrived_at: int, deadline: int,
+        self,
+        owner: object,
+        inputs: torch.Tensor | list[torch.Tensor],
+        arrived_at: int,
+        deadline: int,
         announces: bool = True,
     ) -> int: ...
     def submit_bytes(
@@ -120,7 +124,12 @@ class ProcessLane:
 
     def __init__(self, engine: Engine, capacity: int) -> None: ...
     def submit(
-        self, owner: object, head: bytes, body: bytes | bytearray | memoryview, flags: int, arrived_at: int,
+        self,
+        owner: object,
+        head: bytes,
+        body: bytes | bytearray | memoryview,
+        flags: int,
+        arrived_at: int,
         deadline: int,
     ) -> int: ...
     def has_room(self, waiting_max: int) -> bool: ...

@@ -224,7 +224,6 @@ class ConfigError(ServerError):
     """The configuration cannot be used; start-up ends with this text."""
 
 
-
 def shown(name: str) -> str:
     """A name fit for a message: quoted, ASCII, at most about 80 characters."""
     return json.dumps(name if len(name) <= 80 else name[:77] + "...")

@@ -35,8 +35,6 @@ NOT_BUILT_IN = {
 }
 
 
-
-
 class PredictionException(Exception):
     """Raised by a handler to answer the request with its own text and status.
 
@@ -69,27 +67,3 @@ class Handler(Protocol):
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any: ...
     def postprocess(self, data: Any) -> list[Any]: ...
     def handle(self, data: Sequence[Any], context: Context) -> list[Any]: ...
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

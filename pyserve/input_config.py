@@ -17,8 +17,19 @@ from typing import Any, Protocol
 from pyserve.errors import shown
 
 DTYPES = (
-    "float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8",
-    "uint16", "uint32", "uint64", "bool",
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
 )
 
 Sizes = tuple[int, int | None]  # smallest and largest of a dimension, both allowed; None for no known largest
@@ -212,9 +223,7 @@ def _pad_to(pad_to: Any, shape: tuple[int, ...], sizes: tuple[Sizes, ...], label
     if not pad_to:
         return ()
     if shape.count(-1) != 1:
-        raise InputConfigError(
-            f"{label}.pad_to needs exactly one -1 or range in its shape, which is {list(shape)}"
-        )
+        raise InputConfigError(f"{label}.pad_to needs exactly one -1 or range in its shape, which is {list(shape)}")
     low, high = sizes[shape.index(-1)]
     if low > pad_to[-1] or high not in (None, pad_to[-1]):
         raise InputConfigError(

@@ -133,10 +133,6 @@ def receive(variable: str, environ: Mapping[str, str] | None = None) -> tuple[Js
         return json.load(file), Reporter(descriptors["report_fd"])
 
 
-
-
-
-
 def die_with_parent(parent_pid: int) -> None:
     """Have the kernel kill this process as soon as its parent is gone (prctl(2), PR_SET_PDEATHSIG)."""
     import ctypes
@@ -169,7 +165,7 @@ class Reporter:
         line = memoryview(json.dumps({"event": event, **members}).encode() + b"\n")
         try:
             while line and self._fd >= 0:
-                line = line[os.write(self._fd, line):]
+                line = line[os.write(self._fd, line) :]
         except OSError:
             self.close()
 

@@ -166,8 +166,13 @@ class LossyHandler(logging.Handler):
 
     def _loss_report(self) -> str:
         report = logging.LogRecord(
-            "pyserve.log", logging.WARNING, "", 0, "%d log records were lost: %s",
-            (self.lost_count, self._lost_reason), None,
+            "pyserve.log",
+            logging.WARNING,
+            "",
+            0,
+            "%d log records were lost: %s",
+            (self.lost_count, self._lost_reason),
+            None,
         )
         return self.format(report)
 
@@ -180,7 +185,7 @@ class LossyHandler(logging.Handler):
         while rest:
             if self._may_block and not _is_writable(self._fd):
                 raise BlockingIOError(errno.EAGAIN, "nobody reads the log")
-            rest = rest[os.write(self._fd, rest[:_PIPE_ATOMIC_SIZE] if self._may_block else rest):]
+            rest = rest[os.write(self._fd, rest[:_PIPE_ATOMIC_SIZE] if self._may_block else rest) :]
 
 
 def configure(

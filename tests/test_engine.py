@@ -74,9 +74,7 @@ def items(count: int, seed: int = 3, shape: tuple[int, ...] = (16,)) -> list[tor
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
-def test_answers_are_torchs_in_every_batch_size_and_order(
-    bench: MakeBench, seed: int, batch_size: int
-) -> None:
+def test_answers_are_torchs_in_every_batch_size_and_order(bench: MakeBench, seed: int, batch_size: int) -> None:
     network, xs = Affine(), items(24)
     expected = [network(x)[0] for x in xs]
     lane = bench(network, batch=batch_size)
@@ -265,9 +263,7 @@ def test_a_request_cancelled_in_the_queue_never_runs(gated: Callable[..., LaneBe
     assert lane.lane.started_at(running) == -1 and not lane.lane.cancel(running)
 
 
-def test_a_request_cancelled_while_it_runs_loses_its_answer_only(
-    gated: Callable[..., LaneBench], gate: Gate
-) -> None:
+def test_a_request_cancelled_while_it_runs_loses_its_answer_only(gated: Callable[..., LaneBench], gate: Gate) -> None:
     lane, xs = gated(batch=3), items(3)
     gate.shut()
     runs = gate.runs
@@ -281,9 +277,7 @@ def test_a_request_cancelled_while_it_runs_loses_its_answer_only(
     assert torch.equal(lane.answers[2], xs[2][0] * 2)
 
 
-def test_a_full_ring_refuses_until_cancelled_requests_are_purged(
-    gated: Callable[..., LaneBench], gate: Gate
-) -> None:
+def test_a_full_ring_refuses_until_cancelled_requests_are_purged(gated: Callable[..., LaneBench], gate: Gate) -> None:
     lane, x = gated(capacity=4), torch.ones(1, 16)
     gate.shut()
     runs = gate.runs

@@ -41,9 +41,7 @@ def test_record_is_one_line_in_the_known_form() -> None:
     logger.warning("careful")
     logger.debug("unseen")
     first, second = stream.getvalue().splitlines()
-    assert re.fullmatch(
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d{3} \[INFO \] pyserve\.server - ready after 3 s", first
-    )
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d{3} \[INFO \] pyserve\.server - ready after 3 s", first)
     assert "[WARN ] pyserve.server - careful" in second
 
 

@@ -207,9 +207,7 @@ class Management:
             await self._registry.set_default(model_name, model_version)
         except VersionNotFoundError:
             # Here, and only here, TorchServe's text has no colon after "version".
-            raise VersionNotFoundError(
-                f"Model version {model_version} does not exist for model {model_name}"
-            ) from None
+            raise VersionNotFoundError(f"Model version {model_version} does not exist for model {model_name}") from None
         text = f'Default version successfully updated for model "{model_name}" to "{model_version}"'
         return json_response({"status": text})
 

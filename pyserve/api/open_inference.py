@@ -125,10 +125,6 @@ class InferResponse:
     id: str = ""
 
 
-
-
-
-
 def quoted(text: str) -> str:
     """A client's own words, for a message: cut, however long they were."""
     return repr(text[:TEXT_SHOWN_MAX])
@@ -246,7 +242,3 @@ def elements_of(tensor: InferInput) -> list[Element]:
         more = f"{len(found)} of them and {raw.nbytes - at} bytes"
         raise InputError(f"{tensor} needs {wanted} elements, its data has {more} more")
     return found
-
-
-
-

@@ -1,7 +1,7 @@
 """The Open Inference Protocol in HTTP: JSON, and the binary extension, where tensors follow the JSON as they are.
 
-    Inference-Header-Content-Length: 120
-    {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "parameters": {"binary_data_size": 16}}]}<16 bytes>
+Inference-Header-Content-Length: 120
+{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "parameters": {"binary_data_size": 16}}]}<16 bytes>
 """
 
 from __future__ import annotations

@@ -278,8 +278,7 @@ def _operation(operation: Operation) -> JsonObject:
         for name in re.findall(r"\{(\w+)\}", operation.pattern)
     ]
     rows += [
-        {"in": "query", "name": each.name, "description": each.about, "schema": each.schema}
-        for each in operation.query
+        {"in": "query", "name": each.name, "description": each.about, "schema": each.schema} for each in operation.query
     ]
     described["parameters"] = [*rows, *operation.headers]
     if operation.body is not None:

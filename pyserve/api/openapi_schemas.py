@@ -75,6 +75,7 @@ MODEL = record(
     batchSizeHistogram=table(COUNT), meanQueueMs={"type": "number", "minimum": 0},
 )  # fmt: skip
 
+
 def reference(name: str) -> JsonObject:
     """Stands for a member of COMPONENTS."""
     return {"$ref": f"#/components/schemas/{name}"}

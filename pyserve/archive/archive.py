@@ -38,8 +38,16 @@ from pyserve.archive.weights import FileIdentity, Weights, check_inflation
 from pyserve.errors import InvalidModelError, ModelLoadError, ModelNotFoundError, shown
 
 __all__ = [
-    "Archive", "Manifest", "ModelConfig", "Survey", "Weights", "give_manifest", "has_manifest", "is_unpacked",
-    "open_archive", "survey",
+    "Archive",
+    "Manifest",
+    "ModelConfig",
+    "Survey",
+    "Weights",
+    "give_manifest",
+    "has_manifest",
+    "is_unpacked",
+    "open_archive",
+    "survey",
 ]
 
 # Folder -> text of the manifest that `pyserve dev` made up for it, JSON.
@@ -81,8 +89,16 @@ class Archive:
     """
 
     def __init__(
-        self, path: Path, cache: ArchiveCache, key: str, *, model_dir: Path, manifest: Manifest, config: ModelConfig,
-        weights: Weights | None, files: dict[str, int],
+        self,
+        path: Path,
+        cache: ArchiveCache,
+        key: str,
+        *,
+        model_dir: Path,
+        manifest: Manifest,
+        config: ModelConfig,
+        weights: Weights | None,
+        files: dict[str, int],
     ):
         self.path = path
         self.name = path.name
@@ -203,9 +219,7 @@ def _open_file(path: Path, source: SourceFile, cache: ArchiveCache, limits: Limi
     contents = cache.look_up(key)
     if contents is None:
         with cache.lock(key):
-            contents = cache.look_up(key) or _add(
-                reader, source, path=path, cache=cache, key=key, limits=limits
-            )
+            contents = cache.look_up(key) or _add(reader, source, path=path, cache=cache, key=key, limits=limits)
     if FileIdentity.of(source.descriptor) != before:
         refuse(path.name, "changed while it was read; write it elsewhere, then rename it into place")
     model_dir = cache.files(key) / contents.root
@@ -233,9 +247,7 @@ def _open_file(path: Path, source: SourceFile, cache: ArchiveCache, limits: Limi
     )
 
 
-def _add(
-    reader: Reader, source: SourceFile, *, path: Path, cache: ArchiveCache, key: str, limits: Limits
-) -> Contents:
+def _add(reader: Reader, source: SourceFile, *, path: Path, cache: ArchiveCache, key: str, limits: Limits) -> Contents:
     """Unpacks an archive into the cache; whatever goes wrong, nothing of it stays."""
     found = _survey(reader, limits)
     weights = found.weights
@@ -244,8 +256,9 @@ def _add(
         files = partial / "files"
         files.mkdir()
         if mapped is not None:
-            with contextlib.closing(Weights(mapped.name, path, mapped.offset, mapped.size,
-                                            descriptor=source.descriptor)) as window:
+            with contextlib.closing(
+                Weights(mapped.name, path, mapped.offset, mapped.size, descriptor=source.descriptor)
+            ) as window:
                 check_inflation(window, limits, path.name)
             verify(reader, [mapped])
         unpack(reader, [entry for entry in found.entries if entry is not mapped], files)
@@ -275,7 +288,13 @@ def _open_folder(path: Path, cache: ArchiveCache, limits: Limits, manifest: byte
     if manifest is not None:
         key = hashlib.sha256(key.encode() + manifest).hexdigest()
     return Archive(
-        path, cache, key, model_dir=reader.path, manifest=found.manifest, config=found.config, weights=weights,
+        path,
+        cache,
+        key,
+        model_dir=reader.path,
+        manifest=found.manifest,
+        config=found.config,
+        weights=weights,
         files=files,
     )
 

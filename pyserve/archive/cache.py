@@ -65,7 +65,8 @@ class Contents:
             raise ValueError("another version wrote this")
         weights = found["weights"]
         return cls(
-            str(found["root"]), {str(name): int(size) for name, size in found["files"].items()},
+            str(found["root"]),
+            {str(name): int(size) for name, size in found["files"].items()},
             (str(weights[0]), int(weights[1]), int(weights[2])) if weights else None,
         )
 
@@ -140,7 +141,9 @@ class ArchiveCache:
         """SHA-256 of the file's bytes in hex, remembered for the next time."""
         before = os.fstat(source.descriptor)
         seen: dict[str, Any] = {
-            "size": before.st_size, "mtime_ns": before.st_mtime_ns, "ctime_ns": before.st_ctime_ns,
+            "size": before.st_size,
+            "mtime_ns": before.st_mtime_ns,
+            "ctime_ns": before.st_ctime_ns,
         }
         note = self.root / "digests" / f"{before.st_dev}-{before.st_ino}"
         try:
@@ -169,8 +172,10 @@ def folder_key(path: Path, entries: list[Entry]) -> str:
     for entry in entries:
         if not entry.is_folder:
             status = (path / entry.name).stat()
-            digest.update(f"\n{entry.name}\0{status.st_dev} {status.st_ino} {status.st_size} "
-                          f"{status.st_mtime_ns} {status.st_ctime_ns}".encode())
+            digest.update(
+                f"\n{entry.name}\0{status.st_dev} {status.st_ino} {status.st_size} "
+                f"{status.st_mtime_ns} {status.st_ctime_ns}".encode()
+            )
     return digest.hexdigest()
 
 
@@ -226,8 +231,13 @@ def _private_root(wanted: str, problem: str) -> Path:
 
     atexit.register(remove)
     _prepare(root)
-    _log.warning("cache folder %s cannot be used (%s); unpacking into %s until exit. Set PYSERVE_CACHE to a folder "
-                 "that only this user can write", wanted, problem, root)
+    _log.warning(
+        "cache folder %s cannot be used (%s); unpacking into %s until exit. Set PYSERVE_CACHE to a folder "
+        "that only this user can write",
+        wanted,
+        problem,
+        root,
+    )
     return root
 
 

@@ -118,8 +118,6 @@ def refuse(label: str, problem: str) -> NoReturn:
     raise InvalidModelError(f"{label}: {problem}")
 
 
-
-
 def name_problem(name: str, limits: Limits = LIMITS) -> str | None:
     """Why ``name`` may not be a path inside an archive; None when it may."""
     if not name:
@@ -186,11 +184,17 @@ def check_unpacked_size(label: str, entries: Iterable[Entry], file_size: int, li
     """Judges the sum of what would be written against the size limit and the ratio of the whole."""
     total = sum(entry.size for entry in entries)
     if total > limits.unpacked_size_max:
-        refuse(label, f"unpacks to {total} bytes, more than the {limits.unpacked_size_max} allowed; "
-               "store the weights uncompressed (`pyserve archive` does), then they are not unpacked")
+        refuse(
+            label,
+            f"unpacks to {total} bytes, more than the {limits.unpacked_size_max} allowed; "
+            "store the weights uncompressed (`pyserve archive` does), then they are not unpacked",
+        )
     if total > limits.ratio_free_size and total > limits.ratio_max * file_size:
-        refuse(label, f"unpacks from {file_size} to {total} bytes, more than {limits.ratio_max} times; "
-               "store its entries uncompressed")
+        refuse(
+            label,
+            f"unpacks from {file_size} to {total} bytes, more than {limits.ratio_max} times; "
+            "store its entries uncompressed",
+        )
 
 
 def _check_twins(label: str, name: str, spelled: dict[str, str], parents: set[str]) -> None:
@@ -208,9 +212,8 @@ def _check_twins(label: str, name: str, spelled: dict[str, str], parents: set[st
 
 def _check_ratio(label: str, entry: Entry, limits: Limits) -> None:
     if entry.size > limits.ratio_free_size and entry.size > limits.ratio_max * entry.packed_size:
-        refuse(label, f"entry {shown(entry.name)} unpacks from {entry.packed_size} to {entry.size} bytes, more than "
-               f"{limits.ratio_max} times; store it uncompressed")
-
-
-
-
+        refuse(
+            label,
+            f"entry {shown(entry.name)} unpacks from {entry.packed_size} to {entry.size} bytes, more than "
+            f"{limits.ratio_max} times; store it uncompressed",
+        )

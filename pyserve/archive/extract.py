@@ -39,8 +39,11 @@ def open_reader(source: SourceFile, limits: Limits = LIMITS) -> Reader:
         return TarReader(source, is_gzip=True, limits=limits)
     if head[257:262] == b"ustar":
         return TarReader(source, is_gzip=False, limits=limits)
-    refuse(source.label, f"is neither a zip (.mar) nor a tar.gz: it begins with {head[:8]!r}; "
-           "make it with `pyserve archive`, or download it again")
+    refuse(
+        source.label,
+        f"is neither a zip (.mar) nor a tar.gz: it begins with {head[:8]!r}; "
+        "make it with `pyserve archive`, or download it again",
+    )
 
 
 def find_root(label: str, entries: Sequence[Entry]) -> str:
@@ -106,8 +109,11 @@ def _write(label: str, root: int, entry: Entry, chunks: Iterator[bytes], *, sync
                     break
                 _write_all(descriptor, chunk)
             if size != entry.size:
-                refuse(label, f"entry {shown(entry.name)} unpacks to another size than the {entry.size} bytes it "
-                       "declares; make the archive again")
+                refuse(
+                    label,
+                    f"entry {shown(entry.name)} unpacks to another size than the {entry.size} bytes it "
+                    "declares; make the archive again",
+                )
             if sync:
                 os.fsync(descriptor)
         finally:

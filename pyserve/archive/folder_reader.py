@@ -56,8 +56,10 @@ class FolderReader:
                     refuse(self.label, f"{shown(prefix + name)} is a link to a folder; copy that folder here")
                 found.append(Entry(prefix + name, 0, 0, is_folder=True))
             if len(found) > self._limits.entry_count_max:
-                refuse(self.label, f"holds more than the {self._limits.entry_count_max} files allowed; "
-                       "give the folder of one model")
+                refuse(
+                    self.label,
+                    f"holds more than the {self._limits.entry_count_max} files allowed; give the folder of one model",
+                )
         return found
 
     def read(self, entry: Entry, size_max: int) -> bytes:

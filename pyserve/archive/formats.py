@@ -54,8 +54,10 @@ def _align(header: zipfile.ZipInfo, position: int, is_wide: bool) -> None:
     unpadded = position + len(header.FileHeader(is_wide)) + 6
     size = -unpadded % _ALIGNMENT
     header.extra = (
-        _PADDING_EXTRA.to_bytes(2, "little") + (2 + size).to_bytes(2, "little")
-        + _ALIGNMENT.to_bytes(2, "little") + bytes(size)
+        _PADDING_EXTRA.to_bytes(2, "little")
+        + (2 + size).to_bytes(2, "little")
+        + _ALIGNMENT.to_bytes(2, "little")
+        + bytes(size)
     )
 
 

@@ -19,8 +19,16 @@ from pyserve.errors import InvalidModelError, shown
 
 # Handlers that are named, not packed. TorchServe's own names, and ``tensor``.
 BUILTIN_HANDLERS = (
-    "base_handler", "dali_image_classifier", "densenet_handler", "image_classifier", "image_segmenter",
-    "object_detector", "tensor", "text_classifier", "trt_llm_handler", "vllm_handler",
+    "base_handler",
+    "dali_image_classifier",
+    "densenet_handler",
+    "image_classifier",
+    "image_segmenter",
+    "object_detector",
+    "tensor",
+    "text_classifier",
+    "trt_llm_handler",
+    "vllm_handler",
 )
 # Of those, the ones that call the model in Python: a network that takes lists, or one that writes its own answer.
 PYTHON_HANDLERS = frozenset({"densenet_handler", "object_detector", "text_classifier"})
@@ -52,16 +60,22 @@ _HOW_TO_MAKE = (
 def check_model_name(name: str, label: str = "model name") -> str:
     """``name`` itself; raises InvalidModelError unless it can stand in a URL and a file name."""
     if not _NAME.match(name) or len(name) > NAME_SIZE_MAX or name.lower() == _RESERVED:
-        refuse(label, f"modelName {shown(name)} cannot be used: it must begin with a letter or digit, hold only "
-               f"letters, digits, '_', '-' and '.', have at most {NAME_SIZE_MAX} of them, and not be '{_RESERVED}'")
+        refuse(
+            label,
+            f"modelName {shown(name)} cannot be used: it must begin with a letter or digit, hold only "
+            f"letters, digits, '_', '-' and '.', have at most {NAME_SIZE_MAX} of them, and not be '{_RESERVED}'",
+        )
     return name
 
 
 def check_model_version(version: str, label: str = "model version") -> str:
     """``version`` itself; raises InvalidModelError unless it can stand in a URL and a file name."""
     if not _VERSION.match(version) or len(version) > NAME_SIZE_MAX or version.lower() == _RESERVED:
-        refuse(label, f"modelVersion {shown(version)} cannot be used: it must begin with a letter or digit, hold only "
-               f"letters, digits, '_', '-', '.', '+', have at most {NAME_SIZE_MAX} of them, and not be '{_RESERVED}'")
+        refuse(
+            label,
+            f"modelVersion {shown(version)} cannot be used: it must begin with a letter or digit, hold only "
+            f"letters, digits, '_', '-', '.', '+', have at most {NAME_SIZE_MAX} of them, and not be '{_RESERVED}'",
+        )
     return version
 
 
@@ -72,8 +86,11 @@ def split_handler(handler: str, label: str = "handler") -> tuple[str, str | None
     # Folders in front say where the file was when it was packed; they are dropped, but must not look like an attack.
     problem = name_problem(path)
     if problem or not _MODULE.match(module) or (colon and not _FUNCTION.match(function)):
-        refuse(label, f"handler {shown(handler)} cannot be used: {problem or 'it is no file[.py][:function]'}; "
-               "name a .py file of the archive or a built-in handler")
+        refuse(
+            label,
+            f"handler {shown(handler)} cannot be used: {problem or 'it is no file[.py][:function]'}; "
+            "name a .py file of the archive or a built-in handler",
+        )
     return module, function or None
 
 
@@ -130,13 +147,14 @@ class Manifest:
             refuse(label, f"{MANIFEST_NAME} must be a JSON object; {_HOW_TO_MAKE}")
         model = raw.get("model")
         if not isinstance(model, dict):
-            refuse(label, f"{MANIFEST_NAME} has no object \"model\"; {_HOW_TO_MAKE}")
+            refuse(label, f'{MANIFEST_NAME} has no object "model"; {_HOW_TO_MAKE}')
         name = _text(model, "modelName", label) or refuse(
             label, f"{MANIFEST_NAME} has no model.modelName; {_HOW_TO_MAKE}"
         )
         handler = _text(model, "handler", label) or refuse(
-            label, f"{MANIFEST_NAME} has no model.handler; name a .py file of the archive or one of: "
-            f"{', '.join(BUILTIN_HANDLERS)}"
+            label,
+            f"{MANIFEST_NAME} has no model.handler; name a .py file of the archive or one of: "
+            f"{', '.join(BUILTIN_HANDLERS)}",
         )
         runtime = _text(raw, "runtime", label) or RUNTIMES[0]
         if runtime not in RUNTIMES:
@@ -164,8 +182,10 @@ class Manifest:
     def check_files(self, names: Collection[str], label: str) -> None:
         """Raises InvalidModelError unless every file that the manifest names is one of ``names``, the archive's."""
         fields = {
-            "modelFile": self.model_file, "serializedFile": self.serialized_file,
-            "configFile": self.config_file, "requirementsFile": self.requirements_file,
+            "modelFile": self.model_file,
+            "serializedFile": self.serialized_file,
+            "configFile": self.config_file,
+            "requirementsFile": self.requirements_file,
         }
         for key, name in fields.items():
             if name is not None and name not in names:
@@ -205,7 +225,9 @@ def _check_depth(value: Any, label: str, depth_max: int = 32) -> None:
     level = [value]
     for _ in range(depth_max):
         level = [
-            child for parent in level if isinstance(parent, dict | list)
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
             for child in (parent.values() if isinstance(parent, dict) else parent)
         ]
         if not level:

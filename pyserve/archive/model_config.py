@@ -256,8 +256,9 @@ def _check_together(config: ModelConfig, label: str) -> None:
 
 def _load(text: bytes, label: str) -> dict[str, Any]:
     if len(text) > LIMITS.config_size_max:
-        refuse(label, f"has {len(text)} bytes, more than the {LIMITS.config_size_max} allowed; "
-               "put data into an extra file")
+        refuse(
+            label, f"has {len(text)} bytes, more than the {LIMITS.config_size_max} allowed; put data into an extra file"
+        )
     try:
         _check_expansion(text, label)
         # A subclass of SafeLoader: builds no Python objects.

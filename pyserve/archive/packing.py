@@ -210,9 +210,3 @@ def _add_handler(config: ArchiverConfig, files: _Files) -> str:
 
 def _name_of(path: str | None) -> str:
     return Path(path).name if path else ""
-
-
-
-
-
-

@@ -1,9 +1,9 @@
 """The samples that an archive brings along: extra files that hold the body of a request it can answer.
 
-    sample_input.json            sent as application/json
-    sample_input_cat.jpg         as image/jpeg
-    sample_input2.txt            as text/plain
-    sample_input.bin             as application/octet-stream
+sample_input.json            sent as application/json
+sample_input_cat.jpg         as image/jpeg
+sample_input2.txt            as text/plain
+sample_input.bin             as application/octet-stream
 """
 
 from __future__ import annotations

@@ -23,7 +23,11 @@ _RECORD_SIZE_MAX = 64 << 10  # one long-name or pax record; names are at most 1 
 _TAIL_SIZE_MAX = 1 << 20  # zero blocks after the end
 _FILE_TYPES, _FOLDER_TYPE = (b"0", b"\0"), b"5"
 _TYPE_NAMES = {
-    b"1": "is a hard link", b"2": "is a symbolic link", b"3": "is a device", b"4": "is a device", b"6": "is a pipe",
+    b"1": "is a hard link",
+    b"2": "is a symbolic link",
+    b"3": "is a device",
+    b"4": "is a device",
+    b"6": "is a pipe",
     b"S": "is a sparse file",
 }
 
@@ -72,8 +76,11 @@ class TarReader:
                 if len(found) > self._limits.entry_count_max:
                     refuse(self.label, f"holds more than the {self._limits.entry_count_max} entries allowed")
                 if total > self._limits.unpacked_size_max:
-                    refuse(self.label, f"unpacks to more than the {self._limits.unpacked_size_max} bytes allowed; "
-                           "use the .mar format, whose weights are not unpacked")
+                    refuse(
+                        self.label,
+                        f"unpacks to more than the {self._limits.unpacked_size_max} bytes allowed; "
+                        "use the .mar format, whose weights are not unpacked",
+                    )
                 for _ in stream.body(entry):
                     pass
             stream.finish()
@@ -176,8 +183,11 @@ class _TarStream:
         is_folder = kind == _FOLDER_TYPE or (kind in _FILE_TYPES and name.endswith("/"))
         if kind not in _FILE_TYPES and kind != _FOLDER_TYPE:
             problem = _TYPE_NAMES.get(kind, f"has the unknown type {kind!r}")
-            refuse(self._label, f"entry {shown(name)} {problem}; pack plain files and folders only "
-                   "(`tar --dereference --hard-dereference`)")
+            refuse(
+                self._label,
+                f"entry {shown(name)} {problem}; pack plain files and folders only "
+                "(`tar --dereference --hard-dereference`)",
+            )
         problem_of_mode = type_problem(mode & 0o7777, is_folder)
         if problem_of_mode:
             refuse(self._label, f"entry {shown(name)} {problem_of_mode}; clear the bit (`chmod ug-s`) and pack again")
@@ -202,8 +212,11 @@ class _TarStream:
     def _read_record(self, entry: Entry) -> bytes:
         self._record_total += entry.size + _BLOCK
         if entry.size > _RECORD_SIZE_MAX or self._record_total > self._limits.directory_size_max:
-            refuse(self._label, f"has a name or attribute record of {entry.size} bytes (at most {_RECORD_SIZE_MAX}, "
-                   f"together {self._limits.directory_size_max}); use shorter names and no extended attributes")
+            refuse(
+                self._label,
+                f"has a name or attribute record of {entry.size} bytes (at most {_RECORD_SIZE_MAX}, "
+                f"together {self._limits.directory_size_max}); use shorter names and no extended attributes",
+            )
         return b"".join(self.body(entry))
 
     def _pax_fields(self, record: bytes) -> dict[str, str]:
@@ -257,6 +270,9 @@ class _TarStream:
         self._read_size += len(chunk)
         ratio_max, free = self._limits.ratio_max, self._limits.ratio_free_size
         if self._read_size > free and self._read_size > ratio_max * self._packed_size:
-            refuse(self._label, f"unpacks from {self._packed_size} bytes to more than {ratio_max} times as many; "
-                   "use the .mar format with stored weights")
+            refuse(
+                self._label,
+                f"unpacks from {self._packed_size} bytes to more than {ratio_max} times as many; "
+                "use the .mar format with stored weights",
+            )
         return chunk

@@ -98,8 +98,14 @@ class Weights:
     """
 
     def __init__(
-        self, name: str, path: Path, offset: int, size: int,
-        *, descriptor: int | None = None, unpack_to: Path | None = None,
+        self,
+        name: str,
+        path: Path,
+        offset: int,
+        size: int,
+        *,
+        descriptor: int | None = None,
+        unpack_to: Path | None = None,
     ):
         """
         Args:
@@ -205,6 +211,9 @@ def check_inflation(weights: Weights, limits: Limits, label: str) -> None:
     if inflated > limits.unpacked_size_max or (
         inflated > limits.ratio_free_size and inflated > limits.ratio_max * weights.size
     ):
-        refuse(source.label, f"inflates from {weights.size} to {inflated} bytes when loaded, more than the "
-               f"{limits.ratio_max} times or {limits.unpacked_size_max} bytes allowed; save it again with torch.save, "
-               "which does not deflate")
+        refuse(
+            source.label,
+            f"inflates from {weights.size} to {inflated} bytes when loaded, more than the "
+            f"{limits.ratio_max} times or {limits.unpacked_size_max} bytes allowed; save it again with torch.save, "
+            "which does not deflate",
+        )

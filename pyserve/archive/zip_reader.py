@@ -109,11 +109,16 @@ class ZipReader:
         if count > self._limits.entry_count_max:
             refuse(self.label, f"holds {count} entries, more than the {self._limits.entry_count_max} allowed")
         if size > self._limits.directory_size_max:
-            refuse(self.label, f"has a list of entries of {size} bytes, more than the "
-                   f"{self._limits.directory_size_max} allowed; use shorter and fewer names")
+            refuse(
+                self.label,
+                f"has a list of entries of {size} bytes, more than the "
+                f"{self._limits.directory_size_max} allowed; use shorter and fewer names",
+            )
         if offset + size != end:
-            refuse(self.label, "has bytes in front of the zip or inside it that belong to no entry, or is damaged; "
-                   "make it again")
+            refuse(
+                self.label,
+                "has bytes in front of the zip or inside it that belong to no entry, or is damaged; make it again",
+            )
         if count == 0:
             refuse(self.label, "is an empty zip: it holds no files")
         return offset, size, count
@@ -216,8 +221,14 @@ class ZipReader:
         if (is_folder and record.size) or (is_stored and record.size != record.packed_size):
             refuse(self.label, f"entry {shown(name)} lies about its size; make the archive again")
         return ZipEntry(
-            name=name[:-1] if is_folder else name, size=record.size, packed_size=record.packed_size,
-            is_folder=is_folder, is_stored=is_stored, offset=data_at, crc=record.crc, method=record.method,
+            name=name[:-1] if is_folder else name,
+            size=record.size,
+            packed_size=record.packed_size,
+            is_folder=is_folder,
+            is_stored=is_stored,
+            offset=data_at,
+            crc=record.crc,
+            method=record.method,
         )
 
     def _check_spans(self, spans: list[tuple[int, int, str]]) -> None:
@@ -266,8 +277,11 @@ class ZipReader:
             crc = zlib.crc32(chunk, crc)
             yield chunk
         if size != entry.size or crc != entry.crc:
-            refuse(self.label, f"entry {shown(entry.name)} is damaged: its size or checksum (CRC-32) does not fit; "
-                   "make or copy the archive again")
+            refuse(
+                self.label,
+                f"entry {shown(entry.name)} is damaged: its size or checksum (CRC-32) does not fit; "
+                "make or copy the archive again",
+            )
 
     def _inflate(self, packed: Iterator[bytes], entry: Entry) -> Iterator[bytes]:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -284,5 +298,7 @@ class ZipReader:
         except zlib.error:
             refuse(self.label, f"entry {shown(entry.name)} is damaged: it cannot be inflated; make the archive again")
         if not inflater.eof or inflater.unused_data:
-            refuse(self.label, f"entry {shown(entry.name)} is damaged: its deflated bytes end early or late; "
-                   "make the archive again")
+            refuse(
+                self.label,
+                f"entry {shown(entry.name)} is damaged: its deflated bytes end early or late; make the archive again",
+            )

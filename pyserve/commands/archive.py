@@ -25,9 +25,13 @@ def add_archiver_arguments(parser: argparse.ArgumentParser) -> None:
     add("--extra-files", help="comma-separated files, wildcards and folders (their content goes to the root)")
     add("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help="default: %(default)s")
     add("--export-path", default="", metavar="DIR", help="where to write; default: the current folder")
-    add("--archive-format", choices=FORMATS, default=FORMATS[0],
+    add(
+        "--archive-format",
+        choices=FORMATS,
+        default=FORMATS[0],
         help="default: .mar, code deflated, weights stored; zip-store: .mar, all stored; tgz: .tar.gz; "
-             "no-archive: a folder")
+        "no-archive: a folder",
+    )
     add("-f", "--force", action="store_true", help="replace an archive that exists")
     add("-r", "--requirements-file", help="requirements.txt of the handler")
     add("-c", "--config-file", help="model-config.yaml")

@@ -107,9 +107,7 @@ def check_command(parsed: argparse.Namespace) -> int:
     return 0 if report.was_called else 2
 
 
-def examine(
-    subject: Subject, inputs: list[Input], *, timeout_s: float | None = None, calls: bool = True
-) -> Report:
+def examine(subject: Subject, inputs: list[Input], *, timeout_s: float | None = None, calls: bool = True) -> Report:
     """Has a child process load and call the handler.
 
     Args:
@@ -218,7 +216,7 @@ class _Watch:
         for match in _FRAME.finditer(text):
             file = os.path.realpath(match["file"])
             if file.startswith(folder):
-                return f"{file[len(folder):]}:{match['line']} in {match['name']}"
+                return f"{file[len(folder) :]}:{match['line']} in {match['name']}"
         return ""
 
 

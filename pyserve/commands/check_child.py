@@ -208,7 +208,7 @@ class _OpenedFiles:
             file = frame.f_code.co_filename
             if file.startswith(self._folder):
                 name = frame.f_code.co_name
-                return f"{file[len(self._folder):]}:{frame.f_lineno}" + (f" in {name}" if name != "<module>" else "")
+                return f"{file[len(self._folder) :]}:{frame.f_lineno}" + (f" in {name}" if name != "<module>" else "")
             if not file.startswith("<") and not os.path.realpath(file).startswith(_STDLIB_DIR + os.sep):
                 return ""
             if "site-packages" in file:
@@ -261,14 +261,16 @@ class _Calls:
 
     def _handle_place(self, entry: Any) -> str:
         """Where the answers are made: ``handler.py:12 in postprocess``."""
-        candidates = [entry.code.function] if entry.code.function is not None else [
-            getattr(type(entry.handler), name, None) for name in ("postprocess", "handle")
-        ]
+        candidates = (
+            [entry.code.function]
+            if entry.code.function is not None
+            else [getattr(type(entry.handler), name, None) for name in ("postprocess", "handle")]
+        )
         folder = os.path.realpath(self._spec.model_dir) + os.sep
         for each in candidates:
             code = getattr(each, "__code__", None)
             if code is not None and os.path.realpath(code.co_filename).startswith(folder):
-                name = os.path.realpath(code.co_filename)[len(folder):]
+                name = os.path.realpath(code.co_filename)[len(folder) :]
                 return f"{name}:{code.co_firstlineno} in {code.co_name}"
         return entry.name
 

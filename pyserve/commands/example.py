@@ -279,11 +279,3 @@ def _copied_labels(labels: Path, folder: Path) -> Path:
     target = folder / "index_to_name.json"
     shutil.copyfile(labels, target)
     return target
-
-
-
-
-
-
-
-

@@ -30,8 +30,10 @@ def inspect_command(args: argparse.Namespace) -> int:
 
 def _print_survey(path: Path, found: Survey) -> None:
     manifest = found.manifest
-    print(f"{path.name}: {found.kind}, {readable_size(size_on_disk(path))}, "
-          f"{sum(not entry.is_folder for entry in found.entries)} files")
+    print(
+        f"{path.name}: {found.kind}, {readable_size(size_on_disk(path))}, "
+        f"{sum(not entry.is_folder for entry in found.entries)} files"
+    )
     print("\nMANIFEST")
     print(json.dumps(manifest.raw, indent=2))
     print(f"\nCONFIG {manifest.config_file or '(none)'}")
@@ -63,8 +65,10 @@ def _weights_line(found: Survey) -> str:
         return f"weights: {weights.name}, {size}, used where it lies"
     if found.is_mapped:
         return f"weights: {weights.name}, {size}, mapped from the archive at byte {weights.offset}, not unpacked"
-    return (f"weights: {weights.name}, {size}, unpacked once into the cache; "
-            "pack with `pyserve archive` to have it mapped instead")
+    return (
+        f"weights: {weights.name}, {size}, unpacked once into the cache; "
+        "pack with `pyserve archive` to have it mapped instead"
+    )
 
 
 def _conversion_line(path: Path) -> str:

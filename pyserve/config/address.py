@@ -40,7 +40,7 @@ class Address:
             ValueError: the text is not an address; the message says what is allowed.
         """
         if text.startswith("unix:"):
-            return cls._parse_unix(text[len("unix:"):])
+            return cls._parse_unix(text[len("unix:") :])
         match = _HTTP.fullmatch(text)
         if match is None:
             raise ValueError("allowed are http://host[:port], https://host[:port] and unix:/path")
@@ -88,7 +88,6 @@ class Address:
             return "unix:" + self.path
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.is_tls else 'http'}://{host}:{self.port}"
-
 
 
 def port_owner(port: int) -> str:

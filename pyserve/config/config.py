@@ -305,9 +305,7 @@ def _existing(path: str, flag: str) -> Path:
     return Path(path)
 
 
-def _read_file(
-    path: Path, environ: Mapping[str, str], config: Config
-) -> tuple[dict[str, list[_Setting]], set[str]]:
+def _read_file(path: Path, environ: Mapping[str, str], config: Config) -> tuple[dict[str, list[_Setting]], set[str]]:
     """The settings of a file, repeated ones in order, and which switches that are none of ours are ``true``."""
     try:
         entries = parse_properties(_read_text(path))

@@ -134,8 +134,16 @@ _IP = Kind(_parse_ip, "an IP address, such as 127.0.0.1 or ::")
 _MILLISECONDS = _integer(1, 2**53)
 
 MODEL_SETTINGS: dict[str, type] = {
-    "defaultVersion": bool, "marName": str, "minWorkers": int, "maxWorkers": int, "batchSize": int,
-    "maxBatchDelay": int, "responseTimeout": int, "startupTimeout": int, "runtimeType": str, "parallelLevel": int,
+    "defaultVersion": bool,
+    "marName": str,
+    "minWorkers": int,
+    "maxWorkers": int,
+    "batchSize": int,
+    "maxBatchDelay": int,
+    "responseTimeout": int,
+    "startupTimeout": int,
+    "runtimeType": str,
+    "parallelLevel": int,
 }
 
 
@@ -272,8 +280,12 @@ SWITCH_KEYS = frozenset({"enable_envvars_config", "use_env_allowed_urls"})
 
 # What is set for each model, as the management API calls it -> as files do.
 MODEL_KEYS = {
-    "batch_size": "batchSize", "max_batch_delay": "maxBatchDelay", "min_workers": "minWorkers",
-    "max_workers": "maxWorkers", "response_timeout": "responseTimeout", "startup_timeout": "startupTimeout",
+    "batch_size": "batchSize",
+    "max_batch_delay": "maxBatchDelay",
+    "min_workers": "minWorkers",
+    "max_workers": "maxWorkers",
+    "response_timeout": "responseTimeout",
+    "startup_timeout": "startupTimeout",
 }
 
 # Shown to nobody.

@@ -94,8 +94,8 @@ def _unescape(text: str, line: int) -> str:
         at += 1
         if char == "u":
             if not _UNICODE.match(text, at):
-                raise PropertiesError(line, f"\\u needs four hexadecimal digits, not {text[at:at + 4]!r}")
-            char = chr(int(text[at:at + 4], 16))
+                raise PropertiesError(line, f"\\u needs four hexadecimal digits, not {text[at : at + 4]!r}")
+            char = chr(int(text[at : at + 4], 16))
             at += 4
         else:
             char = _ESCAPES.get(char, char)
@@ -129,5 +129,5 @@ def _escape(text: str) -> str:
             out.append(char)
         else:
             units = char.encode("utf-16-be", "surrogatepass").hex()
-            out += [f"\\u{units[at:at + 4].upper()}" for at in range(0, len(units), 4)]
+            out += [f"\\u{units[at : at + 4].upper()}" for at in range(0, len(units), 4)]
     return "".join(out)

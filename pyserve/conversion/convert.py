@@ -160,9 +160,7 @@ class _Converter:
         once = max(self.truth.run_s, 1e-4) * 4  # both models, and batches of more than the example's one
         return min(len(self.probes), self.sample_count + max(PROBES_MIN[how], int(PROBING_S[how] / once)))
 
-    def _accepted(
-        self, how: str, make: Callable[[], Module | None], reason: str
-    ) -> tuple[Module, Conversion] | None:
+    def _accepted(self, how: str, make: Callable[[], Module | None], reason: str) -> tuple[Module, Conversion] | None:
         """The program if it is true on the probes; else None, and why not among the objections."""
         count = self._affordable(how)
         try:

@@ -120,9 +120,7 @@ def _other_random_numbers() -> Iterator[None]:
         random.setstate(states[1])
 
 
-def runs(
-    fresh: Callable[[], Callable[..., Any]], inputs: Inputs, number: int, *, twice: bool
-) -> list[Any] | Refusal:
+def runs(fresh: Callable[[], Callable[..., Any]], inputs: Inputs, number: int, *, twice: bool) -> list[Any] | Refusal:
     """Outputs of a model as ``fresh`` gives it, run on copies of ``inputs``."""
     try:
         model = fresh()

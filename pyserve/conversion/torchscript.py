@@ -58,9 +58,15 @@ class Tracing:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop; a pipe would have to be read too
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pyserve.conversion.child", str(archive.path), str(traced_file(archive)),
-                 freezes,
-                 str(for_child)],
+                [
+                    sys.executable,
+                    "-m",
+                    "pyserve.conversion.child",
+                    str(archive.path),
+                    str(traced_file(archive)),
+                    freezes,
+                    str(for_child),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,

@@ -35,9 +35,7 @@ class Network:
     connect: Connect = socket.create_connection
 
 
-def fetch_http(
-    url: ArchiveUrl, allowed: AllowedUrls, network: Network, transfer: Transfer, *, known: str = ""
-) -> str:
+def fetch_http(url: ArchiveUrl, allowed: AllowedUrls, network: Network, transfer: Transfer, *, known: str = "") -> str:
     """Fills ``transfer`` with what ``url`` gives, and returns its ETag or ``""``. Blocks; `Abort.fire` ends it.
 
     Args:
@@ -158,5 +156,3 @@ def _failure(url: ArchiveUrl, error: Exception) -> str:
         return f"{url.authority} did not answer as HTTP does ({type(error).__name__})"
     assert isinstance(error, OSError)
     return f"the connection to {url.authority} failed: {error.strerror or type(error).__name__}"
-
-

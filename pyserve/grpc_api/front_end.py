@@ -162,5 +162,3 @@ def _import() -> str:
     except (ImportError, AttributeError) as error:
         return f"the grpcio or protobuf that is installed cannot be used ({error})"
     return ""
-
-

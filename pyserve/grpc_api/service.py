@@ -1,6 +1,6 @@
 """gRPC services as tables of methods, and what every call goes through before and after its method.
 
-    size ──> token ──> message ──> method ──> answer or status ──> metrics
+size ──> token ──> message ──> method ──> answer or status ──> metrics
 """
 
 from __future__ import annotations
@@ -260,9 +260,7 @@ class _Observed:
 
 
 def _draining() -> OverloadedError:
-    return OverloadedError(
-        "The server is shutting down.", detail={"reason": "draining"}, headers={"Retry-After": "1"}
-    )
+    return OverloadedError("The server is shutting down.", detail={"reason": "draining"}, headers={"Retry-After": "1"})
 
 
 def _parse(method: Method, raw: bytes) -> Any:

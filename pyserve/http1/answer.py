@@ -56,10 +56,6 @@ def error_response(error: ServeError) -> Response:
     return Response(error.status, dump_json(error.body()), content_type="application/json", headers=error.headers)
 
 
-
-
-
-
 class AnswerWriter:
     """Builds answer heads. One per listener; loop thread only."""
 
@@ -119,9 +115,7 @@ class AnswerWriter:
                           extra=about(request_id=request.id))  # fmt: skip
             return None
 
-    def head(
-        self, response: Response, request_id: str, keep_alive: bool, size: int | None, framing: str = ""
-    ) -> bytes:
+    def head(self, response: Response, request_id: str, keep_alive: bool, size: int | None, framing: str = "") -> bytes:
         """Status line and headers with the blank line.
 
         Args:

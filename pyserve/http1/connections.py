@@ -32,8 +32,6 @@ class Connection(Protocol):
         """Closes at once, whatever is under way."""
 
 
-
-
 class Connections:
     """The open connections of one listener. Loop thread only.
 
@@ -124,7 +122,3 @@ class Connections:
         """Cuts off every connection."""
         for connection in (*self._open, *self._over):
             connection.abort()
-
-
-
-

@@ -39,9 +39,7 @@ class DirectBody(asyncio.BufferedProtocol):
     until then nobody could change its size. Nothing is read meanwhile.
     """
 
-    def __init__(
-        self, owner: Owner, transport: asyncio.Transport, incoming: Incoming, loop: asyncio.AbstractEventLoop
-    ):
+    def __init__(self, owner: Owner, transport: asyncio.Transport, incoming: Incoming, loop: asyncio.AbstractEventLoop):
         self._owner = owner
         self._transport = transport
         self._incoming = incoming

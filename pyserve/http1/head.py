@@ -344,7 +344,3 @@ def _refused_version(version: bytes) -> ClientError:
     if _VERSION.match(version):
         return VersionError(f"{version.decode()} is not served; use HTTP/1.1.")
     return InvalidHttpError("the request line does not end with 'HTTP/1.1'")
-
-
-
-

@@ -296,9 +296,7 @@ class NativeLane(Lane):
             self._answer_error(pending, prepared)
             return
         try:
-            pending.ticket = self.core.submit(
-                pending, prepared, pending.arrived_at, self._deadline(pending), False
-            )
+            pending.ticket = self.core.submit(pending, prepared, pending.arrived_at, self._deadline(pending), False)
             pending.stage = SUBMITTED
             self._announce_soon()
         except OverflowError:

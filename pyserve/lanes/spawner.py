@@ -124,8 +124,9 @@ class _Zygote:
         try:
             await asyncio.wait_for(asyncio.shield(self._ready), ZYGOTE_START_S)
         except TimeoutError:
-            raise ModelLoadError(f"the process that workers are forked from was not ready after {ZYGOTE_START_S:g} s") \
-                from None
+            raise ModelLoadError(
+                f"the process that workers are forked from was not ready after {ZYGOTE_START_S:g} s"
+            ) from None
         ours, theirs = _descriptors()
         number = self._next_number
         self._next_number += 1
@@ -149,9 +150,7 @@ class _Zygote:
             self._forking.pop(number, None)
             for fd in theirs.values():
                 os.close(fd)
-        handle = self._workers[pid] = WorkerHandle(
-            pid, pidfd, ours, on_event=on_event, label=label, about=about
-        )
+        handle = self._workers[pid] = WorkerHandle(pid, pidfd, ours, on_event=on_event, label=label, about=about)
         if pid in self._endings:
             handle.set_ending(self._endings.pop(pid))
         elif self.is_gone:

@@ -102,8 +102,10 @@ async def _open_native_lane(wish: Wish) -> NativeLane:
 async def open_python_lane(wish: Wish) -> PythonLane:
     """The python lane of a model, whatever its handler would allow."""
     spec, interpreter = await _prepare_workers(wish)
-    device_ids = [] if spec.gpu_id is None else wish.archive.config.device_ids or list(
-        range(gpu_count(wish.services.config.number_of_gpu))
+    device_ids = (
+        []
+        if spec.gpu_id is None
+        else wish.archive.config.device_ids or list(range(gpu_count(wish.services.config.number_of_gpu)))
     )
     options: dict[str, Any] = {
         "device_ids": device_ids, "interpreter": interpreter, "on_trouble": wish.on_trouble

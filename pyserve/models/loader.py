@@ -64,10 +64,6 @@ PRECISION_ERROR_MAX = 0.05
 TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 
 
-
-
-
-
 def load_network(
     archive: Archive,
     *,
@@ -343,7 +339,3 @@ def _load(label: str, path: Path, example: list[torch.Tensor], options: dict[str
                 "the model's class too with --model-file"
             )
         raise ModelLoadError(f"{label}: its weights cannot be loaded: {reason}{hint}") from error
-
-
-
-

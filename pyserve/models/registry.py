@@ -263,10 +263,7 @@ class Registry:
             archives, tracings: by path; what was opened and begun before torch was imported.
         """
         archives = {} if archives is None else archives
-        opened = [
-            await _taken(archives, path)
-            for path in (entry["path"] for entry in state["models"])
-        ]
+        opened = [await _taken(archives, path) for path in (entry["path"] for entry in state["models"])]
         versions = await asyncio.gather(*(
             self._restore_model(entry, archive, (tracings or {}).get(entry["path"]))
             for entry, archive in zip(state["models"], opened, strict=True)

@@ -32,7 +32,6 @@ def sample_arguments(name: str, handler: Handler, example: list[torch.Tensor], f
     return f"-H 'Content-Type: application/json' -T {shlex.quote(str(path))}"
 
 
-
 PICTURE_NAME = "sample.jpg"
 
 

@@ -36,6 +36,7 @@ _LARGE_MIN = 1e3
 
 _ALLOW_HINT = "write 'batchDependent: allowed' in model-config.yaml if that is meant"
 
+
 @dataclass
 class BatchProof:
     """How many items of a model may share a batch.
@@ -125,7 +126,6 @@ class BatchProof:
                 self._tried.add(step)
             self.size_max = max(self.size_max, step.shown)
         self.probe = "passed"
-
 
     def _try_shapes(self, size: int) -> str:
         """Why items of another size depend on each other; those that the model does not take say nothing."""

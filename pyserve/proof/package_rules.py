@@ -145,7 +145,7 @@ def _program_of(source: str, label: str) -> Program:
             f"{label}: the inputs of the package do not share their first dimension, the batch; export it with one "
             "torch.export.Dim for dimension 0 of all inputs"
         )
-    (low, high, _), = batches
+    ((low, high, _),) = batches
     return Program(tuple(inputs), 1 if low <= SPECIALIZED_MIN and low != high else low, high, written_constants(source))
 
 
@@ -181,8 +181,7 @@ def _input(
     is_channels_last = _is_channels_last(rank, static["stride"], strides)
     if not is_channels_last and _innermost(rank, static["stride"], strides) not in (1, None):
         raise ModelLoadError(
-            f"{label} was compiled for a tensor that is not contiguous; export it with "
-            "a contiguous example"
+            f"{label} was compiled for a tensor that is not contiguous; export it with a contiguous example"
         )
     return ProgramInput(dtype, tuple(dimensions), is_channels_last)
 
@@ -384,9 +383,7 @@ class CheckedPackage:
             if size < limit.min or (limit.max is not None and size > limit.max):
                 high = "any" if limit.max is None else limit.max
                 allowed = f"{limit.min}" if limit.min == limit.max else f"{limit.min} to {high}"
-                raise InputError(
-                    f"{label}: dimension {axis} has size {size}; the model was compiled for {allowed}"
-                )
+                raise InputError(f"{label}: dimension {axis} has size {size}; the model was compiled for {allowed}")
             if limit.symbol and seen.setdefault(limit.symbol, size) != size:
                 raise InputError(f"{label}: dimension {axis} has size {size}, but must have {seen[limit.symbol]}")
         if wanted.is_channels_last:

@@ -301,9 +301,7 @@ def _begins(shape: tuple[int, ...]) -> torch.Tensor:
     return kept
 
 
-def _free_sizes(
-    example: Sequence[torch.Tensor], domains: Sequence[InputDomain]
-) -> list[list[tuple[int, ...]]]:
+def _free_sizes(example: Sequence[torch.Tensor], domains: Sequence[InputDomain]) -> list[list[tuple[int, ...]]]:
     """Shapes, one per input, that differ from the example's in their free dimensions."""
     choices = _choices(domains)
     if not choices:

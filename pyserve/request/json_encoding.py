@@ -76,13 +76,11 @@ def _lines(value: Any, depth: int, allow_nan: bool) -> str:
     if is_flat:
         body = encode(value)[1:-1]
     else:
-        texts = [
-            encode(part) if type(part) in _SIMPLE else _lines(part, depth + 1, allow_nan) for part in parts
-        ]
+        texts = [encode(part) if type(part) in _SIMPLE else _lines(part, depth + 1, allow_nan) for part in parts]
         if kind is dict:
             texts = [f"{encode(key)}: {text}" for key, text in zip(value, texts, strict=True)]
         body = separator.join(texts)
-    return f"{begin}{separator[1:]}{body}{separator[1 : -2]}{end}"
+    return f"{begin}{separator[1:]}{body}{separator[1:-2]}{end}"
 
 
 @functools.cache

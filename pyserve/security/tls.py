@@ -70,11 +70,13 @@ def prepare(config: Config, folder: Path) -> list[tuple[str, str]]:
     if not has_certificate(config):
         config.self_signed_dir = str(folder)
         _make_for(config, folder)
-        said.append((
-            "warning",
-            "TLS with a certificate that was made just now and that no client can check (curl needs -k); "
-            "give one by private_key_file and certificate_file, or by keystore",
-        ))
+        said.append(
+            (
+                "warning",
+                "TLS with a certificate that was made just now and that no client can check (curl needs -k); "
+                "give one by private_key_file and certificate_file, or by keystore",
+            )
+        )
     return [*said, examine(config)]
 
 

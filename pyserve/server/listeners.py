@@ -21,7 +21,9 @@ BACKLOG = 4096  # the kernel lowers it to net.core.somaxconn
 UNIX_SOCKET_UMASK = 0o117  # owner and group may connect
 
 _FLAGS = {
-    "inference": "--inference-address", "management": "--management-address", "metrics": "--metrics-address",
+    "inference": "--inference-address",
+    "management": "--management-address",
+    "metrics": "--metrics-address",
 }
 
 
@@ -151,11 +153,3 @@ def _remove_stale(path: Path, key: str) -> None:
         except OSError:
             pass  # a full backlog or a missing permission: somebody is there
     raise ConfigError(f"{key}: another server is listening on unix:{path}; stop it or choose another path")
-
-
-
-
-
-
-
-

@@ -25,7 +25,7 @@ FILE = "access_log.log"
 # What TorchServe writes for bytes that are no request.
 _BAD_REQUEST = ("GET", "/bad-request")
 _UNQUOTED = "/:@!$&'()*+,;=~-._"
-_PLAIN = re.compile('[!#-~]*')
+_PLAIN = re.compile("[!#-~]*")
 # That are joined at once: that takes 50 us.
 _LINES_MAX = 4096
 # Of targets whose text is remembered.

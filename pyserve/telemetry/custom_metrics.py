@@ -125,7 +125,11 @@ class MetricsCache:
     is_muted = False
 
     def __init__(
-        self, model_name: str = "", request_ids: Mapping[int, str] | None = None, *, config: str | None = None,
+        self,
+        model_name: str = "",
+        request_ids: Mapping[int, str] | None = None,
+        *,
+        config: str | None = None,
         keeps_each: bool = False,
     ):
         self.model_name = model_name

@@ -50,9 +50,7 @@ class GpuUsage:
         clock: seconds.
     """
 
-    def __init__(
-        self, ask: Callable[[int], Awaitable[str]] = ask_driver, clock: Callable[[], float] = time.monotonic
-    ):
+    def __init__(self, ask: Callable[[int], Awaitable[str]] = ask_driver, clock: Callable[[], float] = time.monotonic):
         self._ask = ask
         self._clock = clock
         self._texts: dict[int, tuple[float, str]] = {}
@@ -76,6 +74,4 @@ class GpuUsage:
         except (OSError, ValueError, RuntimeError, AssertionError, TimeoutError) as error:  # torch asserts that it can
             log.debug("the usage of GPU %d cannot be had: %s", index, error)
             return UNKNOWN
-        return (
-            f"gpuId::{index} utilization.gpu::{gpu} % utilization.memory::{memory} % memory.used::{used} MiB"
-        )
+        return f"gpuId::{index} utilization.gpu::{gpu} % utilization.memory::{memory} % memory.used::{used} MiB"

@@ -1,6 +1,6 @@
 """What becomes of a model's workers, in TorchServe's words, which scripts and log agents look for.
 
-    W-9000-densenet161_1.0 State change null -> WORKER_STARTED
+W-9000-densenet161_1.0 State change null -> WORKER_STARTED
 """
 
 from __future__ import annotations

@@ -159,8 +159,6 @@ def describe_place(function: Any, model_dir: str | Path) -> str:
     return f"{name}:{line} in {code.co_name}"
 
 
-
-
 def _repeats(error: BaseException) -> bool:
     # Networks get better by themselves; a missing file does not.
     if isinstance(error, (HandlerTimeout, TimeoutError, ConnectionError)):
@@ -185,8 +183,6 @@ def _own_answer(error: BaseException) -> tuple[int, str, bool]:
     except (TypeError, ValueError):
         return 500, message, False
     return (status, message, True) if 200 <= status <= 599 else (500, message, False)
-
-
 
 
 # --- frames ---------------------------------------------------------------------------------------------------------
@@ -217,7 +213,7 @@ class _Folder:
         """Path in the archive; None if it is not in there, or belongs to a venv in it."""
         for prefix in self._prefixes:
             if file.startswith(prefix):
-                name = file[len(prefix):]
+                name = file[len(prefix) :]
                 return None if "site-packages/" in name else name
         real = os.path.realpath(file)
         return self.name_in(real) if real != file and real.startswith(self._prefixes) else None
@@ -255,7 +251,7 @@ def _foreign(file: str) -> tuple[str, str]:
         real = os.path.realpath(file)
         for folder, name in ((_PACKAGE_DIR, "pyserve"), (_HANDLERS_DIR, "pyserve/handlers"), (_STDLIB_DIR, "")):
             if real.startswith(folder + "/"):
-                inside = os.path.join(name, real[len(folder) + 1:])
+                inside = os.path.join(name, real[len(folder) + 1 :])
                 break
         else:
             inside = os.path.join(*file.rsplit("/", 2)[-2:])
@@ -406,7 +402,3 @@ def _missing_file(filename: str, folder: _Folder) -> str:
         f"the current folder is {where}; put paths together from context.system_properties['model_dir'], and pack "
         f"{base} with --extra-files"
     )
-
-
-
-

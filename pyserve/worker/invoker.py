@@ -475,7 +475,6 @@ def report_failure(report: Callable[..., None]) -> LogFailure:
     return log_failure
 
 
-
 class ChannelParts(Parts):
     """Parts of streamed answers, sent at once."""
 

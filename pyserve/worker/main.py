@@ -154,8 +154,6 @@ def _report_failed(reports: Reporter, error: HandlerLoadError | HandlerMemoryErr
                  traceback=error.traceback)  # fmt: skip
 
 
-
-
 def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, reports: Reporter) -> None:
     parts = ChannelParts(channel)
     invoker = Invoker(spec, entry, context, parts=parts, log_failure=report_failure(reports.send))
@@ -232,7 +230,3 @@ class _Threads:
         else:
             torch.set_num_threads(count)
         self.wanted = count
-
-
-
-

@@ -381,8 +381,7 @@ def test_kserve_readiness_tells_whether_a_worker_is_ready(workers: int, ready: b
 # --- register --------------------------------------------------------------------------------------------------------
 
 WITHOUT_WORKERS = (
-    'Model "m" Version: 1.0 registered with 0 initial workers. '
-    "Use scale workers API to add workers for the model."
+    'Model "m" Version: 1.0 registered with 0 initial workers. Use scale workers API to add workers for the model.'
 )
 
 
@@ -496,9 +495,7 @@ def test_error_of_the_registry_is_the_answer(store: Path, error: ServeError) -> 
         ("/models/m?min_worker=5&synchronous=true", 206, "Workers scaling in progress...", [(5, 5)]),
     ],
 )  # fmt: skip
-def test_scale_answers_as_torchserve_does(
-    target: str, status: int, text: str, scalings: list[tuple[int, int]]
-) -> None:
+def test_scale_answers_as_torchserve_does(target: str, status: int, text: str, scalings: list[tuple[int, int]]) -> None:
     model = FakeModel(workers=2)
     model.running_max = 4
     api = Api(model)

@@ -44,7 +44,7 @@ class Picky(torch.nn.Module):
 
 
 # Answers in the protocol, and says what it got.
-OWN = '''
+OWN = """
 def handle(data, context):
     if data is None:
         return None
@@ -54,7 +54,7 @@ def handle(data, context):
         outputs = [{**each, "name": "seen " + each["name"]} for each in value["inputs"]]
         answers.append({"id": value.get("id"), "model_name": "own", "model_version": "1.0", "outputs": outputs})
     return answers
-'''
+"""
 
 DTYPES = {"bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8",
           "int16": "INT16", "int32": "INT32", "int64": "INT64", "float16": "FP16", "bfloat16": "BF16",

@@ -40,7 +40,7 @@ EXCUSED = {
 MOST = {"min_worker": 2, "max_worker": 2, "initial_workers": 2, "batch_size": 8, "min_batch": 1, "max_batch_delay": 50,
         "response_timeout": 60, "startup_timeout": 60}  # fmt: skip
 
-HANDLER = '''
+HANDLER = """
 import json
 
 
@@ -50,7 +50,7 @@ def handle(data, context):
     if context.get_request_header(0, "describe"):
         return [{"about": "says back what came"}]
     return [str(sorted(row)) for row in data]
-'''
+"""
 
 
 @pytest.fixture(scope="module")

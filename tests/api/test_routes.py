@@ -85,9 +85,7 @@ def error_of(response: Response) -> dict[str, Any]:
         ("/{m}/predict", "/a/b", None),
     ],
 )
-def test_pattern_matches_paths_and_names_their_parts(
-    pattern: str, path: str, expected: dict[str, str] | None
-) -> None:
+def test_pattern_matches_paths_and_names_their_parts(pattern: str, path: str, expected: dict[str, str] | None) -> None:
     assert Route(ANY, pattern, echo).match(Request("GET", path).segments) == expected
 
 
@@ -120,9 +118,7 @@ ROWS = [
         ("GET", "//models", 404, ""),
     ],
 )
-def test_unknown_path_is_404_and_wrong_method_405_with_allow(
-    method: str, path: str, status: int, allow: str
-) -> None:
+def test_unknown_path_is_404_and_wrong_method_405_with_allow(method: str, path: str, status: int, allow: str) -> None:
     response = ask(Router(ROWS), method, path)
     assert response.status == status
     assert response.headers.get("Allow", "") == allow

@@ -419,9 +419,7 @@ def test_cache_that_cannot_be_made_falls_back_to_a_private_folder(
     assert open_archive(tmp_path / "m.mar").model_dir == archive.model_dir
 
 
-def test_full_disk_is_a_load_error_without_paths(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_a_load_error_without_paths(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device", "/secret/path")
 
@@ -458,15 +456,27 @@ def open_with(tmp_path: Path, cache: Path, **model: Any) -> Archive:
 
 
 def test_manifest_fields_are_typed_and_unknown_ones_kept() -> None:
-    text = json.dumps({
-        "createdOn": "02/03/2024 10:11:12", "runtime": "python3", "archiverVersion": "0.12.0", "license": "MIT",
-        "modelServerVersion": "1.0", "specificationVersion": "1.0", "implementationVersion": "1.0",
-        "model": {
-            "modelName": "densenet161", "modelVersion": "2.1-rc1+cpu", "handler": "image_classifier",
-            "modelFile": "model.py", "serializedFile": "w.pth", "configFile": "model-config.yaml",
-            "requirementsFile": "requirements.txt", "extensions": {"a": 1},
-        },
-    }).encode()
+    text = json.dumps(
+        {
+            "createdOn": "02/03/2024 10:11:12",
+            "runtime": "python3",
+            "archiverVersion": "0.12.0",
+            "license": "MIT",
+            "modelServerVersion": "1.0",
+            "specificationVersion": "1.0",
+            "implementationVersion": "1.0",
+            "model": {
+                "modelName": "densenet161",
+                "modelVersion": "2.1-rc1+cpu",
+                "handler": "image_classifier",
+                "modelFile": "model.py",
+                "serializedFile": "w.pth",
+                "configFile": "model-config.yaml",
+                "requirementsFile": "requirements.txt",
+                "extensions": {"a": 1},
+            },
+        }
+    ).encode()
     found = Manifest.parse(text, "m.mar")
     assert (found.model_name, found.model_version, found.handler) == ("densenet161", "2.1-rc1+cpu", "image_classifier")
     assert (found.model_file, found.serialized_file) == ("model.py", "w.pth")
@@ -483,19 +493,28 @@ def test_manifest_of_an_old_archive_needs_only_name_and_handler() -> None:
     assert found.created_on is None and found.archiver_version is None and found.extra == {}
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    (b"", "not JSON"), (b"{", "not JSON"), (b"\xff\xfe\x00", "not JSON"), (b"[]", "JSON object"),
-    (b"null", "JSON object"),
-    (b"{}", 'no object "model"'), (b'{"model": []}', 'no object "model"'),
-    (b'{"model": {"handler": "h"}}', "modelName"), (b'{"model": {"modelName": "m"}}', "no model.handler"),
-    (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
-    (b'{"model": ' + b"[" * 40 + b"]" * 40 + b"}", "32 levels"),
-    (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"), (b" " * (1 << 20) + b"{}", "more than the 1048576"),
-    (b'{"model": {"modelName": 3, "handler": "h"}}', "modelName must be text"),
-    (b'{"model": {"modelName": "m", "handler": ["h"]}}', "handler must be text"),
-    (b'{"model": {"modelName": "m", "handler": "h", "modelVersion": 1.10}}', "modelVersion must be text"),
-    (b'{"model": {"modelName": "m", "handler": "h"}, "runtime": "ruby"}', "Invalid RuntimeType value: ruby"),
-])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b"[]", "JSON object"),
+        (b"null", "JSON object"),
+        (b"{}", 'no object "model"'),
+        (b'{"model": []}', 'no object "model"'),
+        (b'{"model": {"handler": "h"}}', "modelName"),
+        (b'{"model": {"modelName": "m"}}', "no model.handler"),
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b'{"model": ' + b"[" * 40 + b"]" * 40 + b"}", "32 levels"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b" " * (1 << 20) + b"{}", "more than the 1048576"),
+        (b'{"model": {"modelName": 3, "handler": "h"}}', "modelName must be text"),
+        (b'{"model": {"modelName": "m", "handler": ["h"]}}', "handler must be text"),
+        (b'{"model": {"modelName": "m", "handler": "h", "modelVersion": 1.10}}', "modelVersion must be text"),
+        (b'{"model": {"modelName": "m", "handler": "h"}, "runtime": "ruby"}', "Invalid RuntimeType value: ruby"),
+    ],
+)
 def test_bad_manifest_is_refused_with_a_reason(text: bytes, reason: str) -> None:
     with pytest.raises(InvalidModelError, match=r"^m\.mar: ") as caught:
         Manifest.parse(text, "m.mar")
@@ -511,7 +530,21 @@ def test_manifest_of_100_mib_is_refused_before_it_is_read(tmp_path: Path, cache:
 
 
 BAD_NAMES = [
-    "../x", "a/b", "%2e%2e", "", "x" * 300, "a\0", "a\u202eb", "all", "ALL", ".a", "-a", "a b", "ä", "a\n", "a:b",
+    "../x",
+    "a/b",
+    "%2e%2e",
+    "",
+    "x" * 300,
+    "a\0",
+    "a\u202eb",
+    "all",
+    "ALL",
+    ".a",
+    "-a",
+    "a b",
+    "ä",
+    "a\n",
+    "a:b",
 ]
 
 
@@ -536,8 +569,21 @@ def test_file_that_is_not_an_entry_is_refused(tmp_path: Path, cache: Path, field
         open_with(tmp_path, cache, **{field: name})
 
 
-@pytest.mark.parametrize("handler", ["../../e.py:f", "/etc/e.py", "a\\b.py", "handler.py:f()", "handler.py:", ":f",
-                                     "handler.py:a:b", "C:\\x.py", "handler .py", "handler.py\0"])
+@pytest.mark.parametrize(
+    "handler",
+    [
+        "../../e.py:f",
+        "/etc/e.py",
+        "a\\b.py",
+        "handler.py:f()",
+        "handler.py:",
+        ":f",
+        "handler.py:a:b",
+        "C:\\x.py",
+        "handler .py",
+        "handler.py\0",
+    ],
+)
 def test_hostile_handler_is_refused(tmp_path: Path, cache: Path, handler: str) -> None:
     with pytest.raises(InvalidModelError, match=r"^m\.mar: handler .* cannot be used"):
         open_with(tmp_path, cache, handler=handler)
@@ -550,8 +596,19 @@ def test_handler_that_is_nowhere_is_refused_with_the_nearest_name(tmp_path: Path
         open_with(tmp_path, cache, handler="other.py:handle")
 
 
-@pytest.mark.parametrize("handler", ["handler", "handler.py", "handler:handle", "handler.py:handle", "src/handler.py",
-                                     "json", "ts.torch_handler.base_handler", *BUILTIN_HANDLERS])
+@pytest.mark.parametrize(
+    "handler",
+    [
+        "handler",
+        "handler.py",
+        "handler:handle",
+        "handler.py:handle",
+        "src/handler.py",
+        "json",
+        "ts.torch_handler.base_handler",
+        *BUILTIN_HANDLERS,
+    ],
+)
 def test_handler_in_the_archive_built_in_or_installed_is_accepted(tmp_path: Path, cache: Path, handler: str) -> None:
     assert open_with(tmp_path, cache, handler=handler).manifest.handler == handler
 

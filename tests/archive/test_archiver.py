@@ -33,12 +33,23 @@ class Net(torch.nn.Module):
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with the files of a model."""
-    folder = write_folder(tmp_path / "src", {
-        "handler.py": HANDLER, "model.py": b"class Model:\n    pass\n", "w.pt": WEIGHTS, "labels.json": b"{}" * 4000,
-        "requirements.txt": b"numpy\n", "model-config.yaml": b"batchSize: 8\nbatchsize: 2\n",
-        "extra/a.txt": b"a", "extra/sub/b.txt": b"b", "extra/sub/deep/c.txt": b"c",
-        "extra/__pycache__/x.pyc": b"x", "extra/.git/config": b"x", "extra/__MACOSX/y": b"y",
-    })
+    folder = write_folder(
+        tmp_path / "src",
+        {
+            "handler.py": HANDLER,
+            "model.py": b"class Model:\n    pass\n",
+            "w.pt": WEIGHTS,
+            "labels.json": b"{}" * 4000,
+            "requirements.txt": b"numpy\n",
+            "model-config.yaml": b"batchSize: 8\nbatchsize: 2\n",
+            "extra/a.txt": b"a",
+            "extra/sub/b.txt": b"b",
+            "extra/sub/deep/c.txt": b"c",
+            "extra/__pycache__/x.pyc": b"x",
+            "extra/.git/config": b"x",
+            "extra/__MACOSX/y": b"y",
+        },
+    )
     monkeypatch.chdir(folder)
     return folder
 
@@ -51,8 +62,12 @@ def packed(**fields: Any) -> Path:
 @pytest.mark.parametrize("archive_format", FORMATS)
 def test_every_format_opens_again(sources: Path, tmp_path: Path, archive_format: str) -> None:
     path = packed(
-        archive_format=archive_format, model_file="model.py", requirements_file="requirements.txt",
-        config_file="model-config.yaml", extra_files="labels.json,extra", version="2.1",
+        archive_format=archive_format,
+        model_file="model.py",
+        requirements_file="requirements.txt",
+        config_file="model-config.yaml",
+        extra_files="labels.json,extra",
+        version="2.1",
     )
     suffix = {"tgz": ".tar.gz", "no-archive": ""}.get(archive_format, ".mar")
     assert path == Path("out") / f"m{suffix}"
@@ -64,8 +79,16 @@ def test_every_format_opens_again(sources: Path, tmp_path: Path, archive_format:
     assert (found.requirements_file, found.config_file) == ("requirements.txt", "model-config.yaml")
     assert archive.config.batch_size == 8
     assert archive.files.keys() == {
-        "MAR-INF/MANIFEST.json", "handler.py", "model.py", "w.pt", "labels.json", "requirements.txt",
-        "model-config.yaml", "a.txt", "sub/b.txt", "sub/deep/c.txt",
+        "MAR-INF/MANIFEST.json",
+        "handler.py",
+        "model.py",
+        "w.pt",
+        "labels.json",
+        "requirements.txt",
+        "model-config.yaml",
+        "a.txt",
+        "sub/b.txt",
+        "sub/deep/c.txt",
     }
     assert (archive.model_dir / "sub/deep/c.txt").read_bytes() == b"c"
     assert archive.weights is not None
@@ -108,7 +131,9 @@ def test_manifest_has_torchserves_shape(sources: Path, monkeypatch: pytest.Monke
     with zipfile.ZipFile(packed(handler="image_classifier", runtime="python3")) as file:
         found = json.loads(file.read("MAR-INF/MANIFEST.json"))
     assert found == {
-        "createdOn": "14/11/2023 22:13:20", "runtime": "python3", "archiverVersion": "1.0",
+        "createdOn": "14/11/2023 22:13:20",
+        "runtime": "python3",
+        "archiverVersion": "1.0",
         "model": {"modelName": "m", "serializedFile": "w.pt", "handler": "image_classifier", "modelVersion": "1.0"},
     }
 
@@ -121,10 +146,17 @@ def test_same_files_give_the_same_bytes(sources: Path, monkeypatch: pytest.Monke
     assert packed(archive_format=archive_format, extra_files="extra", force=True).read_bytes() == first
 
 
-@pytest.mark.parametrize(("given", "written"), [
-    ("handler.py", "handler.py"), ("handler", "handler"), ("handler.py:handle", "handler.py:handle"),
-    ("handler:handle", "handler:handle"), ("./handler.py", "handler.py"), ("../src/handler:handle", "handler:handle"),
-])
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("handler.py", "handler.py"),
+        ("handler", "handler"),
+        ("handler.py:handle", "handler.py:handle"),
+        ("handler:handle", "handler:handle"),
+        ("./handler.py", "handler.py"),
+        ("../src/handler:handle", "handler:handle"),
+    ],
+)
 def test_handler_file_may_be_spelled_in_all_ways(sources: Path, tmp_path: Path, given: str, written: str) -> None:
     archive = open_archive(packed(handler=given), cache_dir=tmp_path / "cache")
     assert archive.manifest.handler == written
@@ -154,7 +186,12 @@ def test_handler_that_is_nowhere_names_the_nearest(sources: Path) -> None:
 def test_extra_files_take_wildcards_lists_and_folders(sources: Path) -> None:
     with zipfile.ZipFile(packed(extra_files=" *.json , extra/sub/*.txt,./requirements.txt,")) as file:
         assert set(file.namelist()) == {
-            "MAR-INF/MANIFEST.json", "handler.py", "w.pt", "labels.json", "b.txt", "requirements.txt",
+            "MAR-INF/MANIFEST.json",
+            "handler.py",
+            "w.pt",
+            "labels.json",
+            "b.txt",
+            "requirements.txt",
         }
 
 
@@ -175,28 +212,40 @@ def test_the_same_file_named_twice_is_packed_once(sources: Path) -> None:
         assert sorted(file.namelist()) == sorted({*file.namelist()})
 
 
-@pytest.mark.parametrize(("fields", "reason"), [
-    ({"extra_files": "*.nothing"}, r"matches no file: \*\.nothing"),
-    ({"extra_files": "labels.json,missing.txt"}, r"extra file not found: missing\.txt"),
-    ({"serialized_file": "no.pt"}, r"serialized file not found: no\.pt"),
-    ({"model_file": "no.py"}, "model file not found"),
-    ({"requirements_file": "no.txt"}, "requirements file not found"),
-    ({"config_file": "no.yaml"}, "config file not found"),
-    ({"config_file": "labels.json"}, r"labels\.json: is not plain YAML"),
-    ({"model_name": "../m"}, "modelName .* cannot be used"),
-    ({"model_name": "all"}, "modelName .* cannot be used"),
-    ({"version": "1/2"}, "modelVersion .* cannot be used"),
-    ({"archive_format": "rar"}, "use one of default, zip-store"),
-    ({"runtime": "ruby"}, "use one of python"),
-    ({"extra_files": "twins"}, "differ only in case"),
-    ({"extra_files": "linked"}, "link to a folder"),
-    ({"extra_files": "own"}, "written by the archiver"),
-    ({"extra_files": "pipes"}, "not found|not a regular file"),
-    ({"serialized_file": "empty.pt"}, r"^m\.mar: serializedFile .* is empty"),
-])
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"extra_files": "*.nothing"}, r"matches no file: \*\.nothing"),
+        ({"extra_files": "labels.json,missing.txt"}, r"extra file not found: missing\.txt"),
+        ({"serialized_file": "no.pt"}, r"serialized file not found: no\.pt"),
+        ({"model_file": "no.py"}, "model file not found"),
+        ({"requirements_file": "no.txt"}, "requirements file not found"),
+        ({"config_file": "no.yaml"}, "config file not found"),
+        ({"config_file": "labels.json"}, r"labels\.json: is not plain YAML"),
+        ({"model_name": "../m"}, "modelName .* cannot be used"),
+        ({"model_name": "all"}, "modelName .* cannot be used"),
+        ({"version": "1/2"}, "modelVersion .* cannot be used"),
+        ({"archive_format": "rar"}, "use one of default, zip-store"),
+        ({"runtime": "ruby"}, "use one of python"),
+        ({"extra_files": "twins"}, "differ only in case"),
+        ({"extra_files": "linked"}, "link to a folder"),
+        ({"extra_files": "own"}, "written by the archiver"),
+        ({"extra_files": "pipes"}, "not found|not a regular file"),
+        ({"serialized_file": "empty.pt"}, r"^m\.mar: serializedFile .* is empty"),
+    ],
+)
 def test_what_cannot_be_packed_leaves_nothing(sources: Path, fields: dict[str, Any], reason: str) -> None:
-    write_folder(sources, {"twins/a.txt": b"1", "twins/A.txt": b"2", "linked/x": b"", "empty.pt": b"",
-                           "own/MAR-INF/MANIFEST.json": b"{}", "pipes/x": b""})
+    write_folder(
+        sources,
+        {
+            "twins/a.txt": b"1",
+            "twins/A.txt": b"2",
+            "linked/x": b"",
+            "empty.pt": b"",
+            "own/MAR-INF/MANIFEST.json": b"{}",
+            "pipes/x": b"",
+        },
+    )
     (sources / "linked/extra").symlink_to("../extra")
     os.mkfifo(sources / "pipes/pipe")
     with pytest.raises(InvalidModelError, match=reason):
@@ -247,10 +296,33 @@ def run(add: Any, command: Any, *arguments: str) -> int:
 
 
 def test_archive_command_prints_path_and_size(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = run(add_archiver_arguments, archive_command, "--model-name", "m", "-v", "1.0", "--handler", "handler.py",
-               "--serialized-file", "w.pt", "--model-file", "model.py", "--extra-files", "labels.json", "-f",
-               "--export-path", "out", "--runtime", "python", "--archive-format", "default", "-r", "requirements.txt",
-               "-c", "model-config.yaml")
+    code = run(
+        add_archiver_arguments,
+        archive_command,
+        "--model-name",
+        "m",
+        "-v",
+        "1.0",
+        "--handler",
+        "handler.py",
+        "--serialized-file",
+        "w.pt",
+        "--model-file",
+        "model.py",
+        "--extra-files",
+        "labels.json",
+        "-f",
+        "--export-path",
+        "out",
+        "--runtime",
+        "python",
+        "--archive-format",
+        "default",
+        "-r",
+        "requirements.txt",
+        "-c",
+        "model-config.yaml",
+    )
     assert code == 0
     assert capsys.readouterr().out == f"out/m.mar ({Path('out/m.mar').stat().st_size / 1024:.1f} KiB)\n"
 
@@ -280,16 +352,26 @@ def test_inspect_shows_manifest_config_entries_and_mapping(sources: Path, capsys
     path = packed(config_file="model-config.yaml", extra_files="labels.json")
     assert run(add_inspect_arguments, inspect_command, str(path)) == 0
     out = capsys.readouterr().out
-    for expected in ('"modelName": "m"', '"batchSize": 8', "stored", "deflated", "mapped from the archive at byte",
-                     "warning: m.mar: model-config.yaml: unknown key \"batchsize\", did you mean batchSize?"):
+    for expected in (
+        '"modelName": "m"',
+        '"batchSize": 8',
+        "stored",
+        "deflated",
+        "mapped from the archive at byte",
+        'warning: m.mar: model-config.yaml: unknown key "batchsize", did you mean batchSize?',
+    ):
         assert expected in out
     line = next(line for line in out.splitlines() if line.endswith("w.pt"))
     assert line.split() == [str(len(WEIGHTS)), str(len(WEIGHTS)), "stored", "w.pt"]
 
 
-@pytest.mark.parametrize(("archive_format", "expected"), [
-    ("tgz", "unpacked once into the cache"), ("no-archive", "used where it lies"),
-])
+@pytest.mark.parametrize(
+    ("archive_format", "expected"),
+    [
+        ("tgz", "unpacked once into the cache"),
+        ("no-archive", "used where it lies"),
+    ],
+)
 def test_inspect_reads_the_other_formats(
     sources: Path, capsys: pytest.CaptureFixture[str], archive_format: str, expected: str
 ) -> None:

@@ -51,16 +51,40 @@ def refused(tmp_path: Path) -> Iterator[Callable[..., str]]:
         return text
 
     yield check
-    left = {name for name in tree(tmp_path) - before
-            if name not in {"cache", "cache/archives", "cache/locks", "cache/digests"}
-            and not name.startswith(("cache/locks/", "cache/digests/"))}
+    left = {
+        name
+        for name in tree(tmp_path) - before
+        if name not in {"cache", "cache/archives", "cache/locks", "cache/digests"}
+        and not name.startswith(("cache/locks/", "cache/digests/"))
+    }
     assert left == set()
 
 
 BAD_NAMES = [
-    b"../e", b"/abs", b"a/../../e", b"..\\w", b"C:\\x", b"C:/x", b"c:x", b"a//b", b"./a", b"a/.", b"..", b"a/..", b"",
-    b"a\0b", b"a\nb", b"\x7f", b"\x1b[2J", "a\u202eb".encode(), "e\u0301".encode(), "a\u200bb".encode(), b"\\\\h\\s",
-    b"x" * 256, b"a/" * 40 + b"b", b"y/" * 600 + b"z",
+    b"../e",
+    b"/abs",
+    b"a/../../e",
+    b"..\\w",
+    b"C:\\x",
+    b"C:/x",
+    b"c:x",
+    b"a//b",
+    b"./a",
+    b"a/.",
+    b"..",
+    b"a/..",
+    b"",
+    b"a\0b",
+    b"a\nb",
+    b"\x7f",
+    b"\x1b[2J",
+    "a\u202eb".encode(),
+    "e\u0301".encode(),
+    "a\u200bb".encode(),
+    b"\\\\h\\s",
+    b"x" * 256,
+    b"a/" * 40 + b"b",
+    b"y/" * 600 + b"z",
 ]
 
 # A tar cannot hold a name that is empty or has NUL, and a leading ./ is how it names the current folder.
@@ -74,9 +98,7 @@ def test_bad_name_in_zip_is_refused(tmp_path: Path, refused: Callable[..., str],
 
 @pytest.mark.parametrize("name", BAD_TAR_NAMES, ids=ascii)
 @pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_bad_name_in_tar_is_refused(
-    tmp_path: Path, refused: Callable[..., str], name: str, tar_format: int
-) -> None:
+def test_bad_name_in_tar_is_refused(tmp_path: Path, refused: Callable[..., str], name: str, tar_format: int) -> None:
     refused(write_tgz(tmp_path / "m.tgz", tarfile.TarInfo(name), tar_format=tar_format))
 
 
@@ -92,18 +114,35 @@ def test_file_that_is_also_a_folder_is_refused_in_either_order(tmp_path: Path, r
     assert "both a file and a folder" in refused(path)
 
 
-@pytest.mark.parametrize(("mode", "reason"), [
-    (0o120777, "symbolic link"), (0o010644, "device, pipe"), (0o020644, "device, pipe"), (0o060644, "device, pipe"),
-    (0o140644, "device, pipe"), (0o104755, "set-user"), (0o102755, "set-user"), (0o040755, "both as a file"),
-])
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        (0o120777, "symbolic link"),
+        (0o010644, "device, pipe"),
+        (0o020644, "device, pipe"),
+        (0o060644, "device, pipe"),
+        (0o140644, "device, pipe"),
+        (0o104755, "set-user"),
+        (0o102755, "set-user"),
+        (0o040755, "both as a file"),
+    ],
+)
 def test_special_file_in_zip_is_refused(tmp_path: Path, refused: Callable[..., str], mode: int, reason: str) -> None:
     assert reason in refused(write_mar(tmp_path / "m.mar", Member(b"e", b"/etc/passwd", mode=mode)))
 
 
-@pytest.mark.parametrize(("kind", "reason"), [
-    (tarfile.SYMTYPE, "symbolic link"), (tarfile.LNKTYPE, "hard link"), (tarfile.FIFOTYPE, "pipe"),
-    (tarfile.CHRTYPE, "device"), (tarfile.BLKTYPE, "device"), (tarfile.GNUTYPE_SPARSE, "sparse"), (b"Z", "unknown"),
-])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (tarfile.SYMTYPE, "symbolic link"),
+        (tarfile.LNKTYPE, "hard link"),
+        (tarfile.FIFOTYPE, "pipe"),
+        (tarfile.CHRTYPE, "device"),
+        (tarfile.BLKTYPE, "device"),
+        (tarfile.GNUTYPE_SPARSE, "sparse"),
+        (b"Z", "unknown"),
+    ],
+)
 def test_special_file_in_tar_is_refused(tmp_path: Path, refused: Callable[..., str], kind: bytes, reason: str) -> None:
     header = tarfile.TarInfo("m/e")
     header.type = kind
@@ -181,7 +220,8 @@ def test_a_million_entries_are_refused(tmp_path: Path, refused: Callable[..., st
     directory = central * count
     at = len(local) + len(directory)
     path.write_bytes(
-        local + directory
+        local
+        + directory
         + struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), len(local))
         + struct.pack("<4sLQL", b"PK\6\7", 0, at, 1)
         + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
@@ -199,9 +239,7 @@ def test_longest_name_a_zip_can_hold_is_refused(tmp_path: Path, refused: Callabl
     assert "65535 bytes" in text and len(text) < 400
 
 
-def test_huge_pax_record_is_refused_without_reading_it_into_memory(
-    tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_huge_pax_record_is_refused_without_reading_it_into_memory(tmp_path: Path, refused: Callable[..., str]) -> None:
     header = tarfile.TarInfo("m/x")
     header.pax_headers = {"comment": "x" * (1 << 20)}
     assert "record of" in refused(write_tgz(tmp_path / "m.tgz", header))
@@ -278,8 +316,10 @@ def test_zip64_end_record_that_contradicts_is_refused(tmp_path: Path, refused: C
     for lie in (0, 1):
         path = tmp_path / f"m{lie}.mar"
         path.write_bytes(
-            body + struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, offset + lie)
-            + struct.pack("<4sLQL", b"PK\6\7", 0, len(body), 1) + end
+            body
+            + struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, offset + lie)
+            + struct.pack("<4sLQL", b"PK\6\7", 0, len(body), 1)
+            + end
         )
         if lie:
             assert "contradicts" in refused(path)
@@ -296,9 +336,15 @@ def test_damaged_tar_is_refused(tmp_path: Path, refused: Callable[..., str]) -> 
     wrong_crc = bytearray(whole)
     wrong_crc[-7] ^= 1
     cases = {
-        "cut": whole[: len(whole) // 2], "cut at the end": whole[:-4], "crc": bytes(wrong_crc), "junk": whole + b"junk",
-        "tail": gzip.compress(plain + b"\0" * 512 + b"junk"), "header": gzip.compress(bytes(flipped)),
-        "cut inside": gzip.compress(plain[:1500]), "empty tar": gzip.compress(bytes(10240)), "gzip": gzip.compress(b""),
+        "cut": whole[: len(whole) // 2],
+        "cut at the end": whole[:-4],
+        "crc": bytes(wrong_crc),
+        "junk": whole + b"junk",
+        "tail": gzip.compress(plain + b"\0" * 512 + b"junk"),
+        "header": gzip.compress(bytes(flipped)),
+        "cut inside": gzip.compress(plain[:1500]),
+        "empty tar": gzip.compress(bytes(10240)),
+        "gzip": gzip.compress(b""),
         "negative size": gzip.compress(_with_size(plain, b"\xff" * 12)),
         "bad digits": gzip.compress(_with_size(plain, b"9" * 11 + b"\0")),
         "huge size": gzip.compress(_with_size(plain, b"\x80" + b"\xff" * 11)),
@@ -323,10 +369,23 @@ def test_archive_without_manifest_says_how_to_make_one(tmp_path: Path, refused: 
     assert "pyserve archive --model-name" in refused(write_plain_mar(tmp_path / "m.mar", files))
 
 
-@pytest.mark.parametrize(("name", "ok"), [
-    ("a", True), ("a/b.py", True), ("modèle.pt", True), ("模型/重み.pt", True), ("a b.txt", True), ("..a", True),
-    ("a..b/c", True), (".hidden", True), ("a:b", False), ("ab:c", True), ("a\ud800", False), ("x" * 255, True),
-])
+@pytest.mark.parametrize(
+    ("name", "ok"),
+    [
+        ("a", True),
+        ("a/b.py", True),
+        ("modèle.pt", True),
+        ("模型/重み.pt", True),
+        ("a b.txt", True),
+        ("..a", True),
+        ("a..b/c", True),
+        (".hidden", True),
+        ("a:b", False),
+        ("ab:c", True),
+        ("a\ud800", False),
+        ("x" * 255, True),
+    ],
+)
 def test_names_of_many_kinds(name: str, ok: bool) -> None:
     assert (name_problem(name) is None) is ok
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pyserve.archive.import_scan import missing_imports, scan_folder
 
-SOURCE = '''
+SOURCE = """
 import os.path
 import local_one
 from typing import TYPE_CHECKING
@@ -34,7 +34,7 @@ except ValueError:
 def handle(data, context):
     from nothing_e import f
     return f(data)
-'''
+"""
 
 
 def test_all_missing_modules_are_found_at_once_without_running_anything(tmp_path: Path) -> None:

@@ -57,19 +57,49 @@ conversion: script
 handler: {profile: true}
 """)
     assert dataclasses.asdict(config) | {"raw": {}} == {
-        "workers_min": 1, "workers_max": 4, "batch_size": 8, "max_batch_delay_ms": 100, "min_batch": 2,
-        "response_timeout_s": 120, "startup_timeout_s": 60, "device_type": "gpu", "device_ids": [0, 2],
-        "queue_size": 1000, "precision": "bf16", "memory_format": "channels_last",
+        "workers_min": 1,
+        "workers_max": 4,
+        "batch_size": 8,
+        "max_batch_delay_ms": 100,
+        "min_batch": 2,
+        "response_timeout_s": 120,
+        "startup_timeout_s": 60,
+        "device_type": "gpu",
+        "device_ids": [0, 2],
+        "queue_size": 1000,
+        "precision": "bf16",
+        "memory_format": "channels_last",
         "input": {
-            "dtype": "float32", "shape": (3, -1, 224), "name": "", "sizes": ((3, 3), (1, None), (224, 224)),
-            "values": None, "same": (), "pad_to": (), "pad_value": 0,
+            "dtype": "float32",
+            "shape": (3, -1, 224),
+            "name": "",
+            "sizes": ((3, 3), (1, None), (224, 224)),
+            "values": None,
+            "same": (),
+            "pad_to": (),
+            "pad_value": 0,
         },
-            "retry_timeout_max_s": 300, "client_timeout_ms": 0,
-        "parallel_type": "tp", "parallel_level": 2, "torchrun": {"nproc-per-node": 2}, "use_job_ticket": True,
-        "continuous_batching": False, "sequence_batching": True, "sequence_idle_max_ms": 10,
-        "sequence_timeout_ms": 20, "sequence_queue_size": 3, "sequence_count_max": 4, "async_communication": True,
-        "use_venv": False, "batch_dependent": "allowed", "precision_error_max": 0.05, "audit_share": 0.001,
-        "conversion": "script", "raw": {}, "has_file": True, "warnings": [],
+        "retry_timeout_max_s": 300,
+        "client_timeout_ms": 0,
+        "parallel_type": "tp",
+        "parallel_level": 2,
+        "torchrun": {"nproc-per-node": 2},
+        "use_job_ticket": True,
+        "continuous_batching": False,
+        "sequence_batching": True,
+        "sequence_idle_max_ms": 10,
+        "sequence_timeout_ms": 20,
+        "sequence_queue_size": 3,
+        "sequence_count_max": 4,
+        "async_communication": True,
+        "use_venv": False,
+        "batch_dependent": "allowed",
+        "precision_error_max": 0.05,
+        "audit_share": 0.001,
+        "conversion": "script",
+        "raw": {},
+        "has_file": True,
+        "warnings": [],
     }
     assert config.raw["handler"] == {"profile": True}
 
@@ -88,30 +118,96 @@ def test_no_file_is_all_none() -> None:
     assert set(values.values()) == {None}
 
 
-@pytest.mark.parametrize("line", [
-    "minWorkers: 1000000000", "minWorkers: -1", "maxWorkers: 1025", "minWorkers: two", "minWorkers: 1.0",
-    "minWorkers: true", "batchSize: -1", "batchSize: 0", "batchSize: 2147483648", "batchSize: 65537",
-    "batchSize: [8]", 'batchSize: "8"', "batchSize: {a: 1}", "maxBatchDelay: .inf", "maxBatchDelay: .nan",
-    "maxBatchDelay: -1", "maxBatchDelay: 3600001", "responseTimeout: 0", "responseTimeout: 86401", "startupTimeout: 0",
-    "deviceIds: 3", "deviceIds: []", "deviceIds: [-1]", "deviceIds: [a]", "deviceIds: {0: 1}", "deviceIds: [1024]",
-    "deviceIds: [true]", "deviceType: 3", "jobQueueSize: 0", "jobQueueSize: 1000001", "precision: int8",
-    "precision: 16", "memoryFormat: nhwc", "input: 3", "input: {}", "input: {dtype: float32}",
-    "input: {dtype: complex, shape: [3]}", "input: {dtype: [1], shape: [3]}", "input: {shape: 3}",
-    "input: {shape: [0]}", "input: {shape: [-2]}", "input: {shape: [1.5]}", "input: {shape: [true]}",
-    "input: {shape: [65536, 65536]}", "input: {shape: [1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1]}",
-    "input: {shape: [3], size: 4}", "input: {shape: [-1], pad_to: 4}", "input: {shape: [-1], pad_to: [8, 4]}",
-    "input: {shape: [-1], pad_to: [0]}", "input: {shape: [3], pad_to: [4]}", "input: {shape: [-1, -1], pad_to: [4]}",
-    "input: {shape: [-1], pad_to: [99999999999]}", 'input: {shape: [-1], pad_to: [4], pad_value: "x"}',
- "parallelType: dp", "useVenv: 1", 'useJobTicket: "yes"', "torchrun: 3",
-    'input: {shape: ["4..2"]}', 'input: {shape: [".."]}', "input: {shape: [0..4]}", "input: {shape: [1..99999999999]}",
-    "input: {dtype: int64, shape: [2..4], vocabulary: 0}", "input: {shape: [2], values: [1, 0]}",
-    "input: {shape: [2], same: length}", "input: []", "input: [{name: a, shape: [1]}, {name: a, shape: [1]}]",
-    "batchDependent: yes", "batchDependent: forbidden", "conversion: jit", "conversion: 1",
-    "audit: 101%", "audit: -1%", "audit: 1.5", "audit: .nan", "audit: some", "audit: true", "audit: [1]",
-    'audit: "1e-3%"',
-    "precisionErrorMax: 0", "precisionErrorMax: -0.1", "precisionErrorMax: .inf", "precisionErrorMax: 5%",
-    "clientTimeoutInMills: -1", f"batchSize: 0x{'f' * 5000}", "minBatch: 0",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "minWorkers: 1000000000",
+        "minWorkers: -1",
+        "maxWorkers: 1025",
+        "minWorkers: two",
+        "minWorkers: 1.0",
+        "minWorkers: true",
+        "batchSize: -1",
+        "batchSize: 0",
+        "batchSize: 2147483648",
+        "batchSize: 65537",
+        "batchSize: [8]",
+        'batchSize: "8"',
+        "batchSize: {a: 1}",
+        "maxBatchDelay: .inf",
+        "maxBatchDelay: .nan",
+        "maxBatchDelay: -1",
+        "maxBatchDelay: 3600001",
+        "responseTimeout: 0",
+        "responseTimeout: 86401",
+        "startupTimeout: 0",
+        "deviceIds: 3",
+        "deviceIds: []",
+        "deviceIds: [-1]",
+        "deviceIds: [a]",
+        "deviceIds: {0: 1}",
+        "deviceIds: [1024]",
+        "deviceIds: [true]",
+        "deviceType: 3",
+        "jobQueueSize: 0",
+        "jobQueueSize: 1000001",
+        "precision: int8",
+        "precision: 16",
+        "memoryFormat: nhwc",
+        "input: 3",
+        "input: {}",
+        "input: {dtype: float32}",
+        "input: {dtype: complex, shape: [3]}",
+        "input: {dtype: [1], shape: [3]}",
+        "input: {shape: 3}",
+        "input: {shape: [0]}",
+        "input: {shape: [-2]}",
+        "input: {shape: [1.5]}",
+        "input: {shape: [true]}",
+        "input: {shape: [65536, 65536]}",
+        "input: {shape: [1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1]}",
+        "input: {shape: [3], size: 4}",
+        "input: {shape: [-1], pad_to: 4}",
+        "input: {shape: [-1], pad_to: [8, 4]}",
+        "input: {shape: [-1], pad_to: [0]}",
+        "input: {shape: [3], pad_to: [4]}",
+        "input: {shape: [-1, -1], pad_to: [4]}",
+        "input: {shape: [-1], pad_to: [99999999999]}",
+        'input: {shape: [-1], pad_to: [4], pad_value: "x"}',
+        "parallelType: dp",
+        "useVenv: 1",
+        'useJobTicket: "yes"',
+        "torchrun: 3",
+        'input: {shape: ["4..2"]}',
+        'input: {shape: [".."]}',
+        "input: {shape: [0..4]}",
+        "input: {shape: [1..99999999999]}",
+        "input: {dtype: int64, shape: [2..4], vocabulary: 0}",
+        "input: {shape: [2], values: [1, 0]}",
+        "input: {shape: [2], same: length}",
+        "input: []",
+        "input: [{name: a, shape: [1]}, {name: a, shape: [1]}]",
+        "batchDependent: yes",
+        "batchDependent: forbidden",
+        "conversion: jit",
+        "conversion: 1",
+        "audit: 101%",
+        "audit: -1%",
+        "audit: 1.5",
+        "audit: .nan",
+        "audit: some",
+        "audit: true",
+        "audit: [1]",
+        'audit: "1e-3%"',
+        "precisionErrorMax: 0",
+        "precisionErrorMax: -0.1",
+        "precisionErrorMax: .inf",
+        "precisionErrorMax: 5%",
+        "clientTimeoutInMills: -1",
+        f"batchSize: 0x{'f' * 5000}",
+        "minBatch: 0",
+    ],
+)
 def test_bad_value_is_refused_and_its_key_named(line: str) -> None:
     with pytest.raises(InvalidModelError) as caught:
         parse(line)
@@ -138,10 +234,17 @@ def test_unknown_device_type_is_ignored_with_a_warning() -> None:
     assert "neuron" in config.warnings[0]
 
 
-@pytest.mark.parametrize(("key", "meant"), [
-    ("batchsize", "batchSize"), ("batch_size", "batchSize"), ("max-batch-delay", "maxBatchDelay"),
-    ("responseTimeOut", "responseTimeout"), ("minWorker", "minWorkers"), ("jobQueuSize", "jobQueueSize"),
-])
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("batchsize", "batchSize"),
+        ("batch_size", "batchSize"),
+        ("max-batch-delay", "maxBatchDelay"),
+        ("responseTimeOut", "responseTimeout"),
+        ("minWorker", "minWorkers"),
+        ("jobQueuSize", "jobQueueSize"),
+    ],
+)
 def test_near_miss_of_a_key_is_a_warning(key: str, meant: str) -> None:
     config = parse(f"{key}: 3")
     assert len(config.warnings) == 1
@@ -159,10 +262,16 @@ def test_many_unknown_keys_are_quick() -> None:
     assert len(config.warnings) <= 100
 
 
-@pytest.mark.parametrize("text", [
-    "a: !!python/object/apply:os.system ['touch {}']", "!!python/object/new:os.system ['touch {}']",
-    "a: !!python/name:os.system", "a: !!python/module:os", "a: !custom 3",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: !!python/object/apply:os.system ['touch {}']",
+        "!!python/object/new:os.system ['touch {}']",
+        "a: !!python/name:os.system",
+        "a: !!python/module:os",
+        "a: !custom 3",
+    ],
+)
 def test_yaml_builds_no_python_objects(tmp_path: Path, text: str) -> None:
     mark = tmp_path / "ran"
     with pytest.raises(InvalidModelError, match="is not plain YAML"):
@@ -176,10 +285,17 @@ def bomb(levels: int = 9, width: int = 9) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("text", [
-    bomb(), "a: &a {b: &b [1, 2], <<: *a}", "a: &a [*a]", "a: *nothing",
-    "a: &a {x: 1}\nb: {<<: [" + ", ".join(["*a"] * 60_000) + "]}",
-], ids=["bomb", "merge of itself", "itself", "nothing", "merges"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        bomb(),
+        "a: &a {b: &b [1, 2], <<: *a}",
+        "a: &a [*a]",
+        "a: *nothing",
+        "a: &a {x: 1}\nb: {<<: [" + ", ".join(["*a"] * 60_000) + "]}",
+    ],
+    ids=["bomb", "merge of itself", "itself", "nothing", "merges"],
+)
 def test_aliases_that_multiply_are_refused(text: str) -> None:
     with pytest.raises(InvalidModelError, match=r"alias|20000 values|not plain YAML"):
         parse(text)
@@ -190,11 +306,26 @@ def test_honest_aliases_are_read() -> None:
     assert config.raw["handler"] == {"x": 1, "y": 2}
 
 
-@pytest.mark.parametrize("text", [
-    "[" * 100_000, "a: " + "[" * 70 + "]" * 70, "- 1\n- 2", "text", "a: [", "a: b: c", "\t\tx: 1", "a: \x00",
-    "? [1]\n: 2",
-    "a: 2024-13-45", "{" * 1000, "a: " + "9" * 5000, "&a " * 10, "a: 1\n---\nb: 2",
-], ids=range(14))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "a: " + "[" * 70 + "]" * 70,
+        "- 1\n- 2",
+        "text",
+        "a: [",
+        "a: b: c",
+        "\t\tx: 1",
+        "a: \x00",
+        "? [1]\n: 2",
+        "a: 2024-13-45",
+        "{" * 1000,
+        "a: " + "9" * 5000,
+        "&a " * 10,
+        "a: 1\n---\nb: 2",
+    ],
+    ids=range(14),
+)
 def test_broken_yaml_is_refused(text: str) -> None:
     with pytest.raises(InvalidModelError, match=r"^m\.mar: model-config\.yaml: "):
         parse(text)
@@ -220,8 +351,9 @@ def test_a_bomb_takes_little_memory() -> None:
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], input=bomb(40, 40).encode(), check=True, capture_output=True,
-                          cwd=root)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=bomb(40, 40).encode(), check=True, capture_output=True, cwd=root
+    )
     assert int(done.stdout) * 1024 < 64 << 20
 
 

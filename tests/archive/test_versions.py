@@ -34,7 +34,8 @@ def test_other_versions_are_told_and_patch_levels_are_not() -> None:
     major, minor, *_ = platform.python_version_tuple()
     recorded = {"python": f"{major}.{minor}.99", "torch": "1.2.3+cpu", "packages": {"no-such-package": "4.5"}}
     assert [str(each) for each in versions.differences(recorded)] == [
-        f"torch 1.2.3+cpu, here {versions.installed('torch')}", "no-such-package 4.5, here not installed",
+        f"torch 1.2.3+cpu, here {versions.installed('torch')}",
+        "no-such-package 4.5, here not installed",
     ]
 
 

@@ -71,8 +71,12 @@ class World:
         self._order = itertools.count()
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self.load = Load(
-            plan, list(payloads), self.recording,
-            connect=self._connect, now=lambda: self.clock, on_done=lambda: None,
+            plan,
+            list(payloads),
+            self.recording,
+            connect=self._connect,
+            now=lambda: self.clock,
+            on_done=lambda: None,
         )
 
     def at(self, time: int, event: Callable[[], None]) -> None:
@@ -135,7 +139,7 @@ class World:
 def stall(world: World, begin: int, end: int, service: int = MS) -> None:
     """The server answers nothing between ``begin`` and ``end`` (ns after the start), then everything it holds."""
     first, last = world.begun_at + begin, world.begun_at + end
-    world.answer_at = lambda sent_at: (last if first <= sent_at + service < last else sent_at + service)
+    world.answer_at = lambda sent_at: last if first <= sent_at + service < last else sent_at + service
 
 
 # Percentiles.
@@ -145,8 +149,17 @@ def test_bucket_indices_are_those_of_hdr_histogram() -> None:
     print(f"PYSERVE_TEST_SEED={SEED}")
     generator = random.Random(SEED)
     built = histogram({})
-    for value in [0, 1, 2047, 2048, 2049, 4095, 4096, LATENCY_MAX_US,
-                  *(int(10 ** generator.uniform(0, 9.5)) for _ in range(2000))]:
+    for value in [
+        0,
+        1,
+        2047,
+        2048,
+        2049,
+        4095,
+        4096,
+        LATENCY_MAX_US,
+        *(int(10 ** generator.uniform(0, 9.5)) for _ in range(2000)),
+    ]:
         assert bucket_index(value) == built.get_counts_array_index(value), value
         assert bucket_value(bucket_index(value)) == built.get_lowest_equivalent_value(value), value
 
@@ -334,7 +347,7 @@ def test_wire_reads_answers_in_any_pieces(step: int) -> None:
     wire, transport, recording = wired()
     answer = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 503 Busy\r\nContent-Length: 9\r\n\r\nno worker"
     for begin in range(0, len(answer), step):
-        wire.data_received(answer[begin:begin + step])
+        wire.data_received(answer[begin : begin + step])
     assert recording.statuses == {503: 1}
     assert recording.samples == {"503": "no worker"}
     assert transport.written == b"GETGET", "the next request goes out on the same connection"
@@ -360,13 +373,32 @@ def test_json_holds_all_of_it_and_survives_a_round_trip(tmp_path: Path, capsys: 
     settings = {"rate": 1000.0, "timeout_s": 60.0, "in_flight_max": 50, "processes": 1, "is_image": True}
     result = json.loads(json.dumps(report.summarise(world.run(), settings, started_at="2026-01-01T00:00:00+00:00")))
     assert set(result) == {
-        "schema", "started_at", "settings", "machine", "window_s", "is_interrupted", "requests", "rates", "bytes",
-        "statuses", "errors", "error_samples", "latency_ms", "send_lag_ms", "generator_cpu_share", "histogram",
+        "schema",
+        "started_at",
+        "settings",
+        "machine",
+        "window_s",
+        "is_interrupted",
+        "requests",
+        "rates",
+        "bytes",
+        "statuses",
+        "errors",
+        "error_samples",
+        "latency_ms",
+        "send_lag_ms",
+        "generator_cpu_share",
+        "histogram",
         "series",
     }
     assert set(result["latency_ms"]) == {"p50", "p75", "p90", "p95", "p99", "p99.9", "max", "min", "mean", "stddev"}
     assert result["requests"] == {
-        "counted": 2000, "ok": 1800, "failed": 200, "unsent": 0, "unfinished": 0, "failed_share": 0.1,
+        "counted": 2000,
+        "ok": 1800,
+        "failed": 200,
+        "unsent": 0,
+        "unfinished": 0,
+        "failed_share": 0.1,
     }
     assert result["statuses"] == {"200": 1800, "503": 200}
     assert result["rates"]["images_per_s"] == result["rates"]["requests_per_s"] == pytest.approx(900, rel=0.01)

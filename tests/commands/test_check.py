@@ -44,7 +44,7 @@ def test_right_handler_passes_with_all_batch_sizes(tmp_path: Path) -> None:
     ("body", "kind", "what"),
     [
         ("return [data[0]['body']]", "shape", "a batch of 2: returned 1 for 2"),
-        ("return [{'boxes': [object()]} for row in data]", "element", 'holds a <class \'object\'> at ["boxes"][0]'),
+        ("return [{'boxes': [object()]} for row in data]", "element", "holds a <class 'object'> at [\"boxes\"][0]"),
         ("return [row['body'] for row in reversed(data)]", "order", "request 0 got the answer to request 1"),
         ("return [sum(map(sum, (row['body'] for row in data)))] * len(data)", "batch", "not the one it gets alone"),
         ("self.kept.append(data)\nreturn [len(self.kept) > 3 for row in data]", "state", "kept from call to call"),

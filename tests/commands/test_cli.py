@@ -104,8 +104,17 @@ def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_flags_reach_the_configuration_with_their_origin(started: list[Config]) -> None:
     arguments = [
-        "start", "--model-store", "store", "--models", "a.mar", "n=b.mar,c.mar", "--strict", "--disable-token-auth",
-        "--enable-model-api", "--metrics-address", "http://h:1",
+        "start",
+        "--model-store",
+        "store",
+        "--models",
+        "a.mar",
+        "n=b.mar,c.mar",
+        "--strict",
+        "--disable-token-auth",
+        "--enable-model-api",
+        "--metrics-address",
+        "http://h:1",
     ]
     assert cli.main(arguments) == 0
     (config,) = started
@@ -119,12 +128,22 @@ def test_flags_reach_the_configuration_with_their_origin(started: list[Config]) 
 
 def test_torchserves_other_flags_are_accepted_and_named(started: list[Config]) -> None:
     arguments = [
-        "start", "--model-store", "store", "--ncs", "--log-config", "x.xml", "--plugins-path", "p",
-        "--workflow-store", "w",
+        "start",
+        "--model-store",
+        "store",
+        "--ncs",
+        "--log-config",
+        "x.xml",
+        "--plugins-path",
+        "p",
+        "--workflow-store",
+        "w",
     ]
     assert cli.main(arguments) == 0
     assert [line.split()[0] for line in started[0].notices] == [
-        "--log-config", "--plugins-path", "--workflow-store",
+        "--log-config",
+        "--plugins-path",
+        "--workflow-store",
     ]
     assert (started[0].no_config_snapshots, started[0].restore) == (True, False)
 
@@ -180,8 +199,15 @@ def test_mistakes_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
 
 def test_table_is_aligned_and_shows_failures_beneath() -> None:
     rows: list[dict[str, Any]] = [
-        {"model": "densenet161", "version": "1.0", "state": "READY", "workers": 1, "device": "cpu", "batch": 8,
-         "url": "http://127.0.0.1:8080/predictions/densenet161"},
+        {
+            "model": "densenet161",
+            "version": "1.0",
+            "state": "READY",
+            "workers": 1,
+            "device": "cpu",
+            "batch": 8,
+            "url": "http://127.0.0.1:8080/predictions/densenet161",
+        },
         {"model": "bad\x1b[2J", "state": "FAILED", "error": "line one\nline two"},
     ]
     assert console.table_lines(rows) == [

@@ -22,13 +22,13 @@ from tests.support.handler_archives import TUTORIAL, Doubler, write_handler
 BOOM = TUTORIAL.replace("        rows = []\n", '        raise ValueError("boom")\n')
 STOPS = TUTORIAL.replace("        rows = []\n", "        rows = []\n        breakpoint()\n")
 FIRST_ONLY = "def handle(data, context):\n    return None if data is None else [data[0].get('body')]\n"
-STREAMER = '''
+STREAMER = """
 def handle(data, context):
     if data is not None:
         context.set_response_content_type(0, "text/plain")
         return ([f"part {number}"] for number in range(3))
-'''
-HEADERS = '''
+"""
+HEADERS = """
 class Headers:
     def initialize(self, context):
         pass
@@ -38,7 +38,7 @@ class Headers:
         context.set_response_header(0, "x-mine", "1")
         return [{"row": {k: repr(v) for k, v in data[0].items()}, "explain": context.get_request_header(0, "explain"),
                  "mine": context.get_request_header(0, "X-Mine")}]
-'''
+"""
 REQUEST = b"POST /explanations/m HTTP/1.1\r\nX-Mine: yes\r\nContent-Type: text/plain\r\n\r\nhello"
 
 

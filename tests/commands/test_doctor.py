@@ -16,7 +16,9 @@ from pyserve.config.config import read_config
 from tests.support import certificates
 from tests.support.handler_archives import ECHO, write_handler
 
-FREE = "inference_address=http://127.0.0.1:0\nmanagement_address=http://127.0.0.1:0\nmetrics_address=http://127.0.0.1:0\n"
+FREE = (
+    "inference_address=http://127.0.0.1:0\nmanagement_address=http://127.0.0.1:0\nmetrics_address=http://127.0.0.1:0\n"
+)
 FREE += "grpc_inference_port=0\ngrpc_management_port=0\n"
 LINE = re.compile(r"(PASS|WARN|FAIL)  \S.{13} \S.*|(    ){5} ?\S.*")
 

@@ -138,7 +138,10 @@ def test_every_flag_has_its_effect_or_says_that_it_has_none(
     assert config.load_models == "a.mar,n=b.mar,c=http://h/c.mar"
     assert (config.no_config_snapshots, config.disable_token_authorization, config.enable_model_api) == (True,) * 3
     assert sorted(line.split()[0] for line in config.notices) == [
-        "--cpp-log-config", "--log-config", "--plugins-path", "--workflow-store",
+        "--cpp-log-config",
+        "--log-config",
+        "--plugins-path",
+        "--workflow-store",
     ]
     assert (how["foreground"], how["like_torchserve"]) == (True, True)
 

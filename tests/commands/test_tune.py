@@ -112,9 +112,7 @@ def test_a_setting_that_the_model_cannot_run_is_shown_with_the_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYSERVE_CACHE", str(tmp_path / "cache"))
-    archive = write_torchscript(
-        tmp_path, OnlySmall(), "small", config={"input": {"dtype": "float32", "shape": [4]}}
-    )
+    archive = write_torchscript(tmp_path, OnlySmall(), "small", config={"input": {"dtype": "float32", "shape": [4]}})
     out = tmp_path / "tuned.yaml"
     assert cli.main(["tune", str(archive), "--out", str(out), "--precisions", "fp32", "--workers", "1", *QUICK]) == 0
     printed = capsys.readouterr().out

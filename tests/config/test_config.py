@@ -28,8 +28,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def load(text: str = "", *, environ: dict[str, str] | None = None, **overrides: str) -> Config:
     Path("config.properties").write_text(text)
     flags = {"model_store": "store"} | overrides
-    return load_config({key: (value, "--" + key.replace("_", "-")) for key, value in flags.items()},
-                       environ=environ or {})
+    return load_config(
+        {key: (value, "--" + key.replace("_", "-")) for key, value in flags.items()}, environ=environ or {}
+    )
 
 
 # The Java rules, each with the entries that java.util.Properties reads.
@@ -146,7 +147,9 @@ def test_wildcard_address_has_a_url_for_local_clients() -> None:
 def test_defaults_are_torchserves() -> None:
     config = load()
     assert [str(each) for each in config.addresses().values()] == [
-        "http://127.0.0.1:8080", "http://127.0.0.1:8081", "http://127.0.0.1:8082",
+        "http://127.0.0.1:8080",
+        "http://127.0.0.1:8081",
+        "http://127.0.0.1:8082",
     ]
     assert (config.max_request_size, config.max_response_size, config.job_queue_size) == (6553500, 6553500, 100)
     assert (config.default_response_timeout, config.default_startup_timeout) == (120, 120)

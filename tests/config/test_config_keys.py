@@ -90,9 +90,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def read(
-    text: str = "", environ: dict[str, str] | None = None, flags: dict[str, str] | None = None
-) -> Config:
+def read(text: str = "", environ: dict[str, str] | None = None, flags: dict[str, str] | None = None) -> Config:
     Path("config.properties").write_text(f"model_store=store\n{text}\n")
     overrides = {key: (value, "--" + key.replace("_", "-")) for key, value in (flags or {}).items()}
     return load_config(overrides, environ=environ or {})

@@ -98,9 +98,7 @@ def test_file_is_fetched_as_it_is(web: HostileWeb, tmp_path: Path, path: str) ->
         (redirect("/models/x.mar"), "redirected more than 5 times"),
     ],
 )
-def test_what_is_not_a_whole_archive_leaves_nothing(
-    web: HostileWeb, tmp_path: Path, answer: Any, reason: str
-) -> None:
+def test_what_is_not_a_whole_archive_leaves_nothing(web: HostileWeb, tmp_path: Path, answer: Any, reason: str) -> None:
     web.answers["/models/x.mar"] = answer
     with pytest.raises(TransferError, match=reason):
         fetched(tmp_path, f"{web.url}/models/x.mar", allowed=rf"http://127.0.0.1:{web.port}/models/.*")
@@ -184,9 +182,11 @@ def test_certificate_must_be_for_the_name_and_from_a_known_authority(
     store.mkdir()
     monkeypatch.setenv("SSL_CERT_FILE", str(authority))
     answers = {"/m.mar": file_answer(CONTENT)}
-    with HostileWeb(dict(answers), context) as good, HostileWeb(dict(answers), other) as bad, HostileWeb(
-        greeting=b"SSH-2.0-OpenSSH\r\n"
-    ) as plain:
+    with (
+        HostileWeb(dict(answers), context) as good,
+        HostileWeb(dict(answers), other) as bad,
+        HostileWeb(greeting=b"SSH-2.0-OpenSSH\r\n") as plain,
+    ):
         assert fetched(store, f"https://localhost:{good.port}/m.mar") == CONTENT
         (store / "m.mar").unlink()
 

@@ -215,9 +215,7 @@ def test_a_full_queue_refuses_and_says_why(server: Server, client: Stub, tmp_pat
     assert held.result() and second.result()
 
 
-def test_a_deadline_holds_in_the_queue_and_the_request_never_runs(
-    server: Server, client: Stub, tmp_path: Path
-) -> None:
+def test_a_deadline_holds_in_the_queue_and_the_request_never_runs(server: Server, client: Stub, tmp_path: Path) -> None:
     def dropped() -> float:  # by its deadline, or by grpc's cancelling it a moment before
         aborted = server.metric("pyserve_requests_aborted_total", model="echo")
         return aborted + server.metric("pyserve_requests_rejected_total", model="echo", reason="expired")

@@ -228,9 +228,7 @@ def test_tls(own: Server) -> None:
 
 
 def test_the_model_api_is_off_where_strangers_reach_grpc(own: Server) -> None:
-    (own.folder / "config.properties").write_text(
-        "grpc_management_address=0.0.0.0\ndisable_token_authorization=true\n"
-    )
+    (own.folder / "config.properties").write_text("grpc_management_address=0.0.0.0\ndisable_token_authorization=true\n")
     own.start("--grpc", "true", "--models", "linear.mar")
     with Stub(own.grpc("management").replace("0.0.0.0", "127.0.0.1"), MANAGING) as manager:
         error = refused(manager.UnregisterModel, model_name="linear")

@@ -233,9 +233,7 @@ def test_handle_reports_its_time(model_dir: Path) -> None:
     assert value == round(value, 2)
 
 
-def test_profiler_writes_a_chrome_trace(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_profiler_writes_a_chrome_trace(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "TRACE_FOLDER", str(tmp_path / "traces"))
     monkeypatch.setenv("ENABLE_TORCH_PROFILER", "1")
     assert answers_of(BaseHandler(), model_dir, EAGER) == [[4.0, 6.0], [2.0, 2.0]]

@@ -393,4 +393,3 @@ def test_bad_labels_are_a_load_error_that_names_the_file(tmp_path: Path, content
 
 def test_missing_labels_are_fine(tmp_path: Path) -> None:
     assert read_labels(tmp_path / "index_to_name.json") is None
-

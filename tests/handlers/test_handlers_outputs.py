@@ -112,7 +112,8 @@ def test_what_has_no_raw_bytes_is_refused_for_those_who_ask_for_them(output: Any
     [
         ((X, torch.tensor(1.0)), "output '1' is a tensor of no dimensions, one number for the whole batch"),
         ({"a": {"b": X, "c": torch.zeros(3, 1)}}, "but output 'a.b' has 2, output 'a.c' has 3"),
-        ((None, 3), "no tensor at all"), ({}, "no tensor at all"),
+        ((None, 3), "no tensor at all"),
+        ({}, "no tensor at all"),
         ((X, {1, 2}), "output '1' of the model is a set, not a tensor, None, a number"),
         (object(), "the only output of the model is a object, not"),
         ({"x": np.array(["a", "b"])}, "output 'x' is an array of <U1"),

@@ -112,9 +112,7 @@ class Detector(torch.nn.Module):
 class ScriptedDetector(torch.nn.Module):
     """Takes a list and answers (losses, detections), as scripted models of torchvision do."""
 
-    def forward(
-        self, images: list[torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    def forward(self, images: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
         losses: dict[str, torch.Tensor] = {}
         found: list[dict[str, torch.Tensor]] = []
         for image in images:

@@ -270,7 +270,7 @@ def test_who_shares_a_dimension_has_the_sizes_that_all_allow() -> None:
 @pytest.mark.parametrize(
     ("ids", "mask", "says"),
     [
-        (PADDED, {}, "\"mask\" has a free dimension, and \"ids\" is padded"),
+        (PADDED, {}, '"mask" has a free dimension, and "ids" is padded'),
         (PADDED, {"pad_to": [8]}, "share a dimension .*padding.*one pad_to"),
         ({"same": "n", **PADDED}, PADDED, "some have 'same'"),
         ({"same": "n", **PADDED}, {"same": "n"}, "one pad_to"),

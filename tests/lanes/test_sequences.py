@@ -215,6 +215,7 @@ def test_what_waits_in_a_sequence_is_answered_when_draining_is_cut_short(tmp_pat
     server.start("--models", "all", "--ts-config", "config.properties")
     running, results = tmp_path / "running", dict[int, Answer]()
     try:
+
         def add(number: int, **order: Any) -> threading.Thread:
             thread = threading.Thread(target=lambda: results.update({number: ask(server, id, add=number, **order)}))
             thread.start()

@@ -482,7 +482,7 @@ def test_a_model_snapshot_of_another_shape_ends_the_start(server: Server) -> Non
     path.write_text('model_snapshot={"models": []}\n')
     started = server.run("start", "--ts-config", str(path))
     assert started.returncode == 1
-    assert f"pyserve: error: {path}:1: model_snapshot: it has no \"models\"" in started.stderr
+    assert f'pyserve: error: {path}:1: model_snapshot: it has no "models"' in started.stderr
     assert pid_file.read(server.pid_path) is None
 
 

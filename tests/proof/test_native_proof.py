@@ -375,8 +375,12 @@ class Mixed(nn.Module):
 
     def forward(self, x):
         ids = x.argmax(1) + self.first_id
-        return self.linear(x), ids, self.scale.expand(x.shape[0]), self.flag.expand(x.shape[0]), self.turn.expand(
-            x.shape[0]
+        return (
+            self.linear(x),
+            ids,
+            self.scale.expand(x.shape[0]),
+            self.flag.expand(x.shape[0]),
+            self.turn.expand(x.shape[0]),
         )
 
 

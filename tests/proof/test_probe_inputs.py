@@ -104,9 +104,7 @@ def test_rows_of_a_batch_have_one_shape_and_different_numbers() -> None:
 
 
 def test_a_handler_without_specs_has_the_shape_of_its_example() -> None:
-    assert InputDomain.of(object(), [torch.rand(1, 3, 8, 8)]) == [
-        InputDomain(torch.float32, ((3, 3), (8, 8), (8, 8)))
-    ]
+    assert InputDomain.of(object(), [torch.rand(1, 3, 8, 8)]) == [InputDomain(torch.float32, ((3, 3), (8, 8), (8, 8)))]
 
 
 def test_rows_of_a_batch_differ_in_kind() -> None:

@@ -23,7 +23,7 @@ from tests.support.serving import JSON, LIMIT_S, Answer, Server
 LONG = str(TIMEOUT_MAX_MS)
 
 # Notes each request that it is called with; a request may wait for a file.
-NOTES = '''
+NOTES = """
 import os
 import time
 
@@ -41,11 +41,11 @@ class Notes:
             while "until" in order and not os.path.exists(order["until"]):
                 time.sleep(0.001)
         return [{"name": order["name"], "batch": len(orders), "pid": os.getpid()} for order in orders]
-'''
+"""
 
 
 # Says when it runs, then goes on until its client has gone, which it notes.
-WATCHER = '''
+WATCHER = """
 import json
 import time
 
@@ -65,11 +65,11 @@ class Watcher:
         with open(orders[0]["notes"], "w") as file:
             json.dump({"gone": gone, "remaining": remaining}, file)
         return ["seen"] * len(data)
-'''
+"""
 
 
 # Streams without end, and notes how it came to one.
-ENDLESS = '''
+ENDLESS = """
 import time
 
 
@@ -86,7 +86,7 @@ def parts(notes, context):
     finally:
         with open(notes, "w") as file:
             file.write(f"cancelled={context.is_cancelled()}")
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tests.support.serving import JSON, Answer, Server
 ASKED = {**JSON, ASK_HEADER: "1"}
 METRIC = re.compile(r'([a-z-]+)(?:;dur=([0-9]+\.[0-9]{3}))?((?:;[a-z]+=(?:"[a-z_ ]*"|[0-9]+))*)')
 
-HANDLER = '''
+HANDLER = """
 import time
 
 
@@ -39,7 +39,7 @@ def handle(data, context):
 def stream():
     yield ["a"]
     yield ["b"]
-'''
+"""
 
 
 def parsed(text: str) -> dict[str, tuple[float, str]]:

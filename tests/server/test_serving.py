@@ -118,9 +118,7 @@ def wait_for_batches(site: Server, model: str, size: int) -> None:
 # --- right answers ----------------------------------------------------------------------------------------------------
 
 
-def test_answers_equal_those_of_torch(
-    site: Server, served: tuple[str, torch.nn.Module, tuple[int, ...]]
-) -> None:
+def test_answers_equal_those_of_torch(site: Server, served: tuple[str, torch.nn.Module, tuple[int, ...]]) -> None:
     name, network, shape = served
     items = items_of(shape, 10)
     with site.client() as client:
@@ -177,9 +175,7 @@ def test_digits_are_recognised(site: Server, digits: torch.nn.Module) -> None:
         return [max(range(10), key=row.__getitem__) for row in scores]
 
     guesses = at_once([lambda own=slice(i, None, 4): guess(own) for i in range(4)])  # type: ignore[misc]
-    right = sum(
-        guess == digit for i in range(4) for guess, digit in zip(guesses[i], truth[i::4].tolist(), strict=True)
-    )
+    right = sum(guess == digit for i in range(4) for guess, digit in zip(guesses[i], truth[i::4].tolist(), strict=True))
     assert right / len(truth) >= 0.97
 
 
@@ -459,9 +455,7 @@ def test_workers_share_one_copy_of_the_weights(site: Server) -> None:
 
 def test_only_loopback_is_listened_on(site: Server) -> None:
     listening = {
-        (each.laddr.ip, each.laddr.port)
-        for each in site.process.net_connections()
-        if each.status == psutil.CONN_LISTEN
+        (each.laddr.ip, each.laddr.port) for each in site.process.net_connections() if each.status == psutil.CONN_LISTEN
     }
     assert listening == {site.address(name) for name in ("inference", "management", "metrics")}
     assert {host for host, _ in listening} == {"127.0.0.1"}

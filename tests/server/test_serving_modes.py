@@ -15,7 +15,7 @@ from tests.support.serving import JSON, Server, at_once
 pytestmark = pytest.mark.server
 
 # Counts to "n", one number per step. With "wait_for" it tells "waiting" until as many requests are under way.
-COUNTER = '''
+COUNTER = """
 import time
 
 
@@ -57,10 +57,10 @@ class Counter:
             return False
 
         return is_over
-'''
+"""
 
 # Answers when as many requests as "together" are there; "sleep" waits to be cancelled.
-MEETING = '''
+MEETING = """
 import asyncio
 
 from ts.handler_utils.utils import send_intermediate_predict_response
@@ -98,7 +98,7 @@ class Meeting:
             send_intermediate_predict_response([part], context.request_ids, "", 200, context)
             await asyncio.sleep(0)
         return ["end" if "parts" in body else {"cancelled": self.cancelled}]
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tests.support.serving_models import write_linear
 pytestmark = pytest.mark.server
 
 # Answers with all that a handler can know of a request.
-SHOW = '''
+SHOW = """
 def shown(value):
     return ["bytearray", value.decode()] if isinstance(value, bytearray) else value
 
@@ -32,9 +32,9 @@ def handle(data, context):
         }
         for index, row in enumerate(data)
     ]
-'''
+"""
 
-EXPLAINER = '''
+EXPLAINER = """
 from ts.torch_handler.base_handler import BaseHandler
 
 
@@ -47,7 +47,7 @@ class Explainer(BaseHandler):
 
     def describe_handle(self):
         return {"labels": ["a", "b"]}
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.server
 
 EIGHT = {"batchSize": 8, "minBatch": 8, "maxBatchDelay": 10_000}
 
-FUNCTION = '''
+FUNCTION = """
 calls = []
 
 
@@ -32,9 +32,9 @@ def handle(data, context):
     if data is None:
         return None
     return [{"first": calls[0], "rows": len(data)} for _ in data]
-'''
+"""
 
-UTILS = '''
+UTILS = """
 from utils import NAME
 
 
@@ -44,9 +44,9 @@ class Handler:
 
     def handle(self, data, context):
         return [NAME] * len(data)
-'''
+"""
 
-RELATIVE = '''
+RELATIVE = """
 class Handler:
     def initialize(self, context):
         with open("words.txt") as file:
@@ -54,9 +54,9 @@ class Handler:
 
     def handle(self, data, context):
         return [self.words] * len(data)
-'''
+"""
 
-STREAMER = '''
+STREAMER = """
 import time
 
 from ts.handler_utils.utils import send_intermediate_predict_response
@@ -72,12 +72,12 @@ class Streamer:
                 ["part %d;" % number] * len(data), context.request_ids, "Intermediate", 200, context
             )
         return ["end"] * len(data)
-'''
+"""
 
 BROKEN_IMPORT = "import no_such_package_at_all\n\ndef handle(data, context):\n    return data\n"
 BROKEN_SYNTAX = "def handle(data, context)\n    return data\n"
 
-SUBCLASS = '''
+SUBCLASS = """
 from ts.torch_handler.base_handler import BaseHandler
 
 
@@ -87,7 +87,7 @@ class Tripler(BaseHandler):
 
     def postprocess(self, data):
         return [[1.5 * value for value in row] for row in data.tolist()]
-'''
+"""
 
 
 def write_archives(store: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_tutorials_handler_runs_unmodified(server: Server) -> None:
     assert post(server, "tutorial", [1.0, 2.5]).json == [2.0, 5.0]
     raw = server.ask("POST", "/predictions/tutorial", b"[3, 4]", RAW)
     assert (raw.status, raw.json) == (200, [6.0, 8.0])
-    form = b"--x\r\nContent-Disposition: form-data; name=\"data\"\r\n\r\n[5, 6]\r\n--x--\r\n"
+    form = b'--x\r\nContent-Disposition: form-data; name="data"\r\n\r\n[5, 6]\r\n--x--\r\n'
     answer = server.ask("POST", "/predictions/tutorial", form, {"Content-Type": "multipart/form-data; boundary=x"})
     assert answer.json == [10.0, 12.0]
     assert "content-type" not in answer.headers

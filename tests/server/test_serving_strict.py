@@ -79,7 +79,10 @@ def test_a_worker_per_cpu_is_started(strict: Server) -> None:
 
 def test_workers_environment_is_what_the_configuration_says(strict: Server) -> None:
     assert strict.predict("told", 1).json == {
-        "TS_IPEX_ENABLE": "true", "TS_IPEX_GPU_ENABLE": "true", "SECRET_THING": None, "PLAIN_THING": "p",
+        "TS_IPEX_ENABLE": "true",
+        "TS_IPEX_GPU_ENABLE": "true",
+        "SECRET_THING": None,
+        "PLAIN_THING": "p",
     }
 
 
@@ -205,9 +208,7 @@ def test_keys_are_asked_for_and_the_last_snapshot_is_restored_unasked(tmp_path: 
         ("a=\\u12", "config.properties:1: \\u needs four hexadecimal digits"),
     ],
 )
-def test_a_wrong_configuration_ends_the_start_before_a_port_is_opened(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_a_wrong_configuration_ends_the_start_before_a_port_is_opened(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.properties").write_text(text)
     server = Server(tmp_path)
     started = server.run("start")

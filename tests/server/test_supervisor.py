@@ -37,7 +37,10 @@ class Tree:
         self.store = folder / "store"
         self.store.mkdir()
         self.environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "LOG_LOCATION": str(folder / "logs"), "TMPDIR": str(folder),
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "LOG_LOCATION": str(folder / "logs"),
+            "TMPDIR": str(folder),
         }
         self.environment.pop("TS_CONFIG_FILE", None)
 
@@ -52,8 +55,13 @@ class Tree:
 
     def run(self, command: str, *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.arguments(command, *more), env=self.environment | variables, cwd=self.folder,
-            capture_output=True, text=True, timeout=LIMIT_S, check=False,
+            self.arguments(command, *more),
+            env=self.environment | variables,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
         )
 
     def foreground(self, **variables: str) -> AbstractContextManager[subprocess.Popen[str]]:
@@ -65,8 +73,13 @@ class Tree:
     @contextmanager
     def _popen(self, *more: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
         with subprocess.Popen(
-            self.arguments("start", *more), env=self.environment | variables, cwd=self.folder,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            self.arguments("start", *more),
+            env=self.environment | variables,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         ) as popen:
             limit = threading.Timer(LIMIT_S, popen.kill)  # ends every wait for its output
             limit.start()

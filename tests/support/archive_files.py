@@ -20,10 +20,14 @@ WEIGHTS = bytes(range(256)) * 64
 def manifest(**model: Any) -> bytes:
     """A manifest's text; a field given as None is left out."""
     fields = {"modelName": "m", "modelVersion": "1.0", "handler": "handler.py", "serializedFile": "w.bin", **model}
-    return json.dumps({
-        "createdOn": "01/01/2024 00:00:00", "runtime": "python", "archiverVersion": "1.0",
-        "model": {key: value for key, value in fields.items() if value is not None},
-    }).encode()
+    return json.dumps(
+        {
+            "createdOn": "01/01/2024 00:00:00",
+            "runtime": "python",
+            "archiverVersion": "1.0",
+            "model": {key: value for key, value in fields.items() if value is not None},
+        }
+    ).encode()
 
 
 def good_files(**model: Any) -> dict[str, bytes]:
@@ -49,7 +53,10 @@ class Member:
 
 
 def zip_bytes(
-    *members: Member, junk: bytes = b"", tail: bytes = b"", entry_count: int | None = None,
+    *members: Member,
+    junk: bytes = b"",
+    tail: bytes = b"",
+    entry_count: int | None = None,
     directory_offset: int | None = None,
 ) -> bytes:
     out = bytearray(junk)
@@ -64,14 +71,49 @@ def zip_bytes(
         offset = len(out) if member.offset is None else member.offset
         local_name = member.name if member.local_name is None else member.local_name
         local_size = size if member.local_size is None else member.local_size
-        out += struct.pack(
-            "<4s5HL2L2H", b"PK\3\4", 20, member.flags, member.method, 0, 33, crc, packed_size, local_size,
-            len(local_name), 0,
-        ) + local_name + packed
-        directory += struct.pack(
-            "<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, member.flags, member.method, 0, 33, crc, packed_size, size,
-            len(member.name), 0, 0, 0, 0, member.mode << 16, offset,
-        ) + member.name
+        out += (
+            struct.pack(
+                "<4s5HL2L2H",
+                b"PK\3\4",
+                20,
+                member.flags,
+                member.method,
+                0,
+                33,
+                crc,
+                packed_size,
+                local_size,
+                len(local_name),
+                0,
+            )
+            + local_name
+            + packed
+        )
+        directory += (
+            struct.pack(
+                "<4s4B4HL2L5H2L",
+                b"PK\1\2",
+                20,
+                3,
+                20,
+                0,
+                member.flags,
+                member.method,
+                0,
+                33,
+                crc,
+                packed_size,
+                size,
+                len(member.name),
+                0,
+                0,
+                0,
+                0,
+                member.mode << 16,
+                offset,
+            )
+            + member.name
+        )
     at = len(out) if directory_offset is None else directory_offset
     count = len(members) if entry_count is None else entry_count
     return bytes(out + directory + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(directory), at, 0)) + tail
@@ -83,8 +125,10 @@ def deflate(content: bytes) -> bytes:
 
 
 def good_members(**model: Any) -> list[Member]:
-    return [Member(name.encode(), content, method=8 if name == "handler.py" else 0)
-            for name, content in good_files(**model).items()]
+    return [
+        Member(name.encode(), content, method=8 if name == "handler.py" else 0)
+        for name, content in good_files(**model).items()
+    ]
 
 
 def write_mar(path: Path, *extra: Member, **model: Any) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from tests.support.serving import LIMIT_S
 
 # Says what it got; does what the input `order` asks for.
-ECHO = '''
+ECHO = """
 import json
 import os
 import time
@@ -45,7 +45,7 @@ def handle(data, context):
         answer["headers"] = dict(context.get_all_request_header(index))
         answers.append("x" * order["size"] if "size" in order else json.dumps(answer))
     return answers
-'''
+"""
 
 
 def order(**members: Any) -> dict[str, bytes]:

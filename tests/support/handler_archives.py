@@ -86,7 +86,7 @@ def write_handler(
 
 
 # The handler of TorchServe's documentation, in our own words: every method of its own, nothing inherited.
-TUTORIAL = '''
+TUTORIAL = """
 import json
 import os
 import torch
@@ -134,10 +134,10 @@ class ModelHandler:
         model_input = self.preprocess(data)
         model_output = self.inference(model_input)
         return self.postprocess(model_output)
-'''
+"""
 
 # Answers with what came, and can be told to misbehave.
-ECHO = '''
+ECHO = """
 import json
 import os
 import signal
@@ -190,4 +190,4 @@ class Echo:
             else:
                 answers.append(bytes(value) if isinstance(value, bytearray) else value)
         return answers
-'''
+"""

@@ -363,9 +363,7 @@ class _Growth:
             if offence is not None:
                 items.append(Item(offence[1], None, offence[0]))
 
-    def _form(
-        self, fresh: Callable[[], nn.Module], items: list[Item], measure: str, state: bytes
-    ) -> tuple[str, bytes]:
+    def _form(self, fresh: Callable[[], nn.Module], items: list[Item], measure: str, state: bytes) -> tuple[str, bytes]:
         """Eager, or TorchScript where that is true to eager."""
         form = self.dice.choices(["eager", "scripted", "traced"], [5, 3, 2])[0]
         if form == "eager":

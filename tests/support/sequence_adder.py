@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Adds up the numbers of each sequence. A request may wait for a file, and name the sequences that are over.
-ADDER = '''
+ADDER = """
 import os
 import time
 
@@ -30,4 +30,4 @@ class Adder:
             answers.append({"id": id, "numbers": list(self.sums.get(id, [])), "pid": os.getpid(), "batch": ids,
                             "start": context.get_request_header(index, context.header_key_sequence_start)})
         return answers
-'''
+"""

@@ -27,13 +27,13 @@ from tests.support.serving import JSON, LIMIT_S, Server
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
 
-HEADERS = '''
+HEADERS = """
 def handle(data, context):
     if data is None:
         return None
     names = ("traceparent", "tracestate")
     return [{name: context.get_request_header(index, name) for name in names} for index in range(len(data))]
-'''
+"""
 
 
 class Collector:

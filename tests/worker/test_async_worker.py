@@ -17,7 +17,7 @@ from tests.support.serving import JSON, LIMIT_S, Answer, Server, at_once
 
 pytestmark = pytest.mark.server
 
-HANDLER = '''
+HANDLER = """
 import asyncio
 import os
 import sys
@@ -74,19 +74,19 @@ class Handler:
             context.set_response_header(0, "x-name", order["name"])
         return [{"name": order.get("name"), "id": context.get_request_id(0), "pid": os.getpid(),
                  "running": self.running, "cancelled": self.cancelled}]
-'''
+"""
 
-GENERATOR = '''
+GENERATOR = """
 async def handle(data, context):
     if data is not None:
         for number in range(data[0]["body"]):
             yield ["part %d;" % number]
-'''
+"""
 
-PLAIN = '''
+PLAIN = """
 def handle(data, context):
     return data and [len(data)]
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -194,9 +194,7 @@ def test_a_batch_that_does_not_fit_into_memory_says_nothing(attempt: Try) -> Non
     assert attempt(files={"model.py": model}, batch_size=4).verdict.probe == "passed"
 
 
-def test_a_slow_model_is_not_tried_with_more_than_it_is_to_run(
-    attempt: Try, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_model_is_not_tried_with_more_than_it_is_to_run(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyserve.worker.batch_trial.IDLE_ANSWER_TIME_MAX_S", 0.0)
     verdict = attempt(result="torch.softmax(x, 0)", batch_size=1).verdict
     assert (verdict.note, verdict.probe) == ("", "not probed: it was loaded with batch size 1")

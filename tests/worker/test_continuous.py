@@ -20,7 +20,7 @@ from tests.support.serving import JSON, LIMIT_S, SEED, Answer, Server, at_once
 pytestmark = pytest.mark.server
 
 # A language model that counts: "name:0 name:1 ...", each word with the size of the call that it came from.
-COUNTER = '''
+COUNTER = """
 import os
 import time
 
@@ -85,7 +85,7 @@ class Counter:
         if entry.get("criteria") == "none":
             return lambda result: None
         return lambda result: entry["is_over"]
-'''
+"""
 
 
 @pytest.fixture(scope="module")

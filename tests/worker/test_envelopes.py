@@ -17,7 +17,7 @@ from tests.support.serving import JSON, Answer, Server, at_once
 pytestmark = pytest.mark.server
 
 # Doubles numbers, sums lists, and tells bytes as text.
-HANDLER = '''
+HANDLER = """
 def answer(value):
     if isinstance(value, dict):
         value = value.get("data", value)
@@ -28,7 +28,7 @@ def answer(value):
 
 def handle(data, context):
     return None if data is None else [answer(row) for row in data]
-'''
+"""
 
 
 @contextmanager

@@ -83,8 +83,14 @@ class Net(nn.Module):
     def forward(self, x):
         return self.model(x)
 """
-    return Case(f"smp_{name.lower()}", "segmentation-models-pytorch", source, (tensor(3, size, size),),
-                _pictures(size), **_AS_PUBLISHED)
+    return Case(
+        f"smp_{name.lower()}",
+        "segmentation-models-pytorch",
+        source,
+        (tensor(3, size, size),),
+        _pictures(size),
+        **_AS_PUBLISHED,
+    )
 
 
 _SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -102,29 +108,39 @@ class Net(nn.Module):
 
 
 def _text(name: str, config: str, *, model: str = "self.model", **arguments: Any) -> Case:
-    source = _hugging_face(name, config, {"vocab_size": VOCABULARY, **arguments}) + f"""
+    source = (
+        _hugging_face(name, config, {"vocab_size": VOCABULARY, **arguments})
+        + f"""
     def forward(self, ids, mask):
         return {model}(input_ids=ids, attention_mask=mask).last_hidden_state
 """
+    )
     inputs = tuple(tensor("1..32", dtype="int64", name=each, same="length") for each in ("ids", "mask"))
     bounded = ({**inputs[0], "vocabulary": VOCABULARY}, {**inputs[1], "values": [0, 1]})
     return Case(f"transformers_{name}", "transformers", source, bounded, _texts, **_AS_PUBLISHED)
 
 
 def _picture(name: str, config: str, size: int = 32, **arguments: Any) -> Case:
-    source = _hugging_face(name, config, arguments) + """
+    source = (
+        _hugging_face(name, config, arguments)
+        + """
     def forward(self, x):
         return self.model(pixel_values=x).last_hidden_state
 """
-    return Case(f"transformers_{name}", "transformers", source, (tensor(3, size, size),), _pictures(size),
-                **_AS_PUBLISHED)
+    )
+    return Case(
+        f"transformers_{name}", "transformers", source, (tensor(3, size, size),), _pictures(size), **_AS_PUBLISHED
+    )
 
 
 def _sound(name: str, config: str, **arguments: Any) -> Case:
-    source = _hugging_face(name, config, arguments) + """
+    source = (
+        _hugging_face(name, config, arguments)
+        + """
     def forward(self, x):
         return self.model(x).last_hidden_state
 """
+    )
     return Case(
         f"transformers_{name}", "transformers", source, (tensor(800),),
         lambda generator: [(torch.randn(1, 800, generator=generator) * scale,) for scale in (1, 0.1, 3, 1, 0.01)],

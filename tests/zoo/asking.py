@@ -102,10 +102,13 @@ def _tensor_from_json(value: Any, right: torch.Tensor) -> torch.Tensor:
     wanted = right[0].flatten().tolist()
     if depth != right.dim() - 1 or len(flat) != len(wanted):
         raise Strange(f"no list like {list(right.shape[1:])}: {str(value)[:80]}")
-    numbers = [w if g is None and isinstance(w, float) and not math.isfinite(w) else g for g, w in
-               zip(flat, wanted, strict=True)]
-    if not right.is_floating_point() and any(type(number) is not type(w) for number, w in
-                                             zip(numbers, wanted, strict=True)):
+    numbers = [
+        w if g is None and isinstance(w, float) and not math.isfinite(w) else g
+        for g, w in zip(flat, wanted, strict=True)
+    ]
+    if not right.is_floating_point() and any(
+        type(number) is not type(w) for number, w in zip(numbers, wanted, strict=True)
+    ):
         raise Strange(f"not {right.dtype}: {str(value)[:80]}")
     try:
         return torch.tensor(numbers, dtype=right.dtype).view(right.shape)

@@ -29,10 +29,17 @@ MODELS: list[dict[str, Any]] = [
     {"model": "m", "version": "1.0", "state": "READY", "workers": 1, "device": "cpu", "batch": 4, "url": "U"},
 ]
 FAILED_MODEL: dict[str, Any] = {
-    "model": "bad", "version": "1.0", "state": "FAILED", "error": "bad.mar: no MAR-INF/MANIFEST.json",
+    "model": "bad",
+    "version": "1.0",
+    "state": "FAILED",
+    "error": "bad.mar: no MAR-INF/MANIFEST.json",
 }
 DESCRIPTION = {
-    "modelName": "m", "modelVersion": "1.0", "minWorkers": 2, "batchSize": 4, "deviceType": "cpu",
+    "modelName": "m",
+    "modelVersion": "1.0",
+    "minWorkers": 2,
+    "batchSize": 4,
+    "deviceType": "cpu",
     "workers": [{"id": "9000", "status": "READY"}, {"id": "9001", "status": "READY"}],
 }
 

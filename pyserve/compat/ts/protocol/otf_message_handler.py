@@ -8,9 +8,7 @@ from typing import Any
 from pyserve.worker import streaming
 
 
-def send_intermediate_predict_response(
-    ret: Any, req_id_map: Any, message: str, code: int, context: Any = None
-) -> None:
+def send_intermediate_predict_response(ret: Any, req_id_map: Any, message: str, code: int, context: Any = None) -> None:
     """As `ts.handler_utils.utils.send_intermediate_predict_response`, which takes its place."""
     warnings.warn(
         "import send_intermediate_predict_response from ts.handler_utils.utils", PendingDeprecationWarning, stacklevel=2

@@ -113,5 +113,3 @@ def deprecated(version: str = "", replacement: str = "") -> Callable[[Callable[.
         return call
 
     return decorate
-
-

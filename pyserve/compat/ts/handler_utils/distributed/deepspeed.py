@@ -1,6 +1,5 @@
 """Models over several processes: not in this version."""
 
 raise ImportError(
-    "ts.handler_utils.distributed.deepspeed spreads a model over several processes, which pyserve "
-    "does not do yet"
+    "ts.handler_utils.distributed.deepspeed spreads a model over several processes, which pyserve does not do yet"
 )
