@@ -1,6 +1,4 @@
-# make serve   build, pack densenet161 and serve it; returns once it answers
-# make test    lint, types and all tests
-# make correctness   serve the models of tests/models in every way and write docs/correctness.md
+# `make` prints the targets.
 #
 # TORCH=...    the torch to build against, as pip takes it (2.11 to 2.13), for instance
 #              make build TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -13,11 +11,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STORE := model-store
 EXAMPLE_FLAGS := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(LABELS),--labels $(LABELS))
+CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/*.h tests/native/*.cpp)
 
-.PHONY: build serve stop test lint bench correctness clean
+.DEFAULT_GOAL := help
+.PHONY: help build serve stop format lint fast test wheel docs bench correctness clean
 .DELETE_ON_ERROR:
 
-build: $(VENV)/.built
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: $(VENV)/.built ## make .venv with torch, the native engine and every tool
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +33,7 @@ $(VENV)/.torch: $(BIN)/python
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "building the native engine (a minute or two)"
-	@$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,bench]" > $(VENV)/build.log 2>&1 \
+	@$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,docs,test,bench]" > $(VENV)/build.log 2>&1 \
 	  || { tail -40 $(VENV)/build.log; exit 1; }
 	@$(BIN)/python -c 'import sysconfig; print("$(CURDIR)/pyserve/compat", \
 	  file=open(sysconfig.get_path("purelib") + "/pyserve-compat.pth", "w"))'
@@ -39,24 +42,46 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 $(STORE)/densenet161.mar: | build
 	$(BIN)/pyserve example densenet161 --export-path $(STORE) $(EXAMPLE_FLAGS)
 
-serve: build $(STORE)/densenet161.mar
+serve: build $(STORE)/densenet161.mar ## build, pack densenet161 and serve it; returns once it answers
 	$(BIN)/pyserve start --model-store $(STORE) --models densenet161.mar
 
-stop:
+stop: ## stop what `make serve` started
 	$(BIN)/pyserve stop
 
-lint: build
+format: build ## format Python (ruff) and C++ (clang-format) in place
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+lint: build ## check style, format and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
-test: lint
+# Also at work: what needs a server process or a compiler is left to `make test`.
+fast: build ## the tests that start no server and compile nothing
+	$(BIN)/python -m pytest -q -m "not server and not compiles and not slow"
+
+test: lint ## lint, then all tests, the C++ ones under ThreadSanitizer and AddressSanitizer
 	$(BIN)/python -m pytest -q
 
-bench: build
+# Without what an earlier build left in build/: setuptools packs files there that are no longer in the source.
+wheel: build ## build dist/*.whl, and try it in a fresh environment that has torch
+	rm -rf dist build/lib build/lib.* build/bdist.*
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	PYSERVE_WHEEL=$$(echo dist/*.whl) $(BIN)/python -m pytest -q -m nightly tests/packaging
+
+# The reference pages come from the tables in the code. Warnings are errors.
+docs: build ## write the reference pages, and build the site in site/
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+bench: build ## measure pyserve beside other servers
 	$(BIN)/python bench/compare.py
 
-correctness: build
-	PYTHONPATH=tests:$$PYTHONPATH $(BIN)/python -m models.correctness
+correctness: build ## serve the models of tests/zoo in every way, and write docs/correctness.md
+	$(BIN)/python -m tests.zoo.correctness
 
-clean:
-	rm -rf build bench/out pyserve/_core*.so pyserve/_build_info.py $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove what was built, but not .venv
+	rm -rf build dist site bench/out pyserve/_core*.so pyserve/_build_info.py $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache
