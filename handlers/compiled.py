@@ -68,9 +68,9 @@ def _checked(arguments: Mapping[Any, Any]) -> dict[str, Any]:
     for name in arguments:
         if name not in _ARGUMENTS:
             nearest = difflib.get_close_matches(str(name), _ARGUMENTS, n=1)
-            hint = f", did you mean {nearest[0]!r}?" if nearest else "."
+            fix = f", did you mean {nearest[0]!r}?" if nearest else "."
             raise ModelLoadError(
-                f"'pt2' in model-config.yaml has {name!r}, which torch.compile does not know{hint} "
+                f"'pt2' in model-config.yaml has {name!r}, which torch.compile does not know{fix} "
                 f"It takes {', '.join(_ARGUMENTS)}."
             )
     return dict(arguments)
@@ -96,9 +96,9 @@ def check_backend(backend: str) -> None:
         return
     nearest = difflib.get_close_matches(backend, available, n=1)
     known = "is not part of this torch" if backend in PT2_BACKENDS else "does not exist"
-    hint = f", did you mean {nearest[0]!r}?" if nearest and backend not in PT2_BACKENDS else "."
+    fix = f", did you mean {nearest[0]!r}?" if nearest and backend not in PT2_BACKENDS else "."
     raise ModelLoadError(
-        f"'pt2' in model-config.yaml asks for backend {backend!r}, which {known}{hint} "
+        f"'pt2' in model-config.yaml asks for backend {backend!r}, which {known}{fix} "
         f"Backends here: {', '.join(sorted(available))}."
     )
 

@@ -179,8 +179,8 @@ def read_state_dict(weights: Path | BinaryIO, name: str) -> Mapping[str, torch.T
     inner = next((key for key in members if isinstance(state.get(key), Mapping)), None)
     odd = next((key for key, value in state.items() if not isinstance(value, torch.Tensor)), None)
     if odd is not None and (inner or not any(isinstance(value, torch.Tensor) for value in state.values())):
-        hint = f"save its member {inner!r} alone" if inner else "save model.state_dict()"
-        raise ModelLoadError(f"{name} is a checkpoint, not a state dict ({odd!r} is no tensor); {hint}")
+        fix = f"save its member {inner!r} alone" if inner else "save model.state_dict()"
+        raise ModelLoadError(f"{name} is a checkpoint, not a state dict ({odd!r} is no tensor); {fix}")
     return state
 
 
@@ -191,10 +191,10 @@ def _fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], target: str
         own = model.state_dict()
         lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
         text = " ".join(line if len(line) <= 300 else line[:300] + "..." for line in lines[:4])
-        hint = ""
+        fix = ""
         if any(key.startswith("module.") for key in state) and not any(key.startswith("module.") for key in own):
-            hint = " The names start with 'module.': save model.module.state_dict() of a DataParallel model."
-        raise ModelLoadError(f"{name} does not fit {target}: {text}{hint}") from error
+            fix = " The names start with 'module.': save model.module.state_dict() of a DataParallel model."
+        raise ModelLoadError(f"{name} does not fit {target}: {text}{fix}") from error
 
 
 def _model_class(model_dir: Path, model_file: str) -> type:

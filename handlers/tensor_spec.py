@@ -166,10 +166,10 @@ class TensorSpec:
             return f"{self._called()}raw bytes do not tell the sizes of {wanted}; send JSON"
         per = f"{self.fixed_size} bytes" if free == 0 else f"a multiple of {self.fixed_size} bytes"
         start = bytes(body[:64]).lstrip()
-        hint = ""
+        fix = ""
         if start[:1] in (b"[", b"{") or start[:1].isdigit():
-            hint = "; if this is JSON, check it and send Content-Type: application/json"
-        return f"{self._called()}expected {per} of little-endian {self}, got {found(body)}{hint}"
+            fix = "; if this is JSON, check it and send Content-Type: application/json"
+        return f"{self._called()}expected {per} of little-endian {self}, got {found(body)}{fix}"
 
     def from_nested(self, value: Any) -> torch.Tensor:
         """Nested lists of numbers, one list level per dimension -> tensor [1, *shape], padded.
@@ -213,8 +213,8 @@ class TensorSpec:
         low, high = self.sizes[axis]
         wanted = "any size but 0" if (low, high) == (1, None) else range_text((low, high))
         is_padded = self.pad_to and self.shape[axis] == -1 and size > self.pad_to[-1]
-        hint = "; send less, or raise 'input.pad_to' in model-config.yaml" if is_padded else ""
-        return f"{size} instead of {wanted} {place}{hint}"
+        fix = "; send less, or raise 'input.pad_to' in model-config.yaml" if is_padded else ""
+        return f"{size} instead of {wanted} {place}{fix}"
 
     def check(self, tensor: torch.Tensor) -> None:
         """Whether all rows of ``tensor`` [n, ...], of the right dtype, are allowed.

@@ -160,18 +160,18 @@ def read_vocabulary(path: Path) -> Vocabulary:
     Raises:
         ModelLoadError: the file is missing or damaged, or holds an object that only other code could make.
     """
-    mend = "save it as a dict: torch.save(dict(vocab.get_stoi()), 'source_vocab.pt')"
+    fix = "save it as a dict: torch.save(dict(vocab.get_stoi()), 'source_vocab.pt')"
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ModelLoadError(
             f"{path.name} is not in the archive; text handlers read the vocabulary from it. Pack it with --extra-files "
-            f"{path.name}; {mend}"
+            f"{path.name}; {fix}"
         ) from error
     except pickle.UnpicklingError as error:
         raise ModelLoadError(
             f"{path.name} holds an object of a class of its own (torchtext's Vocab?), and reading it would run code; "
-            f"where you made it, {mend}"
+            f"where you made it, {fix}"
         ) from error
     except MemoryError:
         raise

@@ -1,7 +1,7 @@
 """Every error a caller can meet, with the status and type it is answered with.
 
     ServeError
-    ├── ClientError                 the caller can mend it; the text is safe to send
+    ├── ClientError                 the caller can fix it; the text is safe to send
     │   ├── BadRequestError         400 BadRequestException
     │   │   └── InputError          400 BadRequestException   (raised by handlers for one item's input)
     │   ├── InvalidModelError       400 InvalidModelException
@@ -77,13 +77,13 @@ class ServeError(Exception):
             text = f"{self.detail['exception']}: {text}"
         if self.detail.get("where"):
             text += f" ({self.detail['where']})"
-        if self.detail.get("hint"):
-            text += f". {self.detail['hint']}"
+        if "exception" in self.detail and self.detail.get("fix"):
+            text += f". {self.detail['fix']}"
         return text
 
 
 class ClientError(ServeError):
-    """The caller can mend it."""
+    """The caller can fix it."""
 
 
 class BadRequestError(ClientError):

@@ -151,7 +151,7 @@ class Management:
         if values.get("runtime") == "LSP":
             raise BadRequestError(
                 "Invalid RuntimeType value: LSP",
-                detail={"mend": "TorchScript archives run natively here with runtime=python or no runtime"},
+                detail={"fix": "TorchScript archives run natively here with runtime=python or no runtime"},
             )
         # Without any workers named, a model starts with default_workers_per_model; 0 there leaves it to a PUT.
         workers = max(0, values.get("initial_workers", self._config.default_workers_per_model))

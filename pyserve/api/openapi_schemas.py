@@ -48,7 +48,7 @@ ERROR = record(
     type={**TEXT, "description": "TorchServe's exception class."},
     message=TEXT,
     detail={
-        **OBJECT, "description": "The cause: reason, exception, text, where, mend, request_id. Left out under strict.",
+        **OBJECT, "description": "The cause: reason, exception, text, where, fix, request_id. Left out under strict.",
     },
 )  # fmt: skip
 STATUS = record(status=TEXT)

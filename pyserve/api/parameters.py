@@ -224,12 +224,12 @@ def _unknown(name: str, parameters: dict[str, Parameter]) -> BadRequestError:
     asked = name[:_NAME_SIZE_MAX].lower().replace("_", "").replace("-", "")
     near = get_close_matches(asked, plain, n=1, cutoff=0.6)
     if near:
-        hint = f"did you mean {plain[near[0]]}?"
+        fix = f"did you mean {plain[near[0]]}?"
     elif parameters:
-        hint = f"known are {', '.join(parameters)}."
+        fix = f"known are {', '.join(parameters)}."
     else:
-        hint = "this call has none."
+        fix = "this call has none."
     return BadRequestError(
-        f"Unknown parameter {shown(name)}; {hint}",
+        f"Unknown parameter {shown(name)}; {fix}",
         detail={"parameter": name[:_NAME_SIZE_MAX], "known": list(parameters)},
     )

@@ -190,8 +190,8 @@ class Manifest:
         for key, name in fields.items():
             if name is not None and name not in names:
                 close = difflib.get_close_matches(name, list(names)[:1000], n=1)
-                hint = f"did you mean {shown(close[0])}?" if close else "add it and pack again"
-                refuse(label, f"{key} {shown(name)} is not in the archive; {hint}")
+                fix = f"did you mean {shown(close[0])}?" if close else "add it and pack again"
+                refuse(label, f"{key} {shown(name)} is not in the archive; {fix}")
         self._check_handler(names, label)
 
     def _check_handler(self, names: Collection[str], label: str) -> None:

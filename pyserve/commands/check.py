@@ -42,7 +42,7 @@ class Finding:
         kind: one word.
         what: in a line.
         where: ``handler.py:41 in preprocess``; may be empty.
-        fix: how to mend it; may be empty.
+        fix: how to fix it; may be empty.
     """
 
     kind: str
@@ -201,10 +201,10 @@ class _Watch:
 
     def _find_death(self, code: int) -> None:
         how = launch.describe_exit(code)
-        hint = "look at native code that is called there" if code < 0 else "a handler must not end its process"
+        fix = "look at native code that is called there" if code < 0 else "a handler must not end its process"
         if code == -signal.SIGKILL:
-            hint = "the kernel kills what takes too much memory: see `dmesg`, or give the model more"
-        self._report.findings.append(Finding("crash", f"{self._step}: the process {how}", self._frame(), hint))
+            fix = "the kernel kills what takes too much memory: see `dmesg`, or give the model more"
+        self._report.findings.append(Finding("crash", f"{self._step}: the process {how}", self._frame(), fix))
 
     def _frame(self) -> str:
         """The innermost frame of the archive's own code in the stack that the child wrote."""

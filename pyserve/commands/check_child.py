@@ -97,11 +97,11 @@ class Examination:
         self._step("reading its files")
         imports, broken = scan_folder(folder)
         for each in broken:
-            self._find("syntax", f"SyntaxError: {each.text}", each.place, "mend it, or take it out of the archive")
+            self._find("syntax", f"SyntaxError: {each.text}", each.place, "fix it, or take it out of the archive")
         for module, places in missing_imports(imports, folder).items():
             failure = describe_failure(ModuleNotFoundError(f"No module named {module!r}", name=module), folder)
             what = f"no module named {module!r}, imported at {', '.join(places)}"
-            self._find("import", what, places[0], failure.hint, key=f"import {module}")
+            self._find("import", what, places[0], failure.fix, key=f"import {module}")
         self._step("importing the handler")
         dry_run.enter(self._spec, self._config)
         sys.addaudithook(self._opened.watch)
@@ -156,7 +156,7 @@ class Examination:
             what = f"{detail.get('exception', 'error')}: {detail['text']}"
         else:
             what = error.message
-        self._find("load", f"cannot be loaded: {what}", where, str(detail.get("hint", "")))
+        self._find("load", f"cannot be loaded: {what}", where, str(detail.get("fix", "")))
 
     def _find_breakpoint(self, *_: Any, **__: Any) -> None:
         """In place of a debugger, which would find no terminal here; the handler goes on."""
@@ -349,7 +349,7 @@ class _Calls:
                 return
             where = self._place
         what = f"{detail.get('exception', 'error')}: {detail.get('text') or error['message']}"
-        fix = str(detail.get("hint", ""))
+        fix = str(detail.get("fix", ""))
         if self._told._is_sample:
             fix = f"{fix}. " * bool(fix) + "the input was made up: give a real one with -i"
         elif error["status"] < 500:

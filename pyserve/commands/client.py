@@ -35,8 +35,8 @@ class ApiAnswer(NamedTuple):
         message = str(self.json.get("message", self.reason)).rstrip(".")
         causes = (detail.get("exception"), detail.get("text") or detail.get("reason"), detail.get("where"))
         cause = ": ".join(str(each) for each in causes if each and str(each) not in message)
-        mend = detail.get("mend")
-        return f"{self.status} {message}" + (f" ({cause})" if cause else "") + (f"; {mend}" if mend else "")
+        fix = detail.get("fix")
+        return f"{self.status} {message}" + (f" ({cause})" if cause else "") + (f"; {fix}" if fix else "")
 
 
 class Connection(http.client.HTTPConnection):

@@ -147,8 +147,8 @@ class _Run:
         else:  # what was returned is at fault, and only the server's own code was running
             print(f"\n{f'  {failure.where}' if failure.where else ''}", file=sys.stderr)
             print(f"{failure.exception}: {failure.text}", file=sys.stderr)
-        if failure.hint:
-            print(f"hint: {failure.hint}", file=sys.stderr)
+        if failure.fix:
+            print(f"fix: {failure.fix}", file=sys.stderr)
         print(file=sys.stderr, flush=True)
 
     def _answer_text(self, answer: Any) -> str:

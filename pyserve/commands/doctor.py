@@ -41,7 +41,7 @@ _FILES_MIN = 4096
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the list; ``fix`` says how to mend it."""
+    """One line of the list; ``fix`` says how to fix it."""
 
     level: str
     name: str

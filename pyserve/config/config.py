@@ -441,6 +441,6 @@ def check_config(config: Config) -> None:
     for name, versions in config.models.items():
         for version, settings in versions.items():
             for key in settings.keys() - MODEL_SETTINGS.keys():
-                hint = _nearest(key, MODEL_SETTINGS)
+                fix = _nearest(key, MODEL_SETTINGS)
                 place = config.origin["models"]
-                config.warnings.append(f"{place}: models: {name} {version}: unknown setting {key!r}{hint}")
+                config.warnings.append(f"{place}: models: {name} {version}: unknown setting {key!r}{fix}")

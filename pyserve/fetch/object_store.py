@@ -26,7 +26,7 @@ def open_store(scheme: str) -> Any:
         return importlib.import_module("fsspec").filesystem(scheme)
     except ImportError as error:
         raise TransferError(
-            f"{scheme}:// needs packages that are not installed ({error})", mend=f"pip install 'pyserve[{scheme}]'"
+            f"{scheme}:// needs packages that are not installed ({error})", fix=f"pip install 'pyserve[{scheme}]'"
         ) from None
     except Exception as error:
         raise TransferError(f"{scheme}:// cannot be used: {_text(error)}") from None

@@ -137,7 +137,7 @@ class ArchiveSources:
             raise _exists(name) from None
         except TransferError as error:
             log.warning("fetching %s failed: %s", shown, error)
-            raise (_not_allowed if error.is_refused else _failed)(shown, str(error), error.mend) from None
+            raise (_not_allowed if error.is_refused else _failed)(shown, str(error), error.fix) from None
         return Obtained(path, url.base, is_fetched=True)
 
     def _checked(self, text: str, shown: str) -> tuple[ArchiveUrl, str]:
@@ -247,7 +247,7 @@ class ArchiveSources:
         except OSError as error:
             raise TransferError(
                 f"the model store is read-only, and the cache cannot be written: {error.strerror}",
-                mend="set PYSERVE_CACHE to a folder that can be written",
+                fix="set PYSERVE_CACHE to a folder that can be written",
             ) from None
 
 
@@ -263,19 +263,19 @@ def _read_etag(note: Path) -> str:
     return text if text.isascii() and text.isprintable() else ""
 
 
-def _not_allowed(shown: str, reason: str, mend: str) -> ModelNotFoundError:
+def _not_allowed(shown: str, reason: str, fix: str) -> ModelNotFoundError:
     text = f"Given URL {shown} does not match any allowed URL(s)"
-    return ModelNotFoundError(text, detail={"reason": reason, **({"mend": mend} if mend else {})})
+    return ModelNotFoundError(text, detail={"reason": reason, **({"fix": fix} if fix else {})})
 
 
-def _failed(shown: str, reason: str, mend: str) -> DownloadError:
+def _failed(shown: str, reason: str, fix: str) -> DownloadError:
     text = f"Failed to download archive from: {shown}"
-    return DownloadError(text, detail={"reason": reason, **({"mend": mend} if mend else {})})
+    return DownloadError(text, detail={"reason": reason, **({"fix": fix} if fix else {})})
 
 
 def _exists(name: str) -> ServerError:
     return ServerError(f"Model file already exists {name}", detail={
-        "mend": f"register what is there by its name (url={name}), or remove it from the model store first",
+        "fix": f"register what is there by its name (url={name}), or remove it from the model store first",
     })  # fmt: skip
 
 
@@ -387,5 +387,5 @@ def _not_found(url: str, reason: str) -> ModelNotFoundError:
     if not reason:
         return ModelNotFoundError(f"Model not found at: {url}")
     return ModelNotFoundError(f"Model not found at: {url}", detail={
-        "reason": reason, "mend": "put the archive into the model store and give its name",
+        "reason": reason, "fix": "put the archive into the model store and give its name",
     })  # fmt: skip

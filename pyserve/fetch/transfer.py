@@ -41,13 +41,13 @@ class TransferError(Exception):
     """It failed; the text is a sentence without its end, fit for whoever asked.
 
     Attributes:
-        mend: what would help; may be empty.
+        fix: what would help; may be empty.
         is_refused: nothing was fetched, because that is not allowed.
     """
 
-    def __init__(self, text: str, *, mend: str = "", is_refused: bool = False):
+    def __init__(self, text: str, *, fix: str = "", is_refused: bool = False):
         super().__init__(text)
-        self.mend = mend
+        self.fix = fix
         self.is_refused = is_refused
 
 
@@ -182,7 +182,7 @@ class Transfer:
         if size > self.limits.size_max:
             raise TransferError(
                 f"it has {size} bytes or more; the most is download_size_max={self.limits.size_max}",
-                mend="raise download_size_max in config.properties",
+                fix="raise download_size_max in config.properties",
             )
 
     def __enter__(self) -> Transfer:

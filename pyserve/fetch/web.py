@@ -56,7 +56,7 @@ def fetch_http(url: ArchiveUrl, allowed: AllowedUrls, network: Network, transfer
         except ssl.SSLCertVerificationError as error:
             raise TransferError(
                 f"the certificate of {url.host} cannot be trusted: {error.verify_message or error.reason}",
-                mend="SSL_CERT_FILE names the file of a certificate authority of your own",
+                fix="SSL_CERT_FILE names the file of a certificate authority of your own",
             ) from None
         except (OSError, http.client.HTTPException) as error:
             transfer.check()
@@ -70,8 +70,8 @@ def _connected(url: ArchiveUrl, network: Network, transfer: Transfer) -> Iterato
     try:
         addresses = addresses_of(url.host, url.port, allow_private=network.allow_private, resolve=network.resolve)
     except AddressError as error:
-        mend = "allow_private_addresses=true in config.properties" if error.is_private else ""
-        raise TransferError(str(error), mend=mend, is_refused=error.is_private) from None
+        fix = "allow_private_addresses=true in config.properties" if error.is_private else ""
+        raise TransferError(str(error), fix=fix, is_refused=error.is_private) from None
     transfer.check()
     timeout_s = transfer.limits.connect_timeout_s
     for index, address in enumerate(addresses):
@@ -140,7 +140,7 @@ def _redirected(url: ArchiveUrl, location: str | None, allowed: AllowedUrls) -> 
     ):  # fmt: skip
         raise TransferError(
             f"it is redirected to {target.scheme}://{target.authority}, and redirects off the host are not followed",
-            mend="give the URL that it is redirected to, and allow it in allowed_urls", is_refused=True,
+            fix="give the URL that it is redirected to, and allow it in allowed_urls", is_refused=True,
         )  # fmt: skip
     if not allowed.match(target):
         raise TransferError(f"it is redirected to {target.base}, which allowed_urls does not allow", is_refused=True)

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 # Where other gRPC stacks stop unless they are told otherwise.
 CLIENT_SIZE_DEFAULT = 4 << 20
-HINT_KEY = "x-pyserve-hint"
+FIX_KEY = "x-pyserve-fix"
 
 
 class Method(NamedTuple):
@@ -109,7 +109,7 @@ class Dispatcher:
                     message = self._read(call, service, method, raw)
                     answer: bytes = (await method.run(call, message)).SerializeToString()
                     if len(answer) > CLIENT_SIZE_DEFAULT:
-                        await self._hint(call, len(answer))
+                        await self._fix(call, len(answer))
                     context.set_trailing_metadata(((REQUEST_ID_KEY, call.id), *call.told))
                     return answer
                 except Exception as error:
@@ -179,14 +179,14 @@ class Dispatcher:
 
     # --- after ----------------------------------------------------------------------------------------------------
 
-    async def _hint(self, call: Call, size: int) -> None:
+    async def _fix(self, call: Call, size: int) -> None:
         """Tells those whose client refuses the answer what to do."""
         text = (f"the answer has {size} bytes; many clients take {CLIENT_SIZE_DEFAULT} unless they are made with the "
                 "channel option grpc.max_receive_message_length")  # fmt: skip
         if call.path not in self._has_hinted:
             self._has_hinted.add(call.path)
             log.info("%s, request %s: %s. Said once", call.path, call.id, text, extra=about(request_id=call.id))
-        await call.context.send_initial_metadata(((HINT_KEY, text),))
+        await call.context.send_initial_metadata(((FIX_KEY, text),))
 
     def begin(self, size: int) -> None:
         """A call has come. REQUIRES: `end` is called with the same size."""

@@ -39,7 +39,7 @@ async def ask_handler(lane: Lane | None, name: str, version: str) -> SelfDescrip
     if lane is None or not (lane.ready_count or lane.may_take):
         raise OverloadedError(
             f'Model "{name}" has no worker to serve describe request. Please use scale workers API to add workers.',
-            detail={"reason": "no worker", "mend": f"PUT /models/{name}?min_worker=1"},
+            detail={"reason": "no worker", "fix": f"PUT /models/{name}?min_worker=1"},
         )
     if not isinstance(lane, PythonLane):
         return SelfDescription()

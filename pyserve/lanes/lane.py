@@ -469,7 +469,7 @@ class Lane:
             detail["waiting"] = self.waiting_count
             detail["job_queue_size"] = self.settings.queue_size
             detail["workers"] = self.ready_count
-            detail["mend"] = f"retry later, or raise job_queue_size: PUT /models/{self._name}?job_queue_size=N"
+            detail["fix"] = f"retry later, or raise job_queue_size: PUT /models/{self._name}?job_queue_size=N"
         return no_worker_error(self._name, detail)
 
     @property

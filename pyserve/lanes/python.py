@@ -157,9 +157,9 @@ class PythonLane(Lane):
             return super().refusal(reason)
         detail: JsonObject = {"reason": reason, "text": self.workers.trouble}
         if self.workers.will_retry:
-            detail["mend"] = "retry later: a worker will be started again"
+            detail["fix"] = "retry later: a worker will be started again"
             return no_worker_error(self._name, detail, self.workers.retry_after_s)
-        detail["mend"] = f"mend the handler, then PUT /models/{self._name}?min_worker=1"
+        detail["fix"] = f"fix the handler, then PUT /models/{self._name}?min_worker=1"
         return no_worker_error(self._name, detail)
 
     def _on_trouble(self, text: str, tell: Callable[[str], None]) -> None:

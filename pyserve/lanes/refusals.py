@@ -16,7 +16,7 @@ def no_worker_error(
     name: str, detail: JsonObject, retry_after_s: int | None = None, url_version: str = "default"
 ) -> OverloadedError:
     """TorchServe's one text for every reason not to admit a request."""
-    detail.setdefault("mend", f"PUT /models/{name}?min_worker=1 on the management address")
+    detail.setdefault("fix", f"PUT /models/{name}?min_worker=1 on the management address")
     subject = no_worker_subjects(name, url_version)[url_version != "default"]
     return OverloadedError(
         f"{subject} no worker to serve inference request. Please use scale workers API to add workers.",

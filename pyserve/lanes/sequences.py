@@ -389,7 +389,7 @@ class SequenceLane(PythonLane):
     def _limit_refusal(self, key: str, limit: int, id: str = "") -> OverloadedError:
         error = super().refusal("sequence limit")
         error.detail["limit"] = f"{key}={limit}" + (f", sequence {id}" if id else "")
-        error.detail["mend"] = f"end sequences that are over, wait for the answer, or raise {key} in model-config.yaml"
+        error.detail["fix"] = f"end sequences that are over, wait for the answer, or raise {key} in model-config.yaml"
         return error
 
     def _start_looking(self) -> None:
@@ -447,7 +447,7 @@ class SequenceLane(PythonLane):
 
 def _told(sequence: Sequence, text: str) -> JsonObject:
     return {"reason": "sequence ended", "sequence": sequence.id, "text": text,
-            "mend": "begin another sequence; its first request may say so with the start header, true"}  # fmt: skip
+            "fix": "begin another sequence; its first request may say so with the start header, true"}  # fmt: skip
 
 
 def _added(left: Any, right: Any) -> Any:

@@ -83,7 +83,7 @@ def load_network(
         tracing: a conversion of this archive that was started already.
 
     Raises:
-        ServeError: of any kind; the text names what is wrong with the archive and how to mend it.
+        ServeError: of any kind; the text names what is wrong with the archive and how to fix it.
     """
     handler = load_handler(archive, handler_name)
     context = Context(
@@ -332,10 +332,10 @@ def _load(label: str, path: Path, example: list[torch.Tensor], options: dict[str
         return load_core().TorchModel.load(str(path), example, **options)
     except (RuntimeError, ValueError) as error:
         reason = cause_of(str(error)) or type(error).__name__
-        hint = ""
+        fix = ""
         if "constants.pkl" in reason or "PytorchStreamReader" in reason:
-            hint = (
+            fix = (
                 ". It looks like a state dict or a damaged file: pack a TorchScript file (torch.jit.save), or pack "
                 "the model's class too with --model-file"
             )
-        raise ModelLoadError(f"{label}: its weights cannot be loaded: {reason}{hint}") from error
+        raise ModelLoadError(f"{label}: its weights cannot be loaded: {reason}{fix}") from error

@@ -301,7 +301,7 @@ class Model:
     def _absence(self) -> JsonObject:
         detail = {"reason": "no worker", "state": self.state}
         if self.error:
-            detail |= {"text": self.error, "mend": "mend the archive and register it again"}
+            detail |= {"text": self.error, "fix": "fix the archive and register it again"}
         return detail
 
     def _explain(self, native: NativeLane, exchange: Exchange, pending_for: Callable[[Lane], Pending]) -> None:

@@ -184,7 +184,7 @@ class Registry:
         if model.state == "FAILED" and model.version != self._defaults[name]:
             raise ConflictError(
                 f"Model version {version} of model {name} cannot be the default version: it FAILED",
-                detail={"text": model.error, "mend": "mend the archive and register it again"},
+                detail={"text": model.error, "fix": "fix the archive and register it again"},
             )
         self._defaults[name] = version
         await self.changed()

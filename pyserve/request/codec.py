@@ -180,7 +180,7 @@ def encode_result(value: Any, on_nan: Callable[[], None] | None = None) -> bytes
         on_nan: see `json_encoding.dump`.
 
     Raises:
-        HandlerError: the value is neither bytes, text, a tensor nor JSON; the text says where in it and how to mend it.
+        HandlerError: the value is neither bytes, text, a tensor nor JSON; the text says where in it and how to fix it.
     """
     if isinstance(value, memoryview):
         # Its length counts bytes then, whatever it held.

@@ -200,8 +200,9 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
     return Response(status, dump_json(value), content_type="application/json", headers=headers)
 
 
-# Members of ``detail`` that quote exceptions or name files: for eyes on this machine only.
-PRIVATE_DETAIL = frozenset({"text", "exception", "where", "hint"})
+# Members of ``detail`` that quote exceptions or name files: for eyes on this machine only. So is a ``fix`` that stands
+# beside an exception, since it may name what the archive's code imports or opens.
+PRIVATE_DETAIL = frozenset({"text", "exception", "where"})
 
 
 @dataclass(frozen=True)
@@ -236,5 +237,7 @@ class ErrorFormat:
         """What may be told of ``error`` beside its message; ``{}`` without ``with_detail``."""
         if not self.with_detail:
             return {}
-        hidden = frozenset() if self.with_private_detail else PRIVATE_DETAIL
+        hidden: frozenset[str] = frozenset()
+        if not self.with_private_detail:
+            hidden = PRIVATE_DETAIL | {"fix"} if "exception" in error.detail else PRIVATE_DETAIL
         return {**{key: value for key, value in error.detail.items() if key not in hidden}, "request_id": request_id}

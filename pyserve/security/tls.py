@@ -62,7 +62,7 @@ def prepare(config: Config, folder: Path) -> list[tuple[str, str]]:
         What the user should know: (``warning`` or ``note``, one line).
 
     Raises:
-        ConfigError: key or certificate cannot be used; names the file and the mend.
+        ConfigError: key or certificate cannot be used; names the file and the fix.
     """
     if not is_wanted(config):
         return []
@@ -165,16 +165,16 @@ def key_and_chain_pem(config: Config) -> tuple[bytes, bytes]:
     key_place, chain_place = _place(config, "private_key_file"), _place(config, "certificate_file")
     key, chain = _read(_path(config.private_key_file), key_place), _read(_path(config.certificate_file), chain_place)
     if not _PEM_KEY.search(key):
-        hint = "it begins like DER; `openssl pkey -inform DER -in FILE -out key.pem` converts it"
-        raise ConfigError(f"{key_place}: {config.private_key_file} holds no PEM private key{_if_der(key, hint)}")
+        fix = "it begins like DER; `openssl pkey -inform DER -in FILE -out key.pem` converts it"
+        raise ConfigError(f"{key_place}: {config.private_key_file} holds no PEM private key{_if_der(key, fix)}")
     if b"ENCRYPTED" in key:
         raise ConfigError(
             f"{key_place}: the private key in {config.private_key_file} is encrypted; "
             f"decrypt it with `openssl pkey -in {config.private_key_file} -out key.pem`"
         )
     if _PEM_CERTIFICATE not in chain:
-        hint = "it begins like DER; `openssl x509 -inform DER -in FILE -out certificate.pem` converts it"
-        raise ConfigError(f"{chain_place}: {config.certificate_file} holds no PEM certificate{_if_der(chain, hint)}")
+        fix = "it begins like DER; `openssl x509 -inform DER -in FILE -out certificate.pem` converts it"
+        raise ConfigError(f"{chain_place}: {config.certificate_file} holds no PEM certificate{_if_der(chain, fix)}")
     return key, chain
 
 
@@ -271,16 +271,16 @@ def make_self_signed(folder: Path, hosts: list[str]) -> None:
         "-keyout", str(folder / _KEY_FILE), "-out", str(folder / _CERTIFICATE_FILE), "-days", str(SELF_SIGNED_DAYS),
         "-subj", "/CN=pyserve", "-addext", f"subjectAltName={','.join(entries)}",
     ]  # fmt: skip
-    mend = "give a certificate by private_key_file and certificate_file, or by keystore"
+    fix = "give a certificate by private_key_file and certificate_file, or by keystore"
     try:
         made = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=OPENSSL_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"no certificate is given, and openssl cannot make one ({error}); {mend}") from None
+        raise ConfigError(f"no certificate is given, and openssl cannot make one ({error}); {fix}") from None
     if made.returncode != 0:
         reason = made.stderr.strip().splitlines()[-1:]
-        raise ConfigError(f"no certificate is given, and openssl cannot make one ({''.join(reason)}); {mend}")
+        raise ConfigError(f"no certificate is given, and openssl cannot make one ({''.join(reason)}); {fix}")
 
 
 def _bare_context() -> ssl.SSLContext:
@@ -369,8 +369,8 @@ def _explained(error: ssl.SSLError) -> str:
             return f"key or certificate cannot be used: {(error.reason or str(error)).lower().replace('_', ' ')}"
 
 
-def _if_der(content: bytes, hint: str) -> str:
-    return f"; {hint}" if content[:1] == b"\x30" else ""
+def _if_der(content: bytes, fix: str) -> str:
+    return f"; {fix}" if content[:1] == b"\x30" else ""
 
 
 def _place(config: Config, key: str) -> str:

@@ -123,7 +123,7 @@ class Tokens:
             None if no call needs a key.
 
         Raises:
-            ConfigError: the file cannot be written, or not be used; names the mend.
+            ConfigError: the file cannot be written, or not be used; names the fix.
         """
         if config.token_file:
             return cls._provided_by(config)

@@ -40,7 +40,7 @@ class Listeners:
         """Bind and listen on every address of ``config``.
 
         Raises:
-            ConfigError: an address cannot be had; names it, its key, who has it and the mend. Nothing stays open.
+            ConfigError: an address cannot be had; names it, its key, who has it and the fix. Nothing stays open.
         """
         listeners = cls()
         try:

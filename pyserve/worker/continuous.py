@@ -293,7 +293,7 @@ class _RunningBatch:
                 detail={
                     "text": f"context.stopping_criteria has {len(criteria)} elements for a batch of {count}",
                     "exception": "ValueError", "where": self._invoker._entry.place,
-                    "hint": "set one criterion per element of data, in order, in each call",
+                    "fix": "set one criterion per element of data, in order, in each call",
                 },
             )  # fmt: skip
         criterion = criteria[index]

@@ -68,7 +68,7 @@ def load_error(error: BaseException, model_dir: str | Path) -> HandlerLoadError 
 
 
 def _load_text(error: BaseException, failure: Failure) -> str:
-    # Ours already name the thing and the mend.
+    # Ours already name the thing and the fix.
     return error.message if isinstance(error, ModelLoadError) else failure.line()
 
 
@@ -397,12 +397,12 @@ def _only_class(module: ModuleType, label: str) -> type:
     if len(handlers) == 1:
         chosen = handlers[0].__name__
         others = ", ".join(cls.__name__ for cls in classes if cls is not handlers[0])
-        mend = f"{chosen} is the one with a handle method: repack with --handler {label}:{chosen}, or move {others} to "
-        mend += "another file, packed with --extra-files"
+        fix = f"{chosen} is the one with a handle method: repack with --handler {label}:{chosen}, or move {others} to "
+        fix += "another file, packed with --extra-files"
     else:
-        mend = "keep the handler's class there and move the others to another file, packed with --extra-files"
+        fix = "keep the handler's class there and move the others to another file, packed with --extra-files"
     raise ModelLoadError(
-        f"{label} defines {len(classes)} classes ({names}); the handler must be the only one. {mend}",
+        f"{label} defines {len(classes)} classes ({names}); the handler must be the only one. {fix}",
         detail={"where": label},
     )
 

@@ -62,7 +62,7 @@ class Failure:
         traceback: the archive's frames with their source lines, others folded; causes come first.
         repeats: whether loading again would end in the same way.
         status, type, message: of the answer.
-        hint: what would mend it, ``""`` if that is not known.
+        fix: what would fix it, ``""`` if that is not known.
         is_expected: whether a handler or its caller meant it: no defect to be looked for.
         is_own: whether `where` is in the archive.
     """
@@ -75,7 +75,7 @@ class Failure:
     status: int
     type: str
     message: str
-    hint: str = ""
+    fix: str = ""
     is_expected: bool = False
     is_own: bool = True
 
@@ -84,14 +84,14 @@ class Failure:
         detail = {"exception": self.exception, "text": self.text}
         if self.is_own or not self.is_expected:  # the caller's fault, found by us: no place to look at
             detail["where"] = self.where
-        return {**detail, "hint": self.hint} if self.hint else detail
+        return {**detail, "fix": self.fix} if self.fix else detail
 
     def line(self) -> str:
         """All in one line: ``ModuleNotFoundError: No module named 'timm' (handler.py:3). Fix: ...``."""
         text = " ".join(self.text.split())
         said = f"{self.exception}: {text}" if text else self.exception
         place = f" ({self.where})" if self.where else ""
-        return f"{said}{place}" + (f". Fix: {self.hint}" if self.hint else "")
+        return f"{said}{place}" + (f". Fix: {self.fix}" if self.fix else "")
 
 
 def describe_failure(error: BaseException, model_dir: str | Path) -> Failure:
@@ -132,7 +132,7 @@ def _described(error: BaseException, model_dir: str | Path) -> Failure:
         status=status,
         type=kind,
         message=message,
-        hint=str(detail.get("hint") or "") or _hint(error, folder),
+        fix=str(detail.get("fix") or "") or _fix(error, folder),
         is_expected=is_expected,
         is_own=bool(detail.get("where")) or any(not frame.owner for frame in frames),
     )
@@ -331,11 +331,11 @@ def _lines(error: BaseException, folder: _Folder) -> Iterator[str]:
     yield f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-# --- hints ----------------------------------------------------------------------------------------------------------
+# --- fixes ----------------------------------------------------------------------------------------------------------
 
 
-def _hint(error: BaseException, folder: _Folder) -> str:
-    """What would mend it; names no folder of this machine."""
+def _fix(error: BaseException, folder: _Folder) -> str:
+    """What would fix it; names no folder of this machine."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return _missing_module(error.name, folder)
     if isinstance(error, ImportError) and "relative import" in _text_of(error):

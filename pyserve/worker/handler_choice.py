@@ -130,8 +130,8 @@ def _thread_class(module: ModuleType, file: str, chosen: str | None) -> type:
     for name in _NOT_IN_A_THREAD:
         origin = next(each for each in cls.__mro__ if name in vars(each))
         if not origin.__module__.startswith("pyserve.handlers."):
-            mend = "; set attributes in prepare(self, context) instead" if name == "initialize" else ""
-            raise ModelLoadError(_not_in_a_thread_text(cls.__name__, file, f"it defines {name}{mend}"))
+            fix = "; set attributes in prepare(self, context) instead" if name == "initialize" else ""
+            raise ModelLoadError(_not_in_a_thread_text(cls.__name__, file, f"it defines {name}{fix}"))
     return cls
 
 
@@ -184,9 +184,9 @@ def _unknown_handler_text(archive_name: str, named: str, name: str) -> str:
             f"Built-in handlers: {_built_in_names()}."
         )
     nearest = difflib.get_close_matches(name, BUILT_IN, n=1)
-    hint = f", did you mean {nearest[0]!r}?" if nearest else "."
+    fix = f", did you mean {nearest[0]!r}?" if nearest else "."
     repack = nearest[0] if nearest else f"path/to/{name}.py"
     return (
         f"{archive_name} asks for handler {named!r}, but holds no file {name}.py and there is no built-in handler of "
-        f"that name{hint} Built-in handlers: {_built_in_names()}. Repack the archive with --handler {repack}."
+        f"that name{fix} Built-in handlers: {_built_in_names()}. Repack the archive with --handler {repack}."
     )

@@ -342,7 +342,7 @@ class Call:
         """``returned`` if it is a list with one element per request.
 
         Raises:
-            _ShapeError: in TorchServe's words; the detail says what was returned and how to mend it.
+            _ShapeError: in TorchServe's words; the detail says what was returned and how to fix it.
         """
         count = len(self._requests)
         if isinstance(returned, list) and len(returned) == count:
@@ -352,7 +352,7 @@ class Call:
             "number of batch response mismatched" if isinstance(returned, list) else "Invalid model predict output",
             detail={
                 "text": f"the handler {problem.what}", "exception": "ValueError", "where": self._invoker._entry.place,
-                "hint": f"{problem.fix}; `pyserve check` tries it with several batch sizes",
+                "fix": f"{problem.fix}; `pyserve check` tries it with several batch sizes",
             },
         )  # fmt: skip
 

@@ -35,7 +35,7 @@ log = logging.getLogger("pyserve.worker")
 TIME_SHARE_MAX = 0.5
 # What makes an output of a request.
 INHERITED = ("handle", "preprocess", "inference")
-DESCRIBE_HINT = (
+DESCRIBE_FIX = (
     "If it takes other inputs than that, describe them with 'input' in model-config.yaml, or pack one as "
     "sample_input.json"
 )
@@ -178,7 +178,7 @@ class _Rehearsal:
         detail = dict(failure.detail()) if failure is not None else {}
         detail["text"] = f"{text}: {detail.get('text') or outcome.reason()}"
         if name.startswith("a made-up"):
-            detail.setdefault("hint", DESCRIBE_HINT)
+            detail.setdefault("fix", DESCRIBE_FIX)
         kind = HandlerMemoryError if outcome.answer[2] == 507 else HandlerLoadError
         error = kind(f"{text}: {outcome.reason()}", detail=detail)
         error.traceback = failure.traceback if failure is not None else ""

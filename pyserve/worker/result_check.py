@@ -28,12 +28,12 @@ def explain_shape(returned: Any, count: int) -> ShapeProblem | None:
         if size == count:
             return None
         if size == 1:
-            hint = ". Your handler reads data[0] only?"
+            fix = ". Your handler reads data[0] only?"
         elif size > count:
-            hint = ". Does it add to a list that it keeps, or return one list per row without the outer list?"
+            fix = ". Does it add to a list that it keeps, or return one list per row without the outer list?"
         else:
-            hint = ". Does it leave out rows?"
-        return ShapeProblem("length", f"returned {size} for {count}", per_row + hint)
+            fix = ". Does it leave out rows?"
+        return ShapeProblem("length", f"returned {size} for {count}", per_row + fix)
     if returned is None:
         return ShapeProblem("none", f"returned None for {count}", f"{per_row}; does a path of it end without return?")
     kind = type(returned).__name__

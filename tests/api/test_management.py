@@ -533,7 +533,7 @@ def test_settings_are_changed_live_and_told_old_and_new(
 
 
 @pytest.mark.parametrize(
-    "target, hint",
+    "target, fix",
     [
         ("/models/m?min_workers=3", "did you mean min_worker?"),
         ("/models/m?batch_size=8&batchsize=9", "did you mean batch_size?"),
@@ -550,12 +550,12 @@ def test_settings_are_changed_live_and_told_old_and_new(
         ("/models/m/1.0?model_version=2.0", "give one"),
     ],
 )
-def test_refused_scale_call_changes_nothing(target: str, hint: str) -> None:
+def test_refused_scale_call_changes_nothing(target: str, fix: str) -> None:
     model = FakeModel(workers=2)
     api = Api(model)
     answer = api.ask("PUT", target)
     assert (answer.status, answer.json["type"]) == (400, "BadRequestException")
-    assert hint in answer.json["message"]
+    assert fix in answer.json["message"]
     assert (model.batch_size, model.workers_min, model.scalings, api.registry.saves) == (1, 2, [], 0)
 
 

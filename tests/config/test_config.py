@@ -213,16 +213,16 @@ def test_unknown_key_is_named_with_its_place_and_the_nearest_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "hint"),
+    ("key", "fix"),
     [
         ("bach_size", "did you mean 'batch_size'? It is a setting of each model: batchSize in its model-config.yaml"),
         ("batch_size", "; it is a setting of each model: batchSize in its model-config.yaml, or in 'models'"),
         ("watch", "unknown key 'watch'"),
     ],
 )
-def test_key_of_another_place_is_told_where_it_belongs(key: str, hint: str) -> None:
+def test_key_of_another_place_is_told_where_it_belongs(key: str, fix: str) -> None:
     (warning,) = load(f"{key}=8").warnings
-    assert hint in warning
+    assert fix in warning
 
 
 def test_unknown_key_is_an_error_under_strict() -> None:

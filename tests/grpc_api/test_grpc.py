@@ -176,7 +176,7 @@ def test_an_answer_may_be_as_large_as_over_http_and_says_what_its_client_needs(s
         call, request = client.method("Predictions")
         answer, ended = call.with_call(request(model_name="echo", input=order(size=size)), timeout=LIMIT_S)
         assert len(answer.prediction) == size
-        assert "grpc.max_receive_message_length" in dict(ended.initial_metadata())["x-pyserve-hint"]
+        assert "grpc.max_receive_message_length" in dict(ended.initial_metadata())["x-pyserve-fix"]
     with stub(server, **{"grpc.max_receive_message_length": 4 << 20}) as client:
         assert refused(client.Predictions, model_name="echo", input=order(size=size)).code() == Code.RESOURCE_EXHAUSTED
 

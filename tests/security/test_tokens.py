@@ -181,8 +181,8 @@ def test_key_that_cannot_be_written_leaves_the_old_one(
 def test_folder_that_cannot_be_written_is_said_with_three_mends(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         made((tmp_path, tmp_path / "read-only/none"))
-    for mend in ("a folder that can be written", "--token-file", "--disable-token-auth"):
-        assert mend in str(raised.value)
+    for fix in ("a folder that can be written", "--token-file", "--disable-token-auth"):
+        assert fix in str(raised.value)
 
 
 def test_next_server_takes_over_the_keys_even_if_the_file_is_gone(folders: tuple[Path, Path]) -> None:

@@ -1,4 +1,4 @@
-"""What is told about an exception in a handler: its place, a traceback of the user's own code, and the mend."""
+"""What is told about an exception in a handler: its place, a traceback of the user's own code, and the fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pyserve.errors import TEXT_SIZE_MAX, HandlerError, InputError
+from pyserve.errors import TEXT_SIZE_MAX, HandlerError, InputError, ServeError
 from pyserve.request.messages import ErrorFormat
 from pyserve.worker.failure import FRAMES_MAX, Failure, HandlerTimeout, describe_failure, describe_place
 from tests.support.loaded_handlers import Load, load, request, write_folder
@@ -113,11 +113,11 @@ def test_what_pyserve_finds_fault_with_has_no_place_of_its_own() -> None:
     assert "where" not in failure.detail()
 
     def find_fault() -> None:
-        raise HandlerError("message", detail={"text": "text", "where": "handler.py:3 in handle", "hint": "mend"})
+        raise HandlerError("message", detail={"text": "text", "where": "handler.py:3 in handle", "fix": "fix"})
 
     failure = describe_failure(caught(find_fault), "/nowhere")
     assert failure.detail() == {
-        "exception": "HandlerError", "text": "text", "where": "handler.py:3 in handle", "hint": "mend"
+        "exception": "HandlerError", "text": "text", "where": "handler.py:3 in handle", "fix": "fix"
     }  # fmt: skip
     assert failure.traceback == "HandlerError: message"
 
@@ -176,11 +176,11 @@ def test_the_class_decides_on_status_and_repetition(error: BaseException, status
     assert (failure.status, failure.repeats) == (status, repeats)
 
 
-# --- the mend ---------------------------------------------------------------------------------------------------------
+# --- the fix ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("body", "requirements", "hint"),
+    ("body", "requirements", "fix"),
     [
         ("import nothing_like_it", None, "pip install nothing_like_it where pyserve runs, or pack a requirements.txt"),
         ("import nothing_like_it.deep", None, "pip install nothing_like_it where"),
@@ -192,15 +192,15 @@ def test_the_class_decides_on_status_and_repetition(error: BaseException, status
     ],
 )
 def test_a_missing_module_is_told_with_what_to_install(
-    load: Load, body: str, requirements: str | None, hint: str
+    load: Load, body: str, requirements: str | None, fix: str
 ) -> None:
     failure = failed(load, body, {"requirements.txt": requirements} if requirements else None)
-    assert hint in failure.hint
+    assert fix in failure.fix
     assert failure.line().count("handler.py:4") == 1
 
 
 @pytest.mark.parametrize(
-    ("opened", "hint"),
+    ("opened", "fix"),
     [
         ("context.system_properties['model_dir'] + '/vocab.txt'", "vocab.txt is not in the archive; pack it"),
         ("'/nowhere/at/all/vocab.txt'", "vocab.txt is not on this machine under that path"),
@@ -208,14 +208,14 @@ def test_a_missing_module_is_told_with_what_to_install(
         ("'vocab.txt'", "put paths together from context.system_properties['model_dir']"),
     ],
 )
-def test_a_missing_file_is_told_with_where_to_put_it(load: Load, opened: str, hint: str) -> None:
+def test_a_missing_file_is_told_with_where_to_put_it(load: Load, opened: str, fix: str) -> None:
     failure = failed(load, f"open({opened})", {"there.txt": ""})
-    assert hint in failure.hint
-    assert "/nowhere" not in failure.hint
+    assert fix in failure.fix
+    assert "/nowhere" not in failure.fix
 
 
 @pytest.mark.parametrize(
-    ("body", "hint"),
+    ("body", "fix"),
     [
         ("import json\nreturn [json.loads(row['body'])]", "arrives parsed"),
         ("return [row['data']]", "row.get('data') or row.get('body')"),
@@ -223,15 +223,15 @@ def test_a_missing_file_is_told_with_where_to_put_it(load: Load, opened: str, hi
         ("raise TypeError('another')", ""),
     ],
 )
-def test_confusions_about_rows_are_told(load: Load, body: str, hint: str) -> None:
+def test_confusions_about_rows_are_told(load: Load, body: str, fix: str) -> None:
     failure = failed(load, body, row={"a": 1})
-    assert hint in failure.hint
-    assert bool(failure.hint) == bool(hint)
-    assert failure.detail().get("hint", "") == failure.hint
+    assert fix in failure.fix
+    assert bool(failure.fix) == bool(fix)
+    assert failure.detail().get("fix", "") == failure.fix
 
 
 @pytest.mark.parametrize(
-    ("body", "content_type", "hint"),
+    ("body", "content_type", "fix"),
     [
         ("return [{value: 1}]", "image/jpeg", "bytes(value) makes bytes"),
         ("return [value + 'text']", "image/jpeg", "value.decode() text"),
@@ -241,28 +241,35 @@ def test_confusions_about_rows_are_told(load: Load, body: str, hint: str) -> Non
     ],
 )
 def test_bytes_and_text_that_are_taken_for_each_other_are_told(
-    load: Load, body: str, content_type: str, hint: str
+    load: Load, body: str, content_type: str, fix: str
 ) -> None:
     lines = "".join(f"        {line}\n" for line in body.splitlines())
     loaded = load(f"def handle(data, context):\n    if data is not None:\n        value = data[0]['body']\n{lines}")
     loaded.run(request(b"\x41", content_type))
     ((_, failure),) = loaded.failures
-    assert hint in failure.hint
+    assert fix in failure.fix
 
 
 def test_writing_into_the_archive_is_told(tmp_path: Path) -> None:
     error = PermissionError(13, "Permission denied", str(tmp_path / "cache.bin"))
-    assert "tempfile" in describe_failure(error, tmp_path).hint
+    assert "tempfile" in describe_failure(error, tmp_path).fix
 
 
 # --- who is told ------------------------------------------------------------------------------------------------------
 
 
-def test_a_stranger_is_told_neither_text_nor_place_nor_mend(load: Load) -> None:
+def test_a_fix_that_stands_beside_no_exception_is_for_everybody() -> None:
+    error = ServeError("full", detail={"reason": "queue full", "text": "of 100", "fix": "retry later"})
+    public = json.loads(bytes(ErrorFormat(with_private_detail=False).response(error, "id").body))
+    assert public["detail"] == {"reason": "queue full", "fix": "retry later", "request_id": "id"}
+    assert error.reason() == "of 100"
+
+
+def test_a_stranger_sees_neither_text_nor_place_nor_fix(load: Load) -> None:
     failure = failed(load, "import nothing_like_it")
     error = HandlerError(failure.message, detail={**failure.detail(), "reason": "public"})
     private = json.loads(bytes(ErrorFormat().response(error, "id").body))["detail"]
-    assert private.keys() == {"exception", "text", "where", "hint", "reason", "request_id"}
+    assert private.keys() == {"exception", "text", "where", "fix", "reason", "request_id"}
     public = json.loads(bytes(ErrorFormat(with_private_detail=False).response(error, "id").body))
     assert public["detail"] == {"reason": "public", "request_id": "id"}
     assert "nothing_like_it" not in json.dumps(public)

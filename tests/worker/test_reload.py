@@ -98,7 +98,7 @@ def test_code_that_cannot_take_over_is_told_and_the_old_code_goes_on(watch: Any,
     assert said in told["text"]
     assert "reload.py" not in told["text"]
     assert watched.answer() == ["first", "loaded once", "one"]
-    # and the mend is taken on
+    # and the fix is taken on
     assert watched.replace(new, old)["event"] == "reloaded"
     assert watched.replace('"first"', '"mended"')["event"] == "reloaded"
     assert watched.answer() == ["mended", "loaded once", "one"]

@@ -106,8 +106,8 @@ def deprecated(version: str = "", replacement: str = "") -> Callable[[Callable[.
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            hint = f"; use {replacement}" if replacement else ""
-            warnings.warn(f"{function.__name__} goes with version {version}{hint}", DeprecationWarning, stacklevel=2)
+            fix = f"; use {replacement}" if replacement else ""
+            warnings.warn(f"{function.__name__} goes with version {version}{fix}", DeprecationWarning, stacklevel=2)
             return function(*args, **kwargs)
 
         return call
