@@ -25,10 +25,11 @@ from pyserve.config.keys import (
     SNAPSHOT_KEYS,
     SWITCH_KEYS,
     ModelSettings,
+    misspelt,
+    settings_of,
 )
 from pyserve.config.model_source import ModelSource, list_store, resolve_models
 from pyserve.config.properties import PropertiesError, Property, parse_properties
-from pyserve.config.variables import misspelt, settings_of
 from pyserve.errors import ConfigError, JsonObject
 
 CONFIG_FILE_DEFAULT = "config.properties"

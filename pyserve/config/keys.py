@@ -1,4 +1,4 @@
-"""The keys of config.properties: which exist, and how the text of each becomes a value.
+"""The keys of config.properties: which exist, how the text of each becomes a value, and which variables set them.
 
 Keys that belong to TorchServe but have no effect here are listed too, so that a configuration written
 for it is accepted, and a misspelt key is told apart from an unused one.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pyserve.config.address import Address
@@ -302,3 +302,35 @@ VARIABLES["token_expiration_min"] = "TS_TOKEN_EXPIRATION_TIME_MIN"
 ALWAYS_READ = frozenset({"ts_open_inference_protocol"})
 # Key -> our own environment variable, which is always read.
 OWN_VARIABLES = {key: f"PYSERVE_{key.upper()}" for key in KINDS if key not in FLAG_ONLY}
+# Ours too, but no settings; and what Kubernetes tells every container about a service called "pyserve".
+_OTHERS = frozenset({"PYSERVE_CACHE", "PYSERVE_WEIGHTS_CACHE", "PYSERVE_SERVER", "PYSERVE_SUPERVISOR"})
+_NEAR = 0.85
+
+
+def settings_of(environ: Mapping[str, str], switches: Container[str]) -> Iterator[tuple[str, str, str]]:
+    """(key, text, variable) of every variable that counts, the weaker first. Empty ones are not set.
+
+    Args:
+        switches: those of ``enable_envvars_config`` and ``use_env_allowed_urls`` that are on.
+    """
+    for key, variable in VARIABLES.items():
+        is_read = key in ALWAYS_READ or "enable_envvars_config" in switches
+        if key == "allowed_urls":
+            is_read = is_read and "use_env_allowed_urls" in switches
+        if is_read and environ.get(variable):
+            yield key, environ[variable], variable
+    for key, variable in OWN_VARIABLES.items():
+        if environ.get(variable):
+            yield key, environ[variable], variable
+
+
+def misspelt(environ: Mapping[str, str]) -> Iterator[str]:
+    """A line for each variable that is nearly one of ours."""
+    from difflib import get_close_matches
+
+    known = set(OWN_VARIABLES.values())
+    for name in sorted(environ):
+        if name.startswith("PYSERVE_") and name not in known | _OTHERS:
+            near = get_close_matches(name, known, n=1, cutoff=_NEAR)
+            if near:
+                yield f"the environment variable {name} is not known; did you mean {near[0]}?"
