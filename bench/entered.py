@@ -117,8 +117,9 @@ def main() -> int:
             f"grpc_management_port={grpc_management}\nenable_grpc=true\ndisable_token_authorization=true\n"
         )
         command = [
-            sys.executable, "-m", "pyserve", "start", "--foreground", "--pid-file", str(folder / "pid"), "--models", "all",
-            "--ts-config", str(folder / "config.properties"), "--model-store", str(folder),
+            sys.executable, "-m", "pyserve", "start", "--foreground", "--models", "all",
+            "--pid-file", str(folder / "pid"), "--ts-config", str(folder / "config.properties"),
+            "--model-store", str(folder),
         ]  # fmt: skip
         environment = {
             **os.environ, "PYTHONPATH": f"{ROOT / 'bench/entered'}:{tree}",
