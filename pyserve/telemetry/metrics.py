@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from pyserve import __version__
 from pyserve.errors import JsonObject
 from pyserve.request.messages import Request, Response
-from pyserve.telemetry.custom_metrics import CustomMetrics
+from pyserve.telemetry.custom_sums import CustomMetrics
 from pyserve.telemetry.exposition import CONTENT_TYPE, add_histogram, render
 from pyserve.telemetry.host_metrics import FILL_BOUNDS, BatchRecorder, HostMetrics
 from pyserve.telemetry.load_gauges import LoadGauges
