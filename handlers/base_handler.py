@@ -86,11 +86,9 @@ class BaseHandler:
     Attributes of the native lane:
         sample_kind: what a sample input is made of: ``"json"`` (`example_input` as nested lists), ``"picture"``,
             ``"text"`` (of `source_vocab`) or ``"saved tensor"`` (`example_input` as torch.save writes it).
-        lane: where a model runs whose archive names this handler: ``"native"`` or ``"python"`` (worker processes).
     """
 
     sample_kind = "json"
-    lane = "native"
     # For classes that do without this class's __init__.
     context: Context | None = None
     device: torch.device | None = None

@@ -19,7 +19,6 @@ from pyserve.handlers.tensor_spec import TensorSpec, dtype_name
 class DenseNetHandler(BaseHandler):
     """Any model from [n, ...] to [n, ...]; a row is a whole tensor that torch.save wrote, and so is its answer."""
 
-    lane = "python"
     sample_kind = "saved tensor"
 
     def prepare(self, context: Context) -> None:

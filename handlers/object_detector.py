@@ -23,7 +23,6 @@ class ObjectDetector(VisionHandler):
         threshold: what scores less is left out.
     """
 
-    lane = "python"
     image_processing = RgbTransform()
     threshold = 0.5
 

@@ -19,7 +19,6 @@ class TextHandler(BaseHandler):
         source_vocab: word -> number, from source_vocab.pt in the archive; None before `initialize`.
     """
 
-    lane = "python"
     sample_kind = "text"
     source_vocab: Any = None
 

@@ -5,8 +5,9 @@ Handlers import this module and `pyserve.context` and nothing else of pyserve.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pyserve.context import Context
 from pyserve.errors import HandlerError, InputError, ModelLoadError
@@ -16,15 +17,36 @@ if TYPE_CHECKING:
 
 __all__ = ["BUILT_IN", "Handler", "HandlerError", "InputError", "ModelLoadError", "PredictionException"]
 
-# Handler name -> (module, class) of those that come with pyserve.
+
+class BuiltIn(NamedTuple):
+    """A handler that comes with pyserve.
+
+    Attributes:
+        module: where its class is defined.
+        class_name: the name of its class.
+        lane: where the model runs of an archive that names it: ``native`` (threads of the server), or ``python``
+            (worker processes) for those that call the model in Python: a network that takes lists, or one that writes
+            its own answer.
+    """
+
+    module: str
+    class_name: str
+    lane: Literal["native", "python"]
+
+    def import_class(self) -> Any:
+        """Its class. Imports torch."""
+        return getattr(importlib.import_module(self.module), self.class_name)
+
+
+# The one list of them, by the name that a manifest gives.
 BUILT_IN = {
-    "base_handler": ("pyserve.handlers.base_handler", "BaseHandler"),
-    "densenet_handler": ("pyserve.handlers.densenet_handler", "DenseNetHandler"),
-    "image_classifier": ("pyserve.handlers.image_classifier", "ImageClassifier"),
-    "image_segmenter": ("pyserve.handlers.image_segmenter", "ImageSegmenter"),
-    "object_detector": ("pyserve.handlers.object_detector", "ObjectDetector"),
-    "tensor": ("pyserve.handlers.tensor", "TensorHandler"),
-    "text_classifier": ("pyserve.handlers.text_classifier", "TextClassifier"),
+    "base_handler": BuiltIn("pyserve.handlers.base_handler", "BaseHandler", "native"),
+    "densenet_handler": BuiltIn("pyserve.handlers.densenet_handler", "DenseNetHandler", "python"),
+    "image_classifier": BuiltIn("pyserve.handlers.image_classifier", "ImageClassifier", "native"),
+    "image_segmenter": BuiltIn("pyserve.handlers.image_segmenter", "ImageSegmenter", "native"),
+    "object_detector": BuiltIn("pyserve.handlers.object_detector", "ObjectDetector", "python"),
+    "tensor": BuiltIn("pyserve.handlers.tensor", "TensorHandler", "native"),
+    "text_classifier": BuiltIn("pyserve.handlers.text_classifier", "TextClassifier", "python"),
 }
 
 # TorchServe's other handlers -> the package that each is a cover of.

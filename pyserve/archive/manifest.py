@@ -16,22 +16,10 @@ from typing import Any
 
 from pyserve.archive.entries import LIMITS, MANIFEST_NAME, name_problem, refuse
 from pyserve.errors import InvalidModelError, shown
+from pyserve.handler import BUILT_IN, NOT_BUILT_IN
 
 # Handlers that are named, not packed. TorchServe's own names, and ``tensor``.
-BUILTIN_HANDLERS = (
-    "base_handler",
-    "dali_image_classifier",
-    "densenet_handler",
-    "image_classifier",
-    "image_segmenter",
-    "object_detector",
-    "tensor",
-    "text_classifier",
-    "trt_llm_handler",
-    "vllm_handler",
-)
-# Of those, the ones that call the model in Python: a network that takes lists, or one that writes its own answer.
-PYTHON_HANDLERS = frozenset({"densenet_handler", "object_detector", "text_classifier"})
+BUILTIN_HANDLERS = tuple(sorted([*BUILT_IN, *NOT_BUILT_IN]))
 LSP_HANDLERS = ("BaseHandler", "TorchScriptHandler")  # of TorchServe's C++ backend
 RUNTIMES = ("python", "python3", "LSP")
 DEFAULT_VERSION = "1.0"

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pyserve.archive.archive import Archive, open_archive
-from pyserve.archive.manifest import PYTHON_HANDLERS
 from pyserve.conversion.record import (
     Conversion,
     NeedsPythonError,
@@ -33,6 +32,7 @@ from pyserve.conversion.record import (
     untraceable_note,
 )
 from pyserve.errors import ModelLoadError
+from pyserve.handler import BUILT_IN
 from pyserve.launch import ROOT_DIR
 
 __all__ = [
@@ -159,7 +159,8 @@ def runs_in_python(archive: Archive) -> bool:
     name, colon, _ = archive.manifest.handler.rpartition("/")[2].partition(":")
     name = name.removesuffix(".py")
     brings_code = f"{name}.py" in archive.files and archive.config.raw.get("isolation") != "thread"
-    return bool(colon) or brings_code or name in PYTHON_HANDLERS
+    is_built_in_for_python = name in BUILT_IN and BUILT_IN[name].lane == "python"
+    return bool(colon) or brings_code or is_built_in_for_python
 
 
 def native_example(handler, context):  # type: ignore[no-untyped-def]  # the parent side has no torch

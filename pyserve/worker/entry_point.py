@@ -25,8 +25,10 @@ from typing import Any
 from pyserve.archive.manifest import nearest_handler, split_handler
 from pyserve.context import Context
 from pyserve.errors import ModelLoadError, OutOfMemoryError
+from pyserve.handler import BUILT_IN
 from pyserve.launch import COMPAT_DIR
-from pyserve.worker.failure import Failure, describe_failure, describe_place
+from pyserve.worker.failure import Failure, describe_failure
+from pyserve.worker.frames import describe_place
 from pyserve.worker.spec import WorkerSpec
 
 DEFAULT_FUNCTION = "handle"
@@ -225,13 +227,10 @@ class Code:
                     for name, module in self.own_modules().items()
                 }
             return
-        from pyserve.handler import BUILT_IN  # brings torch
-
         short = self.module_name.removeprefix(TORCHSERVE_PREFIX)
         if short in BUILT_IN:
-            module_name, class_name = BUILT_IN[short]
-            self.handler = getattr(importlib.import_module(module_name), class_name)()
-            self.name = f"{class_name}, built in"
+            self.handler = BUILT_IN[short].import_class()()
+            self.name = f"{BUILT_IN[short].class_name}, built in"
             return
         for name in dict.fromkeys([TORCHSERVE_PREFIX + short, self.module_name]):
             if _is_importable(name):

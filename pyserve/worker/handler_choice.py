@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import sys
 from types import ModuleType
-from typing import Any
 
 from pyserve.archive.archive import Archive
 from pyserve.archive.manifest import split_handler
@@ -40,7 +39,7 @@ def python_lane_reason(archive: Archive, named: str | None = None) -> str:
     if (archive.model_dir / f"{module}.py").is_file():
         return "" if _wants_thread(archive) else f"{module}.py is handler code of its own"
     if name in BUILT_IN:
-        return f"{name} calls the model in Python" if _built_in_class(name).lane == "python" else ""
+        return f"{name} calls the model in Python" if BUILT_IN[name].lane == "python" else ""
     if name in NOT_BUILT_IN:
         return ""
     # Only a module's first part can be looked for without running code.
@@ -74,7 +73,7 @@ def load_handler(archive: Archive, named: str | None = None) -> Handler:
             f"lane), not here. Built-in handlers: {_built_in_names()}."
         )
     if name in BUILT_IN:
-        handler: Handler = _built_in_class(name)()
+        handler: Handler = BUILT_IN[name].import_class()()
         return handler
     raise ModelLoadError(_unknown_handler_text(archive.name, named or archive.manifest.handler, name))
 
@@ -123,16 +122,29 @@ def _thread_class(module: ModuleType, file: str, chosen: str | None) -> type:
     cls = classes[0]
     if not issubclass(cls, BaseHandler):
         raise ModelLoadError(_not_in_a_thread_text(cls.__name__, file, "it is not derived from BaseHandler"))
-    if cls.lane != "native":
-        built_in = next(each for each in cls.__mro__ if each.__module__.startswith("pyserve.handlers."))
+    built_in = next(filter(_calls_model_in_python, cls.__mro__), None)
+    if built_in is not None:
         reason = f"{built_in.__name__}, which it is derived from, calls the model in Python"
         raise ModelLoadError(_not_in_a_thread_text(cls.__name__, file, reason))
     for name in _NOT_IN_A_THREAD:
         origin = next(each for each in cls.__mro__ if name in vars(each))
-        if not origin.__module__.startswith("pyserve.handlers."):
+        if not _is_ours(origin):
             fix = "; set attributes in prepare(self, context) instead" if name == "initialize" else ""
             raise ModelLoadError(_not_in_a_thread_text(cls.__name__, file, f"it defines {name}{fix}"))
     return cls
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("pyserve.handlers.")
+
+
+def _calls_model_in_python(cls: type) -> bool:
+    """Whether it is a class of ours, not of a handler for the native lane, that does what this lane does itself."""
+    is_for_native = any(
+        (each.module, each.class_name) == (cls.__module__, cls.__name__)
+        for each in BUILT_IN.values() if each.lane == "native"
+    )  # fmt: skip
+    return _is_ours(cls) and not is_for_native and any(name in vars(cls) for name in _NOT_IN_A_THREAD)
 
 
 def _not_in_a_thread_text(name: str, file: str, reason: str) -> str:
@@ -158,11 +170,6 @@ def _wants_thread(archive: Archive) -> bool:
             "default) or thread"
         )
     return isolation == "thread"
-
-
-def _built_in_class(name: str) -> Any:
-    module, cls = BUILT_IN[name]
-    return getattr(importlib.import_module(module), cls)
 
 
 def _built_in_names() -> str:

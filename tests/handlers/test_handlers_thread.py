@@ -12,7 +12,7 @@ import yaml
 
 from pyserve.archive.archive import open_archive
 from pyserve.context import Context
-from pyserve.handler import ModelLoadError
+from pyserve.handler import BUILT_IN, BuiltIn, ModelLoadError
 from pyserve.handlers.base_handler import BaseHandler
 from pyserve.handlers.image_classifier import ImageClassifier
 from pyserve.worker import handler_choice as handler_module
@@ -122,6 +122,18 @@ def test_handler_that_needs_a_process_says_why(tmp_path: Path, text: str, reason
     with archive_with(tmp_path, text) as archive, pytest.raises(ModelLoadError) as caught:
         load_handler(archive)
     assert reason in caught.value.message and "Drop 'isolation: thread'" in caught.value.message
+
+
+@pytest.mark.parametrize("name", [*BUILT_IN, "text_handler"])
+def test_handler_derived_from_a_built_in_one_runs_where_that_one_does(tmp_path: Path, name: str) -> None:
+    built_in = BUILT_IN.get(name, BuiltIn("pyserve.handlers.text_handler", "TextHandler", "python"))
+    text = f"from {built_in.module} import {built_in.class_name} as Base\nclass Mine(Base): pass\n"
+    with archive_with(tmp_path, text) as archive:
+        if built_in.lane == "native":
+            assert isinstance(load_handler(archive), built_in.import_class())
+            return
+        with pytest.raises(ModelLoadError, match=f"{built_in.class_name}, which it is derived from, calls the model"):
+            load_handler(archive)
 
 
 @pytest.mark.parametrize(
