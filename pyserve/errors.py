@@ -246,10 +246,10 @@ def is_memory_error(error: BaseException) -> bool:
     of_torch = getattr(torch, "OutOfMemoryError", None) or torch.cuda.OutOfMemoryError
     if isinstance(error, of_torch):
         return True
-    return type(error) is RuntimeError and _ALLOCATION.search(_text_of(error)) is not None
+    return type(error) is RuntimeError and _ALLOCATION.search(text_of(error)) is not None
 
 
-def _text_of(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
     try:
         if isinstance(error, SyntaxError):
             text = str(error.msg)  # without the place, which is told beside it

@@ -7,33 +7,16 @@ Files of the archive are named as they are in it (``handler.py:41``), wherever i
 
 from __future__ import annotations
 
-import functools
-import inspect
-import linecache
 import os
 import re
-import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
 
-from pyserve.errors import TEXT_SIZE_MAX, JsonObject, ServeError, _text_of, is_memory_error
-from pyserve.launch import ROOT_DIR
-
-# Of the archive's own frames; a recursion has thousands.
-FRAMES_MAX = 30
-CHAIN_MAX = 8
-# Lines before a `def`.
-DECORATORS_MAX = 20
+from pyserve.errors import TEXT_SIZE_MAX, JsonObject, ServeError, is_memory_error, text_of
+from pyserve.worker.frames import ArchiveFolder, frames_of, place_of, traceback_text
 
 OUT_OF_RESOURCES = "Out of resources"
 PREDICTION_FAILED = "Prediction failed"
-
-
-_DEFINITION = re.compile(r"\s*(async\s+)?def\s")
 
 # Module -> what to install for it, where the two differ.
 _PACKAGES = {
@@ -41,10 +24,6 @@ _PACKAGES = {
     "yaml": "pyyaml", "bs4": "beautifulsoup4", "google.protobuf": "protobuf", "dateutil": "python-dateutil",
     "sentence_transformers": "sentence-transformers", "faiss": "faiss-cpu", "Levenshtein": "levenshtein",
 }  # fmt: skip
-
-_PACKAGE_DIR = str(ROOT_DIR / "pyserve")
-_HANDLERS_DIR = os.path.realpath(os.path.join(_PACKAGE_DIR, "handlers"))
-_STDLIB_DIR = os.path.realpath(sysconfig.get_path("stdlib"))
 
 
 class HandlerTimeout(BaseException):
@@ -107,10 +86,10 @@ def describe_failure(error: BaseException, model_dir: str | Path) -> Failure:
 
 
 def _described(error: BaseException, model_dir: str | Path) -> Failure:
-    folder = _Folder(model_dir)
-    text = folder.shortened(_text_of(error))
-    frames = _frames(error.__traceback__, folder)
-    place = _place(error, frames, folder)
+    folder = ArchiveFolder(model_dir)
+    text = folder.shortened(text_of(error))
+    frames = frames_of(error.__traceback__, folder)
+    place = place_of(error, frames, folder)
     is_memory = is_memory_error(error)
     status, kind, message, is_expected = 503, "InternalServerException", PREDICTION_FAILED, False
     detail: JsonObject = {}
@@ -127,7 +106,7 @@ def _described(error: BaseException, model_dir: str | Path) -> Failure:
         exception=str(detail.get("exception") or type(error).__name__),
         text=str(detail.get("text") or text)[:TEXT_SIZE_MAX],
         where=str(detail.get("where") or place),
-        traceback=_traceback_text(error, folder),
+        traceback=traceback_text(error, folder),
         repeats=_repeats(error) and not is_memory,
         status=status,
         type=kind,
@@ -136,27 +115,6 @@ def _described(error: BaseException, model_dir: str | Path) -> Failure:
         is_expected=is_expected,
         is_own=bool(detail.get("where")) or any(not frame.owner for frame in frames),
     )
-
-
-def describe_place(function: Any, model_dir: str | Path) -> str:
-    """``handler.py:12 in handle``: where ``function``, method or class is defined; ``""`` if that is not known."""
-    if inspect.isclass(function):
-        try:
-            name = _Folder(model_dir).name_in(inspect.getfile(function)) or ""
-            return f"{name}:{inspect.findsource(function)[1] + 1} in {function.__name__}" if name else ""
-        except (OSError, TypeError):
-            return ""
-    plain = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
-    code = getattr(plain, "__code__", None)
-    if code is None and callable(plain):
-        code = getattr(type(plain).__call__, "__code__", None)  # an object that is called
-    if code is None:
-        return ""
-    name = _Folder(model_dir).name_in(code.co_filename) or _foreign(code.co_filename)[0]
-    first = code.co_firstlineno  # its first decorator, if it has any
-    lines = range(first, first + DECORATORS_MAX)
-    line = next((each for each in lines if _DEFINITION.match(linecache.getline(code.co_filename, each))), first)
-    return f"{name}:{line} in {code.co_name}"
 
 
 def _repeats(error: BaseException) -> bool:
@@ -185,160 +143,14 @@ def _own_answer(error: BaseException) -> tuple[int, str, bool]:
     return (status, message, True) if 200 <= status <= 599 else (500, message, False)
 
 
-# --- frames ---------------------------------------------------------------------------------------------------------
-
-
-class _Frame(NamedTuple):
-    file: str  # as it is shown
-    line: int
-    function: str
-    source: str
-    owner: str  # "" for the archive itself, else the package
-
-    def place(self) -> str:
-        """``handler.py:41 in preprocess``."""
-        return f"{self.file}:{self.line}" + (f" in {self.function}" if self.function != "<module>" else "")
-
-
-class _Folder:
-    """The unpacked archive's folder, under all names that files in it may have."""
-
-    def __init__(self, model_dir: str | Path):
-        plain = os.path.abspath(model_dir)
-        real = os.path.realpath(model_dir)
-        self.path = real
-        self._prefixes = tuple(dict.fromkeys(path.rstrip("/") + "/" for path in (plain, real)))
-
-    def name_in(self, file: str) -> str | None:
-        """Path in the archive; None if it is not in there, or belongs to a venv in it."""
-        for prefix in self._prefixes:
-            if file.startswith(prefix):
-                name = file[len(prefix) :]
-                return None if "site-packages/" in name else name
-        real = os.path.realpath(file)
-        return self.name_in(real) if real != file and real.startswith(self._prefixes) else None
-
-    def shortened(self, text: str) -> str:
-        """``text`` with the archive's files named as they are in it."""
-        for prefix in self._prefixes:
-            text = text.replace(prefix, "")
-        return text
-
-
-def _frames(traceback: TracebackType | None, folder: _Folder) -> list[_Frame]:
-    """Outermost first. Source lines are read for the archive's own only."""
-    frames = []
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        line = traceback.tb_lineno or 0
-        name = folder.name_in(code.co_filename)
-        if name is not None:
-            source = linecache.getline(code.co_filename, line, traceback.tb_frame.f_globals).strip()
-            frames.append(_Frame(name, line, code.co_name, source, ""))
-        else:
-            file, owner = _foreign(code.co_filename)
-            frames.append(_Frame(file, line, code.co_name, "", owner))
-        traceback = traceback.tb_next
-    return frames
-
-
-def _foreign(file: str) -> tuple[str, str]:
-    """How a file outside of the archive is shown, and whose it is."""
-    if file.startswith("<"):
-        return file, "importlib" if file.startswith("<frozen importlib") else file
-    _, found, inside = file.rpartition("site-packages/")
-    if not found:
-        real = os.path.realpath(file)
-        for folder, name in ((_PACKAGE_DIR, "pyserve"), (_HANDLERS_DIR, "pyserve/handlers"), (_STDLIB_DIR, "")):
-            if real.startswith(folder + "/"):
-                inside = os.path.join(name, real[len(folder) + 1 :])
-                break
-        else:
-            inside = os.path.join(*file.rsplit("/", 2)[-2:])
-    return inside, inside.partition("/")[0].removesuffix(".py")
-
-
-def _place(error: BaseException, frames: list[_Frame], folder: _Folder) -> str:
-    if isinstance(error, SyntaxError) and error.filename:
-        name = folder.name_in(error.filename)
-        if name is not None:
-            return f"{name}:{error.lineno}"
-    own = next((frame for frame in reversed(frames) if not frame.owner), None)
-    if own is None and frames:
-        own = next((frame for frame in reversed(frames) if frame.owner != "pyserve"), frames[-1])
-    return own.place() if own is not None else ""
-
-
-def _traceback_text(error: BaseException, folder: _Folder) -> str:
-    parts = []
-    chain = list(_chain(error))
-    for index, (each, link) in enumerate(reversed(chain)):
-        parts.append("\n".join(_lines(each, folder)))
-        if index < len(chain) - 1:
-            parts.append(link)
-    return "\n\n".join(parts)
-
-
-def _chain(error: BaseException) -> Iterator[tuple[BaseException, str]]:
-    """``error`` and what led to it, each with the words that lead from it to the one before."""
-    seen: set[int] = set()
-    link = ""
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen and len(seen) < CHAIN_MAX:
-        yield current, link
-        seen.add(id(current))
-        if current.__cause__ is not None:
-            current, link = current.__cause__, "which caused:"
-        elif current.__context__ is not None and not current.__suppress_context__:
-            current, link = current.__context__, "while that was handled:"
-        else:
-            current = None
-
-
-def _lines(error: BaseException, folder: _Folder) -> Iterator[str]:
-    frames = _frames(error.__traceback__, folder)
-    # How the server came to call the handler is no news; what the handler's callees did is.
-    first = next((index for index, frame in enumerate(frames) if not frame.owner), None)
-    if first is not None:
-        frames = frames[first:]
-    elif isinstance(error, ServeError) or (
-        isinstance(error, SyntaxError) and error.filename and folder.name_in(error.filename) is not None
-    ):
-        frames = []  # what pyserve finds fault with says it all
-    shown: list[str] = []
-    for owner, run in groupby(frames, key=lambda frame: frame.owner):
-        group = list(run)
-        if not owner:
-            shown += [f"  {frame.place()}" + (f"\n    {frame.source}" if frame.source else "") for frame in group]
-            continue
-        is_last = group[-1] is frames[-1]
-        folded = len(group) - is_last
-        if folded:
-            shown.append(f"  ... {folded} frame{'s' * (folded > 1)} of {owner}")
-        if is_last:
-            shown.append(f"  {group[-1].place()}")
-    if len(shown) > FRAMES_MAX:
-        half = FRAMES_MAX // 2
-        shown = [*shown[:half], f"  ... {len(shown) - 2 * half} more", *shown[-half:]]
-    yield from shown
-    if isinstance(error, SyntaxError) and error.filename:
-        yield f"  {folder.name_in(error.filename) or error.filename}:{error.lineno}"
-        if error.text:
-            yield f"    {error.text.strip()}"
-        yield f"{type(error).__name__}: {error.msg}"
-        return
-    text = folder.shortened(_text_of(error))
-    yield f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 # --- fixes ----------------------------------------------------------------------------------------------------------
 
 
-def _fix(error: BaseException, folder: _Folder) -> str:
+def _fix(error: BaseException, folder: ArchiveFolder) -> str:
     """What would fix it; names no folder of this machine."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return _missing_module(error.name, folder)
-    if isinstance(error, ImportError) and "relative import" in _text_of(error):
+    if isinstance(error, ImportError) and "relative import" in text_of(error):
         return "files of an archive are modules of no package: import them by name, without a dot"
     if isinstance(error, FileNotFoundError) and isinstance(error.filename, str):
         return _missing_file(error.filename, folder)
@@ -349,10 +161,10 @@ def _fix(error: BaseException, folder: _Folder) -> str:
             "a plain body is under 'body', a form's fields under their own names: "
             "use row.get('data') or row.get('body')"
         )
-    if isinstance(error, TypeError) and "JSON object must be str, bytes or bytearray, not" in _text_of(error):
+    if isinstance(error, TypeError) and "JSON object must be str, bytes or bytearray, not" in text_of(error):
         return "a body sent as application/json arrives parsed; call json.loads only on str, bytes or bytearray"
     if isinstance(error, (TypeError, AttributeError)):
-        text = _text_of(error)
+        text = text_of(error)
         if re.search(r"\bbytearray\b", text):
             return (
                 "a body that is sent neither as JSON nor as text arrives as bytearray: bytes(value) makes bytes of it, "
@@ -363,7 +175,7 @@ def _fix(error: BaseException, folder: _Folder) -> str:
     return ""
 
 
-def _missing_module(name: str, folder: _Folder) -> str:
+def _missing_module(name: str, folder: ArchiveFolder) -> str:
     top = name.partition(".")[0]
     if top == "ts":
         return f"pyserve has no {name}; of TorchServe's modules it has those that handlers use"
@@ -381,7 +193,7 @@ def _missing_module(name: str, folder: _Folder) -> str:
     return f"pip install {package} where pyserve runs, or add {package} to the archive's requirements.txt"
 
 
-def _missing_file(filename: str, folder: _Folder) -> str:
+def _missing_file(filename: str, folder: ArchiveFolder) -> str:
     name = folder.name_in(filename)
     if name is not None:
         return f"{name} is not in the archive; pack it with --extra-files"

@@ -17,7 +17,7 @@ from typing import Any
 from pyserve.errors import ModelLoadError
 from pyserve.launch import Reporter
 from pyserve.worker.entry_point import EntryPoint, load_error
-from pyserve.worker.failure import describe_place
+from pyserve.worker.frames import describe_place
 from pyserve.worker.spec import WorkerSpec
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from pyserve.errors import TEXT_SIZE_MAX, HandlerError, InputError, ServeError
 from pyserve.request.messages import ErrorFormat
-from pyserve.worker.failure import FRAMES_MAX, Failure, HandlerTimeout, describe_failure, describe_place
+from pyserve.worker.failure import Failure, HandlerTimeout, describe_failure
+from pyserve.worker.frames import FRAMES_MAX, describe_place
 from tests.support.loaded_handlers import Load, load, request, write_folder
 
 __all__ = ["load"]

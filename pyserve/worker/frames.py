@@ -1,0 +1,200 @@
+"""Where in an archive's own code something was: its frames, and tracebacks that leave out everybody else's.
+
+Files of the archive are named as they are in it (``handler.py:41``), wherever it was unpacked to. Does not need torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+import os
+import re
+import sysconfig
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from pyserve.errors import ServeError, text_of
+from pyserve.launch import ROOT_DIR
+
+# Of the archive's own frames; a recursion has thousands.
+FRAMES_MAX = 30
+CHAIN_MAX = 8
+# Lines before a `def`.
+DECORATORS_MAX = 20
+
+_DEFINITION = re.compile(r"\s*(async\s+)?def\s")
+_PACKAGE_DIR = str(ROOT_DIR / "pyserve")
+_HANDLERS_DIR = os.path.realpath(os.path.join(_PACKAGE_DIR, "handlers"))
+_STDLIB_DIR = os.path.realpath(sysconfig.get_path("stdlib"))
+
+
+class Frame(NamedTuple):
+    """One line of a traceback that was running."""
+
+    file: str  # as it is shown
+    line: int
+    function: str
+    source: str
+    owner: str  # "" for the archive itself, else the package
+
+    def place(self) -> str:
+        """``handler.py:41 in preprocess``."""
+        return f"{self.file}:{self.line}" + (f" in {self.function}" if self.function != "<module>" else "")
+
+
+class ArchiveFolder:
+    """The unpacked archive's folder, under all names that files in it may have."""
+
+    def __init__(self, model_dir: str | Path):
+        plain = os.path.abspath(model_dir)
+        real = os.path.realpath(model_dir)
+        self.path = real
+        self._prefixes = tuple(dict.fromkeys(path.rstrip("/") + "/" for path in (plain, real)))
+
+    def name_in(self, file: str) -> str | None:
+        """Path in the archive; None if it is not in there, or belongs to a venv in it."""
+        for prefix in self._prefixes:
+            if file.startswith(prefix):
+                name = file[len(prefix) :]
+                return None if "site-packages/" in name else name
+        real = os.path.realpath(file)
+        return self.name_in(real) if real != file and real.startswith(self._prefixes) else None
+
+    def shortened(self, text: str) -> str:
+        """``text`` with the archive's files named as they are in it."""
+        for prefix in self._prefixes:
+            text = text.replace(prefix, "")
+        return text
+
+
+def frames_of(traceback: TracebackType | None, folder: ArchiveFolder) -> list[Frame]:
+    """Outermost first. Source lines are read for the archive's own only."""
+    frames = []
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        line = traceback.tb_lineno or 0
+        name = folder.name_in(code.co_filename)
+        if name is not None:
+            source = linecache.getline(code.co_filename, line, traceback.tb_frame.f_globals).strip()
+            frames.append(Frame(name, line, code.co_name, source, ""))
+        else:
+            file, owner = _foreign(code.co_filename)
+            frames.append(Frame(file, line, code.co_name, "", owner))
+        traceback = traceback.tb_next
+    return frames
+
+
+def _foreign(file: str) -> tuple[str, str]:
+    """How a file outside of the archive is shown, and whose it is."""
+    if file.startswith("<"):
+        return file, "importlib" if file.startswith("<frozen importlib") else file
+    _, found, inside = file.rpartition("site-packages/")
+    if not found:
+        real = os.path.realpath(file)
+        for folder, name in ((_PACKAGE_DIR, "pyserve"), (_HANDLERS_DIR, "pyserve/handlers"), (_STDLIB_DIR, "")):
+            if real.startswith(folder + "/"):
+                inside = os.path.join(name, real[len(folder) + 1 :])
+                break
+        else:
+            inside = os.path.join(*file.rsplit("/", 2)[-2:])
+    return inside, inside.partition("/")[0].removesuffix(".py")
+
+
+def place_of(error: BaseException, frames: list[Frame], folder: ArchiveFolder) -> str:
+    """``handler.py:41 in preprocess``: the innermost of ``frames`` in the archive, else of all; ``""`` for none."""
+    if isinstance(error, SyntaxError) and error.filename:
+        name = folder.name_in(error.filename)
+        if name is not None:
+            return f"{name}:{error.lineno}"
+    own = next((frame for frame in reversed(frames) if not frame.owner), None)
+    if own is None and frames:
+        own = next((frame for frame in reversed(frames) if frame.owner != "pyserve"), frames[-1])
+    return own.place() if own is not None else ""
+
+
+def traceback_text(error: BaseException, folder: ArchiveFolder) -> str:
+    """The archive's frames with their source lines, others folded; causes come first."""
+    parts = []
+    chain = list(_chain(error))
+    for index, (each, link) in enumerate(reversed(chain)):
+        parts.append("\n".join(_lines(each, folder)))
+        if index < len(chain) - 1:
+            parts.append(link)
+    return "\n\n".join(parts)
+
+
+def _chain(error: BaseException) -> Iterator[tuple[BaseException, str]]:
+    """``error`` and what led to it, each with the words that lead from it to the one before."""
+    seen: set[int] = set()
+    link = ""
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen and len(seen) < CHAIN_MAX:
+        yield current, link
+        seen.add(id(current))
+        if current.__cause__ is not None:
+            current, link = current.__cause__, "which caused:"
+        elif current.__context__ is not None and not current.__suppress_context__:
+            current, link = current.__context__, "while that was handled:"
+        else:
+            current = None
+
+
+def _lines(error: BaseException, folder: ArchiveFolder) -> Iterator[str]:
+    frames = frames_of(error.__traceback__, folder)
+    # How the server came to call the handler is no news; what the handler's callees did is.
+    first = next((index for index, frame in enumerate(frames) if not frame.owner), None)
+    if first is not None:
+        frames = frames[first:]
+    elif isinstance(error, ServeError) or (
+        isinstance(error, SyntaxError) and error.filename and folder.name_in(error.filename) is not None
+    ):
+        frames = []  # what pyserve finds fault with says it all
+    shown: list[str] = []
+    for owner, run in groupby(frames, key=lambda frame: frame.owner):
+        group = list(run)
+        if not owner:
+            shown += [f"  {frame.place()}" + (f"\n    {frame.source}" if frame.source else "") for frame in group]
+            continue
+        is_last = group[-1] is frames[-1]
+        folded = len(group) - is_last
+        if folded:
+            shown.append(f"  ... {folded} frame{'s' * (folded > 1)} of {owner}")
+        if is_last:
+            shown.append(f"  {group[-1].place()}")
+    if len(shown) > FRAMES_MAX:
+        half = FRAMES_MAX // 2
+        shown = [*shown[:half], f"  ... {len(shown) - 2 * half} more", *shown[-half:]]
+    yield from shown
+    if isinstance(error, SyntaxError) and error.filename:
+        yield f"  {folder.name_in(error.filename) or error.filename}:{error.lineno}"
+        if error.text:
+            yield f"    {error.text.strip()}"
+        yield f"{type(error).__name__}: {error.msg}"
+        return
+    text = folder.shortened(text_of(error))
+    yield f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def describe_place(function: Any, model_dir: str | Path) -> str:
+    """``handler.py:12 in handle``: where ``function``, method or class is defined; ``""`` if that is not known."""
+    if inspect.isclass(function):
+        try:
+            name = ArchiveFolder(model_dir).name_in(inspect.getfile(function)) or ""
+            return f"{name}:{inspect.findsource(function)[1] + 1} in {function.__name__}" if name else ""
+        except (OSError, TypeError):
+            return ""
+    plain = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
+    code = getattr(plain, "__code__", None)
+    if code is None and callable(plain):
+        code = getattr(type(plain).__call__, "__code__", None)  # an object that is called
+    if code is None:
+        return ""
+    name = ArchiveFolder(model_dir).name_in(code.co_filename) or _foreign(code.co_filename)[0]
+    first = code.co_firstlineno  # its first decorator, if it has any
+    lines = range(first, first + DECORATORS_MAX)
+    line = next((each for each in lines if _DEFINITION.match(linecache.getline(code.co_filename, each))), first)
+    return f"{name}:{line} in {code.co_name}"
