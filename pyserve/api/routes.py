@@ -21,7 +21,7 @@ from pyserve.errors import MethodNotAllowedError, OverloadedError, ResourceNotFo
 from pyserve.log import about
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import ErrorFormat, Request, Response, json_response
-from pyserve.security.cors import Cors, CorsExchange, is_preflight
+from pyserve.security.cors import Cors, is_preflight
 from pyserve.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Router:
         rows: (methods, pattern, endpoint). Of several that match, the first whose methods are listed wins; then the
             first that takes any method.
         error_format: how errors become answers.
-        cors: what other sites' pages may read; preflights are answered for every path there is.
+        cors: what other sites' pages may read; if anything, preflights are answered for every path there is.
         on_answer: called with the status of each answer that the router itself gives: those of endpoints that return
             a ``Response``, and errors. Answers that an endpoint gives by ``exchange.respond`` are not seen here.
 
@@ -118,7 +118,7 @@ class Router:
     ):
         # constant
         self._error_format = error_format or ErrorFormat()
-        self._cors = cors or None
+        self._answers_preflights = bool(cors)
         self._on_answer = on_answer
         self._by_first: dict[str, list[Route]] = {}
         self._others: list[Route] = []
@@ -133,21 +133,20 @@ class Router:
     def __call__(self, exchange: Exchange) -> None:
         """Sees to it that ``exchange`` is answered, now or later."""
         request = exchange.request
-        target = exchange if self._cors is None else CorsExchange(exchange, self._cors)
         try:
             endpoint, parameters = self._found.get((request.method, request.path)) or self._look_up(request)
-            if self._cors is not None and is_preflight(request):
+            if self._answers_preflights and is_preflight(request):
                 endpoint, parameters = _preflight, {}
-            answer = endpoint(target, **parameters)
+            answer = endpoint(exchange, **parameters)
         except Exception as error:
-            self.respond_error(target, error)
+            self.respond_error(exchange, error)
             return
         if answer is None:
             return
         if isinstance(answer, Response):
-            self._respond(target, answer)
+            self._respond(exchange, answer)
         elif inspect.iscoroutine(answer):
-            task = asyncio.get_running_loop().create_task(self._finish(target, answer))
+            task = asyncio.get_running_loop().create_task(self._finish(exchange, answer))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
@@ -208,7 +207,7 @@ class Router:
             raise ResourceNotFoundError()
         if "GET" in allowed:
             allowed.add("HEAD")
-        if self._cors is not None and is_preflight(request):
+        if self._answers_preflights and is_preflight(request):
             return _preflight, {}
         raise MethodNotAllowedError(", ".join(each for each in _METHOD_ORDER if each in allowed))
 

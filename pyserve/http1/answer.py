@@ -57,10 +57,17 @@ def error_response(error: ServeError) -> Response:
 
 
 class AnswerWriter:
-    """Builds answer heads. One per listener; loop thread only."""
+    """Builds answer heads. One per listener; loop thread only.
 
-    def __init__(self, wall_clock: Callable[[], float] = time.time):
+    Args:
+        decorate: adds headers to every answer, such as those that browsers want to see.
+    """
+
+    def __init__(
+        self, wall_clock: Callable[[], float] = time.time, decorate: Callable[[Request, Response], None] | None = None
+    ):
         self._wall_clock = wall_clock
+        self._decorate = decorate
         self._second = -1
         self._common = ""
         self._plain: dict[_Kind, tuple[bytes, bytes, bytes]] = {}
@@ -74,7 +81,9 @@ class AnswerWriter:
         """
         body = response.body
         tail = response.tail
-        if type(body) is bytes and not tail and request.method != "HEAD" and len(body) <= JOINED_SIZE_MAX:
+        decorate = self._decorate
+        is_plain = type(body) is bytes and not tail and decorate is None
+        if is_plain and request.method != "HEAD" and len(body) <= JOINED_SIZE_MAX:
             # All but the id and the size is the same for a whole second.
             parts = None
             if int(self._wall_clock()) == self._second:
@@ -92,6 +101,8 @@ class AnswerWriter:
                 view = memoryview(body)
                 body = view.cast("B") if view.nbytes else b""
             size = len(body) + sum(map(len, tail))
+            if decorate is not None:
+                decorate(request, response)
             head = self.head(response, request.id, keep_alive, None if bodyless else size)
         except Exception:
             log.exception("answer to request %s %s %s cannot be sent", request.id, request.method, request.path,
@@ -109,6 +120,8 @@ class AnswerWriter:
         """The head of an answer whose parts follow. None, and a line in the log, if it cannot be written as HTTP."""
         try:
             framing = "transfer-encoding: chunked\r\n" if is_chunked else ""
+            if self._decorate is not None:
+                self._decorate(request, response)
             return self.head(response, request.id, keep_alive, None, framing)
         except Exception:
             log.exception("answer to request %s %s %s cannot be sent", request.id, request.method, request.path,

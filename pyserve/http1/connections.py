@@ -36,6 +36,7 @@ class Connections:
     """The open connections of one listener. Loop thread only.
 
     Args:
+        decorate: adds headers to every answer as it is written, such as those that browsers want to see.
         takes_ids: a request keeps its client's ``x-request-id``.
 
     Attributes:
@@ -45,7 +46,6 @@ class Connections:
         answers: builds the heads of answers.
         clock: ns, monotonic; stamps ``Request.arrived_at``.
         draining: whether the listener is going away.
-        decorate: adds headers to the answers the protocol gives itself, such as those that browsers want to see.
         refused: answers the protocol gave itself, without asking the app, counted by status.
         on_answer: told of each answer as it is written, a streamed one at its first part: the request, the status, and
             whether the client speaks HTTP/1.1.
@@ -63,10 +63,9 @@ class Connections:
     ):
         self.limits = limits
         self.budget = budget or BodyBudget(limits.body_budget_size)
-        self.answers = AnswerWriter(wall_clock)
+        self.answers = AnswerWriter(wall_clock, decorate)
         self.heads = HeadReader(limits, takes_ids=takes_ids)
         self.clock = clock
-        self.decorate = decorate
         self.draining = False
         self.refused: Counter[int] = Counter()
         self.on_answer: Callable[[Request, int, bool], None] = _note_nothing

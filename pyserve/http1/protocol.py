@@ -281,22 +281,16 @@ class Http1Protocol(asyncio.Protocol):
             self._phase = _CLOSED
         if refusal is not None:
             self._connections.refused[refusal.status] += 1
-            self._respond_error(exchange, refusal)
+            exchange.respond(error_response(refusal))
             return
         try:
             self._app(exchange)
         except ServeError as error:
-            self._respond_error(exchange, error)
+            exchange.respond(error_response(error))
         except Exception:
             log.exception("request %s %s %s failed", request.id, request.method, request.path,
                           extra=about(request_id=request.id))  # fmt: skip
-            self._respond_error(exchange, ServerError(INTERNAL_ERROR))
-
-    def _respond_error(self, exchange: Exchange, error: ServeError) -> None:
-        response = error_response(error)
-        if self._connections.decorate is not None:
-            self._connections.decorate(exchange.request, response)
-        exchange.respond(response)
+            exchange.respond(error_response(ServerError(INTERNAL_ERROR)))
 
     def _refuse(self, error: ServeError) -> None:
         """Answers a request that cannot be read on, after those before it, and ends the connection."""
@@ -311,7 +305,7 @@ class Http1Protocol(asyncio.Protocol):
         self._linger = not isinstance(error, SlowClientError)
         exchange = Exchange(request, self._on_answer)
         self._slots.append(exchange)
-        self._respond_error(exchange, error)
+        exchange.respond(error_response(error))
 
     def _forget_request(self) -> None:
         self._partial.clear()

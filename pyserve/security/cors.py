@@ -1,8 +1,8 @@
 """Cross-origin resource sharing: the headers by which a browser lets pages of other sites read our answers.
 
 ``cors_allowed_origin`` is one origin or ``*``, sent as it stands, or several separated by commas: a browser then gets
-its own back if it is one of them. Credentials are not allowed for, as in TorchServe: keys come in ``Authorization``,
-which ``cors_allowed_headers`` has to name.
+its own back if it is one of them. Cookies and a browser's other credentials are never allowed, as in TorchServe: keys
+come in ``Authorization``, which ``cors_allowed_headers`` has to name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pyserve.config.config import Config
-from pyserve.request.exchange import Exchange, Part
 from pyserve.request.messages import Request, Response
 
 ORIGIN = "access-control-allow-origin"
@@ -70,43 +69,3 @@ def _normal(origin: str) -> str:
 def is_preflight(request: Request) -> bool:
     """Whether a browser asks before a cross-origin call. Such a request never carries keys."""
     return request.method == "OPTIONS" and bool(request.header("access-control-request-method"))
-
-
-class CorsExchange(Exchange):
-    """An exchange whose answer gets the CORS headers, unless it has them already."""
-
-    __slots__ = ("_cors", "_exchange")
-
-    def __init__(self, exchange: Exchange, cors: Cors):
-        super().__init__(
-            exchange.request, lambda _: None, keep_alive=exchange.keep_alive, protocol_bytes=exchange.protocol_bytes
-        )
-        self._exchange = exchange
-        self._cors = cors
-        exchange.on_disconnect = self.disconnect
-
-    def respond(self, response: Response) -> None:
-        if not self.answered:
-            self.answered = True
-            self.on_disconnect = None
-            self._cors.add(self.request, response)
-            self._exchange.respond(response)
-
-    def start_stream(self, response: Response) -> None:
-        if not self.answered:
-            self.answered = self.is_streaming = True
-            self._cors.add(self.request, response)
-            self._exchange.start_stream(response)
-
-    def write(self, part: Part) -> None:
-        self._exchange.write(part)
-
-    def end_stream(self, part: Part = b"") -> None:
-        self.on_disconnect = None
-        self._exchange.end_stream(part)
-
-    def abort_stream(self, failure: Response | None = None) -> None:
-        self.on_disconnect = None
-        if failure is not None:
-            self._cors.add(self.request, failure)
-        self._exchange.abort_stream(failure)
