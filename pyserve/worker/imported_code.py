@@ -24,7 +24,7 @@ from typing import Any
 from pyserve.archive.manifest import nearest_handler, split_handler
 from pyserve.context import Context
 from pyserve.errors import ModelLoadError
-from pyserve.handler import BUILT_IN
+from pyserve.handler import BUILT_IN, BuiltIn
 from pyserve.launch import COMPAT_DIR
 from pyserve.worker.frames import describe_place
 from pyserve.worker.spec import WorkerSpec
@@ -40,6 +40,7 @@ class ImportedCode:
         module: the module that the manifest names.
         function: what is called, None if `handler` is.
         handler: an instance of the module's class, None if there is a function.
+        built_in: what the handler is, if it comes with pyserve; else None.
         name: for people.
         names_set: names of each module of the archive that had a value once it was imported; for `pyserve dev`.
     """
@@ -53,6 +54,7 @@ class ImportedCode:
         self.module: ModuleType | None = None
         self.function: Callable[[Any, Context], Any] | None = None
         self.handler: Any = None
+        self.built_in: BuiltIn | None = None
         self.name = ""
         self.names_set: dict[str, set[str]] = {}
         self._path_before = list(sys.path)
@@ -72,9 +74,10 @@ class ImportedCode:
                 }
             return
         short = self.module_name.removeprefix(TORCHSERVE_PREFIX)
-        if short in BUILT_IN:
-            self.handler = BUILT_IN[short].import_class()()
-            self.name = f"{BUILT_IN[short].class_name}, built in"
+        self.built_in = BUILT_IN.get(short)
+        if self.built_in is not None:
+            self.handler = self.built_in.import_class()()
+            self.name = f"{self.built_in.class_name}, built in"
             return
         for name in dict.fromkeys([TORCHSERVE_PREFIX + short, self.module_name]):
             if is_importable(name):

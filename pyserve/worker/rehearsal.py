@@ -155,7 +155,7 @@ class _Rehearsal:
         Raises:
             HandlerLoadError, HandlerMemoryError: none was, nor a sample.
         """
-        handler = self._entry.handler
+        handler, built_in = self._entry.handler, self._entry.code.built_in
         first: Outcome | None = None
         for made_up in made_up_requests(handler, self._context):
             outcome = self.ask(made_up.sample)
@@ -165,7 +165,8 @@ class _Rehearsal:
                 first = outcome
         assert first is not None
         # Pictures of other sizes may do, where the handler leaves them as they are.
-        is_certain = has_input(self._context) or handler.lane == "native" or _is_form(first)
+        is_native = built_in is not None and built_in.lane == "native"
+        is_certain = has_input(self._context) or is_native or _is_form(first)
         if is_answered or first.is_callers_fault or not is_certain:
             self._notes.append(f"{first.sample.name} was not answered: {first.reason()}")
             return None
