@@ -6,7 +6,6 @@ import os
 import signal
 
 import pytest
-import torch
 
 SEED = int(os.environ.get("PYSERVE_TEST_SEED", "1"))
 
@@ -32,7 +31,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch  # not above: the process that hands out tests needs none
+
+    if not torch.cuda.is_available():
         if os.environ.get("PYSERVE_REQUIRE_GPU") == "1":
             pytest.fail("PYSERVE_REQUIRE_GPU=1, but torch finds no accelerator")
         pytest.skip("needs an accelerator")

@@ -408,7 +408,6 @@ def test_body_may_be_any_buffer(body: Any) -> None:
         Response(status="200"),
         Response(body="text"),
     ],
-    ids=repr,
 )
 def test_answer_that_is_not_http_is_replaced_by_a_500(response: Response, caplog: pytest.LogCaptureFixture) -> None:
     wire = answering(response).send(GET, GET)

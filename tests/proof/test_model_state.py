@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -88,17 +89,20 @@ def test_memory_that_was_not_changed_is_not_written_to() -> None:
 
 
 @pytest.mark.parametrize(
-    "model",
+    "make",
     [
-        torch.jit.freeze(torch.jit.script(torch.nn.Sequential(torch.nn.Linear(3, 3)).eval())),
-        torch.jit.trace(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).eval(), torch.ones(2, 3)),
-        torch.compile(torch.nn.Linear(3, 3), backend="eager"),
-        torch.export.export(torch.nn.Linear(3, 3), (ONE,)).module(),
-        torch.nn.LazyLinear(3),
+        lambda: torch.jit.freeze(torch.jit.script(torch.nn.Sequential(torch.nn.Linear(3, 3)).eval())),
+        lambda: torch.jit.trace(
+            torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).eval(), torch.ones(2, 3)
+        ),
+        lambda: torch.compile(torch.nn.Linear(3, 3), backend="eager"),
+        lambda: torch.export.export(torch.nn.Linear(3, 3), (ONE,)).module(),
+        lambda: torch.nn.LazyLinear(3),
     ],
     ids=["frozen", "traced", "compiled", "exported", "lazy"],
 )
-def test_models_of_all_kinds_run_as_before(model: Any) -> None:
+def test_models_of_all_kinds_run_as_before(make: Callable[[], Any]) -> None:
+    model = make()
     kept = KeptState([model, None, "no model"])
     with torch.no_grad():
         expected = model(ONE)

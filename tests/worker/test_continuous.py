@@ -325,6 +325,6 @@ def test_the_cache_gets_back_what_it_held() -> None:
     assert "y" not in cache
 
 
-@pytest.mark.parametrize("entry", [None, object(), {"keys": object()}, {"a": [object()]}, {"a": {"b": [1]}}], ids=str)
+@pytest.mark.parametrize("entry", [None, object(), {"keys": object()}, {"a": [object()]}, {"a": {"b": [1]}}])
 def test_what_a_failed_step_may_have_changed_out_of_sight_is_not_tried_again(entry: Any) -> None:
     assert not _Saved({"x": entry}, "x").is_whole()
