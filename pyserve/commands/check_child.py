@@ -25,12 +25,13 @@ from typing import Any
 from pyserve import launch
 from pyserve.archive.import_scan import missing_imports, scan_folder
 from pyserve.commands import trial as dry_run
+from pyserve.commands.answer_differences import AnswersDiffer, describe_difference
 from pyserve.commands.trial import Input
 from pyserve.config.config import Config
 from pyserve.errors import JsonObject, ServeError
 from pyserve.request.json_encoding import find_not_json
 from pyserve.worker.failure import describe_failure
-from pyserve.worker.result_check import AnswersDiffer, describe_difference, explain_shape
+from pyserve.worker.result_check import explain_shape
 from pyserve.worker.spec import BATCH, WorkerSpec
 
 VARIABLE = "PYSERVE_CHECK"
