@@ -89,7 +89,7 @@ class Example:
     Attributes:
         folder: the copy.
         server: what the README starts, once it has.
-        printed: what each of its commands printed, with the README's ports.
+        printed: what each of its commands printed when it was run last, with the README's ports.
     """
 
     def __init__(self, name: str, temporary: Path):
@@ -115,7 +115,8 @@ class Example:
             if until and until in step.commands:
                 return
             del self._steps[0]
-            printed = self.printed[step.commands] = self.run(step.commands)
+            printed = self.run(step.commands, with_errors="pyserve: error:" in step.printed)
+            self.printed[step.commands] = printed
             is_as_written = pattern_of(step.printed).fullmatch(printed and printed.rstrip("\n") + "\n")
             assert is_as_written, f"{step.commands}\nprinted\n{printed}\nnot\n{step.printed}"
         assert not until, f"no command of the README has {until!r}"
@@ -124,27 +125,31 @@ class Example:
         """What the first command printed that has these words."""
         return next(printed for commands, printed in self.printed.items() if words in commands)
 
-    def run(self, commands: str) -> str:
-        """Standard output of lines for a shell; the README's ports stand for those of the server, here and there."""
-        port_of = {}
-        if self.server.pid_path.exists():
-            port_of = {port: self.server.address(name)[1] for name, port in PORTS.items()}
-        for shown, port in port_of.items():
-            commands = commands.replace(f"127.0.0.1:{shown}", f"127.0.0.1:{port}")
-        if port_of:
-            urls = f"--url http://127.0.0.1:{port_of[PORTS['inference']]}"
-            commands = re.sub(r"python client\.py", f"python client.py {urls}", commands)
+    def run(self, commands: str, *, with_errors: bool = False) -> str:
+        """Output of lines for a shell; the README's ports stand for those of the server, in both.
+
+        Args:
+            with_errors: standard error too, where progress is shown as well.
+        """
+        for shown, real in self._addresses().items():
+            commands = commands.replace(shown, real)
         done = subprocess.run(
-            ["bash", "-c", SHELL + commands], cwd=self.folder, env=self._environment(), capture_output=True, text=True,
+            ["bash", "-c", SHELL + commands], cwd=self.folder, env=self._environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT if with_errors else subprocess.PIPE,
             timeout=LIMIT_S, check=False,
         )  # fmt: skip
-        assert done.returncode == 0, f"{commands}\nended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{commands}\nended with {done.returncode}:\n{done.stdout}{done.stderr or ''}"
         printed = done.stdout
-        if self.server.pid_path.exists():  # it may be this that has started it
-            port_of = {port: self.server.address(name)[1] for name, port in PORTS.items()}
-        for shown, port in port_of.items():
-            printed = printed.replace(f"127.0.0.1:{port}", f"127.0.0.1:{shown}")
+        for shown, real in self._addresses().items():  # asked again: this may have started it
+            printed = printed.replace(real, shown)
         return printed
+
+    def _addresses(self) -> dict[str, str]:
+        """What the README says -> what it is, while a server runs. A client is given what it would take by itself."""
+        if not self.server.pid_path.exists():
+            return {}
+        addresses = {f"127.0.0.1:{port}": "{}:{}".format(*self.server.address(name)) for name, port in PORTS.items()}
+        return {**addresses, "python client.py": f"python client.py --url {self.server.url()}"}
 
     def module(self, name: str) -> ModuleType:
         """A Python file of the example, imported under a name that no other example has."""
