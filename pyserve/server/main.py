@@ -37,7 +37,7 @@ from pyserve.server.settings_report import settings_lines
 from pyserve.telemetry.server_logs import ServerLogs
 
 if TYPE_CHECKING:
-    from pyserve.server.server import Site
+    from pyserve.server.server import Server
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +85,13 @@ async def _serve(start: ServerStart, logs: ServerLogs) -> int:
 
     # Takes a second or two; what was begun above goes on meanwhile.
     from pyserve.models.placement import gpu_count
-    from pyserve.server.server import Site
+    from pyserve.server.server import Server
 
     if start.restart == 0:
         log.info("\n".join(["settings:", *settings_lines(start.config, gpus=gpu_count(start.config.number_of_gpu))]))
-    site = Site(start, spawner, logs)
+    server = Server(start, spawner, logs)
     try:
-        loading = asyncio.ensure_future(site.load(sources, archives, tracings, state))
+        loading = asyncio.ensure_future(server.load(sources, archives, tracings, state))
         await asyncio.wait([loading, stop.first], return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             loading.cancel()
@@ -103,16 +103,16 @@ async def _serve(start: ServerStart, logs: ServerLogs) -> int:
         gc.freeze()  # what is there now is there for good: no collection need look at it again
         gc.set_threshold(GC_THRESHOLD)  # a request leaves no cycles behind, but makes enough to have them looked for
         gc.enable()
-        await site.open_ports()
-        start.report.ready(**await site.report())
+        await server.open_ports()
+        start.report.ready(**await server.report())
         await stop.first
-        return await _drain(site, stop, start.config.drain_timeout_s)
+        return await _drain(server, stop, start.config.drain_timeout_s)
     finally:
         for tracing in tracings.values():
             tracing.stop()
         await spawner.close()
-        await site.grpc.close()
-        site.close()
+        await server.grpc.close()
+        server.close()
 
 
 def worker_environment(config: Config) -> dict[str, str]:
@@ -124,16 +124,16 @@ def worker_environment(config: Config) -> dict[str, str]:
     }
 
 
-async def _drain(site: Site, stop: _StopSignals, timeout_s: int) -> int:
+async def _drain(server: Server, stop: _StopSignals, timeout_s: int) -> int:
     """Answers what was accepted, then stops. A second signal, or the timeout, ends it early."""
-    draining = asyncio.ensure_future(site.drain())
+    draining = asyncio.ensure_future(server.drain())
     await asyncio.wait([draining, stop.second], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     if draining.done():
         draining.result()
         return EXIT_DRAINED
     log.warning("stopping before everything was answered: %s",
                 "told twice" if stop.second.done() else f"drain_timeout_s={timeout_s} is over")  # fmt: skip
-    await site.cut_short()
+    await server.cut_short()
     # Native threads may be in the middle of a batch and cannot be stopped; the process goes without them.
     logging.shutdown()
     os._exit(EXIT_DRAIN_CUT_SHORT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
-import shlex
 import ssl
 import threading
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from pyserve.api.kserve import KServe
 from pyserve.api.management import Management
 from pyserve.api.routes import Router, RouteRow, inference_descriptions, metrics_routes
 from pyserve.archive.archive import Archive
-from pyserve.archive.cache import open_cache
 from pyserve.config.address import Address
 from pyserve.config.config import Config
 from pyserve.config.model_source import ModelSource
@@ -44,10 +42,11 @@ from pyserve.request.messages import ErrorFormat
 from pyserve.security.browser_guard import BrowserGuard
 from pyserve.security.cors import Cors, allowed_origins
 from pyserve.security.renewal import keep_renewed, watched
-from pyserve.security.tls import curl_target, server_context
 from pyserve.security.tls import restore as restore_certificate
+from pyserve.security.tls import server_context
 from pyserve.security.tokens import Tokens
 from pyserve.server.handover import ServerStart
+from pyserve.server.start_table import start_table
 from pyserve.telemetry.metrics import Metrics, MetricsOptions
 from pyserve.telemetry.metrics_config import MetricsConfig, MetricsConfigError, read_metrics_config
 from pyserve.telemetry.server_logs import ServerLogs, metrics_mode
@@ -66,7 +65,7 @@ TLS_SHUTDOWN_S = 120.0
 CUT_SHORT_WRITE_S = 0.1
 
 
-class Site:
+class Server:
     """One server process's worth of everything. Loop thread only.
 
     Args:
@@ -229,61 +228,8 @@ class Site:
         return rows
 
     async def report(self) -> dict[str, Any]:
-        """What the start-up table shows, see `launch`."""
-        config = self._start.config
-        rows = [
-            {
-                "model": model.name,
-                "version": model.version,
-                "state": model.state,
-                "workers": model.wanted_workers if model.state == "READY" else 0,
-                "device": model.device,
-                "batch": model.batch_size,
-                "url": f"{config.inference_address}/predictions/{model.name}",
-                "error": model.error,
-            }
-            for model in self.registry.all_models()
-        ]
-        rows += [
-            {"model": failure.name, "version": "", "state": "FAILED", "workers": 0, "device": "", "batch": 0, "url": "",
-             "error": failure.error}
-            for failure in self.registry.failures
-        ]  # fmt: skip
-        loaded = {model.archive.path.name for model in self.registry.all_models()}
-        loaded |= {failure.url for failure in self.registry.failures}
-        return {
-            "models": rows,
-            "not_loaded": [file for file in config.store_files() if file not in loaded],
-            "sample": await self._sample(),
-            "grpc": self.grpc.addresses,
-            "notes": self.grpc.notes,
-        }
-
-    async def _sample(self) -> str:
-        """One line that a person can paste."""
-        ready = [model for model in self.registry.default_models() if model.has_ready_worker]
-        curl = await asyncio.to_thread(self._curl)
-        if not ready:
-            return f"{curl}/ping"
-        model = ready[0]
-        folder = open_cache().root / "samples"
-        # Drawing a picture takes a moment, and requests are being answered already.
-        arguments = await asyncio.to_thread(model.sample_arguments, folder)
-        return f"{curl}/predictions/{model.name} {arguments}"
-
-    def _curl(self) -> str:
-        """The command up to the path, for a client on this machine."""
-        config, tokens = self._start.config, self._services.tokens
-        address = config.inference_address
-        words, url = ["curl"], address.client_url
-        if address.is_unix:
-            words, url = ["curl", "--unix-socket", shlex.quote(address.path)], "http://localhost"
-        elif address.is_tls:
-            url, option = curl_target(config, address)
-            words.append(option)
-        if tokens is not None and tokens.guards("inference"):
-            words.append('-H "Authorization: Bearer KEY"')
-        return " ".join([*words, url])
+        """What the start-up table shows, see `start_table`."""
+        return await start_table(self._start.config, self.registry, self.grpc, self._services.tokens)
 
     async def drain(self) -> None:
         """In this order: no new connections, answer what was accepted, stop the models."""

@@ -55,7 +55,7 @@ EXIT_MODEL_FAILED = 3
 logger = logging.getLogger("pyserve.supervisor")
 
 
-class RestartPolicy:
+class ServerBackoff:
     """At once the first time, then capped exponential back-off with jitter, afresh after a healthy minute."""
 
     def __init__(self, rng: random.Random):
@@ -102,7 +102,7 @@ class Supervisor:
         self._on_grpc = on_grpc
         self._selector = selectors.DefaultSelector()
         # Per supervisor.
-        self._policy = RestartPolicy(random.Random())
+        self._backoff = ServerBackoff(random.Random())
         self._stop_count = 0
         self._has_served = False
         self._exit_code: int | None = None
@@ -191,7 +191,7 @@ class Supervisor:
         handover = {
             "config": self._config.to_json(),
             "sockets": {name: each.fileno() for name, each in self._listeners.sockets.items()},
-            "restart": self._policy.count,
+            "restart": self._backoff.count,
             "state_file": str(self._state_file),
             "parent_pid": os.getpid(),
             "like_torchserve": self._like_torchserve,
@@ -269,8 +269,8 @@ class Supervisor:
 
     def _restart_or_end(self, ended: str) -> None:
         served_s = 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
-        delay_s = self._policy.delay_s(served_s)
-        count = self._policy.count
+        delay_s = self._backoff.delay_s(served_s)
+        count = self._backoff.count
         if not self._has_served and count >= FIRST_START_ATTEMPTS_MAX:
             self._fail(f"the server never became ready in {count} attempts; the last one {ended}")
             return

@@ -21,7 +21,7 @@ from pyserve.config.config import Config, load_config
 from pyserve.errors import ConfigError
 from pyserve.server import pid_file
 from pyserve.server.listeners import Listeners
-from pyserve.server.supervisor import BACKOFF_MAX_S, HEALTHY_AFTER_S, RestartPolicy
+from pyserve.server.supervisor import BACKOFF_MAX_S, HEALTHY_AFTER_S, ServerBackoff
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "tests/support/services/pyserve_with_fake_server.py")]
@@ -472,14 +472,14 @@ def test_damaged_pid_file_counts_as_stale(tmp_path: Path, content: str) -> None:
 def test_restart_is_immediate_then_backs_off_and_starts_afresh_after_health() -> None:
     seed = int(os.environ.get("PYSERVE_TEST_SEED", random.randrange(2**32)))
     print(f"PYSERVE_TEST_SEED={seed}")
-    policy = RestartPolicy(random.Random(seed))
-    delays = [policy.delay_s(1.0) for _ in range(2000)]
+    backoff = ServerBackoff(random.Random(seed))
+    delays = [backoff.delay_s(1.0) for _ in range(2000)]
     assert delays[0] == 0.0
     for number, delay_s in enumerate(delays[1:20]):
         longest = min(BACKOFF_MAX_S, 0.2 * 2**number)
         assert longest / 2 <= delay_s <= longest
     assert max(delays) <= BACKOFF_MAX_S
     assert len(set(delays[100:])) > 1
-    assert policy.delay_s(HEALTHY_AFTER_S) == 0.0
-    assert policy.delay_s(1.0) <= 0.2
-    assert policy.count == 2002
+    assert backoff.delay_s(HEALTHY_AFTER_S) == 0.0
+    assert backoff.delay_s(1.0) <= 0.2
+    assert backoff.count == 2002

@@ -1,0 +1,72 @@
+"""What a server that has begun to serve shows of itself: its models, its ports, and a request to paste."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from typing import Any
+
+from pyserve.archive.cache import open_cache
+from pyserve.config.config import Config
+from pyserve.grpc_api.front_end import GrpcSite
+from pyserve.models.registry import Registry
+from pyserve.security.tls import curl_target
+from pyserve.security.tokens import Tokens
+
+
+async def start_table(config: Config, registry: Registry, grpc: GrpcSite, tokens: Tokens | None) -> dict[str, Any]:
+    """Members of the event ``ready``, see `launch`: a row for each model, served or failed, and what stands below."""
+    rows = [
+        {
+            "model": model.name,
+            "version": model.version,
+            "state": model.state,
+            "workers": model.wanted_workers if model.state == "READY" else 0,
+            "device": model.device,
+            "batch": model.batch_size,
+            "url": f"{config.inference_address}/predictions/{model.name}",
+            "error": model.error,
+        }
+        for model in registry.all_models()
+    ]
+    rows += [
+        {"model": failure.name, "version": "", "state": "FAILED", "workers": 0, "device": "", "batch": 0, "url": "",
+         "error": failure.error}
+        for failure in registry.failures
+    ]  # fmt: skip
+    loaded = {model.archive.path.name for model in registry.all_models()}
+    loaded |= {failure.url for failure in registry.failures}
+    return {
+        "models": rows,
+        "not_loaded": [file for file in config.store_files() if file not in loaded],
+        "sample": await _sample(config, registry, tokens),
+        "grpc": grpc.addresses,
+        "notes": grpc.notes,
+    }
+
+
+async def _sample(config: Config, registry: Registry, tokens: Tokens | None) -> str:
+    """One line that a person can paste."""
+    ready = [model for model in registry.default_models() if model.has_ready_worker]
+    curl = await asyncio.to_thread(_curl, config, tokens)
+    if not ready:
+        return f"{curl}/ping"
+    model = ready[0]
+    folder = open_cache().root / "samples"
+    # Drawing a picture takes a moment, and requests are being answered already.
+    arguments = await asyncio.to_thread(model.sample_arguments, folder)
+    return f"{curl}/predictions/{model.name} {arguments}"
+
+
+def _curl(config: Config, tokens: Tokens | None) -> str:
+    """The command up to the path, for a client on this machine."""
+    address = config.inference_address
+    words, url = ["curl"], address.client_url
+    if address.is_unix:
+        words, url = ["curl", "--unix-socket", shlex.quote(address.path)], "http://localhost"
+    elif address.is_tls:
+        url, option = curl_target(config, address)
+        words.append(option)
+    if tokens is not None and tokens.guards("inference"):
+        words.append('-H "Authorization: Bearer KEY"')
+    return " ".join([*words, url])
