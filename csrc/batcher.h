@@ -26,7 +26,7 @@
 
 #include "clock.h"
 #include "probe.h"
-#include "release.h"
+#include "release_reason.h"
 #include "request.h"
 #include "ring.h"
 #include "waiter.h"
@@ -43,8 +43,8 @@ struct BatchLimits {
 
 // What a worker takes from the ring in one go. Reused by its worker, so that taking does not allocate.
 struct Take {
-    std::vector<Request*> requests;  // state batched, in order of arrival
-    std::vector<Request*> dropped;   // ended while queued: expired or cancelled
+    std::vector<Request*> requests;   // state batched, in order of arrival
+    std::vector<Request*> dropped;    // ended while queued: expired or cancelled
     Release release = Release::none;  // of `requests`
 
     void clear() {
@@ -94,8 +94,10 @@ class Batcher {
         for (size_t i = 0; i < count; ++i) {
             Request* request = scratch_[i];
             // Cannot fail: this thread is the only producer and has just made room for all of them.
-            if (request->state.load(std::memory_order_acquire) == State::queued) ring_.try_push(request);
-            else dropped.push_back(request);
+            if (request->state.load(std::memory_order_acquire) == State::queued)
+                ring_.try_push(request);
+            else
+                dropped.push_back(request);
         }
         purges_.fetch_add(1, std::memory_order_acq_rel);
         arrivals_.notify();
@@ -231,14 +233,17 @@ class Batcher {
             filled += keep_live(out, claimed, now, take.dropped, bytes);
         }
         take.requests.resize(filled);
-        if (filled == 0) take.release = Release::none;
-        else if (filled == size_max) take.release = Release::full;
-        else if (bytes_reached) take.release = Release::bytes;
+        if (filled == 0)
+            take.release = Release::none;
+        else if (filled == size_max)
+            take.release = Release::full;
+        else if (bytes_reached)
+            take.release = Release::bytes;
     }
 
     // Whether a batch that begins with `seen` may leave now, and why. Sets `wake_at` if it may later.
-    bool is_ripe(Request* const* seen, size_t count, size_t size_max, int64_t now, bool full_only,
-                 int64_t& wake_at, Release& release) const noexcept {
+    bool is_ripe(Request* const* seen, size_t count, size_t size_max, int64_t now, bool full_only, int64_t& wake_at,
+                 Release& release) const noexcept {
         release = Release::full;
         if (full_only) return count >= size_max;
         const size_t size_min = std::min<size_t>(batch_size_min_.load(std::memory_order_relaxed), size_max);
@@ -246,8 +251,8 @@ class Batcher {
         if (count >= size_min) return true;
         release = Release::closing;
         if (closed_.load(std::memory_order_acquire)) return true;
-        int64_t look_at = seen[0]->queued_at.load(std::memory_order_relaxed) +
-                          batch_delay_max_ns_.load(std::memory_order_relaxed);
+        int64_t look_at =
+            seen[0]->queued_at.load(std::memory_order_relaxed) + batch_delay_max_ns_.load(std::memory_order_relaxed);
         release = Release::delay;
         if (now >= look_at) return true;
         release = Release::deadline;
@@ -261,8 +266,7 @@ class Batcher {
         return false;
     }
 
-    static size_t within_bytes(Request* const* seen, size_t count, int64_t room, bool first,
-                               bool& reached) noexcept {
+    static size_t within_bytes(Request* const* seen, size_t count, int64_t room, bool first, bool& reached) noexcept {
         reached = false;
         for (size_t i = 0; i < count; ++i) {
             room -= seen[i]->input_size.load(std::memory_order_relaxed);

@@ -174,8 +174,8 @@ py::object run_model(TorchModel& model, const Inputs& inputs) {
 
 std::shared_ptr<TorchModel> load_model(const std::string& path, const Inputs& example, int64_t offset, int64_t size,
                                        bool is_package, const std::string& device, const std::string& precision,
-                                       bool channels_last, bool optimizes, int package_runners_max,
-                                       int64_t rows_min, const std::vector<Inputs>& others) {
+                                       bool channels_last, bool optimizes, int package_runners_max, int64_t rows_min,
+                                       const std::vector<Inputs>& others) {
     ModelOptions options;
     options.path = path;
     options.offset = offset;
@@ -203,9 +203,9 @@ PYBIND11_MODULE(_core, m) {
     py::class_<TorchModel, std::shared_ptr<TorchModel>>(m, "TorchModel")
         .def_static("load", &load_model, py::arg("path"), py::arg("example"), py::kw_only(), py::arg("offset") = 0,
                     py::arg("size") = -1, py::arg("is_package") = false, py::arg("device") = "cpu",
-                    py::arg("precision") = "fp32", py::arg("channels_last") = false,
-                    py::arg("optimizes") = true,
-                    py::arg("package_runners_max") = 1, py::arg("rows_min") = 1, py::arg("others") = std::vector<Inputs>{})
+                    py::arg("precision") = "fp32", py::arg("channels_last") = false, py::arg("optimizes") = true,
+                    py::arg("package_runners_max") = 1, py::arg("rows_min") = 1,
+                    py::arg("others") = std::vector<Inputs>{})
         .def("run", &run_model<&TorchModel::run>, py::arg("inputs"))
         .def("run_plain", &run_model<&TorchModel::run_plain>, py::arg("inputs"))
         .def("instance", &TorchModel::instance, py::call_guard<py::gil_scoped_release>())

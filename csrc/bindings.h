@@ -134,8 +134,7 @@ class Engine : public Watched {
             void*& buffer = of_process != nullptr ? static_cast<ProcessRequest*>(request)->buffer
                                                   : static_cast<TensorRequest*>(request)->buffer;
             auto* held = static_cast<Py_buffer*>(std::exchange(buffer, nullptr));
-            const auto owner =
-                py::reinterpret_steal<py::object>(static_cast<PyObject*>(result.pool->release(request)));
+            const auto owner = py::reinterpret_steal<py::object>(static_cast<PyObject*>(result.pool->release(request)));
             if (held != nullptr) release_buffer(held);  // after the tensors that lie in it
             if (state == State::expired) {
                 completion.expired.append(owner);
@@ -157,7 +156,6 @@ class Engine : public Watched {
         completion.owners.append(goes_on ? py::reinterpret_borrow<py::object>(static_cast<PyObject*>(request->owner))
                                          : py::none());
     }
-
 };
 
 inline std::unique_ptr<Py_buffer, void (*)(Py_buffer*)> buffer_of(const py::handle& object) {

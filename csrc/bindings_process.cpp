@@ -159,8 +159,7 @@ void bind_process_lane(py::module_& m) {
         .def_readonly("items", &WorkerBatch::items);
 
     py::class_<WorkerChannel>(m, "WorkerChannel")
-        .def(py::init<int, int, int>(), py::arg("socket_fd"), py::arg("request_memory_fd"),
-             py::arg("answer_memory_fd"))
+        .def(py::init<int, int, int>(), py::arg("socket_fd"), py::arg("request_memory_fd"), py::arg("answer_memory_fd"))
         .def("receive", &receive, py::arg("timeout_ms") = -1)
         .def("begin", &WorkerChannel::begin, py::arg("batch_id"))
         .def("send", &send_answers, py::arg("batch_id"), py::arg("answers"))

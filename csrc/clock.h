@@ -9,8 +9,7 @@ namespace pyserve {
 // Same time base as Python's time.monotonic_ns() on Linux (CLOCK_MONOTONIC).
 struct SteadyClock {
     static int64_t now_ns() noexcept {
-        return std::chrono::duration_cast<std::chrono::nanoseconds>(
-                   std::chrono::steady_clock::now().time_since_epoch())
+        return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
             .count();
     }
 };

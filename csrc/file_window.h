@@ -62,13 +62,13 @@ class FileWindow : public caffe2::serialize::ReadAdapterInterface {
 
   private:
     struct stat status() const {
-        struct stat found {};
+        struct stat found{};
         if (fstat(fd_, &found) != 0) throw std::system_error(errno, std::generic_category(), "fstat");
         return found;
     }
 
     const int fd_;
-    struct stat first_ {};
+    struct stat first_{};
     int64_t offset_ = 0;
     size_t size_ = 0;
 };

@@ -37,11 +37,11 @@ inline constexpr uint64_t body_size_max = batch_bytes_max - head_size_max;
 inline constexpr uint64_t notes_size = 4096;
 
 enum class FrameType : uint16_t {
-    batch = 1,    // to the worker; `flags` is the number of intra-op threads wanted
-    cancel = 2,   // to the worker: the client of one request, whose ticket follows, has gone
-    stop = 3,     // to the worker: no more comes
-    copied = 4,   // to the worker: the answer memory may be written again
-    answers = 16, // to the server
+    batch = 1,     // to the worker; `flags` is the number of intra-op threads wanted
+    cancel = 2,    // to the worker: the client of one request, whose ticket follows, has gone
+    stop = 3,      // to the worker: no more comes
+    copied = 4,    // to the worker: the answer memory may be written again
+    answers = 16,  // to the server
 };
 
 enum class AnswerKind : uint16_t {
@@ -122,7 +122,8 @@ template <class Head>
 const char* parse(const FrameHead& frame, std::string_view content, std::vector<Part<Head>>& parts) {
     parts.clear();
     const uint64_t heads_size = uint64_t{frame.count} * sizeof(Head);
-    if (content.size() != frame.size || heads_size > content.size()) return "a frame whose size is not that of its parts";
+    if (content.size() != frame.size || heads_size > content.size())
+        return "a frame whose size is not that of its parts";
     uint64_t at = heads_size;
     uint64_t in_memory = 0;
     for (uint32_t i = 0; i < frame.count; ++i) {
@@ -158,7 +159,8 @@ class FrameBuffer {
             const auto head = read_at<FrameHead>(bytes_.data() + begin_);
             if (problem_of(head) == nullptr && head.size > wanted) {
                 // Grows as the bytes come, not as they are announced.
-                wanted = std::min<size_t>(head.size + sizeof(FrameHead) - (end_ - begin_), std::max<size_t>(wanted, end_ - begin_));
+                wanted = std::min<size_t>(head.size + sizeof(FrameHead) - (end_ - begin_),
+                                          std::max<size_t>(wanted, end_ - begin_));
                 if (wanted == 0) wanted = 65536;
             }
         }

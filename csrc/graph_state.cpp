@@ -34,9 +34,10 @@ bool may_hold_tensors(const Value* value) {
 
 // Operators that may give back their input or a view of it although their schema does not say so.
 bool gives_back_its_input(const std::string_view name) {
-    for (const std::string_view each : {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "type_as",
-                                        "meshgrid", "broadcast_tensors", "rrelu", "atleast_1d", "atleast_2d",
-                                        "atleast_3d", "block_diag", "pad", "to_dense", "unsafe_chunk", "unsafe_split"}) {
+    for (const std::string_view each :
+         {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "type_as", "meshgrid",
+          "broadcast_tensors", "rrelu", "atleast_1d", "atleast_2d", "atleast_3d", "block_diag", "pad", "to_dense",
+          "unsafe_chunk", "unsafe_split"}) {
         if (name == each) return true;
     }
     return false;

@@ -90,11 +90,13 @@ void ProcessLane::feed(bool ahead) noexcept {
     int64_t wake_at = never_ns;
     for (const auto& worker : workers_) {
         if (batcher_.queue_size() == 0 && !is_closed_) break;
-        while (worker->take(wake_at)) {}
+        while (worker->take(wake_at)) {
+        }
     }
     for (const auto& worker : workers_) {
         if (!ahead || batcher_.queue_size() == 0) break;
-        while (worker->take_ahead()) {}
+        while (worker->take_ahead()) {
+        }
         worker->flush();
     }
     set_timer(wake_at);

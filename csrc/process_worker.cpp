@@ -18,10 +18,10 @@ constexpr double seconds_per_ns = 1e-9;
 // Batches that take less than this together are sent ahead.
 constexpr double ahead_time_ns = 1e6;
 constexpr size_t ahead_batches_max = 16;
-constexpr uint64_t measured_min = 8;      // batches, before their time is believed
+constexpr uint64_t measured_min = 8;  // batches, before their time is believed
 constexpr double average_weight = 0.1;
-constexpr int receives_max = 16;            // of 64 KiB, in one turn of the loop
-constexpr uint64_t memory_kept = 1 << 20;   // bytes of a memory file that an idle worker keeps
+constexpr int receives_max = 16;           // of 64 KiB, in one turn of the loop
+constexpr uint64_t memory_kept = 1 << 20;  // bytes of a memory file that an idle worker keeps
 
 }  // namespace
 
@@ -173,7 +173,8 @@ void ProcessWorker::write_item(const ProcessRequest& request, std::string& heads
 void ProcessWorker::flush() noexcept {
     if (state_ != ProcessState::ready || out_.empty()) return;
     while (out_sent_ < out_.size()) {
-        const ssize_t sent = send(socket_, out_.data() + out_sent_, out_.size() - out_sent_, MSG_DONTWAIT | MSG_NOSIGNAL);
+        const ssize_t sent =
+            send(socket_, out_.data() + out_sent_, out_.size() - out_sent_, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (sent < 0) {
             if (errno == EINTR) continue;
             if (errno == EAGAIN || errno == EWOULDBLOCK) return watch_writing(true);
@@ -220,7 +221,8 @@ bool ProcessWorker::receive() {
 
 bool ProcessWorker::on_frame(const FrameHead& head, std::string_view content) {
     if (head.type != FrameType::answers) return fail("it sent a frame of a type that workers do not send");
-    const auto flight = std::find_if(flights_.begin(), flights_.end(), [&](const Flight& f) { return f.id == head.batch; });
+    const auto flight =
+        std::find_if(flights_.begin(), flights_.end(), [&](const Flight& f) { return f.id == head.batch; });
     if (flight == flights_.end()) return fail("it sent answers for a batch that it does not have");
     if (const char* problem = parse(head, content, parts_)) return fail(std::string("it sent ") + problem);
     if (!on_answers(*flight, parts_)) return false;

@@ -38,12 +38,12 @@ namespace pyserve {
 // A request of the python lane. What it holds belongs to the loop thread; workers only read it.
 struct ProcessRequest : Request {
     uint32_t flags = 0;
-    std::string text;               // the head, and the body too if it is small
-    size_t head_size = 0;           // of `text`
-    const char* body = nullptr;     // of a larger body, kept alive by `buffer`
+    std::string text;            // the head, and the body too if it is small
+    size_t head_size = 0;        // of `text`
+    const char* body = nullptr;  // of a larger body, kept alive by `buffer`
     size_t body_size = 0;
-    void* owner = nullptr;          // a Python object, opaque here
-    void* buffer = nullptr;         // what keeps `body` where it is, opaque here; let go of before the release
+    void* owner = nullptr;   // a Python object, opaque here
+    void* buffer = nullptr;  // what keeps `body` where it is, opaque here; let go of before the release
 
     void clear() {
         if (text.capacity() > 2 * body_inline_max) std::string().swap(text);
@@ -83,14 +83,16 @@ struct ProcessLaneShared {
     std::shared_ptr<ProcessPool> pool = std::make_shared<ProcessPool>();
     LaneStats stats;
     int intra_op_threads = 1;
-    size_t ready_count = 0;  // workers that take batches
+    size_t ready_count = 0;      // workers that take batches
     std::function<void()> feed;  // gives workers what is queued
 
     void complete(std::unique_ptr<ProcessResult> result) {
         result->pool = pool;
         // Within a turn of the poller the drain follows at once.
-        if (poller->is_running()) completions->push_unsignalled(result.release());
-        else completions->push(result.release());
+        if (poller->is_running())
+            completions->push_unsignalled(result.release());
+        else
+            completions->push(result.release());
     }
 };
 
@@ -189,10 +191,10 @@ class ProcessWorker : public Watched {
     std::deque<Flight> flights_;
     size_t in_flight_count_ = 0;  // requests
     uint64_t next_batch_ = 1;
-    uint64_t memory_used_ = 0;    // bytes of the request memory that flights refer to
+    uint64_t memory_used_ = 0;  // bytes of the request memory that flights refer to
     uint64_t memory_high_ = 0;
     uint64_t answer_high_ = 0;
-    double batch_time_ns_ = 0;    // moving average
+    double batch_time_ns_ = 0;  // moving average
     uint64_t measured_ = 0;
     std::string out_;
     size_t out_sent_ = 0;

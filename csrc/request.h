@@ -23,9 +23,9 @@ enum class State : uint8_t { free, queued, batched, running, done, cancelled, ex
 struct Request {
     // Written by the loop thread before the push; atomic because a consumer may look at a request that another
     // consumer has claimed meanwhile (it then throws away what it saw).
-    std::atomic<int64_t> queued_at{0};            // ns
-    std::atomic<int64_t> deadline{never_ns};      // ns; not started after this
-    std::atomic<int64_t> input_size{0};           // bytes
+    std::atomic<int64_t> queued_at{0};        // ns
+    std::atomic<int64_t> deadline{never_ns};  // ns; not started after this
+    std::atomic<int64_t> input_size{0};       // bytes
 
     // Written by the worker that runs it; read by the loop to tell how long it has been running.
     std::atomic<int64_t> started_at{0};  // ns; 0 until then

@@ -7,7 +7,7 @@
 
 #include "completion.h"
 #include "pool.h"
-#include "release.h"
+#include "release_reason.h"
 #include "request.h"
 #include "status.h"
 
@@ -21,12 +21,12 @@ struct Result : CompletionNode {
 
     const Lane lane;
     std::vector<Request*> requests;
-    Status status;           // one for all of them
-    int64_t started_at = 0;  // ns: taken from the queue
-    int64_t staged_at = 0;   // ns: gathered and on its way
-    int64_t finished_at = 0; // ns: outputs on the host
-    uint32_t batch_size = 0;     // of the batch that they were part of
-    Release release = Release::none;  // of that batch
+    Status status;                       // one for all of them
+    int64_t started_at = 0;              // ns: taken from the queue
+    int64_t staged_at = 0;               // ns: gathered and on its way
+    int64_t finished_at = 0;             // ns: outputs on the host
+    uint32_t batch_size = 0;             // of the batch that they were part of
+    Release release = Release::none;     // of that batch
     std::shared_ptr<RequestOwner> pool;  // that `requests` go back to
 };
 

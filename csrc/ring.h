@@ -79,8 +79,7 @@ class Ring {
                 continue;
             }
             Probe::at(Point::ring_before_claim);
-            if (head_.compare_exchange_weak(head, head + taken, std::memory_order_acq_rel,
-                                            std::memory_order_acquire)) {
+            if (head_.compare_exchange_weak(head, head + taken, std::memory_order_acq_rel, std::memory_order_acquire)) {
                 Probe::at(Point::ring_after_claim);
                 return taken;
             }

@@ -145,7 +145,8 @@ class AutocastScope {
 
 ScriptModel::ScriptModel(const ModelOptions& options, const std::vector<at::Tensor>& example,
                          const std::vector<std::vector<at::Tensor>>& others)
-    : TorchModel(options), others_(others), file_(std::make_shared<FileWindow>(options.path, options.offset, options.size)) {
+    : TorchModel(options), others_(others),
+      file_(std::make_shared<FileWindow>(options.path, options.offset, options.size)) {
     load(example);
     others_.clear();
     if (state_.empty() && options.optimizes) optimize(example);

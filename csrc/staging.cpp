@@ -81,8 +81,7 @@ Staged Staging::gather(const std::vector<const Inputs*>& items) {
     for (size_t position = 0; position < items.front()->size(); ++position) {
         const at::Tensor& first = (*items.front())[position];
         const auto item_size = static_cast<int64_t>(first.nbytes());
-        const at::Tensor bytes =
-            take_bytes(slot, used, item_size * static_cast<int64_t>(count), staged.is_fallback);
+        const at::Tensor bytes = take_bytes(slot, used, item_size * static_cast<int64_t>(count), staged.is_fallback);
         auto* to = static_cast<char*>(bytes.data_ptr());
         for (size_t i = 0; i < count; ++i) {
             const at::Tensor item = (*items[i])[position].contiguous();

@@ -56,11 +56,11 @@ struct LaneStats {
     BatchSizeHistogram batch_size{batch_size_bounds};
     std::atomic<uint64_t> submitted{0};
     std::atomic<uint64_t> batches{0};
-    std::atomic<uint64_t> failed{0};           // requests whose own run failed
-    std::atomic<uint64_t> expired{0};          // dropped in the queue, deadline passed
-    std::atomic<uint64_t> cancelled{0};        // dropped in the queue, or result dropped
-    std::atomic<uint64_t> retried_singly{0};   // requests run alone because their batch failed
-    std::atomic<uint64_t> staging_fallback{0}; // batches larger than the staging slot
+    std::atomic<uint64_t> failed{0};            // requests whose own run failed
+    std::atomic<uint64_t> expired{0};           // dropped in the queue, deadline passed
+    std::atomic<uint64_t> cancelled{0};         // dropped in the queue, or result dropped
+    std::atomic<uint64_t> retried_singly{0};    // requests run alone because their batch failed
+    std::atomic<uint64_t> staging_fallback{0};  // batches larger than the staging slot
 };
 
 }  // namespace pyserve

@@ -14,10 +14,10 @@
 namespace pyserve {
 
 struct ModelOptions {
-    std::string path;          // a TorchScript file, a file with one inside it (offset, size), or a .pt2 package
-    int64_t offset = 0;        // where the TorchScript file begins in `path`, bytes
-    int64_t size = -1;         // its size, bytes; -1 means to the end
-    bool is_package = false;   // .pt2 (AOTInductor)
+    std::string path;         // a TorchScript file, a file with one inside it (offset, size), or a .pt2 package
+    int64_t offset = 0;       // where the TorchScript file begins in `path`, bytes
+    int64_t size = -1;        // its size, bytes; -1 means to the end
+    bool is_package = false;  // .pt2 (AOTInductor)
     at::Device device = at::kCPU;
     at::ScalarType precision = at::kFloat;  // kFloat, kBFloat16 or kHalf: what weights of kFloat become
     bool channels_last = false;             // for 4-d weights and inputs

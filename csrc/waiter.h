@@ -65,8 +65,7 @@ class Waiter {
             until = &deadline;
         }
         // FUTEX_WAIT_BITSET takes an absolute time of CLOCK_MONOTONIC, which is what SteadyClock reads.
-        syscall(SYS_futex, word(), FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, key, until, nullptr,
-                FUTEX_BITSET_MATCH_ANY);
+        syscall(SYS_futex, word(), FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, key, until, nullptr, FUTEX_BITSET_MATCH_ANY);
     }
 
     alignas(64) std::atomic<uint32_t> epoch_{0};

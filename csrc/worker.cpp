@@ -81,8 +81,7 @@ void check_rows(const c10::IValue& output, size_t count) {
 
 }  // namespace
 
-Worker::Worker(LaneShared& shared, uint32_t id)
-    : shared_(shared), id_(id), thread_([this] { main(); }) {}
+Worker::Worker(LaneShared& shared, uint32_t id) : shared_(shared), id_(id), thread_([this] { main(); }) {}
 
 Worker::~Worker() {
     stop();
@@ -231,8 +230,10 @@ void Worker::launch(Flight& flight) {
     size_t live = 0;
     for (Request* request : flight.requests) {
         request->started_at.store(flight.started_at, std::memory_order_relaxed);
-        if (request->try_move(State::batched, State::running)) flight.requests[live++] = request;
-        else take_.dropped.push_back(request);  // the batcher has reserved as much as the ring holds
+        if (request->try_move(State::batched, State::running))
+            flight.requests[live++] = request;
+        else
+            take_.dropped.push_back(request);  // the batcher has reserved as much as the ring holds
     }
     flight.requests.resize(live);
     if (!take_.dropped.empty()) drop(take_.dropped);

@@ -37,13 +37,13 @@ enum class WorkerState : uint8_t { starting, warming, ready, failed, stopped };
 // What all workers of a lane share. Constant after construction, or thread-safe by itself.
 struct LaneShared {
     std::shared_ptr<TorchModel> model;
-    Inputs example;                          // one item, each [1, ...]
+    Inputs example;  // one item, each [1, ...]
     Batcher<>* batcher = nullptr;
     Completions<>* completions = nullptr;
     std::shared_ptr<RequestPool> pool = std::make_shared<RequestPool>();
     LaneStats stats;
     std::atomic<int> intra_op_threads{1};
-    std::atomic<int64_t> staging_size{0};    // bytes of a slot, set from the largest batch
+    std::atomic<int64_t> staging_size{0};  // bytes of a slot, set from the largest batch
 };
 
 class Worker {
@@ -107,7 +107,7 @@ class Worker {
     // it leaves that place when the result that carries it is complete. So when memory runs out half-way, all of them
     // come back: see give_back.
     Take take_;
-    bool holds_permit_ = false;  // of what is in take_; later the last of its flights holds it
+    bool holds_permit_ = false;          // of what is in take_; later the last of its flights holds it
     std::shared_ptr<TorchModel> model_;  // shared with the other workers, unless calls leave traces in it
     std::unique_ptr<Staging> staging_;
     std::vector<Flight> in_flight_;  // at most one on a CPU, two on an accelerator

@@ -35,9 +35,7 @@ WorkerChannel::WorkerChannel(int socket, int request_memory, int answer_memory)
     notes_ = static_cast<WorkerNotes*>(notes);
 }
 
-WorkerChannel::~WorkerChannel() {
-    munmap(notes_, notes_size);
-}
+WorkerChannel::~WorkerChannel() { munmap(notes_, notes_size); }
 
 WorkerChannel::Got WorkerChannel::receive(IncomingBatch& batch, int timeout_ms) {
     const int64_t limit = timeout_ms < 0 ? never_ns : SteadyClock::now_ns() + int64_t{timeout_ms} * 1'000'000;
@@ -77,16 +75,16 @@ bool WorkerChannel::send(uint64_t batch, const std::vector<OutgoingAnswer>& answ
     uint64_t memory_used = notes_size;
     for (const OutgoingAnswer& answer : answers) {
         if (answer.head.size() > head_size_max)
-            throw std::length_error("the head of an answer may have " + std::to_string(head_size_max) +
-                                    " bytes, not " + std::to_string(answer.head.size()));
+            throw std::length_error("the head of an answer may have " + std::to_string(head_size_max) + " bytes, not " +
+                                    std::to_string(answer.head.size()));
         AnswerHead head;
         head.ticket = answer.ticket;
         head.kind = answer.kind;
         head.status = answer.status;
         head.head_size = static_cast<uint32_t>(answer.head.size());
         head.body_size = answer.body.size();
-        if (!memory_busy_ && answer.body.size() > body_inline_max &&
-            answer.body.size() <= memory_size_ - memory_used && write_at(answer_memory_, answer.body, memory_used)) {
+        if (!memory_busy_ && answer.body.size() > body_inline_max && answer.body.size() <= memory_size_ - memory_used &&
+            write_at(answer_memory_, answer.body, memory_used)) {
             head.offset = memory_used;
             memory_used += answer.body.size();
         }
@@ -185,8 +183,8 @@ void WorkerChannel::on_frame(const FrameHead& head, std::string_view content) {
             batch.intra_op_threads = head.flags;
             batch.items.reserve(parts_.size());
             for (const auto& part : parts_) {
-                batch.items.push_back({part.head.ticket, part.head.flags, std::string(part.text), std::string(part.body),
-                                       part.head.body_size, part.head.offset});
+                batch.items.push_back({part.head.ticket, part.head.flags, std::string(part.text),
+                                       std::string(part.body), part.head.body_size, part.head.offset});
             }
             return;
         }
@@ -194,14 +192,9 @@ void WorkerChannel::on_frame(const FrameHead& head, std::string_view content) {
             if (content.size() != sizeof(uint64_t)) break;
             on_cancel(read_at<uint64_t>(content.data()));
             return;
-        case FrameType::copied:
-            memory_busy_ = false;
-            return;
-        case FrameType::stop:
-            told_to_stop_ = true;
-            return;
-        default:
-            break;
+        case FrameType::copied: memory_busy_ = false; return;
+        case FrameType::stop: told_to_stop_ = true; return;
+        default: break;
     }
     is_closed_ = true;  // not our server
 }

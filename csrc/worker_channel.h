@@ -19,7 +19,7 @@ struct IncomingItem {
     uint64_t ticket = 0;
     uint32_t flags = 0;
     std::string head;
-    std::string body;        // unless it lies in memory
+    std::string body;  // unless it lies in memory
     uint64_t body_size = 0;
     uint64_t offset = in_frame;
 };
@@ -79,9 +79,9 @@ class WorkerChannel {
     std::deque<uint64_t> cancels_;  // as they came, also of requests that are over
     std::vector<Part<ItemHead>> parts_;
     std::string out_;
-    int64_t out_since_ = 0;       // ns
-    uint64_t memory_size_ = 0;    // of the answer memory
-    bool memory_busy_ = false;    // until the server has copied
+    int64_t out_since_ = 0;     // ns
+    uint64_t memory_size_ = 0;  // of the answer memory
+    bool memory_busy_ = false;  // until the server has copied
     bool told_to_stop_ = false;
     bool is_closed_ = false;
 };

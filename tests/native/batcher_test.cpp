@@ -8,14 +8,14 @@
 #include "harness.h"
 #include "parking.h"
 
-using pyserve::BatchLimits;
 using pyserve::Batcher;
+using pyserve::BatchLimits;
+using pyserve::never_ns;
 using pyserve::Next;
 using pyserve::Release;
 using pyserve::Request;
 using pyserve::State;
 using pyserve::Take;
-using pyserve::never_ns;
 
 namespace {
 
@@ -213,10 +213,7 @@ TEST(full_only_takes_nothing_less_than_a_full_batch) {
 }
 
 TEST(closing_ends_a_window_and_then_everything) {
-    Bench bench(8, {.batch_size_max = 8,
-                    .batch_size_min = 8,
-                    .batch_delay_max_ns = 1'000'000,
-                    .running_max = 1});
+    Bench bench(8, {.batch_size_max = 8, .batch_size_min = 8, .batch_delay_max_ns = 1'000'000, .running_max = 1});
     bench.push_many(2);
     bench.check_waits(1'001'000);
     bench.batcher.close();
@@ -278,7 +275,8 @@ TEST(a_batch_says_why_it_left) {
     CHECK(bench.look() == Next::batch);
     CHECK(bench.take.requests.empty() && bench.take.release == Release::none);  // it holds only dropped ones
     bench.batcher.leave();
-    bench.batcher.set_limits({.batch_size_max = 4, .batch_size_min = 3, .batch_delay_max_ns = 100, .batch_bytes_max = 10});
+    bench.batcher.set_limits(
+        {.batch_size_max = 4, .batch_size_min = 3, .batch_delay_max_ns = 100, .batch_bytes_max = 10});
     bench.push();
     bench.push(1180);
     bench.check_waits(1180);

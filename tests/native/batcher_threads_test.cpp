@@ -15,16 +15,16 @@
 #include "harness.h"
 
 using harness::Random;
-using pyserve::BatchLimits;
 using pyserve::Batcher;
+using pyserve::BatchLimits;
 using pyserve::CompletionNode;
 using pyserve::Completions;
+using pyserve::never_ns;
 using pyserve::Next;
 using pyserve::Request;
 using pyserve::State;
 using pyserve::SteadyClock;
 using pyserve::Take;
-using pyserve::never_ns;
 
 namespace {
 

@@ -220,14 +220,23 @@ TEST(lengths_and_offsets_beyond_their_limits_are_refused) {
         head.size = content.size();
         CHECK(says(problem_in<ItemHead>(head, content), why));
     };
-    for (const uint32_t size : {9u, static_cast<uint32_t>(head_size_max), static_cast<uint32_t>(head_size_max) + 1, UINT32_MAX})
+    for (const uint32_t size :
+         {9u, static_cast<uint32_t>(head_size_max), static_cast<uint32_t>(head_size_max) + 1, UINT32_MAX})
         refused([&](ItemHead& head) { head.head_size = size; }, "head that is too long");
-    for (const uint64_t size : {uint64_t{6}, frame_size_max, UINT64_MAX, UINT64_MAX - 2, UINT64_MAX - 34, uint64_t{1} << 63})
+    for (const uint64_t size :
+         {uint64_t{6}, frame_size_max, UINT64_MAX, UINT64_MAX - 2, UINT64_MAX - 34, uint64_t{1} << 63})
         refused([&](ItemHead& head) { head.body_size = size; }, "body that is too long");
     // In memory: the sum of offset and size must neither pass the end nor come round.
-    const struct { uint64_t offset, size; } beyond[] = {
-        {memory_size_max + 1, 0}, {memory_size_max, 1}, {0, memory_size_max + 1}, {1, memory_size_max},
-        {1, UINT64_MAX}, {UINT64_MAX - 1, 2}, {UINT64_MAX - 1, UINT64_MAX}, {uint64_t{1} << 63, uint64_t{1} << 63}};
+    const struct {
+        uint64_t offset, size;
+    } beyond[] = {{memory_size_max + 1, 0},
+                  {memory_size_max, 1},
+                  {0, memory_size_max + 1},
+                  {1, memory_size_max},
+                  {1, UINT64_MAX},
+                  {UINT64_MAX - 1, 2},
+                  {UINT64_MAX - 1, UINT64_MAX},
+                  {uint64_t{1} << 63, uint64_t{1} << 63}};
     for (const auto& body : beyond) {
         refused([&](ItemHead& head) { head.offset = body.offset, head.body_size = body.size; }, "beyond the end");
     }
@@ -280,7 +289,9 @@ TEST(frames_come_out_of_a_stream_as_they_went_in_however_it_is_cut) {
         for (size_t i = 0; i < count; ++i) {
             FrameHead head;
             head.batch = i;
-            std::string content = random_text(random, random.chance(10) ? 3'000'000 : random.chance(50) ? 100 : 100'000);
+            std::string content = random_text(random, random.chance(10)   ? 3'000'000
+                                                      : random.chance(50) ? 100
+                                                                          : 100'000);
             head.size = content.size();
             append(stream, head);
             stream += content;
@@ -332,10 +343,23 @@ TEST(a_stream_of_anything_is_parsed_within_its_bounds_or_refused) {
             const size_t at = random.below(random.chance(80) ? heads_end : stream.size());
             switch (random.below(3)) {
                 case 0: stream[at] = static_cast<char>(random.next()); break;
-                case 1: stream[at] = static_cast<char>(static_cast<unsigned char>(stream[at]) ^ (1u << random.below(8))); break;
+                case 1:
+                    stream[at] = static_cast<char>(static_cast<unsigned char>(stream[at]) ^ (1u << random.below(8)));
+                    break;
                 default: {  // a whole number, of those that are on the brink
-                    static const std::vector<uint64_t> edges = {0, 1, 31, 32, 33, items_max, head_size_max,
-                        frame_size_max, memory_size_max, UINT32_MAX, uint64_t{1} << 63, UINT64_MAX - 1, UINT64_MAX};
+                    static const std::vector<uint64_t> edges = {0,
+                                                                1,
+                                                                31,
+                                                                32,
+                                                                33,
+                                                                items_max,
+                                                                head_size_max,
+                                                                frame_size_max,
+                                                                memory_size_max,
+                                                                UINT32_MAX,
+                                                                uint64_t{1} << 63,
+                                                                UINT64_MAX - 1,
+                                                                UINT64_MAX};
                     const uint64_t value = random.pick(edges) + (random.chance(30) ? random.below(3) : 0);
                     const size_t word = at / 8 * 8;
                     std::memcpy(stream.data() + word, &value, std::min<size_t>(8, stream.size() - word));

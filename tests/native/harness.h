@@ -53,8 +53,7 @@ inline std::atomic<int> passed{0};
 }
 
 [[noreturn, gnu::noinline, gnu::cold]] inline void fail_unequal(const char* file, int line, const char* text,
-                                                                const std::string& left,
-                                                                const std::string& right) {
+                                                                const std::string& left, const std::string& right) {
     fail(file, line, (std::string(text) + ": " + left + " != " + right).c_str());
 }
 
@@ -99,8 +98,7 @@ class Random {
 
 // Where this run's seeds begin: new ones each time, for more ground covered.
 inline uint64_t first_seed() {
-    static const auto first =
-        static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count());
+    static const auto first = static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count());
     return first;
 }
 
@@ -176,17 +174,17 @@ inline int run_all(int argc, char** argv) {
 
 }  // namespace harness
 
-#define TEST(name)                                                         \
-    static void name();                                                    \
+#define TEST(name)                                                          \
+    static void name();                                                     \
     static const harness::Registration registration_of_##name(#name, name); \
     static void name()
 
-#define CHECK(condition)                                                                \
-    do {                                                                                \
-        if (!(condition)) harness::fail(__FILE__, __LINE__, "failed: " #condition);     \
+#define CHECK(condition)                                                            \
+    do {                                                                            \
+        if (!(condition)) harness::fail(__FILE__, __LINE__, "failed: " #condition); \
     } while (false)
 
 #define CHECK_EQ(left, right) harness::check_equal(__FILE__, __LINE__, #left " == " #right, left, right)
 
-#define TEST_MAIN                                                         \
+#define TEST_MAIN \
     int main(int argc, char** argv) { return harness::run_all(argc, argv); }

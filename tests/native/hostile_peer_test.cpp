@@ -76,8 +76,22 @@ std::string frame_of(uint64_t batch, const std::vector<Answer>& answers, FrameTy
 
 // Changes some of the bytes, most of them in numbers.
 void mutate(std::string& bytes, Random& random) {
-    static const std::vector<uint64_t> edges = {0, 1, 2, 3, 16, 31, 33, 4096, 65536, items_max + uint64_t{1}, head_size_max + 1,
-                                                frame_size_max, memory_size_max, UINT32_MAX, uint64_t{1} << 63, UINT64_MAX};
+    static const std::vector<uint64_t> edges = {0,
+                                                1,
+                                                2,
+                                                3,
+                                                16,
+                                                31,
+                                                33,
+                                                4096,
+                                                65536,
+                                                items_max + uint64_t{1},
+                                                head_size_max + 1,
+                                                frame_size_max,
+                                                memory_size_max,
+                                                UINT32_MAX,
+                                                uint64_t{1} << 63,
+                                                UINT64_MAX};
     for (size_t changes = random.below(4); changes > 0 && !bytes.empty(); --changes) {
         const size_t at = random.below(std::min<size_t>(bytes.size(), random.chance(80) ? 96 : SIZE_MAX));
         const uint64_t value = random.chance(50) ? random.pick(edges) : random.next();
@@ -122,7 +136,8 @@ struct Stage {
         // The other end sees it too.
         char byte;
         ssize_t got;
-        while ((got = recv(peer.wire.worker, &byte, 1, MSG_DONTWAIT)) > 0) {}
+        while ((got = recv(peer.wire.worker, &byte, 1, MSG_DONTWAIT)) > 0) {
+        }
         CHECK(got == 0 || errno != EAGAIN);
     }
     void channel_begin() const {
@@ -150,12 +165,14 @@ TEST(each_breach_of_the_protocol_ends_the_worker_and_says_why) {
     check_refused("of a type that workers do not send",
                   [](Stage& s) { return frame_of(s.batch.id, {}, FrameType::batch); });
     check_refused("of a type", [](Stage& s) { return frame_of(s.batch.id, {}, static_cast<FrameType>(999)); });
-    check_refused("a batch that it does not have", [](Stage& s) { return frame_of(s.batch.id + 1, {{s.ticket(0), "a"}}); });
+    check_refused("a batch that it does not have",
+                  [](Stage& s) { return frame_of(s.batch.id + 1, {{s.ticket(0), "a"}}); });
     check_refused("a batch that it does not have", [](Stage& s) {  // the same answers twice
         const std::string all = frame_of(s.batch.id, {{s.ticket(0), "a"}, {s.ticket(1), "b"}});
         return all + all;
     });
-    check_refused("a request that it does not have", [](Stage& s) { return frame_of(s.batch.id, {{s.ticket(2), "c"}}); });
+    check_refused("a request that it does not have",
+                  [](Stage& s) { return frame_of(s.batch.id, {{s.ticket(2), "c"}}); });
     check_refused("a request that it does not have",
                   [](Stage& s) { return frame_of(s.batch.id, {{s.ticket(0), "a"}, {s.ticket(0), "a"}}); });
     check_refused("a request that it does not have", [](Stage& s) {
@@ -278,16 +295,19 @@ TEST(whatever_a_worker_sends_every_request_comes_back_once) {
         } else {
             std::vector<Answer> answers;
             for (size_t count = random.below(4); count > 0; --count) {
-                Answer answer{stage.ticket(random.below(random.chance(90) ? 2 : 3)), std::string(random.below(50), 'a')};
+                Answer answer{stage.ticket(random.below(random.chance(90) ? 2 : 3)),
+                              std::string(random.below(50), 'a')};
                 answer.kind = static_cast<AnswerKind>(random.below(4));
-                if (random.chance(30)) answer.offset = random.below(30'000), answer.size_in_memory = random.below(10'000);
+                if (random.chance(30))
+                    answer.offset = random.below(30'000), answer.size_in_memory = random.below(10'000);
                 answers.push_back(std::move(answer));
             }
             bytes = frame_of(stage.batch.id, answers);
             mutate(bytes, random);
             if (random.chance(50)) bytes += frame_of(stage.batch.id, {{stage.ticket(0), "a"}, {stage.ticket(1), "b"}});
         }
-        if (random.chance(20)) CHECK(ftruncate(stage.peer.wire.answer_memory, static_cast<off_t>(random.below(20'000))) == 0);
+        if (random.chance(20))
+            CHECK(ftruncate(stage.peer.wire.answer_memory, static_cast<off_t>(random.below(20'000))) == 0);
         stage.peer.write(bytes);
         if (random.chance(30)) stage.loop.turn(0);
         stage.peer.hang_up();
@@ -296,7 +316,8 @@ TEST(whatever_a_worker_sends_every_request_comes_back_once) {
         stage.loop.drain();
         for (size_t i = 0; i < 2; ++i) CHECK(stage.loop.entries[i].is_over);
         for (const Entry& entry : stage.loop.entries) {
-            if (entry.is_over) CHECK(entry.code == Code::ok || entry.code == Code::worker_died || entry.code == Code::not_run);
+            if (entry.is_over)
+                CHECK(entry.code == Code::ok || entry.code == Code::worker_died || entry.code == Code::not_run);
         }
         CHECK_EQ(stage.loop.lane->running(), 0u);
         CHECK_EQ(stage.loop.lane->ready_count(), 0u);
@@ -317,7 +338,7 @@ TEST(a_worker_reads_nothing_beyond_what_a_wrong_server_sent_and_ends) {
             item.body_size = random.below(3000);
             if (random.chance(50)) item.offset = random.below(20'000);
             FrameHead head;
-            static const std::vector<FrameType> types = {FrameType::batch, FrameType::batch, FrameType::batch,
+            static const std::vector<FrameType> types = {FrameType::batch,  FrameType::batch,  FrameType::batch,
                                                          FrameType::cancel, FrameType::copied, FrameType::answers};
             head.type = random.pick(types);
             head.count = 1;
@@ -348,7 +369,8 @@ TEST(a_worker_reads_nothing_beyond_what_a_wrong_server_sent_and_ends) {
         }
         // Whatever came: once the server has gone there is an end.
         close(std::exchange(wire.server, -1));
-        while ((got = channel->receive(batch, -1)) == WorkerChannel::Got::batch) {}
+        while ((got = channel->receive(batch, -1)) == WorkerChannel::Got::batch) {
+        }
         CHECK(got == WorkerChannel::Got::closed);
         CHECK(channel->is_cancelled(1));  // nobody waits for anything
         CHECK(!channel->send(1, {}));
@@ -390,7 +412,8 @@ TEST(a_channel_or_a_worker_of_wrong_descriptors_leaves_nothing_open) {
     CHECK(throws([&] { WorkerChannel(wire.worker, wire.request_memory, -1); }));
     CHECK(throws([&] { WorkerChannel(small.worker, small.request_memory, small.answer_memory); }));
     CHECK(throws([&] { loop.lane->add_worker(wire.server, -1, wire.answer_memory, 0); }));
-    CHECK(throws([&] { loop.lane->add_worker(wire.request_memory, wire.request_memory, wire.answer_memory, 0); }));  // no epoll
+    CHECK(throws(
+        [&] { loop.lane->add_worker(wire.request_memory, wire.request_memory, wire.answer_memory, 0); }));  // no epoll
     CHECK_EQ(loop.lane->ready_count(), 0u);
     CHECK_EQ(open_descriptors(), with_loop);
 }

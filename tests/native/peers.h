@@ -116,7 +116,8 @@ class Loop : private Watched {
         entry.number = static_cast<int64_t>(entries.size()) - 1;
         entry.body = std::move(body);
         const std::string head = std::to_string(entry.number);
-        const ProcessRequest* request = lane->try_submit(head, entry.body, flags, &entry, SteadyClock::now_ns(), deadline);
+        const ProcessRequest* request =
+            lane->try_submit(head, entry.body, flags, &entry, SteadyClock::now_ns(), deadline);
         if (request == nullptr) {
             entries.pop_back();
             return nullptr;

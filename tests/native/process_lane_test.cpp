@@ -62,7 +62,8 @@ bool echo(WorkerChannel& channel, const IncomingBatch& batch, Random* random = n
     begin(channel, batch);
     std::vector<std::string> bodies;
     std::vector<OutgoingAnswer> answers;
-    for (const IncomingItem& item : batch.items) bodies.push_back(answer_to(number_in(item.head), body_of(channel, item)));
+    for (const IncomingItem& item : batch.items)
+        bodies.push_back(answer_to(number_in(item.head), body_of(channel, item)));
     for (size_t i = 0; i < bodies.size(); ++i) answers.push_back(answer(batch.items[i].ticket, bodies[i]));
     if (random != nullptr && random->chance(30)) {
         std::reverse(answers.begin(), answers.end());
@@ -137,7 +138,8 @@ TEST(every_request_comes_back_once_with_its_own_answer_while_workers_die) {
             std::deque<Peer> peers;  // outlives the loop: threads end when their sockets do
             Loop loop(256);
             loop.limit(1 + static_cast<uint32_t>(random.below(9)), 1 + static_cast<uint32_t>(random.below(4)),
-                       random.between(0, 200'000), random.chance(50) ? UINT32_MAX : 1 + static_cast<uint32_t>(random.below(6)));
+                       random.between(0, 200'000),
+                       random.chance(50) ? UINT32_MAX : 1 + static_cast<uint32_t>(random.below(6)));
             const bool is_multiplexed = random.chance(30);
             const size_t workers = 1 + random.below(4), count = 700;
             const auto hire = [&] {
@@ -155,7 +157,8 @@ TEST(every_request_comes_back_once_with_its_own_answer_while_workers_die) {
                 for (size_t burst = random.below(40); burst > 0 && loop.entries.size() < count; --burst) {
                     const bool expires = random.chance(2);
                     if (loop.submit(random_body(random, 100'000),
-                                    expires ? SteadyClock::now_ns() + random.between(-5, 100'000) : never_ns) == nullptr)
+                                    expires ? SteadyClock::now_ns() + random.between(-5, 100'000) : never_ns) ==
+                        nullptr)
                         break;
                     if (random.chance(3)) loop.lane->cancel(loop.entries[random.below(loop.entries.size())].ticket);
                 }
@@ -189,9 +192,14 @@ TEST(stop_remove_close_and_join_at_any_moment_lose_nothing) {
                 switch (random.below(20)) {
                     case 0: loop.lane->stop_worker(id); break;
                     case 1: loop.lane->remove_worker(id); break;
-                    case 2: if (step > 30) loop.lane->close(), is_closed = true; break;
-                    case 3: if (step > 30) loop.lane->join(), is_joined = true; break;
-                    default: if (random.chance(50)) loop.turn(0);
+                    case 2:
+                        if (step > 30) loop.lane->close(), is_closed = true;
+                        break;
+                    case 3:
+                        if (step > 30) loop.lane->join(), is_joined = true;
+                        break;
+                    default:
+                        if (random.chance(50)) loop.turn(0);
                 }
             }
             if (random.chance(50)) {
@@ -254,8 +262,9 @@ TEST(large_bodies_pass_both_ways_within_the_memory_and_beyond_it) {
         loop.limit(4);
         peers.emplace_back(loop, plain_echo, 0, std::make_unique<Wire>(request_size, answer_size, false));
         Random random(7);
-        for (const size_t size : {body_inline_max - 1, body_inline_max, body_inline_max + 1, size_t{10'000}, size_t{19'000},
-                                  size_t{65'536}, size_t{1'000'000}, size_t{3'000'000}, size_t{0}, size_t{5000}}) {
+        for (const size_t size :
+             {body_inline_max - 1, body_inline_max, body_inline_max + 1, size_t{10'000}, size_t{19'000}, size_t{65'536},
+              size_t{1'000'000}, size_t{3'000'000}, size_t{0}, size_t{5000}}) {
             std::string body(size, '\0');
             for (char& c : body) c = static_cast<char>(random.next());
             loop.submit(std::move(body));
@@ -274,23 +283,26 @@ TEST(parts_of_a_stream_come_in_order_and_a_cancel_reaches_the_worker) {
         std::atomic<int> cancelled{0};
         std::deque<Peer> peers;
         Loop loop;
-        peers.emplace_back(loop, [&](WorkerChannel& channel, const IncomingBatch& batch) {
-            begin(channel, batch);
-            for (const IncomingItem& item : batch.items) {
-                const bool is_endless = item.head == "1";
-                for (int i = 0; is_endless || i < parts; ++i) {
-                    if (channel.is_cancelled(item.ticket)) {
-                        ++cancelled;
-                        break;
+        peers.emplace_back(
+            loop,
+            [&](WorkerChannel& channel, const IncomingBatch& batch) {
+                begin(channel, batch);
+                for (const IncomingItem& item : batch.items) {
+                    const bool is_endless = item.head == "1";
+                    for (int i = 0; is_endless || i < parts; ++i) {
+                        if (channel.is_cancelled(item.ticket)) {
+                            ++cancelled;
+                            break;
+                        }
+                        const std::string part(i % 10 == 3 ? 6000 : 5, static_cast<char>('a' + i % 26));
+                        const std::string body = std::to_string(i) + part;
+                        if (!channel.send(batch.id, {answer(item.ticket, body, AnswerKind::chunk)})) return false;
                     }
-                    const std::string part(i % 10 == 3 ? 6000 : 5, static_cast<char>('a' + i % 26));
-                    const std::string body = std::to_string(i) + part;
-                    if (!channel.send(batch.id, {answer(item.ticket, body, AnswerKind::chunk)})) return false;
+                    if (!channel.send(batch.id, {answer(item.ticket, "end", AnswerKind::last)})) return false;
                 }
-                if (!channel.send(batch.id, {answer(item.ticket, "end", AnswerKind::last)})) return false;
-            }
-            return true;
-        }, in_flight_max);
+                return true;
+            },
+            in_flight_max);
         Entry* whole = loop.submit("a");
         Entry* endless = loop.submit("b");
         loop.until([&] { return endless->chunks.size() > 20; });
@@ -412,26 +424,31 @@ TEST(in_multiplexed_mode_requests_overtake_one_another_and_all_of_them_run) {
     std::deque<Peer> peers;
     Loop loop;
     // The first request stays open until all others have been answered; of these always the newest is answered.
-    peers.emplace_back(loop, [&, open = std::map<uint64_t, std::pair<uint64_t, std::string>>(), first = uint64_t{0},
-                              first_batch = uint64_t{0}](WorkerChannel& channel, const IncomingBatch& batch) mutable {
-        begin(channel, batch);
-        for (const IncomingItem& item : batch.items) {
-            if (number_in(item.head) == 0) first = item.ticket, first_batch = batch.id;
-            else open[item.ticket] = {batch.id, answer_to(number_in(item.head), body_of(channel, item))};
-        }
-        most = std::max(most.load(), open.size() + 1);
-        if (open.size() < in_flight_max - 1) return true;
-        while (!open.empty()) {
-            const auto newest = std::prev(open.end());
-            if (!channel.send(newest->second.first, {answer(newest->first, newest->second.second)})) return false;
-            open.erase(newest);
-        }
-        if (!may_end) return true;
-        return channel.send(first_batch, {answer(first, answer_to(0, "first"))});
-    }, in_flight_max);
+    peers.emplace_back(
+        loop,
+        [&, open = std::map<uint64_t, std::pair<uint64_t, std::string>>(), first = uint64_t{0},
+         first_batch = uint64_t{0}](WorkerChannel& channel, const IncomingBatch& batch) mutable {
+            begin(channel, batch);
+            for (const IncomingItem& item : batch.items) {
+                if (number_in(item.head) == 0)
+                    first = item.ticket, first_batch = batch.id;
+                else
+                    open[item.ticket] = {batch.id, answer_to(number_in(item.head), body_of(channel, item))};
+            }
+            most = std::max(most.load(), open.size() + 1);
+            if (open.size() < in_flight_max - 1) return true;
+            while (!open.empty()) {
+                const auto newest = std::prev(open.end());
+                if (!channel.send(newest->second.first, {answer(newest->first, newest->second.second)})) return false;
+                open.erase(newest);
+            }
+            if (!may_end) return true;
+            return channel.send(first_batch, {answer(first, answer_to(0, "first"))});
+        },
+        in_flight_max);
     Entry* front = loop.submit("first");
     for (size_t i = 0; i < 20 * (in_flight_max - 1); ++i) loop.submit("x");
-    CHECK(loop.lane->find(loop.entries[3].ticket)->started_at.load() > 0);   // though the first is before it
+    CHECK(loop.lane->find(loop.entries[3].ticket)->started_at.load() > 0);    // though the first is before it
     CHECK_EQ(loop.lane->find(loop.entries[5].ticket)->started_at.load(), 0);  // no room yet
     loop.until([&] { return loop.over_count == loop.entries.size() - 1; });
     CHECK(!front->is_over);

@@ -64,8 +64,10 @@ bool run(int64_t allowed, int64_t failures, size_t in_flight_max) {
         } catch (const std::bad_alloc&) {
             // Refused.
         }
-        if (request == nullptr) loop.entries.pop_back();
-        else entry->ticket = ProcessPool::ticket_of(*request);
+        if (request == nullptr)
+            loop.entries.pop_back();
+        else
+            entry->ticket = ProcessPool::ticket_of(*request);
     };
     for (int round = 0; round < 2; ++round) {
         for (int i = 0; i < 4; ++i) {

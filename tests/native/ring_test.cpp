@@ -20,8 +20,7 @@ const std::vector<size_t> capacities = {1, 2, 4, 128};
 const std::vector<uint64_t> starts = {0, near_half, near_overflow};
 
 // One producer pushes 0, 1, 2, ... and `consumers` threads claim up to `claim_max` at a time.
-void run_producer_against(size_t consumers, size_t capacity, uint64_t start, uint64_t count,
-                          size_t claim_max) {
+void run_producer_against(size_t consumers, size_t capacity, uint64_t start, uint64_t count, size_t claim_max) {
     Ring<uint64_t> ring(capacity, start);
     std::vector<std::atomic<uint8_t>> seen(count);
     std::atomic<uint64_t> claimed{0};
@@ -36,8 +35,8 @@ void run_producer_against(size_t consumers, size_t capacity, uint64_t start, uin
                 CHECK(ring.size() <= capacity);
                 if (got == 0) std::this_thread::yield();
                 for (size_t i = 0; i < got; ++i) {
-                    CHECK(out[i] >= newest);                        // claims of one consumer never go back
-                    if (i > 0) CHECK_EQ(out[i], out[i - 1] + 1);    // one claim is one unbroken run
+                    CHECK(out[i] >= newest);                      // claims of one consumer never go back
+                    if (i > 0) CHECK_EQ(out[i], out[i - 1] + 1);  // one claim is one unbroken run
                     newest = out[i] + 1;
                     CHECK_EQ(int{seen[out[i]].fetch_add(1)}, 0);
                 }
@@ -46,8 +45,10 @@ void run_producer_against(size_t consumers, size_t capacity, uint64_t start, uin
         });
     }
     for (uint64_t i = 0; i < count;) {
-        if (ring.try_push(i)) ++i;
-        else std::this_thread::yield();
+        if (ring.try_push(i))
+            ++i;
+        else
+            std::this_thread::yield();
     }
     for (std::thread& thread : threads) thread.join();
     CHECK_EQ(claimed.load(), count);

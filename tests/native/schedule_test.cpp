@@ -19,14 +19,14 @@
 #include "parking.h"
 
 using harness::Random;
-using pyserve::BatchLimits;
 using pyserve::Batcher;
+using pyserve::BatchLimits;
+using pyserve::never_ns;
 using pyserve::Next;
 using pyserve::Point;
 using pyserve::Request;
 using pyserve::State;
 using pyserve::Take;
-using pyserve::never_ns;
 
 namespace {
 
@@ -240,7 +240,10 @@ class Exploration {
         batcher_.set_limits(limits_);
         for (size_t step = 0; step < 14; ++step) {
             switch (random_.below(10)) {
-                case 0: case 1: case 2: case 3: push(); break;
+                case 0:
+                case 1:
+                case 2:
+                case 3: push(); break;
                 case 4: cancel(); break;
                 case 5: purge(); break;
                 case 6: change_limits(); break;
@@ -315,8 +318,8 @@ class Exploration {
         int64_t ends_at = never_ns;
         for (const Request& request : requests_) {
             if (ended_[request.index] != 0) continue;
-            ends_at = std::min({ends_at, request.deadline.load(),
-                                request.queued_at.load() + limits_.batch_delay_max_ns});
+            ends_at =
+                std::min({ends_at, request.deadline.load(), request.queued_at.load() + limits_.batch_delay_max_ns});
         }
         CHECK(HandClock::now_ns() < ends_at);
         CHECK(scheduler_.first_deadline() <= ends_at);

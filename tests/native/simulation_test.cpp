@@ -15,15 +15,15 @@
 #include "parking.h"
 
 using harness::Random;
-using pyserve::BatchLimits;
 using pyserve::Batcher;
+using pyserve::BatchLimits;
 using pyserve::CompletionNode;
 using pyserve::Completions;
+using pyserve::never_ns;
 using pyserve::Next;
 using pyserve::Request;
 using pyserve::State;
 using pyserve::Take;
-using pyserve::never_ns;
 
 namespace {
 
@@ -47,8 +47,7 @@ Completions<>& completions() {
 class Simulation {
   public:
     explicit Simulation(uint64_t seed)
-        : random_(seed),
-          capacity_(size_t{1} << random_.below(6)),
+        : random_(seed), capacity_(size_t{1} << random_.below(6)),
           batcher_(capacity_, random_.chance(50) ? UINT64_MAX - random_.below(20) : random_.next()) {
         HandClock::time = 1'000;
         change_limits();
@@ -68,10 +67,18 @@ class Simulation {
   private:
     void step() {
         switch (random_.below(16)) {
-            case 0: case 1: case 2: case 3: case 4: return push();
-            case 5: case 6: return cancel();
-            case 7: case 8: case 9: return finish();
-            case 10: case 11: HandClock::time += random_.between(0, 60); return;
+            case 0:
+            case 1:
+            case 2:
+            case 3:
+            case 4: return push();
+            case 5:
+            case 6: return cancel();
+            case 7:
+            case 8:
+            case 9: return finish();
+            case 10:
+            case 11: HandClock::time += random_.between(0, 60); return;
             case 12: return change_limits();
             case 13: return random_.chance(50) ? add_worker() : stop_worker();
             case 14: return purge();
@@ -155,8 +162,7 @@ class Simulation {
             CHECK(request->state.load() == State::cancelled);
             done->requests.push_back(request);
         }
-        std::erase_if(queue_,
-                      [](const Request* request) { return request->state.load() == State::cancelled; });
+        std::erase_if(queue_, [](const Request* request) { return request->state.load() == State::cancelled; });
         completions().push(done.release());
         CHECK_EQ(batcher_.queue_size(), queue_.size());
     }
@@ -180,8 +186,10 @@ class Simulation {
             moved = false;
             for (SimWorker& worker : workers_) {
                 if (worker.is_busy || worker.is_over) continue;
-                if (worker.is_stopping) worker.is_over = true;
-                else moved |= look(worker);
+                if (worker.is_stopping)
+                    worker.is_over = true;
+                else
+                    moved |= look(worker);
             }
         }
     }
@@ -190,9 +198,7 @@ class Simulation {
     size_t size_min() const { return std::min<size_t>(std::max(1u, limits_.batch_size_min), size_max()); }
     bool gate_is_open() const { return running_ < std::max(1u, limits_.running_max); }
 
-    bool look(SimWorker& worker) {
-        return (random_.chance(10) && look(worker, true)) || look(worker, false);
-    }
+    bool look(SimWorker& worker) { return (random_.chance(10) && look(worker, true)) || look(worker, false); }
 
     bool look(SimWorker& worker, bool full_only) {
         int64_t wake_at = 0;
@@ -209,9 +215,12 @@ class Simulation {
         }
         CHECK_EQ(batcher_.running(), running_);
         CHECK(worker.take.empty());
-        if (next == Next::closed) worker.is_over = true;
-        else if (full_only) CHECK(!has_full || !gate_is_open());
-        else judge_idleness(wake_at);
+        if (next == Next::closed)
+            worker.is_over = true;
+        else if (full_only)
+            CHECK(!has_full || !gate_is_open());
+        else
+            judge_idleness(wake_at);
         return false;
     }
 
@@ -291,8 +300,8 @@ class Simulation {
     uint32_t running_ = 0;
     std::vector<SimWorker> workers_;
     std::vector<std::unique_ptr<Request>> requests_;
-    std::vector<int> ended_;        // how often each request came through the completions
-    std::deque<Request*> queue_;    // what the ring must hold
+    std::vector<int> ended_;      // how often each request came through the completions
+    std::deque<Request*> queue_;  // what the ring must hold
 };
 
 }  // namespace

@@ -15,8 +15,8 @@
 #include "parking.h"
 #include "ring.h"
 
-using pyserve::BatchLimits;
 using pyserve::Batcher;
+using pyserve::BatchLimits;
 using pyserve::CompletionNode;
 using pyserve::Completions;
 using pyserve::Next;
@@ -94,8 +94,10 @@ bool survives_a_stalled_consumer(Point point, int visit, size_t capacity) {
     });
     uint64_t next = 0;
     while (!Parking::is_parked()) {
-        if (ring.try_push(next)) ++next;
-        else std::this_thread::yield();
+        if (ring.try_push(next))
+            ++next;
+        else
+            std::this_thread::yield();
     }
     uint64_t out = 0;
     while (ring.try_claim(&out, 1) == 1) by_others.push_back(out);

@@ -7,8 +7,8 @@
 
 #include "harness.h"
 
-using pyserve::BatchSizeHistogram;
 using pyserve::batch_size_bounds;
+using pyserve::BatchSizeHistogram;
 
 TEST(a_value_falls_into_the_first_bucket_whose_bound_it_does_not_exceed) {
     BatchSizeHistogram histogram(batch_size_bounds);

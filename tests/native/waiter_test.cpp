@@ -7,9 +7,9 @@
 #include "clock.h"
 #include "harness.h"
 
+using pyserve::never_ns;
 using pyserve::SteadyClock;
 using pyserve::Waiter;
-using pyserve::never_ns;
 
 TEST(a_notify_between_prepare_and_wait_is_not_slept_through) {
     Waiter waiter;
@@ -48,8 +48,10 @@ TEST(two_threads_that_wake_each_other_never_lose_a_wake_up) {
         for (int64_t next = self; next < rounds; next += 2) {
             while (turn.load(std::memory_order_acquire) != next) {
                 const uint32_t key = own.prepare();
-                if (turn.load(std::memory_order_acquire) == next) own.cancel();
-                else own.wait(key, never_ns);
+                if (turn.load(std::memory_order_acquire) == next)
+                    own.cancel();
+                else
+                    own.wait(key, never_ns);
             }
             turn.store(next + 1, std::memory_order_release);
             waiters[1 - self].notify();
@@ -72,8 +74,10 @@ TEST(one_notify_wakes_all_sleepers) {
             for (int64_t next = 1; next <= rounds; ++next) {
                 while (round.load(std::memory_order_acquire) < next) {
                     const uint32_t key = go.prepare();
-                    if (round.load(std::memory_order_acquire) >= next) go.cancel();
-                    else go.wait(key, never_ns);
+                    if (round.load(std::memory_order_acquire) >= next)
+                        go.cancel();
+                    else
+                        go.wait(key, never_ns);
                 }
                 arrived.fetch_add(1, std::memory_order_acq_rel);
                 done.notify();
@@ -85,8 +89,10 @@ TEST(one_notify_wakes_all_sleepers) {
         go.notify();
         while (arrived.load(std::memory_order_acquire) < next * sleepers) {
             const uint32_t key = done.prepare();
-            if (arrived.load(std::memory_order_acquire) >= next * sleepers) done.cancel();
-            else done.wait(key, never_ns);
+            if (arrived.load(std::memory_order_acquire) >= next * sleepers)
+                done.cancel();
+            else
+                done.wait(key, never_ns);
         }
     }
     for (std::thread& thread : threads) thread.join();
