@@ -83,12 +83,12 @@ def instrument() -> dict[str, Stage]:
     from pyserve.api.routes import Router
     from pyserve.http1.answer import AnswerWriter
     from pyserve.http1.protocol import Http1Protocol
-    from pyserve.lanes.lane import Lane
+    from pyserve.lanes.engine_lane import EngineLane
     from pyserve.lanes.native import NativeLane
 
     stages = {name: Stage() for name in STAGES}
     for owner, method, name in (
-        (Http1Protocol, "data_received", "parse"), (Router, "__call__", "route"), (Lane, "predict", "admit"),
+        (Http1Protocol, "data_received", "parse"), (Router, "__call__", "route"), (EngineLane, "predict", "admit"),
         (NativeLane, "begin", "submit"), (NativeLane, "_announce", "announce"), (NativeLane, "complete", "complete"),
         (Http1Protocol, "_on_answer", "write"), (AnswerWriter, "encode", "encode"),
     ):  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pyserve.errors import OverloadedError, ServerError
 from pyserve.lanes.lane import Lane
 from pyserve.lanes.pending import Pending
-from pyserve.lanes.python import DESCRIBE, PythonLane
+from pyserve.lanes.python import DESCRIBE
 from pyserve.request.exchange import Exchange
 from pyserve.request.ids import new_id
 from pyserve.request.messages import Request, Response
@@ -41,7 +41,7 @@ async def ask_handler(lane: Lane | None, name: str, version: str) -> SelfDescrip
             f'Model "{name}" has no worker to serve describe request. Please use scale workers API to add workers.',
             detail={"reason": "no worker", "fix": f"PUT /models/{name}?min_worker=1"},
         )
-    if not isinstance(lane, PythonLane):
+    if lane.is_native:
         return SelfDescription()
     answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     request = Request("GET", "", headers=[("describe", "True")], id=new_id(), arrived_at=time.monotonic_ns())

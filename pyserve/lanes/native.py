@@ -1,9 +1,9 @@
 """The native lane of one model, seen from the event loop: a request's way in, and its answer's way out.
 
-    admission ──> preprocess ──> engine ──> postprocess ──> answer
-    (lane.py) │   (pool, or      (C++)      (here, once  ↑
-              │   here if quick)            per batch)   │
-              └── raw rows (raw_rows.py) ──> engine ─────┘
+    admission ──────> preprocess ──> engine ──> postprocess ──> answer
+    (engine_lane) │   (pool, or      (C++)      (here, once  ↑
+                  │   here if quick)            per batch)   │
+                  └── raw rows (raw_rows.py) ──> engine ─────┘
 
 Loop thread only, but for `_prepare`.
 """
@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import time
-from concurrent.futures import Future
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -26,7 +25,8 @@ import torch
 from pyserve.errors import HandlerError, InputError, JsonObject, OutOfMemoryError, ServeError
 from pyserve.handlers import row_check
 from pyserve.handlers.outputs import named_outputs
-from pyserve.lanes.lane import Lane, WorkerRow, live, request_ids, ring_capacity
+from pyserve.lanes.engine_lane import EngineLane, live, request_ids, ring_capacity
+from pyserve.lanes.lane import WorkerRow
 from pyserve.lanes.network import Network
 from pyserve.lanes.pending import OVER, SUBMITTED, Pending
 from pyserve.lanes.raw_rows import RAW_TYPE, RawRows
@@ -50,7 +50,7 @@ _INDEX = re.compile(r"\bindex(es)? (\S+ )?(is )?out of (range|bounds)|\bindex ou
 _LOGGED_STATES = {"starting": STARTED, "warming": STARTED, "failed": ERROR, "stopped": SCALED_DOWN}
 
 
-class NativeLane(Lane):
+class NativeLane(EngineLane):
     """Requests of one model between admission and answer; the network runs in native threads."""
 
     is_native = True
@@ -63,7 +63,7 @@ class NativeLane(Lane):
         self._proving: asyncio.Task[None] | None = None  # tries batches
         self._warned_note = ""
         self._started: dict[int, datetime] = {}
-        self.worker_log = WorkerLog(name, label.removeprefix(f"{name} "), services.config.initial_worker_port)
+        self.worker_log = WorkerLog(name, self.version, services.config.initial_worker_port)
         self._noted: dict[int, str] = {}  # worker's number -> state, as it was logged
         self._has_warned_of_nan = False
         self._raw = RawRows.of(network.handler, network.example)
@@ -85,7 +85,7 @@ class NativeLane(Lane):
 
     def set_workers(self, count: int) -> None:
         if not self.is_on_gpu:
-            self._services.engine.share_cpus(self.core, count)
+            self.services.engine.share_cpus(self.core, count)
         self.apply_limits()
         self.core.set_workers(count)
         for row in self.core.workers():
@@ -137,7 +137,7 @@ class NativeLane(Lane):
             return all(row["state"] in ("ready", "failed") for row in self.core.workers())
 
         try:
-            await asyncio.wait_for(self._services.engine.wait_for_workers(is_settled), timeout_s)
+            await asyncio.wait_for(self.services.engine.wait_for_workers(is_settled), timeout_s)
         except TimeoutError:
             # One that is stopping finishes its batch first, however long that takes; that is no failure.
             if any(row["state"] in ("starting", "warming") for row in self.core.workers()):
@@ -151,7 +151,7 @@ class NativeLane(Lane):
         self.network.context.system_properties["batch_size"] = self.settings.batch_size
         proof = self.network.batches
         if proof is not None and self._proving is None and not proof.is_settled_for(self.settings.batch_size):
-            self._proving = self._loop.create_task(self._prove_batches(proof))
+            self._proving = self.loop.create_task(self._prove_batches(proof))
 
     @property
     def batch_size_max(self) -> int:
@@ -162,23 +162,23 @@ class NativeLane(Lane):
     async def _prove_batches(self, proof: BatchProof) -> None:
         """Tries batches beside the requests, which have smaller ones meanwhile."""
         try:
-            while not (self._is_draining or proof.is_settled_for(self.settings.batch_size)):
+            while not (self.is_draining or proof.is_settled_for(self.settings.batch_size)):
                 await asyncio.to_thread(proof.extend, self.settings.batch_size, BUDGET_S)
-                if not self._is_draining:
+                if not self.is_draining:
                     super().apply_limits()  # as far as has been shown by now
             await asyncio.to_thread(self.network.torch_model.settle)  # items with NaN need a second copy of the weights
         except Exception:
-            log.exception("%s: trying batches failed; they stay at %d", self._label, proof.size_max)
+            log.exception("%s: trying batches failed; they stay at %d", self.label, proof.size_max)
             proof.note = proof.note or "trying larger batches failed, see the log"
         self._proving = None
         self._warn_of_batches()
-        if not self._is_draining:
+        if not self.is_draining:
             self.apply_limits()
 
     def _warn_of_batches(self) -> None:
         if self.batch_note and self.batch_note != self._warned_note:
             self._warned_note = self.batch_note
-            log.warning("%s %s", self._label, self.batch_note)
+            log.warning("%s %s", self.label, self.batch_note)
 
     @property
     def batch_note(self) -> str:  # type: ignore[override]
@@ -198,14 +198,14 @@ class NativeLane(Lane):
     @property
     def running_max(self) -> int:
         """A GPU has a queue of its own; on a CPU more batches than cores only take turns."""
-        return (1 << 31) if self.is_on_gpu else self._services.engine.running_max
+        return (1 << 31) if self.is_on_gpu else self.services.engine.running_max
 
     async def close(self) -> None:
         """Finishes what was admitted, then stops the workers."""
         await self.finish_requests()
-        self._services.engine.forget_lane(self.core)
+        self.services.engine.forget_lane(self.core)
         self.core.set_workers(0)
-        await self._services.engine.wait_for_workers(
+        await self.services.engine.wait_for_workers(
             lambda: all(row["state"] in ("stopped", "failed") for row in self.core.workers())
         )
         self._note_states()
@@ -229,22 +229,18 @@ class NativeLane(Lane):
                 pending.is_raw = True
                 try:
                     pending.ticket = self.core.submit_bytes(
-                        pending, request.body, request.arrived_at, self._deadline(pending)
+                        pending, request.body, request.arrived_at, self.deadline(pending)
                     )
                 except OverflowError:
-                    self._answer_error(pending, self.refusal("queue full"))
+                    self.answer_error(pending, self.refusal("queue full"))
                     return
                 pending.stage = SUBMITTED
                 self._announce_soon()
                 return
         if self.network.handler.is_quick(len(pending.exchange.request.body)):
-            prepared = self._prepare(pending)
-            self._preprocess_times.observe(pending.preprocess_ns / 1e9)
-            self._submit(pending, prepared)
+            self._prepared(pending, self._prepare(pending))
             return
-        self._preparing_count += 1
-        future = self._services.preprocess_pool.submit(self._prepare, pending)
-        future.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._prepared, pending, done))
+        self.in_pool(lambda: self._prepare(pending), lambda prepared: self._prepared(pending, prepared), waits=True)
 
     def _prepare(self, pending: Pending) -> torch.Tensor | ServeError:
         """Body to input tensor. Any thread."""
@@ -267,8 +263,8 @@ class NativeLane(Lane):
             return self._handler_error(error, "preprocess", request.id)
 
     def _row_of(self, pending: Pending) -> dict[str, Any]:
-        request, config, handler = pending.exchange.request, self._services.config, self.network.handler
-        decodes, lenient = config.decode_input_request, self._is_strict
+        request, config, handler = pending.exchange.request, self.services.config, self.network.handler
+        decodes, lenient = config.decode_input_request, self.is_strict
         types: dict[str, str] = {}
         if pending.flags & codec.FIELDS:
             row = codec.split_fields(request.body, request.query)
@@ -281,9 +277,7 @@ class NativeLane(Lane):
             row_check.check_row(handler, row, types, decodes=decodes, start_key=config.ts_header_key_sequence_start)
         return row
 
-    def _prepared(self, pending: Pending, future: Future[torch.Tensor | ServeError]) -> None:
-        self._preparing_count -= 1
-        prepared = future.result()
+    def _prepared(self, pending: Pending, prepared: torch.Tensor | ServeError) -> None:
         self._preprocess_times.observe(pending.preprocess_ns / 1e9)
         self._submit(pending, prepared)
 
@@ -291,27 +285,27 @@ class NativeLane(Lane):
         if pending.stage == OVER:
             return  # expired or hung up meanwhile
         if isinstance(prepared, ServeError):
-            if self._is_strict and isinstance(prepared, InputError):
+            if self.is_strict and isinstance(prepared, InputError):
                 prepared = HandlerError("Prediction failed")  # TorchServe's answer to any exception of a handler
-            self._answer_error(pending, prepared)
+            self.answer_error(pending, prepared)
             return
         try:
-            pending.ticket = self.core.submit(pending, prepared, pending.arrived_at, self._deadline(pending), False)
+            pending.ticket = self.core.submit(pending, prepared, pending.arrived_at, self.deadline(pending), False)
             pending.stage = SUBMITTED
             self._announce_soon()
         except OverflowError:
-            self._answer_error(pending, self.refusal("queue full"))
-        except self._services.engine.core.InputRefused as error:
+            self.answer_error(pending, self.refusal("queue full"))
+        except self.services.engine.core.InputRefused as error:
             refusal: ServeError = InputError(str(error))
-            self._answer_error(pending, HandlerError("Prediction failed") if self._is_strict else refusal)
+            self.answer_error(pending, HandlerError("Prediction failed") if self.is_strict else refusal)
         except (TypeError, ValueError) as error:
-            self._answer_error(pending, self._handler_error(error, "preprocess", pending.exchange.request.id))
+            self.answer_error(pending, self._handler_error(error, "preprocess", pending.exchange.request.id))
 
     def _announce_soon(self) -> None:
         """Wakes a worker for all requests that this turn of the loop brings: one wake-up, and a batch of them all."""
         if not self._is_announcing:
             self._is_announcing = True
-            self._loop.call_soon(self._announce)
+            self.loop.call_soon(self._announce)
 
     def _announce(self) -> None:
         self._is_announcing = False
@@ -328,7 +322,7 @@ class NativeLane(Lane):
                 owner.started_at = completion.started_at
                 if owner.stages is not None:
                     owner.stages.note_native(completion, completion.stamps[owners.index(owner)][1])
-        self._note_batch(completion, owners)
+        self.note_batch(completion, owners)
         if completion.code != "ok":
             self._complete_failed(owners, completion)
             return
@@ -362,7 +356,7 @@ class NativeLane(Lane):
                 if owner.stages is not None:
                     delivered_at = owner.stages.times["delivery"][1]
                     owner.stages.times["postprocess"] = (delivered_at, time.monotonic_ns())
-                self._answer(owner, response)
+                self.answer(owner, response)
             except Exception as error:
                 # The others' answers are not touched by this one's.
                 self._complete_failed_postprocess([owner], error)
@@ -373,12 +367,12 @@ class NativeLane(Lane):
             if owner is not None and not owner.is_raw:
                 return False
         rows: list[bytes | memoryview | None] | None = completion.rows()
-        if rows is None or any(row is not None and len(row) > self._services.config.max_response_size for row in rows):
+        if rows is None or any(row is not None and len(row) > self.services.config.max_response_size for row in rows):
             return False  # the other way has the words for it
         headers = raw.headers(completion.output)
         for owner, row in zip(owners, rows, strict=True):
             if owner is not None and row is not None:
-                self._answer(owner, Response(200, row, content_type=RAW_TYPE, reason="", headers=headers))
+                self.answer(owner, Response(200, row, content_type=RAW_TYPE, reason="", headers=headers))
         return True
 
     def _give_tensors(self, owners: list[Pending | None], completion: Any) -> list[Pending | None]:
@@ -396,14 +390,14 @@ class NativeLane(Lane):
             if any(row.stage == OVER for row in rows):
                 continue  # of a whole that has ended
             for row in rows:
-                self._forget(row)
+                self.forget(row)
             own = [output[first : first + len(rows)] for output in outputs]
             rows[0].whole.tensors_came(rows, completion.started_at, own, names)
         return others
 
     def _response(self, result: Any, context: Any, index: int) -> Response:
-        body = codec.encode_result(result, None if self._is_strict else self._warn_of_nan)
-        size_max = self._services.config.max_response_size
+        body = codec.encode_result(result, None if self.is_strict else self._warn_of_nan)
+        size_max = self.services.config.max_response_size
         if len(body) > size_max:
             raise HandlerError(
                 f"the answer has {len(body)} bytes, more than max_response_size={size_max}; "
@@ -418,14 +412,14 @@ class NativeLane(Lane):
     def _warn_of_nan(self) -> None:
         if not self._has_warned_of_nan:
             self._has_warned_of_nan = True
-            log.warning("%s: %s", self._label, codec.NAN_WARNING)
+            log.warning("%s: %s", self.label, codec.NAN_WARNING)
 
     def _complete_failed(self, owners: list[Pending | None], completion: Any) -> None:
         cause = cause_of(completion.message) or "no text"
         error: ServeError
         if completion.code == "out_of_memory":
             error = OutOfMemoryError("Out of resources", detail={"exception": "OutOfMemoryError", "text": cause})
-        elif _INDEX.search(cause) and not self._is_strict:
+        elif _INDEX.search(cause) and not self.is_strict:
             # The model answers other inputs, and this one was alone when it failed.
             error = InputError(
                 f"a number in the input stands for nothing that the model has: {cause}; send those that it has "
@@ -437,10 +431,10 @@ class NativeLane(Lane):
         waiting = live(owners)
         if waiting:
             ids = request_ids(waiting)
-            log.error("request %s failed in %s: %s", ids, self._label, completion.message.strip(),
+            log.error("request %s failed in %s: %s", ids, self.label, completion.message.strip(),
                       extra=self.worker_log.about_requests(ids))  # fmt: skip
         for owner in waiting:
-            self._answer_error(owner, error)
+            self.answer_error(owner, error)
 
     def _complete_failed_postprocess(self, owners: list[Pending | None], error: Exception) -> None:
         waiting = live(owners)
@@ -448,7 +442,7 @@ class NativeLane(Lane):
         if not isinstance(failure, ServeError):
             failure = self._handler_error(error, "postprocess", request_ids(waiting))
         for owner in waiting:
-            self._answer_error(owner, failure)
+            self.answer_error(owner, failure)
 
     def _handler_error(self, error: Exception, stage: str, ids: str) -> ServeError:
         model_dir = self.network.context.system_properties["model_dir"]
@@ -456,7 +450,7 @@ class NativeLane(Lane):
         if not failure.is_own:  # of a built-in handler or ours
             failure = replace(failure, where=stage)
         if not failure.is_expected:
-            log.error("request %s failed in %s of %s: %s\n%s", ids, stage, self._label, failure.line(),
+            log.error("request %s failed in %s of %s: %s\n%s", ids, stage, self.label, failure.line(),
                       failure.traceback, extra=self.worker_log.about_requests(ids))  # fmt: skip
         told: ServeError
         if failure.status == 507:

@@ -21,6 +21,7 @@ class Pending:
 
     Attributes:
         lane: what it runs on; has ``complete``, ``expire`` and ``cancel``.
+        arrived_at: ns; since when it waits.
         version: the model's.
         url_version: the version as in the URL, ``default`` if it named none.
         flags: of the item, as a worker process sees them.
@@ -30,16 +31,12 @@ class Pending:
         started_at: ns; when its batch began to run; 0 until its completion tells.
         is_raw: it is answered with the bytes of its row of the output, see `raw_rows`.
         preprocess_ns: how long its body took to become an input, ns.
-        is_streaming: a part of the answer has left.
         progress_at: ns; when the last part came; 0 if none did.
         client_deadline: ns; when its client stops waiting; 0 if it did not say.
         stages: where its time goes; None if nobody asks.
         limit_timer: fires at ``client_deadline``; the lane's.
 
     Attributes of rows and their wholes, see `row_requests`:
-        is_row: it is one row of another request, which is counted instead.
-        is_whole: it has rows, which go through the lane instead.
-        is_swept: whether the lane's time limits are for this one.
         inputs: what the network gets; None to have the handler make it of the body.
         wants_tensors: whether the network's output is wanted, not the handler's answer.
 
@@ -48,11 +45,11 @@ class Pending:
     """
 
     __slots__ = (
-        "client_deadline", "exchange", "flags", "is_raw", "is_streaming", "lane", "limit_timer", "preprocess_ns",
+        "arrived_at", "client_deadline", "exchange", "flags", "is_raw", "lane", "limit_timer", "preprocess_ns",
         "progress_at", "query_is_input", "stage", "stages", "started_at", "ticket", "url_version", "version",
     )  # fmt: skip
 
-    is_row = is_whole = wants_tensors = False
+    wants_tensors = False
     inputs: list[torch.Tensor] | None = None
 
     def __init__(  # noqa: PLR0917 - made for every request
@@ -61,6 +58,7 @@ class Pending:
     ):  # fmt: skip
         self.lane = lane
         self.exchange = exchange
+        self.arrived_at = exchange.request.arrived_at
         self.version = version
         self.url_version = url_version
         self.query_is_input = query_is_input
@@ -68,7 +66,7 @@ class Pending:
         self.ticket = 0
         self.stage = PREPARING
         self.started_at = 0
-        self.is_raw = self.is_streaming = False
+        self.is_raw = False
         self.progress_at = self.preprocess_ns = 0
         self.client_deadline = 0
         self.stages: Stages | None = None
@@ -77,25 +75,36 @@ class Pending:
             self.stages = asked_stages(exchange.request)
         self.limit_timer: asyncio.TimerHandle | None = None
 
-    @property
-    def arrived_at(self) -> int:
-        return self.exchange.request.arrived_at
+    # --- what the lane asks of every kind of request --------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Called once it is admitted."""
+        self.lane.begin(self)
+
+    def drop(self) -> None:
+        """Keeps it from running, or its result from being used."""
+        if self.stage == SUBMITTED:
+            self.lane.core.cancel(self.ticket)
+
+    def observe(self, status: int | None) -> None:
+        """Called at its end, to be counted. ``status``: of its answer; None if its client hung up."""
+        self.lane.observe(self, status)
 
     @property
     def is_swept(self) -> bool:
+        """Whether the lane's time limits are for this one."""
         return True
 
-    def begin(self) -> None:
-        """Called by the lane for a whole that is admitted."""
-        raise NotImplementedError
+    @property
+    def was_submitted(self) -> bool:
+        """Whether a worker may have seen of it, as long as it is not OVER."""
+        return self.stage == SUBMITTED
 
     def began_at(self) -> int:
         """When it began to run, ns; 0 while it waits; -1 if it has ended and its answer is on the way."""
         return int(self.lane.core.started_at(self.ticket)) if self.stage == SUBMITTED else 0
 
-    def drop_rows(self) -> None:
-        """Called by the lane for a whole whose answer is wanted no more: its rows do not run."""
-        raise NotImplementedError
+    # --------------------------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
         """The client hung up."""

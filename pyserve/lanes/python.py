@@ -1,8 +1,8 @@
 """The python lane of one model: requests go to worker processes that call the archive's own handler.
 
-    admission ──> engine ──> worker process ──> answer
-    (lane.py)     (C++)      (decodes, calls,   (here)
-                              encodes)
+    admission ──────> engine ──> worker process ──> answer
+    (engine_lane)     (C++)      (decodes, calls,   (here)
+                                  encodes)
 
 The server does not look into bodies: what a request holds and what an answer says is made in the worker.
 
@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pyserve.errors import HandlerError, JsonObject, OverloadedError, ServeError
-from pyserve.lanes.lane import Lane, WorkerRow, live, request_ids, ring_capacity
+from pyserve.lanes.engine_lane import EngineLane, live, request_ids, ring_capacity
+from pyserve.lanes.lane import WorkerRow
 from pyserve.lanes.pending import OVER, SUBMITTED, Pending
 from pyserve.lanes.refusals import no_worker_error, worker_died_error
 from pyserve.lanes.resources import Services
@@ -40,7 +41,7 @@ INTERRUPT_GRACE_S = 1.0
 _NO_LIMIT = 1 << 31
 
 
-class PythonLane(Lane):
+class PythonLane(EngineLane):
     """Requests of one model between admission and answer; a handler runs in worker processes.
 
     Args:
@@ -62,7 +63,7 @@ class PythonLane(Lane):
         self._is_multiplexed = spec.mode != BATCH
         self._raised_batch_note = ""  # the note once the batch size is raised above 1
         first_id = services.config.initial_worker_port + worker_number
-        self.worker_log = WorkerLog(spec.name, label.removeprefix(f"{spec.name} "), first_id)
+        self.worker_log = WorkerLog(spec.name, self.version, first_id)
         self.workers = PythonWorkers(
             services,
             core,
@@ -101,7 +102,7 @@ class PythonLane(Lane):
 
     def set_workers(self, count: int) -> None:
         if not self.is_on_gpu:
-            self._services.engine.share_cpus(self.core, count)
+            self.services.engine.share_cpus(self.core, count)
         self.apply_limits()
         self.workers.set_count(count)
 
@@ -132,7 +133,7 @@ class PythonLane(Lane):
     async def close(self) -> None:
         """Finishes what was admitted, then stops the workers."""
         await self.finish_requests()
-        self._services.engine.forget_lane(self.core)
+        self.services.engine.forget_lane(self.core)
         await self.workers.close()
         self.core.join()
 
@@ -158,9 +159,9 @@ class PythonLane(Lane):
         detail: JsonObject = {"reason": reason, "text": self.workers.trouble}
         if self.workers.will_retry:
             detail["fix"] = "retry later: a worker will be started again"
-            return no_worker_error(self._name, detail, self.workers.retry_after_s)
-        detail["fix"] = f"fix the handler, then PUT /models/{self._name}?min_worker=1"
-        return no_worker_error(self._name, detail)
+            return no_worker_error(self.name, detail, self.workers.retry_after_s)
+        detail["fix"] = f"fix the handler, then PUT /models/{self.name}?min_worker=1"
+        return no_worker_error(self.name, detail)
 
     def _on_trouble(self, text: str, tell: Callable[[str], None]) -> None:
         if text and not self.ready_count and not self.may_take:
@@ -175,33 +176,28 @@ class PythonLane(Lane):
         self.batch_probe = str(found["probe"])
         self.workers.tries_batches = False
         self._raised_batch_note = str(found.get("raised_note") or "")
-        self._note_batches(str(found.get("note") or ""))
+        self._take_batch_note(str(found.get("note") or ""))
         self.apply_limits()
 
-    def _note_batches(self, note: str) -> None:
+    def _take_batch_note(self, note: str) -> None:
         if note and not self.batch_note:
             self.batch_note = note
-            log.warning("%s: %s", self._label, note)
+            log.warning("%s: %s", self.label, note)
 
     def apply_limits(self) -> None:
         """Brings the settings to the engine; they hold from the next batch on."""
         if self.settings.batch_size > 1:
-            self._note_batches(self._raised_batch_note)
+            self._take_batch_note(self._raised_batch_note)
         super().apply_limits()
 
     def _on_event(self, event: JsonObject) -> None:
         kind = event["event"]
         if kind == "metrics":
-            self._services.metrics.observe_custom(self._name, event.get("values"))
+            self.services.metrics.observe_custom(self.name, event.get("values"))
         elif kind == "reloaded":
-            log.info("%s: reloaded %s", self._label, event.get("text", "its handler"))
+            log.info("%s: reloaded %s", self.label, event.get("text", "its handler"))
         elif kind == "reload_failed":
-            log.error("%s: the new code has an error, the old goes on: %s", self._label, event.get("text", ""))
-
-    def adopt(self, pending: Pending) -> None:
-        """`predict` for a request that was made for another lane."""
-        pending.lane = self
-        self.predict(pending)
+            log.error("%s: the new code has an error, the old goes on: %s", self.label, event.get("text", ""))
 
     # --- the way in -----------------------------------------------------------------------------------------------
 
@@ -217,11 +213,11 @@ class PythonLane(Lane):
             flags |= TIMED
         try:
             pending.ticket = self.core.submit(
-                pending, head, request.body, flags, request.arrived_at, self._deadline(pending)
+                pending, head, request.body, flags, request.arrived_at, self.deadline(pending)
             )
             pending.stage = SUBMITTED
         except OverflowError:
-            self._answer_error(pending, self.refusal("queue full"))
+            self.answer_error(pending, self.refusal("queue full"))
 
     # --- the way out ----------------------------------------------------------------------------------------------
 
@@ -231,7 +227,7 @@ class PythonLane(Lane):
         owners: list[Pending | None] = completion.owners
         if code == "ok":
             self.finished_at = completion.finished_at
-            self._note_batch(completion, owners)
+            self.note_batch(completion, owners)
             started_at = completion.started_at
             for owner, answer in zip(owners, completion.answers, strict=True):
                 if owner is not None and owner.stage != OVER:
@@ -254,17 +250,17 @@ class PythonLane(Lane):
 
     def _finish(self, pending: Pending, kind: int, status: int, head: bytes, body: Any) -> None:
         if kind == ERROR:
-            self._answer_error(pending, _handler_error(body))
-        elif kind == LAST and pending.is_streaming:
-            self._forget(pending)
-            self._observe(pending, 200)
+            self.answer_error(pending, _handler_error(body))
+        elif kind == LAST and pending.exchange.is_streaming:
+            self.forget(pending)
+            pending.observe(200)
             pending.exchange.end_stream(body)
         else:
-            self._answer(pending, _response(status, head, body))
+            self.answer(pending, _response(status, head, body))
 
     def _stream(self, pending: Pending, status: int, head: bytes, body: Any) -> None:
         pending.progress_at = time.monotonic_ns()
-        if pending.is_streaming:
+        if pending.exchange.is_streaming:
             pending.exchange.write(body)
         else:
             response = _response(status, head, body)
@@ -272,7 +268,6 @@ class PythonLane(Lane):
                 # Only what is known so far.
                 pending.stages.times["queue"] = (pending.arrived_at, self.core.started_at(pending.ticket))
                 pending.stages.tell(response, pending.arrived_at)
-            pending.is_streaming = True
             pending.exchange.start_stream(response)
 
     def _submit_again(self, pending: Pending) -> None:
@@ -280,19 +275,19 @@ class PythonLane(Lane):
         if self.ready_count or self.may_take:
             self.begin(pending)
         else:
-            self._answer_error(pending, self.refusal("no worker"))
+            self.answer_error(pending, self.refusal("no worker"))
 
     def _complete_died(self, owners: list[Pending | None], message: str) -> None:
         waiting = live(owners)
         if not waiting:
             return
         ids = request_ids(waiting)
-        log.error("request %s failed in %s: its worker died: %s", ids, self._label, message,
+        log.error("request %s failed in %s: its worker died: %s", ids, self.label, message,
                   extra=self.worker_log.about_requests(ids))  # fmt: skip
         # How it ended is not known yet: the socket's end is seen before the process's.
         error = worker_died_error({"exception": "WorkerDied", "text": message or "the worker process ended"})
         for owner in waiting:
-            self._answer_error(owner, error)
+            self.answer_error(owner, error)
 
 
 def _response(status: int, head: bytes, body: Any) -> Response:

@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 
 from pyserve.errors import BadRequestError, OutOfMemoryError, ServeError, ServerError, is_memory_error
+from pyserve.lanes.engine_lane import EngineLane
 from pyserve.lanes.lane import Lane
 from pyserve.lanes.pending import OVER, Pending
 from pyserve.request.exchange import Exchange
@@ -43,8 +44,7 @@ class RowPending(Pending):
         wants_tensors: whether the whole takes the network's output, not the handler's answer.
     """
 
-    __slots__ = ("_submitted_at", "index", "inputs", "wants_tensors", "whole")
-    is_row = True
+    __slots__ = ("index", "inputs", "wants_tensors", "whole")
 
     def __init__(
         self, whole: RowsPending, index: int, request: Request, inputs: list[torch.Tensor] | None, *,
@@ -57,13 +57,12 @@ class RowPending(Pending):
         self.whole = whole
         self.index = index
         # The first have waited as long as the whole; later ones begin to wait when it is their turn.
-        self._submitted_at = whole.arrived_at if index < ROWS_AT_ONCE_MIN else time.monotonic_ns()
+        self.arrived_at = whole.arrived_at if index < ROWS_AT_ONCE_MIN else time.monotonic_ns()
         self.inputs = inputs
         self.wants_tensors = wants_tensors
 
-    @property
-    def arrived_at(self) -> int:
-        return self._submitted_at
+    def observe(self, status: int | None) -> None:
+        """It is the whole that is counted."""
 
 
 class RowsPending(Pending):
@@ -75,7 +74,6 @@ class RowsPending(Pending):
     """
 
     __slots__ = ("_has_begun", "_left", "_next", "_rows", "row_count")
-    is_whole = True
     output_names: tuple[str, ...] = ()
 
     def __init__(self, lane: Lane, exchange: Exchange, version: str, url_version: str):
@@ -125,6 +123,11 @@ class RowsPending(Pending):
         """Its own time limit is that of reading it; then its rows have theirs."""
         return not self._has_begun
 
+    @property
+    def was_submitted(self) -> bool:
+        """Its rows are, one by one."""
+        return self._has_begun
+
     def began_at(self) -> int:
         """When the first of its rows began, ns; 0 while all wait."""
         began = (row.began_at() for row in self._rows.values())
@@ -151,7 +154,7 @@ class RowsPending(Pending):
 
     def _feed(self) -> None:
         """Brings rows into the lane, as many as its workers will want soon."""
-        lane: Lane = self.lane
+        lane: EngineLane = self.lane
         at_once = max(ROWS_AT_ONCE_MIN, 2 * lane.settings.batch_size * max(1, lane.ready_count))
         while self._next < self.row_count and len(self._rows) < at_once and self.stage != OVER:
             if self._rows and not lane.has_room_in_ring:
@@ -225,14 +228,15 @@ class RowsPending(Pending):
 
     def fail(self, error: ServeError) -> None:
         """Answers with ``error``; rows that have not run do not run."""
-        self.lane.answer_whole(self, error)
-        self.drop_rows()
+        self.lane.answer_error(self, error)
+        self.drop()
 
     def _end(self, response: Response) -> None:
-        self.lane.answer_whole(self, response)
-        self.drop_rows()
+        self.lane.answer(self, response)
+        self.drop()
 
-    def drop_rows(self) -> None:
+    def drop(self) -> None:
+        """Its rows do not run."""
         rows, self._rows = self._rows, {}
         for row in rows.values():
             row.cancel()

@@ -21,8 +21,10 @@ from typing import Any
 
 from pyserve.archive.model_config import ModelConfig
 from pyserve.errors import ConflictError, JsonObject, OverloadedError, ServeError
-from pyserve.lanes.lane import SWEEP_INTERVAL_S, WorkerRow
-from pyserve.lanes.pending import OVER, SUBMITTED, Pending
+from pyserve.lanes.engine_lane import ring_capacity
+from pyserve.lanes.lane import Lane, WorkerRow
+from pyserve.lanes.limits import SWEEP_INTERVAL_S, start_client_limit
+from pyserve.lanes.pending import OVER, Pending
 from pyserve.lanes.python import DESCRIBE, PythonLane
 from pyserve.lanes.refusals import worker_died_error
 from pyserve.lanes.resources import Services
@@ -61,7 +63,7 @@ class Sequence:
 
 
 class _Member(PythonLane):
-    """One worker's lane; says when a request has come to its end."""
+    """One worker's lane; reports when a request has come to its end."""
 
     def __init__(self, *arguments: Any, on_answer: Callable[[Response], None],
                  on_over: Callable[[Pending, bool], None], on_complete: Callable[[_Member], None],
@@ -78,21 +80,15 @@ class _Member(PythonLane):
         rows = self.core.workers()
         return next((int(row["id"]) for row in rows if row["state"] in ("ready", "stopping")), None)
 
-    def _answer(self, pending: Pending, response: Response) -> None:
+    def answer(self, pending: Pending, response: Response) -> None:
         if pending.stage != OVER:
             self._on_answer(response)
-        super()._answer(pending, response)
+        super().answer(pending, response)
 
-    def _forget(self, pending: Pending) -> None:
-        # Of a request whose rows go through the lane they are what is submitted.
-        was_submitted = pending.stage == SUBMITTED or (pending.is_whole and not pending.is_swept)
-        super()._forget(pending)
+    def forget(self, pending: Pending) -> None:
+        was_submitted = pending.was_submitted
+        super().forget(pending)
         self._on_over(pending, was_submitted)
-
-    def cut_short(self, pending: Pending, error: ServeError) -> None:
-        """Answers a request in place of its worker."""
-        self._drop(pending)
-        self._answer_error(pending, error)
 
     def complete(self, completion: Any) -> None:
         id = self.worker_id
@@ -102,34 +98,43 @@ class _Member(PythonLane):
         super().complete(completion)
 
 
-class SequenceLane(PythonLane):
-    """The python lane of a model whose requests come in sequences; see `PythonLane` for the arguments.
+class SequenceLane(Lane):
+    """The lane of a model whose requests come in sequences: a `PythonLane` for each worker.
 
     Args:
+        spec: what workers are started with.
         config: the model's, for the limits of sequences.
+        on_trouble: told why there is no worker and none is coming, and ``""`` when there is one again.
+        member_options: further arguments of `PythonLane`, for each.
     """
 
+    batch_probe = "not probed: requests of this kind of model depend on those before them"
+
     def __init__(
-        self, services: Services, spec: WorkerSpec, label: str, settings: ModelSettings, config: ModelConfig,
-        **named: Any,
+        self, services: Services, spec: WorkerSpec, label: str, settings: ModelSettings, config: ModelConfig, *,
+        on_trouble: Callable[[str], None] = lambda text: None, **member_options: Any,
     ):  # fmt: skip
-        self._arguments = (services, spec, label, settings)
-        self._named = named
-        self._members: list[_Member] = []
-        self._sequences: dict[str, Sequence] = {}
-        self._by_pending: dict[Pending, Sequence] = {}
-        self._ended: dict[str, ServeError] = {}  # by id: why it ended
-        self._troubles: dict[_Member, str] = {}
-        self._tell_trouble: Callable[[str], None] = named.pop("on_trouble", lambda text: None)
+        super().__init__(services, spec.name, label, settings)
+        # Constant.
+        self.spec = spec
+        self._member_options = member_options
+        self._on_trouble = on_trouble
+        self._capacity = ring_capacity(settings)
+        # All counters there are, also without a member.
+        self._no_stats = services.engine.add_process_lane(self._capacity).stats() | {"running": 0, "running_max": 0}
         self._idle_max_s = (config.sequence_idle_max_ms or 0) / 1e3 or IDLE_MAX_S
         self._lifetime_max_s = (config.sequence_timeout_ms or 0) / 1e3
         self._count_max = config.sequence_count_max or 1
         self._waiting_per_sequence_max = config.sequence_queue_size or 1
+        # Changes while it runs.
+        self._members: list[_Member] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._runs_in: dict[Pending, Sequence] = {}  # of requests that were handed over
+        self._waits_in: dict[Pending, Sequence] = {}  # of those that were not yet
+        self._ended: dict[str, ServeError] = {}  # by id: why it ended
+        self._troubles: dict[_Member, str] = {}
         self._closing: list[asyncio.Task[None]] = []
         self._look_timer: asyncio.TimerHandle | None = None
-        # The lane that it is itself has no worker and takes no request; members do.
-        super().__init__(services, spec, label, settings, **named)
-        self.batch_probe = "not probed: requests of this kind of model depend on those before them"
 
     # --- workers and settings -------------------------------------------------------------------------------------
 
@@ -148,9 +153,9 @@ class SequenceLane(PythonLane):
 
     def _new_member(self) -> _Member:
         member: _Member = _Member(
-            *self._arguments, on_answer=self._on_answer, on_over=self._on_over,
+            self.services, self.spec, self.label, self.settings, on_answer=self._on_answer, on_over=self._on_over,
             on_complete=self._on_change, on_trouble=lambda text: self._on_member_trouble(member, text),
-            worker_number=len(self._members), **self._named,
+            worker_number=len(self._members), **self._member_options,
         )  # fmt: skip
         return member
 
@@ -165,9 +170,9 @@ class SequenceLane(PythonLane):
             self._troubles.pop(member, None)
         is_in_trouble = len(self._troubles) == len(self._members)
         if is_in_trouble:
-            self._tell_trouble(text)
+            self._on_trouble(text)
         elif was_in_trouble:
-            self._tell_trouble("")
+            self._on_trouble("")
 
     async def settled(self, timeout_s: float) -> str:
         """Waits until every worker is ready or gone. Returns why one is not, or ``""``."""
@@ -196,6 +201,11 @@ class SequenceLane(PythonLane):
         """A worker is being started, or started again."""
         return any(member.may_take for member in self._members)
 
+    @property
+    def capacity(self) -> int:
+        """More requests than this can never wait, whatever the settings say."""
+        return self._capacity
+
     def apply_limits(self) -> None:
         """Brings the settings to the engine; they hold from the next batch on."""
         for member in self._members:
@@ -203,17 +213,15 @@ class SequenceLane(PythonLane):
 
     async def close(self) -> None:
         """Finishes what was admitted, then stops the workers."""
-        self._is_draining = True
+        self.is_draining = True
         for sequence in self._sequences.values():
             self._answer_waiting(sequence, self.refusal("draining"))
         await asyncio.gather(*(member.close() for member in self._members), *self._closing)
         if self._look_timer is not None:
             self._look_timer.cancel()
-        await super().close()
 
     def answer_all(self, error: ServeError) -> None:
         """Answers every admitted request with ``error``."""
-        super().answer_all(error)
         for sequence in self._sequences.values():
             self._answer_waiting(sequence, error)
         for member in self._members:
@@ -223,32 +231,33 @@ class SequenceLane(PythonLane):
 
     def predict(self, pending: Pending) -> None:
         """Hands the request to its sequence's worker, now or when the one before it is answered."""
-        if self._is_draining or not self._members:
-            self._refuse(pending, self.refusal("draining" if self._is_draining else "no worker"))
+        if self.is_draining or not self._members:
+            self.refuse(pending, self.refusal("draining" if self.is_draining else "no worker"))
             return
         if pending.flags & DESCRIBE:
-            self._members[0].adopt(pending)
+            _give(self._members[0], pending)
             return
         ended = self._why_ended(pending)
         if ended is not None:
-            self._answer_error(pending, ended)
+            self.answer_error(pending, ended)
             return
         sequence = self._sequence_of(pending)
         if sequence is None:
-            self._refuse(pending, self._limit_refusal("maxNumSequence", self._count_max))
+            self.refuse(pending, self._limit_refusal("maxNumSequence", self._count_max))
         elif sequence.running is None and not sequence.waiting:  # not past those whose turn has just come
             self._hand_over(sequence, pending)
         elif len(sequence.waiting) >= self._waiting_per_sequence_max:
-            self._refuse(
+            self.refuse(
                 pending, self._limit_refusal("maxSequenceJobQueueSize", self._waiting_per_sequence_max, sequence.id)
             )
         else:
             sequence.waiting.append(pending)
-            if self._times_all:
-                self._begin_stages(pending)
+            self._waits_in[pending] = sequence
+            if self.times_all:
+                self.begin_stages(pending)
             if pending.client_deadline:
-                self._start_limit(pending)
-            pending.exchange.on_disconnect = lambda: self._leave(sequence, pending)
+                start_client_limit(pending)
+            pending.exchange.on_disconnect = pending.cancel
         self._start_looking()
 
     def _why_ended(self, pending: Pending) -> ServeError | None:
@@ -259,7 +268,7 @@ class SequenceLane(PythonLane):
         if sequence is not None:
             self._look_after(sequence)
         error = self._ended.pop(request.header(id_key), None)
-        return None if self._is_strict or request.header(start_key).strip().lower() == "true" else error
+        return None if self.is_strict or request.header(start_key).strip().lower() == "true" else error
 
     def _sequence_of(self, pending: Pending) -> Sequence | None:
         request = pending.exchange.request
@@ -280,13 +289,13 @@ class SequenceLane(PythonLane):
     def _hand_over(self, sequence: Sequence, pending: Pending) -> None:
         sequence.running = pending
         sequence.used_at = time.monotonic()
-        self._by_pending[pending] = sequence
+        self._runs_in[pending] = sequence
         if not sequence.has_state:
             sequence.worker_id = sequence.member.worker_id
-        sequence.member.adopt(pending)
+        _give(sequence.member, pending)
 
     def _on_over(self, pending: Pending, was_submitted: bool) -> None:
-        sequence = self._by_pending.pop(pending, None)
+        sequence = self._runs_in.pop(pending, None)
         if sequence is None:
             return
         sequence.running = None
@@ -298,12 +307,14 @@ class SequenceLane(PythonLane):
         elif not (sequence.has_state or sequence.waiting):  # refused: it has not begun
             self._sequences.pop(sequence.id, None)
         # Not from within the answer of the one before: a refusal would recurse through all that wait.
-        self._loop.call_soon(self._hand_over_next, sequence)
+        self.loop.call_soon(self._hand_over_next, sequence)
 
     def _hand_over_next(self, sequence: Sequence) -> None:
         self._look_after(sequence)
         if sequence.running is None and sequence.waiting:
-            self._hand_over(sequence, sequence.waiting.popleft())
+            pending = sequence.waiting.popleft()
+            del self._waits_in[pending]
+            self._hand_over(sequence, pending)
 
     def _on_answer(self, response: Response) -> None:
         """A handler ends sequences by naming them in a header of an answer."""
@@ -313,18 +324,12 @@ class SequenceLane(PythonLane):
             if sequence is not None:
                 self._end(sequence)
 
-    def expire(self, pending: Pending) -> None:
-        """Of one that waits in its sequence; those that were handed over are the members'."""
-        for sequence in self._sequences.values():
-            if pending in sequence.waiting:
-                sequence.waiting.remove(pending)
-        super().expire(pending)
-
-    def _leave(self, sequence: Sequence, pending: Pending) -> None:
-        if pending in sequence.waiting:
+    def forget(self, pending: Pending) -> None:
+        """Of one that waits in its sequence, or was refused; those that were handed over are the members'."""
+        sequence = self._waits_in.pop(pending, None)
+        if sequence is not None:
             sequence.waiting.remove(pending)
-            self._forget(pending)
-            self._observe_abort(pending)
+        super().forget(pending)
 
     def _end(self, sequence: Sequence) -> None:
         """Its id is free. What waits still runs, as the beginning of another sequence would."""
@@ -349,24 +354,25 @@ class SequenceLane(PythonLane):
     def _let_go(self, sequence: Sequence) -> None:
         """Its worker is told to stop: it finishes what runs, and no more."""
         running, sequence.running = sequence.running, None
-        self._by_pending.pop(running, None)  # type: ignore[arg-type]
+        self._runs_in.pop(running, None)  # type: ignore[arg-type]
         self._lose(sequence, "its worker was stopped")
 
     def _lose(self, sequence: Sequence, why: str) -> None:
         """What its worker knew of it is lost: its requests cannot go on with it."""
-        log.warning("%s: sequence %s is lost: %s", self._label, sequence.id, why)
+        log.warning("%s: sequence %s is lost: %s", self.label, sequence.id, why)
         error = worker_died_error(_told(sequence, f"sequence {sequence.id} is lost: {why}"))
         self._forget_sequence(sequence)
         running = sequence.running
         if running is not None:
-            sequence.member.cut_short(running, error)
+            running.drop()
+            sequence.member.answer_error(running, error)
         self._answer_waiting(sequence, error)
         if running is None and sequence.has_state:
             self._remember(sequence, error)
 
     def _answer_waiting(self, sequence: Sequence, error: ServeError) -> None:
         while sequence.waiting:
-            self._answer_error(sequence.waiting.popleft(), error)
+            self.answer_error(sequence.waiting[0], error)  # no longer waits then, see `forget`
 
     def _remember(self, sequence: Sequence, error: ServeError) -> None:
         self._ended[sequence.id] = error
@@ -374,7 +380,7 @@ class SequenceLane(PythonLane):
             del self._ended[next(iter(self._ended))]
 
     def _time_out(self, sequence: Sequence, text: str) -> None:
-        log.info("%s: sequence %s ended: %s", self._label, sequence.id, text)
+        log.info("%s: sequence %s ended: %s", self.label, sequence.id, text)
         if sequence.has_state and sequence.running is None and not sequence.waiting:
             error = ConflictError(f"sequence {sequence.id} has ended: {text}", detail=_told(sequence, text))
             self._remember(sequence, error)
@@ -382,19 +388,15 @@ class SequenceLane(PythonLane):
 
     # --- limits ---------------------------------------------------------------------------------------------------
 
-    def _refuse(self, pending: Pending, error: OverloadedError) -> None:
-        self._services.metrics.observe_rejection(self._name, error.detail["reason"])
-        self._answer_error(pending, error)
-
     def _limit_refusal(self, key: str, limit: int, id: str = "") -> OverloadedError:
-        error = super().refusal("sequence limit")
+        error = self.refusal("sequence limit")
         error.detail["limit"] = f"{key}={limit}" + (f", sequence {id}" if id else "")
         error.detail["fix"] = f"end sequences that are over, wait for the answer, or raise {key} in model-config.yaml"
         return error
 
     def _start_looking(self) -> None:
         if self._look_timer is None and self._sequences:
-            self._look_timer = self._loop.call_later(SWEEP_INTERVAL_S, self._look)
+            self._look_timer = self.loop.call_later(SWEEP_INTERVAL_S, self._look)
 
     def _look(self) -> None:
         """Ends sequences that stood still or lived too long, and answers what waited past its time."""
@@ -418,7 +420,7 @@ class SequenceLane(PythonLane):
         """The workers, as the management API shows them."""
         rows = [row for member in self._members for row in member.worker_rows()]
         for index, row in enumerate(rows):
-            row.id = str(self.worker_log.id(index))
+            row.id = str(self.services.config.initial_worker_port + index)
         return rows
 
     @property
@@ -436,13 +438,17 @@ class SequenceLane(PythonLane):
 
     def stats(self) -> JsonObject:
         """The sum of the members' counters and histograms."""
-        total = super().stats()
-        total["queue_size"] = self.waiting_count
+        total = dict(self._no_stats)
         for member in self._members:
             for key, value in member.stats().items():
                 if key != "queue_size":
                     total[key] = _added(total[key], value)
-        return total
+        return total | {"queue_size": self.waiting_count}
+
+
+def _give(member: _Member, pending: Pending) -> None:
+    pending.lane = member
+    member.predict(pending)
 
 
 def _told(sequence: Sequence, text: str) -> JsonObject:

@@ -99,7 +99,7 @@ async def _open_native_lane(wish: Wish) -> NativeLane:
     return NativeLane(services, wish.name, wish.label, network, wish.settings)
 
 
-async def open_python_lane(wish: Wish) -> PythonLane:
+async def open_python_lane(wish: Wish) -> PythonLane | SequenceLane:
     """The python lane of a model, whatever its handler would allow."""
     spec, interpreter = await _prepare_workers(wish)
     device_ids = (

@@ -20,11 +20,11 @@ from pyserve.conversion.torchscript import Progress, Tracing
 from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError, ServerError
 from pyserve.lanes.audit import Repetition
 from pyserve.lanes.describe import SelfDescription, ask_handler
-from pyserve.lanes.lane import RING_CAPACITY_MIN, Lane, WorkerRow
+from pyserve.lanes.engine_lane import RING_CAPACITY_MIN
+from pyserve.lanes.lane import Lane, WorkerRow
 from pyserve.lanes.native import NativeLane
 from pyserve.lanes.network import Network
 from pyserve.lanes.pending import Pending
-from pyserve.lanes.python import PythonLane
 from pyserve.lanes.refusals import no_worker_error
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import PARAMETERS, ModelSettings
@@ -82,7 +82,7 @@ class Model:
         # Its name, if the server may speak protocols for it; None of a handler that answers for itself.
         self.built_in_handler: str | None = None
         self._lane: Lane | None = None
-        self._explain_lane: PythonLane | None = None  # a native model's, made for the first explanation
+        self._explain_lane: Lane | None = None  # a native model's, made for the first explanation
         self._opening_explain_lane = asyncio.Lock()
         self._audit: Audit | None = None  # most models have none
         self._tasks: set[asyncio.Task[None]] = set()
@@ -230,7 +230,7 @@ class Model:
         Raises:
             BadRequestError: a value is out of range; nothing was changed.
         """
-        capacity = self._lane.core.capacity if self._lane is not None else RING_CAPACITY_MIN
+        capacity = self._lane.capacity if self._lane is not None else RING_CAPACITY_MIN
         wanted = self.settings.checked(changes, queue_size_max=capacity)
         changed = {name: (getattr(self.settings, PARAMETERS[name]), value) for name, value in changes.items()}
         for attribute, value in wanted.items():
@@ -381,7 +381,7 @@ class Model:
 
     def worker_load_ms(self) -> dict[str, float]:
         """How long the workers took to load, by their names."""
-        return self._lane.worker_log.load_ms if self._lane is not None else {}
+        return self._lane.worker_load_ms() if self._lane is not None else {}
 
     def checks(self) -> JsonObject:
         """What was found out about it before its answers were believed."""
@@ -390,7 +390,7 @@ class Model:
     @property
     def lane(self) -> str:
         """``native``, or ``python`` for worker processes."""
-        return "python" if isinstance(self._lane, PythonLane) else "native"
+        return "native" if self._lane is None or self._lane.is_native else "python"
 
     @property
     def workers_min(self) -> int:

@@ -186,7 +186,7 @@ def test_a_ring_that_is_full_refuses(tmp_path: Path, headers: Headers, monkeypat
     """However many the settings let wait."""
     from pyserve.handlers.tensor import TensorHandler
 
-    monkeypatch.setattr("pyserve.lanes.lane.RING_CAPACITY_MIN", 8)
+    monkeypatch.setattr("pyserve.lanes.engine_lane.RING_CAPACITY_MIN", 8)
 
     async def test() -> None:
         async with standing(tmp_path, Identity(), handler=TensorHandler(), queue_size=2) as stand:
