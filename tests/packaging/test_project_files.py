@@ -83,7 +83,7 @@ def test_before_a_commit_runs_what_lint_runs() -> None:
 def test_documents_at_the_door_name_targets_and_files_that_exist() -> None:
     for name in ("CONTRIBUTING.md", "SECURITY.md", ".github/PULL_REQUEST_TEMPLATE.md"):
         text = (ROOT / name).read_text()
-        assert set(made_by(" ".join(re.findall(r"`(make [^`]*)`", text)))) <= TARGETS, name
+        assert set(made_by("\n".join(re.findall(r"`(make [^`]*)`", text)))) <= TARGETS, name
         for link in re.findall(r"\]\((?!https?:|\.\./\.\.)([^)#]+)", text):
             assert (ROOT / name).parent.joinpath(link).exists(), f"{name}: {link}"
         for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", text):
