@@ -6,22 +6,14 @@ from collections.abc import Callable
 
 from pyserve.api import open_inference_models as models
 from pyserve.api.inference import METHODS, PREDICT_HEADER, Inference
-from pyserve.api.kserve_requests import Transport
 from pyserve.api.kserve_v1 import InstancesPending, is_instances_request
-from pyserve.api.open_inference_rest import (
-    JSON_SIZE_HEADER,
-    QUICK_JSON_SIZE_MAX,
-    encode_response,
-    is_infer_request,
-    is_quick_to_encode,
-    read_request,
-)
+from pyserve.api.open_inference_rest import JSON_SIZE_HEADER, RestTransport, is_infer_request
 from pyserve.api.routes import ANY, RouteRow
 from pyserve.lanes.audit import Repetition
 from pyserve.models.model import EXPLAIN_HEADER, Model
 from pyserve.models.registry import Registry
 from pyserve.request.exchange import Exchange
-from pyserve.request.messages import ExtraHeaders, Request, Response, json_response
+from pyserve.request.messages import ExtraHeaders, Response, json_response
 from pyserve.telemetry.metrics import Metrics
 
 Run = Callable[..., None]
@@ -93,28 +85,14 @@ class KServe:
             url_version = model_version or "default"
             is_meant = is_infer_request(request) if model.built_in_handler else bool(request.header(JSON_SIZE_HEADER))
             if is_meant:
-                models.infer(
-                    model, exchange, self._transport(request), url_version, explains=explains,
-                    transport_of=self._transport,
-                )  # fmt: skip
+                transport = RestTransport(request, self._response_size_max)
+                models.infer(model, exchange, transport, url_version, explains=explains)
             else:
                 # As in TorchServe: what the body means is up to the model's envelope or handler.
                 request.add_headers(extra)
                 model.predict(exchange, url_version, explains=explains)
 
         return run
-
-    def _transport(self, request: Request) -> Transport:
-        size_max = self._response_size_max
-        told = request.header(JSON_SIZE_HEADER)
-        json_size = int(told) if told.isascii() and told.isdigit() and len(told) < 10 else len(request.body)
-        return Transport(
-            read=lambda: read_request(request),
-            encode=lambda asked, answer: encode_response(asked, answer, size_max),
-            is_read_quick=json_size <= QUICK_JSON_SIZE_MAX,
-            is_encode_quick=is_quick_to_encode,
-            passes_others=True,
-        )
 
     # --- what there is --------------------------------------------------------------------------------------------
 

@@ -4,14 +4,15 @@
 * `tensor_rows.TensorRowsPending`: the same for a handler in worker processes, whose rows go there as numbers.
 * `HandlerRowsPending`: each row is a request to the handler, as a caller of ``/predictions`` would make it.
 * `OwnHandlerPending`: the whole is one request, in JSON, to a handler that knows the protocol itself.
+
+The last three, and version 1 of the protocol, ask the handler: `AskedRowsPending`.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from pyserve.api.open_inference import (
     InferInput,
     InferOutput,
     InferRequest,
-    InferResponse,
     check_input,
     element_count,
     elements_of,
@@ -29,6 +29,7 @@ from pyserve.api.open_inference import (
     quoted,
     tensor_of,
 )
+from pyserve.api.transport import Transport
 from pyserve.errors import HandlerError, InputError
 from pyserve.handlers.shared_sizes import filled_up
 from pyserve.handlers.tensor_spec import TensorSpec, is_allowed
@@ -48,65 +49,7 @@ QUICK_SIZE_MAX = 4096
 _OF_THE_BODY = ("content-type", "content-length", "accept", "inference-header-content-length")
 
 
-@dataclass(frozen=True, slots=True)
-class Transport:
-    """How a request came, and how its answer leaves.
-
-    Attributes:
-        read: gives the request; any thread; raises InputError.
-        encode: makes the answer, of whatever form ``exchange`` delivers; any thread; raises ServeError.
-        is_read_quick: whether ``read`` takes under 50 us.
-        is_encode_quick: the same of ``encode``.
-        passes_others: whether an answer of a handler that is not of the protocol leaves as it is; else it becomes an
-            output of BYTES.
-        bytes_as_base64: whether a handler of its own is given BYTES as base64 even if they are text.
-    """
-
-    read: Callable[[], InferRequest]
-    encode: Callable[[InferRequest, InferResponse], Response]
-    is_read_quick: bool = True
-    is_encode_quick: Callable[[InferRequest, list[InferOutput]], bool] = lambda request, outputs: True
-    passes_others: bool = False
-    bytes_as_base64: bool = False
-
-
-class ProtocolPending(RowsPending):
-    """What the three have in common."""
-
-    __slots__ = ("_headers", "_request", "_transport")
-
-    def __init__(
-        self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
-        headers: Headers | None = None,
-    ):  # fmt: skip
-        """``headers``: what the server adds to rows for the handler."""
-        super().__init__(lane, exchange, version, url_version)
-        self._transport = transport
-        self._headers = headers or []
-        self._request = InferRequest([])
-
-    def _row_request(self, body: bytearray, content_type: str, accept: str = "") -> Request:
-        whole = self.exchange.request
-        headers = [pair for pair in whole.headers if pair[0].lower() not in _OF_THE_BODY]
-        if content_type:
-            headers.append(("Content-Type", content_type))
-        if accept:
-            headers.append(("Accept", accept))
-        request = Request(
-            "POST", whole.path, headers=headers + self._headers, body=body, client=whole.client, id=whole.id,
-            arrived_at=whole.arrived_at, has_timing=whole.has_timing,
-        )  # fmt: skip
-        request.deadline = whole.deadline
-        return request
-
-    def _encoded(self, outputs: list[InferOutput]) -> Response:
-        response = InferResponse(
-            self.lane.name, self.version, _selected(self._request, outputs), self._request.id
-        )  # fmt: skip
-        return self._transport.encode(self._request, response)
-
-
-class TensorsPending(ProtocolPending):
+class TensorsPending(RowsPending):
     """Inputs that are the network's own.
 
     Args:
@@ -114,13 +57,15 @@ class TensorsPending(ProtocolPending):
         output_names: of its outputs, in order; empty if the network names them itself or nobody does.
     """
 
-    __slots__ = ("_columns", "_outputs", "_specs", "output_names")
+    __slots__ = ("_columns", "_outputs", "_request", "_specs", "_transport", "output_names")
 
     def __init__(
         self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
         specs: list[TensorSpec], output_names: tuple[str, ...],
     ):  # fmt: skip
-        super().__init__(lane, exchange, version, url_version, transport=transport)
+        super().__init__(lane, exchange, version, url_version)
+        self._transport = transport
+        self._request = InferRequest([])
         self._specs = specs
         self.output_names = output_names
         self._columns: list[torch.Tensor] = []  # [rows, ...], one per input
@@ -175,29 +120,53 @@ class TensorsPending(ProtocolPending):
         return self._transport.is_encode_quick(self._request, self._outputs)
 
     def make_answer(self) -> Response:
-        return self._encoded(self._outputs)
+        return self._transport.answer(self, self._request, self._outputs)
 
 
-class AskedRowsPending(ProtocolPending):
+class AskedRowsPending(RowsPending):
     """Rows that are requests to the handler, each with a body of its own; `read` and `make_answer` are the protocol's.
+
+    Args:
+        headers: what the server adds to rows for the handler.
+        is_read_quick: whether `read` takes under 50 us, apart from making bodies of rows.
 
     Attributes:
         rows_to_ask: body and content type of each; set by `read`.
     """
 
-    __slots__ = ("_answers", "rows_to_ask")
+    __slots__ = ("_answers", "_headers", "_is_read_quick", "rows_to_ask")
 
-    def __init__(self, *arguments: Any, **named: Any):
-        super().__init__(*arguments, **named)
+    def __init__(
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, headers: Headers,
+        is_read_quick: bool = True,
+    ):  # fmt: skip
+        super().__init__(lane, exchange, version, url_version)
+        self._headers = headers
+        self._is_read_quick = is_read_quick
         self.rows_to_ask: list[tuple[bytearray, str]] = []
         self._answers: dict[int, Response] = {}
 
     @property
     def is_quick(self) -> bool:
-        return self._transport.is_read_quick and len(self.exchange.request.body) <= QUICK_SIZE_MAX
+        return self._is_read_quick and len(self.exchange.request.body) <= QUICK_SIZE_MAX
 
     def row(self, index: int) -> RowPending:
-        return RowPending(self, index, self._row_request(*self.rows_to_ask[index]), None)
+        return RowPending(self, index, self.row_request(*self.rows_to_ask[index]), None)
+
+    def row_request(self, body: bytearray, content_type: str, accept: str = "") -> Request:
+        """A row's own request, as a client of ``/predictions`` would make it."""
+        whole = self.exchange.request
+        headers = [pair for pair in whole.headers if pair[0].lower() not in _OF_THE_BODY]
+        if content_type:
+            headers.append(("Content-Type", content_type))
+        if accept:
+            headers.append(("Accept", accept))
+        request = Request(
+            "POST", whole.path, headers=headers + self._headers, body=body, client=whole.client, id=whole.id,
+            arrived_at=whole.arrived_at, has_timing=whole.has_timing,
+        )  # fmt: skip
+        request.deadline = whole.deadline
+        return request
 
     def take_answer(self, index: int, response: Response) -> None:
         self._answers[index] = response
@@ -219,13 +188,17 @@ class HandlerRowsPending(AskedRowsPending):
         pixels: what the network takes where tensors may come too, in place of what the handler makes its input of.
     """
 
-    __slots__ = ("_pixels", "_tensor")
+    __slots__ = ("_pixels", "_request", "_tensor", "_transport")
 
     def __init__(
         self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
-        headers: Headers | None = None, pixels: TensorSpec | None = None,
+        headers: Headers, pixels: TensorSpec | None = None,
     ):  # fmt: skip
-        super().__init__(lane, exchange, version, url_version, transport=transport, headers=headers)
+        super().__init__(
+            lane, exchange, version, url_version, headers=headers, is_read_quick=transport.is_read_quick
+        )  # fmt: skip
+        self._transport = transport
+        self._request = InferRequest([])
         self._pixels = pixels
         self._tensor: torch.Tensor | None = None  # in place of `rows_to_ask`
 
@@ -248,17 +221,26 @@ class HandlerRowsPending(AskedRowsPending):
 
     def row(self, index: int) -> RowPending:
         if self._tensor is not None:
-            return RowPending(self, index, self._row_request(bytearray(), ""), [self._tensor[index : index + 1]])
+            return RowPending(self, index, self.row_request(bytearray(), ""), [self._tensor[index : index + 1]])
         return super().row(index)
 
     def make_answer(self) -> Response:
-        return self._encoded(outputs_of_answers(self.answers))
+        return self._transport.answer(self, self._request, outputs_of_answers(self.answers))
 
 
 class OwnHandlerPending(AskedRowsPending):
     """One request to a handler that reads the protocol's JSON, or its envelope does."""
 
-    __slots__ = ()
+    __slots__ = ("_request", "_transport")
+
+    def __init__(
+        self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport, headers: Headers
+    ):
+        super().__init__(
+            lane, exchange, version, url_version, headers=headers, is_read_quick=transport.is_read_quick
+        )  # fmt: skip
+        self._transport = transport
+        self._request = InferRequest([])
 
     def read(self) -> int:
         self._request = self._transport.read()
@@ -281,7 +263,7 @@ class OwnHandlerPending(AskedRowsPending):
             if self._transport.passes_others:
                 return answer
             outputs = [InferOutput("output0", [bytes(answer.body)])]
-        return self._encoded(outputs)
+        return self._transport.answer(self, self._request, outputs)
 
 
 def sequence_id(parameters: Mapping[str, Any]) -> str:
@@ -360,21 +342,6 @@ def _element_row(element: Any) -> tuple[bytearray, str]:
     if isinstance(element, str):
         return bytearray(element.encode("utf-8", "surrogatepass")), "text/plain; charset=utf-8"
     return bytearray(element), ""
-
-
-def _selected(request: InferRequest, outputs: list[InferOutput]) -> list[InferOutput]:
-    if not request.outputs:
-        return outputs
-    # What is None is not among them: the protocol has no word for it, and its clients read a missing output as None.
-    by_name = {output.name: output for output in outputs}
-    names = [wanted.name for wanted in request.outputs]
-    for name in names:
-        if name not in by_name:
-            known = ", ".join(map(repr, by_name))
-            raise InputError(f"the model has no output {quoted(name)}, or it is None here; its outputs are {known}")
-        if names.count(name) > 1:
-            raise InputError(f"output {quoted(name)} is asked for twice; name each output once")
-    return [by_name[wanted.name] for wanted in request.outputs]
 
 
 def outputs_of_answers(answers: list[Response], configured: tuple[str, ...] = ()) -> list[InferOutput]:

@@ -11,7 +11,7 @@ import binascii
 import json
 from typing import Any
 
-from pyserve.api.kserve_requests import AskedRowsPending, Transport
+from pyserve.api.kserve_requests import AskedRowsPending
 from pyserve.api.open_inference import quoted
 from pyserve.errors import InputError
 from pyserve.lanes.lane import Lane
@@ -38,7 +38,7 @@ class InstancesPending(AskedRowsPending):
 
     def __init__(self, lane: Lane, exchange: Exchange, version: str, *, explains: bool):
         headers = [("Accept", _JSON), EXPLAIN_HEADER if explains else ("explain", "False")]
-        super().__init__(lane, exchange, version, "default", transport=NO_TRANSPORT, headers=headers)
+        super().__init__(lane, exchange, version, "default", headers=headers)
         self._explains = explains
 
     def read(self) -> int:
@@ -54,13 +54,6 @@ class InstancesPending(AskedRowsPending):
     def make_answer(self) -> Response:
         values = [_value_of(bytes(answer.body)) for answer in self.answers]
         return json_response({"explanations" if self._explains else "predictions": values})
-
-
-def _no_request() -> Any:
-    raise NotImplementedError
-
-
-NO_TRANSPORT = Transport(_no_request, lambda request, response: Response(500))
 
 
 def _row_of(instance: Any, position: int) -> tuple[bytearray, str]:

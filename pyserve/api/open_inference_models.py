@@ -1,6 +1,6 @@
 """The Open Inference Protocol for the served models, whatever carries it: inference, metadata, readiness, statistics.
 
-Built-in handlers do not know the protocol; the server speaks it for them, row by row, see `protocol_requests`. An
+Built-in handlers do not know the protocol; the server speaks it for them, row by row, see `kserve_requests`. An
 archive's own handler, or one in an envelope, gets the request as JSON and answers for itself, as in TorchServe.
 """
 
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,15 +17,14 @@ from pyserve.api.kserve_requests import (
     HandlerRowsPending,
     OwnHandlerPending,
     TensorsPending,
-    Transport,
     names_of_inputs,
 )
 from pyserve.api.tensor_rows import TensorRowsPending
+from pyserve.api.transport import Transport
 from pyserve.archive.archive import Archive
 from pyserve.errors import JsonObject, ServeError
 from pyserve.handlers.outputs import named_outputs
 from pyserve.handlers.tensor_spec import TensorSpec, dtype_name, input_specs, output_names
-from pyserve.lanes.audit import Repetition
 from pyserve.lanes.lane import Lane
 from pyserve.lanes.native import NativeLane
 from pyserve.lanes.network import Network
@@ -35,7 +32,6 @@ from pyserve.lanes.pending import Pending
 from pyserve.models.model import EXPLAIN_HEADER, Model
 from pyserve.request.datatypes import BYTES, datatype_of
 from pyserve.request.exchange import Exchange
-from pyserve.request.messages import Request
 from pyserve.telemetry.metrics import Metrics
 
 EXTENSIONS = ["binary_tensor_data", "statistics"]
@@ -46,18 +42,12 @@ _NO_TIME = {"count": 0, "ns": 0}
 
 
 def infer(
-    model: Model, exchange: Exchange, transport: Transport, url_version: str = "default", *, explains: bool = False,
-    transport_of: Callable[[Request], Transport], body: Callable[[], bytes] | None = None,
-    read_answer: Callable[[bytes], Any] | None = None,
-) -> None:  # fmt: skip
+    model: Model, exchange: Exchange, transport: Transport, url_version: str = "default", *, explains: bool = False
+) -> None:
     """Sees to the answer of an inference request, through ``exchange.respond``: of ``transport.encode``, or an error.
 
     Loop thread only. ``exchange`` may be one that no HTTP request stands behind; its request's id, headers and time of
     arrival are used.
-
-    Args:
-        transport_of: that of a copy of the request, for the audit.
-        body, read_answer: see `Repetition`.
 
     Raises:
         ServeError: the model is not there.
@@ -67,9 +57,9 @@ def infer(
         return _pending_for(model, lane, exchange, transport, url_version, explains=explains)
 
     def again(lane: Lane, copy: Exchange) -> Pending:
-        return _pending_for(model, lane, copy, transport_of(copy.request), url_version, explains=False)
+        return _pending_for(model, lane, copy, transport.of_copy(copy.request), url_version, explains=False)
 
-    model.take(exchange, pending_for, explains=explains, repetition=Repetition(again, body, read_answer))
+    model.take(exchange, pending_for, explains=explains, repetition=transport.repetition(again))
 
 
 def _pending_for(

@@ -22,6 +22,7 @@ from pyserve.api.open_inference import (
     check_input,
     quoted,
 )
+from pyserve.api.transport import Transport
 from pyserve.errors import HandlerError, InputError
 from pyserve.request.json_body import parse_json
 from pyserve.request.messages import Request, Response
@@ -62,37 +63,97 @@ def json_size(request: Request) -> int:
     return int(text)
 
 
-def read_request(request: Request) -> InferRequest:
-    """The inference request in ``request``. Binary tensors look into its body.
+class RestTransport(Transport):
+    """That of a request in HTTP.
 
-    Raises:
-        InputError: it is not of the protocol; the text says what is wrong.
+    Args:
+        size_max: bytes of an answer.
     """
-    size = json_size(request)
-    value = parse_json(request.body if size == len(request.body) else request.body[:size])
-    if not isinstance(value, dict) or not isinstance(value.get("inputs"), list) or not value["inputs"]:
-        raise InputError('the request needs {"inputs": [{"name", "shape", "datatype", "data"}, ...]}')
-    _check_members(value, _REQUEST_MEMBERS, "the request")
-    binary = memoryview(request.body)[size:]
-    at = 0
-    inputs = []
-    for entry in value["inputs"]:
-        tensor, at = _read_input(entry, binary, at)
-        inputs.append(tensor)
-    if at != binary.nbytes:
-        raise InputError(f"the body has {binary.nbytes} bytes after its JSON, but its inputs name {at} as their data")
-    outputs = [] if value.get("outputs") is None else value["outputs"]
-    if not isinstance(outputs, list) or not all(isinstance(each, dict) and _name(each) for each in outputs):
-        raise InputError('"outputs" must be a list of objects with the "name" of an output each')
-    for each in outputs:
-        _check_members(each, _OUTPUT_MEMBERS, f"output {quoted(each['name'])}")
-    request_id = value.get("id", "")
-    return InferRequest(
-        inputs,
-        id=request_id if isinstance(request_id, str) else json.dumps(request_id),
-        outputs=[RequestedOutput(each["name"], _parameters(each)) for each in outputs],
-        parameters=_parameters(value),
-    )
+
+    __slots__ = ("_request", "_size_max")
+    passes_others = True
+
+    def __init__(self, request: Request, size_max: int):
+        self._request = request
+        self._size_max = size_max
+
+    @property
+    def is_read_quick(self) -> bool:
+        told = self._request.header(JSON_SIZE_HEADER)
+        size = int(told) if told.isascii() and told.isdigit() and len(told) < 10 else len(self._request.body)
+        return size <= QUICK_JSON_SIZE_MAX
+
+    def read(self) -> InferRequest:
+        """The request. Binary tensors look into its body. InputError if it is not of the protocol."""
+        body = self._request.body
+        size = json_size(self._request)
+        value = parse_json(body if size == len(body) else body[:size])
+        if not isinstance(value, dict) or not isinstance(value.get("inputs"), list) or not value["inputs"]:
+            raise InputError('the request needs {"inputs": [{"name", "shape", "datatype", "data"}, ...]}')
+        _check_members(value, _REQUEST_MEMBERS, "the request")
+        binary = memoryview(body)[size:]
+        at = 0
+        inputs = []
+        for entry in value["inputs"]:
+            tensor, at = _read_input(entry, binary, at)
+            inputs.append(tensor)
+        if at != binary.nbytes:
+            raise InputError(
+                f"the body has {binary.nbytes} bytes after its JSON, but its inputs name {at} as their data"
+            )
+        outputs = [] if value.get("outputs") is None else value["outputs"]
+        if not isinstance(outputs, list) or not all(isinstance(each, dict) and _name(each) for each in outputs):
+            raise InputError('"outputs" must be a list of objects with the "name" of an output each')
+        for each in outputs:
+            _check_members(each, _OUTPUT_MEMBERS, f"output {quoted(each['name'])}")
+        request_id = value.get("id", "")
+        return InferRequest(
+            inputs,
+            id=request_id if isinstance(request_id, str) else json.dumps(request_id),
+            outputs=[RequestedOutput(each["name"], _parameters(each)) for each in outputs],
+            parameters=_parameters(value),
+        )
+
+    def is_encode_quick(self, request: InferRequest, outputs: list[InferOutput]) -> bool:
+        return all(
+            wants_binary(request, output.name) or math.prod(output.shape) <= QUICK_VALUE_COUNT_MAX for output in outputs
+        )
+
+    def encode(self, request: InferRequest, response: InferResponse) -> Response:
+        """The answer: JSON, and after it the outputs that are to be binary.
+
+        Raises:
+            InputError: an output has no form in JSON.
+            HandlerError: the answer is larger than it may be.
+        """
+        entries: list[dict[str, Any]] = []
+        parts: list[bytes | memoryview] = [b""]
+        for output in response.outputs:
+            entry: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
+            if wants_binary(request, output.name):
+                raw = output.raw()
+                entry["parameters"] = {"binary_data_size": len(raw)}
+                parts.append(raw)
+            else:
+                entry["data"] = _json_values(output)
+            entries.append(entry)
+        head: dict[str, Any] = {"id": response.id} if response.id else {}
+        head |= {"model_name": response.model_name, "model_version": response.model_version, "outputs": entries}
+        parts[0] = json.dumps(head, separators=(",", ":")).encode()
+        size = sum(len(part) for part in parts)
+        if size > self._size_max:
+            raise HandlerError(
+                f"the answer has {size} bytes, more than max_response_size={self._size_max}; "
+                "raise it in config.properties"
+            )
+        if len(parts) == 1:
+            return Response(200, parts[0], content_type=JSON)
+        answer = Response(200, parts[0], content_type=BINARY, headers={JSON_SIZE_HEADER: str(len(parts[0]))})
+        answer.tail = parts[1:]
+        return answer
+
+    def of_copy(self, request: Request) -> RestTransport:
+        return RestTransport(request, self._size_max)
 
 
 def _read_input(entry: Any, binary: memoryview, at: int) -> tuple[InferInput, int]:
@@ -154,46 +215,6 @@ def wants_binary(request: InferRequest, name: str) -> bool:
         if output.name == name and "binary_data" in output.parameters:
             return output.parameters["binary_data"] is True
     return request.parameters.get("binary_data_output") is True
-
-
-def is_quick_to_encode(request: InferRequest, outputs: list[InferOutput]) -> bool:
-    """Whether `encode_response` takes under 100 us, apart from copying."""
-    return all(
-        wants_binary(request, output.name) or math.prod(output.shape) <= QUICK_VALUE_COUNT_MAX for output in outputs
-    )
-
-
-def encode_response(request: InferRequest, response: InferResponse, size_max: int) -> Response:
-    """The answer: JSON, and after it the outputs that are to be binary.
-
-    Raises:
-        InputError: an output has no form in JSON.
-        HandlerError: the answer is larger than ``size_max`` bytes.
-    """
-    entries: list[dict[str, Any]] = []
-    parts: list[bytes | memoryview] = [b""]
-    for output in response.outputs:
-        entry: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
-        if wants_binary(request, output.name):
-            raw = output.raw()
-            entry["parameters"] = {"binary_data_size": len(raw)}
-            parts.append(raw)
-        else:
-            entry["data"] = _json_values(output)
-        entries.append(entry)
-    head: dict[str, Any] = {"id": response.id} if response.id else {}
-    head |= {"model_name": response.model_name, "model_version": response.model_version, "outputs": entries}
-    parts[0] = json.dumps(head, separators=(",", ":")).encode()
-    size = sum(len(part) for part in parts)
-    if size > size_max:
-        raise HandlerError(
-            f"the answer has {size} bytes, more than max_response_size={size_max}; raise it in config.properties"
-        )
-    if len(parts) == 1:
-        return Response(200, parts[0], content_type=JSON)
-    answer = Response(200, parts[0], content_type=BINARY, headers={JSON_SIZE_HEADER: str(len(parts[0]))})
-    answer.tail = parts[1:]
-    return answer
 
 
 def _json_values(output: InferOutput) -> list[Any]:

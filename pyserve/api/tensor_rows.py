@@ -14,12 +14,12 @@ from pyserve.api.kserve_requests import (
     JSON,
     RAW,
     AskedRowsPending,
-    Transport,
     element_rows,
     outputs_of_answers,
     tensors_for,
 )
-from pyserve.api.open_inference import InferOutput
+from pyserve.api.open_inference import InferOutput, InferRequest
+from pyserve.api.transport import Transport
 from pyserve.handlers.shared_sizes import check_shared
 from pyserve.handlers.tensor_spec import TensorSpec
 from pyserve.lanes.lane import Lane
@@ -37,13 +37,17 @@ class TensorRowsPending(AskedRowsPending):
         output_names: of the model's outputs, if model-config.yaml gives them.
     """
 
-    __slots__ = ("_specs", "output_names")
+    __slots__ = ("_request", "_specs", "_transport", "output_names")
 
     def __init__(
         self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
-        specs: list[TensorSpec], output_names: tuple[str, ...], headers: Headers | None = None,
+        specs: list[TensorSpec], output_names: tuple[str, ...], headers: Headers,
     ):  # fmt: skip
-        super().__init__(lane, exchange, version, url_version, transport=transport, headers=headers)
+        super().__init__(
+            lane, exchange, version, url_version, headers=headers, is_read_quick=transport.is_read_quick
+        )  # fmt: skip
+        self._transport = transport
+        self._request = InferRequest([])
         self._specs = specs
         self.output_names = output_names
 
@@ -69,9 +73,10 @@ class TensorRowsPending(AskedRowsPending):
         one = dict(zip([spec.name for spec in self._specs], values, strict=True)) if len(values) > 1 else values[0]
         return bytearray(json.dumps(one).encode()), JSON
 
-    def _row_request(self, body: bytearray, content_type: str, accept: str = RAW) -> Request:
+    def row_request(self, body: bytearray, content_type: str, accept: str = RAW) -> Request:
         # Answers in JSON would not tell the datatype.
-        return super()._row_request(body, content_type, accept)
+        return super().row_request(body, content_type, accept)
 
     def make_answer(self) -> Response:
-        return self._encoded(outputs_of_answers(self.answers, self.output_names))
+        outputs = outputs_of_answers(self.answers, self.output_names)
+        return self._transport.answer(self, self._request, outputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import array
 import itertools
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from google.protobuf.json_format import ParseDict
 
 from pyserve.api import open_inference_models
 from pyserve.api.inference import Inference
-from pyserve.api.kserve_requests import Transport, sequence_id
+from pyserve.api.kserve_requests import sequence_id
 from pyserve.api.open_inference import (
     InferInput,
     InferOutput,
@@ -29,6 +29,7 @@ from pyserve.api.open_inference import (
     quoted,
     tensor_of,
 )
+from pyserve.api.transport import Transport
 from pyserve.config.config import Config
 from pyserve.errors import HandlerError, InputError, ModelNotFoundError, ServeError
 from pyserve.grpc_api.call import Call, Prediction
@@ -36,9 +37,13 @@ from pyserve.grpc_api.messages import OPEN_INFERENCE, message
 from pyserve.grpc_api.service import Method, Service
 from pyserve.grpc_api.status import MissingParameterError, judge_open_inference, status_text
 from pyserve.grpc_api.streams import Begun, Streams, with_position
+from pyserve.lanes.audit import Repetition
+from pyserve.lanes.lane import Lane
+from pyserve.lanes.pending import Pending
 from pyserve.models.model import Model
 from pyserve.models.registry import Registry
 from pyserve.request.datatypes import BYTES
+from pyserve.request.exchange import Exchange
 from pyserve.request.ids import new_id
 from pyserve.request.messages import ErrorFormat, Headers, Request, Response
 from pyserve.telemetry.metrics import Metrics
@@ -201,27 +206,10 @@ class OpenInferenceService:
         model = self._registry.get(asked.model_name, version)
         request = call.request(headers=self._sequence_headers(asked), id=request_id, is_new=bool(request_id))
         prediction = Prediction(request, self._size_max)
-
-        def transport_of(copy: Request) -> Transport:
-            return self._transport(message(f"{OPEN_INFERENCE}.ModelInferRequest").FromString(bytes(copy.body)))
-
-        open_inference_models.infer(
-            model, prediction.exchange, self._transport(asked), version or "default", transport_of=transport_of,
-            body=asked.SerializeToString, read_answer=outputs_of,
-        )  # fmt: skip
+        transport = GrpcTransport(asked, self._size_max)
+        open_inference_models.infer(model, prediction.exchange, transport, version or "default")
         call.is_counted = True
         return prediction
-
-    def _transport(self, asked: Any) -> Transport:
-        return Transport(
-            read=lambda: read_request(asked),
-            encode=lambda request, response: encode_response(
-                request, response, self._size_max, in_lists=_came_in_lists(asked)
-            ),
-            is_read_quick=_is_quick(asked),
-            is_encode_quick=lambda request, outputs: not _came_in_lists(asked) or _are_few(outputs),
-            bytes_as_base64=True,
-        )
 
     def _sequence_headers(self, asked: Any) -> Headers:
         """What tells the lane about the sequence that the parameters name, as Triton's clients have it."""
@@ -250,14 +238,83 @@ def _new(name: str, **fields: Any) -> Any:
     return message(f"{OPEN_INFERENCE}.{name}")(**fields)
 
 
-def _came_in_lists(asked: Any) -> bool:
-    return not asked.raw_input_contents
+class GrpcTransport(Transport):
+    """That of a ``ModelInferRequest``.
 
+    Args:
+        size_max: bytes of an answer.
+    """
 
-def _is_quick(asked: Any) -> bool:
-    return not _came_in_lists(asked) or all(
-        len(_contents(each)) <= QUICK_VALUE_COUNT_MAX for each in asked.inputs if each.datatype in _CONTENTS
-    )
+    __slots__ = ("_asked", "_is_in_lists", "_size_max")
+    bytes_as_base64 = True
+
+    def __init__(self, asked: Any, size_max: int):
+        self._asked = asked
+        self._is_in_lists = not asked.raw_input_contents
+        self._size_max = size_max
+
+    @property
+    def is_read_quick(self) -> bool:
+        return not self._is_in_lists or all(
+            len(_contents(each)) <= QUICK_VALUE_COUNT_MAX for each in self._asked.inputs if each.datatype in _CONTENTS
+        )
+
+    def read(self) -> InferRequest:
+        """The request. Raw tensors look into its bytes. InputError if it is not of the protocol."""
+        asked = self._asked
+        raw = asked.raw_input_contents
+        if raw and len(raw) != len(asked.inputs):
+            raise InputError(
+                f"raw_input_contents has {len(raw)} entries for {len(asked.inputs)} inputs; give one for each"
+            )
+        if not asked.inputs:
+            raise InputError("the request has no inputs")
+        inputs = []
+        for index, tensor in enumerate(asked.inputs):
+            data: Any
+            if raw:
+                if tensor.HasField("contents"):
+                    name = quoted(tensor.name)
+                    raise InputError(f"input {name} has contents beside raw_input_contents; give one of them")
+                data = memoryview(raw[index])
+            else:
+                data = _read_contents(tensor)
+            read = InferInput(tensor.name, tensor.datatype, tuple(tensor.shape), data, _parameters(tensor.parameters))
+            check_input(read)
+            inputs.append(read)
+        outputs = [RequestedOutput(each.name, _parameters(each.parameters)) for each in asked.outputs]
+        return InferRequest(inputs, id=asked.id, outputs=outputs, parameters=_parameters(asked.parameters))
+
+    def is_encode_quick(self, request: InferRequest, outputs: list[InferOutput]) -> bool:
+        return not self._is_in_lists or _are_few(outputs)
+
+    def encode(self, request: InferRequest, response: InferResponse) -> Response:
+        """The ``ModelInferResponse``, as the body of the answer. HandlerError if it is larger than it may be."""
+        answer = _new("ModelInferResponse", model_name=response.model_name, model_version=response.model_version,
+                      id=response.id)  # fmt: skip
+        # Contents are all raw or all in lists; 16-bit numbers have no list.
+        in_lists = self._is_in_lists and all(output.datatype in _CONTENTS for output in response.outputs)
+        for output in response.outputs:
+            entry = answer.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
+            if in_lists:
+                values = output.data if isinstance(output.data, list) else output.values()
+                getattr(entry.contents, _CONTENTS[output.datatype]).extend(values)
+            else:
+                answer.raw_output_contents.append(bytes(output.raw()))
+        body = answer.SerializeToString()
+        if len(body) > self._size_max:
+            raise HandlerError(
+                f"the answer has {len(body)} bytes, more than max_response_size={self._size_max}; "
+                "raise it in config.properties"
+            )
+        return Response(200, body)
+
+    def of_copy(self, request: Request) -> GrpcTransport:
+        asked = message(f"{OPEN_INFERENCE}.ModelInferRequest").FromString(bytes(request.body))
+        return GrpcTransport(asked, self._size_max)
+
+    def repetition(self, again: Callable[[Lane, Exchange], Pending]) -> Repetition:
+        return Repetition(again, self._asked.SerializeToString, outputs_of)
 
 
 def _are_few(outputs: list[InferOutput]) -> bool:
@@ -270,34 +327,6 @@ def _are_few(outputs: list[InferOutput]) -> bool:
 
 def _contents(tensor: Any) -> Any:
     return getattr(tensor.contents, _CONTENTS[tensor.datatype])
-
-
-def read_request(asked: Any) -> InferRequest:
-    """A ``ModelInferRequest``. Raw tensors look into its bytes; any thread.
-
-    Raises:
-        InputError: it is not of the protocol; the text says what is wrong.
-    """
-    raw = asked.raw_input_contents
-    if raw and len(raw) != len(asked.inputs):
-        raise InputError(f"raw_input_contents has {len(raw)} entries for {len(asked.inputs)} inputs; give one for each")
-    if not asked.inputs:
-        raise InputError("the request has no inputs")
-    inputs = []
-    for index, tensor in enumerate(asked.inputs):
-        data: Any
-        if raw:
-            if tensor.HasField("contents"):
-                name = quoted(tensor.name)
-                raise InputError(f"input {name} has contents beside raw_input_contents; give one of them")
-            data = memoryview(raw[index])
-        else:
-            data = _read_contents(tensor)
-        read = InferInput(tensor.name, tensor.datatype, tuple(tensor.shape), data, _parameters(tensor.parameters))
-        check_input(read)
-        inputs.append(read)
-    outputs = [RequestedOutput(each.name, _parameters(each.parameters)) for each in asked.outputs]
-    return InferRequest(inputs, id=asked.id, outputs=outputs, parameters=_parameters(asked.parameters))
 
 
 def _read_contents(tensor: Any) -> Any:
@@ -329,31 +358,6 @@ def _parameters(parameters: Any) -> dict[str, Any]:
 def _values_of(parameters: Any) -> dict[str, Any]:
     return {name: getattr(each, each.WhichOneof("parameter_choice") or "string_param")
             for name, each in parameters.items()}  # fmt: skip
-
-
-def encode_response(request: InferRequest, response: InferResponse, size_max: int, *, in_lists: bool) -> Response:
-    """The ``ModelInferResponse``, as the body of the answer; any thread.
-
-    Raises:
-        HandlerError: it is larger than ``size_max`` bytes.
-    """
-    answer = _new("ModelInferResponse", model_name=response.model_name, model_version=response.model_version,
-                  id=response.id)  # fmt: skip
-    # Contents are all raw or all in lists; 16-bit numbers have no list.
-    in_lists = in_lists and all(output.datatype in _CONTENTS for output in response.outputs)
-    for output in response.outputs:
-        entry = answer.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
-        if in_lists:
-            values = output.data if isinstance(output.data, list) else output.values()
-            getattr(entry.contents, _CONTENTS[output.datatype]).extend(values)
-        else:
-            answer.raw_output_contents.append(bytes(output.raw()))
-    body = answer.SerializeToString()
-    if len(body) > size_max:
-        raise HandlerError(
-            f"the answer has {len(body)} bytes, more than max_response_size={size_max}; raise it in config.properties"
-        )
-    return Response(200, body)
 
 
 def outputs_of(body: bytes) -> list[Any]:

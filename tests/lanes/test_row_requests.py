@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from pyserve.api.kserve_requests import TensorsPending, Transport, outputs_of_answers, request_as_json
+from pyserve.api.kserve_requests import HandlerRowsPending, TensorsPending, outputs_of_answers, request_as_json
 from pyserve.api.open_inference import InferInput, InferOutput, InferRequest, InferResponse
+from pyserve.api.transport import Transport
 from pyserve.handlers.tensor_spec import TensorSpec
 from pyserve.lanes.pending import Pending
 from pyserve.lanes.row_requests import RowPending
@@ -31,6 +32,28 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     gate = Gate(tmp_path / "gate")
     yield gate
     gate.open()
+
+
+class ShapeTransport(Transport):
+    """Brings zeros, ``count`` rows of them, and answers with the shape of the first output."""
+
+    is_read_quick = True
+
+    def __init__(self, count: int):
+        self._count = count
+
+    def read(self) -> InferRequest:
+        shape = (self._count, *SHAPE)
+        return InferRequest([InferInput("x", "FP32", shape, memoryview(bytearray(ITEM * self._count)))])
+
+    def is_encode_quick(self, request: InferRequest, outputs: list[InferOutput]) -> bool:
+        return True
+
+    def encode(self, request: InferRequest, response: InferResponse) -> Response:
+        return Response(200, str(response.outputs[0].shape).encode())
+
+    def of_copy(self, request: Request) -> ShapeTransport:
+        return ShapeTransport(self._count)
 
 
 class Rows(TensorsPending):
@@ -56,14 +79,7 @@ def post_rows(
         assert exchange.response is not None and id not in stand.answers
         stand.answers[id] = exchange.response
 
-    def read() -> InferRequest:
-        shape = (count, *SHAPE)
-        return InferRequest([InferInput("x", "FP32", shape, memoryview(bytearray(ITEM * count)))])
-
-    def encode(asked: InferRequest, answer: InferResponse) -> Response:
-        return Response(200, str(answer.outputs[0].shape).encode())
-
-    rows = Rows(stand.lane, Exchange(request, deliver), "1.0", "default", transport=Transport(read, encode),
+    rows = Rows(stand.lane, Exchange(request, deliver), "1.0", "default", transport=ShapeTransport(count),
                 specs=[TensorSpec("float32", SHAPE)], output_names=())  # fmt: skip
     rows.failure = failure
     stand.lane.predict(rows)
@@ -212,7 +228,10 @@ def test_rows_of_a_call_with_a_deadline_have_it_too(tmp_path: Path, gate: Gate) 
             await stand.until(lambda: stand.lane.core.running == 1)
             deadline = time.monotonic_ns() + 60_000_000_000
             rows = post_rows(stand, 2, id="rows", deadline=deadline)
-            own = rows._row_request(bytearray(), "")
+            asked = HandlerRowsPending(
+                stand.lane, rows.exchange, "1.0", "default", transport=ShapeTransport(1), headers=[]
+            )
+            own = asked.row_request(bytearray(), "")
             assert (own.deadline, own.has_timing) == (deadline, True)
             own_rows = rows._rows.values()
             assert all(isinstance(each, RowPending) and each.client_deadline == deadline for each in own_rows)

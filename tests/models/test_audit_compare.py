@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pyserve.api.open_inference import InferOutput, InferRequest, InferResponse, RequestedOutput
-from pyserve.api.open_inference_rest import encode_response
+from pyserve.api.open_inference_rest import RestTransport
 from pyserve.models.audit_compare import KeptAnswer, compare
-from pyserve.request.messages import Response
+from pyserve.request.messages import Request, Response
 
 
 def answer(value: Any, status: int = 200) -> KeptAnswer:
@@ -95,7 +95,8 @@ def test_outputs_of_the_open_inference_protocol_are_compared_as_numbers(is_binar
         wanted = [RequestedOutput(each, {"binary_data": True}) for each in (name, "text")]
         request = InferRequest([], outputs=wanted if is_binary else [])
         outputs = [InferOutput(name, tensor), InferOutput("text", [text])]
-        return KeptAnswer.of(encode_response(request, InferResponse("m", "1", outputs, ""), 1 << 20))
+        transport = RestTransport(Request("POST", "/"), 1 << 20)
+        return KeptAnswer.of(transport.encode(request, InferResponse("m", "1", outputs, "")))
 
     alone = encoded("output0", torch.tensor([[1.0, 2.0]]), b"cat")
     # Lanes name outputs in their own way, and may answer in another width.
