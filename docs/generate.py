@@ -64,6 +64,13 @@ def code(text: object) -> str:
     return f"`{text}`" if str(text) else ""
 
 
+def prose(text: object) -> str:
+    """Text that was not written as Markdown, such as a flag's help: words that Markdown would read become code."""
+    parts = re.split(r"(`[^`]*`)", str(text))
+    word = r"(?<![^\s(])([^\s(]*[\[\]<>*_\\]\S*?)(?=[),;:.]*(?:\s|$))"
+    return "".join(part if part.startswith("`") else re.sub(word, r"`\1`", part) for part in parts)
+
+
 def page(name: str, texts: Mapping[str, Any], *sections: str) -> str:
     """A page: heading, introduction, sections."""
     parts = [f"# {texts['title']}", NOTE.format(name=name), str(texts["about"]).strip(), *sections]
@@ -83,7 +90,7 @@ def config_page() -> str:
     check_same("config.properties switches", texts["switches"], keys.SWITCH_KEYS)
     sections = [f"## {group['title']}\n\n" + _config_rows(group["keys"]) for group in texts["groups"]]
     switches = table(("key", "meaning"), ((code(key), text) for key, text in texts["switches"].items()))
-    ignored = table(("key", "why"), ((code(key), why) for key, why in sorted(keys.ACCEPTED_KEYS.items())))
+    ignored = table(("key", "why"), ((code(key), prose(why)) for key, why in sorted(keys.ACCEPTED_KEYS.items())))
     variables = texts["environment"]
     return page(
         "config-properties", texts, *sections,
@@ -101,7 +108,7 @@ def _config_rows(texts: Mapping[str, str]) -> str:
     rows = []
     for key, text in texts.items():
         others = [flags.get(key, ""), keys.VARIABLES.get(key, ""), keys.OWN_VARIABLES[key]]
-        rows.append((code(key), text, keys.KINDS[key].allowed.replace("<", "&lt;"), _config_default(key),
+        rows.append((code(key), text, prose(keys.KINDS[key].allowed), _config_default(key),
                      "<br>".join(code(each) for each in others if each)))  # fmt: skip
     return table(("key", "meaning", "allowed", "default", "flag and variables"), rows)
 
@@ -246,7 +253,7 @@ def _argument_row(action: argparse.Action) -> tuple[str, str]:
         value = "{" + ",".join(map(str, action.choices)) + "}"
     if action.nargs == "+":
         value += " ..."
-    about = str(action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    about = prose(action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
     if not action.option_strings:
         return code(value), about
     return ", ".join(code(name if action.nargs == 0 else f"{name} {value}") for name in action.option_strings), about
@@ -261,7 +268,7 @@ def metrics_page() -> str:
     sections = texts["sections"]
     kinds: dict[str, list[tuple[str, str, str]]] = {"pyserve": [], "process": []}
     for name, kind, about in own_metrics():
-        kinds["pyserve" if name.startswith("pyserve_") else "process"].append((code(name), kind, about))
+        kinds["pyserve" if name.startswith("pyserve_") else "process"].append((code(name), kind, prose(about)))
     head = ("metric", "kind", "meaning")
     rows = (
         (code(each.name), each.kind, each.unit, ", ".join(map(code, each.dimensions))) for each in torchserve_metrics()

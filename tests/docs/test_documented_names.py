@@ -112,10 +112,9 @@ def code(text: str) -> list[str]:
 
 def missing_files(text: str) -> Iterator[str]:
     """Paths below a folder of the repository, and names of source files."""
-    for each in code(text):
-        for path in re.findall(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*/])", each):
-            if not any(ROOT.glob(path.replace(PLACEHOLDER, "*"))) and not (ROOT / path).exists():
-                yield path
+    for path in re.findall(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*/])", text):  # in prose too
+        if not any(ROOT.glob(path.replace(PLACEHOLDER, "*"))) and not (ROOT / path).exists():
+            yield path
     for span in spans(text):
         if re.fullmatch(r"\w+\.(py|pyi|h|cpp|proto)", span) and span not in file_names() | EXAMPLE_FILES:
             yield span
@@ -238,6 +237,7 @@ def test_what_a_document_names_exists(path: Path, check: Callable[[str], Iterato
     [
         (missing_files, "`pyserve/http1.py`", "pyserve/http1.py"),
         (missing_files, "see `nowhere.cpp`", "nowhere.cpp"),
+        (missing_files, "the ring (csrc/rings.h)", "csrc/rings.h"),
         (missing_files, "```\npython bench/nothing.py --all\n```", "bench/nothing.py"),
         (missing_commands, "`pyserve begin`", "pyserve begin"),
         (missing_commands, "```\n$ pyserve start --model-stor x\n```", "pyserve start --model-stor"),
