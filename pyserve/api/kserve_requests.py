@@ -57,7 +57,8 @@ class TensorsPending(RowsPending):
         output_names: of its outputs, in order; empty if the network names them itself or nobody does.
     """
 
-    __slots__ = ("_columns", "_outputs", "_request", "_specs", "_transport", "output_names")
+    __slots__ = ("_outputs", "_request", "_specs", "_transport", "inputs", "output_names")
+    wants_tensors = True
 
     def __init__(
         self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport,
@@ -68,7 +69,7 @@ class TensorsPending(RowsPending):
         self._request = InferRequest([])
         self._specs = specs
         self.output_names = output_names
-        self._columns: list[torch.Tensor] = []  # [rows, ...], one per input
+        self.inputs: list[torch.Tensor] = []  # [rows, ...] each
         self._outputs: list[InferOutput] = []
 
     @property
@@ -78,12 +79,11 @@ class TensorsPending(RowsPending):
     def read(self) -> int:
         self._request = request = self._transport.read()
         tensors = tensors_for(request.inputs, self._specs, is_for_engine=True)
-        self._columns = filled_up(self._specs, tensors)
+        self.inputs = filled_up(self._specs, tensors)
         return len(tensors[0])
 
     def row(self, index: int) -> RowPending:
-        columns = self._columns
-        inputs = columns if self.row_count == 1 else [column[index : index + 1] for column in columns]
+        inputs = [column[index : index + 1] for column in self.inputs]
         return RowPending(self, index, self.exchange.request, inputs, wants_tensors=True)
 
     def take_tensors(self, first: int, outputs: list[torch.Tensor], names: tuple[str, ...]) -> None:

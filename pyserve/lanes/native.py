@@ -31,7 +31,7 @@ from pyserve.lanes.network import Network
 from pyserve.lanes.pending import OVER, SUBMITTED, Pending
 from pyserve.lanes.raw_rows import RAW_TYPE, RawRows
 from pyserve.lanes.resources import Services
-from pyserve.lanes.row_requests import RowPending
+from pyserve.lanes.row_requests import Row
 from pyserve.lanes.settings import ModelSettings
 from pyserve.proof.native_proof import BUDGET_S, BatchProof
 from pyserve.request import codec
@@ -320,7 +320,7 @@ class NativeLane(EngineLane):
         for owner in owners:
             if owner is not None:
                 owner.started_at = completion.started_at
-                if owner.stages is not None:
+                if owner.stages is not None and not owner.wants_tensors:  # of rows only the total is told
                     owner.stages.note_native(completion, completion.stamps[owners.index(owner)][1])
         self.note_batch(completion, owners)
         if completion.code != "ok":
@@ -377,7 +377,7 @@ class NativeLane(EngineLane):
 
     def _give_tensors(self, owners: list[Pending | None], completion: Any) -> list[Pending | None]:
         """Rows of the output go to those who want them as they are; returns the owners without these."""
-        takers = [owner for owner in owners if isinstance(owner, RowPending) and owner.wants_tensors]
+        takers = [owner for owner in owners if isinstance(owner, Row) and owner.wants_tensors]
         others = [None if owner is not None and owner.wants_tensors else owner for owner in owners]
         try:
             # All of them are of one protocol, which has one set of names for a model.
@@ -390,7 +390,8 @@ class NativeLane(EngineLane):
             if any(row.stage == OVER for row in rows):
                 continue  # of a whole that has ended
             for row in rows:
-                self.forget(row)
+                if row is not row.whole:  # else it ends with its answer
+                    self.forget(row)
             own = [output[first : first + len(rows)] for output in outputs]
             rows[0].whole.tensors_came(rows, completion.started_at, own, names)
         return others
@@ -461,11 +462,11 @@ class NativeLane(EngineLane):
         return told
 
 
-def _runs(owners: list[Pending | None]) -> list[tuple[int, list[RowPending]]]:
+def _runs(owners: list[Pending | None]) -> list[tuple[int, list[Row]]]:
     """Places in the batch where rows begin that follow one another in their request too: often all of it is one."""
-    runs: list[tuple[int, list[RowPending]]] = []
+    runs: list[tuple[int, list[Row]]] = []
     for place, owner in enumerate(owners):
-        if not isinstance(owner, RowPending) or not owner.wants_tensors:
+        if not isinstance(owner, Row) or not owner.wants_tensors:
             continue
         if runs:
             first, rows = runs[-1]

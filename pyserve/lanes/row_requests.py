@@ -4,7 +4,8 @@
     (admitted once) (rows)   (RowPending, a few at once)   (kept by row)
 
 The whole is admitted once and answered once; its rows are batched with whatever else the lane has. The first row that
-fails decides: the whole fails with its error, and what has not run yet does not run.
+fails decides: the whole fails with its error, and what has not run yet does not run. A whole of one row whose `inputs`
+are the network's own goes through the lane itself, without a row.
 
 Loop thread only, but for `read` and `make_answer`.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -22,7 +23,7 @@ import torch
 from pyserve.errors import BadRequestError, OutOfMemoryError, ServeError, ServerError, is_memory_error
 from pyserve.lanes.engine_lane import EngineLane
 from pyserve.lanes.lane import Lane
-from pyserve.lanes.pending import OVER, Pending
+from pyserve.lanes.pending import OVER, SUBMITTED, Pending
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import Request, Response
 
@@ -70,10 +71,13 @@ class RowsPending(Pending):
 
     Attributes:
         row_count: known once `read` has returned.
+        inputs: what the network gets, [rows, ...] each, if `read` has made that of the request; else None.
+        index: of the first of its rows.
         output_names: what model-config.yaml calls the network's outputs.
     """
 
     __slots__ = ("_has_begun", "_left", "_next", "_rows", "row_count")
+    index = 0
     output_names: tuple[str, ...] = ()
 
     def __init__(self, lane: Lane, exchange: Exchange, version: str, url_version: str):
@@ -119,9 +123,14 @@ class RowsPending(Pending):
     # --- its way --------------------------------------------------------------------------------------------------
 
     @property
+    def whole(self) -> RowsPending:
+        """Itself, where it stands among rows as its own one."""
+        return self
+
+    @property
     def is_swept(self) -> bool:
-        """Its own time limit is that of reading it; then its rows have theirs."""
-        return not self._has_begun
+        """Its own time limit is that of reading it, and of running if it is one row; else its rows have theirs."""
+        return not self._has_begun or (self.stage == SUBMITTED and not self.started_at)
 
     @property
     def was_submitted(self) -> bool:
@@ -130,6 +139,8 @@ class RowsPending(Pending):
 
     def began_at(self) -> int:
         """When the first of its rows began, ns; 0 while all wait."""
+        if self.stage == SUBMITTED:
+            return self.started_at or super().began_at()
         began = (row.began_at() for row in self._rows.values())
         return self.started_at or min((at for at in began if at > 0), default=0)
 
@@ -150,7 +161,10 @@ class RowsPending(Pending):
             return
         self._has_begun = True
         self.row_count = self._left = count
-        self._feed()
+        if count == 1 and self.inputs is not None:
+            super().begin()
+        else:
+            self._feed()
 
     def _feed(self) -> None:
         """Brings rows into the lane, as many as its workers will want soon."""
@@ -165,7 +179,7 @@ class RowsPending(Pending):
             lane.take_row(row)
 
     def tensors_came(
-        self, rows: list[RowPending], started_at: int, outputs: list[torch.Tensor], names: tuple[str, ...]
+        self, rows: Sequence[Row], started_at: int, outputs: list[torch.Tensor], names: tuple[str, ...]
     ) -> None:
         """Rows that follow one another have run; entry i of each output is that of row i of ``rows``."""
         if self.stage == OVER:
@@ -198,7 +212,7 @@ class RowsPending(Pending):
         else:
             self.fail(failure)
 
-    def _count(self, rows: list[RowPending], started_at: int) -> None:
+    def _count(self, rows: Sequence[Row], started_at: int) -> None:
         for row in rows:
             self._rows.pop(row.exchange, None)
         self._left -= len(rows)
@@ -237,9 +251,14 @@ class RowsPending(Pending):
 
     def drop(self) -> None:
         """Its rows do not run."""
+        super().drop()
         rows, self._rows = self._rows, {}
         for row in rows.values():
             row.cancel()
+
+
+# What takes the network's output: a row, or a whole of one.
+Row = RowPending | RowsPending
 
 
 def _outcome(call: Callable[[], T]) -> T | ServeError:

@@ -1,9 +1,10 @@
-"""Requests of several rows in the native lane: one end for each, whatever becomes of its rows."""
+"""Requests of rows in the native lane: one end for each, whatever becomes of its rows; one row needs no row object."""
 
 from __future__ import annotations
 
 import gc
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 from pyserve.api.kserve_requests import HandlerRowsPending, TensorsPending, outputs_of_answers, request_as_json
 from pyserve.api.open_inference import InferInput, InferOutput, InferRequest, InferResponse
 from pyserve.api.transport import Transport
+from pyserve.config.config import Config
 from pyserve.handlers.tensor_spec import TensorSpec
-from pyserve.lanes.pending import Pending
+from pyserve.lanes.pending import OVER, SUBMITTED, Pending
 from pyserve.lanes.row_requests import RowPending
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import Headers, Request, Response
@@ -98,7 +100,7 @@ def test_what_is_answered_is_not_kept_until_a_garbage_collection(tmp_path: Path)
             gc.disable()
             try:
                 for number in range(8):
-                    post_rows(stand, 3, id=str(number))
+                    post_rows(stand, 1 + 2 * (number % 2), id=str(number))
                 await stand.until(lambda: len(stand.answers) == 8)
                 await stand.until(lambda: not any(is_of(each, stand) for each in gc.get_objects()))
             finally:
@@ -107,14 +109,18 @@ def test_what_is_answered_is_not_kept_until_a_garbage_collection(tmp_path: Path)
     run(test())
 
 
-def test_rows_of_a_client_that_waits_no_longer_do_not_run(tmp_path: Path, gate: Gate) -> None:
+COUNTS = pytest.mark.parametrize("count", [1, 8])
+
+
+@COUNTS
+def test_rows_of_a_client_that_waits_no_longer_do_not_run(tmp_path: Path, gate: Gate, count: int) -> None:
     async def test() -> None:
         async with standing(tmp_path, Gated(str(gate.path)), batch_size=1) as stand:
             gate.shut()
             warmed = gate.runs
             first = stand.post(1.0, id="first")
             await stand.until(lambda: gate.runs > warmed)
-            post_rows(stand, 8, id="rows", limit_ms=50)
+            post_rows(stand, count, id="rows", limit_ms=50)
             await stand.until(lambda: "rows" in stand.answers)
             body = error(stand.answers["rows"])
             assert (body["code"], body["detail"]["reason"]) == (503, "expired")
@@ -127,12 +133,13 @@ def test_rows_of_a_client_that_waits_no_longer_do_not_run(tmp_path: Path, gate: 
     run(test())
 
 
-def test_a_request_of_rows_whose_first_runs_has_begun(tmp_path: Path, gate: Gate) -> None:
+@COUNTS
+def test_a_request_of_rows_whose_first_runs_has_begun(tmp_path: Path, gate: Gate, count: int) -> None:
     async def test() -> None:
         async with standing(tmp_path, Gated(str(gate.path)), batch_size=1) as stand:
             gate.shut()
             runs = gate.runs
-            post_rows(stand, 8, id="rows", limit_ms=200)
+            post_rows(stand, count, id="rows", limit_ms=200)
             await stand.until(lambda: gate.runs > runs)
             await stand.until(lambda: "rows" in stand.answers)
             body = error(stand.answers["rows"])
@@ -145,7 +152,8 @@ def test_a_request_of_rows_whose_first_runs_has_begun(tmp_path: Path, gate: Gate
     run(test())
 
 
-def test_a_client_that_hangs_up_takes_its_rows_with_it(tmp_path: Path, gate: Gate) -> None:
+@COUNTS
+def test_a_client_that_hangs_up_takes_its_rows_with_it(tmp_path: Path, gate: Gate, count: int) -> None:
     async def test() -> None:
         async with standing(tmp_path, Gated(str(gate.path)), batch_size=1) as stand:
             gate.shut()
@@ -153,7 +161,7 @@ def test_a_client_that_hangs_up_takes_its_rows_with_it(tmp_path: Path, gate: Gat
             first = stand.post(1.0, id="first")
             await stand.until(lambda: gate.runs > warmed)
             runs = gate.runs
-            post_rows(stand, 8, id="rows").exchange.disconnect()
+            post_rows(stand, count, id="rows").exchange.disconnect()
             assert stand.lane.in_flight_count == 1
             gate.open()
             await stand.until(lambda: first.answered)
@@ -166,16 +174,106 @@ def test_a_client_that_hangs_up_takes_its_rows_with_it(tmp_path: Path, gate: Gat
 @pytest.mark.parametrize(
     ("failure", "status"), [(MemoryError(), 507), (RuntimeError("nobody expected this"), 500)], ids=str
 )
-def test_outputs_that_cannot_be_kept_end_the_request(tmp_path: Path, failure: Exception, status: int) -> None:
+@pytest.mark.parametrize("count", [1, 40])
+def test_outputs_that_cannot_be_kept_end_the_request(
+    tmp_path: Path, failure: Exception, status: int, count: int
+) -> None:
     async def test() -> None:
         async with standing(tmp_path, Identity(), batch_size=2) as stand:
-            post_rows(stand, 40, id="rows", failure=failure)
+            post_rows(stand, count, id="rows", failure=failure)
             await stand.until(lambda: "rows" in stand.answers)
             assert error(stand.answers["rows"])["code"] == status
             assert stand.lane.in_flight_count == 0
             post_rows(stand, 3, id="others")
             await stand.until(lambda: "others" in stand.answers)
             assert bytes(stand.answers["others"].body) == b"[3, 4]"
+
+    run(test())
+
+
+def test_one_row_needs_no_object_of_its_own(tmp_path: Path, gate: Gate) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Gated(str(gate.path)), batch_size=1) as stand:
+            gate.shut()
+            rows = post_rows(stand, 1, id="rows")
+            assert rows.stage == SUBMITTED and not rows._rows and stand.lane.in_flight_count == 1
+            await stand.until(lambda: rows.began_at() > 0)
+            gate.open()
+            await stand.until(lambda: "rows" in stand.answers)
+            assert (rows.stage, stand.lane.in_flight_count) == (OVER, 0)
+            assert bytes(stand.answers["rows"].body) == b"[1, 4]"
+            assert stand.metrics.request_totals("m", "1.0")[0]["count"] == 1
+
+    run(test())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_of_rows_only_the_total_is_timed(tmp_path: Path, count: int) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Identity(), config=Config(server_timing=True)) as stand:
+            post_rows(stand, count, id="rows")
+            await stand.until(lambda: "rows" in stand.answers)
+            assert re.fullmatch(r"total;dur=[0-9.]+", stand.answers["rows"].headers["Server-Timing"])
+
+    run(test())
+
+
+def test_requests_of_one_row_and_of_more_share_a_batch(tmp_path: Path, gate: Gate) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Gated(str(gate.path)), batch_size=8) as stand:
+            gate.shut()
+            runs = gate.runs
+            stand.post(1.0, id="first")
+            await stand.until(lambda: gate.runs > runs)
+            counts = {"a": 1, "b": 2, "c": 1, "d": 1}
+            for id, count in counts.items():
+                post_rows(stand, count, id=id)
+            plain = stand.post(2.0, id="plain")
+            gate.open()
+            await stand.until(lambda: len(stand.answers) == 6)
+            assert stand.lane.stats()["batches"] == 2 and plain.answered
+            assert {id: bytes(stand.answers[id].body) for id in counts} == {
+                id: f"[{count}, 4]".encode() for id, count in counts.items()
+            }
+
+    run(test())
+
+
+@COUNTS
+def test_rows_over_the_models_own_limits(tmp_path: Path, gate: Gate, count: int) -> None:
+    """What waits too long is 503, what runs too long 504, and only rows that were the reason are told."""
+
+    async def test() -> None:
+        async with standing(tmp_path, Gated(str(gate.path)), batch_size=1, response_timeout_s=1) as stand:
+            gate.shut()
+            runs = gate.runs
+            post_rows(stand, 1, id="running")
+            await stand.until(lambda: gate.runs > runs)
+            stand.lane.settings.client_timeout_ms = 50
+            post_rows(stand, count, id="waiting")
+            await stand.until(lambda: len(stand.answers) == 2)
+            running, waiting = error(stand.answers["running"]), error(stand.answers["waiting"])
+            assert (running["code"], running["detail"]["reason"]) == (504, "response_timeout")
+            assert (waiting["code"], waiting["detail"]["reason"]) == (503, "expired")
+            assert ("row" in waiting["detail"], "row" in running["detail"]) == (count > 1, False)
+            gate.open()
+
+    run(test())
+
+
+def test_a_row_that_finds_the_ring_full_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyserve.lanes.engine_lane.RING_CAPACITY_MIN", 8)
+
+    async def test() -> None:
+        async with standing(tmp_path, Identity(), queue_size=2) as stand:
+            count = 4 * stand.lane.core.capacity
+            stand.lane.settings.queue_size = 10 * count
+            for index in range(count):  # nobody is woken before the loop turns
+                post_rows(stand, 1, id=f"r{index}")
+            await stand.until(lambda: len(stand.answers) == count)
+            refused = [answer for answer in stand.answers.values() if answer.status != 200]
+            assert 0 < len(refused) < count and stand.lane.in_flight_count == 0
+            assert all(error(each)["detail"]["reason"] == "queue full" for each in refused)
 
     run(test())
 
