@@ -117,7 +117,7 @@ def _direct(run: Run) -> dict[str, float]:
 
 
 def memory(run: Run) -> Result:
-    """RSS of all server processes after load, with 1 and with 4 workers, each in a server of its own."""
+    """RSS of all server processes after load, with 1 and with 4 workers, each in its own server."""
     numbers: dict[str, list[float]] = {"1": [], "4": []}
     for _ in range(run.options.rounds):
         for workers in ("1", "4"):

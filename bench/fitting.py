@@ -1,4 +1,4 @@
-"""A last layer that tells some pictures apart, for networks whose weights are random.
+"""A last layer that distinguishes some pictures, for networks whose weights are random.
 
 With a random last layer classes lie so close together that the first of them says nothing about a network's
 precision. A trained network has margins; so has one whose last layer is fitted, which costs the same to run.

@@ -1,4 +1,4 @@
-"""Starts servers for a measurement, each on free ports with folders of its own, and stops them again."""
+"""Starts servers for a measurement, each on free ports with their own folders, and stops them again."""
 
 from __future__ import annotations
 

@@ -354,7 +354,7 @@ class BaseHandler:
         if not self._warned_not_finite:
             self._warned_not_finite = True
             name = self.context.model_name if self.context is not None else "?"
-            log.warning("model %s answered with %d NaN or infinite numbers, sent as null (said once)", name, count)
+            log.warning("model %s answered with %d NaN or infinite numbers, sent as null (reported once)", name, count)
 
 
 def _total(output: torch.Tensor, values: list[Any]) -> float:

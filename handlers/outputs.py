@@ -122,7 +122,7 @@ def row_count(parts: list[Leaf]) -> int:
         told = ", ".join(f"{leaf.called()} has {count}" for count, leaf in counts.items())
         raise HandlerError(f"every output of the model must have one entry per item, but {told}")
     if not counts:
-        raise HandlerError("the model answered with no tensor at all, so that no item's part can be told")
+        raise HandlerError("the model answered with no tensor at all, so no item's part can be identified")
     return next(iter(counts))
 
 

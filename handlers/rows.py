@@ -1,4 +1,4 @@
-"""One request's input, and what is said about it when it cannot be used."""
+"""One request's input, and how an unusable one is described."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds a model without filling its parameters with random numbers, and knows whether anybody could tell.
+"""Builds a model without filling its parameters with random numbers, and knows whether that could be noticed.
 
 Memory is *stale* while it may hold other numbers than a plain build would have put there: what a skipped fill left,
 what was drawn from torch's generator (whose stream skipping moves), and everything computed from such numbers. Filling

@@ -163,7 +163,7 @@ class TensorSpec:
     def _size_error(self, body: bytes | bytearray | memoryview, free: int) -> str:
         if free > 1:
             wanted = f"{self}, which has {free} free dimensions"
-            return f"{self._called()}raw bytes do not tell the sizes of {wanted}; send JSON"
+            return f"{self._called()}raw bytes do not give the sizes of {wanted}; send JSON"
         per = f"{self.fixed_size} bytes" if free == 0 else f"a multiple of {self.fixed_size} bytes"
         start = bytes(body[:64]).lstrip()
         fix = ""

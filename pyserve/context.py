@@ -149,7 +149,7 @@ class Context:
 
     @property
     def cancelled(self) -> bool:
-        """Whether every client of the batch has gone: nobody will see what is computed now."""
+        """Whether every client of the batch has disconnected: nobody will see what is computed now."""
         return self.cl_socket is not None and self.cl_socket.is_cancelled()
 
     def is_cancelled(self, idx: int = 0) -> bool:

@@ -73,7 +73,7 @@ class Engine:
         return lane
 
     def share_cpus(self, lane: _core.Lane | _core.ProcessLane, workers_count: int) -> None:
-        """Tells how many workers ``lane`` is to have on the CPU, and gives every worker its share of the threads."""
+        """Sets how many workers ``lane`` is to have on the CPU, and gives every worker its share of the threads."""
         self._lanes[lane] = workers_count
         for each in self._lanes:
             each.set_intra_op_threads(self.intra_op_threads)

@@ -206,7 +206,7 @@ class DeadlineError(ServerError):
 
 
 class CleanupTimeoutError(ServerError):
-    """The model is not gone after ``unregister_model_timeout``; it goes on draining."""
+    """The model is not gone after ``unregister_model_timeout``; it continues to drain."""
 
     status = 408
     type = "RequestTimeoutException"
@@ -237,7 +237,7 @@ _ALLOCATION = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memo
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether memory ran out, of the machine or of a GPU; told by type, not by words such as CUDA."""
+    """Whether memory ran out, of the machine or of a GPU; recognised by type, not by words such as CUDA."""
     if isinstance(error, MemoryError):
         return True
     torch = sys.modules.get("torch")

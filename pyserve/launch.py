@@ -155,7 +155,7 @@ def describe_exit(code: int) -> str:
 
 
 class Reporter:
-    """Writes reports. A reader that is gone is no error: whoever asked may have left."""
+    """Writes reports. A reader that is gone is no error: the command may have been interrupted."""
 
     def __init__(self, fd: int):
         self._fd = fd

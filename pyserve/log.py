@@ -148,7 +148,7 @@ class LossyHandler(logging.Handler):
             self._reported_at = self.clock()
 
     def write_lines(self, text: str) -> None:
-        """Complete lines that somebody else has made."""
+        """Complete lines that were made elsewhere."""
         self.acquire()
         try:
             while text:

@@ -152,7 +152,7 @@ def _example_outputs(network: Network) -> list[JsonObject]:
 
 
 def statistics(models: list[Model], metrics: Metrics) -> JsonObject:
-    """What the statistics extension tells of each of ``models``."""
+    """What the statistics extension reports for each of ``models``."""
     return {"model_stats": [_model_statistics(model, metrics) for model in models]}
 
 

@@ -24,7 +24,7 @@ _ERRORS = {
     403: "Refused.",
     404: "There is no such model or version.",
     405: "This listener does not do that.",
-    408: "It is not gone yet; it goes on.",
+    408: "It is still draining, and continues to.",
     409: "This version of the model is registered already, or another call is changing it.",
     413: "The body or the form is too large; the message names the limit.",
     415: "The body is of a kind that is not taken.",
@@ -131,9 +131,9 @@ def _of_v2_model(prefix: str, model: str) -> tuple[Operation, ...]:
 _V2 = (
     Operation("get", "/v2", "kserve_v2_server", "Names the server; KServe's protocol, version 2.",
               {200: ("Its metadata.", JSON, schemas.SERVER)}, is_open=True),
-    Operation("get", "/v2/health/live", "kserve_v2_live", "Tells that the server runs.",
+    Operation("get", "/v2/health/live", "kserve_v2_live", "Whether the server runs.",
               {200: ("It does.", JSON, record(live=FLAG))}, is_open=True),
-    Operation("get", "/v2/health/ready", "kserve_v2_ready", "Tells whether every model can answer.",
+    Operation("get", "/v2/health/ready", "kserve_v2_ready", "Whether every model can answer.",
               {200: ("It can.", JSON, record(ready=FLAG)), 503: _READY[503]}, is_open=True),
     Operation("get", "/v2/models/stats", "kserve_v2_stats", "Counts and times of all models' inferences.",
               {200: ("Their statistics.", JSON, schemas.V2_STATISTICS)}, (401,)),
@@ -142,9 +142,9 @@ _V2 = (
 )  # fmt: skip
 _INFERENCE = (
     *_ABOUT_THE_API,
-    Operation("get", "/ping", "ping", "Tells the health of the server.", _HEALTH, is_open=True),
-    Operation("get", "/ready", "ready", "Tells whether every model can answer.", _READY, is_open=True),
-    Operation("get", "/live", "live", "Tells that the server runs.", _LIVE, is_open=True),
+    Operation("get", "/ping", "ping", "The health of the server.", _HEALTH, is_open=True),
+    Operation("get", "/ready", "ready", "Whether every model can answer.", _READY, is_open=True),
+    Operation("get", "/live", "live", "Whether the server runs.", _LIVE, is_open=True),
     _prediction("/predictions/{model_name}", "predictions", "Predicts with the default version."),
     _prediction("/predictions/{model_name}/{model_version}", "version_predictions", "Predicts with that version."),
     _prediction("/predictions/{model_name}/{model_version}/{rest}", "path_predictions",
@@ -301,7 +301,7 @@ def _answers(operation: Operation) -> JsonObject:
         headers = schemas.LATER_HEADERS if status == 503 else schemas.ANSWER_HEADERS
         answers.setdefault(str(status), _answer(_ERRORS[status], JSON, error, headers))
     if operation.may_set_status:
-        about = f"What the handler says with a status of its own. {_HTTP_ERRORS}"
+        about = f"What the handler answers with its own status. {_HTTP_ERRORS}"
         answers["default"] = _answer(about, _UNSAID, ANYTHING, schemas.ANSWER_HEADERS)
     else:
         answers["default"] = _answer(_HTTP_ERRORS, JSON, reference("Error"), schemas.ANSWER_HEADERS)

@@ -89,5 +89,5 @@ def unmet_requirements(text: str) -> list[Difference]:
 
 
 def _minor(text: str) -> list[str]:
-    """What usually tells whether code goes on working: ``["2", "11"]`` of ``2.11.0+cpu``."""
+    """The part of a version that usually decides whether code still works: ``["2", "11"]`` of ``2.11.0+cpu``."""
     return text.partition("+")[0].split(".")[:2]

@@ -23,7 +23,7 @@ from pyserve.archive.zip_reader import ZipReader
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Tells one content of a file from another without reading it. Times in ns."""
+    """Distinguishes one content of a file from another without reading it. Times in ns."""
 
     device: int
     inode: int

@@ -221,7 +221,7 @@ class _Watch:
 
 
 def _end(child: launch.Child) -> None:
-    """Whatever the handler has started goes with it."""
+    """Processes that the handler started end with it."""
     try:
         os.killpg(child.popen.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -160,7 +160,7 @@ class Examination:
         self._find("load", f"cannot be loaded: {what}", where, str(detail.get("fix", "")))
 
     def _find_breakpoint(self, *_: Any, **__: Any) -> None:
-        """In place of a debugger, which would find no terminal here; the handler goes on."""
+        """In place of a debugger, which would find no terminal here; the handler continues."""
         frame = sys._getframe(1)
         name = os.path.relpath(os.path.realpath(frame.f_code.co_filename), os.path.realpath(self._spec.model_dir))
         self._find("breakpoint", "calls breakpoint(): a worker process has no terminal, and the call fails",

@@ -22,10 +22,10 @@ COMMANDS = {
     "start": "start a server, in the background unless --foreground",
     "stop": "drain the running server and stop it",
     "status": "say whether a server is running and how its models are",
-    "deploy": "put a new version of a model in the place of the one that is served, without a gap",
+    "deploy": "replace the served version of a model without downtime",
     "archive": "pack a model into an archive",
     "inspect": "show what is in an archive",
-    "dev": "serve a folder, and take on its handler's code whenever it is saved",
+    "dev": "serve a folder, and reload its handler's code whenever it is saved",
     "debug": "call a model's handler in this terminal, so that breakpoint() works",
     "check": "try a model for what would fail once it is served",
     "tune": "measure an archive's model at many settings, and write down the best",
@@ -267,7 +267,7 @@ def _start(parsed: argparse.Namespace) -> int:
 
 
 def configured(parsed: argparse.Namespace) -> Config:
-    """The configuration of a command that starts a server; what is wrong with it is told on stderr.
+    """The configuration of a command that starts a server; what is wrong with it goes to stderr.
 
     Raises:
         ConfigError: it cannot be used.

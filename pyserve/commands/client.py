@@ -27,7 +27,7 @@ class ApiAnswer(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What an error says, in one line: its message, and the cause if it is told."""
+        """What an error says, in one line: its message, and the cause if the answer has one."""
         if not isinstance(self.json, dict):
             return f"{self.status} {self.reason}".rstrip()
         detail = self.json.get("detail")

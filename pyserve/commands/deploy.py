@@ -1,4 +1,4 @@
-"""``pyserve deploy``: puts a new version of a model in the place of the one that is served, without a gap.
+"""``pyserve deploy``: replaces the served version of a model without downtime.
 
     copy it into the model store -> register it (it loads and warms up) -> try a sample -> make it the default
     -> drain and remove the old one

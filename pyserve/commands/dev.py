@@ -1,4 +1,4 @@
-"""``pyserve dev``: serves a folder in the foreground, and takes on its handler's code whenever it is saved.
+"""``pyserve dev``: serves a folder in the foreground, and reloads its handler's code whenever it is saved.
 
 It is the server of ``pyserve start``, told to watch. A folder without a manifest is served with one that is made up
 for it; nothing is written into the folder.
@@ -24,7 +24,7 @@ COMMAND = "pyserve dev"
 
 def add_dev_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``pyserve dev`` that ``pyserve start`` has not."""
-    parser.add_argument("folder", type=Path, help="a model: handler.py, its weights and whatever else it needs")
+    parser.add_argument("folder", type=Path, help="a model: handler.py, its weights and anything else it needs")
     parser.add_argument("--name", metavar="NAME", help="to serve it under; default: the manifest's, or the folder's")
 
 
@@ -60,7 +60,7 @@ def dev_command(folder: Path, overrides: Mapping[str, tuple[str, str]], parsed: 
 
 
 def open_folder(folder: Path) -> Manifest:
-    """The manifest of a folder; one is made up, and said, if there is none.
+    """The manifest of a folder; one is made up, and printed, if there is none.
 
     Raises:
         ModelNotFoundError: there is no such folder.

@@ -67,7 +67,7 @@ def add_example_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def example_command(args: argparse.Namespace) -> int:
-    """Run ``pyserve example`` and return its exit code; prints the path written and how to go on."""
+    """Run ``pyserve example`` and return its exit code; prints the path written and what to run next."""
     if args.name == "picture":
         picture = (args.export_path or Path()) / PICTURE_NAME
         if picture.exists() and not args.force:

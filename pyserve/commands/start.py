@@ -51,7 +51,7 @@ class LogFile:
 
     @classmethod
     def stdout(cls) -> LogFile:
-        """Our own standard output, which whoever started us reads."""
+        """Our own standard output, which the process that started us reads."""
         return cls(None, os.dup(1), 0)
 
     def tail(self) -> list[str]:
@@ -155,7 +155,7 @@ def _report_ready(event: JsonObject, config: Config, supervisor: subprocess.Pope
 
 
 def _print_outcome(event: JsonObject, config: Config) -> bool:
-    """Print the table. Returns whether the server goes on; under ``strict`` it does not with a failed model."""
+    """Print the table. Returns whether the server stays; under ``strict`` it does not with a failed model."""
     for kind, text in event.get("notes", []):
         console.warn([text], kind=kind)
     failed = [str(row.get("model")) for row in event.get("models", []) if row.get("state") == "FAILED"]

@@ -91,7 +91,7 @@ class Address:
 
 
 def port_owner(port: int) -> str:
-    """``"nginx (pid 812)"`` for the process listening on TCP ``port``; ``""`` if /proc does not tell."""
+    """``"nginx (pid 812)"`` for the process listening on TCP ``port``; ``""`` if it cannot be found out."""
     inodes = _listening_inodes(port)
     if not inodes:
         return ""

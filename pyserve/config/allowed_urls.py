@@ -108,7 +108,7 @@ def _alternatives(text: str) -> Iterator[str]:
 
 
 def _top_level(text: str, *, into_groups: bool = False) -> Iterator[tuple[int, str]]:
-    """Places and characters of a pattern outside of escapes, classes and, unless told, groups.
+    """Places and characters of a pattern outside of escapes, classes and, by default, groups.
 
     An escaped slash counts as a slash, as some write it.
     """

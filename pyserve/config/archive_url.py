@@ -192,7 +192,7 @@ def _normal_path(path: str) -> str:
 def _host_and_port(authority: str, port_default: int) -> tuple[str, int]:
     match = re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]*))?", authority)
     if match is None:
-        raise UrlError("has no host and port that can be told apart", is_refused=True)
+        raise UrlError("has no host and port that can be separated", is_refused=True)
     host, digits = match[1].lower(), match[2] or ""
     port = int(digits) if digits and len(digits) <= 5 else 0 if digits else port_default
     if not 1 <= port <= 65_535:

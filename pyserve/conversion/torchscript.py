@@ -155,7 +155,7 @@ def needs_tracing(archive: Archive) -> bool:
 
 
 def runs_in_python(archive: Archive) -> bool:
-    """Whether the archive's handler, as far as can be told without torch, is one for worker processes."""
+    """Whether the archive's handler, as far as can be seen without torch, is one for worker processes."""
     name, colon, _ = archive.manifest.handler.rpartition("/")[2].partition(":")
     name = name.removesuffix(".py")
     brings_code = f"{name}.py" in archive.files and archive.config.raw.get("isolation") != "thread"

@@ -33,7 +33,7 @@ def open_store(scheme: str) -> Any:
 
 
 def fetch_object(url: ArchiveUrl, transfer: Transfer) -> None:
-    """Fills ``transfer`` with an object. Blocks; a transfer that is told to end does so between two reads.
+    """Fills ``transfer`` with an object. Blocks; a transfer that is asked to end does so between two reads.
 
     Raises:
         TransferError: it could not be fetched as a whole.

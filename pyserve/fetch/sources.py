@@ -196,7 +196,7 @@ class ArchiveSources:
         try:
             return await done
         except asyncio.CancelledError:
-            abort.fire("nobody waits for it any more")
+            abort.fire("no client waits for it any more")
             raise
         finally:
             self._aborts.discard(abort)

@@ -38,7 +38,7 @@ class TransferLimits:
 
 
 class TransferError(Exception):
-    """It failed; the text is a sentence without its end, fit for whoever asked.
+    """It failed; the text is a sentence without its end, fit for the client.
 
     Attributes:
         fix: what would help; may be empty.
@@ -78,7 +78,7 @@ class Abort:
             self._shut()
 
     def remove_partial(self) -> None:
-        """For whoever waits no longer. The transfer cannot commit any more: it was told to end."""
+        """For a client that no longer waits. The transfer cannot commit any more: it was asked to end."""
         if self.partial is not None:
             self.partial.unlink(missing_ok=True)
 
@@ -150,7 +150,7 @@ class Transfer:
             self._window_end, self._window_size = now + self.limits.window_s, 0
 
     def check(self) -> None:
-        """Raises TransferError when the transfer was told to end."""
+        """Raises TransferError when the transfer was asked to end."""
         if self.abort.reason:
             raise TransferError(self.abort.reason)
 

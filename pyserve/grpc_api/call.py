@@ -87,7 +87,7 @@ class Call:
 
 
 class Prediction:
-    """A request on its way through a model, to be waited for. Whoever waits no more has hung up."""
+    """A request on its way through a model, to be waited for. A client that no longer waits has hung up."""
 
     def __init__(self, request: Request, size_max: int):
         """``size_max`` is that of an answer whose parts are joined, in bytes."""

@@ -83,7 +83,7 @@ class GrpcSite:
     async def open(
         self, services: Services, registry: Registry, inference: Inference, budget: BodyBudget, access: AccessLog
     ) -> None:
-        """Begins to answer; ``access`` is told of each call."""
+        """Begins to answer; each call is reported to ``access``."""
         if self._server is None:
             return
         from pyserve.grpc_api.service import Dispatcher
@@ -140,7 +140,7 @@ class GrpcSite:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """Sets what gRPC reads when it begins, unless somebody has."""
+    """Sets what gRPC reads when it begins, unless it is set already."""
     mine = {name: value for name, value in _VARIABLES.items() if name not in os.environ}
     os.environ.update(mine)
     try:

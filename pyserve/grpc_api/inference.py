@@ -144,7 +144,7 @@ class InferenceService:
         return prediction
 
     def _sequence_headers(self, message: Any) -> Headers:
-        """What tells the lane about the sequence; nothing if the request says nothing about one."""
+        """What the lane has to know about the sequence; nothing if the request says nothing about one."""
         starts = message.input[self._start_key].strip().lower() if self._start_key in message.input else b""
         is_start = starts not in (b"", b"false", b"0")
         id = message.sequence_id

@@ -212,7 +212,7 @@ class OpenInferenceService:
         return prediction
 
     def _sequence_headers(self, asked: Any) -> Headers:
-        """What tells the lane about the sequence that the parameters name, as Triton's clients have it."""
+        """What the lane has to know about the sequence that the parameters name, as Triton's clients have it."""
         parameters = _values_of(asked.parameters)
         id = sequence_id(parameters)
         if not id:

@@ -180,12 +180,12 @@ class Dispatcher:
     # --- after ----------------------------------------------------------------------------------------------------
 
     async def _fix(self, call: Call, size: int) -> None:
-        """Tells those whose client refuses the answer what to do."""
+        """Says what to do to users whose client refuses the answer."""
         text = (f"the answer has {size} bytes; many clients take {CLIENT_SIZE_DEFAULT} unless they are made with the "
                 "channel option grpc.max_receive_message_length")  # fmt: skip
         if call.path not in self._has_hinted:
             self._has_hinted.add(call.path)
-            log.info("%s, request %s: %s. Said once", call.path, call.id, text, extra=about(request_id=call.id))
+            log.info("%s, request %s: %s. Reported once", call.path, call.id, text, extra=about(request_id=call.id))
         await call.context.send_initial_metadata(((FIX_KEY, text),))
 
     def begin(self, size: int) -> None:
@@ -253,7 +253,7 @@ class _Observed:
         return remaining_s is not None and remaining_s <= 0
 
     def _observe(self, status: int, code: grpc.StatusCode) -> None:
-        """Before the client knows: whoever has an answer finds it counted."""
+        """Before the client knows: a client that has an answer finds it counted."""
         if not self._is_observed:
             self._is_observed = True
             self._dispatcher.observe(self._call, status, code)

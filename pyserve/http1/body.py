@@ -56,7 +56,7 @@ class SizedBody:
         return end
 
     def place(self) -> memoryview:
-        """Where the rest belongs; whoever fills some of it calls ``took``."""
+        """Where the rest belongs; a caller that fills some of it calls ``took``."""
         return memoryview(self.content)[self.size :]
 
     def took(self, size: int) -> None:

@@ -80,7 +80,7 @@ class Incoming:
         return body.announced - body.size if isinstance(body, SizedBody) and self.refusal is None else 0
 
     def place(self) -> memoryview:
-        """Where these bytes belong; whoever fills some of it calls ``took``."""
+        """Where these bytes belong; a caller that fills some of it calls ``took``."""
         assert isinstance(self.body, SizedBody)
         return self.body.place()
 

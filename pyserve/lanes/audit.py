@@ -108,7 +108,7 @@ class AuditLane(PythonLane):
 
 
 def _no_answer_reason(response: Response) -> str:
-    """What became of the process, if that is what the answer tells; ``""`` for one of the model's code."""
+    """What became of the process, if that is what the answer reports; ``""`` for one of the model's code."""
     error = response.error
     if error is None:
         return ""

@@ -1,4 +1,4 @@
-"""What a handler says of itself: a request of its own kind, which a worker answers alone. Loop thread only."""
+"""How a handler describes itself: a request of its own kind, which a worker answers alone. Loop thread only."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ class Lane:
         return len(self.in_flight)
 
     def refusal(self, reason: str) -> OverloadedError:
-        """Why a request is not admitted: TorchServe's one message, and a ``detail`` that tells the causes apart."""
+        """Why a request is not admitted: TorchServe's one message, and a ``detail`` that distinguishes the causes."""
         return no_worker_error(self.name, {"reason": reason})
 
     # --- the end of a request -------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class Lane:
             exchange.respond(response)
 
     def answer_error(self, pending: Pending, error: ServeError) -> None:
-        """As `answer`, with what the client is told of ``error``."""
+        """As `answer`, with what the client may see of ``error``."""
         if type(error) is OverloadedError and pending.url_version != "default":
             error = OverloadedError(
                 error.message.replace(*no_worker_subjects(self.name, pending.url_version)),

@@ -48,7 +48,7 @@ class Network:
         return self.run_on(self.torch_model, inputs)
 
     def run_on(self, torch_model: Any, inputs: Sequence[torch.Tensor]) -> Any:
-        """As `run`, by a model of one's own."""
+        """As `run`, by another model."""
         return self.output(_on_host(torch_model.run(self.on_device(inputs))))
 
     def on_device(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -119,7 +119,7 @@ class Pending:
         return max(0.0, (self.client_deadline - time.monotonic_ns()) / 1e9) if self.client_deadline else None
 
     def client_limit_ms(self) -> int:
-        """What the client said; 0 if nothing."""
+        """What the client asked for; 0 if nothing."""
         return (self.client_deadline - self.arrived_at) // 1_000_000 if self.client_deadline else 0
 
     def age_s(self) -> float:

@@ -97,7 +97,7 @@ class PythonLane(EngineLane):
 
     @property
     def running_max(self) -> int:
-        """No limit: how many processes share the CPUs is for whoever asked for as many workers to say."""
+        """No limit: how many processes share the CPUs is up to the operator who asked for as many workers."""
         return _NO_LIMIT
 
     def set_workers(self, count: int) -> None:
@@ -138,7 +138,7 @@ class PythonLane(EngineLane):
         self.core.join()
 
     def look_after_workers(self, now: int) -> bool:
-        """Ends handler calls that go on past the limit, also those whose requests nobody waits for any more."""
+        """Ends handler calls that run past the limit, also those whose requests nobody waits for any more."""
         limit_ns = self.settings.response_timeout_s * 1_000_000_000
         grace_ns = int(INTERRUPT_GRACE_S * 1e9)
         for row in self.core.workers():
@@ -197,7 +197,7 @@ class PythonLane(EngineLane):
         elif kind == "reloaded":
             log.info("%s: reloaded %s", self.label, event.get("text", "its handler"))
         elif kind == "reload_failed":
-            log.error("%s: the new code has an error, the old goes on: %s", self.label, event.get("text", ""))
+            log.error("%s: reload failed, keeping the previous code: %s", self.label, event.get("text", ""))
 
     # --- the way in -----------------------------------------------------------------------------------------------
 
@@ -301,7 +301,7 @@ def _response(status: int, head: bytes, body: Any) -> Response:
 
 
 def _handler_error(body: Any) -> ServeError:
-    """The error a worker tells, taken for what it is: something that a handler may have made up."""
+    """The error a worker reports, taken for what it is: something that a handler may have made up."""
     error = HandlerError("Prediction failed")
     try:
         told = json.loads(bytes(body))

@@ -19,7 +19,7 @@ _OPENING, _CLOSING = b"[]"
 
 
 class RawHandler(Protocol):
-    """What a handler has to tell; `handlers.tensor.TensorHandler` does."""
+    """What a handler has to provide; `handlers.tensor.TensorHandler` does."""
 
     @property
     def raw_item_size(self) -> int: ...

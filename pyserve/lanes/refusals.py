@@ -1,4 +1,4 @@
-"""What a lane says when it cannot serve: TorchServe's texts, each for several causes that ``detail`` tells apart."""
+"""What a lane says when it cannot serve: TorchServe's texts, each for several causes that ``detail`` distinguishes."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class RestartPolicy:
         self._open_until = 0.0
 
     def reset(self) -> None:
-        """Somebody has asked for workers: what was is forgotten."""
+        """Workers were asked for: earlier failures are forgotten."""
         self._deaths = self._load_failures = 0
         self._restarts.clear()
         self._open_until = 0.0

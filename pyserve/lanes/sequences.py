@@ -261,7 +261,7 @@ class SequenceLane(Lane):
         self._start_looking()
 
     def _why_ended(self, pending: Pending) -> ServeError | None:
-        """The error of a request that goes on with a sequence that is no more."""
+        """The error of a request that continues a sequence that has ended."""
         id_key, start_key, _ = self.spec.header_keys
         request = pending.exchange.request
         sequence = self._sequences.get(request.header(id_key))
@@ -352,13 +352,13 @@ class SequenceLane(Lane):
             self._look_after(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
-        """Its worker is told to stop: it finishes what runs, and no more."""
+        """Its worker is asked to stop: it finishes what runs, and no more."""
         running, sequence.running = sequence.running, None
         self._runs_in.pop(running, None)  # type: ignore[arg-type]
         self._lose(sequence, "its worker was stopped")
 
     def _lose(self, sequence: Sequence, why: str) -> None:
-        """What its worker knew of it is lost: its requests cannot go on with it."""
+        """What its worker knew of it is lost: its requests cannot continue it."""
         log.warning("%s: sequence %s is lost: %s", self.label, sequence.id, why)
         error = worker_died_error(_told(sequence, f"sequence {sequence.id} is lost: {why}"))
         self._forget_sequence(sequence)

@@ -159,7 +159,7 @@ class _Zygote:
 
     def _send(self, message: bytes, descriptors: list[int]) -> None:
         if len(message) > MESSAGE_SIZE_MAX // 32:
-            raise ModelLoadError("model-config.yaml and the manifest are too large for a worker process to be told")
+            raise ModelLoadError("model-config.yaml and the manifest are too large to be passed to a worker process")
         try:
             socket.send_fds(self._socket, [message], descriptors)
         except OSError as error:

@@ -21,7 +21,7 @@ TEXT_SIZE_MAX = 64 << 10
 
 
 class WorkerLoadError(ModelLoadError):
-    """A worker process did not come to serve.
+    """A worker process failed before it was ready.
 
     Attributes:
         repeats: whether the same error would come again.
@@ -121,7 +121,7 @@ class WorkerHandle:
         self._finish()
 
     def zygote_is_gone(self) -> None:
-        """Nobody will tell how it ended; it ends with the zygote."""
+        """Nobody will report how it ended; it ends with the zygote."""
         self._ending = self._ending or "ended with its zygote"
         self._finish()
 

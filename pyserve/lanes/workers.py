@@ -251,7 +251,7 @@ class PythonWorkers:
             self._changed.set()
 
     async def _live(self, slot: Slot) -> None:
-        """One process from its start to its end; tells the policy how it went."""
+        """One process from its start to its end; reports to the policy how it went."""
         slot.state, slot.started_at = STARTING, datetime.now()
         slot.kill_reason, slot.interrupted_batch = "", -1
         self._changed.set()

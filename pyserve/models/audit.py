@@ -199,7 +199,7 @@ class Audit:
         except ServeError as error:
             failure = error.reason()
         if failure:
-            log.error("%s: the audit has no process, requests go on unaudited: %s", self._label, failure)
+            log.error("%s: the audit has no process, requests continue unaudited: %s", self._label, failure)
             return None
         self._no_start_until = 0.0
         return lane

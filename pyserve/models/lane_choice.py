@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Wish:
-    """A model that wants a lane.
+    """Everything needed to open a model's lane.
 
     Attributes:
         handler_name: in place of the manifest's; None for that one.

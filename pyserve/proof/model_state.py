@@ -153,7 +153,7 @@ class KeptRandomness:
         self._python = random.getstate()
 
     def restore(self) -> None:
-        """Makes them go on from there."""
+        """Makes them continue from there."""
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)

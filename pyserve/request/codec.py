@@ -23,8 +23,8 @@ from pyserve.request.json_body import NAME_SHOWN_MAX, NotJsonError, parse_json
 log = logging.getLogger(__name__)
 
 NAN_WARNING = (
-    "a result holds NaN or an infinity, for which JSON has no word; it is answered as null. Said once; compat=strict "
-    "answers NaN as TorchServe does"
+    "a result holds NaN or an infinity, which JSON cannot express; it is answered as null. Reported once; "
+    "compat=strict answers NaN as TorchServe does"
 )
 # Flag of a request whose body is fields' values and whose query their sizes, see `split_fields`.
 FIELDS = 2

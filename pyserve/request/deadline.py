@@ -1,4 +1,4 @@
-"""A client's own limit: how long it is going to wait for its answer, told in the ``x-request-timeout-ms`` header.
+"""A client's own limit: how long it is going to wait for its answer, from the ``x-request-timeout-ms`` header.
 
 Counted from the arrival of the request's last byte. It holds beside the model's limits; the shorter one counts. A
 request that is still queued then never runs, and one that runs is answered while its batch goes on.

@@ -99,7 +99,7 @@ class Request:
         return tuple(self.path.rstrip("/").split("/")[1:])
 
     def add_headers(self, extra: ExtraHeaders) -> None:
-        """Adds what the server has to tell the handler. Nothing is joined before somebody looks."""
+        """Adds what the handler has to know. Nothing is joined before it is read."""
         if extra.pairs:
             self._extra = extra if self._extra is None else ExtraHeaders(*self._extra.pairs, *extra.pairs)
 
@@ -222,7 +222,7 @@ class ErrorFormat:
         return self.response(error, request.id, is_v2=request.path == "/v2" or request.path.startswith("/v2/"))
 
     def response(self, error: ServeError, request_id: str, *, is_v2: bool = False) -> Response:
-        """The answer to a failed request. ``detail`` tells its id too, so that the log can be searched for it."""
+        """The answer to a failed request. ``detail`` has its id too, so that the log can be searched for it."""
         body = error.body()
         if is_v2:
             body["error"] = error.message
@@ -234,7 +234,7 @@ class ErrorFormat:
         return response
 
     def detail(self, error: ServeError, request_id: str) -> JsonObject:
-        """What may be told of ``error`` beside its message; ``{}`` without ``with_detail``."""
+        """What may be shown of ``error`` beside its message; ``{}`` without ``with_detail``."""
         if not self.with_detail:
             return {}
         hidden: frozenset[str] = frozenset()

@@ -1,4 +1,4 @@
-"""Where a request's time went: when each of its stages began and ended, told in ``Server-Timing`` and in spans.
+"""Where a request's time went: when each of its stages began and ended, for ``Server-Timing`` and spans.
 
 Kept only for requests that ask for it, with ``x-server-timing: 1``, or when the configuration does so for all.
 

@@ -1,4 +1,4 @@
-"""Certificates and keys that somebody else renews: a server takes them on while it runs."""
+"""Reloads certificates and keys when their files change."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def examine(config: Config) -> tuple[str, str]:
 
 
 def restore(config: Config) -> None:
-    """Makes the certificate of `prepare` again if somebody who clears away temporary files took it.
+    """Makes the certificate of `prepare` again if it was removed with other temporary files.
 
     Raises:
         ConfigError: it cannot be made.

@@ -312,7 +312,7 @@ class Tokens:
 
 
 def notes_of(config: Config, tokens: Tokens | None) -> list[tuple[str, str]]:
-    """What the user should know at start: (``warning`` or ``note``, one line). Tells no key."""
+    """What the user should know at start: (``warning`` or ``note``, one line). Shows no key."""
     notes = []
     if tokens is not None:
         scopes = " and ".join(tokens.guarded)

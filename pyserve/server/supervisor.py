@@ -42,7 +42,7 @@ BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 10.0
 HEALTHY_AFTER_S = 60.0
 FIRST_START_ATTEMPTS_MAX = 3
-"""A server that has never served is not restarted without end: whoever started it is waiting for an answer."""
+"""A server that has never served is not restarted endlessly: the command that started it waits for an answer."""
 
 DRAIN_GRACE_S = 5.0
 SECOND_STOP_S = 2.0
@@ -358,7 +358,7 @@ def supervise(
 
 
 def _with_notes(event: JsonObject, notes: list[tuple[str, str]]) -> JsonObject:
-    """Told together with the table, which is what people read."""
+    """Reported together with the table, which is what people read."""
     return {**event, "notes": [*notes, *event.get("notes", [])]} if event["event"] == "ready" else event
 
 

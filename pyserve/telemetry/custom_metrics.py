@@ -278,7 +278,7 @@ class MetricsCache:
 
 
 class MetricsReport:
-    """Tells the server what a worker's metrics have come to, ten times a second at most.
+    """Sends the server what a worker's metrics have come to, ten times a second at most.
 
     Args:
         send: called with what `MetricsCache.drain` gave.

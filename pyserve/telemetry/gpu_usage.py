@@ -1,4 +1,4 @@
-"""What the GPUs are doing, in TorchServe's words, as ``nvidia-smi`` tells it. Loop thread only."""
+"""What the GPUs are doing, in TorchServe's words, as ``nvidia-smi`` reports it. Loop thread only."""
 
 from __future__ import annotations
 

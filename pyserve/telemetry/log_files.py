@@ -79,7 +79,7 @@ class RotatingFile:
             self._size += count
 
     def close(self) -> None:
-        """Waits, too, for what has been rotated to be compressed, but not for long: the next server goes on with it."""
+        """Waits briefly for rotated files to be compressed, too; the next server continues with them."""
         self.let_go()
         if self._compressing is not None:
             self._compressing.join(CLOSE_TIMEOUT_S)

@@ -244,7 +244,7 @@ class Metrics(Collector):
         sums[0] += 1
 
     def batches(self, model: str, version: str, *, is_native: bool) -> BatchRecorder:
-        """What the lane of a version tells of its batches."""
+        """What the lane of a version reports of its batches."""
         key = (model, version)
         if key not in self._batches:
             self._batches[key] = BatchRecorder(self.host, model, is_native=is_native)
@@ -305,7 +305,7 @@ class Metrics(Collector):
         yield from self._process.collect()
 
     def look(self, models: Iterable[MeasuredModel]) -> None:
-        """Takes over what models only tell when they are asked."""
+        """Takes over what models only report when they are asked."""
         self.host.load_times({name: ms for model in models for name, ms in model.worker_load_ms().items()})
         latest = max(self._batches.values(), key=lambda each: each.delivered_at, default=None)
         if latest is not None and latest.delivered_at:

@@ -1,4 +1,4 @@
-"""How long the stages take that are Python's: a histogram per stage, beside those the engine keeps of its own."""
+"""How long the stages take that are Python's: a histogram per stage, beside those of the engine."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class SystemMetrics:
         self._ask = ask
 
     async def run(self) -> None:
-        """Goes on until it is cancelled."""
+        """Continues until it is cancelled."""
         while True:
             try:
                 await self.measure_once()

@@ -18,7 +18,7 @@ STARTED, MODEL_LOADED, STOPPED, ERROR, SCALED_DOWN = (
 
 
 class WorkerLog:
-    """The workers of one model. They are told apart by numbers from 0.
+    """The workers of one model, numbered from 0.
 
     Args:
         first_id: what TorchServe calls the first worker: its port.
@@ -89,7 +89,7 @@ class WorkerLog:
             log.info("Auto recovery start timestamp: %d", time.time() * 1000, extra=self.about(number))
 
     def over_time(self, number: int, limit_s: int) -> None:
-        """A call of its handler goes on past the limit."""
+        """A call of its handler runs past the limit."""
         log.error("%s Backend worker did not respond in given time: response_timeout=%d s; the call is interrupted",
                   self.name(number), limit_s, extra=self.about(number))  # fmt: skip
 

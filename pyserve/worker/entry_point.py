@@ -37,7 +37,7 @@ class HandlerMemoryError(OutOfMemoryError):
 
 
 def load_error(error: BaseException, model_dir: str | Path) -> HandlerLoadError | HandlerMemoryError:
-    """What to tell about an exception that came up while a handler was loaded."""
+    """How an exception that came up while a handler was loaded is reported."""
     if isinstance(error, (HandlerLoadError, HandlerMemoryError)):
         return error
     failure = describe_failure(error, model_dir)

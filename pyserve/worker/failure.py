@@ -1,4 +1,4 @@
-"""What went wrong in somebody's handler: which answer it gives, where it was, and a traceback of their own code.
+"""What went wrong in a handler: which answer it gives, where it was, and a traceback of the handler's own code.
 
     describe_failure(error, model_dir) -> Failure(exception, text, where, traceback, status, ...)
 
@@ -27,12 +27,12 @@ _PACKAGES = {
 
 
 class HandlerTimeout(BaseException):
-    """Raised inside a handler call that goes on past response_timeout; passes ``except Exception``."""
+    """Raised inside a handler call that runs past response_timeout; passes ``except Exception``."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception, as callers and the log are told of it.
+    """An exception, as clients and the log see it.
 
     Attributes:
         exception: name of its class.

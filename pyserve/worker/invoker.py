@@ -210,7 +210,7 @@ class Invoker:
         return self.fail([request], describe_failure(error, self._spec.model_dir))[0]
 
     def fail(self, requests: list[WorkerRequest], failure: Failure) -> list[Answer]:
-        """One answer per request that says what failed; the log is told once."""
+        """One answer per request that says what failed; one record in the log."""
         if not failure.is_expected:
             self._log_failure([request.id for request in requests], failure)
         body = {"status": failure.status, "type": failure.type, "message": failure.message, "detail": failure.detail()}

@@ -82,7 +82,7 @@ def _rehearse(spec: WorkerSpec, entry: EntryPoint, context: Context, reports: Re
 
 
 def _metrics_cache(spec: WorkerSpec) -> MetricsCache:
-    """Of a metrics.yaml that cannot be used, the server's log tells; metrics work without it."""
+    """A metrics.yaml that cannot be used is reported in the server's log; metrics work without it."""
     try:
         return MetricsCache(spec.name, config=spec.metrics_config, keeps_each=spec.keeps_each_metric)
     except MetricsCachePyYamlError:

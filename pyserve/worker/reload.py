@@ -1,4 +1,4 @@
-"""New code for a handler that goes on serving: for `pyserve dev`.
+"""Hot reload of handler code, for `pyserve dev`.
 
 When a Python file of the archive changes, its modules are imported afresh; if that works, instances get the new
 classes and keep what they hold, so that weights are not loaded again. If it does not, the old code goes on.
@@ -44,7 +44,7 @@ class Reloader:
         return times
 
     def look(self) -> None:
-        """Takes on what has changed since the last look."""
+        """Reloads what has changed since the last look."""
         times = self._times()
         if times == self._seen:
             return
@@ -108,10 +108,10 @@ class _ChangedClasses:
             value.__class__ = cls
 
     def refuse(self, cls: type, error: Exception) -> ModelLoadError:
-        """What to tell about a class that cannot take over."""
+        """How a class that cannot take over is reported."""
         return ModelLoadError(
-            f"what an instance of {cls.__name__} holds cannot be taken on by its new code ({error}); the old code goes "
-            "on. Start pyserve dev again to load the new code",
+            f"what an instance of {cls.__name__} holds cannot be taken over by its new code ({error}); the old code "
+            "stays. Start pyserve dev again to load the new code",
             detail={"where": describe_place(cls, self.model_dir)},
         )
 

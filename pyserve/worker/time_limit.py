@@ -1,4 +1,4 @@
-"""An end to calls of somebody's code in the main thread of a process."""
+"""A time limit for calls of the archive's code in the main thread of a process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TimeLimit:
     is_over = False
 
     def check(self) -> None:
-        """Raises HandlerTimeout if it is over: whoever caught the first one must not go on."""
+        """Raises HandlerTimeout if it is over: code that caught the first one must not continue."""
         if self.is_over:
             raise HandlerTimeout("the time is over")
 

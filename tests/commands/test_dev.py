@@ -123,7 +123,7 @@ def test_error_keeps_the_old_code_is_told_once_and_its_mend_is_taken_on(develope
     developer.save(HANDLER.format(version="good"))
     developer.wait_for("reloaded ", reloads + 1)
     developer.save(BROKEN)
-    developer.wait_for("has an error, the old goes on: SyntaxError: expected ':'")
+    developer.wait_for("reload failed, keeping the previous code: SyntaxError: expected ':'")
     for _ in range(5):
         assert developer.answer()["version"] == "good"
     developer.save(HANDLER.format(version="mended"))

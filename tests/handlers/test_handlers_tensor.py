@@ -286,7 +286,7 @@ def test_nan_and_infinity_become_null_and_are_told_once(
         assert answer(handler, bad, Content_Type=JSON)[0] == [None, 1.0, None, None]
         assert answer(handler, bad, Content_Type=JSON)[0] == [None, 1.0, None, None]
     assert [record.message for record in caplog.records] == [
-        "model m answered with 3 NaN or infinite numbers, sent as null (said once)"
+        "model m answered with 3 NaN or infinite numbers, sent as null (reported once)"
     ]
 
 

@@ -86,9 +86,9 @@ def test_an_instance_takes_on_new_code_and_keeps_what_it_holds(watch: Any, layou
         ("class Handler:", "class Handler:\n    oops(", "SyntaxError"),
         ("import second", "import second, nothing_like_it", "nothing_like_it"),
         ("data, context):", "data):", "it is called with (self, data, context)"),
-        ("'extra'", "'another'", "cannot be taken on by its new code"),
-        ("__slots__ = ('weights', 'extra')", "pass", "cannot be taken on by its new code"),
-        ("class Handler:", "class Handler(dict):", "cannot be taken on by its new code"),
+        ("'extra'", "'another'", "cannot be taken over by its new code"),
+        ("__slots__ = ('weights', 'extra')", "pass", "cannot be taken over by its new code"),
+        ("class Handler:", "class Handler(dict):", "cannot be taken over by its new code"),
     ],
 )
 def test_code_that_cannot_take_over_is_told_and_the_old_code_goes_on(watch: Any, old: str, new: str, said: str) -> None:

@@ -62,7 +62,7 @@ def start(  # noqa: PLR0917 - TorchServe's signature
     plugin_folder: str | None = None, disable_token: bool = False, models: str | None = None,
     enable_model_api: bool = False,
 ) -> Queue[str]:  # fmt: skip
-    """Starts a server; returns once it answers, with a queue of the lines that it prints and goes on printing.
+    """Starts a server; returns once it answers, with a queue of the lines that it prints from then on.
 
     Raises:
         RuntimeError: it did not start; the text is what it printed.

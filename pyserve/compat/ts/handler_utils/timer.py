@@ -9,7 +9,7 @@ from typing import Any
 
 
 def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a handler that tells how long it took, if model-config.yaml says ``handler: {profile: true}``.
+    """A method of a handler that reports how long it took, if model-config.yaml says ``handler: {profile: true}``.
 
     The metric is ``ts_handler_{method}`` in ms.
     """
