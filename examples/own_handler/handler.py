@@ -27,10 +27,11 @@ class IrisHandler(BaseHandler):
 
     def postprocess(self, data: torch.Tensor) -> list[dict[str, Any]]:
         """Scores [n, 3] -> an answer per request of the batch, in their order."""
+        assert self.context is not None and self.mapping is not None  # the mapping is index_to_name.json
         probabilities, classes = torch.softmax(data, 1).max(1)
         answers = []
         for probability, number in zip(probabilities.tolist(), classes.tolist(), strict=True):
-            species = self.mapping[str(number)]  # index_to_name.json
+            species = self.mapping[str(number)]
             # By species, so that a chart shows when clients begin to send other flowers than they used to.
             self.context.metrics.add_metric_to_cache("IrisesNamed", "count", ["Species"]).add_or_update(1, [species])
             answers.append({"species": species, "probability": round(probability, 4)})

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 THREADS = 4
 ENOUGH = 200  # answers of version 2.0 that each thread waits for
 LIMIT_S = 60.0  # and for how long, where it never comes
+FAILURES_MAX = 10  # of a thread, which then gives up
 
 
 def version_of(celsius: float, fahrenheit: float) -> str:
@@ -46,7 +47,7 @@ class Asker(threading.Thread):
     def run(self) -> None:
         connection = http.client.HTTPConnection(self._address, timeout=LIMIT_S)
         end = time.monotonic() + LIMIT_S
-        while self.answers["2.0"] < ENOUGH and time.monotonic() < end:
+        while self.answers["2.0"] < ENOUGH and self.answers["failed"] < FAILURES_MAX and time.monotonic() < end:
             answer = self._ask(connection)
             self.went_back |= answer == "1.0" and self.answers["2.0"] > 0
             self.answers[answer] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,7 @@ def test_flowers_are_named_refused_and_counted(tmp_path: Path) -> None:
 
         # Many at once, so that good ones share batches with bad ones.
         bodies = [json.dumps(flowers[number % len(flowers)]).encode() for number in range(60)]
-        ask = iris.server.ask
-        answers = at_once([lambda body=body: ask("POST", "/predictions/iris", body, JSON) for body in bodies])
+        answers = at_once([partial(iris.server.ask, "POST", "/predictions/iris", body, JSON) for body in bodies])
         for body, answer in zip(bodies, answers, strict=True):
             flower = json.loads(body)
             if flower.get("petal_length"):

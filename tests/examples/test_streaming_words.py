@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,12 @@ def test_words_are_sent_one_by_one_until_the_client_goes(tmp_path: Path) -> None
         story.server.wait_for(lambda: story.server.metric(SENT) == counted, "the count of words")
 
         client, url = story.module("client"), story.server.url()
+
+        def whole_story(prompt: str, count: int) -> list[str]:
+            return list(client.story(url, prompt, count))
+
         prompts = ("a server", "the model answers", "if it is", "then the")
-        told = at_once([lambda prompt=prompt: list(client.story(url, prompt, 12)) for prompt in prompts])
+        told = at_once([partial(whole_story, prompt, 12) for prompt in prompts])
         for prompt, words in zip(prompts, told, strict=True):
             assert [word.strip() for word in words] == expected(story, prompt, 12)
         counted += 4 * 11
@@ -55,7 +60,7 @@ def test_words_are_sent_one_by_one_until_the_client_goes(tmp_path: Path) -> None
             begin = [next(endless).strip() for _ in range(3)]
             assert begin == expected(story, prompt, 3)
             endless.close()
-        told = at_once([lambda prompt=prompt: list(client.story(url, prompt, 2)) for prompt in prompts])
+        told = at_once([partial(whole_story, prompt, 2) for prompt in prompts])
         assert [len(words) for words in told] == [2, 2, 2, 2]  # both workers are free again
         story.server.wait_for(lambda: story.server.metric(SENT) >= counted + 4 + 2 * 3, "the count of words")
         assert story.server.metric(SENT) < counted + 4 + 2 * 999

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_a_review_has_the_same_answer_alone_and_in_a_batch(tmp_path: Path) -> No
         dice = random.Random(0)
         words = [*alone.vocabulary, "unheard"]
         made = [" ".join(dice.choices(words, k=1 + number % 32)) for number in range(64)]
-        answers = at_once([lambda review=review: client.ask(url, review) for review in made])
+        answers = at_once([partial(client.ask, url, review) for review in made])
         assert max(size for _, size in answers) > 1
         for review, (good, _) in zip(made, answers, strict=True):
             assert good == pytest.approx(alone.good(review), abs=1e-5)

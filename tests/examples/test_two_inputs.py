@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,7 @@ def test_scores_are_the_networks_in_each_way_of_asking(tmp_path: Path) -> None:
 
         # Many clients at once; whoever shares a batch has the same answer.
         bodies = [json.dumps(many[number % len(many)]).encode() for number in range(96)]
-        answers = at_once([
-            lambda body=body: genres.server.ask("POST", "/predictions/genres", body, JSON) for body in bodies
-        ])  # fmt: skip
+        answers = at_once([partial(genres.server.ask, "POST", "/predictions/genres", body, JSON) for body in bodies])
         for number, answer in enumerate(answers):
             assert answer.status == 200
             torch.testing.assert_close(torch.tensor(answer.json), wanted[number % len(many)], rtol=1e-5, atol=1e-6)
