@@ -15,10 +15,10 @@ from pyserve.api.kserve_requests import (
     RAW,
     AskedRowsPending,
     element_rows,
-    outputs_of_answers,
     tensors_for,
 )
 from pyserve.api.open_inference import InferOutput, InferRequest
+from pyserve.api.open_inference_json import outputs_of_answers
 from pyserve.api.transport import Transport
 from pyserve.handlers.shared_sizes import check_shared
 from pyserve.handlers.tensor_spec import TensorSpec

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from pyserve.api.kserve_requests import HandlerRowsPending, TensorsPending, outputs_of_answers, request_as_json
+from pyserve.api.kserve_requests import HandlerRowsPending, TensorsPending
 from pyserve.api.open_inference import InferInput, InferOutput, InferRequest, InferResponse
+from pyserve.api.open_inference_json import outputs_of_answers, request_as_json
 from pyserve.api.transport import Transport
 from pyserve.config.config import Config
 from pyserve.handlers.tensor_spec import TensorSpec
