@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
 from collections.abc import Callable
 from typing import cast
 
@@ -26,17 +25,17 @@ from pyserve.http1.errors import BodyTooLargeError, InvalidHttpError, SlowClient
 from pyserve.http1.head import RequestHead, check_head_size, check_head_start
 from pyserve.http1.incoming import Incoming, unread_request
 from pyserve.http1.limits import Http1Limits
+from pyserve.http1.output import Output
 from pyserve.http1.peer import client_name, probe_pause_s, unread_size
 from pyserve.http1.timer import LazyTimer, StallTimer
 from pyserve.log import about
 from pyserve.request.exchange import Exchange
 from pyserve.request.ids import new_id
-from pyserve.request.messages import Request, Response
+from pyserve.request.messages import Request
 
 log = logging.getLogger("pyserve.http1")
 
 _HEAD, _BODY, _CLOSED = range(3)
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # A body of so many bytes that came together with its head needs no state of its own.
 _QUICK_BODY_MAX = 64 * 1024
 
@@ -63,10 +62,10 @@ class Http1Protocol(asyncio.Protocol):
         # per connection
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connection_made
         self._client = "unix"
-        self._slots: deque[Exchange] = deque()
+        self._output = Output(connections, self._has_input)
+        self._slots = self._output.slots
         self._timer = LazyTimer(self._loop, self._on_deadline)
         self._phase = _HEAD
-        self._writable = True
         self._paused = False
         self._backlog = b""  # came after reading was paused
         self._eof = False
@@ -83,7 +82,7 @@ class Http1Protocol(asyncio.Protocol):
     # transport -> protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = self._output.transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=JOINED_SIZE_MAX)
         self._client = client_name(transport.get_extra_info("peername"))
         self._stall = StallTimer(
@@ -110,11 +109,11 @@ class Http1Protocol(asyncio.Protocol):
         return True  # the answers still go out; the protocol closes after them
 
     def pause_writing(self) -> None:
-        self._writable = False
+        self._output.is_writable = False
         self._stall.watch()
 
     def resume_writing(self) -> None:
-        self._writable = True
+        self._output.is_writable = True
         if not self._transport.is_closing():
             self._stall.rest()
         self._flush()
@@ -129,8 +128,9 @@ class Http1Protocol(asyncio.Protocol):
     def _abandon(self) -> None:
         """Nobody can be answered any more."""
         self._forget_request()
-        slots, self._slots = self._slots, deque()
-        for exchange in slots:
+        exchanges = list(self._slots)
+        self._slots.clear()
+        for exchange in exchanges:
             self._release(exchange)
             exchange.disconnect()
 
@@ -157,7 +157,7 @@ class Http1Protocol(asyncio.Protocol):
             while start < size and self._phase != _CLOSED:
                 if self._incoming is not None:
                     start = self._take_body(self._incoming, data, start)
-                elif len(slots) >= self._limits.pipeline_max or not self._writable:
+                elif len(slots) >= self._limits.pipeline_max or not self._output.is_writable:
                     break
                 else:
                     start = self._take_head(data, start)
@@ -369,24 +369,11 @@ class Http1Protocol(asyncio.Protocol):
 
     def _flush(self) -> None:
         """Writes the answers that are at the front of the queue."""
+        if not self._output.flush():
+            self._finish()
+            return
         slots = self._slots
-        while slots and self._writable:
-            exchange = slots[0]
-            response = exchange.response
-            if exchange.is_streaming:
-                if not self._write_parts(exchange, response):
-                    break
-                slots.popleft()
-                is_kept = exchange.keep_alive
-            elif response is None:
-                break
-            else:
-                slots.popleft()
-                is_kept = self._write(exchange, response)
-            if not is_kept:
-                self._finish()
-                return
-        if self._paused and self._writable and len(slots) <= self._limits.pipeline_max // 2:
+        if self._paused and self._output.is_writable and len(slots) <= self._limits.pipeline_max // 2:
             self._unpause()
         if slots or self._paused:
             return
@@ -396,49 +383,12 @@ class Http1Protocol(asyncio.Protocol):
         elif self._incoming is not None and self._incoming.continue_owed:
             self._write_continue(self._incoming)
 
-    def _write(self, exchange: Exchange, response: Response) -> bool:
-        """Writes one answer; returns whether the connection is kept."""
-        keep_alive = exchange.keep_alive
-        if keep_alive and self._connections.draining:
-            keep_alive = bool(self._slots or self._partial or self._incoming or unread_size(self._transport))
-        exchange.response = None
-        self._connections.on_answer(exchange.request, response.status, exchange.is_http11)
-        head, parts = self._connections.answers.encode(response, exchange.request, keep_alive)
-        self._transport.write(head)
-        if parts:
-            self._transport.writelines(parts)
-        return keep_alive
-
-    def _write_parts(self, exchange: Exchange, head: Response | None) -> bool:
-        """Writes what there is of a streamed answer; returns whether it is complete."""
-        is_chunked = exchange.is_http11
-        if head is not None:
-            exchange.response = None
-            self._connections.on_answer(exchange.request, head.status, is_chunked)
-            if not is_chunked:
-                exchange.keep_alive = False  # the end of the connection is the end of the answer
-            written = self._connections.answers.stream_head(head, exchange.request, exchange.keep_alive, is_chunked)
-            if written is None:
-                exchange.is_aborted = True
-            else:
-                self._transport.write(written)
-        if exchange.is_aborted:
-            self._transport.abort()
-            return False
-        is_wanted = exchange.request.method != "HEAD"
-        while exchange.parts and self._writable:
-            part = exchange.take_part(is_chunked)
-            if is_wanted:
-                self._transport.write(part)
-        if exchange.parts or not exchange.is_ended:
-            return False
-        if is_chunked and is_wanted:
-            self._transport.write(b"0\r\n\r\n")
-        return True
+    def _has_input(self) -> bool:
+        return bool(self._partial or self._incoming or unread_size(self._transport))
 
     def _write_continue(self, incoming: Incoming) -> None:
         incoming.continue_owed = False
-        self._transport.write(_CONTINUE)
+        self._output.write_continue()
 
     def _finish(self) -> None:
         """The last answer is written: closes so that the client can read it."""
@@ -469,9 +419,7 @@ class Http1Protocol(asyncio.Protocol):
 
     def _probe(self) -> None:
         """Whether a client that sends no more has gone shows when it is sent something."""
-        exchange = self._slots[0]
-        if exchange.is_http11 and exchange.response is None and not exchange.is_streaming:
-            self._transport.write(_CONTINUE)
+        self._output.probe()
         self._probe_count += 1
         self._timer.set(self._loop.time() + probe_pause_s(self._probe_count))
 
