@@ -72,10 +72,10 @@ wheel: build ## build dist/*.whl, and try it in a fresh environment that has tor
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	PYSERVE_WHEEL=$$(echo dist/*.whl) $(BIN)/python -m pytest -q -m nightly tests/packaging
 
-# The reference pages come from the tables in the code. Warnings are errors.
+# The reference pages come from the tables in the code. Warnings are errors, but with --quiet mkdocs does not see them.
 docs: build ## write the reference pages, and build the site in site/
 	$(BIN)/python docs/generate.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: build ## measure pyserve beside other servers
 	$(BIN)/python bench/compare.py
