@@ -61,6 +61,8 @@ def test_workflows_read_only_and_name_actions_by_commit() -> None:
             assert used.startswith("./") or re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}", used), f"{path}: {used}"
         if path.parent.name == "workflows":
             assert yaml.safe_load(text)["permissions"] == {"contents": "read"}
+        # .gitignore has names that also stand elsewhere: a file it hides is missing from a clone.
+        assert subprocess.run(["git", "check-ignore", "--quiet", str(path)], cwd=ROOT, check=False).returncode != 0
 
 
 def test_the_tools_that_change_files_are_pinned_once() -> None:
