@@ -25,26 +25,22 @@ from pyserve.config.keys import (
     SWITCH_KEYS,
     VARIABLES,
 )
+from pyserve.config.keys import (
+    MODEL_KEYS as MODEL_PARAMETERS,
+)
 from pyserve.handler import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "DEVIATIONS.md"]
+NAMES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "DEVIATIONS.md", "SECURITY.md", "bench/README.md"]
 DOCUMENTS = [ROOT / name for name in NAMES if (ROOT / name).is_file()] + [
     path
-    for path in sorted((ROOT / "docs").rglob("*.md"))
+    for path in sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/README.md")])
     if path.name != "correctness.md"  # figures, and not by hand
 ]
-SOURCES = ["pyserve", "handlers", "csrc", "bench", "tests", "deploy", "examples", ".github"]
+SOURCES = ["pyserve", "handlers", "csrc", "bench", "tests", "deploy", "examples"]
 SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cc", ".proto", ".yaml", ".yml", ".properties", ".sh", ".toml", ".cfg"}
 FOLDERS = ("pyserve", "handlers", "csrc", "bench", "tests", "deploy", "docs", "examples")
 
-# Files of the reader's own, or of a server that runs.
-EXAMPLE_FILES = {"model.py", "handler.py", "my_handler.py"}
-# Other projects' words, and what stands for something in examples.
-FOREIGN_NAMES = {
-    "densenet161_8d451a50", "MyHandler", "my_handler", "server_key", "inference_pb2", "inference_pb2_grpc",
-    "mlflow_config", "grpc_tools", "insecure_channel", "async_infer", "SparkContext",
-}  # fmt: skip
 # Between processes of ours.
 INTERNAL_VARIABLES = {
     "PYSERVE_SERVER", "PYSERVE_SUPERVISOR", "PYSERVE_WEIGHTS_CACHE", "PYSERVE_CHECK", "PYSERVE_DEV_MANIFESTS",
@@ -63,7 +59,7 @@ def parsers() -> dict[str, ArgumentParser]:
 def flags() -> frozenset[str]:
     """Of every command, and of the scripts."""
     own = {option for parser in parsers().values() for action in parser._actions for option in action.option_strings}
-    scripts = (path.read_text() for path in (*(ROOT / "bench").glob("*.py"), *(ROOT / "docs").glob("*.py")))
+    scripts = (path.read_text() for folder in ("bench", "docs", "examples") for path in (ROOT / folder).rglob("*.py"))
     return frozenset(own | {flag for text in scripts for flag in re.findall(r'"(--[a-z-]+)"', text)})
 
 
@@ -82,10 +78,11 @@ def source_files() -> tuple[Path, ...]:
 
 @cache
 def source_words() -> frozenset[str]:
-    """Every word of the code."""
+    """Every word of the code, names of files among them."""
     others = [ROOT / name for name in ("Makefile", "pyproject.toml", "setup.py", "deploy/Dockerfile", "mkdocs.yml")]
     texts = (path.read_text(errors="replace") for path in (*source_files(), *others, *(ROOT / "docs").glob("*.py")))
-    return frozenset(word for text in texts for word in re.findall(r"\w+", text))
+    stems = {path.stem for path in source_files()}
+    return frozenset(stems | {word for text in texts for word in re.findall(r"\w+", text)})
 
 
 @cache
@@ -116,14 +113,14 @@ def missing_files(text: str) -> Iterator[str]:
         if not any(ROOT.glob(path.replace(PLACEHOLDER, "*"))) and not (ROOT / path).exists():
             yield path
     for span in spans(text):
-        if re.fullmatch(r"\w+\.(py|pyi|h|cpp|proto)", span) and span not in file_names() | EXAMPLE_FILES:
+        if re.fullmatch(r"\w+\.(py|pyi|h|cpp|proto)", span) and span not in file_names():
             yield span
 
 
 def missing_commands(text: str) -> Iterator[str]:
     """``pyserve start --flag``: the command, and each flag of it."""
     programs = {name.split()[0] for name in parsers()}
-    for line in (line for each in code(text) for line in each.splitlines()):
+    for line in (line for each in code(text) for line in typed_lines(each)):
         words = line.split("#")[0].split()
         for index, word in enumerate(words):
             program = word.removeprefix(".venv/bin/")
@@ -139,6 +136,12 @@ def missing_commands(text: str) -> Iterator[str]:
                 continue
             options = {option for action in parsers()[program]._actions for option in action.option_strings}
             yield from (f"{program} {flag}" for flag in flags_of(rest) if flag not in options)
+
+
+def typed_lines(block: str) -> list[str]:
+    """The lines of a block that are typed: of a terminal's those behind its prompt, else all."""
+    lines = block.splitlines()
+    return [line for line in lines if line.startswith("$ ")] or lines
 
 
 def flags_of(words: list[str]) -> Iterator[str]:
@@ -159,8 +162,8 @@ def missing_flags(text: str) -> Iterator[str]:
 
 
 def missing_config_keys(text: str) -> Iterator[str]:
-    """``key=value``, of config.properties; parameters of URLs and options of other programs are not of this form."""
-    known = {*KINDS, *ACCEPTED_KEYS, *SWITCH_KEYS, *SNAPSHOT_KEYS}
+    """``key=value``: of config.properties, or a parameter of the management API."""
+    known = {*KINDS, *MODEL_PARAMETERS, *ACCEPTED_KEYS, *SWITCH_KEYS, *SNAPSHOT_KEYS}
     for span in spans(text):
         key = re.fullmatch(r"([a-z][a-z0-9]*(?:_[a-z0-9]+)+)=.*", span)
         if key and key[1] not in known:
@@ -217,7 +220,7 @@ def missing_identifiers(text: str) -> Iterator[str]:
             or re.search(r"\.(mar|pth|pt2?|jpg|so|log|p12|md|json|txt)$", name)
         ):
             continue
-        yield from (part for part in name.split(".") if part and part not in source_words() | metrics() | FOREIGN_NAMES)
+        yield from (part for part in name.split(".") if part and part not in source_words() | metrics())
 
 
 CHECKS: list[Callable[[str], Iterator[str]]] = [
@@ -243,6 +246,7 @@ def test_what_a_document_names_exists(path: Path, check: Callable[[str], Iterato
         (missing_commands, "```\n$ pyserve start --model-stor x\n```", "pyserve start --model-stor"),
         (missing_commands, "```\npyserve start --models a \\\n    --forground\n```", "pyserve start --forground"),
         (missing_commands, "```\ntorchserve --begin\n```", "torchserve --begin"),
+        (missing_commands, "```console\n$ pyserve stop --slowly\npyserve has stopped.\n```", "pyserve stop --slowly"),
         (missing_flags, "with `--nonsense FILE`", "--nonsense"),
         (missing_config_keys, "`job_queue_sise=3`", "job_queue_sise"),
         (missing_config_keys, "```\nprintf '%s\\n' enable_grcp=true 'allowed_url=x' > f\n```", "allowed_url"),
