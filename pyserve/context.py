@@ -89,7 +89,7 @@ class Context:
         gpu: index of the model's GPU, or None on a CPU.
         mms_version: the server's version.
         limit_max_image_pixels: whether pictures above Pillow's pixel limit are refused.
-        metrics: None; custom metrics are not part of this version.
+        metrics: where the handler adds its custom metrics, as in TorchServe; None outside of a server.
         model_yaml_config: model-config.yaml as a dict; None means there is none.
     """
 
