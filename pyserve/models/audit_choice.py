@@ -7,30 +7,30 @@ from dataclasses import replace
 
 from pyserve.lanes.lane import Lane
 from pyserve.models.audit import Audit
-from pyserve.models.lane_choice import Wish, open_audit_lane
+from pyserve.models.lane_choice import LaneOptions, open_audit_lane
 from pyserve.models.loader import PRECISION_ERROR_MAX
 from pyserve.proof.comparison import ROUNDING
 
 log = logging.getLogger(__name__)
 
 
-def audit_of(wish: Wish, lane: Lane) -> Audit | None:
+def audit_of(options: LaneOptions, lane: Lane) -> Audit | None:
     """The audit of a model that runs in ``lane``; None if its model-config.yaml wants none, or it cannot have one."""
-    config = wish.archive.config
+    config = options.archive.config
     if not config.audit_share:
         return None
     if config.sequence_batching:
-        log.warning("%s: audit is left out, since a request of a sequence cannot be run alone", wish.label)
+        log.warning("%s: audit is left out, since a request of a sequence cannot be run alone", options.label)
         return None
     precision = (config.precision or "fp32") if lane.is_native else "fp32"
     causes = ["batches", "the native lane's optimisations and threads" if lane.is_native else "shared weights"]
     if precision != "fp32":
         causes.append(f"precision {precision}")
     return Audit(
-        wish.label,
+        options.label,
         share=config.audit_share,
-        tolerance=tolerance_of(precision, config.precision_error_max, is_on_gpu=wish.device != "cpu"),
-        open_lane=lambda: open_audit_lane(replace(wish, device="cpu", progress=lambda text: None)),
+        tolerance=tolerance_of(precision, config.precision_error_max, is_on_gpu=options.device != "cpu"),
+        open_lane=lambda: open_audit_lane(replace(options, device="cpu", progress=lambda text: None)),
         causes=", ".join(causes),
     )
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Wish:
+class LaneOptions:
     """Everything needed to open a model's lane.
 
     Attributes:
@@ -57,96 +57,93 @@ class Wish:
         return f"{self.name} {self.archive.manifest.model_version}"
 
 
-async def open_lane(wish: Wish) -> Lane:
+async def open_lane(options: LaneOptions) -> Lane:
     """The lane of a model, its weights loaded or its environment prepared, without workers.
 
     Raises:
         ServeError: it cannot be served; the text says why.
     """
-    config = wish.services.config
-    reason = python_lane_reason(wish.archive, wish.handler_name or config.default_service_handler or None)
+    config = options.services.config
+    reason = python_lane_reason(options.archive, options.handler_name or config.default_service_handler or None)
     if not reason and config.service_envelope:
         reason = f"service_envelope={config.service_envelope} wraps its handler"
     if reason:
-        return await open_python_lane(wish)
+        return await open_python_lane(options)
     try:
-        return await _open_native_lane(wish)
+        return await _open_native_lane(options)
     except NeedsPythonError as error:
         reason = error.message
-        if wish.archive.config.precision not in (None, "fp32"):
+        if options.archive.config.precision not in (None, "fp32"):
             reason += "; it is served in fp32"
-        log.warning("%s runs in worker processes, each with a copy of the model: %s", wish.label, reason)
-        lane = await open_python_lane(wish)
+        log.warning("%s runs in worker processes, each with a copy of the model: %s", options.label, reason)
+        lane = await open_python_lane(options)
         lane.reason = reason
         return lane
 
 
-async def _open_native_lane(wish: Wish) -> NativeLane:
-    services = wish.services
+async def _open_native_lane(options: LaneOptions) -> NativeLane:
+    services = options.services
     network = await asyncio.to_thread(
         load_network,
-        wish.archive,
-        name=wish.name,
-        handler_name=wish.handler_name,
-        device=wish.device,
-        batch_size=wish.settings.batch_size,
+        options.archive,
+        name=options.name,
+        handler_name=options.handler_name,
+        device=options.device,
+        batch_size=options.settings.batch_size,
         cpu_budget=services.engine.cpu_budget,
         limit_max_image_pixels=services.config.limit_max_image_pixels,
-        startup_timeout_s=wish.settings.startup_timeout_s,
-        progress=wish.progress,
-        tracing=wish.tracing,
+        startup_timeout_s=options.settings.startup_timeout_s,
+        progress=options.progress,
+        tracing=options.tracing,
     )
-    return NativeLane(services, wish.name, wish.label, network, wish.settings)
+    return NativeLane(services, options.name, options.label, network, options.settings)
 
 
-async def open_python_lane(wish: Wish) -> PythonLane | SequenceLane:
+async def open_python_lane(options: LaneOptions) -> PythonLane | SequenceLane:
     """The python lane of a model, whatever its handler would allow."""
-    spec, interpreter = await _prepare_workers(wish)
-    device_ids = (
-        []
-        if spec.gpu_id is None
-        else wish.archive.config.device_ids or list(range(gpu_count(wish.services.config.number_of_gpu)))
-    )
-    options: dict[str, Any] = {
-        "device_ids": device_ids, "interpreter": interpreter, "on_trouble": wish.on_trouble
-    }  # fmt: skip
-    if wish.archive.config.sequence_batching:
-        return SequenceLane(wish.services, spec, wish.label, wish.settings, wish.archive.config, **options)
-    return PythonLane(wish.services, spec, wish.label, wish.settings, **options)
+    spec, interpreter = await _prepare_workers(options)
+    config = options.archive.config
+    device_ids: list[int] = []
+    if spec.gpu_id is not None:
+        device_ids = config.device_ids or list(range(gpu_count(options.services.config.number_of_gpu)))
+    named: dict[str, Any] = {"device_ids": device_ids, "interpreter": interpreter, "on_trouble": options.on_trouble}
+    if config.sequence_batching:
+        return SequenceLane(options.services, spec, options.label, options.settings, config, **named)
+    return PythonLane(options.services, spec, options.label, options.settings, **named)
 
 
-async def open_audit_lane(wish: Wish) -> AuditLane:
+async def open_audit_lane(options: LaneOptions) -> AuditLane:
     """The lane that runs requests of a model again, on the CPU, without its worker."""
-    spec, interpreter = await _prepare_workers(wish)
-    return AuditLane(wish.services, spec, f"{wish.label}-audit", wish.settings, interpreter=interpreter)
+    spec, interpreter = await _prepare_workers(options)
+    return AuditLane(options.services, spec, f"{options.label}-audit", options.settings, interpreter=interpreter)
 
 
-async def _prepare_workers(wish: Wish) -> tuple[WorkerSpec, str | None]:
+async def _prepare_workers(options: LaneOptions) -> tuple[WorkerSpec, str | None]:
     """What worker processes of a model are started with, and their interpreter; None for the server's own."""
-    config = wish.services.config
+    config, archive = options.services.config, options.archive
     interpreter = None
-    manifest = wish.archive.manifest
-    if wish.archive.config.torchrun is not None or wish.archive.config.parallel_level:
+    manifest = archive.manifest
+    if archive.config.torchrun is not None or archive.config.parallel_level:
         raise ModelLoadError(
-            f"{wish.archive.name}: torchrun and parallelLevel, which spread one worker over several processes, are not "
+            f"{archive.name}: torchrun and parallelLevel, which spread one worker over several processes, are not "
             "in this version; take them out of model-config.yaml to serve the model in one process per worker"
         )
     if manifest.requirements_file is not None:
-        if config.install_py_dep_per_model or wish.archive.config.use_venv:
-            interpreter = await asyncio.to_thread(prepare_environment, wish.archive, wish.name, wish.progress)
+        if config.install_py_dep_per_model or archive.config.use_venv:
+            interpreter = await asyncio.to_thread(prepare_environment, archive, options.name, options.progress)
         else:
             log.info("%s: %s is not installed; install_py_dep_per_model=true in config.properties does that",
-                     wish.label, manifest.requirements_file)  # fmt: skip
-    wish.progress("unpacking the weights")
+                     options.label, manifest.requirements_file)  # fmt: skip
+    options.progress("unpacking the weights")
     # Weights of TorchScript models are shared between workers through a file; see pyserve.handlers.
     os.environ.setdefault("PYSERVE_WEIGHTS_CACHE", str(open_cache().root / "weights"))
     spec = await asyncio.to_thread(
         WorkerSpec.of,
-        wish.archive,
-        name=wish.name,
-        handler=wish.handler_name or manifest.handler or config.default_service_handler,
-        batch_size=wish.settings.batch_size,
-        gpu_id=None if wish.device == "cpu" else int(wish.device.partition(":")[2]),
+        archive,
+        name=options.name,
+        handler=options.handler_name or manifest.handler or config.default_service_handler,
+        batch_size=options.settings.batch_size,
+        gpu_id=None if options.device == "cpu" else int(options.device.partition(":")[2]),
         decode_input=config.decode_input_request,
         envelope=config.service_envelope or None,
         lenient=config.compat == "strict",

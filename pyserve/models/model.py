@@ -31,7 +31,7 @@ from pyserve.lanes.settings import PARAMETERS, ModelSettings
 from pyserve.models.audit import Audit
 from pyserve.models.audit_choice import audit_of
 from pyserve.models.checks import checks_of
-from pyserve.models.lane_choice import Wish, open_lane, open_python_lane
+from pyserve.models.lane_choice import LaneOptions, open_lane, open_python_lane
 from pyserve.models.sample import sample_arguments
 from pyserve.request.exchange import Exchange
 from pyserve.worker.handler_choice import built_in_name
@@ -102,10 +102,10 @@ class Model:
 
     async def _load(self, workers: int, progress: Progress, tracing: Tracing | None) -> None:
         try:
-            lane = await open_lane(self._wish(progress, tracing))
+            lane = await open_lane(self._lane_options(progress, tracing))
             self.built_in_handler = self._find_built_in_handler()
             self._lane = lane
-            self._audit = audit_of(self._wish(lambda text: None), lane)
+            self._audit = audit_of(self._lane_options(lambda text: None), lane)
             self._check_still_loading()
             if workers:
                 progress(f"starting {workers} worker{'s' if workers > 1 else ''}")
@@ -122,8 +122,8 @@ class Model:
         self._move("READY")
         progress("ready")
 
-    def _wish(self, progress: Progress, tracing: Tracing | None = None) -> Wish:
-        return Wish(
+    def _lane_options(self, progress: Progress, tracing: Tracing | None = None) -> LaneOptions:
+        return LaneOptions(
             self._services, self.archive, self.name, self.handler_name, self.device, self.settings, progress,
             tracing=tracing, on_trouble=self._on_trouble,
         )  # fmt: skip
@@ -349,7 +349,7 @@ class Model:
             if self._explain_lane is not None or self._lane is None:
                 return
             log.info("%s %s: starting a worker process for explanations", self.name, self.version)
-            lane = await open_python_lane(self._wish(lambda text: None))
+            lane = await open_python_lane(self._lane_options(lambda text: None))
             lane.set_workers(1)
             failure = await lane.settled(self.settings.startup_timeout_s)
             if failure or self._lane is None:
