@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.ports import free_port
 from tests.support.serving import JSON, NAMES, RAW, ROOT, Server
 from tests.support.serving_models import write_linear
 
@@ -51,8 +51,7 @@ def one_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     text = re.sub(r"^grpc_.*$", "", text, flags=re.M).replace("/mnt/models/model-store", str(server.store))
     config = server.folder / "config.properties"
     config.write_text(text)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    address = f"http://127.0.0.1:{free_port()}"
     names = [part for name in NAMES for part in (f"--{name}-address", address)]
     server.start("--ts-config", str(config), "--enable-model-api", *names)
     try:

@@ -21,6 +21,7 @@ from tests.support import certificates, serving_models
 from tests.support.grpc_calls import MANAGING, PREDICTIONS, Stub, refused, stub
 from tests.support.grpc_echo import ECHO, order, wait_until_there
 from tests.support.handler_archives import write_handler
+from tests.support.ports import free_port
 from tests.support.serving import LIMIT_S, ROOT, Server
 
 pytestmark = pytest.mark.server
@@ -159,8 +160,7 @@ def test_nothing_of_grpc_is_imported_when_it_is_off() -> None:
 
 
 def test_one_port_for_both(own: Server) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     own.start("--grpc", "true", "--grpc-inference-port", port, "--grpc-management-port", port, "--models", "linear.mar")
     with stub(own) as client, stub(own, MANAGING) as manager:
         assert client.Ping().health and manager.ListModels().msg

@@ -18,6 +18,7 @@ import pytest
 from pyserve.server import pid_file
 from tests.support import certificates
 from tests.support.handler_archives import write_handler
+from tests.support.ports import free_port
 from tests.support.serving import LIMIT_S, Answer, Server, random_bytes
 from tests.support.serving_models import write_linear
 
@@ -336,8 +337,7 @@ def test_each_port_answers_for_its_own_api_only(site: Server, port: str, method:
 
 def test_one_port_asks_each_call_for_one_key(server: Server) -> None:
     write_linear(server.store)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    address = f"http://127.0.0.1:{free_port()}"
     (server.folder / "config.properties").write_text("disable_token_authorization=false\n")
     server.start("--models", "linear.mar", "--inference-address", address, "--management-address", address,
                  "--metrics-address", address)  # fmt: skip

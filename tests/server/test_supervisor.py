@@ -22,6 +22,7 @@ from pyserve.errors import ConfigError
 from pyserve.server import pid_file
 from pyserve.server.listeners import Listeners
 from pyserve.server.supervisor import BACKOFF_MAX_S, HEALTHY_AFTER_S, ServerBackoff
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "tests/support/services/pyserve_with_fake_server.py")]
@@ -396,8 +397,7 @@ def config_with(tmp_path: Path, **addresses: str) -> Config:
 
 
 def test_equal_addresses_share_one_socket(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    address = f"http://127.0.0.1:{free_port()}"
     same = address.replace("127.0.0.1", "localhost")
     listeners = Listeners.open(config_with(tmp_path, inference_address=address, management_address=same))
     try:
@@ -409,8 +409,7 @@ def test_equal_addresses_share_one_socket(tmp_path: Path) -> None:
 
 
 def test_one_port_speaks_tls_or_not(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     config = config_with(
         tmp_path, inference_address=f"https://127.0.0.1:{port}", management_address=f"http://127.0.0.1:{port}"
     )
