@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from pyserve.errors import InputError
+from pyserve.request import quick_json
 
 DEPTH_MAX = 100
 NAME_SHOWN_MAX = 100
@@ -31,6 +32,9 @@ def parse_json(body: bytes | bytearray, *, lenient: bool = False) -> Any:
         NotJsonError: it is not JSON.
         InputError: it is nested too deeply, has an absurd number, or has a member twice.
     """
+    value = quick_json.read(body, DEPTH_MAX)
+    if value is not quick_json.UNREAD:
+        return value
     if body.count(b"[") + body.count(b"{") > DEPTH_MAX and json_depth(body) > DEPTH_MAX:
         raise InputError(f"the JSON body is nested more than {DEPTH_MAX} levels deep; flatten it")
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote_plus
 
 from pyserve.errors import JsonObject, ServeError
+from pyserve.request import quick_json
 
 Headers = list[tuple[str, str]]
 
@@ -192,6 +193,9 @@ class Response:
 
 def dump_json(value: Any) -> bytes:
     """Server JSON as TorchServe prints it: two-space indent, no HTML escaping, a newline at the end."""
+    text = quick_json.write(value)
+    if text is not None:
+        return text + b"\n"
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
