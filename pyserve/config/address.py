@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import quote
 
 UNIX_PATH_SIZE_MAX = 107  # bytes; sockaddr_un.sun_path holds 108 with its final NUL
@@ -91,33 +90,18 @@ class Address:
 
 
 def port_owner(port: int) -> str:
-    """``"nginx (pid 812)"`` for the process listening on TCP ``port``; ``""`` if it cannot be found out."""
-    inodes = _listening_inodes(port)
-    if not inodes:
+    """``"nginx (pid 812)"`` for the process listening on TCP ``port``; ``""`` if that is not to be seen.
+
+    Other users' processes are seen by root only.
+    """
+    import psutil  # takes longer than all the rest, and is needed when something is wrong
+
+    try:
+        sockets = psutil.net_connections("tcp")  # of IPv4 and IPv6
+    except (psutil.Error, OSError, RuntimeError):  # /proc is hidden, or not as it should be
         return ""
-    for pid in (entry for entry in os.listdir("/proc") if entry.isdigit()):
-        try:
-            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-        except OSError:
-            continue  # another user's, or gone
-        if inodes.intersection(links):
-            try:
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            return f"{command.strip()[:80]} (pid {pid})"
+    for each in sockets:
+        if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid is not None:
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                return f"{' '.join(psutil.Process(each.pid).cmdline()).strip()[:80]} (pid {each.pid})"
     return ""
-
-
-def _listening_inodes(port: int) -> set[str]:
-    """Socket links, as in /proc/<pid>/fd, of the sockets in state LISTEN (0A) on ``port``."""
-    inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            lines = Path(table).read_text().splitlines()[1:]
-        except OSError:
-            continue
-        for columns in map(str.split, lines):
-            if columns[3] == "0A" and int(columns[1].rpartition(":")[2], 16) == port:
-                inodes.add(f"socket:[{columns[9]}]")
-    return inodes
