@@ -1,20 +1,30 @@
-"""What the GPUs are doing, in TorchServe's words, as ``nvidia-smi`` reports it. Loop thread only."""
+"""What the GPUs are doing, in TorchServe's words, as the driver reports it. Loop thread only.
+
+The driver's library is asked, if ``nvidia-ml-py`` is installed; else ``nvidia-smi`` is run.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 log = logging.getLogger(__name__)
 
 NO_GPU = "N/A"
 UNKNOWN = "failed to obtained gpu usage"  # TorchServe's words
-KEPT_S = 5.0  # asking takes a good part of a second
+KEPT_S = 5.0  # running nvidia-smi takes a good part of a second
 TIMEOUT_S = 3.0
 _COMMAND = ("nvidia-smi", "--query-gpu=utilization.gpu,utilization.memory,memory.used", "--format=csv,noheader,nounits")
+
+# One thread at a time asks the driver; its library is initialised once and stays.
+_asking = threading.Lock()
+_is_initialised = False
 
 
 async def ask_driver(index: int) -> str:
@@ -27,6 +37,41 @@ async def ask_driver(index: int) -> str:
 
     # The driver counts all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves; both know the name.
     name = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+    # A driver that hangs holds this thread, not the loop, and `nvidia-smi` would hang as well.
+    text = await asyncio.wait_for(asyncio.to_thread(_ask_library, name), TIMEOUT_S)
+    return text or await _ask_command(name)
+
+
+def _ask_library(name: str) -> str:
+    """What the driver's own library says, by ``nvidia-ml-py``; ``""`` without it, or if it does not say.
+
+    Raises:
+        TimeoutError: the thread that asked before still waits for an answer.
+    """
+    global _is_initialised
+    try:
+        pynvml: Any = importlib.import_module("pynvml")
+    except Exception:  # another package of that name may do anything
+        return ""
+    if not _asking.acquire(timeout=TIMEOUT_S):
+        raise TimeoutError("the driver does not answer")
+    try:
+        if not _is_initialised:
+            pynvml.nvmlInit()
+            _is_initialised = True
+        handle = pynvml.nvmlDeviceGetHandleByUUID(name)
+        rates = pynvml.nvmlDeviceGetUtilizationRates(handle)
+        # The second version counts as `nvidia-smi` does: what the driver reserves for itself is not used.
+        used = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used
+        return f"{int(rates.gpu)}, {int(rates.memory)}, {int(used) >> 20}"
+    except Exception as error:  # no driver, a GPU that is cut into parts, an old library: the command may know
+        log.debug("nvidia-ml-py does not tell the usage of %s: %s", name, error)
+        return ""
+    finally:
+        _asking.release()
+
+
+async def _ask_command(name: str) -> str:
     process = await asyncio.create_subprocess_exec(
         *_COMMAND, f"--id={name}", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
