@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
+
+from pyserve.cgroup import Group, groups_around
 
 
 def cpu_budget(configured: int = 0, *, root: Path = Path("/")) -> int:
@@ -20,50 +21,17 @@ def cpu_budget(configured: int = 0, *, root: Path = Path("/")) -> int:
     if configured > 0:
         return configured
     affinity = len(os.sched_getaffinity(0))
-    quotas = [math.ceil(quota) for quota in _quotas(root)]
+    quotas = [math.ceil(quota) for quota in map(_quota, groups_around("cpu", root)) if quota is not None]
     return max(1, min([affinity, *quotas]))
 
 
-def _quotas(root: Path) -> Iterator[float]:
-    """CPUs allowed by each cgroup around this process, from its own outwards (cgroup v2 and v1)."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mounts, read = [root / "sys/fs/cgroup"], _quota_v2
-        elif "cpu" in controllers.split(","):
-            mounts, read = [root / "sys/fs/cgroup/cpu", root / "sys/fs/cgroup" / controllers], _quota_v1
-        else:
-            continue
-        for mount in mounts:
-            group = Path(path.lstrip("/"))
-            # Inside a container the path may be the host's; its own group is then what is mounted at the top.
-            for folder in (group, *group.parents):
-                quota = read(mount / folder)
-                if quota is not None:
-                    yield quota
-
-
-def _quota_v2(group: Path) -> float | None:
-    return _ratio(_words(group / "cpu.max"))
-
-
-def _quota_v1(group: Path) -> float | None:
-    return _ratio([*_words(group / "cpu.cfs_quota_us"), *_words(group / "cpu.cfs_period_us")])
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except OSError:
-        return []
-
-
-def _ratio(words: list[str]) -> float | None:
-    """Quota over period; ``None`` for no limit, which v2 writes ``max`` and v1 ``-1``."""
+def _quota(group: Group) -> float | None:
+    """CPUs that ``group`` allows; ``None`` for no limit, which version 2 writes ``max`` and version 1 ``-1``."""
+    words = group.words("cpu.max") if group.is_v2 else _words_v1(group)
     if len(words) != 2 or not all(word.isdigit() for word in words) or int(words[1]) == 0:
         return None
     return int(words[0]) / int(words[1])
+
+
+def _words_v1(group: Group) -> list[str]:
+    return [*group.words("cpu.cfs_quota_us"), *group.words("cpu.cfs_period_us")]

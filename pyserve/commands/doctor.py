@@ -18,6 +18,7 @@ from pathlib import Path
 from pyserve.archive import versions
 from pyserve.archive.archive import Archive
 from pyserve.archive.cache import open_cache
+from pyserve.cgroup import groups_around
 from pyserve.config.address import Address
 from pyserve.config.config import Config, read_config
 from pyserve.cpu_budget import cpu_budget
@@ -165,26 +166,10 @@ def _count(limit: int) -> str:
 def memory_limit(root: Path = Path("/")) -> int:
     """The least of the memory limits of the cgroups around this process, in bytes; a huge number if there is none."""
     limit = 1 << 62
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return limit
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, name = root / "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        group = Path(path.lstrip("/"))
-        for folder in (group, *group.parents):
-            try:
-                text = (mount / folder / name).read_text().strip()
-            except OSError:
-                continue
-            if text.isdecimal():
-                limit = min(limit, int(text))
+    for group in groups_around("memory", root):
+        words = group.words("memory.max" if group.is_v2 else "memory.limit_in_bytes")
+        if len(words) == 1 and words[0].isdecimal():
+            limit = min(limit, int(words[0]))
     return limit
 
 
