@@ -18,7 +18,7 @@ from pyserve.archive.entries import LIMITS, MANIFEST_NAME, name_problem, refuse
 from pyserve.errors import InvalidModelError, shown
 from pyserve.handler import BUILT_IN, NOT_BUILT_IN
 
-# Handlers that are named, not packed. TorchServe's own names, and ``tensor``.
+# Handlers that are named, not packed: those that come with pyserve, and TorchServe's others, which archives may name.
 BUILTIN_HANDLERS = tuple(sorted([*BUILT_IN, *NOT_BUILT_IN]))
 LSP_HANDLERS = ("BaseHandler", "TorchScriptHandler")  # of TorchServe's C++ backend
 RUNTIMES = ("python", "python3", "LSP")
@@ -84,8 +84,8 @@ def split_handler(handler: str, label: str = "handler") -> tuple[str, str | None
 
 def nearest_handler(name: str) -> str:
     """``"; did you mean X? Built in: ..."`` for a message."""
-    close = difflib.get_close_matches(name.removesuffix(".py"), BUILTIN_HANDLERS, n=1, cutoff=0.6)
-    return (f"; did you mean {close[0]}?" if close else ";") + f" Built in: {', '.join(BUILTIN_HANDLERS)}"
+    close = difflib.get_close_matches(name.removesuffix(".py"), BUILT_IN, n=1, cutoff=0.6)
+    return (f"; did you mean {close[0]}?" if close else ";") + f" Built in: {', '.join(sorted(BUILT_IN))}"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Manifest:
         handler = _text(model, "handler", label) or refuse(
             label,
             f"{MANIFEST_NAME} has no model.handler; name a .py file of the archive or one of: "
-            f"{', '.join(BUILTIN_HANDLERS)}",
+            f"{', '.join(sorted(BUILT_IN))}",
         )
         runtime = _text(raw, "runtime", label) or RUNTIMES[0]
         if runtime not in RUNTIMES:

@@ -33,7 +33,7 @@ _VARIABLES = {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
 MEND = "pip install 'pyserve[grpc]'"
 
 
-class GrpcSite:
+class GrpcFrontEnd:
     """The gRPC side of one server process. Loop thread only.
 
     Args:

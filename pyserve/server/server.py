@@ -27,7 +27,7 @@ from pyserve.conversion.torchscript import Tracing
 from pyserve.cpu_budget import cpu_budget
 from pyserve.engine import Engine
 from pyserve.errors import ConfigError, JsonObject, ServeError
-from pyserve.grpc_api.front_end import GrpcSite
+from pyserve.grpc_api.front_end import GrpcFrontEnd
 from pyserve.http1.connections import Connections
 from pyserve.http1.limits import Http1Limits
 from pyserve.http1.protocol import Http1Protocol
@@ -117,7 +117,7 @@ class Server:
         self._inference = Inference(
             self.registry, tells_errors=services.error_format.with_private_detail, lenient=config.compat == "strict"
         )
-        self.grpc = GrpcSite(config, start.restart)
+        self.grpc = GrpcFrontEnd(config, start.restart)
         self._servers: list[asyncio.AbstractServer] = []
         self._connections: list[Connections] = []
         self._tls: ssl.SSLContext | None = None

@@ -8,13 +8,13 @@ from typing import Any
 
 from pyserve.archive.cache import open_cache
 from pyserve.config.config import Config
-from pyserve.grpc_api.front_end import GrpcSite
+from pyserve.grpc_api.front_end import GrpcFrontEnd
 from pyserve.models.registry import Registry
 from pyserve.security.tls import curl_target
 from pyserve.security.tokens import Tokens
 
 
-async def start_table(config: Config, registry: Registry, grpc: GrpcSite, tokens: Tokens | None) -> dict[str, Any]:
+async def start_table(config: Config, registry: Registry, grpc: GrpcFrontEnd, tokens: Tokens | None) -> dict[str, Any]:
     """Members of the event ``ready``, see `launch`: a row for each model, served or failed, and what stands below."""
     rows = [
         {

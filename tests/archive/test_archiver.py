@@ -179,6 +179,9 @@ def test_library_of_the_lsp_runtime_is_packed(sources: Path) -> None:
 def test_handler_that_is_nowhere_names_the_nearest(sources: Path) -> None:
     with pytest.raises(InvalidModelError, match=r"neither a Python file nor built in; did you mean image_classifier\?"):
         packed(handler="image_clasifier")
+    with pytest.raises(InvalidModelError) as refused:  # TorchServe's covers of other engines are not offered
+        packed(handler="vlm_handler")
+    assert "tensor" in str(refused.value) and "vllm_handler" not in str(refused.value)
     with pytest.raises(InvalidModelError, match="cannot be used"):
         packed(handler="handler.py:no function")
 
@@ -327,6 +330,7 @@ def test_archive_command_prints_path_and_size(sources: Path, capsys: pytest.Capt
     assert capsys.readouterr().out == f"out/m.mar ({Path('out/m.mar').stat().st_size / 1024:.1f} KiB)\n"
 
 
+@pytest.mark.slow
 def test_archive_command_says_why_a_model_cannot_share_its_weights(
     sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,9 +152,9 @@ def test_without_grpcio(own: Server, whether: str) -> None:
 
 
 def test_nothing_of_grpc_is_imported_when_it_is_off() -> None:
-    program = ("import asyncio, sys; from pyserve.grpc_api.front_end import GrpcSite; "
+    program = ("import asyncio, sys; from pyserve.grpc_api.front_end import GrpcFrontEnd; "
                "from pyserve.config.config import Config; "
-               "asyncio.run(GrpcSite(Config(enable_grpc='false'), 0).bind()); "
+               "asyncio.run(GrpcFrontEnd(Config(enable_grpc='false'), 0).bind()); "
                "assert not {'grpc', 'google.protobuf'} & set(sys.modules)")  # fmt: skip
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=LIMIT_S)
 
