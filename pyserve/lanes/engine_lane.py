@@ -54,7 +54,7 @@ class EngineLane(Lane):
         super().__init__(services, name, label, settings)
         self.core: Any = core
         self.preparing_count = 0
-        self._sweep = Sweep(self)
+        self._sweep = Sweep()
         self._batches: BatchRecorder | None = None
 
     # --- for subclasses -------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class EngineLane(Lane):
         if pending.client_deadline:
             start_client_limit(pending)
         if self._sweep.timer is None:
-            self._sweep.start()
+            self._sweep.start(self)
         pending.begin()
 
     def take_row(self, row: Pending) -> None:

@@ -47,24 +47,24 @@ class Sweep:
         timer: of the next look; None while there is none to come.
     """
 
-    def __init__(self, lane: SweptLane):
-        self._lane = lane
+    def __init__(self) -> None:
         self.timer: asyncio.TimerHandle | None = None
-        self._loop = asyncio.get_running_loop()
 
-    def start(self) -> None:
+    def start(self, lane: SweptLane) -> None:
         """Looks soon, and from then on; does nothing if it does already."""
+        # The lane is kept by the timer alone: of two that know each other the model's weights would come back only with
+        # a garbage collection.
         if self.timer is None:
-            self.timer = self._loop.call_later(SWEEP_INTERVAL_S, self._look)
+            self.timer = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._look, lane)
 
     def stop(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
 
-    def _look(self) -> None:
+    def _look(self, lane: SweptLane) -> None:
         """Nothing younger than the shorter limit can be over its time, so the scan is short."""
         self.timer = None
-        lane, settings = self._lane, self._lane.settings
+        settings = lane.settings
         queue_limit_s, run_limit_s = settings.queue_limit_s, float(settings.response_timeout_s)
         now = time.monotonic_ns()
         for pending in list(lane.in_flight):
@@ -84,7 +84,7 @@ class Sweep:
                 pending.drop()
                 lane.expire(pending)
         if lane.look_after_workers(now) or lane.in_flight:
-            self.start()
+            self.start(lane)
 
 
 def start_client_limit(pending: Pending) -> None:

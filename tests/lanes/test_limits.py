@@ -79,8 +79,8 @@ class Lane:
 
 def swept(lane: Lane, is_done: Callable[[], bool]) -> None:
     async def sweep() -> None:
-        sweep = Sweep(lane)
-        sweep.start()
+        sweep = Sweep()
+        sweep.start(lane)
         while not is_done():  # noqa: ASYNC110 - a timer is waited for, which nothing reports
             await asyncio.sleep(0.01)
         sweep.stop()
@@ -139,8 +139,8 @@ def test_a_sweep_continues_while_a_worker_is_to_be_looked_after() -> None:
     lane = Lane(looks=3)
 
     async def sweep() -> int:
-        sweep = Sweep(lane)
-        sweep.start()
+        sweep = Sweep()
+        sweep.start(lane)
         while sweep.timer is not None:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.01)
         return lane.looks

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -277,7 +279,7 @@ def test_without_a_worker_the_refusal_says_so(tmp_path: Path) -> None:
             answer = await stand.answer(1)
             body = error(answer)
             assert (body["code"], body["detail"]["reason"]) == (503, "no worker")
-            assert "Retry-After" in answer.headers and "min_worker=1" in body["detail"]["mend"]
+            assert "Retry-After" in answer.headers and "min_worker=1" in body["detail"]["fix"]
             stand.lane.set_workers(1)
             assert await stand.lane.settled(HANG_S) == ""
             assert (await stand.answer(1)).status == 200
@@ -416,3 +418,21 @@ def test_an_answer_that_cannot_be_delivered_does_not_stop_the_others(
 
     with caplog.at_level(logging.CRITICAL, "pyserve.lanes.native"):
         run(test())
+
+
+def test_a_lane_that_is_closed_is_let_go_of_without_a_garbage_collection(tmp_path: Path) -> None:
+    """And the weights with it."""
+
+    async def test() -> None:
+        async with standing(tmp_path, Identity()) as stand:
+            assert (await stand.answer(1)).status == 200
+        gc.collect()
+        gc.disable()
+        try:
+            lane = weakref.ref(stand.lane)
+            del stand.lane
+            await stand.until(lambda: lane() is None)
+        finally:
+            gc.enable()
+
+    run(test())
