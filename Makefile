@@ -4,12 +4,14 @@
 #              make build TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu"
 # WEIGHTS=...  densenet161's official .pth file; without it the weights are random
 # LABELS=...   its index_to_name.json
+# JOBS=...     processes that run the tests side by side
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STORE := model-store
+JOBS ?= $(shell expr $$(nproc) + 1)
 EXAMPLE_FLAGS := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(LABELS),--labels $(LABELS))
 CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/*.h tests/native/*.cpp)
 
@@ -61,10 +63,11 @@ lint: build ## check style, format and types
 
 # Also at work: what needs a server process or a compiler is left to `make test`.
 fast: build ## the tests that start no server and compile nothing
-	$(BIN)/python -m pytest -q -m "not server and not compiles and not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not server and not compiles and not slow"
 
+# A third process on two processors: it works while the others wait for a server or a time limit.
 test: lint ## lint, then all tests, the C++ ones under ThreadSanitizer and AddressSanitizer
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=25
 
 # Without what an earlier build left in build/: setuptools packs files there that are no longer in the source.
 wheel: build ## build dist/*.whl, and try it in a fresh environment that has torch

@@ -1,7 +1,8 @@
-"""What all tests share: the seed that replays random tests, and tests that need an accelerator."""
+"""What all tests share: the seed that replays random tests, the order, and tests that need an accelerator."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -24,10 +25,22 @@ def seed() -> int:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what is marked ``nightly`` unless ``-m`` names it; any other ``-m`` would replace one of addopts."""
+    # What compiles longest begins first: at the end it would keep one process at work while the others have none.
+    items.sort(key=lambda item: item.path.name != "test_native.py")
     if "nightly" in config.option.markexpr:
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly") is not None])
     items[:] = [item for item in items if item.get_closest_marker("nightly") is None]
+
+
+def pytest_collection_finish() -> None:
+    """Lets Python's garbage collector pass over the objects of torch and of the tests, a million that all stay."""
+    gc.collect()
+    gc.freeze()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)  # the other processors have processes of their own
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

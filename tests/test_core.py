@@ -221,6 +221,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(torch._inductor.aoti_compile_and_package(exported, package_path=str(path)))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
 def test_a_package_answers_as_torch_does(package: Path, batch_size: int) -> None:
     model = _core.TorchModel.load(str(package), EXAMPLE, is_package=True, package_runners_max=2)

@@ -76,6 +76,7 @@ def test_resnet_parameters_have_torchvisions_names() -> None:
     assert not any("layer1.0.downsample" in name for name in state)
 
 
+@pytest.mark.slow
 def test_densenet_loads_the_names_of_2017() -> None:
     model = ready(DenseNet, 121)
     old = {}
@@ -109,6 +110,7 @@ def test_block_gives_input_plus_residual() -> None:
     assert torch.equal(block(features), features)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "args", "shape"),
     [(DenseNet, (121, 7), (3, 64, 64)), (ResNet, (18, 7), (3, 64, 64)), (DigitsNet, (), (1, 8, 8))],
@@ -128,6 +130,7 @@ def test_scripted_and_traced_models_answer_alike(
         torch.testing.assert_close(traced(batch), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "depth"), [(DenseNet, 161), (ResNet, 18), (ResNet, 34)])
 def test_random_weights_keep_scores_finite_and_tell_pictures_apart(cls: type[torch.nn.Module], depth: int) -> None:
     model = ready(cls, depth)

@@ -301,6 +301,7 @@ def _open_in_process(path: Path, cache: Path, results: Any) -> None:
     results.put((archive.sha256, weights_of(archive), (archive.model_dir / "handler.py").read_bytes()))
 
 
+@pytest.mark.slow
 def test_many_processes_open_at_once(tmp_path: Path, cache: Path) -> None:
     path = write_tgz(tmp_path / "m.tgz")
     context = multiprocessing.get_context("spawn")

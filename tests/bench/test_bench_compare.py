@@ -166,6 +166,7 @@ def test_binary_requests_of_any_size_have_one_header() -> None:
     assert json.loads(body[:head_size])["inputs"][0]["shape"] == [1, 16]
 
 
+@pytest.mark.slow
 def test_a_fitted_last_layer_tells_the_pictures_apart(tmp_path: Path) -> None:
     network = ResNet(18)
     seed_weights(network)

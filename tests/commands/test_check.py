@@ -33,6 +33,7 @@ def checked(tmp_path: Path, source: str, *arguments: str, code: int = 1, **packe
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_right_handler_passes_with_all_batch_sizes(tmp_path: Path) -> None:
     report = checked(tmp_path, TUTORIAL, code=0, network=Doubler(), config={"batchSize": 4})
     assert report["findings"] == []
@@ -40,6 +41,7 @@ def test_right_handler_passes_with_all_batch_sizes(tmp_path: Path) -> None:
     assert report["was_called"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "kind", "what"),
     [
@@ -62,6 +64,7 @@ def test_each_mistake_is_one_finding(tmp_path: Path, body: str, kind: str, what:
     assert re.match(r"handler\.py:\d+ in handle\Z", finding["where"])
 
 
+@pytest.mark.slow
 def test_endless_call_is_a_finding_with_its_place_and_leaves_no_process(tmp_path: Path) -> None:
     source = handler("import subprocess\nsubprocess.Popen(['sleep', '987'])\nwhile True:\n    pass")
     (finding,) = checked(tmp_path, source, *TWO, "--timeout", "3")["findings"]
@@ -70,12 +73,14 @@ def test_endless_call_is_a_finding_with_its_place_and_leaves_no_process(tmp_path
     assert not [each for each in psutil.process_iter(["cmdline"]) if each.info["cmdline"] == ["sleep", "987"]]
 
 
+@pytest.mark.slow
 def test_endless_load_is_a_finding(tmp_path: Path) -> None:
     (finding,) = checked(tmp_path, handler("pass", initialize="import time; time.sleep(999)"), *TWO,
                          "--timeout", "3")["findings"]  # fmt: skip
     assert finding["what"] == "loading the model: not through after 3 s"
 
 
+@pytest.mark.slow
 def test_all_missing_imports_are_told_at_once(tmp_path: Path) -> None:
     source = handler("import nothing_c\nreturn data", "import nothing_a\nimport words")
     findings = checked(tmp_path, source, files={"words.py": "import nothing_b\n"})["findings"]
@@ -87,6 +92,7 @@ def test_all_missing_imports_are_told_at_once(tmp_path: Path) -> None:
     assert "pip install nothing_a" in findings[0]["fix"]
 
 
+@pytest.mark.slow
 def test_file_that_is_not_packed_is_told_even_when_the_handler_goes_on_without(tmp_path: Path) -> None:
     body = "try:\n    open('words.txt')\nexcept OSError:\n    pass\nreturn [1] * len(data)"
     (finding,) = checked(tmp_path, handler(body))["findings"]
@@ -94,23 +100,27 @@ def test_file_that_is_not_packed_is_told_even_when_the_handler_goes_on_without(t
     assert "model_dir" in finding["fix"]
 
 
+@pytest.mark.slow
 def test_error_while_loading_has_place_and_mend(tmp_path: Path) -> None:
     (finding,) = checked(tmp_path, handler("pass", initialize="open(context.nothing)"))["findings"]
     assert finding["kind"] == "load" and "AttributeError" in finding["what"]
     assert finding["where"] == "handler.py:5 in initialize"
 
 
+@pytest.mark.slow
 def test_answers_that_vary_are_a_note_and_no_finding(tmp_path: Path) -> None:
     report = checked(tmp_path, handler("import random\nreturn [random.random() for row in data]"), code=0)
     assert any("two different answers" in note for note in report["notes"])
 
 
+@pytest.mark.slow
 def test_without_an_input_the_handler_is_loaded_and_it_is_said_that_it_was_not_called(tmp_path: Path) -> None:
     done = run(tmp_path, "check", write_handler(tmp_path, "m", handler("return data")))
     assert done.returncode == 2
     assert "not called" in done.stdout and "-i" in done.stdout
 
 
+@pytest.mark.slow
 def test_text_tells_what_where_and_how_to_mend_it(tmp_path: Path) -> None:
     done = run(tmp_path, "check", write_handler(tmp_path, "m", handler("return [data[0]['body']]")), *TWO)
     assert done.returncode == 1
@@ -128,6 +138,7 @@ def test_damaged_archive_is_a_finding(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["findings"][0]["kind"] == "archive"
 
 
+@pytest.mark.slow
 def test_interrupted_check_leaves_no_handler_behind(tmp_path: Path) -> None:
     archive = write_handler(tmp_path, "m", handler("print(1)", initialize="import time; time.sleep(999)"))
     with subprocess.Popen(

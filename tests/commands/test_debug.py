@@ -46,6 +46,7 @@ def line_of(source: str, text: str) -> int:
     return next(number for number, line in enumerate(source.splitlines(), 1) if text in line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quits", [False, True])
 def test_breakpoint_stops_in_the_handler_and_the_debugger_works(tmp_path: Path, quits: bool) -> None:
     archive = write_handler(tmp_path, "m", STOPS, network=Doubler())
@@ -92,6 +93,7 @@ def converse(terminal: int, orders: list[str]) -> str:
             answered += 1
 
 
+@pytest.mark.slow
 def test_exception_shows_the_handlers_own_frames_and_no_folder_of_this_machine(tmp_path: Path) -> None:
     archive = write_handler(tmp_path, "m", BOOM, network=Doubler())
     debugged = run(tmp_path, "debug", archive, "--json-body", "[1]", "-n", 2)
@@ -105,6 +107,7 @@ def test_exception_shows_the_handlers_own_frames_and_no_folder_of_this_machine(t
     assert "again with each request alone" in debugged.stdout
 
 
+@pytest.mark.slow
 def test_stages_say_what_they_got_and_gave(tmp_path: Path) -> None:
     archive = write_handler(tmp_path, "m", TUTORIAL, network=Doubler())
     (tmp_path / "one.json").write_text("[1, 2]")
@@ -119,6 +122,7 @@ def test_stages_say_what_they_got_and_gave(tmp_path: Path) -> None:
     assert lines.index("answer 2:") < lines.index("6.0,") < lines.index("answer 3:")
 
 
+@pytest.mark.slow
 def test_batch_that_is_not_answered_in_full_is_explained(tmp_path: Path) -> None:
     archive = write_handler(tmp_path, "m", FIRST_ONLY)
     debugged = run(tmp_path, "debug", archive, "--json-body", "1", "-n", 2)
@@ -129,6 +133,7 @@ def test_batch_that_is_not_answered_in_full_is_explained(tmp_path: Path) -> None
     assert "one element per element of data" in debugged.stderr
 
 
+@pytest.mark.slow
 def test_parts_of_a_streamed_answer_are_shown(tmp_path: Path) -> None:
     debugged = run(tmp_path, "debug", write_handler(tmp_path, "m", STREAMER), "--json-body", "1")
     assert debugged.returncode == 0, debugged.stderr
@@ -137,6 +142,7 @@ def test_parts_of_a_streamed_answer_are_shown(tmp_path: Path) -> None:
     assert debugged.stdout.endswith("  part 2\n")
 
 
+@pytest.mark.slow
 def test_saved_request_and_headers_reach_the_handler(tmp_path: Path) -> None:
     archive = write_handler(tmp_path, "m", HEADERS)
     (tmp_path / "saved.http").write_bytes(REQUEST)
@@ -147,6 +153,7 @@ def test_saved_request_and_headers_reach_the_handler(tmp_path: Path) -> None:
         assert text in debugged.stdout
 
 
+@pytest.mark.slow
 def test_folder_without_a_manifest_works_too(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/handler.py").write_text(FIRST_ONLY)
@@ -156,6 +163,7 @@ def test_folder_without_a_manifest_works_too(tmp_path: Path) -> None:
     assert set(os.listdir(tmp_path / "mine")) - {"__pycache__"} == {"handler.py"}
 
 
+@pytest.mark.slow
 def test_built_in_handler_gets_a_sample(tmp_path: Path) -> None:
     archive = write_handler(tmp_path, "m", None, handler="base_handler", network=Doubler(),
                             config={"input": {"dtype": "float32", "shape": [3]}})  # fmt: skip
@@ -164,12 +172,14 @@ def test_built_in_handler_gets_a_sample(tmp_path: Path) -> None:
     assert "request 1: a made-up tensor" in debugged.stdout
 
 
+@pytest.mark.slow
 def test_without_an_input_it_is_said_what_to_give(tmp_path: Path) -> None:
     debugged = run(tmp_path, "debug", write_handler(tmp_path, "m", FIRST_ONLY))
     assert debugged.returncode == 2
     assert "give a file with -i" in debugged.stderr
 
 
+@pytest.mark.slow
 def test_handler_that_cannot_be_loaded_is_shown_with_the_mend(tmp_path: Path) -> None:
     debugged = run(tmp_path, "debug", write_handler(tmp_path, "m", "import no_such_thing\n" + FIRST_ONLY), "-n", 1)
     assert debugged.returncode == 1

@@ -97,12 +97,14 @@ def developer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Developer]:
             popen.kill()
 
 
+@pytest.mark.server
 def test_what_is_taken_for_granted_is_said(developer: Developer) -> None:
     first = developer.shown().splitlines()[0]
     assert first.endswith("no MAR-INF/MANIFEST.json in mine; taken: name mine, handler handler.py")
     assert not (developer.folder / "MAR-INF").exists() and not (developer.folder / "__pycache__").exists()
 
 
+@pytest.mark.server
 def test_new_code_answers_without_loading_again_and_is_noticed_while_nothing_is_asked(developer: Developer) -> None:
     before, reloads = developer.answer(), developer.reloads()
     developer.save(HANDLER.format(version="edited"))
@@ -112,12 +114,14 @@ def test_new_code_answers_without_loading_again_and_is_noticed_while_nothing_is_
     assert (after["loads"], after["pid"]) == (1, before["pid"])
 
 
+@pytest.mark.server
 def test_modules_beside_the_handler_are_taken_on_too(developer: Developer) -> None:
     developer.save("WORD = 'two'\n", "words.py")
     developer.wait_for("reloaded words.py")
     assert developer.answer()["word"] == "two"
 
 
+@pytest.mark.server
 def test_error_keeps_the_old_code_is_told_once_and_its_mend_is_taken_on(developer: Developer) -> None:
     reloads = developer.reloads()
     developer.save(HANDLER.format(version="good"))
@@ -133,6 +137,7 @@ def test_error_keeps_the_old_code_is_told_once_and_its_mend_is_taken_on(develope
     assert developer.shown().count("    def handle(data, context)\n") == 1, "the line is shown"
 
 
+@pytest.mark.server
 def test_requests_while_files_are_saved_get_the_old_code_or_the_new(developer: Developer) -> None:
     """Saved in place, so that the file is empty for a moment; and of one size, within one tick of a coarse clock."""
     wrong: list[str] = []

@@ -95,6 +95,7 @@ def test_configuration_that_would_not_do_is_in_the_list(capsys: pytest.CaptureFi
     assert any(line.startswith("FAIL configuration config.properties:6: job_queue_size") for line in lines)
 
 
+@pytest.mark.slow
 def test_archive_as_it_was_packed_passes(capsys: pytest.CaptureFixture[str]) -> None:
     lines = listed(capsys, write_handler(Path(), "m", ECHO), code=0)
     assert "PASS archive m 1.0, handler handler.py, 2 files" in lines
@@ -102,6 +103,7 @@ def test_archive_as_it_was_packed_passes(capsys: pytest.CaptureFixture[str]) -> 
     assert any(line.startswith("PASS handler ") for line in lines)
 
 
+@pytest.mark.slow
 def test_other_versions_missing_packages_and_broken_code_are_told_with_the_mend(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

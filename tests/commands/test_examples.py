@@ -70,6 +70,7 @@ def store(trained: tuple[torch.nn.Module, float], monkeypatch: pytest.MonkeyPatc
     return tmp_path / "store"
 
 
+@pytest.mark.slow
 def test_digits_are_recognised(trained: tuple[torch.nn.Module, float]) -> None:
     model, accuracy = trained
     assert accuracy >= 0.97
@@ -79,6 +80,7 @@ def test_digits_are_recognised(trained: tuple[torch.nn.Module, float]) -> None:
         assert (model(held_out).argmax(1) == digits).float().mean().item() == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 def test_training_twice_gives_the_same_network(trained: tuple[torch.nn.Module, float]) -> None:
     again, _ = train_digits()
     for name, value in trained[0].state_dict().items():
@@ -128,6 +130,7 @@ def test_missing_scikit_learn_is_one_sentence(monkeypatch: pytest.MonkeyPatch, t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_random_weights_are_said_loudly_and_answer_by_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +151,7 @@ def test_random_weights_are_said_loudly_and_answer_by_picture(
     assert all(label.isdigit() for label in first)
 
 
+@pytest.mark.slow
 def test_given_weights_and_labels_are_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ResNet(18, 7)
     seed_weights(model, 3)
@@ -167,6 +171,7 @@ def test_given_weights_and_labels_are_packed(tmp_path: Path, capsys: pytest.Capt
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_densenet_file_of_2017_fits(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = DenseNet(121, 4)
@@ -214,6 +219,7 @@ def test_missing_labels_are_named(tmp_path: Path) -> None:
         write_example("resnet18", tmp_path / "store", tmp_path / "w.pth", labels=tmp_path / "no.json")
 
 
+@pytest.mark.slow
 def test_existing_archive_is_kept_unless_forced(tmp_path: Path) -> None:
     torch.save(ResNet(18, 2).state_dict(), tmp_path / "w.pth")
     write_example("resnet18", tmp_path, tmp_path / "w.pth")

@@ -179,6 +179,7 @@ def test_stop_without_a_server_says_so_and_clears_old_keys_away(place: Place) ->
         assert (place.folder / "key_file.json").exists()  # it is somebody else's
 
 
+@pytest.mark.server
 def test_server_in_the_background_as_scripts_know_it(place: Place) -> None:
     arguments = ("--start", "--ncs", "--model-store", "store", "--models", "echo.mar", "--ts-config", "my.properties")
     place.plain_pid_path.write_text("1\n")  # left behind; that process is no TorchServe
@@ -213,6 +214,7 @@ def test_server_in_the_background_as_scripts_know_it(place: Place) -> None:
         assert not (place.folder / "logs/pyserve.log").exists()
 
 
+@pytest.mark.server
 def test_server_in_the_foreground_logs_to_stdout_and_stops(place: Place) -> None:
     with place.started("--foreground", "--model-store", "store", "--ts-config", "my.properties") as (popen, lines):
         assert any("pyserve.supervisor - server started" in line for line in lines)
@@ -243,6 +245,7 @@ while "drained" not in lines.get(timeout=60):
 """
 
 
+@pytest.mark.server
 def test_launcher_starts_registers_and_stops(place: Place) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHED], env=place.environment, cwd=place.folder, capture_output=True, text=True,
@@ -298,6 +301,7 @@ def test_labels_tell_what_is_in_effect(tmp_path: Path, monkeypatch: pytest.Monke
 # --- the archiver -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_archiver_packs_without_trying_the_model(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     (place.folder / "model.py").write_text("import no_such_module\n")
     (place.folder / "w.pth").write_bytes(b"no weights")

@@ -66,6 +66,7 @@ def test_the_rest_of_the_configuration_stays() -> None:
     assert "precision" not in yaml.safe_load(tune.configuration(raw, point(10, 1, 1, 1)))
 
 
+@pytest.mark.slow
 def test_an_archive_is_measured_at_every_setting(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +93,7 @@ def test_an_archive_is_measured_at_every_setting(
     assert "--force" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_eager_model_is_measured_in_a_lower_precision_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

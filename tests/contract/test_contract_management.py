@@ -274,6 +274,7 @@ REGISTER = [
 ALL = [*OVERVIEW, *SCALE, *LIST, *UNREGISTER, *DEFAULT, *REGISTER]
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("row", ALL, ids=[f"{row.call} {row.status} {len(row.before)}" for row in ALL])
 def test_a_call_is_answered_as_the_contract_says(server: Server, row: Row) -> None:
     for call in row.before:
@@ -312,6 +313,7 @@ KEYS = [
 ]  # fmt: skip
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("model", ["linear", "own"])
 def test_a_description_has_the_contracts_keys_in_its_order(server: Server, model: str) -> None:
     [described] = ask(server, "GET", f"/models/{model}").json
@@ -334,6 +336,7 @@ def test_a_description_has_the_contracts_keys_in_its_order(server: Server, model
     assert (worker["pid"] == server.process.pid) == (model == "linear")
 
 
+@pytest.mark.server
 def test_start_time_and_process_are_those_of_the_worker_there_is_now(server: Server) -> None:
     [before] = server.describe("own")["workers"]
     os.kill(before["pid"], signal.SIGKILL)
@@ -347,6 +350,7 @@ def test_start_time_and_process_are_those_of_the_worker_there_is_now(server: Ser
     assert after["startTime"] > before["startTime"]
 
 
+@pytest.mark.server
 def test_versions_are_described_one_by_one_and_all(server: Server) -> None:
     for path, versions in (("", ["1.0"]), ("/2.0", ["2.0"]), ("/all", ["1.0", "2.0"])):
         rows = ask(server, "GET", f"/models/linear{path}").json
@@ -354,6 +358,7 @@ def test_versions_are_described_one_by_one_and_all(server: Server) -> None:
     assert [server.describe(name)["loadedAtStartup"] for name in ("stays", "linear/2.0")] == [True, False]
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     "told, metadata, expected",
     [
@@ -375,6 +380,7 @@ def test_a_handler_describes_itself(
     assert "customizedMetadata" not in ask(server, "GET", "/models/own?customized=false").json[0]
 
 
+@pytest.mark.server
 def test_what_cannot_describe_itself_says_why(server: Server, files: Files) -> None:
     assert ask(server, "GET", "/models/linear?customized=true").json[0]["customizedMetadata"] == {}
     files.put("raise")
@@ -394,6 +400,7 @@ def test_what_cannot_describe_itself_says_why(server: Server, files: Files) -> N
 # --- scaling ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("model", ["linear", "own"])
 def test_workers_grow_to_the_least_shrink_to_the_most_and_stay_in_between(server: Server, model: str) -> None:
     def scaled(query: str) -> tuple[int, int, int]:
@@ -417,6 +424,7 @@ def test_workers_grow_to_the_least_shrink_to_the_most_and_stay_in_between(server
     assert server.predict(model, [0.5, 1, 2, 3]).status == 200
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("synchronous", [True, False])
 def test_workers_that_cannot_be_started_leave_everything_as_it_was(
     server: Server, files: Files, synchronous: bool
@@ -440,6 +448,7 @@ def test_workers_that_cannot_be_started_leave_everything_as_it_was(
     assert len(server.describe("own")["workers"]) == 2
 
 
+@pytest.mark.server
 def test_a_worker_that_starts_too_slowly_is_given_up_after_the_new_limit(server: Server, files: Files) -> None:
     files.put("stall")
     server.manage("PUT", "/models/own?startup_timeout=1")
@@ -448,6 +457,7 @@ def test_a_worker_that_starts_too_slowly_is_given_up_after_the_new_limit(server:
     assert server.predict("own", "x").status == 200  # the one that is there goes on
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("model", ["linear", "own"])
 def test_calls_at_once_leave_the_state_that_one_of_them_asked_for(server: Server, model: str) -> None:
     wishes = [(1, 11), (2, 12), (3, 13), (4, 14)]
@@ -466,6 +476,7 @@ def test_calls_at_once_leave_the_state_that_one_of_them_asked_for(server: Server
     assert all(worker["status"] == "READY" for worker in described["workers"])
 
 
+@pytest.mark.server
 def test_a_model_is_removed_once_and_what_comes_at_once_is_told(server: Server) -> None:
     server.manage("POST", "/models?url=shadow.mar&initial_workers=1")
     answers = at_once([
@@ -482,6 +493,7 @@ def test_a_model_is_removed_once_and_what_comes_at_once_is_told(server: Server) 
     assert server.predict("shadow", [1, 2, 3, 4]).status == 200
 
 
+@pytest.mark.server
 def test_one_of_two_defaults_that_are_set_at_once_holds(server: Server) -> None:
     for _ in range(5):
         answers = at_once([
@@ -494,6 +506,7 @@ def test_one_of_two_defaults_that_are_set_at_once_holds(server: Server) -> None:
         assert sorted(row["modelVersion"] for row in server.manage("GET", "/models/linear/all")) == ["1.0", "2.0"]
 
 
+@pytest.mark.server
 def test_a_default_that_is_set_while_it_loads_is_one_that_answers(server: Server, files: Files) -> None:
     write_handler(server.store, "own", HANDLER.format(folder=str(files.folder)), version="2.0", file="own-2")
     files.put("stall")
@@ -523,6 +536,7 @@ def pending(server: Server) -> int:
     return int(server.describe("own")["jobQueueStatus"]["pendingRequests"])
 
 
+@pytest.mark.server
 def test_limits_of_a_running_model_hold_for_the_next_request(server: Server, files: Files) -> None:
     files.put("hold")
     answers: dict[str, Answer] = {}
@@ -573,6 +587,7 @@ def health(server: Server) -> tuple[int, str, int, dict[str, str]]:
 HEALTHY = (200, "Healthy", 200, {})
 
 
+@pytest.mark.server
 def test_health_tells_what_cannot_answer_and_nothing_else(server: Server, files: Files) -> None:
     assert health(server) == HEALTHY
     server.manage("PUT", "/models/own?min_worker=0&synchronous=true")
@@ -612,6 +627,7 @@ def test_health_tells_what_cannot_answer_and_nothing_else(server: Server, files:
 # --- under load -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("model", ["linear", "own"])
 def test_scaling_up_down_and_to_nothing_under_load_loses_no_request(server: Server, model: str) -> None:
     """Every request is answered, by the model or with the reason that there is no worker."""
@@ -647,6 +663,7 @@ def test_scaling_up_down_and_to_nothing_under_load_loses_no_request(server: Serv
     assert server.describe(model)["jobQueueStatus"]["pendingRequests"] == 0
 
 
+@pytest.mark.server
 def test_the_default_moves_a_hundred_times_under_load_without_a_wrong_answer(server: Server) -> None:
     write_linear(server.store, "twin")
     write_linear(server.store, "twin", version="2.0", file="twin-2")  # the same answers

@@ -49,6 +49,7 @@ def failure(archive: Archive, timeout_s: float = HANG_S) -> str:
     return caught.value.message
 
 
+@pytest.mark.slow
 def test_the_traced_model_is_the_eager_one_and_is_kept(packed: OpenPacked) -> None:
     # What the model file prints, even if it looks like a report, is ignored; so is much text on stderr.
     noise = 'import sys\nprint(\'{"error": "mine"}\')\nprint("{", flush=True)\nsys.stderr.write("x" * 300_000)\n'
@@ -74,6 +75,7 @@ def inspected(archive: Archive, capsys: pytest.CaptureFixture[str]) -> str:
     return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("conversion: "))
 
 
+@pytest.mark.slow
 def test_how_a_model_was_converted_is_shown(packed: OpenPacked, capsys: pytest.CaptureFixture[str]) -> None:
     archive = packed(state=WEIGHTS)
     assert "none kept on this machine" in inspected(archive, capsys)
@@ -81,6 +83,7 @@ def test_how_a_model_was_converted_is_shown(packed: OpenPacked, capsys: pytest.C
     assert inspected(archive, capsys).startswith("conversion: traced; nothing in it depends on sizes or data; largest ")
 
 
+@pytest.mark.slow
 def test_why_a_model_was_not_converted_is_shown_and_kept(
     packed: OpenPacked, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +93,7 @@ def test_why_a_model_was_not_converted_is_shown_and_kept(
     assert inspected(archive, capsys) == f"conversion: none, it runs in worker processes: {text}"
 
 
+@pytest.mark.slow
 def test_a_model_that_tracing_gets_wrong_is_scripted(packed: OpenPacked) -> None:
     archive = packed(NO_WEIGHTS.format("return x + 1 if bool(x.sum() > 0.05) else x - 1"))
     trace(archive)
@@ -98,17 +102,20 @@ def test_a_model_that_tracing_gets_wrong_is_scripted(packed: OpenPacked) -> None
         assert torch.equal(script(sign * torch.ones(2, 4)), sign * 2 * torch.ones(2, 4))
 
 
+@pytest.mark.slow
 def test_a_model_that_changes_its_input_in_place_is_traced(packed: OpenPacked) -> None:
     archive = packed(NO_WEIGHTS.format("return x.mul_(2).add_(1)"))
     trace(archive)
     assert torch.equal(torch.jit.load(str(traced_file(archive)))(torch.ones(2, 4)), torch.full((2, 4), 3.0))
 
 
+@pytest.mark.slow
 def test_a_model_that_depends_on_the_data_in_python_is_rejected(packed: OpenPacked) -> None:
     text = failure(packed(NO_WEIGHTS.format("return x * len(eval(repr([1] * int(abs(x).sum().item()*100))))")))
     assert "export the model yourself" in text and "depends on the data" in text
 
 
+@pytest.mark.slow
 def test_model_config_can_ask_for_a_trace_that_is_not_proven(packed: OpenPacked) -> None:
     code = NO_WEIGHTS.format("return x + 1 if x.numpy().sum() > -1 else x")
     archive = packed(code, config=TENSOR_CONFIG + "conversion: trace\n")
@@ -137,6 +144,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_conversion_that_fails_says_why(packed: OpenPacked, case: str) -> None:
     code, state, parts = CASES[case]
@@ -178,6 +186,7 @@ class Net(torch.nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_what_the_code_reads_from_elsewhere_is_read_once_unless_it_runs_in_python(
     packed: OpenPacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

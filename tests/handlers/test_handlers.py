@@ -213,6 +213,7 @@ def test_built_in_handler_is_found_by_name(tmp_path: Path, name: str) -> None:
         assert type(load_handler(archive)) is ImageClassifier
 
 
+@pytest.mark.slow
 def test_every_built_in_handler_loads_from_a_packed_archive(tmp_path: Path, model_dir: Path) -> None:
     for name, built_in in BUILT_IN.items():
         packed = write_archive(

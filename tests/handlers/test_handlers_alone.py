@@ -104,6 +104,7 @@ def test_exported_program_runs(tmp_path: Path) -> None:
     assert answers_of(BaseHandler(), tmp_path, {"serializedFile": "relu.pt2"}) == [[1.0, 2.0], [0.0, 0.0]]
 
 
+@pytest.mark.compiles
 def test_package_compiled_ahead_of_time_runs(tmp_path: Path) -> None:
     path = str(tmp_path / "relu.pt2")
     torch._inductor.aoti_compile_and_package(exported(tmp_path), package_path=path)

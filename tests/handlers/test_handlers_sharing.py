@@ -103,6 +103,7 @@ def weights_memory(path: Path, count: int) -> tuple[float, list[float]]:
         return sum(size["Pss"] - size["before"] for size in sizes), answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_processes_have_one_copy_of_the_weights(tmp_path: Path, cache: Path, frozen: bool) -> None:
     path, model = packed(tmp_path, frozen=frozen)

@@ -86,6 +86,7 @@ def test_a_file_that_others_may_write_to_is_read(cache: Path, tmp_path: Path, mo
     assert not can_be_mapped(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["saved", "compressed", "stored", "legacy"])
 def test_every_file_and_every_way_to_load_it_gives_its_numbers(cache: Path, kind: str) -> None:
     path = cache / "weights.pth"
@@ -134,6 +135,7 @@ class Large(torch.nn.Module):
         return x @ self.weight + self.seen.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["state dict", "torchscript"])
 def test_a_process_that_writes_to_its_weights_changes_nobody_elses(cache: Path, kind: str) -> None:
     path = cache / ("model.pt" if kind == "torchscript" else "weights.pth")

@@ -128,6 +128,7 @@ def test_a_request_is_not_left_asleep_once_it_is_announced(tmp_path: Path) -> No
     lane.close()
 
 
+@pytest.mark.slow
 def test_a_body_belongs_to_the_engine_until_it_is_answered(tmp_path: Path, gate: Gate) -> None:
     lane = lane_of(tmp_path, Gated(str(gate.path)))
     gate.shut()

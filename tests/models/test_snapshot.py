@@ -261,6 +261,7 @@ def test_strict_restores_unasked_unless_a_configuration_is_named(
     assert (models_to_restore(Config(**settings), tmp_path) is not None) == restored
 
 
+@pytest.mark.slow
 def test_ten_thousand_changes_leave_as_many_files_as_twenty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a change costs does not grow: it looks at no more files than are kept."""
     looked_at: list[int] = []
@@ -385,6 +386,7 @@ def served(server: Server) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (row["modelName"], row["modelVersion"]))
 
 
+@pytest.mark.server
 def test_what_was_answered_survives_sigkill_of_everything(server: Server, session_store: Path) -> None:
     for name in ("linear.mar", "linear-2.mar", "burn.mar"):
         shutil.copy(session_store / name, server.store)
@@ -424,6 +426,7 @@ def test_what_was_answered_survives_sigkill_of_everything(server: Server, sessio
     assert served(server) == []
 
 
+@pytest.mark.server
 def test_a_model_snapshot_in_the_configuration_is_served_and_a_missing_archive_is_reported(
     server: Server, session_store: Path
 ) -> None:
@@ -477,6 +480,7 @@ def test_a_model_snapshot_in_the_configuration_is_served_and_a_missing_archive_i
     assert server.ask("GET", "/ready").status == 200
 
 
+@pytest.mark.server
 def test_a_model_snapshot_of_another_shape_ends_the_start(server: Server) -> None:
     path = server.folder / "config.properties"
     path.write_text('model_snapshot={"models": []}\n')
@@ -486,6 +490,7 @@ def test_a_model_snapshot_of_another_shape_ends_the_start(server: Server) -> Non
     assert pid_file.read(server.pid_path) is None
 
 
+@pytest.mark.server
 def test_without_a_place_for_snapshots_everything_else_works(server: Server, session_store: Path) -> None:
     shutil.copy(session_store / "linear.mar", server.store)
     (server.folder / "file").write_text("")
@@ -497,6 +502,7 @@ def test_without_a_place_for_snapshots_everything_else_works(server: Server, ses
         assert (server.folder / "foreground.log").read_text().count("snapshots cannot be written") == 1
 
 
+@pytest.mark.server
 def test_snapshots_can_be_turned_off_and_stay_bounded_when_on(server: Server, session_store: Path) -> None:
     shutil.copy(session_store / "linear.mar", server.store)
     server.start("--models", "linear.mar", "--ncs")

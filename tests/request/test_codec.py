@@ -122,6 +122,7 @@ def test_depth_is_counted_in_linear_time() -> None:
     assert decoded(body, JSON) == {"body": bytearray(body)}
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(st.recursive(st.text('[]{}"\\a') | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_depth_of_any_document_is_that_of_its_value(document: Any) -> None:

@@ -56,6 +56,7 @@ def text_of(server: Server) -> str:
 HAVE_NO_GPU = [name for name in SERVER_METRICS if not name.startswith("GPU")]
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("name", HAVE_NO_GPU)
 def test_each_metric_of_torchserve_is_there(measured: Server, name: str) -> None:
     declared, text = SERVER_METRICS[name], text_of(measured)
@@ -66,6 +67,7 @@ def test_each_metric_of_torchserve_is_there(measured: Server, name: str) -> None
     assert f'ostname="{socket.gethostname()}",}}' in text
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("declared", MODEL_METRICS, ids=lambda each: each.name)
 @pytest.mark.parametrize("model", [ODD, "own"])
 def test_both_lanes_have_the_times_of_a_model(measured: Server, declared: Any, model: str) -> None:
@@ -74,17 +76,20 @@ def test_both_lanes_have_the_times_of_a_model(measured: Server, declared: Any, m
     assert f'{declared.name}{{ModelName="{model}",Level="Model",Hostname="{host}",}} ' in text
 
 
+@pytest.mark.server
 def test_workers_are_named_as_torchserve_names_them(measured: Server) -> None:
     [mine] = [each for each in shown(measured)["WorkerLoadTime"] if each.labels["WorkerName"].endswith("own_1.0")]
     assert re.fullmatch(r"W-\d+-own_1\.0", mine.labels["WorkerName"]) and mine.value > 0
 
 
+@pytest.mark.server
 def test_a_handlers_counter_needs_no_declaration(measured: Server) -> None:
     before = measured.metric("seen_total", ModelName="own")
     measured.predict("own", [1])
     measured.wait_for(lambda: measured.metric("seen_total", ModelName="own") == before + 1, "the counter")
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("name", ["pyserve_worker_utilization", "pyserve_predicted_wait_seconds", "pyserve_queue_size"])
 def test_autoscalers_find_the_load_of_both_lanes(measured: Server, name: str) -> None:
     samples = shown(measured)[name]
@@ -92,6 +97,7 @@ def test_autoscalers_find_the_load_of_both_lanes(measured: Server, name: str) ->
     assert all(each.value >= 0 for each in samples)
 
 
+@pytest.mark.server
 def test_no_request_is_lost_in_the_books(measured: Server) -> None:
     calls = [lambda: measured.predict(ODD, [1.0, 2.0, 3.0, 4.0]), lambda: measured.predict(ODD, ["x"]),
              lambda: measured.predict(f"{ODD}/1.0", [1.0, 2.0, 3.0, 4.0])]  # fmt: skip
@@ -114,6 +120,7 @@ def test_no_request_is_lost_in_the_books(measured: Server) -> None:
     assert asked == ended and set(statuses) == {200, 400}
 
 
+@pytest.mark.server
 def test_names_filter(measured: Server) -> None:
     assert list(shown(measured, "?name[]=CPUUtilization&name[]=QueueTime")) == ["QueueTime", "CPUUtilization"]
 
@@ -133,6 +140,7 @@ DATE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d{3} - "
 HOST = re.escape(socket.gethostname())
 
 
+@pytest.mark.server
 def test_strict_log_mode_writes_files_and_leaves_the_endpoint_empty(server: Server) -> None:
     handler_archives.write_handler(server.store, "own", HANDLER)
     server.environment["METRICS_LOCATION"] = str(server.folder / "logs")
@@ -158,6 +166,7 @@ def test_strict_log_mode_writes_files_and_leaves_the_endpoint_empty(server: Serv
 YAML_WRONG = "ts_metrics:\n  counter:\n    - name: Requests2XX\n      dimensions: [Level, Hostname]\n"
 
 
+@pytest.mark.server
 def test_strict_start_fails_on_a_wrong_metrics_yaml(server: Server, tmp_path: Path) -> None:
     serving_models.write_linear(server.store)
     (tmp_path / "m.yaml").write_text(YAML_WRONG)
@@ -171,6 +180,7 @@ def test_strict_start_fails_on_a_wrong_metrics_yaml(server: Server, tmp_path: Pa
     assert "Requests2XX" in text_of(server)
 
 
+@pytest.mark.server
 def test_legacy_mode_of_strict_shows_the_three_counters(server: Server) -> None:
     serving_models.write_linear(server.store)
     config = server.folder / "config.properties"

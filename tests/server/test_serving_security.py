@@ -65,6 +65,7 @@ def management(server: Server, method: str, path: str, headers: dict[str, str] |
 # --- keys ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("port", "method", "path"),
     [
@@ -77,6 +78,7 @@ def test_probes_descriptions_and_metrics_need_no_key(guarded: Server, port: str,
     assert guarded.ask(method, path, port=port).status == 200
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("port", "method", "path", "scope"),
     [
@@ -108,6 +110,7 @@ def test_every_other_call_needs_the_key_of_its_api(
     assert ask(guarded.key(scope)).status not in (401, 403, 404, 405, 500)
 
 
+@pytest.mark.server
 def test_key_is_replaced_and_kept_by_the_next_server_process(guarded: Server) -> None:
     old, api = guarded.key(), guarded.key("API")
     for headers in ({}, old):
@@ -127,6 +130,7 @@ def test_key_is_replaced_and_kept_by_the_next_server_process(guarded: Server) ->
     assert guarded.ask("POST", "/predictions/linear", NUMBERS, JSON | guarded.key("inference")).status == 200
 
 
+@pytest.mark.server
 def test_keys_are_in_no_log_and_no_answer(guarded: Server) -> None:
     told = guarded.log() + guarded.started.stdout + guarded.started.stderr  # type: ignore[attr-defined]
     told += guarded.run("status").stdout + guarded.run("config").stdout + guarded.pid_path.read_text()
@@ -136,12 +140,14 @@ def test_keys_are_in_no_log_and_no_answer(guarded: Server) -> None:
     assert not [name for name, member in keys.items() if member["key"] in told]
 
 
+@pytest.mark.server
 def test_status_finds_its_key(guarded: Server) -> None:
     status = guarded.run("status")
     assert status.returncode == 0
     assert "linear" in status.stdout and "variables" in status.stdout
 
 
+@pytest.mark.server
 def test_registering_is_off_where_strangers_can_ask(guarded: Server) -> None:
     for method, path in (("POST", "/models?url=linear.mar&model_name=other"), ("DELETE", "/models/linear")):
         answer = management(guarded, method, path, guarded.key())
@@ -151,6 +157,7 @@ def test_registering_is_off_where_strangers_can_ask(guarded: Server) -> None:
     assert len(management(guarded, "GET", "/models", guarded.key()).json["models"]) == 2
 
 
+@pytest.mark.server
 def test_file_of_keys_goes_with_the_server(server: Server) -> None:
     started = server.start("--management-address", "http://0.0.0.0:0", "--model-store", str(server.store))
     assert "management calls need" in started.stderr
@@ -164,6 +171,7 @@ def test_file_of_keys_goes_with_the_server(server: Server) -> None:
 # --- TLS ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.server
 def test_a_client_that_trusts_the_certificate_is_served(guarded: Server) -> None:
     context = ssl.create_default_context(cafile=str(guarded.folder / "server.pem"))
     for name in ("inference", "management", "metrics"):
@@ -174,6 +182,7 @@ def test_a_client_that_trusts_the_certificate_is_served(guarded: Server) -> None
         connection.close()
 
 
+@pytest.mark.server
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_line_that_start_prints_works_once_the_key_is_put_in(guarded: Server) -> None:
     line = guarded.started.stdout.splitlines()[-1]  # type: ignore[attr-defined]
@@ -183,6 +192,7 @@ def test_the_line_that_start_prints_works_once_the_key_is_put_in(guarded: Server
     assert json.loads(pasted.stdout)
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     "sent", [b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x00\x05hello", random_bytes(300)], ids=[1, 2, 3]
 )
@@ -205,6 +215,7 @@ def _received(connection: socket.socket) -> bytes:
         return b""
 
 
+@pytest.mark.server
 def test_old_protocols_are_refused(guarded: Server) -> None:
     context = ssl._create_unverified_context()
     context.set_ciphers("ALL:@SECLEVEL=0")
@@ -215,6 +226,7 @@ def test_old_protocols_are_refused(guarded: Server) -> None:
         context.wrap_socket(connection)
 
 
+@pytest.mark.server
 def test_idle_clients_do_not_keep_a_server_from_stopping(server: Server) -> None:
     started = server.start("--inference-address", "https://127.0.0.1:0")
     assert "curl needs -k" in started.stderr
@@ -225,6 +237,7 @@ def test_idle_clients_do_not_keep_a_server_from_stopping(server: Server) -> None
     assert "drained" in log and "is over" not in log
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -246,6 +259,7 @@ def test_a_certificate_that_cannot_be_used_ends_the_start(server: Server, settin
 # --- other sites' pages -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(("origin", "shown"), [(UI, UI), ("http://localhost:3000", "http://localhost:3000"),
                                                ("https://evil.example", ""), ("null", ""), ("", "")])  # fmt: skip
 def test_pages_of_the_listed_origins_may_read_every_answer(guarded: Server, origin: str, shown: str) -> None:
@@ -267,6 +281,7 @@ def test_pages_of_the_listed_origins_may_read_every_answer(guarded: Server, orig
         assert answer.headers["access-control-allow-headers"] == "authorization, content-type"
 
 
+@pytest.mark.server
 def test_a_browser_may_ask_first_without_a_key(guarded: Server) -> None:
     asking = {"Origin": UI, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     paths = [("inference", "/predictions/linear"), ("management", "/models/linear"), ("management", "/token")]
@@ -277,6 +292,7 @@ def test_a_browser_may_ask_first_without_a_key(guarded: Server) -> None:
         assert answer.headers["access-control-allow-methods"] == "GET, POST, PUT"
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1", "HTTPS://EVIL.EXAMPLE"])
 def test_a_page_cannot_change_models_through_a_browser_here(site: Server, origin: str) -> None:
     headers = {"Origin": origin, "Content-Type": "text/plain"}
@@ -290,6 +306,7 @@ def test_a_page_cannot_change_models_through_a_browser_here(site: Server, origin
     assert len(site.describe("linear")["workers"]) == 1
 
 
+@pytest.mark.server
 def test_a_name_that_was_bound_to_this_machine_later_reads_nothing(site: Server) -> None:
     port = site.address("management")[1]
     for host in ("evil.example", f"evil.example:{port}", f"0.0.0.0:{port}", "127.0.0.1.evil.example"):
@@ -305,6 +322,7 @@ def test_a_name_that_was_bound_to_this_machine_later_reads_nothing(site: Server)
 # --- ports --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.server
 def test_only_loopback_is_listened_on_unless_said(site: Server) -> None:
     supervisor = psutil.Process(site.running.pid)
     listening = [
@@ -319,6 +337,7 @@ def test_only_loopback_is_listened_on_unless_said(site: Server) -> None:
     assert psutil.CONN_LISTEN not in inherited, "worker processes hold no listening socket"
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("port", "method", "path"),
     [
@@ -335,6 +354,7 @@ def test_each_port_answers_for_its_own_api_only(site: Server, port: str, method:
     assert (answer.status, answer.json["type"]) == (404, "ResourceNotFoundException")
 
 
+@pytest.mark.server
 def test_one_port_asks_each_call_for_one_key(server: Server) -> None:
     write_linear(server.store)
     address = f"http://127.0.0.1:{free_port()}"
@@ -353,6 +373,7 @@ def test_one_port_asks_each_call_for_one_key(server: Server) -> None:
 # --- secrets ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.server
 def test_hidden_variables_reach_no_worker(guarded: Server) -> None:
     answer = guarded.ask("POST", "/predictions/variables", b"x", guarded.key("inference"))
     seen = answer.json

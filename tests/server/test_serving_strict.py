@@ -72,11 +72,13 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.kill()
 
 
+@pytest.mark.server
 def test_a_worker_per_cpu_is_started(strict: Server) -> None:
     assert len(strict.describe("told")["workers"]) == 2
     assert len(strict.describe("pair")["workers"]) == 1
 
 
+@pytest.mark.server
 def test_workers_environment_is_what_the_configuration_says(strict: Server) -> None:
     assert strict.predict("told", 1).json == {
         "TS_IPEX_ENABLE": "true",
@@ -86,6 +88,7 @@ def test_workers_environment_is_what_the_configuration_says(strict: Server) -> N
     }
 
 
+@pytest.mark.server
 def test_of_what_is_given_twice_the_last_counts(strict: Server) -> None:
     def ask(*texts: str) -> int:
         head = '--B\r\nContent-Disposition: form-data; name="body"; filename="f"\r\nContent-Type: text/plain\r\n\r\n'
@@ -98,6 +101,7 @@ def test_of_what_is_given_twice_the_last_counts(strict: Server) -> None:
     assert answer.status == 200
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("target", "head", "row"),
     [
@@ -115,6 +119,7 @@ def test_a_form_reaches_the_handler_as_from_torchserve(
     assert answer["types"]["x"] == {"content-type": "application/json" if "filename" in head else ""}
 
 
+@pytest.mark.server
 def test_request_id_is_always_a_new_one(strict: Server) -> None:
     ids = {
         strict.ask("GET", "/ping", headers={"x-request-id": "mine"}).headers["x-request-id"],
@@ -123,25 +128,30 @@ def test_request_id_is_always_a_new_one(strict: Server) -> None:
     assert len(ids) == 2 and "mine" not in ids
 
 
+@pytest.mark.server
 def test_errors_have_torchserves_three_members(strict: Server) -> None:
     for answer in (strict.predict("none", 1), strict.ask("GET", "/nowhere"), strict.predict("told", "bad")):
         assert answer.json.keys() == {"code", "type", "message"}
 
 
+@pytest.mark.server
 def test_one_bad_item_fails_its_batch(strict: Server) -> None:
     answers = at_once([lambda: strict.predict("pair", "bad"), lambda: strict.predict("pair", "good")])
     assert [answer.status for answer in answers] == [503, 503]
 
 
+@pytest.mark.server
 def test_nan_stays_nan(strict: Server) -> None:
     assert b"NaN" in strict.predict("told", "nan").body
 
 
+@pytest.mark.server
 def test_a_picture_that_is_none_is_503(strict: Server) -> None:
     answer = strict.ask("POST", "/predictions/pictures", b"no picture", RAW)
     assert (answer.status, answer.json["message"]) == (503, "Prediction failed")
 
 
+@pytest.mark.server
 def test_a_call_over_its_time_is_500(strict: Server) -> None:
     answer = strict.predict("slow", "hang")
     assert (answer.status, answer.json) == (
@@ -150,6 +160,7 @@ def test_a_call_over_its_time_is_500(strict: Server) -> None:
     assert strict.predict("slow", 1).status == 200
 
 
+@pytest.mark.server
 def test_a_sequence_that_ended_begins_again_silently(strict: Server) -> None:
     id = {"ts_request_sequence_id": "s-1"}
     for _ in range(2):
@@ -157,20 +168,24 @@ def test_a_sequence_that_ended_begins_again_silently(strict: Server) -> None:
         strict.wait_for(lambda: "sequence s-1 ended" in strict.log(), "the end")
 
 
+@pytest.mark.server
 def test_models_cannot_be_registered(strict: Server) -> None:
     assert strict.ask("POST", "/models?url=other.mar", port="management").status == 405
 
 
+@pytest.mark.server
 def test_unknown_parameters_are_passed_over(strict: Server) -> None:
     assert strict.ask("PUT", "/models/told?min_worker=2&bogus=1", port="management").status in (200, 202)
 
 
+@pytest.mark.server
 def test_settings_are_in_the_log(strict: Server) -> None:
     wanted = ("Compat: strict", "Default workers per model: 2", "Model API enabled: false", "Blacklist Regex: SECRET.*")
     for line in wanted:
         assert f"    {line}\n" in strict.log()
 
 
+@pytest.mark.server
 def test_keys_are_asked_for_and_the_last_snapshot_is_restored_unasked(tmp_path: Path) -> None:
     server = Server(tmp_path)
     write_handler(server.store, "told", HANDLER)

@@ -177,6 +177,7 @@ def test_start_status_and_stop_in_the_background(tree: Tree) -> None:
     assert list(tree.folder.glob("pyserve-*")) == []
 
 
+@pytest.mark.server
 def test_stop_and_status_without_a_server(tree: Tree) -> None:
     stopped, status = tree.run("stop"), tree.run("status")
     assert (stopped.returncode, stopped.stdout) == (1, "pyserve is not currently running.\n")

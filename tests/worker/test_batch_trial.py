@@ -317,6 +317,7 @@ INHERITING = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "base", "result", "config"),
     [

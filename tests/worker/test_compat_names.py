@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import pyserve
 
 COMPAT = Path(pyserve.__file__).parent / "compat"
@@ -90,6 +92,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.slow
 def test_every_name_that_handlers_import_is_there_and_is_ours() -> None:
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(COMPAT), json.dumps(NAMES.strip().splitlines()), json.dumps(list(NEEDING))],
@@ -103,6 +106,7 @@ def test_every_name_that_handlers_import_is_there_and_is_ours() -> None:
         assert package in told["needing"][module].lower() or told["needing"][module] == "imported", told["needing"]
 
 
+@pytest.mark.slow
 def test_the_server_process_imports_no_ts() -> None:
     code = "import sys, pyserve.server.server\nprint([name for name in sys.modules if name.split('.')[0] == 'ts'])"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

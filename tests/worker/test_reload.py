@@ -68,6 +68,7 @@ HANDLER = """
 SECOND = {"second.py": "WORD = 'one'\n"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["pass", "__slots__ = ('weights', 'extra')"])
 def test_an_instance_takes_on_new_code_and_keeps_what_it_holds(watch: Any, layout: str) -> None:
     watched = watch(HANDLER.replace("LAYOUT", layout), SECOND)
@@ -80,6 +81,7 @@ def test_an_instance_takes_on_new_code_and_keeps_what_it_holds(watch: Any, layou
     assert watched.loaded.entry.handler is handler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -128,6 +130,7 @@ def test_a_service_that_the_module_keeps_holds_what_it_held(watch: Any, layout: 
     assert watched.answer() == ["second", "loaded once"]
 
 
+@pytest.mark.slow
 def test_a_service_without_a_place_for_what_it_held_is_told_and_the_old_one_goes_on(watch: Any) -> None:
     watched = watch(SERVICE.replace("LAYOUT", "__slots__ = ('weights',)"))
     told = watched.replace("('weights',)", "('other',)")
@@ -159,6 +162,7 @@ GLOBAL = """
 """
 
 
+@pytest.mark.slow
 def test_what_a_function_put_into_globals_stays_and_what_the_file_says_counts(watch: Any) -> None:
     watched = watch(GLOBAL)
     model = watched.loaded.module.model
@@ -170,6 +174,7 @@ def test_what_a_function_put_into_globals_stays_and_what_the_file_says_counts(wa
     assert watched.loaded.module.model is model
 
 
+@pytest.mark.slow
 def test_objects_get_their_old_code_back_when_another_cannot_take_over(watch: Any) -> None:
     source = (
         GLOBAL
