@@ -229,7 +229,7 @@ class HandlerRowsPending(AskedRowsPending):
 class OwnHandlerPending(AskedRowsPending):
     """One request to a handler that reads the protocol's JSON, or its envelope does."""
 
-    __slots__ = ("_request", "_transport")
+    __slots__ = ("_id_key", "_request", "_transport")
 
     def __init__(
         self, lane: Lane, exchange: Exchange, version: str, url_version: str, *, transport: Transport, headers: Headers
@@ -239,11 +239,13 @@ class OwnHandlerPending(AskedRowsPending):
         )  # fmt: skip
         self._transport = transport
         self._request = InferRequest([])
+        # The header that names a request's sequence. By the time the request is read, its lane is that of one worker.
+        self._id_key = lane.spec.header_keys[0] if isinstance(lane, SequenceLane) else ""
 
     def read(self) -> int:
         self._request = self._transport.read()
-        if isinstance(self.lane, SequenceLane):
-            self._check_sequence(self.lane.spec.header_keys[0])
+        if self._id_key:
+            self._check_sequence(self._id_key)
         body = request_as_json(self._request, self.lane.name, as_base64=self._transport.bytes_as_base64)
         self.rows_to_ask = [(bytearray(body), JSON)]
         return 1

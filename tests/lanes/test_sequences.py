@@ -37,6 +37,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_handler(server.store, "few", ADDER, config={**config, **one, "maxNumSequence": 2,
                                                       "maxSequenceJobQueueSize": 1})  # fmt: skip
     write_handler(server.store, "brief", ADDER, config={**config, **one, "sequenceMaxIdleMSec": 1})
+    plain = "def handle(data, context):\n    return data and [1 for _ in data]\n"
+    write_handler(server.store, "plain", plain, config=config)
     server.start("--models", "all")
     try:
         yield server
@@ -118,6 +120,18 @@ def test_a_request_without_an_id_gets_one_and_begins_a_sequence(server: Server) 
     assert first["id"].startswith("ts-seq-") and first["start"] == "true"
     assert ask(server, first["id"], add=8).json["numbers"] == [7, 8]
     ask(server, first["id"], end=first["id"])
+
+
+def test_a_parameter_that_names_another_sequence_than_the_header_is_refused(server: Server, id: str) -> None:
+    def infer(parameter: str) -> Answer:
+        tensor = {"name": "x", "shape": [1], "datatype": "INT64", "parameters": {"binary_data_size": 8}}
+        head = json.dumps({"parameters": {"sequence_id": parameter}, "inputs": [tensor]}).encode()
+        headers = {"Inference-Header-Content-Length": str(len(head)), ID: id, START: "true"}
+        return server.ask("POST", "/v2/models/plain/infer", head + bytes(8), headers)
+
+    other = infer("other")
+    assert other.status == 400 and f"send it as the header {ID}" in other.json["message"]
+    assert infer(id).status == 200
 
 
 def test_the_handler_ends_sequences_and_their_ids_are_free(server: Server) -> None:
