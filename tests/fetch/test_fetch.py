@@ -33,6 +33,7 @@ from tests.support.hostile_web import (
     redirect,
     silence,
 )
+from tests.support.ports import free_port
 
 CONTENT = bytes(range(256)) * 100
 LIMITS = TransferLimits(size_max=100_000, timeout_s=60, window_s=60)
@@ -118,7 +119,7 @@ def test_redirects_on_the_host_are_followed(web: HostileWeb, tmp_path: Path) -> 
 def test_private_address_is_not_connected_to(web: HostileWeb, tmp_path: Path, host: str) -> None:
     with pytest.raises(TransferError, match="has a loopback address") as caught:
         fetched(tmp_path, f"http://{host}:{web.port}/m.mar", network=Network())
-    assert caught.value.is_refused and "allow_private_addresses=true" in caught.value.mend
+    assert caught.value.is_refused and "allow_private_addresses=true" in caught.value.fix
     assert web.connection_count == 0
 
 
@@ -151,9 +152,7 @@ def test_name_is_checked_anew_for_each_redirect(web: HostileWeb, tmp_path: Path)
 
 
 def test_next_address_is_tried_when_one_refuses(web: HostileWeb, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        refusing = closed.getsockname()[1]
-    ports = {"198.51.100.1": refusing, PUBLIC: web.port}
+    ports = {"198.51.100.1": free_port(), PUBLIC: web.port}
     network = Network(
         allow_private=True,
         resolve=lambda host, port: list(ports),
@@ -169,6 +168,7 @@ def test_next_address_is_tried_when_one_refuses(web: HostileWeb, tmp_path: Path)
 # --- TLS -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_certificate_must_be_for_the_name_and_from_a_known_authority(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +198,7 @@ def test_certificate_must_be_for_the_name_and_from_a_known_authority(
             fetched(store, "https://models.example/m.mar", network=network)
         with pytest.raises(TransferError, match="certificate of localhost cannot be trusted") as caught:
             fetched(store, f"https://localhost:{bad.port}/m.mar")
-        assert "SSL_CERT_FILE" in caught.value.mend
+        assert "SSL_CERT_FILE" in caught.value.fix
         assert bad.requests == []
         with pytest.raises(TransferError, match="failed"):
             fetched(store, f"https://localhost:{plain.port}/m.mar")
@@ -368,4 +368,4 @@ def test_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch.setattr(object_fetch.importlib, "import_module", import_module)
     with pytest.raises(TransferError, match=f"{scheme}:// needs packages that are not installed") as caught:
         fetched_object(tmp_path, f"{scheme}://bucket/m.mar")
-    assert caught.value.mend == f"pip install 'pyserve[{scheme}]'"
+    assert caught.value.fix == f"pip install 'pyserve[{scheme}]'"

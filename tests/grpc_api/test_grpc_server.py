@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_a_port_that_is_taken_is_said_and_the_rest_starts(own: Server, taken: in
     started = own.start("--grpc", "auto", "--grpc-inference-port", str(taken), "--grpc-management-port", "0",
                         "--models", "linear.mar")  # fmt: skip
     assert f"pyserve: warning: gRPC inference: cannot listen on 127.0.0.1:{taken}" in started.stderr
-    assert "pytest" in started.stderr and "grpc_inference_port" in started.stderr
+    assert f"(pid {os.getpid()})" in started.stderr and "grpc_inference_port" in started.stderr
     assert "grpc_inference" not in own.running.addresses
     assert own.predict("linear", [1, 2, 3, 4]).status == 200
     with stub(own, MANAGING) as client:

@@ -291,7 +291,7 @@ def test_a_model_without_workers_says_so_and_which_call_helps(site: Server) -> N
         'Model "linear" has no worker to serve inference request. Please use scale workers API to add workers.'
     )
     assert refused.detail["reason"] == "no worker"
-    assert refused.detail["mend"].startswith("PUT /models/linear?min_worker=1")
+    assert refused.detail["fix"].startswith("PUT /models/linear?min_worker=1")
     assert int(refused.headers["retry-after"]) >= 1
     assert site.ask("GET", "/ping").status == 200  # nothing is broken: none are wanted
     site.manage("PUT", "/models/linear?min_worker=1&synchronous=true")
