@@ -125,7 +125,7 @@ class Listener:
         """Fails at the first answer that is not as the document says."""
 
         def ask(data: Any) -> None:
-            case = data.draw(operation.as_strategy(generation_mode=mode))
+            case = data.draw(cases)
             tame(case, data.draw)
             self._ask(case, operation)
 
@@ -133,6 +133,7 @@ class Listener:
             seed(SEED)(given(st.data())(ask))
         )
         try:
+            cases = operation.as_strategy(generation_mode=mode)  # once: making it takes longer than many draws
             run()
         except (Unsatisfiable, InternalError):
             assert mode is GenerationMode.NEGATIVE  # nothing that it takes can be wrong
