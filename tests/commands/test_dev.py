@@ -133,7 +133,7 @@ def test_error_keeps_the_old_code_is_told_once_and_its_mend_is_taken_on(develope
     developer.save(HANDLER.format(version="mended"))
     developer.wait_for("reloaded ", reloads + 2)
     assert developer.answer()["version"] == "mended"
-    assert developer.shown().count("has an error") == 1
+    assert developer.shown().count("reload failed, keeping the previous code") == 1
     assert developer.shown().count("    def handle(data, context)\n") == 1, "the line is shown"
 
 

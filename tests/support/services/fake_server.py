@@ -24,6 +24,7 @@ import sys
 from typing import Any
 
 from pyserve import launch
+from pyserve.server.handover import ServerStart, receive_server_start
 
 MODELS: list[dict[str, Any]] = [
     {"model": "m", "version": "1.0", "state": "READY", "workers": 1, "device": "cpu", "batch": 4, "url": "U"},
@@ -57,7 +58,7 @@ def on_term(*_: object) -> None:
         sys.exit(1 if behaviour == "stubborn" else launch.EXIT_DRAINED)
 
 
-def answer(connection: socket.socket, start: launch.ServerStart) -> None:
+def answer(connection: socket.socket, start: ServerStart) -> None:
     request = b""
     while b"\r\n\r\n" not in request:
         chunk = connection.recv(65536)
@@ -77,7 +78,7 @@ def answer(connection: socket.socket, start: launch.ServerStart) -> None:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, on_term)
-    start = launch.receive_server_start()
+    start = receive_server_start()
     gate = os.environ.get("FAKE_SERVER_GATE")
     if gate and start.restart:
         with open(gate, "rb") as fifo:
