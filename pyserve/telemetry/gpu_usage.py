@@ -37,9 +37,35 @@ async def ask_driver(index: int) -> str:
 
     # The driver counts all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves; both know the name.
     name = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-    # A driver that hangs holds this thread, not the loop, and `nvidia-smi` would hang as well.
-    text = await asyncio.wait_for(asyncio.to_thread(_ask_library, name), TIMEOUT_S)
+    # A driver that hangs holds a thread, not the loop, and `nvidia-smi` would hang as well.
+    text = await asyncio.wait_for(_in_daemon_thread(_ask_library, name), TIMEOUT_S)
     return text or await _ask_command(name)
+
+
+def _in_daemon_thread(call: Callable[[str], str], name: str) -> asyncio.Future[str]:
+    """What ``call(name)`` returns. Its thread is none of a pool, which the process would wait for when it exits."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[str] = loop.create_future()
+
+    def deliver(text: str, error: BaseException | None) -> None:
+        if future.done():
+            return  # nobody waits any more
+        if error is None:
+            future.set_result(text)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        text, error = "", None
+        try:
+            text = call(name)
+        except Exception as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(deliver, text, error)
+
+    threading.Thread(target=run, name="gpu-usage", daemon=True).start()
+    return future
 
 
 def _ask_library(name: str) -> str:

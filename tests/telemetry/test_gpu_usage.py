@@ -198,9 +198,15 @@ def test_a_driver_that_hangs_blocks_neither_the_loop_nor_more_than_its_thread(
             texts.append(usage.text(0))
         turning.cancel()
         assert nvml.calls == ["init"], "the others did not even begin to ask"
-        released.set()  # asyncio.run waits for the threads
         return texts
 
     assert asyncio.run(test()) == [UNKNOWN] * 3
     assert turns > 3
+    waiting = [thread for thread in threading.enumerate() if thread.name == "gpu-usage"]
+    assert waiting and all(thread.daemon for thread in waiting), (
+        "neither the loop's end nor the process's waits for them"
+    )
+    released.set()
+    for thread in waiting:
+        thread.join()
     assert asyncio.run(ask_driver(0)) == "37, 12, 456", "it is asked again once it answers"
