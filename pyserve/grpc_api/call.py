@@ -39,15 +39,18 @@ class Call:
         has_timing: it asks something about time.
         is_counted: a model counts its answer in the metrics.
         told: metadata that goes with the answer.
+        client: ``127.0.0.1:43090``, as of HTTP's requests.
     """
 
     __slots__ = (
-        "arrived_at", "authorization", "context", "has_timing", "headers", "id", "is_counted", "path", "told",
+        "arrived_at", "authorization", "client", "context", "has_timing", "headers", "id", "is_counted", "path", "told",
     )  # fmt: skip
 
     def __init__(self, context: Any, path: str):
         self.context = context
         self.path = path
+        # Now: to ask a call that the client has left crashes the process, in grpc's own code.
+        self.client = unquote(context.peer()).partition(":")[2]
         self.arrived_at = time.monotonic_ns()
         self.id = ""
         self.authorization = ""
@@ -63,11 +66,6 @@ class Call:
                 self.headers.append((key, value))
                 self.has_timing = self.has_timing or key in TIMING_HEADERS
         self.id = self.id or new_id()
-
-    @property
-    def client(self) -> str:
-        """``127.0.0.1:43090``, as of HTTP's requests."""
-        return unquote(self.context.peer()).partition(":")[2]
 
     def request(
         self, *, headers: Headers | None = None, body: bytearray | None = None, query: str = "", id: str = "",

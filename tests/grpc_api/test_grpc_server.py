@@ -100,6 +100,19 @@ def test_health_can_be_watched(server: Server) -> None:
         assert next(unknown).status == Status.SERVICE_UNKNOWN
 
 
+def test_clients_that_stop_watching_at_once_leave_the_server_running(server: Server) -> None:
+    """Their calls are noted after they have ended, when grpc knows nothing about them any more."""
+    before = server.process.pid
+    for number in range(400):
+        with grpc.insecure_channel(server.grpc()) as channel:
+            asked = health_pb2.HealthCheckRequest(service="linear" if number % 2 else "none")
+            seen = health_pb2_grpc.HealthStub(channel).Watch(asked, timeout=LIMIT_S)
+            next(seen)
+            if number % 3:
+                seen.cancel()
+    assert server.process.pid == before
+
+
 def test_reflection_tells_services_and_messages(server: Server) -> None:
     with grpc.insecure_channel(server.grpc()) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
