@@ -7,6 +7,7 @@ processes of their own before this one spends its second on that import.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import gc
 import logging
@@ -48,6 +49,7 @@ GC_THRESHOLD = 20_000
 
 def main() -> int:
     gc.disable()  # imports and loading make a million objects, nearly all of which stay
+    atexit.register(gc.freeze)  # even at the end: to look through them takes 0.4 s, and the memory goes back anyway
     start = receive_server_start()
     console = log_setup.configure(as_json=start.config.log_format == "json")
     logs = ServerLogs(start.config, console=console.write_lines if start.like_torchserve else None)

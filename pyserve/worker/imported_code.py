@@ -11,6 +11,7 @@ An ImportError inside the archive's code is an error of the archive: nothing els
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -31,6 +32,12 @@ from pyserve.worker.spec import WorkerSpec
 
 DEFAULT_FUNCTION = "handle"
 TORCHSERVE_PREFIX = "ts.torch_handler."
+
+
+@functools.cache
+def _real_path(file: str) -> str:
+    """Of a module's file, looked up once: torch alone has a thousand, a system call per folder above each."""
+    return os.path.realpath(file)
 
 
 class ImportedCode:
@@ -127,7 +134,7 @@ class ImportedCode:
         return {
             name: module
             for name, module in list(sys.modules.items())
-            if os.path.realpath(getattr(module, "__file__", None) or "/").startswith(prefix)
+            if _real_path(getattr(module, "__file__", None) or "/").startswith(prefix)
         }
 
     def _extend_path(self) -> None:
