@@ -308,7 +308,7 @@ def test_a_ring_that_is_full_refuses(tmp_path: Path, headers: Headers, monkeypat
             capacity = stand.lane.core.capacity
             stand.lane.settings.queue_size = 10 * capacity
             body = ITEM if headers is RAW else b"[0, 0, 0, 0]"
-            count = 4 * capacity
+            count = 50 * capacity  # more than a worker takes while they are posted, however the threads are scheduled
             for index in range(count):  # nobody is woken before the loop turns
                 stand.post(body=body, id=f"r{index}", headers=headers)
             await stand.until(lambda: len(stand.answers) == count)
