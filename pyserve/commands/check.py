@@ -123,7 +123,7 @@ def examine(subject: Subject, inputs: list[Input], *, timeout_s: float | None = 
                 [interpreter, *launch.SAFE_PATH, "-m", "pyserve.commands.check_child"],
                 check_run.VARIABLE,
                 check_run.handover(
-                    subject.spec, subject.config, subject.archive.config, inputs, calls=calls,
+                    dry_run.on_device(subject) if calls else subject.spec, subject.config, inputs, calls=calls,
                     trace_file=str(folder / "stack"),
                 ),
                 output_fd=output.fileno(),

@@ -26,7 +26,6 @@ from typing import Any
 
 from pyserve import launch
 from pyserve.archive.import_scan import missing_imports, scan_folder
-from pyserve.archive.model_config import ModelConfig
 from pyserve.commands import trial as dry_run
 from pyserve.commands.answer_differences import AnswersDiffer, describe_difference
 from pyserve.commands.trial import Input
@@ -43,9 +42,7 @@ _SINGLE_ENVELOPES = ("kserve", "kservev2")
 _STDLIB_DIR = os.path.realpath(sysconfig.get_path("stdlib"))
 
 
-def handover(
-    spec: WorkerSpec, config: Config, model_config: ModelConfig, inputs: list[Input], *, calls: bool, trace_file: str
-) -> JsonObject:
+def handover(spec: WorkerSpec, config: Config, inputs: list[Input], *, calls: bool, trace_file: str) -> JsonObject:
     """What the child needs to know.
 
     Args:
@@ -55,7 +52,6 @@ def handover(
     return {
         "spec": spec.to_json(),
         "config": config.to_json(),
-        "device": {"device_type": model_config.device_type, "device_ids": model_config.device_ids},
         "inputs": [
             {"body": base64.b64encode(each.body).decode(), "headers": each.headers, "label": each.label,
              "query": each.query} for each in inputs
@@ -78,10 +74,7 @@ def main() -> int:
         Input(base64.b64decode(each["body"]), [(name, value) for name, value in each["headers"]], each["label"],
               each["query"]) for each in given["inputs"]
     ]  # fmt: skip
-    config = Config.from_json(given["config"])
-    if given["calls"]:
-        spec = dry_run.on_device(spec, config, ModelConfig(**given["device"]))
-    examination = Examination(spec, config, reports)
+    examination = Examination(spec, Config.from_json(given["config"]), reports)
     was_called = examination.run(inputs, calls=given["calls"])
     reports.send("done", was_called=was_called)
     return 0

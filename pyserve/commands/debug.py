@@ -81,7 +81,7 @@ class _Run:
 
     def __init__(self, subject: Subject):
         self._subject = subject
-        self._spec = dry_run.on_device(subject.spec, subject.config, subject.archive.config)
+        self._spec = dry_run.on_device(subject)
         self._was_left = False
 
     def run(self, inputs: list[Input], size: int | None) -> int:

@@ -20,7 +20,6 @@ from urllib.parse import unquote
 from pyserve.archive.archive import Archive, has_manifest, open_archive
 from pyserve.archive.cache import open_cache
 from pyserve.archive.folder_manifest import infer_manifest
-from pyserve.archive.model_config import ModelConfig
 from pyserve.config.config import Config, load_config
 from pyserve.errors import ConfigError, ModelNotFoundError
 from pyserve.models.requirements import prepare_environment
@@ -264,14 +263,14 @@ def enter(spec: WorkerSpec, config: Config) -> None:
     map_loads()
 
 
-def on_device(spec: WorkerSpec, config: Config, model_config: ModelConfig) -> WorkerSpec:
-    """The spec with the GPU that a first worker would get. Needs torch, which takes seconds to import."""
+def on_device(subject: Subject) -> WorkerSpec:
+    """The spec with the GPU that a first worker would get. Needs torch."""
     from dataclasses import replace
 
     from pyserve.models.placement import choose_device, gpu_count
 
-    device = choose_device(model_config, gpu_count(config.number_of_gpu), [])
-    return replace(spec, gpu_id=None if device == "cpu" else int(device.partition(":")[2]))
+    device = choose_device(subject.archive.config, gpu_count(subject.config.number_of_gpu), [])
+    return replace(subject.spec, gpu_id=None if device == "cpu" else int(device.partition(":")[2]))
 
 
 def makes_samples(handler: Any) -> bool:

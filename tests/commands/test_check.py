@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from tests.support.dry_runs import environment, run
 from tests.support.handler_archives import TUTORIAL, Doubler, write_handler
@@ -112,6 +113,15 @@ def test_answers_that_vary_are_a_note_and_no_finding(tmp_path: Path) -> None:
     # No numbers: one draw in a hundred would be another's by rounding.
     report = checked(tmp_path, handler("import uuid\nreturn [str(uuid.uuid4()) for row in data]"), code=0)
     assert any("two different answers" in note for note in report["notes"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
+def test_a_device_that_is_not_there_is_reported(tmp_path: Path) -> None:
+    archive = write_handler(tmp_path, "m", handler("return data"), config={"deviceType": "gpu"})
+    done = run(tmp_path, "check", archive, *TWO)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == ["deviceType is gpu but torch sees none; serving on the CPU"]
 
 
 @pytest.mark.slow
