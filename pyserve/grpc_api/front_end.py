@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # gRPC prints what it also raises, and would look after forks, which here exec at once. Not for worker processes.
 _VARIABLES = {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
 
-MEND = "pip install 'pyserve[grpc]'"
+FIX = "pip install 'pyserve[grpc]'"
 
 
 class GrpcFrontEnd:
@@ -62,9 +62,9 @@ class GrpcFrontEnd:
         config = self._config
         missing = await asyncio.to_thread(_import)
         if missing and must:
-            raise ConfigError(f"enable_grpc=true ({config.origin.get('enable_grpc')}): {missing}; {MEND}")
+            raise ConfigError(f"enable_grpc=true ({config.origin.get('enable_grpc')}): {missing}; {FIX}")
         if missing:
-            log.info("gRPC is off: %s (%s)", missing, MEND)
+            log.info("gRPC is off: %s (%s)", missing, FIX)
             return
         from pyserve.grpc_api.server import GrpcServer
 
@@ -120,7 +120,7 @@ class GrpcFrontEnd:
         try:
             from pyserve.grpc_api.health import HealthService
         except ImportError as error:  # not there, or made for another protobuf
-            log.warning("gRPC health checks are off: %s (%s)", error, MEND)
+            log.warning("gRPC health checks are off: %s (%s)", error, FIX)
         else:
             served.append(HealthService(registry, inference, [each.name for each in served]).service())
         return served

@@ -78,7 +78,7 @@ class Dispatcher:
         self._open_count = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._has_hinted: set[str] = set()
+        self._has_logged: set[str] = set()
         self.streams = Streams(budget)
 
     def handler(self, service: Service) -> Any:
@@ -183,8 +183,8 @@ class Dispatcher:
         """Says what to do to users whose client refuses the answer."""
         text = (f"the answer has {size} bytes; many clients take {CLIENT_SIZE_DEFAULT} unless they are made with the "
                 "channel option grpc.max_receive_message_length")  # fmt: skip
-        if call.path not in self._has_hinted:
-            self._has_hinted.add(call.path)
+        if call.path not in self._has_logged:
+            self._has_logged.add(call.path)
             log.info("%s, request %s: %s. Reported once", call.path, call.id, text, extra=about(request_id=call.id))
         await call.context.send_initial_metadata(((FIX_KEY, text),))
 

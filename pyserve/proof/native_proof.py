@@ -34,7 +34,7 @@ ORDINARY_MAX = 1e6
 # overflow that the other shows.
 _LARGE_MIN = 1e3
 
-_ALLOW_HINT = "write 'batchDependent: allowed' in model-config.yaml if that is meant"
+_ALLOW_FIX = "write 'batchDependent: allowed' in model-config.yaml if that is meant"
 
 
 @dataclass
@@ -98,7 +98,7 @@ class BatchProof:
 
     def _limit_to_one(self, problem: str) -> None:
         self.size_max = 1
-        self.note = f"runs one item per batch: {problem}; {_ALLOW_HINT}"
+        self.note = f"runs one item per batch: {problem}; {_ALLOW_FIX}"
         self.probe = f"depends on the batch: {problem}"
 
     def _settle(self, size: int, budget_s: float) -> None:

@@ -38,7 +38,7 @@ _LAYOUT = re.compile(r'assert_size_stride\((\w+), \{([^}]*)\}, \{([^}]*)\}, "inp
 # package does not say, so a batch of one is tried.
 SPECIALIZED_MIN = 2
 
-EXPORT_HINT = (
+EXPORT_FIX = (
     "export it again with dynamic_shapes that give this dimension a range, such as "
     "torch.export.Dim('length', min=1, max=512)"
 )
@@ -246,7 +246,7 @@ def fitted_domains(
                 raise ModelLoadError(
                     f"{label}: dimension {axis} of {name} was compiled for any size, so that nothing keeps a request "
                     "from having the program read beyond its tables; give it a range in model-config.yaml, such as "
-                    f"'shape: [{lowest}..512]' (or pad_to), or {EXPORT_HINT}"
+                    f"'shape: [{lowest}..512]' (or pad_to), or {EXPORT_FIX}"
                 )
             if lowest > highest:
                 compiled = f"{limit.min}" if limit.min == limit.max else f"{limit.min} to {limit.max}"

@@ -6,11 +6,11 @@ Does not need torch or numpy.
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import datetime
 import json
 import math
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from enum import Enum
@@ -48,27 +48,17 @@ def dump(value: Any, on_nan: Callable[[], None] | None = None) -> bytes:
 
 def _in_ascii(text: bytes) -> bytes:
     """JSON in UTF-8 as the standard library escapes it: DEL, and all that is not ASCII. Both stand in strings only."""
-    if not text.isascii():
-        characters = text.decode()
-        escaped = characters.encode("ascii", "backslashreplace")
-        # Python's escapes of one byte become JSON's of two. With those of four bytes, or an escaped backslash before an
-        # x or a U, each is made on its own, which takes longer.
-        if b"\\x" in text or b"\\U" in escaped:
-            escaped = characters.encode("ascii", _ESCAPE)
-        else:
-            escaped = escaped.replace(b"\\x", b"\\u00")
-        text = escaped
-    return text.replace(b"\x7f", b"\\u007f")
+    if text.isascii() and b"\x7f" not in text:
+        return text
+    return _REST_TO_ESCAPE.sub(_escaped, text.decode()).encode()
 
 
-def _escaped(error: UnicodeError) -> tuple[str, int]:
-    """``\\u00fc`` for each of the characters that cannot be ASCII, beyond 16 bits the two halves of a pair."""
-    assert isinstance(error, UnicodeEncodeError)
-    return encode_basestring_ascii(error.object[error.start : error.end])[1:-1], error.end
+# From a character to be escaped on, as far as no other one of JSON's own escapes or the end of the string comes.
+_REST_TO_ESCAPE = re.compile(r'[^\n -~][^"\\\n]*')
 
 
-_ESCAPE = "pyserve.json"
-codecs.register_error(_ESCAPE, _escaped)
+def _escaped(match: re.Match[str]) -> str:
+    return encode_basestring_ascii(match[0])[1:-1]
 
 
 def plain(value: Any) -> Any:
