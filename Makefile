@@ -16,7 +16,7 @@ EXAMPLE_FLAGS := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(LABELS),--labels $
 CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help build serve stop format lint fast test wheel docs bench correctness clean
+.PHONY: help build serve stop format lint fast test compat wheel docs bench correctness clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -68,6 +68,11 @@ fast: build ## the tests that start no server and compile nothing
 # A third process on two processors: it works while the others wait for a server or a time limit.
 test: lint ## lint, then all tests, the C++ ones under ThreadSanitizer and AddressSanitizer
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=25
+
+# Needs Java 11 or later, and installs TorchServe below build/.
+compat: build ## ask TorchServe what pyserve's tests ask, record its answers, and compare
+	$(BIN)/python -m tests.differential.run record
+	$(BIN)/python -m tests.differential.run compare
 
 # Without what an earlier build left in build/: setuptools packs files there that are no longer in the source.
 wheel: build ## build dist/*.whl, and try it in a fresh environment that has torch

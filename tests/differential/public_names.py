@@ -28,8 +28,20 @@ import warnings
 from typing import Any
 
 STAND_INS = (
-    "torchvision", "transformers", "nvidia", "vllm", "tensorrt_llm", "deepspeed", "pippy", "nvgpu", "pynvml", "requests", "tqdm",
-    "huggingface_hub", "matplotlib", "mpl_toolkits",
+    "torchvision",
+    "transformers",
+    "nvidia",
+    "vllm",
+    "tensorrt_llm",
+    "deepspeed",
+    "pippy",
+    "nvgpu",
+    "pynvml",
+    "requests",
+    "tqdm",
+    "huggingface_hub",
+    "matplotlib",
+    "mpl_toolkits",
 )
 PLAIN = (bool, int, float, str, bytes, type(None))
 TEXT_MAX = 120

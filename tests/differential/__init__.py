@@ -1,0 +1,1 @@
+"""The same calls sent to TorchServe and to pyserve; see README.md."""

@@ -1,0 +1,184 @@
+"""Cases as they are written in YAML: archives, a server's settings, and calls in an order."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+CASES = HERE / "cases"
+ARCHIVES = HERE / "archives"
+FIELD = HERE.parent / "field"
+
+CASE_KEYS = {"name", "about", "source", "with", "archives", "server", "before", "calls"}
+CALL_KEYS = {
+    "about", "ask", "base64", "body", "differs", "expect", "form", "grpc", "headers", "json", "raw", "settle",
+    "wait_s", "with",
+}  # fmt: skip
+SERVER_KEYS = {"config", "flags", "environment", "defaults"}
+APIS = ("inference", "management", "metrics")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a server is started: cases with equal settings share one."""
+
+    config: tuple[tuple[str, str], ...] = ()
+    flags: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, written: dict[str, Any]) -> Setting:
+        _check("server", written, SERVER_KEYS)
+        config = {"disable_token_authorization": "true", "enable_model_api": "true"}
+        if written.get("defaults") is False:
+            config = {}
+        config |= {key: str(value) for key, value in written.get("config", {}).items()}
+        environment = {key: str(value) for key, value in written.get("environment", {}).items()}
+        return cls(
+            tuple(sorted(config.items())), tuple(map(str, written.get("flags", []))), tuple(sorted(environment.items()))
+        )
+
+
+@dataclass
+class Call:
+    """One call and what may differ.
+
+    Attributes:
+        text: ``METHOD api path``, ``GRPC api Method`` or ``RAW api``; it is what reports show.
+        differs: by mode (``default``, ``strict``), the row of DEVIATIONS.md and what pyserve answers instead.
+        expect: what must happen whatever TorchServe does: ``status``, and ``body`` as a part of the text.
+        settle: whether the call is followed by waiting until no worker is being added or ended.
+        wait_s: how long an answer is waited for.
+    """
+
+    text: str
+    written: dict[str, Any]
+    differs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    expect: dict[str, Any] = field(default_factory=dict)
+    wait_s: float = 60.0
+
+    @property
+    def is_change(self) -> bool:
+        """Whether the models of the server are looked at afterwards."""
+        method, _, rest = self.text.partition(" ")
+        api, _, what = rest.partition(" ")
+        if api != "management":
+            return False
+        return what in ("RegisterModel", "ScaleWorker", "SetDefault", "UnregisterModel") if method == "GRPC" else (
+            method not in ("GET", "OPTIONS", "HEAD")
+        )  # fmt: skip
+
+
+@dataclass
+class Case:
+    """Calls in an order, on a server that serves nothing when they begin."""
+
+    name: str
+    setting: Setting
+    archives: dict[str, dict[str, Any]]
+    before: list[Call]
+    calls: list[Call]
+    folder: Path
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def all_cases(root: Path = CASES) -> list[Case]:
+    """Every case below ``root``, those with equal settings one after the other.
+
+    Raises:
+        ValueError: a case has an unknown key or name, or one that is taken.
+    """
+    cases = [case for path in sorted(root.rglob("*.yaml")) for case in _cases_of(path)]
+    names = [case.name for case in cases]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"two cases have the name {', '.join(sorted(twice))}")
+    return sorted(cases, key=lambda case: repr(case.setting))
+
+
+def _cases_of(path: Path) -> Iterator[Case]:
+    written = yaml.safe_load(path.read_text())
+    shared = {key: written[key] for key in ("server", "archives", "before") if key in written}
+    topic = f"field/{path.parent.name}" if path.name == "case.yaml" else path.stem
+    for each in written.get("cases", [written]):
+        _check(f"{path.name}: a case", each, CASE_KEYS)
+        for values, suffix in _expanded(each.get("with", {})):
+            case = _filled({**shared, **{key: value for key, value in each.items() if key != "with"}}, values)
+            yield Case(
+                name="/".join(filter(None, (topic, each.get("name"), suffix))),
+                setting=Setting.of(case.get("server", {})),
+                archives=_archives(case.get("archives", []), path.parent),
+                before=[_call(call) for call in case.get("before", [])],
+                calls=list(itertools.chain.from_iterable(map(_calls, case["calls"]))),
+                folder=path.parent,
+            )
+
+
+def _archives(written: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """By name; a name alone is a file of ``archives/``."""
+    if isinstance(written, list):
+        written = dict.fromkeys(written)
+    specs = {}
+    for name, spec in written.items():
+        specs[name] = spec if spec is not None else yaml.safe_load((ARCHIVES / f"{name}.yaml").read_text())
+        specs[name].setdefault("folder", str(folder if spec is not None else ARCHIVES))
+    return specs
+
+
+def _calls(written: Any) -> Iterator[Call]:
+    if isinstance(written, dict) and "with" in written:
+        for values, _ in _expanded(written["with"]):
+            yield _call(_filled({key: value for key, value in written.items() if key != "with"}, values))
+    else:
+        yield _call(written)
+
+
+def _call(written: Any) -> Call:
+    if isinstance(written, str):
+        written = {"ask": written}
+    _check("a call", written, CALL_KEYS)
+    text = written.get("ask") or (f"GRPC {written['grpc']}" if "grpc" in written else f"RAW {written['raw']['api']}")
+    differs = written.get("differs", {})
+    if differs and not differs.keys() <= {"default", "strict"}:
+        differs = {"default": differs, "strict": differs}
+    for each in differs.values():
+        if not {"row", "status"} <= each.keys():
+            raise ValueError(f"{text}: `differs` needs `row` (of DEVIATIONS.md) and `status`")
+    return Call(text, written, differs, written.get("expect", {}), float(written.get("wait_s", 60)))
+
+
+def _expanded(values: dict[str, list[Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each combination of ``values``, and a name for it."""
+    for combination in itertools.product(*values.values()):
+        yield dict(zip(values, combination, strict=True)), ",".join(map(str, combination))
+
+
+def _filled(written: Any, values: dict[str, Any]) -> Any:
+    """``written`` with ``{name}`` replaced wherever a text has it; a text that is only that becomes the value."""
+    if isinstance(written, dict):
+        return {_filled(key, values): _filled(value, values) for key, value in written.items()}
+    if isinstance(written, list):
+        return [_filled(value, values) for value in written]
+    if not isinstance(written, str):
+        return copy.copy(written)
+    for name, value in values.items():
+        if written == "{" + name + "}":
+            return value
+        written = written.replace("{" + name + "}", value if isinstance(value, str) else json.dumps(value))
+    return written
+
+
+def _check(what: str, written: dict[str, Any], known: set[str]) -> None:
+    unknown = written.keys() - known
+    if unknown:
+        raise ValueError(f"{what} has unknown keys: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")

@@ -1,0 +1,146 @@
+"""Plays a case on a running server and gives what was observed, without what differs between any two runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from typing import Any
+from urllib.parse import quote
+
+from tests.differential.archives import build
+from tests.differential.case import Call, Case
+from tests.differential.servers import Running
+from tests.differential.wire import Answer, exchange, send
+
+SETTLE_S = 8.0
+SHOWN = (
+    "minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout", "loadedAtStartup"
+)  # fmt: skip
+# What no two runs have in common, and what stands for it.
+VOLATILE = [
+    (r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "<uuid>"),
+    (r"/models/[0-9a-f]{32,64}", "/models/<hash>"),
+    (r'("startTime": )"[^"]*"', r'\1"<time>"'),
+    (r'("id": )"\d+"', r'\1"<worker>"'),
+    (r'("memoryUsage": )[1-9]\d*', r"\1<bytes>"),
+    (r'("pid": )[1-9]\d*', r"\1<pid>"),
+    (r"\b20\d\d-\d\d-\d\d[T ]\d\d:\d\d:\d\d[.,]\d+Z?", "<time>"),
+]
+
+
+def play(case: Case, server: Running) -> list[dict[str, Any]]:
+    """One entry per call: ``call``, the answer, and after a change ``models``, what the server then has."""
+    shutil.rmtree(server.store)
+    server.store.mkdir()
+    for name, spec in case.archives.items():
+        build(server.store, name, spec)
+    for call in case.before:
+        answer = send(call, server)
+        if not answer["status"].startswith("20") and answer["status"] != "OK":
+            raise AssertionError(f"{case.name}: before it, {call.text} answered {answer}")
+        _settle(call, server)
+    seen = []
+    for call in case.calls:
+        answer = without_volatile(send(call, server), server)
+        if call.is_change:
+            answer["models"] = _settle(call, server)
+        seen.append({"call": call.text, **answer})
+    return seen
+
+
+def clean(server: Running) -> bool:
+    """Unregisters every model; False when some stay."""
+    for name in _names(server):
+        rows = sorted(_rows(server, name), key=lambda row: row["modelVersion"])
+        for _ in range(2):  # the default version goes last, and which that is no answer says
+            for row in rows:
+                _ask(server, "DELETE", f"/models/{quote(name, safe='')}/{quote(row['modelVersion'], safe='')}")
+        _ask(server, "DELETE", f"/models/{quote(name, safe='')}")
+    return not _names(server)
+
+
+def without_volatile(answer: Answer, server: Running) -> Answer:
+    """The answer with paths, ids, times and keys replaced by what they are."""
+    text = json.dumps(answer)
+    known = {
+        str(server.store): "<store>", str(server.folder): "<folder>", socket.gethostname(): "<host>",
+        **{key: "<key>" for scope in ("management", "inference") if (key := server.key(scope))},
+    }  # fmt: skip
+    for found, name in known.items():
+        text = text.replace(json.dumps(found)[1:-1], name)
+    for api, port in server.ports.items():
+        text = re.sub(rf"(?<!\d){port}(?!\d)", f"<{api} port>", text)
+    clean_answer: Answer = json.loads(text)
+    for key in ("body", "status"):
+        for pattern, name in VOLATILE:
+            if key in clean_answer:
+                clean_answer[key] = re.sub(pattern, name, clean_answer[key])
+    headers = clean_answer.get("headers", {})
+    for name in ("x-request-id", "date"):
+        if name in headers:
+            headers[name] = f"<{name}>"
+    return clean_answer
+
+
+def _settle(call: Call, server: Running) -> dict[str, Any]:
+    """The models and their versions, once no worker is being added or ended, or the time for that is over."""
+    limit_s = SETTLE_S if call.written.get("settle", True) is True else float(call.written["settle"])
+    deadline = time.monotonic() + limit_s
+    while True:
+        models = {name: _rows(server, name) for name in _names(server)}
+        if all(_is_settled(row) for rows in models.values() for row in rows) or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return {
+        name: {
+            row["modelVersion"]: {
+                **{key: row.get(key) for key in SHOWN},
+                "workers": sorted(worker["status"] for worker in row["workers"]),
+            }
+            for row in rows
+        }
+        for name, rows in models.items()
+    }
+
+
+def _is_settled(row: dict[str, Any]) -> bool:
+    workers = row["workers"]
+    enough = row["minWorkers"] <= len(workers) <= max(row["maxWorkers"], row["minWorkers"])
+    return enough and all(worker["status"] == "READY" for worker in workers)
+
+
+def _names(server: Running) -> list[str]:
+    return [each["modelName"] for each in _json(server, "/models?limit=100").get("models", [])]
+
+
+def _rows(server: Running, name: str) -> list[dict[str, Any]]:
+    rows = _json(server, f"/models/{quote(name, safe='')}/all")
+    return rows if isinstance(rows, list) else []
+
+
+def _json(server: Running, path: str) -> Any:
+    try:
+        return json.loads(_ask(server, "GET", path).get("body", "{}"))
+    except ValueError:
+        return {}
+
+
+def _ask(server: Running, method: str, path: str) -> Answer:
+    key = server.key("management")
+    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n"
+    head += f"Authorization: Bearer {key}\r\n" if key else ""
+    return exchange(server, "management", (head + "\r\n").encode(), method, 60)
+
+
+def keep_logs(server: Running) -> str:
+    """The end of what the server wrote, for a report."""
+    texts = []
+    for name in ("output.log", "errors.log"):
+        path = server.folder / name
+        if path.exists() and os.path.getsize(path):
+            texts.append(path.read_text(errors="replace")[-3000:])
+    return "\n".join(texts)

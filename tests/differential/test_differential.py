@@ -1,0 +1,54 @@
+"""pyserve answers what TorchServe was observed to answer, call by call, but for what DEVIATIONS.md lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.differential import golden, replay
+from tests.differential.case import ARCHIVES, CASES, FIELD, Case, all_cases
+from tests.differential.compare import deviation_rows
+from tests.differential.servers import MODES
+
+CASES_HERE = all_cases(CASES)
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[replay.Replay]:
+    yield from replay.replays()
+
+
+@pytest.mark.server
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES_HERE, ids=str)
+def test_answers_as_torchserve_does(case: Case, mode: str, servers: replay.Replay) -> None:
+    servers.check(case, mode)
+
+
+def test_every_difference_names_a_row_of_the_table() -> None:
+    rows = deviation_rows()
+    unknown = {
+        f"{case.name}: {each['row']}"
+        for case in [*CASES_HERE, *all_cases(FIELD)]
+        for call in case.calls
+        for each in call.differs.values()
+        if each["row"] not in rows
+    }
+    assert not unknown, "\n".join(sorted(unknown))
+
+
+def test_what_is_recorded_belongs_to_a_case() -> None:
+    names = {case.name for case in [*CASES_HERE, *all_cases(FIELD)]}
+    recorded = {name for path in golden.GOLDEN.glob("*.json") for name in golden.names(path)}
+    assert recorded == names
+
+
+def test_there_are_as_many_cases_as_are_claimed() -> None:
+    cases = [*CASES_HERE, *all_cases(FIELD)]
+    assert sum(len(case.calls) for case in cases) >= 400
+    inline = {
+        f"{case.name}/{name}" for case in cases for name in case.archives if not (ARCHIVES / f"{name}.yaml").exists()
+    }
+    assert len(inline) + len(list(ARCHIVES.glob("*.yaml"))) >= 80
