@@ -17,7 +17,7 @@ CASES = HERE / "cases"
 ARCHIVES = HERE / "archives"
 FIELD = HERE.parent / "field"
 
-CASE_KEYS = {"name", "about", "source", "with", "archives", "server", "before", "calls"}
+CASE_KEYS = {"name", "about", "source", "with", "archives", "server", "serve", "before", "calls"}
 CALL_KEYS = {
     "about", "ask", "base64", "body", "differs", "expect", "form", "grpc", "headers", "json", "raw", "settle",
     "wait_s", "with",
@@ -108,7 +108,7 @@ def all_cases(root: Path = CASES) -> list[Case]:
 
 def _cases_of(path: Path) -> Iterator[Case]:
     written = yaml.safe_load(path.read_text())
-    shared = {key: written[key] for key in ("server", "archives", "before") if key in written}
+    shared = {key: written[key] for key in ("server", "archives", "serve", "before") if key in written}
     topic = f"field/{path.parent.name}" if path.name == "case.yaml" else path.stem
     for each in written.get("cases", [written]):
         _check(f"{path.name}: a case", each, CASE_KEYS)
@@ -118,7 +118,7 @@ def _cases_of(path: Path) -> Iterator[Case]:
                 name="/".join(filter(None, (topic, each.get("name"), suffix))),
                 setting=Setting.of(case.get("server", {})),
                 archives=_archives(case.get("archives", []), path.parent),
-                before=[_call(call) for call in case.get("before", [])],
+                before=[_call(call) for call in [*map(_register, case.get("serve", [])), *case.get("before", [])]],
                 calls=list(itertools.chain.from_iterable(map(_calls, case["calls"]))),
                 folder=path.parent,
             )
@@ -133,6 +133,10 @@ def _archives(written: Any, folder: Path) -> dict[str, dict[str, Any]]:
         specs[name] = spec if spec is not None else yaml.safe_load((ARCHIVES / f"{name}.yaml").read_text())
         specs[name].setdefault("folder", str(folder if spec is not None else ARCHIVES))
     return specs
+
+
+def _register(name: str) -> str:
+    return f"POST management /models?url={name}&initial_workers=1&synchronous=true"
 
 
 def _calls(written: Any) -> Iterator[Call]:
