@@ -114,9 +114,12 @@ def compare(cases: list[Case]) -> int:
                     count += 1
                     continue
                 calls += len(case.calls)
-                for text in differences(case, recorded, servers.play(case), mode):
-                    count += 1
-                    print(text, flush=True)
+                try:
+                    found = differences(case, recorded, servers.play(case), mode)
+                except (AssertionError, RuntimeError) as error:
+                    found = [f"{case.name} [{mode}] {error}"]
+                count += len(found)
+                print(*found, sep="\n", end="\n" if found else "", flush=True)
     print(f"{len(cases)} cases, {calls} calls in {len(MODES)} modes, {count} differences")
     return 1 if count else 0
 
