@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -125,14 +126,22 @@ def _cases_of(path: Path) -> Iterator[Case]:
 
 
 def _archives(written: Any, folder: Path) -> dict[str, dict[str, Any]]:
-    """By name; a name alone is a file of ``archives/``."""
+    """By name; a name alone is described in ``archives/``."""
     if isinstance(written, list):
-        written = dict.fromkeys(written)
-    specs = {}
-    for name, spec in written.items():
-        specs[name] = spec if spec is not None else yaml.safe_load((ARCHIVES / f"{name}.yaml").read_text())
-        specs[name].setdefault("folder", str(folder if spec is not None else ARCHIVES))
-    return specs
+        return {name: shared_archives()[name] for name in written}
+    return {name: {"folder": str(folder), **(spec or shared_archives()[name])} for name, spec in written.items()}
+
+
+@functools.cache
+def shared_archives() -> dict[str, dict[str, Any]]:
+    """The descriptions in ``archives/``, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(ARCHIVES.glob("*.yaml")):
+        for name, spec in yaml.safe_load(path.read_text()).items():
+            if name in found:
+                raise ValueError(f"two archives have the name {name}")
+            found[name] = {"folder": str(ARCHIVES), **spec}
+    return found
 
 
 def _register(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.differential import golden, replay
-from tests.differential.case import ARCHIVES, CASES, FIELD, Case, all_cases
+from tests.differential.case import CASES, FIELD, Case, all_cases, shared_archives
 from tests.differential.compare import deviation_rows
 from tests.differential.servers import MODES
 
@@ -48,7 +48,5 @@ def test_what_is_recorded_belongs_to_a_case() -> None:
 def test_there_are_as_many_cases_as_are_claimed() -> None:
     cases = [*CASES_HERE, *all_cases(FIELD)]
     assert sum(len(case.calls) for case in cases) >= 400
-    inline = {
-        f"{case.name}/{name}" for case in cases for name in case.archives if not (ARCHIVES / f"{name}.yaml").exists()
-    }
-    assert len(inline) + len(list(ARCHIVES.glob("*.yaml"))) >= 80
+    inline = {id(spec) for case in cases for spec in case.archives.values()} - {*map(id, shared_archives().values())}
+    assert len(inline) + len(shared_archives()) >= 80
