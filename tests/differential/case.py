@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -21,30 +22,40 @@ FIELD = HERE.parent / "field"
 CASE_KEYS = {"name", "about", "source", "with", "archives", "server", "serve", "before", "calls"}
 CALL_KEYS = {
     "about", "ask", "base64", "body", "differs", "expect", "form", "grpc", "headers", "json", "raw", "settle",
-    "wait_s", "with",
+    "together", "wait_s", "with",
 }  # fmt: skip
-SERVER_KEYS = {"config", "flags", "environment", "defaults"}
+SERVER_KEYS = {"archives", "config", "flags", "environment", "defaults"}
 APIS = ("inference", "management", "metrics")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a server is started: cases with equal settings share one."""
+    """How a server is started: cases with equal settings share one.
+
+    Attributes:
+        archives: as JSON, those that lie in the store when the server starts; "" for none. With them, a server is started
+            for each case, which begins with what the server loaded by itself.
+    """
 
     config: tuple[tuple[str, str], ...] = ()
     flags: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    archives: str = ""
 
     @classmethod
-    def of(cls, written: dict[str, Any]) -> Setting:
+    def of(cls, written: dict[str, Any], folder: Path = HERE) -> Setting:
         _check("server", written, SERVER_KEYS)
         config = {"disable_token_authorization": "true", "enable_model_api": "true"}
         if written.get("defaults") is False:
             config = {}
         config |= {key: str(value) for key, value in written.get("config", {}).items()}
         environment = {key: str(value) for key, value in written.get("environment", {}).items()}
+        archives = _archives(written.get("archives", []), folder)
         return cls(
-            tuple(sorted(config.items())), tuple(map(str, written.get("flags", []))), tuple(sorted(environment.items()))
+            tuple(sorted(config.items())),
+            tuple(map(str, written.get("flags", []))),
+            tuple(sorted(environment.items())),
+            json.dumps(archives) if archives else "",
         )
 
 
@@ -58,6 +69,7 @@ class Call:
         expect: what must happen whatever TorchServe does: ``status``, and ``body`` as a part of the text.
         settle: whether the call is followed by waiting until no worker is being added or ended.
         wait_s: how long an answer is waited for.
+        with_next: whether the next call is sent before this one is answered.
     """
 
     text: str
@@ -65,6 +77,7 @@ class Call:
     differs: dict[str, dict[str, Any]] = field(default_factory=dict)
     expect: dict[str, Any] = field(default_factory=dict)
     wait_s: float = 60.0
+    with_next: bool = False
 
     @property
     def is_change(self) -> bool:
@@ -117,7 +130,7 @@ def _cases_of(path: Path) -> Iterator[Case]:
             case = _filled({**shared, **{key: value for key, value in each.items() if key != "with"}}, values)
             yield Case(
                 name="/".join(filter(None, (topic, each.get("name"), suffix))),
-                setting=Setting.of(case.get("server", {})),
+                setting=Setting.of(case.get("server", {}), path.parent),
                 archives=_archives(case.get("archives", []), path.parent),
                 before=[_call(call) for call in [*map(_register, case.get("serve", [])), *case.get("before", [])]],
                 calls=list(itertools.chain.from_iterable(map(_calls, case["calls"]))),
@@ -151,7 +164,11 @@ def _register(name: str) -> str:
 def _calls(written: Any) -> Iterator[Call]:
     if isinstance(written, dict) and "with" in written:
         for values, _ in _expanded(written["with"]):
-            yield _call(_filled({key: value for key, value in written.items() if key != "with"}, values))
+            yield from _calls(_filled({key: value for key, value in written.items() if key != "with"}, values))
+    elif isinstance(written, dict) and "together" in written:
+        *first, last = map(_call, written["together"])
+        yield from (dataclasses.replace(call, with_next=True) for call in first)
+        yield last
     else:
         yield _call(written)
 

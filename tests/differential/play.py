@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
@@ -17,6 +18,7 @@ from tests.differential.servers import Running
 from tests.differential.wire import Answer, exchange, send
 
 SETTLE_S = 8.0
+ARRIVE_S = 0.1  # between calls that are sent together, so that they arrive in their order
 SHOWN = (
     "minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout", "loadedAtStartup"
 )  # fmt: skip
@@ -34,8 +36,9 @@ VOLATILE = [
 
 def play(case: Case, server: Running) -> list[dict[str, Any]]:
     """One entry per call: ``call``, the answer, and after a change ``models``, what the server then has."""
-    shutil.rmtree(server.store)
-    server.store.mkdir()
+    if not case.setting.archives:
+        shutil.rmtree(server.store)
+        server.store.mkdir()
     for name, spec in case.archives.items():
         build(server.store, name, spec)
     for call in case.before:
@@ -44,12 +47,30 @@ def play(case: Case, server: Running) -> list[dict[str, Any]]:
             raise AssertionError(f"{case.name}: before it, {call.text} answered {answer}")
         _settle(call, server)
     seen = []
+    together: list[Call] = []
     for call in case.calls:
-        answer = without_volatile(send(call, server), server)
-        if call.is_change:
-            answer["models"] = _settle(call, server)
-        seen.append({"call": call.text, **answer})
+        together.append(call)
+        if call.with_next:
+            continue
+        for each, answer in zip(together, _sent(together, server), strict=True):
+            answer = without_volatile(answer, server)
+            if each.is_change:
+                answer["models"] = _settle(each, server)
+            seen.append({"call": each.text, **answer})
+        together = []
     return seen
+
+
+def _sent(calls: list[Call], server: Running) -> list[Answer]:
+    """The answers of calls that are all sent before the first is answered, in the order in which they arrive."""
+    if len(calls) == 1:
+        return [send(calls[0], server)]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        answers = []
+        for call in calls:
+            answers.append(pool.submit(send, call, server))
+            time.sleep(ARRIVE_S)
+        return [answer.result() for answer in answers]
 
 
 def clean(server: Running) -> bool:

@@ -10,21 +10,33 @@ from google.protobuf import json_format
 
 from tests.differential.case import Call
 from tests.differential.servers import Running
+from tests.differential.wire import filled
+from pyserve.grpc_api.messages import OPEN_INFERENCE_TORCHSERVE
 from tests.support.grpc_calls import MANAGING, PREDICTIONS, Stub
 
-SERVICES = {"inference": PREDICTIONS, "management": MANAGING}
+# What a case calls a service -> its port and its name.
+SERVICES = {
+    "inference": ("grpc_inference", PREDICTIONS),
+    "management": ("grpc_management", MANAGING),
+    "open": ("grpc_inference", f"{OPEN_INFERENCE_TORCHSERVE}.GRPCInferenceService"),
+}
 
 
 def send_grpc(call: Call, server: Running) -> dict[str, Any]:
     """``status`` is gRPC's code; ``body`` the message as JSON, or the error's details."""
     api, _, method = str(call.written["grpc"]).partition(" ")
-    with Stub(f"127.0.0.1:{server.ports[f'grpc_{api}']}", SERVICES[api]) as stub:
+    port, service = SERVICES[api]
+    with Stub(f"127.0.0.1:{server.ports[port]}", service) as stub:
         ask, request_class = stub.method(method)
-        request = json_format.ParseDict(call.written.get("json", {}), request_class())
-        metadata = [(name.lower(), value) for name, value in call.written.get("headers", {}).items()]
-        many = isinstance(call.written.get("json"), list)
+        written = json.loads(filled(json.dumps(call.written.get("json", {})), server))
+        metadata = [(name.lower(), filled(value, server)) for name, value in call.written.get("headers", {}).items()]
+        request: Any
+        if isinstance(written, list):
+            request = iter([json_format.ParseDict(each, request_class()) for each in written])
+        else:
+            request = json_format.ParseDict(written, request_class())
         try:
-            answer = ask(iter([request]) if many else request, metadata=metadata, timeout=call.wait_s)
+            answer = ask(request, metadata=metadata, timeout=call.wait_s)
             messages = [answer] if hasattr(answer, "DESCRIPTOR") else list(answer)
         except grpc.RpcError as error:
             return {"status": error.code().name, "body": error.details()}

@@ -42,19 +42,22 @@ class Servers:
     def play(self, case: Case) -> list[dict[str, Any]]:
         """As `play.play`, on a server of the case's setting that serves nothing yet.
 
-        Raises:
-            RuntimeError: the server does not start.
+        A server that does not start answers no call; why is printed.
         """
         if self._server is None or self._server.setting != case.setting:
             self.close()
-            self._server = self._stack.enter_context(running(self.name, case.setting, self._bin_folder))
+            try:
+                self._server = self._stack.enter_context(running(self.name, case.setting, self._bin_folder))
+            except RuntimeError as error:
+                print(f"{case.name} [{self.name}] does not start: {str(error)[-2000:]}", file=sys.stderr)
+                return [{"call": call.text, "status": "the server does not start"} for call in case.calls]
         try:
             seen = play(case, self._server)
         except BaseException:
             print(keep_logs(self._server), file=sys.stderr)
             self.close()
             raise
-        if not clean(self._server):
+        if case.setting.archives or not clean(self._server):
             self.close()
         return seen
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.differential.archives import build
 from tests.differential.case import APIS, Setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +70,8 @@ def running(name: str, setting: Setting, bin_folder: Path | None = None) -> Iter
     (folder / "store").mkdir()
     names = [*APIS, "grpc_inference", "grpc_management"]
     server = Running(name, setting, dict(zip(names, _free_ports(len(names)), strict=True)), folder)
+    for archive, spec in json.loads(setting.archives or "{}").items():
+        build(server.store, archive, spec)
     (folder / "config.properties").write_text(_config(server))
     flags = ["--model-store", str(server.store), "--ts-config", str(folder / "config.properties"), *setting.flags]
     environment = {
