@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,15 @@ def write(seen: dict[str, list[dict[str, Any]]], all_names: set[str]) -> None:
     by_path: dict[Path, dict[str, Any]] = {}
     for name, answers in seen.items():
         by_path.setdefault(path_of(name), {})[name] = answers
-    for path, answers in by_path.items():
-        recorded = json.loads(path.read_text()) if path.exists() else {}
-        merged = {name: each for name, each in {**recorded, **answers}.items() if name in all_names}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(sorted(merged.items())), indent=1, ensure_ascii=False) + "\n")
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    lock = os.open(GOLDEN, os.O_RDONLY)  # two recordings may run side by side
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path, answers in by_path.items():
+            recorded = json.loads(path.read_text()) if path.exists() else {}
+            merged = {name: each for name, each in {**recorded, **answers}.items() if name in all_names}
+            unfinished = path.with_suffix(".new")
+            unfinished.write_text(json.dumps(dict(sorted(merged.items())), indent=1, ensure_ascii=False) + "\n")
+            unfinished.replace(path)
+    finally:
+        os.close(lock)
