@@ -25,6 +25,7 @@ CALL_KEYS = {
     "together", "wait_s", "with",
 }  # fmt: skip
 SERVER_KEYS = {"archives", "config", "flags", "environment", "defaults"}
+TITLE_MAX = 300
 APIS = ("inference", "management", "metrics")
 
 
@@ -33,8 +34,8 @@ class Setting:
     """How a server is started: cases with equal settings share one.
 
     Attributes:
-        archives: as JSON, those that lie in the store when the server starts; "" for none. With them, a server is started
-            for each case, which begins with what the server loaded by itself.
+        archives: as JSON, those that lie in the store when the server starts; "" for none. With them, a server is
+            started for each case, which begins with what the server loaded by itself.
     """
 
     config: tuple[tuple[str, str], ...] = ()
@@ -78,6 +79,21 @@ class Call:
     expect: dict[str, Any] = field(default_factory=dict)
     wait_s: float = 60.0
     with_next: bool = False
+
+    @property
+    def title(self) -> str:
+        """``text`` and the beginning of what is sent with it."""
+        sent = [
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for value in (self.written.get(key) for key in ("headers", "body", "json", "form", "base64", "raw"))
+            if value
+        ]
+        return " ".join([self.text, *sent])[:TITLE_MAX]
+
+    @property
+    def path(self) -> str:
+        """Of an HTTP call; of others ""."""
+        return self.text.split(" ", 2)[2] if "ask" in self.written else ""
 
     @property
     def is_change(self) -> bool:

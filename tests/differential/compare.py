@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.differential.case import Call, Case
+from tests.differential.servers import MODES
 
 DEVIATIONS = Path(__file__).parents[2] / "DEVIATIONS.md"
 IS_ERROR = re.compile(r"[45]\d\d\b")
@@ -21,13 +24,13 @@ def differences(case: Case, theirs: list[dict[str, Any]], ours: list[dict[str, A
         ours: of pyserve.
         mode: ``default`` or ``strict``.
     """
-    if [each["call"] for each in theirs] != [call.text for call in case.calls]:
+    if [each["call"] for each in theirs] != [call.title for call in case.calls]:
         return [f"{case.name}: what is recorded of TorchServe is of other calls; record it again"]
     found = []
-    for call, their, our in zip(case.calls, theirs, ours, strict=True):
+    for number, (call, their, our) in enumerate(zip(case.calls, theirs, ours, strict=True), 1):
         problem = _problem(call, their, our, mode)
         if problem:
-            found.append(f"{case.name} [{mode}] {call.text}\n{problem}")
+            found.append(f"{case.name} #{number} [{mode}] {call.title}\n{problem}")
     return found
 
 
@@ -36,7 +39,7 @@ def _problem(call: Call, theirs: dict[str, Any], ours: dict[str, Any], mode: str
     for key in expected.keys() & {"status", "body"}:
         if not _holds(key, expected[key], ours):
             return f"  expected {key} {expected[key]!r}\n" + _shown("pyserve", ours)
-    lines = _lines(_alike(theirs, mode), _alike(ours, mode, is_ours=True))
+    lines = _lines(_alike(call, theirs, mode), _alike(call, ours, mode, is_ours=True))
     allowed = call.differs.get(mode)
     if allowed is None:
         return "\n".join(lines)
@@ -54,34 +57,82 @@ def _holds(key: str, expected: Any, ours: dict[str, Any]) -> bool:
     return str(expected) in ours.get("body", "")
 
 
-def _alike(answer: dict[str, Any], mode: str, *, is_ours: bool = False) -> dict[str, Any]:
-    """The answer without what differs in every answer of its kind, each by a row of DEVIATIONS.md."""
-    answer = dict(answer)
-    headers = dict(answer.get("headers", {}))
-    if is_ours:
-        headers.pop("date", None)  # row: `Date` of an answer
-    if IS_ERROR.match(answer["status"]):
-        headers.pop("connection", None)  # row: answers ≥ 400
-        if is_ours and mode == "default":
-            answer["body"] = _without_detail(answer.get("body", ""))  # row: error body
-            headers.pop("content-length", None)
-    if "headers" in answer:
-        # Lengths that follow from what was replaced, such as a path.
-        if "<" in answer.get("body", "") or IS_ERROR.match(answer["status"]):
-            headers.pop("content-length", None)
-        answer["headers"] = headers
+def _alike(call: Call, answer: dict[str, Any], mode: str, *, is_ours: bool = False) -> dict[str, Any]:
+    """The answer without what differs in every answer of its kind, and without a length that follows from that."""
+    answer = {**answer, "headers": dict(answer.get("headers", {}))}
+    body = answer.get("body", "")
+    for rule in RULES:
+        if mode in rule.modes:
+            rule.change(answer, call, is_ours)
+    headers = answer["headers"]
+    if answer.get("body", "") != body or "<" in body or IS_ERROR.match(answer["status"]):
+        headers.pop("content-length", None)
     return answer
 
 
-def _without_detail(body: str) -> str:
+@dataclass(frozen=True)
+class Rule:
+    """What differs in every answer of a kind, by a row of DEVIATIONS.md.
+
+    Attributes:
+        change: takes it out of an answer; is given the answer, the call, and whether the answer is pyserve's.
+        modes: those in which it differs.
+    """
+
+    row: str
+    change: Callable[[dict[str, Any], Call, bool], None]
+    modes: tuple[str, ...] = MODES
+
+
+def _date(answer: dict[str, Any], _: Call, is_ours: bool) -> None:
+    if is_ours:
+        answer["headers"].pop("date", None)
+
+
+def _connection(answer: dict[str, Any], _: Call, __: bool) -> None:
+    if IS_ERROR.match(answer["status"]):
+        answer["headers"].pop("connection", None)
+
+
+def _detail(answer: dict[str, Any], _: Call, is_ours: bool) -> None:
+    if is_ours and '"detail"' in answer.get("body", ""):
+        _without(answer, "detail")
+
+
+def _error(answer: dict[str, Any], call: Call, is_ours: bool) -> None:
+    if is_ours and IS_ERROR.match(answer["status"]) and call.path.startswith("/v2"):
+        _without(answer, "error")
+
+
+def _grpc_detail(answer: dict[str, Any], call: Call, is_ours: bool) -> None:
+    if is_ours and call.text.startswith("GRPC") and answer["status"] != "OK":
+        answer["body"] = re.sub(r'\n\{".*\}$', "", answer.get("body", ""))
+
+
+def _description(answer: dict[str, Any], _: Call, __: bool) -> None:
+    if '"openapi"' in answer.get("body", ""):
+        answer["body"] = "an OpenAPI description"
+
+
+RULES = [
+    Rule("`Date` of an answer", _date),
+    Rule("answers ≥ 400", _connection),
+    Rule("error body", _detail, ("default",)),
+    Rule("errors under `/v2`", _error),
+    Rule("gRPC error texts", _grpc_detail, ("default",)),
+    Rule("OpenAPI descriptions", _description),
+]
+
+
+def _without(answer: dict[str, Any], member: str) -> None:
+    """Takes a member out of an error's body."""
     try:
-        written = json.loads(body)
+        written = json.loads(answer["body"])
     except ValueError:
-        return body
-    if not isinstance(written, dict) or "detail" not in written:
-        return body
-    del written["detail"]
-    return json.dumps(written, indent=2, ensure_ascii=False) + "\n"
+        return
+    if isinstance(written, dict) and {"code", "type", "message"} <= written.keys():
+        written.pop(member, None)
+        answer["body"] = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
 
 
 def _lines(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
@@ -92,6 +143,9 @@ def _lines(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
             continue
         if isinstance(their, dict) and isinstance(our, dict):
             for name in sorted(their.keys() | our.keys()):
+                # Of an error beside an answer, these say nothing more.
+                if theirs["status"] != ours["status"] and name in ("connection", "content-length", "content-type"):
+                    continue
                 if their.get(name) != our.get(name):
                     lines.append(f"  {key} {name}: TorchServe {their.get(name)!r}, pyserve {our.get(name)!r}")
         else:

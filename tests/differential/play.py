@@ -52,11 +52,11 @@ def play(case: Case, server: Running) -> list[dict[str, Any]]:
         together.append(call)
         if call.with_next:
             continue
-        for each, answer in zip(together, _sent(together, server), strict=True):
-            answer = without_volatile(answer, server)
+        for each, sent in zip(together, _sent(together, server), strict=True):
+            answer = without_volatile(sent, server)
             if each.is_change:
                 answer["models"] = _settle(each, server)
-            seen.append({"call": each.text, **answer})
+            seen.append({"call": each.title, **answer})
         together = []
     return seen
 
@@ -163,5 +163,5 @@ def keep_logs(server: Running) -> str:
     for name in ("output.log", "errors.log"):
         path = server.folder / name
         if path.exists() and os.path.getsize(path):
-            texts.append(path.read_text(errors="replace")[-3000:])
+            texts.append(path.read_text(errors="replace")[-1500:])
     return "\n".join(texts)

@@ -8,10 +8,10 @@ from typing import Any
 import grpc
 from google.protobuf import json_format
 
+from pyserve.grpc_api.messages import OPEN_INFERENCE_TORCHSERVE
 from tests.differential.case import Call
 from tests.differential.servers import Running
 from tests.differential.wire import filled
-from pyserve.grpc_api.messages import OPEN_INFERENCE_TORCHSERVE
 from tests.support.grpc_calls import MANAGING, PREDICTIONS, Stub
 
 # What a case calls a service -> its port and its name.

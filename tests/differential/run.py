@@ -50,7 +50,7 @@ class Servers:
                 self._server = self._stack.enter_context(running(self.name, case.setting, self._bin_folder))
             except RuntimeError as error:
                 print(f"{case.name} [{self.name}] does not start: {str(error)[-2000:]}", file=sys.stderr)
-                return [{"call": call.text, "status": "the server does not start"} for call in case.calls]
+                return [{"call": call.title, "status": "the server does not start"} for call in case.calls]
         try:
             seen = play(case, self._server)
         except BaseException:

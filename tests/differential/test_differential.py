@@ -8,7 +8,7 @@ import pytest
 
 from tests.differential import golden, replay
 from tests.differential.case import CASES, FIELD, Case, all_cases, shared_archives
-from tests.differential.compare import deviation_rows
+from tests.differential.compare import RULES, deviation_rows
 from tests.differential.servers import MODES
 
 CASES_HERE = all_cases(CASES)
@@ -37,6 +37,10 @@ def test_every_difference_names_a_row_of_the_table() -> None:
         if each["row"] not in rows
     }
     assert not unknown, "\n".join(sorted(unknown))
+
+
+def test_what_differs_in_every_answer_is_in_the_table() -> None:
+    assert {rule.row for rule in RULES} <= deviation_rows()
 
 
 def test_what_is_recorded_belongs_to_a_case() -> None:
