@@ -141,9 +141,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("record", "compare", "show"))
     parser.add_argument("parts", nargs="*")
-    arguments = parser.parse_args()
+    parser.add_argument("--new", action="store_true", help="only cases of which nothing is recorded yet")
+    arguments = parser.parse_intermixed_args()
     actions: dict[str, Callable[[list[Case]], int]] = {"record": record, "compare": compare, "show": show}
-    return actions[arguments.action](chosen(arguments.parts))
+    cases = chosen(arguments.parts)
+    if arguments.new:
+        cases = [case for case in cases if golden.read(case.name) is None]
+    return actions[arguments.action](cases)
 
 
 if __name__ == "__main__":
