@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from pyserve.handler import ModelLoadError
-from pyserve.handlers.mapped_load import can_be_mapped
+from pyserve.handlers.mapped_load import mapped_file
 from pyserve.handlers.skipped_init import SkipRandomFill, StaleMemory, StaleNumberUsedError
 from pyserve.handlers.source_file import import_file
 from pyserve.torch_error import cause_of
@@ -157,8 +157,8 @@ def read_state_dict(weights: Path | BinaryIO, name: str) -> Mapping[str, torch.T
         ModelLoadError: the file is missing, damaged, or holds anything but named tensors.
     """
     try:
-        mmap = isinstance(weights, Path) and can_be_mapped(weights)
-        state = torch.load(weights, map_location="cpu", weights_only=True, mmap=mmap)
+        original = mapped_file(weights) if isinstance(weights, Path) else None
+        state = torch.load(original or weights, map_location="cpu", weights_only=True, mmap=original is not None)
     except FileNotFoundError as error:
         raise ModelLoadError(f"{name} is not in the archive; repack it with --serialized-file") from error
     except pickle.UnpicklingError as error:

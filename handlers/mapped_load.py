@@ -1,8 +1,9 @@
-"""torch.load in worker processes: weights are mapped from their file, where that gives the same numbers as reading it.
+"""torch.load in worker processes: weights are mapped from the cache, where that gives the same tensors as reading them.
 
 A mapped file is in memory once, whoever maps it. torch can be asked to map everything, but then refuses what has no
 path or is of its old format, takes the packed bytes of a compressed file for numbers, and follows whoever writes to the
-file.
+file. So only one thing is mapped: a large file of the model's folder that is still what was copied there, and then not
+that file but its original in the cache, which no handler writes to. Everything else is read as torch reads it.
 """
 
 from __future__ import annotations
@@ -11,56 +12,94 @@ import functools
 import os
 import struct
 import zipfile
+from collections.abc import Mapping, Sequence
+from mmap import MAP_PRIVATE
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.serialization import config as defaults
 
-CACHE_VARIABLE = "PYSERVE_WEIGHTS_CACHE"
-# Numbers of the largest dtype, complex128, begin at a multiple of this.
-ALIGNMENT = 16
+# Tensors of torch.load are aligned so, and so are those of a file that torch.save has written: kernels may round
+# differently by alignment.
+ALIGNMENT = 64
 _LOCAL_HEADER_SIZE = 30
 
+# Path of a file in the model's folder -> path of its original, identity of the original, identity of the file.
+_originals: dict[str, tuple[str, Sequence[int], Sequence[int]]] = {}
 
-def map_loads() -> None:
-    """From now on torch.load maps what `can_be_mapped`, unless its caller says whether to."""
-    if getattr(torch.load, "maps", False):
+
+def map_loads(originals: Mapping[str, tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """From now on torch.load maps what has a `mapped_file`, unless its caller or torch's settings say whether to.
+
+    Args:
+        originals: see `pyserve.archive.model_folder.Originals`.
+    """
+    _originals.clear()
+    _originals.update(originals)
+    if not originals or getattr(torch.load, "maps", False):
         return
     plain = torch.load
 
     @functools.wraps(plain)
     def load(f: Any, *arguments: Any, mmap: bool | None = None, **named: Any) -> Any:
-        if mmap is None:
-            mmap = isinstance(f, (str, os.PathLike)) and can_be_mapped(Path(os.fspath(f)))
+        if mmap is None and isinstance(f, (str, os.PathLike)) and _loads_plainly():
+            original = mapped_file(f)
+            if original is not None:
+                return plain(original, *arguments, mmap=True, **named)
         return plain(f, *arguments, mmap=mmap, **named)
 
     load.maps = True  # type: ignore[attr-defined]
-    torch.load = load
+    torch.load = torch.serialization.load = load
 
 
-def can_be_mapped(path: Path) -> bool:
-    """Whether ``path`` is a file of torch.save whose numbers lie in it as they lie in memory, and nobody but pyserve
-    writes to it."""  # fmt: skip
+def _loads_plainly() -> bool:
+    """Whether torch would read a file, and make of it what is in it: nobody has chosen another way for this process."""
+    return (
+        not defaults.load.mmap
+        and defaults.load.mmap_flags == MAP_PRIVATE
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def original_of(path: str | os.PathLike[str]) -> Path | None:
+    """The file in the cache that ``path``, in the model's folder, was copied from; None if there is none, or either
+    was written to since."""  # fmt: skip
+    known = _originals.get(os.path.realpath(os.fspath(path)))
+    if known is None:
+        return None
+    original, original_identity, identity = known
     try:
-        return _is_cached(path) and _lies_as_in_memory(path)
+        if _identity(original) == list(original_identity) and _identity(path) == list(identity):
+            return Path(original)
+    except OSError:
+        pass
+    return None
+
+
+def mapped_file(path: str | os.PathLike[str]) -> Path | None:
+    """The file to map instead of reading ``path``: its original, if it is of torch.save and its numbers lie in it as
+    they lie in memory; else None."""  # fmt: skip
+    original = original_of(path) if _originals else None
+    try:
+        return original if original is not None and _lies_as_in_memory(original) else None
     except (OSError, ValueError, struct.error, zipfile.BadZipFile):
-        return False
+        return None
 
 
-def _is_cached(path: Path) -> bool:
-    """A file in a folder that is served where it lies may be replaced in place, which would change a model's numbers
-    while it is served."""
-    cache = os.environ.get(CACHE_VARIABLE)
-    return bool(cache) and path.resolve().is_relative_to(Path(cache or "").resolve().parent)
+def _identity(path: str | os.PathLike[str]) -> list[int]:
+    status = os.stat(path)
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _lies_as_in_memory(path: Path) -> bool:
-    """Whether all tensors in it are stored, not compressed, and at the places that their dtypes need."""
+    """Whether all tensors in it are stored, not compressed, and aligned as in memory, and it is not TorchScript."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.filename.endswith("/constants.pkl"):
                 return False
             if "/data/" not in entry.filename or not entry.file_size:
                 continue

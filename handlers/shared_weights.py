@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from pyserve.handlers.mapped_load import original_of
+
 log = logging.getLogger(__name__)
 
 # The folder for such files, set by the server for its worker processes; weights are not shared without it.
@@ -101,7 +103,8 @@ def _padded(size: int) -> int:
 
 
 def _identity(source: Path) -> str:
-    status = source.stat()
+    # Each model has a copy of its archive's files; those of one archive are the same weights.
+    status = (original_of(source) or source).stat()
     parts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 

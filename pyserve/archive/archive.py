@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ from pyserve.archive.extract import find_root, open_reader, unpack, verify
 from pyserve.archive.folder_reader import FolderReader
 from pyserve.archive.manifest import Manifest, missing_manifest
 from pyserve.archive.model_config import ModelConfig
+from pyserve.archive.model_folder import ModelFolder, Originals
 from pyserve.archive.weights import FileIdentity, Weights, check_inflation
-from pyserve.errors import InvalidModelError, ModelLoadError, ModelNotFoundError, shown
+from pyserve.errors import ModelLoadError, ModelNotFoundError
 
 __all__ = [
     "Archive",
@@ -64,6 +66,7 @@ class Survey:
         root: the folder that holds the model, with a trailing slash, or empty.
         weights: the entry of the serialized file; None when the manifest names none.
         is_mapped: the weights can be used where they lie.
+        needed: what is wrong with it for a handler that reads all that the manifest names.
     """
 
     kind: str
@@ -73,6 +76,7 @@ class Survey:
     config: ModelConfig
     weights: Entry | None
     is_mapped: bool
+    needed: tuple[str, ...] = ()
 
 
 class Archive:
@@ -82,10 +86,12 @@ class Archive:
         path: as given to `open_archive`.
         name: its file name.
         manifest, config: parsed and checked.
-        model_dir: folder with code and extra files. Mapped weights are not in it until `Weights.as_file` is called.
+        model_dir: folder with code and extra files, to be read only. Mapped weights are not in it until
+            `Weights.as_file` is called.
         weights: the serialized file; None when the manifest names none.
         sha256: key of the content; for a folder, of its files' identities.
         files: names below ``model_dir`` that belong to the archive, mapped weights included, with sizes in bytes.
+        needed: what is wrong with it for a handler that reads all that the manifest names; see `check_complete`.
     """
 
     def __init__(
@@ -99,6 +105,7 @@ class Archive:
         config: ModelConfig,
         weights: Weights | None,
         files: dict[str, int],
+        needed: tuple[str, ...] = (),
     ):
         self.path = path
         self.name = path.name
@@ -108,7 +115,9 @@ class Archive:
         self.config = config
         self.weights = weights
         self.files = files
+        self.needed = needed
         self._cache = cache
+        self._own = _OwnFolder()
 
     def cache_file(self, name: str) -> Path:
         """Where something derived from this content is kept, such as a compiled model. The file may not exist.
@@ -120,16 +129,99 @@ class Archive:
             raise ValueError(f"{name!r} is not a plain file name")
         return self._cache.derived(self.sha256) / name
 
+    @property
+    def warnings(self) -> list[str]:
+        """Texts about what is odd in it."""
+        return [*self.manifest.warnings, *self.config.warnings]
+
+    def check_complete(self) -> None:
+        """To be called before anything but a handler of the archive's own reads its weights or model file.
+
+        Raises:
+            ModelLoadError: one of them is not there or cannot be used.
+        """
+        if self.needed:
+            raise ModelLoadError(self.needed[0])
+
+    def own_folder(self, *, with_weights: bool = False) -> Path:
+        """The model folder for code that may write there: this archive object's own, until `close`. Any thread.
+
+        It is made at the first call. An archive that is a folder is served where it lies, as TorchServe does.
+
+        Args:
+            with_weights: the serialized file is in it too.
+
+        Raises:
+            ModelLoadError: it cannot be written.
+        """
+        if self.is_folder:
+            return self.model_dir
+        try:
+            return self._own.filled(self, self._cache.models(), with_weights=with_weights)
+        except OSError as error:
+            raise ModelLoadError(
+                f"{self.name}: its files cannot be copied to a folder of its own: "
+                f"{error.strerror or type(error).__name__}; free space, or set PYSERVE_CACHE to a folder with enough"
+            ) from error
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a plain folder, which is used where it lies."""
+        return not self.model_dir.is_relative_to(self._cache.root / "archives")
+
+    @property
+    def originals(self) -> Originals:
+        """What the large files of `own_folder` were copied from."""
+        return self._own.originals
+
     def close(self) -> None:
-        """Lets go of the archive file. Unpacked files and open maps stay."""
+        """Lets go of the archive file, and removes `own_folder`. Unpacked files and open maps stay."""
         if self.weights is not None:
             self.weights.close()
+        self._own.remove()
 
     def __enter__(self) -> Archive:
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self.close()
+
+
+class _OwnFolder:
+    """The folder of one archive object and of its shallow copies, once it is needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._folder: ModelFolder | None = None
+        self._has_weights = False
+
+    @property
+    def originals(self) -> Originals:
+        return self._folder.originals if self._folder is not None else {}
+
+    def filled(self, archive: Archive, root: Path, *, with_weights: bool) -> Path:
+        weights = archive.weights
+        mapped = weights.name if weights is not None and weights.is_mapped else None
+        with self._lock:
+            if self._folder is None:
+                folder = ModelFolder(root)
+                try:
+                    folder.add(archive.model_dir, [name for name in archive.files if name != mapped])
+                except BaseException:
+                    folder.remove()
+                    raise
+                self._folder = folder
+            if with_weights and mapped is not None and weights is not None and not self._has_weights:
+                weights.as_file()
+                self._folder.add(archive.model_dir, [mapped])
+                self._has_weights = True
+            return self._folder.path
+
+    def remove(self) -> None:
+        with self._lock:
+            folder, self._folder, self._has_weights = self._folder, None, False
+        if folder is not None:
+            folder.remove()
 
 
 def open_archive(
@@ -178,20 +270,33 @@ def _survey(reader: Reader, limits: Limits) -> Survey:
     check_entries(reader.label, entries, limits)
     root = find_root(reader.label, entries)
     files = {entry.name[len(root) :]: entry for entry in entries if not entry.is_folder and entry.name.startswith(root)}
-    manifest = Manifest.parse(reader.read(files[MANIFEST_NAME], limits.manifest_size_max), reader.label)
-    manifest.check_files(files.keys(), reader.label)
+    sizes = {name: entry.size for name, entry in files.items()}
+    manifest, needed = read_manifest(
+        reader.read(files[MANIFEST_NAME], limits.manifest_size_max) if MANIFEST_NAME in files else None,
+        sizes, reader.label,
+    )  # fmt: skip
     config = ModelConfig()
     if manifest.config_file is not None:
         text = reader.read(files[manifest.config_file], limits.config_size_max)
         config = ModelConfig.parse(text, f"{reader.label}: {manifest.config_file}")
     weights = files[manifest.serialized_file] if manifest.serialized_file is not None else None
-    if weights is not None and weights.size == 0:
-        refuse(reader.label, f"serializedFile {shown(weights.name)} is empty (0 bytes); add the weights and pack again")
-    is_mapped = weights is not None and weights.is_stored
+    # Nothing can be mapped of what has no bytes.
+    is_mapped = weights is not None and weights.is_stored and weights.size > 0
     if reader.kind != "folder":
         unpacked = [entry for entry in entries if not (is_mapped and entry is weights)]
         check_unpacked_size(reader.label, unpacked, reader.file_size, limits)
-    return Survey(reader.kind, entries, root, manifest, config, weights, is_mapped)
+    return Survey(reader.kind, entries, root, manifest, config, weights, is_mapped, needed)
+
+
+def read_manifest(text: bytes | None, sizes: Mapping[str, int], label: str) -> tuple[Manifest, tuple[str, ...]]:
+    """The manifest of an archive with files of these sizes, and what is wrong for a handler that reads all it names.
+
+    Args:
+        text: None where there is none; whoever serves the archive then says under which name, with which handler.
+    """
+    if text is None:
+        return replace(Manifest(), warnings=(str(missing_manifest(label)),)), ()
+    return Manifest.parse(text, label).fitted(sizes, label)
 
 
 @contextlib.contextmanager
@@ -223,16 +328,20 @@ def _open_file(path: Path, source: SourceFile, cache: ArchiveCache, limits: Limi
     if FileIdentity.of(source.descriptor) != before:
         refuse(path.name, "changed while it was read; write it elsewhere, then rename it into place")
     model_dir = cache.files(key) / contents.root
-    manifest = Manifest.parse((model_dir / MANIFEST_NAME).read_bytes(), path.name)
+    names = dict(contents.files)
+    if contents.weights is not None:
+        names[contents.weights[0]] = contents.weights[2]
+    root = contents.root
+    files = {name[len(root) :]: size for name, size in names.items() if name.startswith(root)}
+    text = (model_dir / MANIFEST_NAME).read_bytes() if MANIFEST_NAME in files else None
+    manifest, needed = read_manifest(text, files, path.name)
     config = ModelConfig()
     if manifest.config_file is not None:
         text = (model_dir / manifest.config_file).read_bytes()
         config = ModelConfig.parse(text, f"{path.name}: {manifest.config_file}")
-    names = dict(contents.files)
     weights = None
     if contents.weights is not None:
         name, offset, size = contents.weights
-        names[name] = size
         unpack_to = cache.files(key) / name
         weights = Weights(
             name[len(contents.root) :], path, offset, size, descriptor=source.descriptor, unpack_to=unpack_to
@@ -240,11 +349,10 @@ def _open_file(path: Path, source: SourceFile, cache: ArchiveCache, limits: Limi
     elif manifest.serialized_file is not None:
         unpacked = model_dir / manifest.serialized_file
         weights = Weights(manifest.serialized_file, unpacked, 0, unpacked.stat().st_size)
-    root = contents.root
-    files = {name[len(root) :]: size for name, size in names.items() if name.startswith(root)}
     return Archive(
-        path, cache, key, model_dir=model_dir, manifest=manifest, config=config, weights=weights, files=files
-    )
+        path, cache, key, model_dir=model_dir, manifest=manifest, config=config, weights=weights, files=files,
+        needed=needed,
+    )  # fmt: skip
 
 
 def _add(reader: Reader, source: SourceFile, *, path: Path, cache: ArchiveCache, key: str, limits: Limits) -> Contents:
@@ -296,6 +404,7 @@ def _open_folder(path: Path, cache: ArchiveCache, limits: Limits, manifest: byte
         config=found.config,
         weights=weights,
         files=files,
+        needed=found.needed,
     )
 
 
@@ -315,11 +424,7 @@ def is_unpacked(path: str | Path) -> bool:
 
 def has_manifest(folder: Path) -> bool:
     """Whether ``folder``, or the one folder in it, is a model with a MANIFEST.json."""
-    try:
-        _model_folder(folder)
-    except InvalidModelError:
-        return False
-    return True
+    return (_model_folder(folder) / MANIFEST_NAME).is_file()
 
 
 def give_manifest(folder: Path, manifest: bytes) -> None:
@@ -338,7 +443,7 @@ def _given_manifest(path: Path) -> bytes | None:
 
 
 def _model_folder(path: Path) -> Path:
-    """The folder with the manifest: ``path``, or the one folder in it."""
+    """The folder with the manifest: ``path``, or the one folder in it; ``path`` if there is none."""
     if (path / MANIFEST_NAME).is_file():
         return path
     try:
@@ -347,4 +452,4 @@ def _model_folder(path: Path) -> Path:
         refuse(path.name, f"cannot be read: {error.strerror}; check its permissions")
     if len(below) == 1 and not below[0].is_symlink() and (below[0] / MANIFEST_NAME).is_file():
         return below[0]
-    raise missing_manifest(path.name)
+    return path

@@ -3,6 +3,7 @@
     <cache>/archives/<key>/contents.json     what was unpacked, and where the weights are
     <cache>/archives/<key>/files/...         the archive's files
     <cache>/archives/<key>/derived/...       what was made from them: compiled models
+    <cache>/models/<id>/...                  a registration's own copy of the files, see `model_folder`
     <cache>/archives/.partial-<key>/         being unpacked; renamed when complete, removed when it failed
     <cache>/locks/<xx>                       one of 256 lock files: one process unpacks a key, the others wait
     <cache>/digests/<device>-<inode>         SHA-256 of a file seen before, so that it is not hashed again
@@ -10,6 +11,8 @@
 The key is the SHA-256 of all of the archive's bytes. Names, sizes and CRC-32s would be faster to collect but are easy
 to forge, and whoever forges them would have their code run under another archive's key. Hashing runs at about 1.2 GB/s
 and is remembered per device, inode, size, modification and change time; the last one cannot be set back.
+
+Code of an archive never gets to see what lies under a key: one that writes into its folder would change it for others.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from pyserve.errors import ModelLoadError
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2  # before, handlers worked in what was unpacked, and may have changed it
 # File systems keep times in steps; a file written within this time of being hashed may change without showing it.
 _SETTLED_NS = 2_000_000_000
 
@@ -80,6 +83,19 @@ class ArchiveCache:
 
     def files(self, key: str) -> Path:
         return self._archives / key / "files"
+
+    def models(self) -> Path:
+        """The folder of registrations' own copies; created here.
+
+        Raises:
+            ModelLoadError: others could write to it.
+            OSError: it cannot be made.
+        """
+        folder = self.root / "models"
+        problem = _make_private(folder)
+        if problem is not None:
+            raise ModelLoadError(f"the cache folder cannot be used: {problem}; give one that only this user can write")
+        return folder
 
     def derived(self, key: str) -> Path:
         """The folder for things made from this content; created here."""
@@ -209,14 +225,21 @@ def _prepare(root: Path) -> str | None:
     """Makes the folders; why they cannot be used, or None. Code is run from here, so nobody else may write it."""
     try:
         for folder in (root / "archives", root / "locks", root / "digests"):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = folder.lstat()
-            if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-                return f"'{folder.name}' in it belongs to, or can be written by, another user"
-            if not os.access(folder, os.W_OK | os.X_OK):
-                return f"'{folder.name}' in it cannot be written"
+            problem = _make_private(folder)
+            if problem is not None:
+                return problem
     except OSError as error:
         return error.strerror or type(error).__name__
+    return None
+
+
+def _make_private(folder: Path) -> str | None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        return f"'{folder.name}' in it belongs to, or can be written by, another user"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"'{folder.name}' in it cannot be written"
     return None
 
 

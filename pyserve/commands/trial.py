@@ -260,7 +260,7 @@ def enter(spec: WorkerSpec, config: Config) -> None:
             del os.environ[name]
     os.chdir(spec.model_dir)
     sys.argv = [f"pyserve-worker {spec.name}"]
-    map_loads()
+    map_loads(spec.originals)
 
 
 def on_device(subject: Subject) -> WorkerSpec:

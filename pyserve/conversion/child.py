@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyserve.archive.archive import open_archive
+from pyserve.archive.archive import Archive, open_archive
 from pyserve.archive.samples import archive_samples
 from pyserve.conversion.record import NeedsPythonError, conversion_file, conversion_text
 from pyserve.conversion.torchscript import native_example
@@ -46,6 +46,11 @@ def main(archive_path: str, out_path: str, freezes: str, descriptor: str) -> int
 
 
 def _convert(archive_path: str, out: Path, progress: Callable[[str], None], *, freezes: bool) -> None:
+    with open_archive(archive_path) as archive:
+        _convert_model(archive, out, progress, freezes=freezes)
+
+
+def _convert_model(archive: Archive, out: Path, progress: Callable[[str], None], *, freezes: bool) -> None:
     import torch
 
     from pyserve.context import Context
@@ -54,18 +59,18 @@ def _convert(archive_path: str, out: Path, progress: Callable[[str], None], *, f
     from pyserve.proof.probe_inputs import InputDomain
     from pyserve.worker.handler_choice import load_handler
 
-    archive = open_archive(archive_path)
     manifest = archive.manifest
     assert manifest.model_file is not None
     handler = load_handler(archive)
-    context = Context(manifest.model_name, str(archive.model_dir), manifest.raw, model_yaml_config=archive.config.raw)
+    folder = archive.own_folder()  # the model file is somebody's code, which may write
+    context = Context(manifest.model_name, str(folder), manifest.raw, model_yaml_config=archive.config.raw)
     handler.prepare(context)
     example = native_example(handler, context)
     samples = _sample_probes(handler, archive.model_dir, example)
     progress("building the model and reading its weights")
-    os.chdir(archive.model_dir)
+    os.chdir(folder)
     weights = archive.weights.open() if archive.weights is not None else None
-    model = load_eager_model(archive.model_dir, manifest.model_file, weights)
+    model = load_eager_model(folder, manifest.model_file, weights)
     progress("tracing")
     # A network runs only a few times here; the profiling executor would spend those on measuring it.
     torch._C._jit_set_profiling_mode(False)

@@ -86,9 +86,11 @@ def load_network(
         ServeError: of any kind; the text names what is wrong with the archive and how to fix it.
     """
     handler = load_handler(archive, handler_name)
+    # Ours writes nothing.
+    folder = archive.model_dir if handler_is_built_in(handler) else archive.own_folder()
     context = Context(
         name,
-        str(archive.model_dir),
+        str(folder),
         archive.manifest.raw,
         batch_size,
         torch.device(device).index,

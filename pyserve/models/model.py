@@ -160,7 +160,7 @@ class Model:
             self._move("DRAINING")
         async with self._loading:
             await self._close_lane()
-            self.archive.close()
+            await asyncio.to_thread(self.archive.close)  # which removes its folder
 
     def cut_short(self) -> None:
         """Answers what waits with 503; nothing waits for the model any more."""

@@ -9,7 +9,7 @@ import sys
 from types import ModuleType
 
 from pyserve.archive.archive import Archive
-from pyserve.archive.manifest import split_handler
+from pyserve.archive.manifest import handler_file, split_handler
 from pyserve.errors import ModelLoadError
 from pyserve.handler import BUILT_IN, NOT_BUILT_IN, Handler
 from pyserve.handlers.source_file import import_file
@@ -36,24 +36,25 @@ def python_lane_reason(archive: Archive, named: str | None = None) -> str:
         ModelLoadError: ``isolation`` in model-config.yaml is neither ``process`` nor ``thread``.
     """
     module, name = _module_and_name(archive, named)
-    if (archive.model_dir / f"{module}.py").is_file():
-        return "" if _wants_thread(archive) else f"{module}.py is handler code of its own"
+    file = _own_file(archive, named)
+    if file is not None:
+        return "" if _wants_thread(archive) else f"{file} is handler code of its own"
     if name in BUILT_IN:
         return f"{name} calls the model in Python" if BUILT_IN[name].lane == "python" else ""
     if name in NOT_BUILT_IN:
         return ""
     # Only a module's first part can be looked for without running code.
     package = module.partition(".")[0]
-    if f"{package}/__init__.py" in archive.files or archive.manifest.requirements_file or _is_installed(package):
+    own_modules = {f"{package}/__init__.py", f"{module.replace('.', '/')}.py"}
+    if own_modules & archive.files.keys() or archive.manifest.requirements_file or _is_installed(package):
         return f"{module} is a module, not a built-in handler"
     return ""
 
 
 def built_in_name(archive: Archive, named: str | None = None) -> str | None:
     """The built-in handler that the archive asks for; None if its handler is code of its own."""
-    module, name = _module_and_name(archive, named)
-    is_own = name not in BUILT_IN or (archive.model_dir / f"{module}.py").is_file()
-    return None if is_own else name
+    _, name = _module_and_name(archive, named)
+    return None if name not in BUILT_IN or _own_file(archive, named) is not None else name
 
 
 def load_handler(archive: Archive, named: str | None = None) -> Handler:
@@ -65,11 +66,12 @@ def load_handler(archive: Archive, named: str | None = None) -> Handler:
     """
     module, name = _module_and_name(archive, named)
     # The archive's own file comes first, as in TorchServe, also when it bears a built-in handler's name.
-    if (archive.model_dir / f"{module}.py").is_file():
+    file = _own_file(archive, named)
+    if file is not None:
         if _wants_thread(archive):
             return load_thread_handler(archive, named)
         raise ModelLoadError(
-            f"{archive.name} brings handler code of its own ({module}.py), which runs in worker processes (the python "
+            f"{archive.name} brings handler code of its own ({file}), which runs in worker processes (the python "
             f"lane), not here. Built-in handlers: {_built_in_names()}."
         )
     if name in BUILT_IN:
@@ -87,19 +89,19 @@ def load_thread_handler(archive: Archive, named: str | None = None) -> Handler:
     Raises:
         ModelLoadError: the file cannot be imported, or what it defines needs a process of its own.
     """
-    module_name, _ = _module_and_name(archive, named)
     chosen = split_handler(named or archive.manifest.handler)[1]
-    file = f"{module_name}.py"
+    file = _own_file(archive, named)
+    assert file is not None
     if COMPAT_DIR not in sys.path:
         sys.path.append(COMPAT_DIR)  # last, so that a `ts` that is installed wins
     try:
-        module = import_file(archive.model_dir / file)
+        module = import_file(archive.own_folder() / file)
         cls = _thread_class(module, file, chosen)
         handler: Handler = cls()
     except ModelLoadError:
         raise
     except Exception as error:
-        failure = describe_failure(error, archive.model_dir)
+        failure = describe_failure(error, archive.own_folder())
         raise ModelLoadError(f"{archive.name}: {failure.line()}", detail=failure.detail()) from error
     replaced = next((name for name in _NOT_IN_A_THREAD if name in vars(handler)), None)
     if replaced is not None:
@@ -158,8 +160,17 @@ def _not_in_a_thread_text(name: str, file: str, reason: str) -> str:
 def _module_and_name(archive: Archive, named: str | None) -> tuple[str, str]:
     """Of the handler asked for: the module, and the name a built-in handler would have."""
     module = split_handler(named or archive.manifest.handler)[0].removesuffix(".py")
-    name = module.removeprefix(_TORCHSERVE_PREFIX)
-    return (name, name) if (archive.model_dir / f"{name}.py").is_file() else (module, name)
+    return module, module.removeprefix(_TORCHSERVE_PREFIX)
+
+
+def _own_file(archive: Archive, named: str | None) -> str | None:
+    """The archive's file with the handler asked for; None if that is none of its own."""
+    handler = named or archive.manifest.handler
+    for each in (handler, handler.removeprefix(_TORCHSERVE_PREFIX)):
+        file = handler_file(each, archive.files.__contains__)
+        if file is not None:
+            return file
+    return None
 
 
 def _wants_thread(archive: Archive) -> bool:

@@ -112,7 +112,7 @@ def _set_up(spec: WorkerSpec, reports: Reporter) -> _ReportHandler:
     os.chdir(spec.model_dir)
     sys.argv = [f"pyserve-worker {spec.name}"]
     torch.set_num_threads(spec.intra_op_threads)
-    map_loads()  # workers share the pages of state dicts
+    map_loads(spec.originals)  # workers share the pages of state dicts
     if spec.is_audit:
         from pyserve.handlers.plain import run_plainly
 

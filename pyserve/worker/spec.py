@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 from pyserve.archive.archive import Archive
+from pyserve.archive.model_config import read_yaml
+from pyserve.archive.model_folder import Originals
 from pyserve.errors import JsonObject
 
 # How the handler is called.
@@ -21,9 +23,11 @@ class WorkerSpec:
 
     Attributes:
         name, version: of the model.
-        model_dir: folder with the unpacked archive, weights included.
+        model_dir: folder with the unpacked archive, weights included, which handlers may write to.
+        originals: of large files in it, see `pyserve.archive.model_folder`.
         handler: as in the manifest: a built-in's name, ``file.py`` or ``file.py:function``.
-        manifest, config: MANIFEST.json and model-config.yaml as dicts, as handlers see them.
+        manifest: MANIFEST.json as a dict, as handlers see it; None when there is none.
+        config_text: of model-config.yaml. What YAML can say does not fit JSON: dates, bytes, numbers as keys.
         batch_size: the most requests of one call when the process starts.
         gpu_id: index of the GPU, None on a CPU.
         intra_op_threads: of torch, when the process starts.
@@ -49,8 +53,9 @@ class WorkerSpec:
     version: str
     model_dir: str
     handler: str
-    manifest: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    originals: Originals = field(default_factory=dict)
+    manifest: dict[str, Any] | None = field(default_factory=dict)
+    config_text: str = ""
     batch_size: int = 1
     gpu_id: int | None = None
     intra_op_threads: int = 1
@@ -77,25 +82,30 @@ class WorkerSpec:
     def of(
         cls, archive: Archive, *, name: str | None = None, handler: str | None = None, **settings: Any
     ) -> WorkerSpec:
-        """The spec of an opened archive, whose weights are put beside its other files.
+        """The spec of an opened archive, in the folder of its own, whose weights are put beside its other files.
 
         Args:
             name: the name it is served under; the manifest's by default.
             handler: in place of the manifest's.
             settings: further attributes.
         """
-        if archive.weights is not None:
-            archive.weights.as_file()
+        folder = archive.own_folder(with_weights=True)
         config = archive.config
         mode = CONTINUOUS if config.continuous_batching else ASYNC if config.async_communication else BATCH
         manifest = archive.manifest
         return cls(
             name=name or manifest.model_name,
             version=manifest.model_version,
-            model_dir=str(Path(archive.model_dir).resolve()),
+            model_dir=str(folder.resolve()),
             handler=handler or manifest.handler,
-            **{"manifest": manifest.raw, "config": config.raw, "mode": mode, **settings},
+            originals=archive.originals,
+            **{"manifest": manifest.raw, "config_text": config.text, "mode": mode, **settings},
         )
+
+    @cached_property
+    def config(self) -> dict[Any, Any]:
+        """model-config.yaml as handlers see it: as `yaml.safe_load` gives it. Read here, in the worker, once."""
+        return read_yaml(self.config_text) or {}
 
     def to_json(self) -> JsonObject:
         """A JSON object from which `from_json` makes an equal spec."""

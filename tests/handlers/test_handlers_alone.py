@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 from abc import ABC
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from pyserve.archive.model_folder import file_identity
 from pyserve.context import Context
 from pyserve.handler import HandlerError, InputError, ModelLoadError, PredictionException
-from pyserve.handlers import base_handler, loading, profiling
+from pyserve.handlers import base_handler, loading, mapped_load, profiling
 from pyserve.handlers.base_handler import BaseHandler
 from pyserve.handlers.compiled import PT2_BACKENDS, compile_arguments
 from pyserve.handlers.loading import choose_device
@@ -68,18 +71,22 @@ def answers_of(handler: BaseHandler, folder: Path, model: Mapping[str, str], **c
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_cached", [True, False])
-def test_eager_weights_are_mapped_where_nobody_replaces_them(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch, is_cached: bool
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_eager_weights_are_mapped_where_nobody_writes_to_them(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, is_copy: bool
 ) -> None:
-    monkeypatch.setenv("PYSERVE_WEIGHTS_CACHE", str((model_dir if is_cached else model_dir / "elsewhere") / "weights"))
     torch.manual_seed(0)
     state = {"linear.weight": torch.randn(2, 2), "linear.bias": torch.randn(2)}
-    torch.save(state, model_dir / "weights.pth")
+    copy, original = model_dir / "weights.pth", model_dir / "cache.pth"
+    torch.save(state, copy)
+    shutil.copyfile(copy, original)
+    known = {os.path.realpath(copy): (str(original), file_identity(original), file_identity(copy))}
+    monkeypatch.setattr(mapped_load, "_originals", known if is_copy else {})
     handler = BaseHandler()
     handler.initialize(context_for(model_dir, EAGER))
     maps = Path("/proc/self/maps").read_text()
-    assert (str(model_dir / "weights.pth") in maps) == is_cached
+    assert (str(original) in maps) == is_copy
+    assert str(copy) not in maps
     assert torch.equal(handler.model.linear.weight, state["linear.weight"])
 
 
