@@ -325,10 +325,7 @@ def test_relative_path_leaves_no_file_to_be_found_by_its_name(place: Place, url:
 
 
 def test_requirements_that_cannot_be_installed_are_a_model_exception(place: Place) -> None:
-    # With a wheel beside it, pip looks nowhere else.
-    file = write_handler(
-        place.server.store, "wants", HANDLER, files={"nothing.whl": ""}, requirements="no-such-thing==1\n"
-    )
+    file = write_handler(place.server.store, "wants", HANDLER, requirements="--no-index\nno-such-thing==1\n")
     try:
         refused(place.register("wants.mar", **FINE), 400, "ModelException",
                 "Custom pip package installation failed for model wants")  # fmt: skip
