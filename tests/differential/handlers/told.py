@@ -7,7 +7,7 @@ def handle(data, context):
     results = []
     for i, row in enumerate(data):
         code = row.get("body", row.get("code"))
-        names = {"data": data, "row": row, "context": context, "i": i, "out": "ok"}
+        names = {"data": data, "row": row, "context": context, "i": i, "out": "ok", "__name__": "told"}
         exec(code if isinstance(code, str) else bytes(code).decode(), names)
         if "whole" in names:
             return names["whole"]
