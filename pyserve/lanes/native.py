@@ -265,15 +265,15 @@ class NativeLane(EngineLane):
     def _row_of(self, pending: Pending) -> dict[str, Any]:
         request, config, handler = pending.exchange.request, self.services.config, self.network.handler
         decodes, lenient = config.decode_input_request, self.is_strict
+        is_built_in = row_check.is_built_in(handler) and not lenient
         types: dict[str, str] = {}
         if pending.flags & codec.FIELDS:
             row = codec.split_fields(request.body, request.query)
         else:
-            row = codec.decode_request(request, decode=decodes, types=types, lenient=lenient)
-            types.setdefault("body", request.header("content-type"))
+            row = codec.decode_request(request, decode=decodes, types=types, lenient=lenient, is_built_in=is_built_in)
             if pending.query_is_input:
-                codec.add_query(row, request.query, lenient=lenient)
-        if not lenient and row_check.is_built_in(handler):
+                codec.add_query(row, request.query, types=types, lenient=lenient)
+        if is_built_in:
             row_check.check_row(handler, row, types, decodes=decodes, start_key=config.ts_header_key_sequence_start)
         return row
 

@@ -1,8 +1,8 @@
 """Bodies: from the wire to what a handler receives, and from what it returns to the wire.
 
 The rules are TorchServe's: a plain body is ``{"body": value}``, a form is one key per field; JSON is parsed,
-text becomes ``str``, anything else stays a ``bytearray``; what cannot be decoded stays a ``bytearray`` too.
-A part of a form with a content type is decoded also when it has no file name; TorchServe 0.12 then gives its bytes.
+text becomes ``str``, anything else stays a ``bytearray``; what cannot be decoded stays a ``bytearray`` too. Of a form's
+parts only those with a file name are decoded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from pyserve.errors import BadRequestError, HandlerError, TooLargeError, is_memory_error
 from pyserve.request import json_encoding
-from pyserve.request.forms import PARTS_MAX, Field, read_multipart, read_query, read_urlencoded
+from pyserve.request.forms import PARTS_MAX, Field, boundary_of, read_multipart, read_query, read_urlencoded
 from pyserve.request.json_body import NAME_SHOWN_MAX, NotJsonError, parse_json
 
 log = logging.getLogger(__name__)
@@ -45,35 +45,45 @@ class RequestParts(Protocol):
 
 
 def decode_request(
-    request: RequestParts, *, decode: bool = True, types: dict[str, str] | None = None, lenient: bool = False
+    request: RequestParts,
+    *,
+    decode: bool = True,
+    types: dict[str, str] | None = None,
+    lenient: bool = False,
+    is_built_in: bool = False,
 ) -> dict[str, Any]:
     """The row a handler receives for one request.
 
     Args:
         decode: whether JSON and text are decoded (``decode_input_request``).
-        types: filled with the content types of a form's parts by their names.
+        types: filled with the content type of each field, ``""`` for none: as TorchServe's handlers find it, without
+            parameters; for built-in handlers as it was sent.
         lenient: as TorchServe 0.12 was measured: of fields, and of a JSON object's members, of one name the last one
-            counts, else they are refused; media types count as they are spelled; a part without a file name is bytes.
+            counts, else they are refused; media types count as they are spelled.
+        is_built_in: for a handler of pyserve's own: a part without a file name is decoded too.
 
     Raises:
         BadRequestError: a broken form, JSON nested too deeply or with an absurd number, or input that would be lost.
         TooLargeError: a form with too many parts.
     """
     media_type = _media_type_as_sent(request) if lenient else request.content_type
-    if media_type not in FORM_TYPES:
-        return {"body": decode_value(request.body, media_type, lenient=lenient) if decode else request.body}
     if media_type == "application/x-www-form-urlencoded":
         fields = read_urlencoded(request.body, lenient=lenient)
-    else:
+    elif media_type == "multipart/form-data" and boundary_of(request.header("content-type")) is not None:
         fields = read_multipart(request.body, request.header("content-type"), lenient=lenient)
+    else:
+        if types is not None:
+            content_type = request.header("content-type")
+            types["body"] = content_type if is_built_in else content_type.partition(";")[0]
+        return {"body": decode_value(request.body, media_type, lenient=lenient) if decode else request.body}
     row: dict[str, Any] = {}
     for field in fields:
         if field.name in row and not lenient:
             raise _repeated(field.name)
-        content_type = _part_type(field) if lenient else field.content_type
+        content_type = field.content_type if is_built_in else _part_type(field)
         part_type = content_type if lenient else _media_type(content_type).lower()
         row[field.name] = decode_value(field.value, part_type, lenient=lenient) if decode else field.value
-        if types is not None and (content_type or lenient):
+        if types is not None:
             types[field.name] = content_type
     return row
 
@@ -83,12 +93,10 @@ def _media_type(content_type: str) -> str:
 
 
 def _media_type_as_sent(request: RequestParts) -> str:
-    """As TorchServe compares it: in any case only for url-encoded forms, and for a multipart one with its boundary."""
+    """As TorchServe compares it: in any case only for url-encoded forms."""
     if request.content_type == "application/x-www-form-urlencoded":
         return request.content_type
-    header = request.header("content-type")
-    media_type = header.partition(";")[0]
-    return "" if media_type == "multipart/form-data" and "boundary=" not in header else media_type
+    return request.header("content-type").partition(";")[0]
 
 
 def _part_type(field: Field) -> str:
@@ -96,19 +104,20 @@ def _part_type(field: Field) -> str:
     return _media_type(field.content_type or "application/octet-stream") if field.is_file else ""
 
 
-def add_query(row: dict[str, Any], query: str, *, lenient: bool = False) -> None:
-    """Adds the parameters of a raw query string to ``row``, as fields without a content type: ``bytearray``.
+def add_query(row: dict[str, Any], query: str, *, types: dict[str, str] | None = None, lenient: bool = False) -> None:
+    """Adds the parameters of a raw query string to ``row``, before what is in it: without a content type, ``bytearray``.
 
     Raises:
         BadRequestError: two of them, or one and a field, have the same name. ``lenient`` keeps the field, or the last.
     """
     sent = dict(row)
-    if lenient:
-        row.clear()  # TorchServe's rows have the query's fields first, which handlers see that take the first one
+    row.clear()  # TorchServe's rows have the query's fields first, which handlers see that take the first one
     for name, value, *_ in read_query(query.replace(";", "&").encode("latin-1", "replace"), lenient=lenient):
-        if name in row and not lenient:
+        if not lenient and (name in row or name in sent):
             raise _repeated(name)
         row[name] = value
+        if types is not None:
+            types.setdefault(name, "")
     row.update(sent)
 
 

@@ -1,33 +1,29 @@
 """Forms: from the bytes of a body to its fields as they came. No field is left out, joined or renamed.
 
 With ``lenient`` forms are read as TorchServe 0.12 was measured to read them, what it drops included; what it answers
-with 500 is refused. Only of a multipart body that ends early, where it serves the parts it found, nothing is served.
+with 500 is refused.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 import string
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-from python_multipart import MultipartParser
-from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from pyserve.errors import BadRequestError, TooLargeError
 
-# It logs what it also raises; the answer to the client says it already.
-logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
-
 PARTS_MAX = 1000
 PART_HEAD_SIZE_MAX = 8 << 10
-BOUNDARY_SIZE_MAX = 70  # RFC 2046, section 5.1.1
-# Of a part's Content-Transfer-Encoding: those that leave its bytes alone.
+# Of a file's Content-Transfer-Encoding: those that leave its bytes alone.
 _PLAIN_ENCODINGS = ("", "7bit", "8bit", "binary")
 
 _ENCODED_FILE_NAME = re.compile(r";\s*filename\*=", re.IGNORECASE)  # the parser gives plain ones only
+_LINE_ENDS = b"\r\n"
+_AFTER_DELIMITER = re.compile(rb"[ \t]*(?:\r?\n|\Z)|--")
 _BAD_PERCENT = re.compile(rb"%(?![0-9a-fA-F]{2})")
 _HEX_VALUES = np.array([int(chr(byte), 16) if chr(byte) in string.hexdigits else -1 for byte in range(256)], np.int16)
 
@@ -58,18 +54,19 @@ def read_urlencoded(body: bytes | bytearray, *, lenient: bool = False) -> list[F
 
 
 def read_query(query: bytes, *, lenient: bool = False) -> list[Field]:
-    """The parameters of a query, in order.
+    """The parameters of a query, in order; ``=x`` is one called ``x``.
 
     Raises:
-        BadRequestError: one has no name, or one that is not UTF-8. With ``lenient`` one with a ``%`` without two
-            hexadecimal digits.
+        BadRequestError: one has a name that is not UTF-8. With ``lenient`` one with a ``%`` without two hexadecimal
+            digits.
         TooLargeError: too many parameters.
     """
+    pairs = [pair.lstrip(b"=") for pair in _pairs(query)]
     if not lenient:
-        return _read_pairs(_pairs(query))
+        return _read_pairs(pairs)
     fields = []
-    for pair in _pairs(query):
-        name, _, value = pair.lstrip(b"=").partition(b"=")  # what has no name is one
+    for pair in pairs:
+        name, _, value = pair.partition(b"=")
         if name:
             text = _unquote_checked(value).decode("utf-8", "replace")
             fields.append(Field(_name(_unquote_checked(name), lenient=True), bytearray(text.encode())))
@@ -148,113 +145,126 @@ def _unquote(text: bytes) -> bytes:
     return out[keep].tobytes()
 
 
+def boundary_of(content_type: str) -> bytes | None:
+    """The boundary that the content type of a multipart body names; None if it names none."""
+    if "boundary=" not in content_type.lower():
+        return None
+    _, options = parse_options_header(content_type)
+    return options.get(b"boundary", b"")
+
+
 def read_multipart(body: bytes | bytearray, content_type: str, *, lenient: bool = False) -> list[Field]:
-    """The parts of a multipart body, in order.
+    """The parts of a multipart body, in order. Lines may end with LF alone; of a header given twice the last counts.
 
     Args:
         content_type: of the body, with the boundary.
+        lenient: only parts that a delimiter follows, and those before the first line that should be one and is not.
 
     Raises:
-        BadRequestError: the body is broken, ends early, has no parts or more after its end, or a part has no name, a
-            header twice, or an encoding of its own.
+        BadRequestError: the body has none of its delimiters, ends early, or has more parts after its end; a part has
+            no name, very large headers, or is a file in an encoding of its own.
         TooLargeError: too many parts.
     """
-    _, options = parse_options_header(content_type)
-    boundary = options.get(b"boundary", b"")
-    if not boundary or (len(boundary) > BOUNDARY_SIZE_MAX and not lenient):
-        raise BadRequestError(
-            f"the multipart body's boundary has {len(boundary)} characters; it needs 1 to {BOUNDARY_SIZE_MAX}"
-        )
-    form = _Form(lenient=lenient)
-    parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
-    whole = bytes(body)
-    try:
-        parser.write(whole)
-        parser.finalize()
-    except FormParserError as error:
-        raise BadRequestError(f"the multipart body is broken: {error}") from error
-    if not form.is_complete:
-        raise BadRequestError("the multipart body ends before its closing boundary")
-    if not form.fields:
-        raise BadRequestError("the multipart body has no parts")
-    delimiter = b"\r\n--" + boundary
-    if not lenient and delimiter in whole[whole.find(delimiter + b"--") + len(delimiter) :]:
-        raise BadRequestError("the multipart body has parts after its closing boundary; put it behind the last one")
-    return form.fields
+    boundary = boundary_of(content_type)
+    if not boundary:
+        raise BadRequestError("the multipart body's content type names no boundary")
+    fields: list[Field] = []
+    _read_parts(body, b"--" + boundary, "", fields, lenient=lenient)
+    return fields
 
 
-class _Form:
-    """Collects the parts of one multipart body."""
-
-    def __init__(self, *, lenient: bool):
-        self.fields: list[Field] = []
-        self.is_complete = False
-        self._lenient = lenient
-        self._part_count = 0
-        self._start_part()
-
-    def callbacks(self) -> dict[str, Any]:
-        return {
-            "on_part_begin": self._on_part_begin,
-            "on_part_data": self._on_part_data,
-            "on_part_end": self._on_part_end,
-            "on_header_field": self._on_header_field,
-            "on_header_value": self._on_header_value,
-            "on_header_end": self._on_header_end,
-            "on_end": self._on_end,
-        }
-
-    def _start_part(self) -> None:
-        self._body = bytearray()
-        self._headers: dict[str, str] = {}
-        self._field = bytearray()
-        self._value = bytearray()
-        self._head_size = 0
-
-    def _on_part_begin(self) -> None:
-        self._part_count += 1
-        if self._part_count > PARTS_MAX:
+def _read_parts(
+    body: bytes | bytearray, delimiter: bytes, outer_name: str, fields: list[Field], *, lenient: bool
+) -> None:
+    """Adds the parts of a body to ``fields``; all of ``outer_name`` if that body is itself a part."""
+    for count, (headers, content) in enumerate(_split(body, delimiter, lenient=lenient)):
+        if max(count, len(fields)) >= PARTS_MAX:
             raise TooLargeError(f"the multipart body has more than {PARTS_MAX} parts; send fewer")
-        self._start_part()
-
-    def _on_header_field(self, chunk: bytes, start: int, end: int) -> None:
-        self._field += chunk[start:end]
-        self._count_head(end - start)
-
-    def _on_header_value(self, chunk: bytes, start: int, end: int) -> None:
-        self._value += chunk[start:end]
-        self._count_head(end - start)
-
-    def _count_head(self, size: int) -> None:
-        self._head_size += size
-        if self._head_size > PART_HEAD_SIZE_MAX:
-            raise BadRequestError(f"a part of the multipart body has headers of more than {PART_HEAD_SIZE_MAX} bytes")
-
-    def _on_header_end(self) -> None:
-        name = self._field.decode("latin-1").lower()
-        if name in self._headers and not self._lenient and name.startswith("content-"):
-            raise BadRequestError(f"a part of the multipart body has the header {name!r} twice")
-        self._headers[name] = self._value.decode("latin-1")
-        self._field.clear()
-        self._value.clear()
-
-    def _on_part_data(self, chunk: bytes, start: int, end: int) -> None:
-        self._body += chunk[start:end]
-
-    def _on_part_end(self) -> None:
-        disposition = self._headers.get("content-disposition", "")
+        kind = headers.get("content-type", "").strip()
+        disposition = headers.get("content-disposition", "")
         _, options = parse_options_header(disposition)
-        raw = options.get(b"name")
-        if not raw:
-            raise BadRequestError("a part of the multipart body has no name in its Content-Disposition header")
-        name = _name(raw, lenient=self._lenient)
-        encoding = self._headers.get("content-transfer-encoding", "").strip().lower()
+        name = outer_name or _part_name(options.get(b"name"), lenient=lenient)
+        inner = boundary_of(kind) if not outer_name and kind.lower().startswith("multipart/mixed") else None
+        if inner:  # several files under one name
+            _read_parts(content, b"--" + inner, name, fields, lenient=lenient)
+            continue
         is_file = b"filename" in options or _ENCODED_FILE_NAME.search(disposition) is not None
-        if encoding not in _PLAIN_ENCODINGS and (is_file or not self._lenient):
+        encoding = headers.get("content-transfer-encoding", "").strip().lower()
+        if is_file and encoding not in _PLAIN_ENCODINGS:
             raise BadRequestError(
                 f"the form field {name[:100]!r} has Content-Transfer-Encoding {encoding[:40]!r}; send it as it is"
             )
-        self.fields.append(Field(name, self._body, self._headers.get("content-type", "").strip(), is_file))
+        fields.append(Field(name, content, kind, is_file))
 
-    def _on_end(self) -> None:
-        self.is_complete = True
+
+def _part_name(raw: bytes | None, *, lenient: bool) -> str:
+    if not raw:
+        raise BadRequestError("a part of the multipart body has no name in its Content-Disposition header")
+    name = _name(raw, lenient=lenient)
+    return name.replace('"', "\\").replace(";", " ") if lenient else name
+
+
+def _split(body: bytes | bytearray, delimiter: bytes, *, lenient: bool) -> Iterator[tuple[dict[str, str], bytearray]]:
+    """Headers, by name in lower case, and content of each part."""
+    start = _first_delimiter(body, delimiter, lenient=lenient)
+    while start >= 0:
+        after = _AFTER_DELIMITER.match(body, start + len(delimiter))
+        assert after is not None
+        if after[0] == b"--":
+            if not lenient and _next_delimiter(body, delimiter, after.end())[0] >= 0:
+                raise BadRequestError(
+                    "the multipart body has parts after its closing boundary; put it behind the last one"
+                )
+            return
+        if lenient and after[0][:1] in (b" ", b"\t"):
+            return
+        headers, begin = _read_part_head(body, after.end())
+        start, end = _next_delimiter(body, delimiter, begin)
+        if start >= 0:
+            yield headers, bytearray(memoryview(body)[begin:end])
+    if not lenient and body.strip(_LINE_ENDS):
+        raise BadRequestError("the multipart body ends before its closing boundary")
+
+
+def _first_delimiter(body: bytes | bytearray, delimiter: bytes, *, lenient: bool) -> int:
+    """Where the first part begins; -1 if none does. What stands before it means nothing (RFC 2046, 5.1.1)."""
+    size = len(body) - len(body.lstrip(_LINE_ENDS))
+    if body.startswith(delimiter, size) and _AFTER_DELIMITER.match(body, size + len(delimiter)):
+        return size
+    found = -1 if lenient else _next_delimiter(body, delimiter, 0)[0]
+    if found < 0 and not lenient and body.strip(_LINE_ENDS):
+        shown = delimiter[:100].decode("utf-8", "backslashreplace")
+        raise BadRequestError(f"the multipart body has no line {shown!r}, which is what its content type says")
+    return found
+
+
+def _next_delimiter(body: bytes | bytearray, delimiter: bytes, begin: int) -> tuple[int, int]:
+    """Where the next delimiter begins, and where the content before it, from ``begin``, ends; (-1, -1) for none."""
+    line = b"\n" + delimiter
+    at = body.find(line, max(0, begin - 1))
+    while at >= 0:
+        if _AFTER_DELIMITER.match(body, at + len(line)):
+            end = at - 1 if at > begin and body[at - 1] == ord("\r") else at
+            return at + 1, max(begin, end)
+        at = body.find(line, at + 1)
+    return -1, -1
+
+
+def _read_part_head(body: bytes | bytearray, start: int) -> tuple[dict[str, str], int]:
+    """The headers that begin at ``start``, by name in lower case, and where the content begins."""
+    headers: dict[str, str] = {}
+    at = start
+    while True:
+        end = body.find(b"\n", at, start + PART_HEAD_SIZE_MAX)
+        if end < 0:
+            if len(body) - start >= PART_HEAD_SIZE_MAX:
+                raise BadRequestError(
+                    f"a part of the multipart body has headers of more than {PART_HEAD_SIZE_MAX} bytes"
+                )
+            return headers, len(body)
+        line = bytes(body[at:end]).rstrip(b"\r")
+        at = end + 1
+        if not line:
+            return headers, at
+        name, _, value = line.partition(b":")
+        headers[name.strip().decode("latin-1").lower()] = value.strip().decode("latin-1")

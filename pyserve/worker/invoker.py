@@ -153,19 +153,22 @@ class Invoker:
 
     def _decode(self, request: WorkerRequest) -> None:
         if request.flags & DESCRIBE:
+            request.set_types({})
             return
         spec, handler = self._spec, self._entry.handler
+        is_built_in = row_check.is_built_in(handler) and not spec.lenient
         types: dict[str, str] = {}
         if request.flags & codec.FIELDS:
             row = codec.split_fields(request.body, request.query)
+            types = dict.fromkeys(row, "")
         else:
-            row = codec.decode_request(request, decode=spec.decode_input, types=types, lenient=spec.lenient)
-            if types:
-                request.add_types(types)
+            row = codec.decode_request(
+                request, decode=spec.decode_input, types=types, lenient=spec.lenient, is_built_in=is_built_in
+            )
             if request.query:
-                codec.add_query(row, request.query, lenient=spec.lenient)
-        if not spec.lenient and row_check.is_built_in(handler):
-            types.setdefault("body", request.header("content-type"))
+                codec.add_query(row, request.query, types=types, lenient=spec.lenient)
+        request.set_types(types)
+        if is_built_in:
             row_check.check_row(handler, row, types, decodes=spec.decode_input, start_key=spec.header_keys[1])
         request.row = row
 

@@ -15,6 +15,8 @@ class RequestHeaders(NamedTuple):
     """The headers of a request, and what decoding its body needs of them."""
 
     pairs: list[tuple[str, Any]]
+    body_pairs: list[tuple[str, Any]]  # the same behind the entry of a field ``body``
+    body_types: dict[str, str]  # the content type that entry has
     values: dict[str, str]  # by name in lower case; of a repeated one the last
     content_type: str  # media type in lower case without parameters, "" if there is none
 
@@ -24,12 +26,14 @@ class RequestHeaders(NamedTuple):
         texts = text.split("\n") if text else []
         pairs: list[tuple[str, Any]] = list(zip(texts[::2], texts[1::2], strict=True))
         values = {name.lower(): value for name, value in pairs}
-        full_type = values.get("content-type", "")
-        media_type = full_type.partition(";")[0].strip().lower()
-        if full_type and media_type not in codec.FORM_TYPES:
-            # TorchServe's handlers find a parameter's own content type under its name.
-            pairs.append(("body", {"content-type": full_type}))
-        return cls(pairs, values, media_type)
+        media_type = values.get("content-type", "").partition(";")[0]
+        types = {"body": media_type}
+        return cls(pairs, [*_entries(types), *pairs], types, values, media_type.strip().lower())
+
+
+def _entries(types: dict[str, str]) -> list[tuple[str, Any]]:
+    """TorchServe's handlers find the content type of each field under its name."""
+    return [(name, {"content-type": text}) for name, text in types.items()]
 
 
 # A client sends the same headers again and again.
@@ -55,7 +59,7 @@ class WorkerRequest:
                     _known_headers.clear()
                 _known_headers[text] = known
         self._headers = known
-        self.headers = known.pairs
+        self.headers = known.body_pairs
         self.content_type = known.content_type
         self.row: dict[str, Any] = {}
         self._kept: bytes | None = None
@@ -70,9 +74,10 @@ class WorkerRequest:
         if self._kept is not None:
             self.body = bytearray(self._kept)
 
-    def add_types(self, types: dict[str, str]) -> None:
-        """Lets handlers find the content type of each part of a form under its name, as that of a body."""
-        self.headers = [*self._headers.pairs, *((name, {"content-type": text}) for name, text in types.items())]
+    def set_types(self, types: dict[str, str]) -> None:
+        """Lets handlers find the content type of each field under its name. A header of that name goes before it."""
+        known = self._headers
+        self.headers = known.body_pairs if types == known.body_types else [*_entries(types), *known.pairs]
 
     def header(self, name: str, default: str = "") -> str:
         """Value of header ``name`` (any case); of a repeated one the last."""

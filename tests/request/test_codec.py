@@ -25,11 +25,12 @@ FORM = "application/x-www-form-urlencoded"
 
 
 def decoded(
-    body: bytes, content_type: str | None = None, *, decode: bool = True, lenient: bool = False
-) -> dict[str, Any]:
+    body: bytes, content_type: str | None = None, *, decode: bool = True, lenient: bool = False,
+    is_built_in: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     headers = [("Content-Type", content_type)] if content_type is not None else []
     request = Request("POST", "/predictions/m", headers=headers, body=bytearray(body))
-    return codec.decode_request(request, decode=decode, lenient=lenient)
+    return codec.decode_request(request, decode=decode, lenient=lenient, is_built_in=is_built_in)
 
 
 def multipart(*parts: tuple[str, str, bytes], boundary: str = "BB", end: bool = True) -> bytes:
@@ -41,8 +42,8 @@ def multipart(*parts: tuple[str, str, bytes], boundary: str = "BB", end: bool = 
     return body + (f"--{boundary}--\r\n".encode() if end else b"")
 
 
-def form(body: bytes, boundary: str = "BB", *, decode: bool = True, lenient: bool = False) -> dict[str, Any]:
-    return decoded(body, f"multipart/form-data; boundary={boundary}", decode=decode, lenient=lenient)
+def form(body: bytes, boundary: str = "BB", **options: bool) -> dict[str, Any]:
+    return decoded(body, f"multipart/form-data; boundary={boundary}", **options)
 
 
 # --- plain bodies -----------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def test_a_plain_body_is_decoded_by_its_content_type(content_type: str | None, b
 @pytest.mark.parametrize("content_type", [JSON, "text/plain", None])
 def test_nothing_is_decoded_when_that_is_switched_off(content_type: str | None) -> None:
     assert decoded(b"[1]", content_type, decode=False) == {"body": bytearray(b"[1]")}
-    part = multipart(('; name="a"', "Content-Type: application/json\r\n", b"[1]"))
+    part = multipart(('; name="a"; filename="f"', "Content-Type: application/json\r\n", b"[1]"))
     assert form(part, decode=False) == {"a": bytearray(b"[1]")}
 
 
@@ -155,7 +156,7 @@ def test_numbers_have_one_meaning() -> None:
 def test_a_member_of_json_that_is_given_twice_is_refused(body: bytes) -> None:
     with pytest.raises(InputError, match="'a' more than once"):
         decoded(body, JSON)
-    part = multipart(('; name="x"', "Content-Type: application/json\r\n", body))
+    part = multipart(('; name="x"; filename="f"', "Content-Type: application/json\r\n", body))
     with pytest.raises(InputError, match="'a' more than once"):
         form(part)
 
@@ -198,7 +199,27 @@ def measured_forms() -> Iterator[tuple[bytes, str, dict[str, Any]]]:
     yield one + multipart(('; name="y"', "", b"2")), kind, {"x": b"1"}
     yield one, "multipart/form-data", {"body": one}
     yield one, "Multipart/Form-Data; boundary=BB", {"body": one}
+    yield one, "multipart/form-data; BOUNDARY=BB", {"x": b"1"}
     yield one.replace(b"BB", b"B" * 100), f"multipart/form-data; boundary={'B' * 100}", {"x": b"1"}
+    # What stands before the first delimiter hides all parts, but for line ends.
+    for before, row in ((b"\r\n", {"x": b"1"}), (b"\r\n\r\n", {"x": b"1"}), (b"junk", {}), (b"junk\r\n", {})):
+        yield before + one, kind, row
+    yield one + b"an epilogue\r\n", kind, {"x": b"1"}
+    yield one.replace(b"--BB\r\n", b"--BB  \r\n", 1), kind, {}
+    yield one.replace(b"\r\n", b"\n"), kind, {"x": b"1"}
+    two = multipart(('; name="x"', "", b"1"), ('; name="y"', "", b"2"), end=False)
+    yield two, kind, {"x": b"1"}
+    yield two.removesuffix(b"\r\n"), kind, {"x": b"1"}
+    yield one.replace(b"--BB--\r\n", b""), kind, {}
+    for nothing in (b"", b"--BB--\r\n", b"--CC\r\n"):
+        yield nothing, kind, {}
+    yield multipart(('; name="x;y"', "", b"1")), kind, {"x y": b"1"}
+    yield multipart((r'; name="x\"y"', "", b"1")), kind, {"x\\y": b"1"}
+    inner = "Content-Type: multipart/mixed; boundary=II\r\n"
+    files = multipart(
+        ('; filename="f"', text, b"t"), ('; filename="g"', of_json, b'{"b": 2}'), boundary="II"
+    )  # fmt: skip
+    yield multipart(('; name="files"', inner, files)), kind, {"files": {"b": 2}}
     yield b"x=2", "Application/X-WWW-Form-Urlencoded; charset=utf-8", {"x": b"2"}
     for body, row in (
         (b"x=1&x=2", {"x": b"2"}), (b"data=1&y=2&data=3", {"data": b"3", "y": b"2"}), (b"x=1&%78=2", {"x": b"2"}),
@@ -243,13 +264,6 @@ def test_forms_are_read_as_torchserve_was_measured_to(body: bytes, content_type:
 def test_forms_that_torchserve_fails_on_are_refused(body: bytes) -> None:
     with pytest.raises(BadRequestError):
         decoded(body, FORM, lenient=True)
-
-
-@pytest.mark.parametrize("end", [b"--BB--\r\n", b"BB--\r\n", b"--\r\n", b"-\r\n"])
-def test_a_form_that_ends_early_is_refused_though_torchserve_serves_a_part_of_it(end: bytes) -> None:
-    body = multipart(('; name="x"', "", b"1"), ('; name="y"', "", b"2"))
-    with pytest.raises(BadRequestError, match="ends before its closing boundary"):
-        form(body.removesuffix(end), lenient=True)
 
 
 @pytest.mark.parametrize(
@@ -301,14 +315,13 @@ def test_a_multipart_form_is_one_key_per_field() -> None:
         ('; name="plain"', "", b"x"),
         ('; name="empty"', "", b""),
     )
-    assert form(body) == {
-        "data": bytearray(b"\r\n\x00--B\r\n"),
-        "json": [1],
-        "charset": [1],
-        "text": "\u00fc",
-        "plain": bytearray(b"x"),
-        "empty": bytearray(),
-    }
+    row = {"data": bytearray(b"\r\n\x00--B\r\n"), "plain": bytearray(b"x"), "empty": bytearray()}
+    typed = {"json": b"[1]", "charset": b"[1]", "text": "\u00fc".encode()}
+    # Without a file name a part is bytes, whatever it is declared to be; pyserve's own handlers are given what it is.
+    assert form(body) == row | typed
+    assert form(body, is_built_in=True) == row | {"json": [1], "charset": [1], "text": "\u00fc"}
+    files = body.replace(b'"\r\n', b'"; filename="f"\r\n')
+    assert form(files) == row | {"json": [1], "charset": [1], "text": "\u00fc"}
 
 
 def test_binary_content_with_line_breaks_and_dashes_survives() -> None:
@@ -316,22 +329,48 @@ def test_binary_content_with_line_breaks_and_dashes_survives() -> None:
     assert form(multipart(('; name="f"', "", content))) == {"f": bytearray(content)}
 
 
-def test_a_form_inside_a_form_is_bytes() -> None:
-    inner = multipart(('; name="x"', "", b"1"), boundary="II")
-    body = multipart(('; name="f"', "Content-Type: multipart/mixed; boundary=II\r\n", inner))
-    assert form(body) == {"f": bytearray(inner)}
+def test_a_form_inside_a_form_is_several_files_of_one_name() -> None:
+    head = "Content-Type: multipart/mixed; boundary=II\r\n"
+    one, two = ('; filename="x"', "Content-Type: text/plain\r\n", b"1"), ('; filename="y"', "", b"2")
+    assert form(multipart(('; name="f"', head, multipart(one, boundary="II")))) == {"f": "1"}
+    with pytest.raises(BadRequestError, match="more than one field 'f'"):
+        form(multipart(('; name="f"', head, multipart(one, two, boundary="II"))))
+    empty = multipart(*[('; name="f"', head, b"--II--")] * 1001)
+    with pytest.raises(TooLargeError):
+        form(empty)
+
+
+@pytest.mark.parametrize("before", [b"", b"\r\n", b"a preamble\r\n", b"a\r\n--B\r\n--BBx\r\n", b"\n\n"])
+@pytest.mark.parametrize("end", ["\r\n", "\n"])
+def test_what_stands_around_the_parts_means_nothing(before: bytes, end: str) -> None:
+    body = multipart(('; name="a"', "", b"1"), ('; name="b"', "", b"")).replace(b"\r\n", end.encode())
+    for whole in (before + body, before + body.replace(b"--BB", b"--BB \t", 1), before + body + b"an epilogue"):
+        assert form(whole) == {"a": bytearray(b"1"), "b": bytearray()}
+
+
+def test_a_form_without_parts_has_no_fields() -> None:
+    for body in (b"", b"\r\n", b"--BB--", b"--BB--\r\n"):
+        assert form(body) == {}
+
+
+def test_a_form_whose_boundary_is_not_told_is_a_body() -> None:
+    types: dict[str, str] = {}
+    request = Request("POST", "/", headers=[("Content-Type", "multipart/form-data")], body=bytearray(b"\xff\xd8"))
+    assert codec.decode_request(request, types=types) == {"body": bytearray(b"\xff\xd8")}
+    assert types == {"body": "multipart/form-data"}
+
+
+def test_of_a_parts_headers_the_last_of_a_name_counts() -> None:
+    head = 'Content-Disposition: form-data; name="b"; filename="f"\r\nContent-Type: text/x\r\ncontent-type: text/y\r\n'
+    assert form(multipart(('; name="a"', head, b"1"))) == {"b": "1"}
 
 
 def broken_forms() -> Iterator[tuple[str, bytes, str, type[ServeError]]]:
     good = multipart(('; name="a"', "", b"1"))
-    yield "no boundary", good, "multipart/form-data", BadRequestError
     yield "empty boundary", good, "multipart/form-data; boundary=", BadRequestError
-    yield "long boundary", good, f"multipart/form-data; boundary={'B' * 71}", BadRequestError
     yield "other boundary", good, "multipart/form-data; boundary=CC", BadRequestError
     yield "no end", multipart(('; name="a"', "", b"1"), end=False), "multipart/form-data; boundary=BB", BadRequestError
     yield "cut", good[:-6], "multipart/form-data; boundary=BB", BadRequestError
-    yield "no parts", b"--BB--\r\n", "multipart/form-data; boundary=BB", BadRequestError
-    yield "empty", b"", "multipart/form-data; boundary=BB", BadRequestError
     yield "no name", multipart(("", "", b"1")), "multipart/form-data; boundary=BB", BadRequestError
     head = multipart(('; name="a"', f"X: {'x' * 9000}\r\n", b"1"))
     yield "big part head", head, "multipart/form-data; boundary=BB", BadRequestError
@@ -378,10 +417,13 @@ def lossy_forms() -> Iterator[tuple[str, bytes, str, str]]:
     yield "name that is not text", b"a%ff=1", FORM, "not UTF-8"
     yield "part's name that is not text", multipart(('; name="a\xff"', "", b"1")), kind, "not UTF-8"
     yield "parts after the end", multipart(one) + multipart(two), kind, "after its closing boundary"
-    head = 'Content-Disposition: form-data; name="b"\r\n'
-    yield "two names", multipart(('; name="a"', head, b"1")), kind, "'content-disposition' twice"
     head = "Content-Transfer-Encoding: base64\r\n"
-    yield "encoded part", multipart(('; name="a"', head, b"MQ==")), kind, "Content-Transfer-Encoding 'base64'"
+    yield (
+        "encoded file",
+        multipart(('; name="a"; filename="f"', head, b"MQ==")),
+        kind,
+        "Content-Transfer-Encoding 'base64'",
+    )
 
 
 @pytest.mark.parametrize(
