@@ -105,7 +105,7 @@ def _part_type(field: Field) -> str:
 
 
 def add_query(row: dict[str, Any], query: str, *, types: dict[str, str] | None = None, lenient: bool = False) -> None:
-    """Adds the parameters of a raw query string to ``row``, before what is in it: without a content type, ``bytearray``.
+    """Puts the parameters of a raw query string before the fields of ``row``: ``bytearray``, without a content type.
 
     Raises:
         BadRequestError: two of them, or one and a field, have the same name. ``lenient`` keeps the field, or the last.

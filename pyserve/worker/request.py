@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pyserve.request import codec
-
 Item = tuple[int, int, bytes, bytearray]  # ticket, flags, head, body
 HEADERS_KEPT_MAX = 256
 HEADERS_KEPT_SIZE_MAX = 4096

@@ -360,6 +360,13 @@ def test_a_form_whose_boundary_is_not_told_is_a_body() -> None:
     assert types == {"body": "multipart/form-data"}
 
 
+def test_a_part_of_any_charset_or_disposition_is_served() -> None:
+    text = "Content-Type: text/plain; charset=bogus\r\n"
+    body = multipart(('; name="a"; filename="f"', text, b"1"), ('; name="b"', "", b"2"))
+    for whole in (body, body.replace(b"form-data", b"attachment")):
+        assert form(whole) == {"a": "1", "b": bytearray(b"2")}
+
+
 def test_of_a_parts_headers_the_last_of_a_name_counts() -> None:
     head = 'Content-Disposition: form-data; name="b"; filename="f"\r\nContent-Type: text/x\r\ncontent-type: text/y\r\n'
     assert form(multipart(('; name="a"', head, b"1"))) == {"b": "1"}
