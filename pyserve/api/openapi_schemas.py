@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyserve.api import parameters
-from pyserve.archive.manifest import MODEL_NAME_PATTERN, NAME_SIZE_MAX, VERSION_PATTERN
+from pyserve.archive.manifest import MODEL_NAME_PATTERN, NAME_SIZE_MAX
 from pyserve.config.bounds import BOUNDS
 from pyserve.errors import JsonObject
 from pyserve.request.deadline import TIMEOUT_MAX_MS
@@ -155,7 +155,10 @@ PATH_PARAMETERS: dict[str, JsonObject] = {
         "description": "As registered.",
         "schema": _name(MODEL_NAME_PATTERN),
     },
-    "model_version": {"description": "As in the archive's manifest.", "schema": _name(VERSION_PATTERN)},
+    "model_version": {
+        "description": "As in the archive's manifest.",
+        "schema": {"type": "string", "minLength": 1, "maxLength": NAME_SIZE_MAX, "pattern": r"^[^/\x00-\x1f\x7f]+$"},
+    },
     "rest": {
         "description": "May hold slashes; the handler finds it in its url_path header.",
         "schema": {"type": "string", "pattern": r"^[^/\x00-\x1f\x7f]+$"},

@@ -92,6 +92,7 @@ class Archive:
         sha256: key of the content; for a folder, of its files' identities.
         files: names below ``model_dir`` that belong to the archive, mapped weights included, with sizes in bytes.
         needed: what is wrong with it for a handler that reads all that the manifest names; see `check_complete`.
+        given_handler: the handler that was put in place of the manifest's; ``""`` if none was.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Archive:
         self.weights = weights
         self.files = files
         self.needed = needed
+        self.given_handler = ""
         self._cache = cache
         self._own = _OwnFolder()
 
@@ -129,6 +131,11 @@ class Archive:
             raise ValueError(f"{name!r} is not a plain file name")
         return self._cache.derived(self.sha256) / name
 
+    def use_handler(self, handler: str) -> None:
+        """From now on ``handler`` is the manifest's; what handlers see of the manifest stays as it was written."""
+        if handler != self.manifest.handler:
+            self.manifest, self.given_handler = replace(self.manifest, handler=handler), handler
+
     @property
     def warnings(self) -> list[str]:
         """Texts about what is odd in it."""
@@ -140,8 +147,9 @@ class Archive:
         Raises:
             ModelLoadError: one of them is not there or cannot be used.
         """
-        if self.needed:
-            raise ModelLoadError(self.needed[0])
+        problems = (*self.needed, *self.config.needed)
+        if problems:
+            raise ModelLoadError(problems[0])
 
     def own_folder(self, *, with_weights: bool = False) -> Path:
         """The model folder for code that may write there: this archive object's own, until `close`. Any thread.

@@ -37,8 +37,8 @@ class Limits:
     part_size_max: int = 255  # UTF-8 bytes between two slashes; what Linux file systems take
     depth_max: int = 32
     directory_size_max: int = 64 << 20  # a zip's central directory, or all of a tar's long-name records
-    manifest_size_max: int = 1 << 20
-    config_size_max: int = 1 << 20
+    manifest_size_max: int = 16 << 20
+    config_size_max: int = 16 << 20
 
 
 LIMITS = Limits()

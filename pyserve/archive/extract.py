@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pyserve.archive.entries import LIMITS, MANIFEST_NAME, Entry, Limits, Reader, SourceFile, refuse
-from pyserve.archive.manifest import missing_manifest
 from pyserve.archive.tar_reader import TarReader
 from pyserve.archive.zip_reader import ZipReader
 from pyserve.errors import shown
@@ -49,16 +48,16 @@ def open_reader(source: SourceFile, limits: Limits = LIMITS) -> Reader:
 def find_root(label: str, entries: Sequence[Entry]) -> str:
     """The folder in the archive that holds the model: empty, or one name with a slash (``"densenet161/"``).
 
-    ``torch-model-archiver --archive-format tgz`` puts everything below a folder.
+    ``torch-model-archiver --archive-format tgz`` puts everything below a folder. Without a manifest it is the root.
     """
     names = {entry.name for entry in entries if not entry.is_folder}
     if MANIFEST_NAME in names:
         return ""
     roots = [name.removesuffix(MANIFEST_NAME) for name in names if name.endswith(f"/{MANIFEST_NAME}")]
     roots = [root for root in roots if root.count("/") == 1]
-    if len(roots) != 1:
-        raise missing_manifest(label)
-    return roots[0]
+    if len(roots) > 1:
+        refuse(label, f"holds {len(roots)} models ({', '.join(sorted(roots)[:3])}); make an archive of each")
+    return roots[0] if roots else ""
 
 
 def unpack(reader: Reader, entries: Sequence[Entry], folder: Path) -> None:

@@ -1,11 +1,14 @@
 """``model-config.yaml``, typed and range-checked.
 
-Only plain YAML values are built: no Python objects, and no aliases that multiply. Keys that the server knows are
-checked and a bad value is an error that names the key; every other key is the handler's business and is kept.
+Only plain YAML values are built: no Python objects, and no aliases that multiply. A bad value of a key that TorchServe
+knows is a warning, and counts as not given; one of a key of pyserve's own is an error where the key is followed, which
+is not with handlers that bring their own code: they may mean something else by it. Every other key is the handler's
+business and is kept.
 """
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import itertools
 import math
@@ -17,7 +20,7 @@ from typing import Any
 import yaml
 
 from pyserve.archive.entries import LIMITS, refuse
-from pyserve.config.bounds import DEVICE_COUNT_MAX, validate_setting
+from pyserve.config.bounds import BOUNDS, DEVICE_COUNT_MAX, validate_setting
 from pyserve.errors import InvalidModelError, shown
 from pyserve.input_config import InputConfigError, InputSpec, read_inputs
 
@@ -33,12 +36,18 @@ PARALLEL_TYPES = ("pp", "tp", "pptp", "custom")
 BATCH_DEPENDENCES = ("allowed",)
 CONVERSIONS = ("auto", "trace", "script", "python")
 
-_NODE_COUNT_MAX = 20_000  # values in the yaml, aliases counted as often as they are used; read in about 0.3 s
-_DEPTH_MAX = 64
+_NODE_COUNT_MAX = 1_000_000  # values in the yaml, aliases counted as often as they are used; read in about 10 s
+_DEPTH_MAX = 256
 _PERCENT = re.compile(r"\s*([0-9]{1,3}(?:\.[0-9]{1,12})?)\s*%\s*")
+_QUOTED_NUMBER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*", re.ASCII)
+_INT_MAX = 2**31 - 1
 _NEAR_MISS_COUNT_MAX = 100  # unknown keys compared with the known ones: comparing costs about 0.1 ms each
 _KEY_SIZE_MAX = 64
 
+# Of pyserve's own; TorchServe leaves them to handlers.
+_OWN_KEYS = frozenset(
+    {"minBatch", "precision", "memoryFormat", "input", "batchDependent", "precisionErrorMax", "audit", "conversion"}
+)
 # Keys of handlers and libraries that TorchServe's documentation uses at the top level: never a misspelling.
 _HANDLER_KEYS = frozenset({"handler", "pt2", "micro_batching", "pippy", "deepspeed", "profile"})
 
@@ -53,7 +62,10 @@ class ModelConfig:
         audit_share: share, 0 to 1, of the requests whose answers are computed again and compared.
         conversion: how an eager model gets to the native lane; ``"trace"`` and ``"script"`` also where it could not be
             proven right, ``"python"`` never.
-        raw: the whole yaml, as handlers see it.
+        raw: the whole yaml, as `yaml.safe_load` gives it and handlers see it.
+        text: of the file, from which `read_yaml` makes the same.
+        needed: what is wrong with keys of pyserve's own, where they are followed.
+        quoted: attributes whose values are in quotes, which TorchServe does not take.
         has_file: there was a file, even an empty one.
         warnings: texts about keys that look misspelled or cannot be followed.
     """
@@ -89,7 +101,10 @@ class ModelConfig:
     precision_error_max: float | None = None
     audit_share: float | None = None
     conversion: str | None = None
-    raw: dict[str, Any] = field(default_factory=dict)
+    raw: dict[Any, Any] = field(default_factory=dict)
+    text: str = ""
+    needed: tuple[str, ...] = ()
+    quoted: tuple[str, ...] = ()
     has_file: bool = False
     warnings: list[str] = field(default_factory=list)
 
@@ -98,20 +113,46 @@ class ModelConfig:
         """Reads a yaml file. ``label`` is what to call it in messages, such as ``"m.mar: model-config.yaml"``.
 
         Raises:
-            InvalidModelError: not YAML, larger than 1 MiB, aliases that multiply, or a value out of range.
+            InvalidModelError: not YAML, too large, or aliases that multiply.
         """
-        raw = _load(text, label)
-        config = cls(raw=raw, has_file=True)
+        decoded = _decoded(text, label)
+        raw = _load(decoded, label)
+        config = cls(raw=raw, text=decoded, has_file=True)
         for key, value in raw.items():
-            if key in _KEYS:
-                attribute, read = _KEYS[key]
-                # An empty value ("batchSize:") means what leaving the key out means.
-                if value is not None:
-                    setattr(config, attribute, read(f"{label}: {key}", attribute, value, config.warnings))
+            # An empty value ("batchSize:") means what leaving the key out means.
+            if key in _KEYS and value is not None:
+                config._set(key, value, label)
         for key in itertools.islice(raw.keys() - _KEYS.keys() - _HANDLER_KEYS, _NEAR_MISS_COUNT_MAX):
             config._maybe_warn(key, label)
-        _check_together(config, label)
+        config._check_together(label)
         return config
+
+    def _set(self, key: str, value: Any, label: str) -> None:
+        attribute, read = _KEYS[key]
+        if isinstance(value, str) and read in (_integer, _boolean):
+            self.quoted += (attribute,)
+        try:
+            setattr(self, attribute, read(f"{label}: {key}", attribute, value, self.warnings))
+        except InvalidModelError as error:
+            self.warnings.append(f"{error.message}; it is left out")
+            if key in _OWN_KEYS:
+                self.needed += (error.message,)
+
+    def leave_out_quoted(self) -> None:
+        """Takes back what is in quotes, as TorchServe has it."""
+        for attribute in self.quoted:
+            setattr(self, attribute, None)
+
+    def _check_together(self, label: str) -> None:
+        if self.workers_min is not None and self.workers_max is not None and self.workers_min > self.workers_max:
+            self.warnings.append(f"{label}: minWorkers ({self.workers_min}) must not be larger than maxWorkers "
+                                 f"({self.workers_max}); both are left out")  # fmt: skip
+            self.workers_min = self.workers_max = None
+        if self.min_batch is not None and self.batch_size is not None and self.min_batch > self.batch_size:
+            problem = f"{label}: minBatch ({self.min_batch}) must not be larger than batchSize ({self.batch_size})"
+            self.warnings.append(f"{problem}; it is left out")
+            self.needed += (problem,)
+            self.min_batch = None
 
     @staticmethod
     def key_of(attribute: str) -> str:
@@ -141,11 +182,30 @@ def config_lines(text: bytes) -> dict[str, int]:
 _Read = Callable[[str, str, Any, list[str]], Any]
 
 
-def _integer(label: str, attribute: str, value: Any, _: list[str]) -> int:
+def _integer(label: str, attribute: str, value: Any, warnings: list[str]) -> int:
+    value = _unquoted(label, value, warnings)
+    most = BOUNDS[attribute].most
+    if isinstance(value, int) and most < value <= _INT_MAX:  # TorchServe takes it
+        warnings.append(f"{label} is {value}, more than {most}; it is taken as {most}")
+        value = most
     return validate_setting(attribute, value, label=label)
 
 
-def _boolean(label: str, _: str, value: Any, __: list[str]) -> bool:
+def _unquoted(label: str, value: Any, warnings: list[str]) -> Any:
+    """The number or boolean that a text in quotes is; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    plain: Any = {"true": True, "false": False}.get(value.strip().lower())
+    if plain is None and _QUOTED_NUMBER.fullmatch(value):
+        plain = int(value)
+    if plain is None:
+        return value
+    warnings.append(f"{label} is {shown(value)} in quotes; it is taken as {str(plain).lower()}")
+    return plain
+
+
+def _boolean(label: str, _: str, value: Any, warnings: list[str]) -> bool:
+    value = _unquoted(label, value, warnings)
     if not isinstance(value, bool):
         raise InvalidModelError(f"{label} must be true or false, not {shown(str(value))}")
     return value
@@ -169,11 +229,11 @@ def _device_type(label: str, _: str, value: Any, warnings: list[str]) -> str | N
     return value
 
 
-def _device_ids(label: str, _: str, value: Any, __: list[str]) -> list[int]:
+def _device_ids(label: str, _: str, value: Any, warnings: list[str]) -> list[int]:
     if not isinstance(value, list) or not 1 <= len(value) <= DEVICE_COUNT_MAX:
         found = f"a list of {len(value)}" if isinstance(value, list) else shown(str(value))
         raise InvalidModelError(f"{label} must be a list of 1 to {DEVICE_COUNT_MAX} device numbers, not {found}")
-    return [validate_setting("device_id", item, label=label) for item in value]
+    return [validate_setting("device_id", _unquoted(label, item, warnings), label=label) for item in value]
 
 
 def _mapping(label: str, _: str, value: Any, __: list[str]) -> dict[str, Any]:
@@ -244,25 +304,32 @@ _KEYS: dict[str, tuple[str, _Read]] = {
 }
 
 
-def _check_together(config: ModelConfig, label: str) -> None:
-    pairs = (
-        ("minWorkers", config.workers_min, "maxWorkers", config.workers_max),
-        ("minBatch", config.min_batch, "batchSize", config.batch_size),
-    )
-    for low_key, low, high_key, high in pairs:
-        if low is not None and high is not None and low > high:
-            raise InvalidModelError(f"{label}: {low_key} ({low}) must not be larger than {high_key} ({high})")
+def read_yaml(text: str) -> Any:
+    """What ``text``, which `ModelConfig.parse` has read before, says: as `yaml.safe_load` does.
+
+    Raises:
+        yaml.YAMLError: it is not plain YAML.
+    """
+    # A subclass of SafeLoader: builds no Python objects.
+    return yaml.load(text, Loader=_Loader)
 
 
-def _load(text: bytes, label: str) -> dict[str, Any]:
+def _decoded(text: bytes, label: str) -> str:
     if len(text) > LIMITS.config_size_max:
         refuse(
             label, f"has {len(text)} bytes, more than the {LIMITS.config_size_max} allowed; put data into an extra file"
         )
+    encoding = "utf-16" if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return text.decode(encoding)
+    except UnicodeDecodeError as error:
+        refuse(label, f"is not {encoding.removesuffix('-sig').upper()} (byte {error.start}); save it as UTF-8")
+
+
+def _load(text: str, label: str) -> dict[Any, Any]:
     try:
         _check_expansion(text, label)
-        # A subclass of SafeLoader: builds no Python objects.
-        raw = yaml.load(text, Loader=_Loader)
+        raw = read_yaml(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -276,7 +343,7 @@ def _load(text: bytes, label: str) -> dict[str, Any]:
     return raw
 
 
-def _check_expansion(text: bytes, label: str) -> None:
+def _check_expansion(text: str, label: str) -> None:
     """Counts values as if aliases were copies, from the event stream, before anything is built.
 
     A few hundred bytes of aliases of aliases stand for billions of values: harmless in memory, since they are

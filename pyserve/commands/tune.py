@@ -148,7 +148,7 @@ def _load(archive: Archive, precision: str, device: str, budget: int) -> Any:
     layout = "channels_last" if precision != "fp32" else archive.config.memory_format
     subject.config = replace(archive.config, precision=precision, memory_format=layout)
     return load_network(
-        subject, name=archive.manifest.model_name, handler_name=None, device=device, batch_size=1, cpu_budget=budget,
+        subject, name=archive.manifest.model_name, device=device, batch_size=1, cpu_budget=budget,
         limit_max_image_pixels=True, startup_timeout_s=600.0, progress=lambda text: None,
     )  # fmt: skip
 

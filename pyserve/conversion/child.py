@@ -24,7 +24,7 @@ from pyserve.errors import ServeError
 from pyserve.torch_error import cause_of
 
 
-def main(archive_path: str, out_path: str, freezes: str, descriptor: str) -> int:
+def main(archive_path: str, out_path: str, freezes: str, handler: str, descriptor: str) -> int:
     """Writes JSON lines with ``progress`` or ``error`` to ``descriptor``. Returns the exit code."""
     gc.disable()  # importing torch makes millions of objects that all stay
     atexit.register(gc.freeze)  # even at the end: to look through them takes 0.4 s, and the memory goes back anyway
@@ -34,7 +34,9 @@ def main(archive_path: str, out_path: str, freezes: str, descriptor: str) -> int
         os.write(int(descriptor), json.dumps(fields).encode() + b"\n")
 
     try:
-        _convert(archive_path, Path(out_path), lambda text: report(progress=text), freezes=freezes == "frozen")
+        with open_archive(archive_path) as archive:
+            archive.use_handler(handler)
+            _convert(archive, Path(out_path), lambda text: report(progress=text), freezes=freezes == "frozen")
     except ServeError as error:
         report(error=error.message, works=isinstance(error, NeedsPythonError))
         return 1
@@ -45,12 +47,7 @@ def main(archive_path: str, out_path: str, freezes: str, descriptor: str) -> int
     return 0
 
 
-def _convert(archive_path: str, out: Path, progress: Callable[[str], None], *, freezes: bool) -> None:
-    with open_archive(archive_path) as archive:
-        _convert_model(archive, out, progress, freezes=freezes)
-
-
-def _convert_model(archive: Archive, out: Path, progress: Callable[[str], None], *, freezes: bool) -> None:
+def _convert(archive: Archive, out: Path, progress: Callable[[str], None], *, freezes: bool) -> None:
     import torch
 
     from pyserve.context import Context

@@ -5,6 +5,7 @@ Needs no torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -69,7 +70,9 @@ def conversion_file(traced: Path) -> Path:
 
 
 def _named(archive: Archive, kind: str) -> str:
-    return f"{kind}-proof-{PROOF}-{archive.config.conversion or 'auto'}-torch-{version('torch')}"
+    # Its handler says what its inputs look like.
+    by = f"-by-{hashlib.sha256(archive.given_handler.encode()).hexdigest()[:8]}" if archive.given_handler else ""
+    return f"{kind}-proof-{PROOF}-{archive.config.conversion or 'auto'}{by}-torch-{version('torch')}"
 
 
 def python_reason(archive: Archive) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pyserve.archive.archive import Archive, open_archive
+from pyserve.archive.manifest import handler_file, split_handler
 from pyserve.conversion.record import (
     Conversion,
     NeedsPythonError,
@@ -65,6 +66,7 @@ class Tracing:
                     str(archive.path),
                     str(traced_file(archive)),
                     freezes,
+                    archive.manifest.handler,
                     str(for_child),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -148,19 +150,22 @@ def _ending(status: int) -> str:
 
 
 def needs_tracing(archive: Archive) -> bool:
-    """Whether there is a model file, a handler that runs in the native lane, and no conversion kept."""
-    if archive.manifest.model_file is None or runs_in_python(archive):
+    """Whether there is a model file that can be converted, a handler that runs in the native lane, and no conversion
+    kept."""  # fmt: skip
+    if archive.manifest.model_file is None or archive.needed or archive.config.needed or runs_in_python(archive):
         return False
     return not traced_file(archive).exists() and not python_reason(archive)
 
 
 def runs_in_python(archive: Archive) -> bool:
     """Whether the archive's handler, as far as can be seen without torch, is one for worker processes."""
-    name, colon, _ = archive.manifest.handler.rpartition("/")[2].partition(":")
-    name = name.removesuffix(".py")
-    brings_code = f"{name}.py" in archive.files and archive.config.raw.get("isolation") != "thread"
-    is_built_in_for_python = name in BUILT_IN and BUILT_IN[name].lane == "python"
-    return bool(colon) or brings_code or is_built_in_for_python
+    handler = archive.manifest.handler
+    if not handler:
+        return False  # nothing runs it
+    module, function = split_handler(handler)
+    brings_code = handler_file(handler, archive.files.__contains__) and archive.config.raw.get("isolation") != "thread"
+    built_in = BUILT_IN.get(module.removesuffix(".py"))
+    return bool(function or brings_code or (built_in is not None and built_in.lane == "python"))
 
 
 def native_example(handler, context):  # type: ignore[no-untyped-def]  # the parent side has no torch

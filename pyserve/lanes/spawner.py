@@ -127,20 +127,19 @@ class _Zygote:
             raise ModelLoadError(
                 f"the process that workers are forked from was not ready after {ZYGOTE_START_S:g} s"
             ) from None
-        ours, theirs = _descriptors()
         number = self._next_number
         self._next_number += 1
-        forked: asyncio.Future[tuple[int, int]] = self._loop.create_future()
-        self._forking[number] = forked
         request = {
-            "number": number,
             "title": f"py-{spec.name}",
             "spec": spec.to_json(),
             "environment": {**_set_later(), **self._environment},
             "without": [name for name in os.environ if self._without(name)],
         }
+        ours, theirs = _descriptors(json.dumps(request).encode())
+        forked: asyncio.Future[tuple[int, int]] = self._loop.create_future()
+        self._forking[number] = forked
         try:
-            self._send(json.dumps(request).encode(), list(theirs.values()))
+            self._send({"number": number}, list(theirs.values()))
             pid, pidfd = await forked
         except BaseException:
             for fd in ours.values():
@@ -157,11 +156,9 @@ class _Zygote:
             handle.zygote_is_gone()
         return handle
 
-    def _send(self, message: bytes, descriptors: list[int]) -> None:
-        if len(message) > MESSAGE_SIZE_MAX // 32:
-            raise ModelLoadError("model-config.yaml and the manifest are too large to be passed to a worker process")
+    def _send(self, message: JsonObject, descriptors: list[int]) -> None:
         try:
-            socket.send_fds(self._socket, [message], descriptors)
+            socket.send_fds(self._socket, [json.dumps(message).encode()], descriptors)
         except OSError as error:
             raise ModelLoadError(f"no worker can be forked: {error.strerror}{self._last_error_line()}") from error
 
@@ -235,11 +232,16 @@ class _Zygote:
         self._on_gone()
 
 
-def _descriptors() -> tuple[dict[str, int], dict[str, int]]:
-    """What a worker and the server need of each other: (ours, the worker's), each in the order of the zygote."""
+def _descriptors(request: bytes) -> tuple[dict[str, int], dict[str, int]]:
+    """What a worker and the server need of each other: (ours, the worker's), the worker's in the order of the zygote.
+
+    Args:
+        request: what the worker is to be.
+    """
     ours: dict[str, int] = {}
     theirs: dict[str, int] = {}
     try:
+        theirs["request"] = _filled_memory("request", request)
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours["socket"], theirs["socket"] = mine.detach(), its.detach()
         for name, size in (("request_memory", REQUEST_MEMORY_SIZE), ("answer_memory", ANSWER_MEMORY_SIZE)):
@@ -253,6 +255,15 @@ def _descriptors() -> tuple[dict[str, int], dict[str, int]]:
             os.close(fd)
         raise
     return ours, theirs
+
+
+def _filled_memory(name: str, content: bytes) -> int:
+    """A descriptor, at the beginning of ``content``."""
+    fd = os.memfd_create(f"pyserve-{name}", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
 
 
 def _memory(name: str, size: int) -> int:

@@ -24,7 +24,7 @@ from pyserve.models.loader import load_network
 from pyserve.models.placement import gpu_count
 from pyserve.models.requirements import prepare_environment
 from pyserve.telemetry.server_logs import writes_metrics
-from pyserve.worker.handler_choice import python_lane_reason
+from pyserve.worker.handler_choice import built_in_name, python_lane_reason
 from pyserve.worker.spec import WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ class LaneOptions:
     """Everything needed to open a model's lane.
 
     Attributes:
-        handler_name: in place of the manifest's; None for that one.
         device: ``cpu`` or ``cuda:0``.
         tracing: a conversion of the archive that was started already.
         on_trouble: told why there is no worker and none is coming, and ``""`` when there is one again.
@@ -44,7 +43,6 @@ class LaneOptions:
     services: Services
     archive: Archive
     name: str
-    handler_name: str | None
     device: str
     settings: ModelSettings
     progress: Progress
@@ -63,8 +61,12 @@ async def open_lane(options: LaneOptions) -> Lane:
     Raises:
         ServeError: it cannot be served; the text says why.
     """
-    config = options.services.config
-    reason = python_lane_reason(options.archive, options.handler_name or config.default_service_handler or None)
+    config, archive = options.services.config, options.archive
+    if not archive.manifest.handler:
+        raise ModelLoadError(f"{archive.name}: its manifest names no handler; give handler=, or pack again")
+    reason = python_lane_reason(archive)
+    if not reason or built_in_name(archive) is not None:
+        archive.check_complete()
     if not reason and config.service_envelope:
         reason = f"service_envelope={config.service_envelope} wraps its handler"
     if reason:
@@ -87,7 +89,6 @@ async def _open_native_lane(options: LaneOptions) -> NativeLane:
         load_network,
         options.archive,
         name=options.name,
-        handler_name=options.handler_name,
         device=options.device,
         batch_size=options.settings.batch_size,
         cpu_budget=services.engine.cpu_budget,
@@ -141,7 +142,6 @@ async def _prepare_workers(options: LaneOptions) -> tuple[WorkerSpec, str | None
         WorkerSpec.of,
         archive,
         name=options.name,
-        handler=options.handler_name or manifest.handler or config.default_service_handler,
         batch_size=options.settings.batch_size,
         gpu_id=None if options.device == "cpu" else int(options.device.partition(":")[2]),
         decode_input=config.decode_input_request,

@@ -68,7 +68,6 @@ def load_network(
     archive: Archive,
     *,
     name: str,
-    handler_name: str | None,
     device: str,
     batch_size: int,
     cpu_budget: int,
@@ -85,7 +84,8 @@ def load_network(
     Raises:
         ServeError: of any kind; the text names what is wrong with the archive and how to fix it.
     """
-    handler = load_handler(archive, handler_name)
+    archive.check_complete()
+    handler = load_handler(archive)
     # Ours writes nothing.
     folder = archive.model_dir if handler_is_built_in(handler) else archive.own_folder()
     context = Context(

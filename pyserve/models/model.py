@@ -124,15 +124,12 @@ class Model:
 
     def _lane_options(self, progress: Progress, tracing: Tracing | None = None) -> LaneOptions:
         return LaneOptions(
-            self._services, self.archive, self.name, self.handler_name, self.device, self.settings, progress,
+            self._services, self.archive, self.name, self.device, self.settings, progress,
             tracing=tracing, on_trouble=self._on_trouble,
         )  # fmt: skip
 
     def _find_built_in_handler(self) -> str | None:
-        config = self._services.config
-        if config.service_envelope:
-            return None
-        return built_in_name(self.archive, self.handler_name or config.default_service_handler or None)
+        return None if self._services.config.service_envelope else built_in_name(self.archive)
 
     def _on_trouble(self, text: str) -> None:
         """The lane has no worker and gets none, or has one again."""

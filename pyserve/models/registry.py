@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from pyserve.archive.archive import Archive, open_archive
-from pyserve.archive.manifest import check_model_name
+from pyserve.archive.entries import MANIFEST_NAME
+from pyserve.archive.manifest import check_model_name, missing_manifest, name_of_file
 from pyserve.config.archive_url import is_url
 from pyserve.config.model_source import ModelSource
 from pyserve.conversion.torchscript import Tracing
 from pyserve.errors import (  # fmt: skip
     ConflictError,
     DefaultVersionError,
+    InvalidModelError,
     JsonObject,
     ModelNotFoundError,
     ServeError,
@@ -96,7 +98,7 @@ class Registry:
 
     async def register(
         self, url: str, *, model_name: str | None, handler: str | None, initial_workers: int, settings: dict[str, int],
-        waits: bool = True,
+        runtime: str | None = None, waits: bool = True,
     ) -> Model:  # fmt: skip
         """Finds or fetches an archive, then loads and warms it; returns when it is READY.
 
@@ -106,6 +108,7 @@ class Registry:
             url: name in the model store, path or URL; see `ArchiveSources`.
             settings: management parameters; what is left out comes from model-config.yaml, then the ``models``
                 block, then the defaults.
+            runtime: told in descriptions in place of the manifest's.
             waits: for the workers. Otherwise they start in the background, and a failure of that is logged.
 
         Raises:
@@ -114,6 +117,9 @@ class Registry:
         source = await self._sources.obtain(url, in_use=[model.archive.path for model in self.all_models()])
         try:
             archive = await asyncio.to_thread(open_obtained, source)
+            if self._services.config.compat == "strict" and archive.manifest.has_odd_runtime and runtime is None:
+                archive.close()
+                raise InvalidModelError("Runtime is not defined or invalid.")
             failed = {(model.name, model.version) for model in self.all_models() if model.state == "FAILED"}
             model = self._add(
                 archive, model_name, source.url, handler=handler, settings=settings, workers=initial_workers,
@@ -122,6 +128,7 @@ class Registry:
         except BaseException:
             await self._discard(source.path, source.url)
             raise
+        model.runtime = runtime or model.runtime
         loading = self._finish_register(model, stays=(model.name, model.version) in failed)
         if waits or not model.workers_min:
             await loading
@@ -344,13 +351,17 @@ class Registry:
         self, archive: Archive, name: str | None, url: str, *, at_startup: bool, handler: str | None,
         settings: dict[str, int], workers: int | None,
     ) -> Model:  # fmt: skip
-        name = name or archive.manifest.model_name
-        check_model_name(name)
+        name = _name_of(archive, name, is_named_by_file=at_startup)
+        archive.use_handler(handler or archive.manifest.handler or self._services.config.default_service_handler)
+        if archive.manifest.raw is None and not archive.manifest.handler:
+            raise _without_manifest(archive)
         version = archive.manifest.model_version
         existing = self._models.get(name, {}).get(version)
         if existing is not None and existing.state != "FAILED":
             raise ConflictError(f"Model version {version} is already registered for model {name}")
         config = self._services.config
+        if config.compat == "strict":
+            archive.config.leave_out_quoted()
         block = config.models.get(name, {}).get(version, {})
         first = first_settings(config, archive.config, block, settings, archive.name)
         gpus = gpu_count(config.number_of_gpu)
@@ -365,7 +376,7 @@ class Registry:
             handler_name=handler,
             loaded_at_startup=at_startup,
         )
-        for warning in archive.config.warnings:
+        for warning in archive.warnings:
             log.warning("%s", warning)
         if existing is not None:
             removal = asyncio.get_running_loop().create_task(existing.drain())
@@ -415,6 +426,26 @@ class Registry:
                 log.error("%s failed: %s", what, finished.exception())
 
         task.add_done_callback(done)
+
+
+def _name_of(archive: Archive, given: str | None, *, is_named_by_file: bool) -> str:
+    """What a model is to be called.
+
+    Raises:
+        InvalidModelError: nothing says so, or it cannot be used.
+    """
+    name = given or archive.manifest.model_name or (name_of_file(archive.name) if is_named_by_file else "")
+    if not name and archive.manifest.raw is None:
+        raise _without_manifest(archive)
+    if not name:
+        raise InvalidModelError(
+            f"{archive.name}: {MANIFEST_NAME} has no model.modelName; give model_name=, or pack again"
+        )
+    return check_model_name(name, archive.name)
+
+
+def _without_manifest(archive: Archive) -> InvalidModelError:
+    return InvalidModelError(f"{missing_manifest(archive.name).message}, or give model_name= and handler=")
 
 
 async def _taken(archives: dict[str, Archive | ServeError], path: str) -> Archive | ServeError:

@@ -64,7 +64,7 @@ def load_handler(archive: Archive, named: str | None = None) -> Handler:
         ModelLoadError: the archive brings handler code of its own that needs worker processes, or names a handler that
             does not exist.
     """
-    module, name = _module_and_name(archive, named)
+    _, name = _module_and_name(archive, named)
     # The archive's own file comes first, as in TorchServe, also when it bears a built-in handler's name.
     file = _own_file(archive, named)
     if file is not None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pyserve.archive.manifest import nearest_handler, split_handler
+from pyserve.archive.manifest import handler_file, nearest_handler, split_handler
 from pyserve.context import Context
 from pyserve.errors import ModelLoadError
 from pyserve.handler import BUILT_IN, BuiltIn
@@ -57,6 +57,7 @@ class ImportedCode:
         self.model_dir = os.path.realpath(spec.model_dir)
         file, function = split_handler(spec.handler)
         self.module_name = file.removesuffix(".py")
+        self._file = handler_file(spec.handler, lambda name: Path(self.model_dir, name).is_file())
         self.function_name = function
         self.module: ModuleType | None = None
         self.function: Callable[[Any, Context], Any] | None = None
@@ -70,10 +71,9 @@ class ImportedCode:
     def load(self) -> None:
         """Finds and imports the code, and makes the handler."""
         self._extend_path()
-        file = Path(self.model_dir, f"{self.module_name}.py")
-        if file.is_file():
-            self.module = import_file(file, self.module_name)
-            self._take(self.module, file.name)
+        if self._file is not None:
+            self.module = import_file(Path(self.model_dir, self._file), self.module_name)
+            self._take(self.module, self._file)
             if self._spec.watch:
                 self.names_set = {
                     name: {key for key, value in vars(module).items() if value is not None}

@@ -3,7 +3,8 @@
 A fork of it is a worker with torch loaded, within milliseconds. It must never run an operation of torch itself: that
 would start threads, which a fork does not copy and whose locks it would inherit.
 
-Over a SEQPACKET socket come requests, JSON with descriptors beside it; the answers are
+Over a SEQPACKET socket come requests, {"number": number} with `DESCRIPTORS` beside it; what the worker is to be lies in
+memory, as JSON, since a message may not be as large as a model-config.yaml. The answers are
 
     {"ready": pid}                            it can fork
     {"forked": number, "pid": pid}            with a pidfd
@@ -24,12 +25,12 @@ import signal
 import socket
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from pyserve.launch import Reporter, die_with_parent
 
-MESSAGE_SIZE_MAX = 4 << 20
-DESCRIPTORS = ("socket", "request_memory", "answer_memory", "reports", "stdout", "stderr")
+MESSAGE_SIZE_MAX = 4096
+DESCRIPTORS = ("request", "socket", "request_memory", "answer_memory", "reports", "stdout", "stderr")
 _PR_SET_NAME = 15
 EXIT_SETUP_FAILED = 70
 
@@ -83,18 +84,18 @@ class _Zygote:
         message, descriptors, _, _ = socket.recv_fds(self._server, MESSAGE_SIZE_MAX, len(DESCRIPTORS))
         if not message:
             return False
-        request = json.loads(message)
+        number = json.loads(message)["number"]
         named = dict(zip(DESCRIPTORS, descriptors, strict=True))
         pid = os.fork()
         if pid == 0:
-            self._become_worker(request, named)
+            self._become_worker(named)
         try:
             pidfd = os.pidfd_open(pid)
         finally:
             for each in descriptors:
                 os.close(each)
         try:
-            told = json.dumps({"forked": request["number"], "pid": pid}).encode()
+            told = json.dumps({"forked": number, "pid": pid}).encode()
             socket.send_fds(self._server, [told], [pidfd])
         finally:
             os.close(pidfd)
@@ -113,7 +114,7 @@ class _Zygote:
                 os.killpg(pid, signal.SIGKILL)
             self._server.send(json.dumps({"exited": pid, "status": status}).encode())
 
-    def _become_worker(self, request: dict[str, Any], named: dict[str, int]) -> NoReturn:
+    def _become_worker(self, named: dict[str, int]) -> NoReturn:
         """The child. Never returns."""
         code = EXIT_SETUP_FAILED
         try:
@@ -133,7 +134,7 @@ class _Zygote:
             os.dup2(named["stderr"], 2)
             for each in (nothing, named["stdout"], named["stderr"]):
                 os.close(each)
-            code = _run(request, named)
+            code = _run(named)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         except BaseException:
@@ -145,10 +146,12 @@ class _Zygote:
             os._exit(code)
 
 
-def _run(request: dict[str, Any], named: dict[str, int]) -> int:
+def _run(named: dict[str, int]) -> int:
     from pyserve.worker.main import run_worker
     from pyserve.worker.spec import WorkerSpec
 
+    with open(named["request"], "rb") as file:
+        request = json.loads(file.read())
     for name in request["without"]:
         os.environ.pop(name, None)
     os.environ.update(request["environment"])
