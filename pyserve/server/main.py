@@ -23,6 +23,8 @@ import uvloop
 
 from pyserve import log as log_setup
 from pyserve.archive.archive import Archive, open_archive
+from pyserve.archive.cache import open_cache
+from pyserve.archive.model_folder import remove_left_overs
 from pyserve.config.config import Config
 from pyserve.config.model_source import ModelSource
 from pyserve.conversion.torchscript import Tracing, needs_tracing, runs_in_python
@@ -76,6 +78,8 @@ async def _serve(start: ServerStart, logs: ServerLogs) -> int:
         fetching.cancel()
         return EXIT_DRAINED
     sources, errors = fetching.result()
+    # Models' folders of servers that were killed, the one before this one perhaps.
+    clearing = asyncio.ensure_future(asyncio.to_thread(remove_left_overs, open_cache().root / "models"))
     archives = _open_all(sources, errors, start.config.store_files())
     tracings = _begin_tracing(archives)
     hidden = re.compile(start.config.blacklist_env_vars) if start.config.blacklist_env_vars else None
@@ -112,6 +116,7 @@ async def _serve(start: ServerStart, logs: ServerLogs) -> int:
     finally:
         for tracing in tracings.values():
             tracing.stop()
+        await clearing
         await spawner.close()
         await server.grpc.close()
         server.close()
