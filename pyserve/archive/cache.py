@@ -29,7 +29,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,13 @@ class Contents:
         root: folder inside ``files`` that holds the model, with a trailing slash, or empty.
         files: size in bytes of each unpacked file, by name.
         weights: (name, offset, size) of weights that stay in the archive; None when they are among ``files``.
+        written: modification time of each unpacked file, whole seconds since 1970, as far as an image keeps it.
     """
 
     root: str
     files: dict[str, int]
     weights: tuple[str, int, int] | None
+    written: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
@@ -71,7 +73,20 @@ class Contents:
             str(found["root"]),
             {str(name): int(size) for name, size in found["files"].items()},
             (str(weights[0]), int(weights[1]), int(weights[2])) if weights else None,
+            {str(name): int(time) for name, time in found["written"].items()},
         )
+
+    def are_in(self, folder: Path) -> bool:
+        """Whether the files lie in ``folder`` as they were written, as far as size and time show it.
+
+        Raises:
+            OSError, KeyError: one is gone, or was not written.
+        """
+        for name, size in self.files.items():
+            status = (folder / name).lstat()
+            if (status.st_size, status.st_mtime_ns // 1_000_000_000) != (size, self.written[name]):
+                return False
+        return True
 
 
 class ArchiveCache:
@@ -104,11 +119,10 @@ class ArchiveCache:
         return folder
 
     def look_up(self, key: str) -> Contents | None:
-        """What was unpacked under ``key``; None when nothing was, or files are gone or have other sizes by now."""
+        """What was unpacked under ``key``; None when nothing was, or files are gone or were written to since."""
         try:
             contents = Contents.from_json((self._archives / key / "contents.json").read_text())
-            files = self.files(key)
-            if all((files / name).lstat().st_size == size for name, size in contents.files.items()):
+            if contents.are_in(self.files(key)):
                 return contents
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
@@ -138,6 +152,8 @@ class ArchiveCache:
 
     def commit(self, key: str, partial: Path, contents: Contents) -> None:
         """Makes what was unpacked visible at once. An older, damaged folder of the same key goes away."""
+        for name in contents.files:
+            contents.written[name] = (partial / "files" / name).lstat().st_mtime_ns // 1_000_000_000
         with (partial / "contents.json").open("x") as file:
             file.write(contents.to_json())
             file.flush()

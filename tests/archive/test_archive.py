@@ -259,7 +259,7 @@ def test_digest_is_written_for_a_settled_file(tmp_path: Path, cache: Path, monke
     assert json.loads(note.read_text())["sha256"] == archive.sha256
 
 
-@pytest.mark.parametrize("harm", ["delete", "shorten", "spoil the list", "delete the list"])
+@pytest.mark.parametrize("harm", ["delete", "shorten", "write over", "spoil the list", "delete the list"])
 def test_damaged_cache_is_unpacked_again_and_keeps_derived_files(tmp_path: Path, cache: Path, harm: str) -> None:
     path = write_mar(tmp_path / "m.mar")
     archive = open_archive(path, cache_dir=cache)
@@ -269,8 +269,13 @@ def test_damaged_cache_is_unpacked_again_and_keeps_derived_files(tmp_path: Path,
         (archive.model_dir / "handler.py").unlink()
     elif harm == "shorten":
         (archive.model_dir / "handler.py").write_bytes(b"")
+    elif harm == "write over":
+        written = (archive.model_dir / "handler.py").stat()
+        (archive.model_dir / "handler.py").write_bytes(HANDLER.swapcase())
+        later = written.st_mtime_ns + 1_000_000_000
+        os.utime(archive.model_dir / "handler.py", ns=(later, later))
     elif harm == "spoil the list":
-        listing.write_text('{"format": 1, "files": 3}')
+        listing.write_text('{"format": 2, "files": 3}')
     else:
         listing.unlink()
     again = open_archive(path, cache_dir=cache)
