@@ -35,7 +35,7 @@ VOLATILE = [
 
 
 def play(case: Case, server: Running) -> list[dict[str, Any]]:
-    """One entry per call: ``call``, the answer, and after a change ``models``, what the server then has."""
+    """One entry per call: ``call``, the answer, and after a change ``models``: those that it changed, None if removed."""
     if not case.setting.archives:
         shutil.rmtree(server.store)
         server.store.mkdir()
@@ -46,6 +46,7 @@ def play(case: Case, server: Running) -> list[dict[str, Any]]:
         if not answer["status"].startswith("20") and answer["status"] != "OK":
             raise AssertionError(f"{case.name}: before it, {call.text} answered {answer}")
         _settle(call, server)
+    known = _models(server)
     seen = []
     together: list[Call] = []
     for call in case.calls:
@@ -55,7 +56,13 @@ def play(case: Case, server: Running) -> list[dict[str, Any]]:
         for each, sent in zip(together, _sent(together, server), strict=True):
             answer = without_volatile(sent, server)
             if each.is_change:
-                answer["models"] = _settle(each, server)
+                models = _settle(each, server)
+                answer["models"] = {
+                    name: models.get(name)
+                    for name in sorted(models.keys() | known.keys())
+                    if models.get(name) != known.get(name)
+                }
+                known = models
             seen.append({"call": each.title, **answer})
         together = []
     return seen
@@ -114,8 +121,15 @@ def _settle(call: Call, server: Running) -> dict[str, Any]:
     while True:
         models = {name: _rows(server, name) for name in _names(server)}
         if all(_is_settled(row) for rows in models.values() for row in rows) or time.monotonic() > deadline:
-            break
+            return _shown(models)
         time.sleep(0.1)
+
+
+def _models(server: Running) -> dict[str, Any]:
+    return _shown({name: _rows(server, name) for name in _names(server)})
+
+
+def _shown(models: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         name: {
             row["modelVersion"]: {
