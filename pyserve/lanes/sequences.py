@@ -73,6 +73,7 @@ class _Member(PythonLane):
         self._on_over = on_over
         self._on_complete = on_complete
         self._seen_id: int | None = None
+        self.used_at = 0.0  # when it last had a request
 
     @property
     def worker_id(self) -> int | None:
@@ -283,12 +284,15 @@ class SequenceLane(Lane):
                 return None
             taken = [sequence.member for sequence in self._sequences.values()]
             able = [member for member in self._members if member.ready_count or member.may_take]
-            sequence = self._sequences[id] = Sequence(id, min(able or self._members, key=taken.count))
+            # Of those with equally many the one that has waited longest, as TorchServe's workers stand in line: a
+            # sequence that is begun again is seldom where its state still lies, so that handlers see that it is over.
+            member = min(able or self._members, key=lambda each: (taken.count(each), each.used_at))
+            sequence = self._sequences[id] = Sequence(id, member)
         return sequence
 
     def _hand_over(self, sequence: Sequence, pending: Pending) -> None:
         sequence.running = pending
-        sequence.used_at = time.monotonic()
+        sequence.used_at = sequence.member.used_at = time.monotonic()
         self._runs_in[pending] = sequence
         if not sequence.has_state:
             sequence.worker_id = sequence.member.worker_id
@@ -299,7 +303,7 @@ class SequenceLane(Lane):
         if sequence is None:
             return
         sequence.running = None
-        sequence.used_at = time.monotonic()
+        sequence.used_at = sequence.member.used_at = time.monotonic()
         if was_submitted:
             sequence.has_state = True
             if sequence.worker_id is None:  # it was being started
@@ -315,6 +319,8 @@ class SequenceLane(Lane):
             pending = sequence.waiting.popleft()
             del self._waits_in[pending]
             self._hand_over(sequence, pending)
+        elif self._sequences.get(sequence.id) is sequence:
+            self._end_if_over(sequence, time.monotonic())  # it may never be idle for long enough to be seen
 
     def _on_answer(self, response: Response) -> None:
         """A handler ends sequences by naming them in a header of an answer."""
@@ -381,10 +387,10 @@ class SequenceLane(Lane):
 
     def _time_out(self, sequence: Sequence, text: str) -> None:
         log.info("%s: sequence %s ended: %s", self.label, sequence.id, text)
-        if sequence.has_state and sequence.running is None and not sequence.waiting:
+        if sequence.has_state:
             error = ConflictError(f"sequence {sequence.id} has ended: {text}", detail=_told(sequence, text))
             self._remember(sequence, error)
-        self._end(sequence)
+        self._forget_sequence(sequence)
 
     # --- limits ---------------------------------------------------------------------------------------------------
 
@@ -407,12 +413,17 @@ class SequenceLane(Lane):
             for pending in late:
                 self.expire(pending)
             self._look_after(sequence)
-            is_idle = sequence.running is None and not sequence.waiting
-            if is_idle and self._idle_max_s and now - sequence.used_at >= self._idle_max_s:
-                self._time_out(sequence, f"idle for sequenceMaxIdleMSec={self._idle_max_s * 1e3:g}")
-            elif self._lifetime_max_s and now - sequence.started_at >= self._lifetime_max_s:
-                self._time_out(sequence, f"its lifetime of sequenceTimeoutMSec={self._lifetime_max_s * 1e3:g} is over")
+            self._end_if_over(sequence, now)
         self._start_looking()
+
+    def _end_if_over(self, sequence: Sequence, now: float) -> None:
+        """Not while it has requests: the next one would begin another of its name, and overtake them."""
+        if sequence.running is not None or sequence.waiting:
+            return
+        if self._idle_max_s and now - sequence.used_at >= self._idle_max_s:
+            self._time_out(sequence, f"idle for sequenceMaxIdleMSec={self._idle_max_s * 1e3:g}")
+        elif self._lifetime_max_s and now - sequence.started_at >= self._lifetime_max_s:
+            self._time_out(sequence, f"its lifetime of sequenceTimeoutMSec={self._lifetime_max_s * 1e3:g} is over")
 
     # --- what others ask ------------------------------------------------------------------------------------------
 

@@ -32,12 +32,13 @@ SPEC: Any = SimpleNamespace(name="m", mode="batch", gpu_id=None, batch_size=1, h
 class Stand:
     """A lane whose workers never come: what is handed over stays queued. ``answers``: by request id."""
 
-    def __init__(self, settings: ModelSettings):
+    def __init__(self, settings: ModelSettings, lifetime_ms: int = 0):
         self.engine = Engine(asyncio.get_running_loop(), cpu_budget=1)
         self.metrics = Metrics(torch_version="")
         pool: Any = None
         services = Services(Config(), self.engine, self.metrics, pool, pool, ErrorFormat(True))
-        config = ModelConfig(sequence_batching=True, sequence_count_max=4, sequence_queue_size=8)
+        config = ModelConfig(sequence_batching=True, sequence_count_max=4, sequence_queue_size=8,
+                             sequence_timeout_ms=lifetime_ms)  # fmt: skip
         self.lane = SequenceLane(services, SPEC, "m 1.0", settings, config)
         self.answers: dict[str, Response] = {}
 
@@ -63,9 +64,9 @@ class Stand:
 
 
 @asynccontextmanager
-async def standing(**settings: Any) -> AsyncIterator[Stand]:
-    stand = Stand(ModelSettings(**settings))
-    stand.lane.set_workers(1)
+async def standing(workers: int = 1, lifetime_ms: int = 0, **settings: Any) -> AsyncIterator[Stand]:
+    stand = Stand(ModelSettings(**settings), lifetime_ms)
+    stand.lane.set_workers(workers)
     try:
         yield stand
     finally:
@@ -157,6 +158,39 @@ def test_what_waits_past_its_time_expires_in_its_sequence() -> None:
             await until(lambda: len(stand.answers) == 2)
             assert {stand.reason(id) for id in "ab"} == {"expired"}
             assert stand.lane.in_flight_count == 0
+
+    run(test())
+
+
+def test_a_sequence_past_its_lifetime_ends_only_once_it_has_no_requests() -> None:
+    """Its next request would begin another one of its name, and overtake those that wait."""
+
+    async def test() -> None:
+        async with standing(lifetime_ms=1) as stand:
+            first, second = stand.post("a"), stand.post("b")
+            await asyncio.sleep(0.25)  # it is looked after meanwhile
+            third = stand.post("c")
+            assert (first.stage, second.lane, third.lane) == (SUBMITTED, stand.lane, stand.lane)
+            stand.lane.answer_error(third, stand.lane.refusal("draining"))
+            stand.lane.answer_error(second, stand.lane.refusal("draining"))
+            first.lane.answer(first, Response(200, b""))
+            await until(lambda: stand.lane._sequences == {})
+            stand.post("d")
+            assert stand.answers["d"].status == 409 and "sequenceTimeoutMSec=1" in str(stand.answers["d"].body)
+
+    run(test())
+
+
+def test_a_sequence_begun_again_goes_to_the_worker_that_has_waited_longest() -> None:
+    async def test() -> None:
+        async with standing(workers=2) as stand:
+            members = []
+            for id in "abc":
+                pending = stand.post(id)
+                members.append(pending.lane)
+                assert isinstance(pending.lane, PythonLane)
+                pending.lane.answer(pending, Response(200, b"", headers={KEYS[2]: "s"}))
+            assert members[0] is members[2] is not members[1]
 
     run(test())
 

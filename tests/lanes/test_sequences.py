@@ -168,6 +168,27 @@ def test_an_idle_sequence_ends_and_the_next_request_is_told_once(server: Server,
     assert ask(server, id, "brief", add=3).status == 200
 
 
+def test_strict_begins_another_sequence_with_another_worker_silently(tmp_path: Path) -> None:
+    """As was measured: what the handler makes of it is the handler's, which has no state of it there."""
+    server = Server(tmp_path)
+    config_file = tmp_path / "strict.properties"
+    config_file.write_text("compat=strict\n")
+    config = {"sequenceBatching": True, "sequenceMaxIdleMSec": 1, "minWorkers": 2, "maxWorkers": 2}
+    write_handler(server.store, "brief", ADDER, config=config)
+    server.start("--models", "brief.mar", "--disable-token-auth", "--ts-config", str(config_file))
+    try:
+        answers = []
+        for number in range(3):
+            answers.append(ask(server, "s", "brief", add=number))
+            server.wait_for(lambda: server.log().count("sequence s ended") == len(answers), "the end")  # noqa: B023
+        assert [answer.status for answer in answers] == [200, 200, 200]
+        assert [answer.json["numbers"] for answer in answers] == [[0], [1], [0, 2]]
+        assert answers[0].json["pid"] == answers[2].json["pid"] != answers[1].json["pid"]
+    finally:
+        server.run("stop")
+        server.kill()
+
+
 def test_a_request_that_begins_a_sequence_is_not_told_of_an_old_one(server: Server, id: str) -> None:
     ask(server, id, "brief", add=1)
     server.wait_for(lambda: f"sequence {id} ended" in server.log(), "the end")
