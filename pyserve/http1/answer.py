@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
 
-from pyserve.errors import ServeError, ServerError
+from pyserve.errors import ServerError
 from pyserve.log import about
-from pyserve.request.messages import Request, Response, SharedHeaders, dump_json
+from pyserve.request.messages import ErrorFormat, Request, Response, SharedHeaders
 
 JOINED_SIZE_MAX = 64 * 1024  # a larger body is written beside its head, not copied behind it
 
@@ -51,22 +51,22 @@ class InvalidAnswerError(ServerError):
     """A handler's status, reason, content type or header cannot be written as HTTP. Never sent as such."""
 
 
-def error_response(error: ServeError) -> Response:
-    """The JSON answer of an error, with its extra headers."""
-    return Response(error.status, dump_json(error.body()), content_type="application/json", headers=error.headers)
-
-
 class AnswerWriter:
     """Builds answer heads. One per listener; loop thread only.
 
     Args:
         decorate: adds headers to every answer, such as those that browsers want to see.
+        error_format: how the error becomes an answer that takes the place of one that cannot be sent.
     """
 
     def __init__(
-        self, wall_clock: Callable[[], float] = time.time, decorate: Callable[[Request, Response], None] | None = None
+        self,
+        wall_clock: Callable[[], float] = time.time,
+        decorate: Callable[[Request, Response], None] | None = None,
+        error_format: ErrorFormat | None = None,
     ):
         self._wall_clock = wall_clock
+        self._error_format = error_format or ErrorFormat()
         self._decorate = decorate
         self._second = -1
         self._common = ""
@@ -107,7 +107,7 @@ class AnswerWriter:
         except Exception:
             log.exception("answer to request %s %s %s cannot be sent", request.id, request.method, request.path,
                           extra=about(request_id=request.id))  # fmt: skip
-            response = error_response(ServerError(INTERNAL_ERROR))
+            response = self._error_format.answer(ServerError(INTERNAL_ERROR), request)
             body, tail, size, bodyless = response.body, (), len(response.body), False
             head = self.head(response, request.id, keep_alive, size)
         if bodyless or request.method == "HEAD":

@@ -13,7 +13,7 @@ from pyserve.http1.answer import AnswerWriter
 from pyserve.http1.head import HeadReader
 from pyserve.http1.limits import Http1Limits
 from pyserve.request.body_budget import BodyBudget
-from pyserve.request.messages import Request, Response
+from pyserve.request.messages import ErrorFormat, Request, Response
 
 _REFUSED_COUNT_MAX = 128
 
@@ -40,6 +40,7 @@ class Connections:
         takes_ids: a request keeps its client's ``x-request-id``.
 
     Attributes:
+        error_format: how errors become answers, of every API: the path says in whose form.
         limits: the listener's limits.
         budget: bytes of bodies in flight.
         heads: reads the heads of requests.
@@ -58,12 +59,14 @@ class Connections:
         *,
         decorate: Callable[[Request, Response], None] | None = None,
         takes_ids: bool = True,
+        error_format: ErrorFormat | None = None,
         wall_clock: Callable[[], float] = time.time,
         clock: Callable[[], int] = time.monotonic_ns,
     ):
         self.limits = limits
         self.budget = budget or BodyBudget(limits.body_budget_size)
-        self.answers = AnswerWriter(wall_clock, decorate)
+        self.error_format = error_format or ErrorFormat()
+        self.answers = AnswerWriter(wall_clock, decorate, self.error_format)
         self.heads = HeadReader(limits, takes_ids=takes_ids)
         self.clock = clock
         self.draining = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyserve.errors import BadRequestError, ClientError, MethodNotAllowedError, TooLargeError
+from pyserve.errors import BadRequestError, ClientError, TooLargeError
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
@@ -40,12 +40,6 @@ class HeadTooLargeError(ClientError):
 
     status = 431
     type = "BadRequestException"
-
-
-class UnknownMethodError(MethodNotAllowedError):
-    """A method nobody here implements."""
-
-    status = 501
 
 
 class UnknownCodingError(ClientError):

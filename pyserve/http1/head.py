@@ -8,7 +8,7 @@ All that it lets through though a server must not is checked here: target, versi
 from __future__ import annotations
 
 import re
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import httptools
 
@@ -19,7 +19,6 @@ from pyserve.http1.errors import (
     InvalidHttpError,
     TargetTooLongError,
     UnknownCodingError,
-    UnknownMethodError,
     VersionError,
 )
 from pyserve.http1.limits import Http1Limits
@@ -31,13 +30,15 @@ _CACHED_SIZE_MAX = 256
 _CACHED_HEAD_SIZE_MAX = 1024
 
 _METHODS = {name.encode(): name for name in METHODS}
+# They ask for a tunnel, and for the request's own headers as an answer that scripts can read.
 _REFUSED_METHODS = (b"CONNECT", b"TRACE")
-_METHOD = re.compile(rb"[A-Z][A-Z0-9-]{0,31}\Z")
+_METHOD = re.compile(rb"[A-Za-z][A-Za-z0-9!#$%&'*+.^_`|~-]{0,31}\Z")
 _VERSIONS = (b"HTTP/1.1", b"HTTP/1.0")
 _VERSION = re.compile(rb"HTTP/[0-9]\.[0-9]\Z")
-_TARGET = re.compile(rb'[!"$-~]+\Z')  # visible ASCII without "#"
+_TARGET = re.compile(rb"[!-~\x80-\xff]+\Z")
 _ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)([/?].*)?\Z")
 _BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_ASCII = "".join(map(chr, range(0x21, 0x7F)))
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]*)?\Z")
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
@@ -46,14 +47,13 @@ _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 # spelled with underscores could pose as another one. These three are TorchServe's own and have no dashed twin.
 _UNDERSCORE_NAMES = (b"ts_request_sequence_id", b"ts_request_sequence_start", b"ts_request_sequence_end")
 
-_PLAIN, _DROPPED, _HOST_FIELD, _LENGTH, _TRANSFER, _CONNECTION, _EXPECT, _CODING, _ID_FIELD, _TIMING, _ONE = range(11)
+_PLAIN, _DROPPED, _HOST_FIELD, _LENGTH, _TRANSFER, _CONNECTION, _EXPECT, _ID_FIELD, _TIMING, _ONE = range(10)
 _KINDS = {
     b"host": _HOST_FIELD,
     b"content-length": _LENGTH,
     b"transfer-encoding": _TRANSFER,
     b"connection": _CONNECTION,
     b"expect": _EXPECT,
-    b"content-encoding": _CODING,
     b"x-request-id": _ID_FIELD,
     **{name.encode(): _TIMING for name in TIMING_HEADERS},
     # They say what the body is, and whose sequence it belongs to: two different ones would ask two different things.
@@ -71,25 +71,24 @@ class RequestHead:
     """One checked request head.
 
     Attributes:
-        method: one of ``METHODS``.
+        method: mostly one of ``METHODS``; any token but CONNECT and TRACE.
         path: percent-decoded once; ``"*"`` for ``OPTIONS *``.
         query: raw, without ``?``.
-        headers: as the client spelled them, names with underscores dropped.
+        headers: as the client spelled them; without names with underscores, ``Transfer-Encoding`` and ``Expect``.
         is_http11: HTTP/1.1, else 1.0.
         keep_alive: whether the client wants the connection kept.
         length: announced body size in bytes; 0 if none.
         chunked: whether the body comes in chunks.
         expect: lower-case ``Expect`` value; ``""`` if none, or for HTTP/1.0, which has no such header.
-        coding: lower-case ``Content-Encoding``; ``""`` if none or ``identity``.
         id: the client's ``x-request-id`` if it is a valid one, else ``""``.
         has_timing: whether one of TIMING_HEADERS is among the headers.
-        is_simple: neither chunked, nor with ``Expect`` or a coding.
+        is_simple: neither chunked, nor with ``Expect``.
         text: ``headers`` joined, see `messages.join_headers`.
         lower: ``headers`` by name, see `messages.lower_names`.
     """
 
     __slots__ = (
-        "chunked", "coding", "expect", "has_timing", "headers", "id", "is_http11", "is_simple", "keep_alive",
+        "chunked", "expect", "has_timing", "headers", "id", "is_http11", "is_simple", "keep_alive",
         "length", "lower", "method", "path", "query", "text",
     )  # fmt: skip
 
@@ -103,7 +102,6 @@ class RequestHead:
         self.length = 0
         self.chunked = False
         self.expect = ""
-        self.coding = ""
         self.id = ""
         self.has_timing = False
         self.is_simple = True
@@ -145,6 +143,9 @@ def check_head_start(data: bytes | bytearray) -> None:
         raise InvalidHttpError("the request does not begin with a method")
     if not space and len(data) > 32:
         raise InvalidHttpError("the request does not begin with a method")
+    line_end = data.find(b"\n")
+    if line_end > 0 and data[line_end - 1] != 0x0D:
+        raise InvalidHttpError("a line ends with LF alone; it must end with CRLF")
 
 
 class HeadReader:
@@ -162,8 +163,8 @@ class HeadReader:
         """Reads one whole head, ``data`` ending with its blank line. Heads are shared: do not change one.
 
         Raises:
-            InvalidHttpError, MethodNotAllowedError, UnknownMethodError, UnknownCodingError, VersionError,
-            HeadTooLargeError: the request cannot be read on safely; the connection must end.
+            InvalidHttpError, MethodNotAllowedError, UnknownCodingError, VersionError, HeadTooLargeError: the request
+                cannot be read on safely; the connection must end.
         """
         head = self._known.get(data)
         if head is None:
@@ -182,21 +183,24 @@ class HeadReader:
 def _read_head(data: bytes) -> RequestHead:
     line = data[: data.find(b"\r\n")].split(b" ")
     method = _METHODS.get(line[0])
-    if method is None and not _METHOD.match(line[0]):
-        raise InvalidHttpError("the request does not begin with a method")
+    if method is None:
+        if not _METHOD.match(line[0]):
+            raise InvalidHttpError("the request does not begin with a method")
+        method = line[0].decode()
     if len(line) != 3:
         raise InvalidHttpError("the request line is not 'METHOD target HTTP/1.1' with single spaces")
     token, target, version = line
     if version not in _VERSIONS:
         raise _refused_version(version)
-    if method is None:
-        raise _refused_method(token)
+    if token.upper() in _REFUSED_METHODS:
+        raise MethodNotAllowedError(", ".join(METHODS))
     path, query, authority = _targets.get(target) or _read_target(target, method)
     if path == "*" and method != "OPTIONS":
         raise InvalidHttpError("only OPTIONS may have the target '*'")
     fields = _Fields()
     try:
-        httptools.HttpRequestParser(fields).feed_data(data)
+        # It is asked about the header lines only: it knows fewer methods and targets.
+        httptools.HttpRequestParser(fields).feed_data(b"POST / %b%b" % (version, data[data.find(b"\r\n") :]))
     except httptools.HttpParserUpgrade:
         pass  # no protocol to upgrade to: the request is served as HTTP/1.1 (RFC 9110, 7.8)
     except httptools.HttpParserError as error:
@@ -204,7 +208,7 @@ def _read_head(data: bytes) -> RequestHead:
     head = _read_fields(fields.lines, RequestHead(method, path, query, [], version == b"HTTP/1.1"))
     if authority:  # it stands above the Host header (RFC 9112, 3.2.2)
         head.headers = [(name, authority if name.lower() == "host" else value) for name, value in head.headers]
-    head.is_simple = not (head.chunked or head.expect or head.coding)
+    head.is_simple = not (head.chunked or head.expect)
     head.text = join_headers(head.headers)
     head.lower = lower_names(head.headers)
     return head
@@ -232,6 +236,7 @@ def _read_fields(lines: list[tuple[bytes, bytes]], head: RequestHead) -> Request
             lengths.append(value)
         elif kind == _TRANSFER:
             transfers.append(value)
+            headers.pop()  # of the body as a handler gets it nothing of this is true any more
         elif kind == _CONNECTION:
             connections.append(value)
         elif kind == _ONE:
@@ -242,12 +247,10 @@ def _read_fields(lines: list[tuple[bytes, bytes]], head: RequestHead) -> Request
                 head.id = headers[-1][1]
         elif kind == _TIMING:
             head.has_timing = True
-        elif kind == _EXPECT:
-            head.expect = headers[-1][1].lower() if modern else ""
-        elif value.lower() != b"identity":
-            head.coding = headers[-1][1].lower()
+        elif modern:
+            head.expect = headers.pop()[1].lower()
     if len(hosts) != 1 or hosts[0] not in _hosts:
-        _check_host(hosts, modern)
+        _check_host(hosts)
     if lengths or transfers:
         _read_framing(lengths, transfers, modern, head)
     if connections or not modern:
@@ -274,11 +277,11 @@ def _read_framing(lengths: list[bytes], transfers: list[bytes], modern: bool, he
     head.chunked = True
 
 
-def _check_host(hosts: list[bytes], modern: bool) -> None:
-    if not hosts and not modern:
-        return
+def _check_host(hosts: list[bytes]) -> None:
+    if not hosts or hosts == [b""]:
+        return  # probes of load balancers send none
     if len(hosts) != 1:
-        raise InvalidHttpError("no Host header" if not hosts else "more than one Host header")
+        raise InvalidHttpError("more than one Host header")
     if not _HOST.match(hosts[0]):
         raise InvalidHttpError("Host is not 'name' or 'name:port'")
     if len(hosts[0]) <= _CACHED_SIZE_MAX:
@@ -301,12 +304,15 @@ def _read_name(name: bytes) -> tuple[str, int]:
 
 
 def _read_target(target: bytes, method: str) -> tuple[str, str, str]:
-    """Path, query and, of an http URL, its ``host:port``."""
+    """Path, query and, of an http URL, its ``host:port``. A fragment is left out, as clients should have done.
+
+    Bytes that are not ASCII are taken as if they were percent-encoded; those that are not UTF-8 then become U+FFFD.
+    """
     if not _TARGET.match(target):
         raise InvalidHttpError("the target has a character that must be percent-encoded")
-    local = target
+    local = target.partition(b"#")[0]
     authority = ""
-    absolute = _ABSOLUTE.match(target)
+    absolute = _ABSOLUTE.match(local)
     if absolute:
         authority = absolute[1].decode()
         if not _HOST.match(absolute[1]):
@@ -324,10 +330,8 @@ def _read_target(target: bytes, method: str) -> tuple[str, str, str]:
     decoded = unquote_to_bytes(raw)
     if _CONTROL.search(decoded):
         raise InvalidHttpError("the target has a percent-encoded control character")
-    try:
-        parts = (decoded.decode(), query.decode("ascii"), authority)
-    except UnicodeDecodeError:
-        raise InvalidHttpError("the target is not UTF-8 once percent-decoded") from None
+    text = query.decode() if query.isascii() else quote_from_bytes(query, safe=_ASCII)
+    parts = (decoded.decode("utf-8", "replace"), text, authority)
     if len(target) <= _CACHED_SIZE_MAX and not absolute:
         if len(_targets) >= _CACHE_COUNT_MAX:
             _targets.clear()
@@ -335,9 +339,11 @@ def _read_target(target: bytes, method: str) -> tuple[str, str, str]:
     return parts
 
 
-def _refused_method(token: bytes) -> ClientError:
-    allowed = ", ".join(METHODS)
-    return MethodNotAllowedError(allowed) if token in _REFUSED_METHODS else UnknownMethodError(allowed)
+def asked_path(begin: bytes) -> str:
+    """The path that a head asks for which was not read, as far as it can be told; ``""`` if it cannot."""
+    method, _, rest = begin.partition(b"\r\n")[0].partition(b" ")
+    path = rest.partition(b" ")[0].partition(b"?")[0]
+    return path.decode() if _METHOD.match(method) and _TARGET.match(path) and path.isascii() else ""
 
 
 def _refused_version(version: bytes) -> ClientError:

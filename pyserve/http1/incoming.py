@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pyserve.errors import OverloadedError, ServeError, UnsupportedMediaError
+from pyserve.errors import OverloadedError, ServeError
 from pyserve.http1.body import ChunkedBody, SizedBody
 from pyserve.http1.errors import BodyTooLargeError, ExpectationError
-from pyserve.http1.head import RequestHead
+from pyserve.http1.head import RequestHead, asked_path
 from pyserve.http1.limits import Http1Limits
 from pyserve.request.body_budget import BodyBudget
 from pyserve.request.ids import new_id
@@ -55,10 +55,7 @@ class Incoming:
         self._limits = limits
         self._budget = budget
         self._started_at = -1.0
-        if head.coding and not self.body.complete:
-            self._refuse(UnsupportedMediaError("Content-Encoding is not supported; send the body uncompressed."))
-        else:
-            self._reserve(head.length)
+        self._reserve(head.length)
 
     def feed(self, data: bytes, start: int) -> int:
         """Takes what belongs to the body from ``data[start:]``; returns where the rest begins.
@@ -126,9 +123,13 @@ class Incoming:
         self.body.discard()
 
 
-def unread_request(head: RequestHead | None, client: str) -> Request:
-    """A request that is answered though its body was not read; one without a method if its head was not, either."""
+def unread_request(head: RequestHead | None, client: str, begin: bytes = b"") -> Request:
+    """A request that is answered though its body was not read; one without a method if its head was not, either.
+
+    Args:
+        begin: with what the head began, if it was not read. Its path says in whose form the error is to be told.
+    """
     if head is None:
-        return Request("", "", client=client, id=new_id())
+        return Request("", asked_path(begin), client=client, id=new_id())
     return Request(head.method, head.path, query=head.query, headers=head.headers, client=client,
                    id=head.id or new_id())  # fmt: skip

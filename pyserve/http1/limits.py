@@ -37,7 +37,7 @@ class Http1Limits:
 
     line_size_max: int = 8 * 1024
     head_size_max: int = 64 * 1024
-    header_count_max: int = 100
+    header_count_max: int = 2000
     body_size_max: int = 6_553_500
     chunk_overhead_size_max: int = 64 * 1024
     chunk_overhead_ratio_max: int = 8

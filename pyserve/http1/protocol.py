@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import cast
 
 from pyserve.errors import ServeError, ServerError
-from pyserve.http1.answer import INTERNAL_ERROR, JOINED_SIZE_MAX, error_response
+from pyserve.http1.answer import INTERNAL_ERROR, JOINED_SIZE_MAX
 from pyserve.http1.connections import Connections
 from pyserve.http1.direct import DIRECT_SIZE_MIN, DirectBody
 from pyserve.http1.errors import BodyTooLargeError, InvalidHttpError, SlowClientError
@@ -31,13 +31,15 @@ from pyserve.http1.timer import LazyTimer, StallTimer
 from pyserve.log import about
 from pyserve.request.exchange import Exchange
 from pyserve.request.ids import new_id
-from pyserve.request.messages import Request
+from pyserve.request.messages import ExtraHeaders, Request
 
 log = logging.getLogger("pyserve.http1")
 
 _HEAD, _BODY, _CLOSED = range(3)
 # A body of so many bytes that came together with its head needs no state of its own.
 _QUICK_BODY_MAX = 64 * 1024
+# Of a head that is refused; its path is looked at.
+_BEGIN_SIZE_MAX = 1024
 
 
 class Http1Protocol(asyncio.Protocol):
@@ -162,7 +164,7 @@ class Http1Protocol(asyncio.Protocol):
                 else:
                     start = self._take_head(data, start)
         except ServeError as error:
-            self._refuse(error)
+            self._refuse(error, data[start : start + _BEGIN_SIZE_MAX])
             return
         if self._phase == _CLOSED:
             if start < size:
@@ -233,9 +235,9 @@ class Http1Protocol(asyncio.Protocol):
             check_head_start(partial)
             return len(data)
         end += 4
-        head = bytes(memoryview(partial)[:end])
+        head = self._connections.heads.read(bytes(memoryview(partial)[:end]))
         partial.clear()
-        self._on_head(self._connections.heads.read(head), end)
+        self._on_head(head, end)
         return start + end - known
 
     def _count_blank(self) -> None:
@@ -273,6 +275,8 @@ class Http1Protocol(asyncio.Protocol):
             id=head.id or new_id(), arrived_at=self._connections.clock(), header_text=head.text,
             has_timing=head.has_timing, lower=head.lower,
         )  # fmt: skip
+        if head.chunked:
+            request.add_headers(ExtraHeaders(("content-length", str(len(content)))))  # as TorchServe's handlers have it
         exchange = Exchange(request, self._on_answer, head.keep_alive, wire_size, reserved)
         exchange.is_http11 = head.is_http11
         self._slots.append(exchange)
@@ -281,31 +285,38 @@ class Http1Protocol(asyncio.Protocol):
             self._phase = _CLOSED
         if refusal is not None:
             self._connections.refused[refusal.status] += 1
-            exchange.respond(error_response(refusal))
+            self._respond_error(exchange, refusal)
             return
         try:
             self._app(exchange)
         except ServeError as error:
-            exchange.respond(error_response(error))
+            self._respond_error(exchange, error)
         except Exception:
             log.exception("request %s %s %s failed", request.id, request.method, request.path,
                           extra=about(request_id=request.id))  # fmt: skip
-            exchange.respond(error_response(ServerError(INTERNAL_ERROR)))
+            self._respond_error(exchange, ServerError(INTERNAL_ERROR))
 
-    def _refuse(self, error: ServeError) -> None:
-        """Answers a request that cannot be read on, after those before it, and ends the connection."""
+    def _respond_error(self, exchange: Exchange, error: ServeError) -> None:
+        exchange.respond(self._connections.error_format.answer(error, exchange.request))
+
+    def _refuse(self, error: ServeError, begin: bytes = b"") -> None:
+        """Answers a request that cannot be read on, after those before it, and ends the connection.
+
+        Args:
+            begin: with what its head began, if it was not read and is not kept.
+        """
         self._connections.refused[error.status] += 1
         if isinstance(error, BodyTooLargeError):
             # An honest client sends all it announced before it reads; let it, as far as the time goes.
             self._discarded_max = max(self._discarded_max, error.announced)
-        request = unread_request(self._head, self._client)
+        request = unread_request(self._head, self._client, bytes(self._partial[:_BEGIN_SIZE_MAX]) or begin)
         self._forget_request()
         self._phase = _CLOSED
         self._timer.deadline = math.inf
         self._linger = not isinstance(error, SlowClientError)
         exchange = Exchange(request, self._on_answer)
         self._slots.append(exchange)
-        exchange.respond(error_response(error))
+        self._respond_error(exchange, error)
 
     def _forget_request(self) -> None:
         self._partial.clear()

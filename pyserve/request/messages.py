@@ -216,19 +216,21 @@ class ErrorFormat:
     Attributes:
         with_detail: whether bodies carry ``detail``, which TorchServe's do not have.
         with_private_detail: whether that may hold PRIVATE_DETAIL.
+        kserve_versions: of those versions of KServe's protocol the errors have its member ``error``.
     """
 
     with_detail: bool = True
     with_private_detail: bool = True
+    kserve_versions: tuple[str, ...] = ("v1", "v2")
 
     def answer(self, error: ServeError, request: Request) -> Response:
-        """`response` to ``request``, with the member ``error`` where KServe's protocol, version 2, is spoken."""
-        return self.response(error, request.id, is_v2=request.path == "/v2" or request.path.startswith("/v2/"))
+        """`response` to ``request``, with the member ``error`` where KServe's protocol is spoken."""
+        return self.response(error, request.id, is_kserve=request.path[1:].partition("/")[0] in self.kserve_versions)
 
-    def response(self, error: ServeError, request_id: str, *, is_v2: bool = False) -> Response:
+    def response(self, error: ServeError, request_id: str, *, is_kserve: bool = False) -> Response:
         """The answer to a failed request. ``detail`` has its id too, so that the log can be searched for it."""
         body = error.body()
-        if is_v2:
+        if is_kserve:
             body["error"] = error.message
         body.pop("detail", None)
         if self.with_detail:

@@ -61,4 +61,4 @@ class BrowserGuard:
         if origin in self._allowed_origins:
             return True
         scheme, _, authority = origin.partition("://")
-        return scheme in ("http", "https") and authority == host
+        return scheme in ("http", "https") and bool(host) and authority == host

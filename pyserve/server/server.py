@@ -98,6 +98,7 @@ class Server:
             tracer=open_tracer(),
             error_format=ErrorFormat(
                 with_detail=config.compat != "strict" and config.error_detail != "none",
+                kserve_versions=("v2",) if config.compat == "strict" else ("v1", "v2"),
                 with_private_detail=config.error_detail == "full"
                 or (
                     config.error_detail == "auto"
@@ -159,7 +160,8 @@ class Server:
     async def open_ports(self) -> None:
         """Begins to accept. Names that share an address share a listener, which then answers for all of them."""
         config = self._start.config
-        budget = BodyBudget(Http1Limits().body_budget_size)
+        # A request of the size that is allowed is never one too many.
+        budget = BodyBudget(max(Http1Limits().body_budget_size, config.max_request_size))
         names_by_socket: dict[Any, list[str]] = {}
         for name, sock in self._start.sockets.items():
             names_by_socket.setdefault(sock, []).append(name)
@@ -181,7 +183,8 @@ class Server:
         limits = Http1Limits(body_size_max=config.max_request_size, connection_count_max=config.connection_count_max)
         cors = Cors(config)
         connections = Connections(limits, budget, decorate=cors.add if cors else None,
-                                  takes_ids=config.compat != "strict")  # fmt: skip
+                                  takes_ids=config.compat != "strict",
+                                  error_format=self._services.error_format)  # fmt: skip
         self._connections.append(connections)
         connections.on_answer = self._logs.access.observe_http
         self._metrics.refused.append(connections.refused)

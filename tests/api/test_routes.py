@@ -278,6 +278,13 @@ def test_other_origins_make_no_changes(method: str, origin: str, allowed_origin:
     assert ask(router, method, "/models", headers).status == status
 
 
+def test_a_request_without_a_host_is_of_no_page() -> None:
+    router = Router(protected([("POST", "/models", echo)], None, "management", BrowserGuard(LOOPBACK)))
+    assert [ask(router, "POST", "/models", {"Origin": each}).status for each in ("", "http://", "http://a")] == [
+        200, 403, 403,
+    ]  # fmt: skip
+
+
 def test_nothing_stands_before_an_endpoint_that_nothing_has_to_protect() -> None:
     assert all(row[2] is own[2] for row, own in zip(protected(ROWS, None, "inference"), ROWS, strict=True))
 
