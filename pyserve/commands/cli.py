@@ -275,6 +275,7 @@ def configured(parsed: argparse.Namespace) -> Config:
     Raises:
         ConfigError: it cannot be used.
     """
+    from pyserve.archive.limits import use_limits
     from pyserve.commands import terminal as console
     from pyserve.config.config import load_config
 
@@ -284,6 +285,7 @@ def configured(parsed: argparse.Namespace) -> Config:
     finally:
         # Told even when the configuration cannot be used: a misspelt key may be the reason why.
         console.warn(warnings)
+    use_limits(config)
     config.notices += [text for name, text in _IGNORED.items() if getattr(parsed, name, None)]
     return config
 

@@ -60,6 +60,9 @@ class Config:
         metrics_mode: ``""`` means ``prometheus``, and ``log`` under ``compat=strict``.
         model_snapshot: models to load instead of ``load_models``, as a snapshot names them; ``{}`` for none.
         restore: load what the newest snapshot in the log folder names.
+        archive_unpacked_size_max: ``None`` means as much as the disk of the cache folder has room for.
+        archive_entry_size_max: ``None`` means that one file has no limit of its own.
+        download_size_max: ``None`` means as much as the disk of the model store has room for.
         allow_private_addresses: archives may be fetched from addresses that are not public.
         server_timing: every answer tells its stages, not only those that are asked for them.
         preprocess_threads: 0 means as many as the CPU budget.
@@ -134,8 +137,13 @@ class Config:
     model_snapshot: JsonObject = field(default_factory=dict)
     restore: bool = False
     no_config_snapshots: bool = False
-    download_size_max: int = 16 << 30
-    download_timeout_s: int = 600
+    archive_unpacked_size_max: int | None = None
+    archive_entry_size_max: int | None = None
+    archive_entry_count_max: int = 100_000
+    archive_ratio_max: int = 200
+    archive_ratio_free_size: int = 4 << 30
+    download_size_max: int | None = None
+    download_timeout_s: int = 14_400
     allow_private_addresses: bool = False
     log_format: str = "text"
     server_timing: bool = False

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import socket
 import threading
 import time
@@ -17,9 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyserve.archive.room import room_in
+
 CHUNK_SIZE = 1 << 20
 _SUFFIX = ".pyserve-partial"
 _ABANDONED_S = 60
+_ROOM_INTERVAL_SIZE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,11 @@ class TransferLimits:
     """Bounds of one transfer; sizes in bytes, times in seconds.
 
     Attributes:
+        size_max: None for what the disk has room for.
         window_s: in each such time at least ``window_size_min`` bytes must come.
     """
 
-    size_max: int
+    size_max: int | None
     timeout_s: float
     window_s: float = 30.0
     window_size_min: int = 30 << 10
@@ -106,6 +109,7 @@ class Transfer:
         self._clock = clock
         self._window_end = clock() + limits.window_s
         self._window_size = 0
+        self._looked_at = 0
         _remove_abandoned(folder)
         # Not the archive's own name, which may be as long as a name can be.
         self.partial = folder / f".{os.urandom(8).hex()}{_SUFFIX}"
@@ -120,9 +124,9 @@ class Transfer:
             TransferError: they are too many, or there is no room for them.
         """
         self._check_size(size)
-        free = shutil.disk_usage(self.partial.parent).free
-        if size > free:
-            raise TransferError(f"it has {size} bytes, and the model store has room for {free}")
+        room = room_in(self.partial.parent)
+        if size > room:
+            raise TransferError(f"it has {size} bytes, and the model store has room for {room}")
 
     def write(self, chunk: bytes) -> None:
         """Appends ``chunk``.
@@ -133,6 +137,10 @@ class Transfer:
         self.check()
         self.size += len(chunk)
         self._check_size(self.size)
+        if self.size >= self._looked_at + _ROOM_INTERVAL_SIZE:  # others write to the disk too
+            self._looked_at = self.size
+            if room_in(self.partial.parent) < len(chunk):
+                raise TransferError(f"it has {self.size} bytes or more, and the model store has no room for more")
         try:
             rest = memoryview(chunk)
             while rest:
@@ -179,7 +187,7 @@ class Transfer:
             raise _cannot_be_kept(error) from None
 
     def _check_size(self, size: int) -> None:
-        if size > self.limits.size_max:
+        if self.limits.size_max is not None and size > self.limits.size_max:
             raise TransferError(
                 f"it has {size} bytes or more; the most is download_size_max={self.limits.size_max}",
                 fix="raise download_size_max in config.properties",

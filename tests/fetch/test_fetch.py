@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,7 +244,7 @@ def test_abort_before_the_connection_is_there(web: HostileWeb, tmp_path: Path) -
 def test_disk_without_room_is_an_error_before_anything_is_written(
     web: HostileWeb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(transfer, "room_in", lambda folder: 1000)
     with pytest.raises(TransferError, match=f"has {len(CONTENT)} bytes, and the model store has room for 1000"):
         fetched(tmp_path, f"{web.url}/m.mar")
 
