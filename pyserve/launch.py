@@ -109,8 +109,8 @@ def child_environment() -> dict[str, str]:
         environment.setdefault("GOMP_SPINCOUNT", "5000")
     root = str(ROOT_DIR)
     if sys.path and sys.path[0] in ("", root) and root not in sys.path[1:]:
-        inherited = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = root + (os.pathsep + inherited if inherited else "")
+        inherited = environment.get("PYTHONPATH", "").split(os.pathsep)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, dict.fromkeys([root, *inherited])))
     # Every thread would get a heap of its own, and each keeps what a batch once needed: with four workers that was a
     # fifth more memory. As many heaps as threads can run at once are enough.
     environment.setdefault("MALLOC_ARENA_MAX", str(max(2, cpu_budget())))

@@ -20,9 +20,12 @@ from urllib.parse import unquote
 from pyserve.archive.archive import Archive, has_manifest, open_archive
 from pyserve.archive.cache import open_cache
 from pyserve.archive.folder_manifest import infer_manifest
+from pyserve.archive.limits import use_limits
+from pyserve.archive.manifest import missing_handler, missing_manifest, name_of_file
 from pyserve.config.config import Config, load_config
 from pyserve.errors import ConfigError, ModelNotFoundError
 from pyserve.models.requirements import prepare_environment
+from pyserve.worker.handler_choice import built_in_name
 from pyserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -200,6 +203,7 @@ def open_subject(path: Path, *, ts_config: str | None = None) -> Subject:
     # Where the server's own models lie is of no matter here.
     overrides = {"model_store": (str(path.parent), "the archive's folder"), "load_models": ("", "the command line")}
     config = load_config(overrides, ts_config=ts_config)
+    use_limits(config)
     notes = []
     manifest = None
     if path.is_dir() and not has_manifest(path):
@@ -207,6 +211,11 @@ def open_subject(path: Path, *, ts_config: str | None = None) -> Subject:
         manifest = inferred.text
         notes.append(inferred.said)
     archive = open_archive(path, manifest=manifest)
+    archive.use_handler(archive.manifest.handler or config.default_service_handler)
+    if not archive.manifest.handler:
+        raise missing_manifest(archive.name) if archive.manifest.raw is None else missing_handler(archive.name)
+    if built_in_name(archive) is not None:
+        archive.check_complete()
     return _subject(archive, config, notes)
 
 
@@ -218,7 +227,7 @@ def _subject(archive: Archive, config: Config, notes: list[str]) -> Subject:
     settings = first_settings(config, archive.config, block, {}, archive.name)
     spec = WorkerSpec.of(
         archive,
-        handler=manifest.handler or config.default_service_handler,
+        name=manifest.model_name or name_of_file(archive.name),
         batch_size=settings.batch_size,
         decode_input=config.decode_input_request,
         envelope=config.service_envelope or None,
@@ -252,15 +261,13 @@ def interpreter_for(subject: Subject, say: Say) -> str:
 
 def enter(spec: WorkerSpec, config: Config) -> None:
     """Makes this process what a worker process is: its folder, environment and torch's options."""
-    from pyserve.handlers.mapped_load import map_loads
+    from pyserve.worker.main import move_into
 
     os.environ.setdefault("PYSERVE_WEIGHTS_CACHE", str(open_cache().root / "weights"))
     if config.blacklist_env_vars:
         for name in [name for name in os.environ if re.fullmatch(config.blacklist_env_vars, name)]:
             del os.environ[name]
-    os.chdir(spec.model_dir)
-    sys.argv = [f"pyserve-worker {spec.name}"]
-    map_loads(spec.originals)
+    move_into(spec)
 
 
 def on_device(subject: Subject) -> WorkerSpec:

@@ -24,6 +24,7 @@ import uvloop
 from pyserve import log as log_setup
 from pyserve.archive.archive import Archive, open_archive
 from pyserve.archive.cache import open_cache
+from pyserve.archive.limits import use_limits
 from pyserve.archive.model_folder import remove_left_overs
 from pyserve.config.config import Config
 from pyserve.config.model_source import ModelSource
@@ -68,6 +69,7 @@ def main() -> int:
 
 
 async def _serve(start: ServerStart, logs: ServerLogs) -> int:
+    use_limits(start.config)
     stop = _StopSignals()
     state = _state_to_restore(start)
     sources = start.config.models_to_load() if state is None else _sources_of(state)
@@ -123,12 +125,13 @@ async def _serve(start: ServerStart, logs: ServerLogs) -> int:
 
 
 def worker_environment(config: Config) -> dict[str, str]:
-    """What handlers find in their environment as TorchServe's do."""
-    return {
-        name: "true"
-        for name, is_set in (("TS_IPEX_ENABLE", config.ipex_enable), ("TS_IPEX_GPU_ENABLE", config.ipex_gpu_enable))
-        if is_set
+    """What handlers find in their environment as TorchServe's do, whatever ours says."""
+    values = {
+        "TS_DECODE_INPUT_REQUEST": config.decode_input_request,
+        "TS_IPEX_ENABLE": config.ipex_enable,
+        "TS_IPEX_GPU_ENABLE": config.ipex_gpu_enable,
     }
+    return {name: "true" if is_set else "false" for name, is_set in values.items()}
 
 
 async def _drain(server: Server, stop: _StopSignals, timeout_s: int) -> int:

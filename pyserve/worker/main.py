@@ -61,7 +61,8 @@ def run_worker(spec: WorkerSpec, descriptors: tuple[int, int, int], reports: Rep
     if spec.mode == BATCH:
         log_handler.metrics = context.metrics
     gc.collect()
-    gc.freeze()
+    if entry.is_built_in:
+        gc.freeze()  # not what a handler of one's own made, which may want to replace it and have the memory back
     channel = load_core().WorkerChannel(*descriptors)
     reports.send("loaded", load_s=round(time.monotonic() - began, 3), handler=entry.name, pid=os.getpid(),
                  batch=asdict(verdict))  # fmt: skip
@@ -108,11 +109,18 @@ def make_context(spec: WorkerSpec) -> Context:
     return context
 
 
-def _set_up(spec: WorkerSpec, reports: Reporter) -> _ReportHandler:
+def move_into(spec: WorkerSpec) -> None:
+    """Has this process find what a worker process finds: its current folder and its program's name, torch.load that
+    maps weights, and the folder on the path of Python processes that the handler starts, as in TorchServe."""  # fmt: skip
     os.chdir(spec.model_dir)
     sys.argv = [f"pyserve-worker {spec.name}"]
-    torch.set_num_threads(spec.intra_op_threads)
+    os.environ["PYTHONPATH"] = f"{spec.model_dir}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     map_loads(spec.originals)  # workers share the pages of state dicts
+
+
+def _set_up(spec: WorkerSpec, reports: Reporter) -> _ReportHandler:
+    move_into(spec)
+    torch.set_num_threads(spec.intra_op_threads)
     if spec.is_audit:
         from pyserve.handlers.plain import run_plainly
 

@@ -121,13 +121,16 @@ class _Zygote:
             parent = os.getppid()
             os.setsid()
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGCHLD, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
+            signal.signal(
+                signal.SIGINT, signal.default_int_handler
+            )  # as Python starts; _thread.interrupt_main needs it
             self._server.close()
             self._wakeup.close()
             self._wakeup_end.close()
             die_with_parent(parent)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
             nothing = os.open(os.devnull, os.O_RDONLY)
             os.dup2(nothing, 0)
             os.dup2(named["stdout"], 1)
