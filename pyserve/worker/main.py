@@ -110,8 +110,11 @@ def make_context(spec: WorkerSpec) -> Context:
 
 
 def move_into(spec: WorkerSpec) -> None:
-    """Has this process find what a worker process finds: its current folder and its program's name, torch.load that
-    maps weights, and the folder on the path of Python processes that the handler starts, as in TorchServe."""  # fmt: skip
+    """Has this process find what a worker process finds.
+
+    Its current folder, its program's name, torch.load that maps weights; as in TorchServe, the folder is on the path of
+    Python processes that the handler starts too.
+    """
     os.chdir(spec.model_dir)
     sys.argv = [f"pyserve-worker {spec.name}"]
     os.environ["PYTHONPATH"] = f"{spec.model_dir}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
