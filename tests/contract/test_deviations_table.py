@@ -28,6 +28,8 @@ PROOFS = {
     "a worker that was killed": "contract_responses::1_7_what_a_handler_does_wrong",
     "`context.get_request_header`": "contract_inference::1_3_headers_as_the_handler_has_them",
     "OpenAPI descriptions": "contract_inference::1_2_a_model_describes_itself",
+    "a model's description": "differential::answers_as_torchserve_does",
+    "`Allow` of a 405": "differential::answers_as_torchserve_does",
     "`Date` of an answer": "http1::answer_has_its_headers_in_order",
     "kserve envelopes": "invoker::envelopes_unwrap_and_wrap",
     "`/v2`, `/v2/health/": "contract_inference::1_2_the_open_inference_protocol_without_its_switch",

@@ -114,6 +114,20 @@ def _description(answer: dict[str, Any], _: Call, __: bool) -> None:
         answer["body"] = "an OpenAPI description"
 
 
+def _more_of_a_model(answer: dict[str, Any], _: Call, is_ours: bool) -> None:
+    if is_ours and '"lane": ' in answer.get("body", ""):
+        models = json.loads(answer["body"])
+        for model in models:
+            for more in list(model)[list(model).index("lane") :]:
+                del model[more]
+        answer["body"] = json.dumps(models, indent=2, ensure_ascii=False) + "\n"
+
+
+def _advice(answer: dict[str, Any], _: Call, is_ours: bool) -> None:
+    if is_ours:
+        answer["headers"].pop({"405": "allow", "503": "retry-after"}.get(answer["status"][:3], ""), None)
+
+
 RULES = [
     Rule("`Date` of an answer", _date),
     Rule("answers ≥ 400", _connection),
@@ -121,6 +135,8 @@ RULES = [
     Rule("errors under `/v2`", _error),
     Rule("gRPC error texts", _grpc_detail, ("default",)),
     Rule("OpenAPI descriptions", _description),
+    Rule("a model's description", _more_of_a_model),
+    Rule("`Allow` of a 405, `Retry-After` of a 503", _advice),
 ]
 
 

@@ -28,8 +28,8 @@ VOLATILE = [
     (r"/models/[0-9a-f]{32,64}", "/models/<hash>"),
     (r'("startTime": )"[^"]*"', r'\1"<time>"'),
     (r'("id": )"\d+"', r'\1"<worker>"'),
-    (r'("memoryUsage": )[1-9]\d*', r"\1<bytes>"),
-    (r'("pid": )[1-9]\d*', r"\1<pid>"),
+    (r'("memoryUsage": )\d+', r'\1"<bytes>"'),
+    (r'("pid": )[1-9]\d*', r'\1"<pid>"'),
     (r"\b20\d\d-\d\d-\d\d[T ]\d\d:\d\d:\d\d[.,]\d+Z?", "<time>"),
 ]
 
