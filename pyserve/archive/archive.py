@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import stat
 import threading
@@ -19,23 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from pyserve.archive.cache import ArchiveCache, Contents, folder_key, open_cache
+from pyserve.archive.effective import effective_entries
 from pyserve.archive.entries import (
-    LIMITS,
     MANIFEST_NAME,
     Entry,
     Limits,
     Reader,
     SourceFile,
-    check_entries,
     check_unpacked_size,
     name_problem,
     refuse,
 )
 from pyserve.archive.extract import find_root, open_reader, unpack, verify
 from pyserve.archive.folder_reader import FolderReader
+from pyserve.archive.limits import configured_limits
 from pyserve.archive.manifest import Manifest, missing_manifest
 from pyserve.archive.model_config import ModelConfig
 from pyserve.archive.model_folder import ModelFolder, Originals
+from pyserve.archive.room import room_in
 from pyserve.archive.weights import FileIdentity, Weights, check_inflation
 from pyserve.errors import ModelLoadError, ModelNotFoundError
 
@@ -52,6 +54,8 @@ __all__ = [
     "survey",
 ]
 
+log = logging.getLogger(__name__)
+
 # Folder -> text of the manifest that `pyserve dev` made up for it, JSON.
 _MANIFESTS_VARIABLE = "PYSERVE_DEV_MANIFESTS"
 
@@ -67,6 +71,7 @@ class Survey:
         weights: the entry of the serialized file; None when the manifest names none.
         is_mapped: the weights can be used where they lie.
         needed: what is wrong with it for a handler that reads all that the manifest names.
+        oddities: texts about odd entries.
     """
 
     kind: str
@@ -77,6 +82,12 @@ class Survey:
     weights: Entry | None
     is_mapped: bool
     needed: tuple[str, ...] = ()
+    oddities: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """Texts about all that is odd in it."""
+        return [*self.oddities, *self.manifest.warnings, *self.config.warnings]
 
 
 class Archive:
@@ -107,6 +118,7 @@ class Archive:
         weights: Weights | None,
         files: dict[str, int],
         needed: tuple[str, ...] = (),
+        limits: Limits | None = None,
     ):
         self.path = path
         self.name = path.name
@@ -119,6 +131,7 @@ class Archive:
         self.needed = needed
         self.given_handler = ""
         self._cache = cache
+        self._limits = limits or configured_limits()
         self._own = _OwnFolder()
 
     def cache_file(self, name: str) -> Path:
@@ -138,7 +151,7 @@ class Archive:
 
     @property
     def warnings(self) -> list[str]:
-        """Texts about what is odd in it."""
+        """Texts about what is odd in its manifest and configuration; odd entries are told when it is unpacked."""
         return [*self.manifest.warnings, *self.config.warnings]
 
     def check_complete(self) -> None:
@@ -146,10 +159,13 @@ class Archive:
 
         Raises:
             ModelLoadError: one of them is not there or cannot be used.
+            InvalidModelError: the weights are a damaged zip, or inflate beyond the limits.
         """
         problems = (*self.needed, *self.config.needed)
         if problems:
             raise ModelLoadError(problems[0])
+        if self.weights is not None:
+            check_inflation(self.weights, self._limits, self.name)
 
     def own_folder(self, *, with_weights: bool = False) -> Path:
         """The model folder for code that may write there: this archive object's own, until `close`. Any thread.
@@ -233,13 +249,18 @@ class _OwnFolder:
 
 
 def open_archive(
-    path: str | Path, *, cache_dir: str | Path | None = None, limits: Limits = LIMITS, manifest: bytes | None = None
+    path: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    limits: Limits | None = None,
+    manifest: bytes | None = None,
 ) -> Archive:
     """Opens an archive, unpacking it the first time its content is seen.
 
     Args:
         path: a ``.mar``, ``.tar.gz``, ``.tgz`` or ``.tar`` file, or a folder.
         cache_dir: where to unpack; see `pyserve.archive.cache.open_cache` for the default.
+        limits: by default those that are configured.
         manifest: text of MANIFEST.json for a folder without one; `give_manifest` gives it to all processes.
 
     Raises:
@@ -249,6 +270,7 @@ def open_archive(
     """
     path = Path(path).absolute()
     cache = open_cache(Path(cache_dir).absolute() if cache_dir is not None else None)
+    limits = limits or configured_limits()
     try:
         if path.is_dir():
             return _open_folder(path, cache, limits, manifest or _given_manifest(path))
@@ -262,9 +284,10 @@ def open_archive(
 
 
 @contextlib.contextmanager
-def survey(path: str | Path, *, label: str | None = None, limits: Limits = LIMITS) -> Iterator[Survey]:
+def survey(path: str | Path, *, label: str | None = None, limits: Limits | None = None) -> Iterator[Survey]:
     """Lists and checks an archive, and unpacks nothing. Errors as for `open_archive`, with ``label`` for its name."""
     path = Path(path).absolute()
+    limits = limits or configured_limits()
     if path.is_dir():
         yield _survey(FolderReader(_model_folder(path), label or path.name, limits), limits)
         return
@@ -274,8 +297,7 @@ def survey(path: str | Path, *, label: str | None = None, limits: Limits = LIMIT
 
 
 def _survey(reader: Reader, limits: Limits) -> Survey:
-    entries = list(reader.entries)
-    check_entries(reader.label, entries, limits)
+    entries, oddities = effective_entries(reader.label, reader.entries, limits)
     root = find_root(reader.label, entries)
     files = {entry.name[len(root) :]: entry for entry in entries if not entry.is_folder and entry.name.startswith(root)}
     sizes = {name: entry.size for name, entry in files.items()}
@@ -293,7 +315,7 @@ def _survey(reader: Reader, limits: Limits) -> Survey:
     if reader.kind != "folder":
         unpacked = [entry for entry in entries if not (is_mapped and entry is weights)]
         check_unpacked_size(reader.label, unpacked, reader.file_size, limits)
-    return Survey(reader.kind, entries, root, manifest, config, weights, is_mapped, needed)
+    return Survey(reader.kind, entries, root, manifest, config, weights, is_mapped, needed, tuple(oddities))
 
 
 def read_manifest(text: bytes | None, sizes: Mapping[str, int], label: str) -> tuple[Manifest, tuple[str, ...]]:
@@ -327,6 +349,7 @@ def _opened(path: Path) -> Iterator[SourceFile]:
 
 def _open_file(path: Path, source: SourceFile, cache: ArchiveCache, limits: Limits) -> Archive:
     before = FileIdentity.of(source.descriptor)
+    limits = replace(limits, room=room_in(cache.root))
     reader = open_reader(source, limits)
     key = cache.digest(source)
     contents = cache.look_up(key)
@@ -359,27 +382,22 @@ def _open_file(path: Path, source: SourceFile, cache: ArchiveCache, limits: Limi
         weights = Weights(manifest.serialized_file, unpacked, 0, unpacked.stat().st_size)
     return Archive(
         path, cache, key, model_dir=model_dir, manifest=manifest, config=config, weights=weights, files=files,
-        needed=needed,
+        needed=needed, limits=limits,
     )  # fmt: skip
 
 
 def _add(reader: Reader, source: SourceFile, *, path: Path, cache: ArchiveCache, key: str, limits: Limits) -> Contents:
     """Unpacks an archive into the cache; whatever goes wrong, nothing of it stays."""
     found = _survey(reader, limits)
-    weights = found.weights
-    mapped = weights if found.is_mapped else None
+    mapped = found.weights if found.is_mapped else None
+    for text in found.oddities:
+        log.warning("%s", text)
     with cache.unpacking(key) as partial:
         files = partial / "files"
         files.mkdir()
         if mapped is not None:
-            with contextlib.closing(
-                Weights(mapped.name, path, mapped.offset, mapped.size, descriptor=source.descriptor)
-            ) as window:
-                check_inflation(window, limits, path.name)
             verify(reader, [mapped])
         unpack(reader, [entry for entry in found.entries if entry is not mapped], files)
-        if weights is not None and mapped is None:
-            check_inflation(Weights(weights.name, files / weights.name, 0, weights.size), limits, path.name)
         contents = Contents(
             found.root,
             {entry.name: entry.size for entry in found.entries if not entry.is_folder and entry is not mapped},
@@ -398,7 +416,6 @@ def _open_folder(path: Path, cache: ArchiveCache, limits: Limits, manifest: byte
     weights = None
     if found.weights is not None:
         weights = Weights(found.weights.name, reader.path / found.weights.name, 0, found.weights.size)
-        check_inflation(weights, limits, path.name)
     files = {entry.name: entry.size for entry in reader.files if not entry.is_folder}
     key = folder_key(reader.path, reader.files)
     if manifest is not None:
@@ -413,6 +430,7 @@ def _open_folder(path: Path, cache: ArchiveCache, limits: Limits, manifest: byte
         weights=weights,
         files=files,
         needed=found.needed,
+        limits=limits,
     )
 
 

@@ -15,33 +15,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
+from pyserve.archive.limits import KEYS, LIMITS, Limits
+from pyserve.archive.room import no_room
 from pyserve.errors import InvalidModelError, shown
 
 CHUNK_SIZE = 1 << 20
 MANIFEST_NAME = "MAR-INF/MANIFEST.json"
 
-_DRIVE = re.compile(r"[A-Za-z]:")
-# Cc control, Cf format (right-to-left marks, zero-width), Cs surrogate, Co private, Cn unassigned, Zl/Zp line ends.
-_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of one archive; sizes in bytes."""
-
-    entry_count_max: int = 100_000
-    unpacked_size_max: int = 4 << 30  # what is written to disk; weights mapped from the archive are not
-    ratio_max: int = 200  # unpacked : packed, judged only above ratio_free_size
-    ratio_free_size: int = 64 << 20
-    name_size_max: int = 1024  # UTF-8 bytes of a whole name
-    part_size_max: int = 255  # UTF-8 bytes between two slashes; what Linux file systems take
-    depth_max: int = 32
-    directory_size_max: int = 64 << 20  # a zip's central directory, or all of a tar's long-name records
-    manifest_size_max: int = 16 << 20
-    config_size_max: int = 16 << 20
-
-
-LIMITS = Limits()
+_DRIVE = re.compile(r"[A-Za-z]:/")
+# Cc control, Cs surrogate, Zl/Zp line ends.
+_UNPRINTABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
+# Characters of these bidirectional classes make a name look like another: embeddings, overrides, isolates.
+_REORDERING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
 @dataclass(frozen=True)
@@ -55,6 +40,8 @@ class Entry:
         is_folder: a folder; ``size`` is 0.
         is_stored: the bytes lie in the archive as they are, at ``offset``.
         offset: where the packed bytes start in the archive file; -1 in a tar or folder.
+        number: of an entry in a tar, counted from 0; 0 elsewhere.
+        link: of a link, the name in the archive that it leads to; its bytes are those of that entry.
     """
 
     name: str
@@ -63,6 +50,8 @@ class Entry:
     is_folder: bool = False
     is_stored: bool = False
     offset: int = -1
+    number: int = 0
+    link: str = ""
 
 
 class Reader(Protocol):
@@ -118,12 +107,39 @@ def refuse(label: str, problem: str) -> NoReturn:
     raise InvalidModelError(f"{label}: {problem}")
 
 
+def normal_name(name: str) -> str:
+    """``name`` as archivers of other systems would have written it: with ``/`` for a backslash, and without ``.`` and
+    empty parts; a slash at the end stays. ``..`` and what makes a path absolute stay, too."""  # fmt: skip
+    name = name.replace("\\", "/")
+    path = "/".join(part for part in name.split("/") if part not in ("", "."))
+    return ("/" if name.startswith("/") else "") + path + ("/" if path and name.endswith("/") else "")
+
+
+def link_target(label: str, name: str, written: str, *, is_hard: bool = False) -> str:
+    """The name in the archive that the link ``name`` leads to, with ``written`` in it: a path from where it lies, or
+    of a hard link from the top.
+
+    Raises:
+        InvalidModelError: it leads out of the archive.
+    """
+    parts = [] if is_hard else name.split("/")[:-1]
+    for part in written.split("/"):
+        if part == ".." and parts:
+            parts.pop()
+        elif part == ".." or written.startswith("/"):
+            refuse(label, f"entry {shown(name)} is a link that leaves the archive; pack the file itself")
+        elif part not in ("", "."):
+            parts.append(part)
+    return "/".join(parts)
+
+
 def name_problem(name: str, limits: Limits = LIMITS) -> str | None:
     """Why ``name`` may not be a path inside an archive; None when it may."""
     if not name:
         return "is empty"
-    if any(unicodedata.category(character) in _UNPRINTABLE for character in name):
-        return "has control, invisible or unassigned characters"
+    if any(unicodedata.category(each) in _UNPRINTABLE or unicodedata.bidirectional(each) in _REORDERING
+           for each in name):  # fmt: skip
+        return "has control characters, or such as change the order of the others"
     if len(name.encode()) > limits.name_size_max:
         return f"has {len(name.encode())} bytes, more than the {limits.name_size_max} allowed"
     if "\\" in name:
@@ -139,81 +155,81 @@ def name_problem(name: str, limits: Limits = LIMITS) -> str | None:
         return "has an empty or '.' part"
     if any(len(part.encode()) > limits.part_size_max for part in parts):
         return f"has a part of more than {limits.part_size_max} bytes"
-    if not unicodedata.is_normalized("NFC", name):
-        return "is not in Unicode normal form NFC"
     return None
 
 
 def type_problem(mode: int, is_folder: bool) -> str | None:
     """Why an entry with this Unix ``st_mode`` (0: not recorded) may not be unpacked; None when it may."""
+    # What may run it as whom is of no matter: no mode is ever applied.
     kind = stat.S_IFMT(mode)
-    if kind == stat.S_IFLNK:
-        return "is a symbolic link"
     if kind not in {0, stat.S_IFREG, stat.S_IFDIR}:
         return "is a device, pipe or socket"
     if kind and (kind == stat.S_IFDIR) != is_folder:
         return "is marked both as a file and as a folder"
-    # On folders the set-group bit only says who owns new files, and no mode is ever applied.
-    if not is_folder and mode & (stat.S_ISUID | stat.S_ISGID):
-        return "is a set-user or set-group file"
     return None
 
 
 def check_entries(label: str, entries: Sequence[Entry], limits: Limits = LIMITS) -> None:
-    """Raises InvalidModelError for bad names, twins, too many entries and too high ratios. Writes nothing."""
+    """Raises InvalidModelError for bad names, too many entries and too high ratios. Writes nothing."""
     if len(entries) > limits.entry_count_max:
-        refuse(label, f"holds {len(entries)} entries, more than the {limits.entry_count_max} allowed; pack data apart")
-    spelled: dict[str, str] = {}  # case-folded path -> its one spelling, parents included
-    kinds: dict[str, bool] = {}  # spelled entry -> is_folder
+        refuse_limit(label, f"holds {len(entries)} entries", "entry_count_max", limits)
+    kinds: dict[str, bool] = {}  # name -> is_folder
     parents: set[str] = set()
     for entry in entries:
         problem = name_problem(entry.name, limits)
         if problem:
             refuse(label, f"entry {shown(entry.name)} {problem}; rename it and pack again")
-        if entry.name in kinds and not (entry.is_folder and kinds[entry.name]):
-            refuse(label, f"entry {shown(entry.name)} is there twice; keep one and pack again")
-        kinds[entry.name] = entry.is_folder
-        _check_twins(label, entry.name, spelled, parents)
-        _check_ratio(label, entry, limits)
+        if kinds.setdefault(entry.name, entry.is_folder) != entry.is_folder:
+            _refuse_file_and_folder(label, entry.name)
+        _add_parents(entry.name, parents)
+        _check_size(label, entry, limits)
     for parent in parents:
         if kinds.get(parent) is False:
-            refuse(label, f"entry {shown(parent)} is both a file and a folder; rename one and pack again")
+            _refuse_file_and_folder(label, parent)
 
 
 def check_unpacked_size(label: str, entries: Iterable[Entry], file_size: int, limits: Limits = LIMITS) -> None:
-    """Judges the sum of what would be written against the size limit and the ratio of the whole."""
+    """Judges the sum of what would be written against the size limit, the disk and the ratio of the whole."""
     total = sum(entry.size for entry in entries)
-    if total > limits.unpacked_size_max:
-        refuse(
-            label,
-            f"unpacks to {total} bytes, more than the {limits.unpacked_size_max} allowed; "
-            "store the weights uncompressed (`pyserve archive` does), then they are not unpacked",
-        )
-    if total > limits.ratio_free_size and total > limits.ratio_max * file_size:
-        refuse(
-            label,
-            f"unpacks from {file_size} to {total} bytes, more than {limits.ratio_max} times; "
-            "store its entries uncompressed",
-        )
+    if limits.unpacked_size_max is not None and total > limits.unpacked_size_max:
+        refuse_limit(label, f"unpacks to {total} bytes", "unpacked_size_max", limits)
+    if limits.room is not None and total > limits.room:
+        raise no_room(label, total, limits.room)
+    if is_bomb(total, file_size, limits):
+        refuse_limit(label, f"unpacks from {file_size} to {total} bytes", "ratio_max", limits)
 
 
-def _check_twins(label: str, name: str, spelled: dict[str, str], parents: set[str]) -> None:
-    """Refuses names that differ only in case: on some file systems they are one file."""
-    path = name
-    while True:
-        first = spelled.setdefault(unicodedata.normalize("NFC", path.casefold()), path)
-        if first != path:
-            refuse(label, f"entries {shown(first)} and {shown(path)} differ only in case; rename one and pack again")
-        path = path.rpartition("/")[0]
-        if not path or path in parents:
-            return
+def is_bomb(size: int, packed_size: int, limits: Limits) -> bool:
+    """Whether so many bytes came out of so few that somebody meant them to."""
+    return size > limits.ratio_free_size and size > limits.ratio_max * packed_size
+
+
+def refuse_limit(label: str, what: str, limit: str, limits: Limits) -> NoReturn:
+    """Raises InvalidModelError for an archive that is beyond one of `Limits`.
+
+    Args:
+        what: it does, with the number that is too large.
+        limit: field of ``limits``.
+    """
+    key, value = KEYS[limit], getattr(limits, limit)
+    more = f"more than {key}={value}" if limit != "ratio_max" else f"more than {value} times as many ({key})"
+    refuse(label, f"{what}, {more}; if that is meant, raise {key} in config.properties")
+
+
+def _refuse_file_and_folder(label: str, name: str) -> NoReturn:
+    refuse(label, f"entry {shown(name)} is both a file and a folder; rename one and pack again")
+
+
+def _add_parents(name: str, parents: set[str]) -> None:
+    path = name.rpartition("/")[0]
+    while path and path not in parents:
         parents.add(path)
+        path = path.rpartition("/")[0]
 
 
-def _check_ratio(label: str, entry: Entry, limits: Limits) -> None:
-    if entry.size > limits.ratio_free_size and entry.size > limits.ratio_max * entry.packed_size:
-        refuse(
-            label,
-            f"entry {shown(entry.name)} unpacks from {entry.packed_size} to {entry.size} bytes, more than "
-            f"{limits.ratio_max} times; store it uncompressed",
-        )
+def _check_size(label: str, entry: Entry, limits: Limits) -> None:
+    if limits.entry_size_max is not None and entry.size > limits.entry_size_max:
+        refuse_limit(label, f"entry {shown(entry.name)} has {entry.size} bytes", "entry_size_max", limits)
+    if is_bomb(entry.size, entry.packed_size, limits):
+        what = f"entry {shown(entry.name)} unpacks from {entry.packed_size} to {entry.size} bytes"
+        refuse_limit(label, what, "ratio_max", limits)

@@ -13,12 +13,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pyserve.archive.entries import LIMITS, MANIFEST_NAME, Entry, Limits, Reader, SourceFile, refuse
+from pyserve.archive.room import no_room, room_in
 from pyserve.archive.tar_reader import TarReader
 from pyserve.archive.zip_reader import ZipReader
 from pyserve.errors import shown
 
 # Above this many files one sync of everything is cheaper than one per file.
 _SYNC_EACH_COUNT_MAX = 1000
+# How often the room on the disk is looked at: others write to it too.
+_ROOM_INTERVAL_SIZE = 64 << 20
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -65,21 +68,26 @@ def unpack(reader: Reader, entries: Sequence[Entry], folder: Path) -> None:
 
     Raises:
         InvalidModelError: bytes do not fit what their entry declares. The caller removes the folder.
-        OSError: the disk is full or the like.
+        ModelLoadError: the disk would be full before all is written.
+        OSError: the disk cannot be written, or the like.
     """
+    room = _Room(reader.label, folder)
     root = os.open(folder, _FOLDER_FLAGS)
     sync_each = len(entries) <= _SYNC_EACH_COUNT_MAX
     try:
         for entry in entries:
             if entry.is_folder:
                 os.close(_open_folder(root, entry.name.split("/")))
-        files = [entry for entry in entries if not entry.is_folder]
+        files = [entry for entry in entries if not entry.is_folder and not _is_copy(reader, entry)]
         written = 0
         for entry, chunks in reader.contents(files):
-            _write(reader.label, root, entry, chunks, sync=sync_each)
+            _write(reader.label, root, entry, room.watched(chunks), sync=sync_each)
             written += 1
         if written != len(files):
             refuse(reader.label, "changed while it was unpacked; write it elsewhere, then rename it into place")
+        for entry in entries:
+            if _is_copy(reader, entry):
+                _link(root, entry)
         if sync_each:
             os.fsync(root)
         else:
@@ -93,6 +101,46 @@ def verify(reader: Reader, entries: Iterable[Entry]) -> None:
     for _, chunks in reader.contents(entries):
         for _ in chunks:
             pass
+
+
+class _Room:
+    """Stops the writing of chunks before the disk of ``folder`` is full."""
+
+    def __init__(self, label: str, folder: Path):
+        self._label = label
+        self._folder = folder
+        self._size = 0
+        self._looked_at = 0
+
+    def watched(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            self._size += len(chunk)
+            if self._size - self._looked_at >= _ROOM_INTERVAL_SIZE:
+                self._looked_at = self._size
+                room = room_in(self._folder)
+                if room == 0:
+                    raise no_room(self._label, self._size, room)
+            yield chunk
+
+
+def _is_copy(reader: Reader, entry: Entry) -> bool:
+    """Whether its bytes can only be had from the file that it is a link to: a tar is read in one direction."""
+    return bool(entry.link) and reader.kind != "zip"
+
+
+def _link(root: int, entry: Entry) -> None:
+    """Gives what was written for ``entry.link`` a second name."""
+    *parents, name = entry.name.split("/")
+    *target_parents, target = entry.link.split("/")
+    source = _open_folder(root, target_parents)
+    try:
+        parent = _open_folder(root, parents)
+        try:
+            os.link(target, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
+        finally:
+            os.close(parent)
+    finally:
+        os.close(source)
 
 
 def _write(label: str, root: int, entry: Entry, chunks: Iterator[bytes], *, sync: bool) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from pyserve.archive.entries import CHUNK_SIZE, LIMITS, MANIFEST_NAME, Entry, Limits, refuse
+from pyserve.archive.entries import CHUNK_SIZE, LIMITS, MANIFEST_NAME, Entry, Limits, refuse, refuse_limit
 from pyserve.errors import shown
 
 
@@ -52,14 +52,12 @@ class FolderReader:
                 size = self._size_of(prefix + name)
                 found.append(Entry(prefix + name, size, size, is_stored=True, offset=0))
             for name in folder_names:
-                if os.path.islink(os.path.join(folder, name)):
-                    refuse(self.label, f"{shown(prefix + name)} is a link to a folder; copy that folder here")
-                found.append(Entry(prefix + name, 0, 0, is_folder=True))
+                if os.path.islink(os.path.join(folder, name)):  # what lies there is listed where it lies
+                    self._check_inside(prefix + name)
+                else:
+                    found.append(Entry(prefix + name, 0, 0, is_folder=True))
             if len(found) > self._limits.entry_count_max:
-                refuse(
-                    self.label,
-                    f"holds more than the {self._limits.entry_count_max} files allowed; give the folder of one model",
-                )
+                refuse_limit(self.label, f"holds {len(found)} files or more", "entry_count_max", self._limits)
         return found
 
     def read(self, entry: Entry, size_max: int) -> bytes:
@@ -76,12 +74,16 @@ class FolderReader:
             with (self.path / entry.name).open("rb") as file:
                 yield entry, iter(lambda file=file: file.read(CHUNK_SIZE), b"")  # type: ignore[misc]
 
+    def _check_inside(self, name: str) -> None:
+        if not (self.path / name).resolve().is_relative_to(self.path):
+            refuse(self.label, f"{shown(name)} is a link that leaves the folder; copy what it leads to here")
+
     def _size_of(self, name: str) -> int:
         path = self.path / name
         try:
             status = path.stat()
-            if path.is_symlink() and not path.resolve().is_relative_to(self.path):
-                refuse(self.label, f"{shown(name)} is a link that leaves the folder; copy the file here")
+            if path.is_symlink():
+                self._check_inside(name)
         except OSError as error:
             refuse(self.label, f"{shown(name)} cannot be read: {error.strerror}")
         if not stat.S_ISREG(status.st_mode):

@@ -245,6 +245,14 @@ def missing_manifest(label: str) -> InvalidModelError:
     return InvalidModelError(f"{label}: has no {MANIFEST_NAME}; {_HOW_TO_MAKE}")
 
 
+def missing_handler(label: str) -> InvalidModelError:
+    """The error for a manifest that names no handler."""
+    return InvalidModelError(
+        f"{label}: {MANIFEST_NAME} has no model.handler; name a .py file of the archive or one of: "
+        f"{', '.join(sorted(BUILT_IN))}, or give handler="
+    )
+
+
 def _check_depth(value: Any, label: str, depth_max: int = _DEPTH_MAX) -> None:
     level = [value]
     for _ in range(depth_max):

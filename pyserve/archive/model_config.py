@@ -9,6 +9,7 @@ business and is kept.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import difflib
 import itertools
 import math
@@ -24,10 +25,11 @@ from pyserve.config.bounds import BOUNDS, DEVICE_COUNT_MAX, validate_setting
 from pyserve.errors import InvalidModelError, shown
 from pyserve.input_config import InputConfigError, InputSpec, read_inputs
 
-try:
-    from yaml import CSafeLoader as _Loader
-except ImportError:  # PyYAML built without libyaml
-    from yaml import SafeLoader as _Loader
+_Loader = type[yaml.SafeLoader] | type[yaml.CSafeLoader]
+# `yaml.safe_load` uses the first. libyaml's is ten times as fast, takes tabs where that does not, and refuses a few
+# things that it takes, such as lone surrogates.
+_EXACT, _QUICK = yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_EXACT_SIZE_MAX = 32 << 10
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 MEMORY_FORMATS = ("contiguous", "channels_last")
@@ -125,6 +127,10 @@ class ModelConfig:
         for key in itertools.islice(raw.keys() - _KEYS.keys() - _HANDLER_KEYS, _NEAR_MISS_COUNT_MAX):
             config._maybe_warn(key, label)
         config._check_together(label)
+        isolation = raw.get("isolation")
+        if isolation not in (None, "process", "thread"):
+            config.warnings.append(f"{label}: isolation must be process (worker processes, the default) or thread, not "
+                                   f"{shown(str(isolation))}; it is left out")  # fmt: skip
         return config
 
     def _set(self, key: str, value: Any, label: str) -> None:
@@ -171,9 +177,9 @@ class ModelConfig:
             )
 
 
-def config_lines(text: bytes) -> dict[str, int]:
+def config_lines(text: str) -> dict[str, int]:
     """Top-level key -> its line, counted from 1, of a file that `ModelConfig.parse` has read without error."""
-    root = yaml.compose(text, Loader=_Loader)
+    root = yaml.compose(text, Loader=_QUICK)
     if not isinstance(root, yaml.MappingNode):
         return {}
     return {key.value: key.start_mark.line + 1 for key, _ in root.value if isinstance(key, yaml.ScalarNode)}
@@ -183,7 +189,8 @@ _Read = Callable[[str, str, Any, list[str]], Any]
 
 
 def _integer(label: str, attribute: str, value: Any, warnings: list[str]) -> int:
-    value = _unquoted(label, value, warnings)
+    if attribute != "parallel_level":  # which cannot be followed, and TorchServe does not when it is in quotes
+        value = _unquoted(label, value, warnings)
     most = BOUNDS[attribute].most
     if isinstance(value, int) and most < value <= _INT_MAX:  # TorchServe takes it
         warnings.append(f"{label} is {value}, more than {most}; it is taken as {most}")
@@ -310,8 +317,19 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is not plain YAML.
     """
-    # A subclass of SafeLoader: builds no Python objects.
-    return yaml.load(text, Loader=_Loader)
+    error: yaml.YAMLError | None = None
+    for loader in _loaders(text):
+        try:
+            return yaml.load(text, Loader=loader)  # both build no Python objects
+        except yaml.YAMLError as raised:
+            error = error or raised
+    assert error is not None
+    raise error
+
+
+def _loaders(text: str) -> tuple[_Loader, ...]:
+    """In the order in which they are tried."""
+    return (_EXACT, _QUICK) if len(text) <= _EXACT_SIZE_MAX else (_QUICK,)
 
 
 def _decoded(text: bytes, label: str) -> str:
@@ -328,7 +346,9 @@ def _decoded(text: bytes, label: str) -> str:
 
 def _load(text: str, label: str) -> dict[Any, Any]:
     try:
-        _check_expansion(text, label)
+        for loader in _loaders(text):
+            with contextlib.suppress(yaml.YAMLError):  # `read_yaml` raises it again if none can read it
+                _check_expansion(text, label, loader)
         raw = read_yaml(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -343,7 +363,7 @@ def _load(text: str, label: str) -> dict[Any, Any]:
     return raw
 
 
-def _check_expansion(text: str, label: str) -> None:
+def _check_expansion(text: str, label: str, loader: _Loader) -> None:
     """Counts values as if aliases were copies, from the event stream, before anything is built.
 
     A few hundred bytes of aliases of aliases stand for billions of values: harmless in memory, since they are
@@ -362,7 +382,7 @@ def _check_expansion(text: str, label: str) -> None:
         if total > _NODE_COUNT_MAX:
             refuse(label, f"stands for more than {_NODE_COUNT_MAX} values; use fewer aliases or put data into a file")
 
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in yaml.parse(text, Loader=loader):
         if isinstance(event, yaml.AliasEvent):
             size = sizes.get(event.anchor)
             if size is None:

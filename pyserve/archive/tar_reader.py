@@ -15,16 +15,29 @@ from dataclasses import replace
 from functools import cached_property
 from typing import BinaryIO
 
-from pyserve.archive.entries import CHUNK_SIZE, LIMITS, Entry, Limits, SourceFile, refuse, type_problem
+from pyserve.archive.entries import (
+    CHUNK_SIZE,
+    LIMITS,
+    Entry,
+    Limits,
+    SourceFile,
+    is_bomb,
+    link_target,
+    normal_name,
+    refuse,
+    refuse_limit,
+)
+from pyserve.archive.room import no_room
 from pyserve.errors import shown
 
 _BLOCK = 512
 _RECORD_SIZE_MAX = 64 << 10  # one long-name or pax record; names are at most 1 KiB
 _TAIL_SIZE_MAX = 1 << 20  # zero blocks after the end
 _FILE_TYPES, _FOLDER_TYPE = (b"0", b"\0"), b"5"
+_LINK_TYPES = (b"1", b"2")
 _TYPE_NAMES = {
-    b"1": "is a hard link",
-    b"2": "is a symbolic link",
+    b"1": "is a hard link to nothing, or with content",
+    b"2": "is a symbolic link to nothing, or with content",
     b"3": "is a device",
     b"4": "is a device",
     b"6": "is a pipe",
@@ -74,13 +87,12 @@ class TarReader:
                 found.append(entry)
                 total += entry.size
                 if len(found) > self._limits.entry_count_max:
-                    refuse(self.label, f"holds more than the {self._limits.entry_count_max} entries allowed")
-                if total > self._limits.unpacked_size_max:
-                    refuse(
-                        self.label,
-                        f"unpacks to more than the {self._limits.unpacked_size_max} bytes allowed; "
-                        "use the .mar format, whose weights are not unpacked",
-                    )
+                    refuse_limit(self.label, f"holds {len(found)} entries or more", "entry_count_max", self._limits)
+                if self._limits.unpacked_size_max is not None and total > self._limits.unpacked_size_max:
+                    what = f"unpacks to {total} bytes or more"
+                    refuse_limit(self.label, what, "unpacked_size_max", self._limits)
+                if self._limits.room is not None and total > self._limits.room:
+                    raise no_room(self.label, total, self._limits.room)
                 for _ in stream.body(entry):
                     pass
             stream.finish()
@@ -95,15 +107,14 @@ class TarReader:
 
     def contents(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, Iterator[bytes]]]:
         """In the order of the tar, whatever the order of ``entries``. Each one's chunks must be used up at once."""
-        wanted = set(entries)
+        wanted = {entry.number: entry for entry in entries}
         with _TarStream(self._source, self._is_gzip, self._limits) as stream:
             expected = iter(self.entries)
             for entry in stream.headers():
                 if entry != next(expected, None):
                     refuse(self.label, "changed while it was read; write it elsewhere, then rename it into place")
-                if entry in wanted:
-                    wanted.discard(entry)
-                    yield entry, stream.body(entry)
+                if entry.number in wanted:
+                    yield wanted.pop(entry.number), stream.body(entry)
                     if not wanted:
                         return
                 else:
@@ -135,18 +146,23 @@ class _TarStream:
         """Each entry; the caller uses up `body` of one before it asks for the next."""
         name: str | None = None
         size: int | None = None
+        link: str | None = None
+        number = 0
         while True:
             block = self._take(_BLOCK)
             if not block.strip(b"\0"):
                 return
-            kind, entry, mode = self._parse(block)
+            kind, entry = self._parse(block)
             if kind in {b"L", b"x", b"g", b"K"}:
                 record = self._read_record(entry)
                 if kind == b"L":
                     name = self._text(record.rstrip(b"\0"))
+                elif kind == b"K":
+                    link = self._text(record.rstrip(b"\0"))
                 elif kind == b"x":
                     fields = self._pax_fields(record)
                     name = fields.get("path", name)
+                    link = fields.get("linkpath", link)
                     size = self._pax_size(fields.get("size"), size)
                 elif kind == b"g" and self._pax_fields(record).keys() & {"path", "size"}:
                     refuse(self._label, "gives one name or size to all its entries; make it again with plain tar")
@@ -155,10 +171,13 @@ class _TarStream:
                 entry = replace(entry, name=name)
             if size is not None:
                 entry = replace(entry, size=size, packed_size=size)
-            name = size = None
-            entry = self._judge(kind, entry, mode)
-            if entry.name not in {"", "."}:  # the folder itself, as `tar -C folder .` writes it
-                yield entry
+            if link is None and kind in _LINK_TYPES:
+                link = self._text(block[157:257].split(b"\0", 1)[0])
+            entry = self._judge(kind, entry, link or "")
+            name = size = link = None
+            if entry.name:  # else the folder itself, as `tar -C folder .` writes it
+                yield replace(entry, number=number)
+                number += 1
 
     def body(self, entry: Entry) -> Iterator[bytes]:
         left = entry.size
@@ -176,11 +195,14 @@ class _TarStream:
             if seen > _TAIL_SIZE_MAX or chunk.strip(b"\0"):
                 refuse(self._label, "has bytes after its end; make it again with plain tar")
 
-    def _judge(self, kind: bytes, entry: Entry, mode: int) -> Entry:
-        name = entry.name
-        while name.startswith("./"):
-            name = name[2:]
-        is_folder = kind == _FOLDER_TYPE or (kind in _FILE_TYPES and name.endswith("/"))
+    def _judge(self, kind: bytes, entry: Entry, link: str) -> Entry:
+        """``link``: what the header says as the target of a link."""
+        name = normal_name(entry.name)
+        is_folder = kind == _FOLDER_TYPE or (kind in _FILE_TYPES and entry.name.endswith(("/", "\\")))
+        name = name.removesuffix("/")
+        if kind in _LINK_TYPES and link and not entry.size:
+            # A hard link names its target from the top, a symbolic one from where it lies.
+            return replace(entry, name=name, link=link_target(self._label, name, link, is_hard=kind == b"1"))
         if kind not in _FILE_TYPES and kind != _FOLDER_TYPE:
             problem = _TYPE_NAMES.get(kind, f"has the unknown type {kind!r}")
             refuse(
@@ -188,14 +210,11 @@ class _TarStream:
                 f"entry {shown(name)} {problem}; pack plain files and folders only "
                 "(`tar --dereference --hard-dereference`)",
             )
-        problem_of_mode = type_problem(mode & 0o7777, is_folder)
-        if problem_of_mode:
-            refuse(self._label, f"entry {shown(name)} {problem_of_mode}; clear the bit (`chmod ug-s`) and pack again")
         if is_folder and entry.size:
             refuse(self._label, f"entry {shown(name)} is a folder with content; make the archive again")
-        return replace(entry, name=name.removesuffix("/") if is_folder else name, is_folder=is_folder)
+        return replace(entry, name=name, is_folder=is_folder)
 
-    def _parse(self, block: bytes) -> tuple[bytes, Entry, int]:
+    def _parse(self, block: bytes) -> tuple[bytes, Entry]:
         declared = self._number(block[148:156])
         unsigned = sum(block[:148]) + 32 * 8 + sum(block[156:])
         signed = unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
@@ -207,7 +226,7 @@ class _TarStream:
         if size < 0:
             refuse(self._label, f"entry {shown(name)} has a negative size; make the archive again")
         entry = Entry(f"{prefix}/{name}" if prefix else name, size, size)
-        return block[156:157], entry, self._number(block[100:108])
+        return block[156:157], entry
 
     def _read_record(self, entry: Entry) -> bytes:
         self._record_total += entry.size + _BLOCK
@@ -229,7 +248,7 @@ class _TarStream:
             key, equals, value = line.removesuffix(b"\n").partition(b"=")
             if not equals or key.startswith(b"GNU.sparse"):
                 refuse(self._label, "has a sparse file or a broken pax record; pack it without --sparse")
-            if key in {b"path", b"size"}:
+            if key in {b"path", b"size", b"linkpath"}:
                 fields[key.decode()] = self._text(value)
         return fields
 
@@ -268,11 +287,7 @@ class _TarStream:
         except (gzip.BadGzipFile, EOFError, zlib.error):
             refuse(self._label, "is damaged or cut short: it cannot be gunzipped; make or copy it again")
         self._read_size += len(chunk)
-        ratio_max, free = self._limits.ratio_max, self._limits.ratio_free_size
-        if self._read_size > free and self._read_size > ratio_max * self._packed_size:
-            refuse(
-                self._label,
-                f"unpacks from {self._packed_size} bytes to more than {ratio_max} times as many; "
-                "use the .mar format with stored weights",
-            )
+        if is_bomb(self._read_size, self._packed_size, self._limits):
+            what = f"unpacks from {self._packed_size} to {self._read_size} bytes or more"
+            refuse_limit(self._label, what, "ratio_max", self._limits)
         return chunk

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from pyserve.archive.entries import Limits, SourceFile, refuse
+from pyserve.archive.entries import Limits, SourceFile, is_bomb, refuse, refuse_limit
+from pyserve.archive.room import memory_size
 from pyserve.archive.zip_reader import ZipReader
 
 
@@ -208,12 +209,16 @@ def check_inflation(weights: Weights, limits: Limits, label: str) -> None:
         if weights.size < 4 or source.read_at(0, 4) != b"PK\3\4":
             return
         inflated = sum(entry.size for entry in ZipReader(source, limits).entries if not entry.is_stored)
-    if inflated > limits.unpacked_size_max or (
-        inflated > limits.ratio_free_size and inflated > limits.ratio_max * weights.size
-    ):
+    label = source.label
+    if limits.unpacked_size_max is not None and inflated > limits.unpacked_size_max:
+        refuse_limit(label, f"inflates to {inflated} bytes when loaded", "unpacked_size_max", limits)
+    if is_bomb(inflated, weights.size, limits):
+        what = f"inflates from {weights.size} to {inflated} bytes when loaded"
+        refuse_limit(label, what, "ratio_max", limits)
+    memory = memory_size()
+    if memory is not None and inflated > memory:
         refuse(
-            source.label,
-            f"inflates from {weights.size} to {inflated} bytes when loaded, more than the "
-            f"{limits.ratio_max} times or {limits.unpacked_size_max} bytes allowed; save it again with torch.save, "
-            "which does not deflate",
+            label,
+            f"inflates to {inflated} bytes when loaded, and there are {memory} of memory; save it again with "
+            "torch.save, which does not deflate",
         )

@@ -8,12 +8,24 @@ unpacks needs one reading only. Entries are stored or deflated, on one disk, not
 from __future__ import annotations
 
 import itertools
+import stat
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pyserve.archive.entries import CHUNK_SIZE, LIMITS, Entry, Limits, SourceFile, refuse, type_problem
+from pyserve.archive.entries import (
+    CHUNK_SIZE,
+    LIMITS,
+    Entry,
+    Limits,
+    SourceFile,
+    link_target,
+    normal_name,
+    refuse,
+    refuse_limit,
+    type_problem,
+)
 from pyserve.errors import shown
 
 _END = struct.Struct("<4s4H2LH")
@@ -107,7 +119,7 @@ class ZipReader:
         if disk != 0 or start_disk != 0 or count_here != count:
             refuse(self.label, "is one part of a split zip; pack it as one file")
         if count > self._limits.entry_count_max:
-            refuse(self.label, f"holds {count} entries, more than the {self._limits.entry_count_max} allowed")
+            refuse_limit(self.label, f"holds {count} entries", "entry_count_max", self._limits)
         if size > self._limits.directory_size_max:
             refuse(
                 self.label,
@@ -145,7 +157,8 @@ class ZipReader:
         for _ in range(count):
             record, position = self._read_central(directory, position)
             entry = self._read_local(record, offset)
-            entries.append(entry)
+            if entry.name:  # else the folder that all lies in
+                entries.append(entry)
             spans.append((record.header_offset, entry.offset + entry.packed_size, entry.name))
         if position != size:
             refuse(self.label, "is damaged: its list of entries is longer than it says; make or copy it again")
@@ -213,15 +226,17 @@ class ZipReader:
             refuse(self.label, f"entry {shown(name)} is described in two ways that disagree; make the archive again")
         if data_at + record.packed_size > directory_at:
             refuse(self.label, f"entry {shown(name)} reaches past the end of the entries; make the archive again")
-        is_folder = name.endswith("/")
-        problem = type_problem(record.mode, is_folder)
+        name = normal_name(name)
+        is_folder = record.name.endswith(("/", "\\"))
+        is_link = stat.S_ISLNK(record.mode)
+        problem = None if is_link else type_problem(record.mode, is_folder)
         if problem:
             refuse(self.label, f"entry {shown(name)} {problem}; pack plain files and folders only")
         is_stored = record.method == _STORED
         if (is_folder and record.size) or (is_stored and record.size != record.packed_size):
             refuse(self.label, f"entry {shown(name)} lies about its size; make the archive again")
-        return ZipEntry(
-            name=name[:-1] if is_folder else name,
+        entry = ZipEntry(
+            name=name.removesuffix("/"),
             size=record.size,
             packed_size=record.packed_size,
             is_folder=is_folder,
@@ -230,6 +245,10 @@ class ZipReader:
             crc=record.crc,
             method=record.method,
         )
+        if is_link and not is_folder:
+            written = self.read(entry, self._limits.name_size_max).decode("utf-8", "replace")
+            return replace(entry, link=link_target(self.label, name, written))
+        return entry
 
     def _check_spans(self, spans: list[tuple[int, int, str]]) -> None:
         spans.sort()
@@ -241,9 +260,12 @@ class ZipReader:
 
     def _decode(self, raw_name: bytes, flags: int) -> str:
         try:
-            # Without the flag the format means code page 437, which maps every byte to something.
-            return raw_name.decode("utf-8" if flags & _FLAG_UTF8 else "cp437")
+            return raw_name.decode()
         except UnicodeDecodeError:
+            # Without the flag the format means code page 437, which maps every byte to something; but many archivers
+            # write UTF-8 and no flag, and what is UTF-8 by chance is rare.
+            if not flags & _FLAG_UTF8:
+                return raw_name.decode("cp437")
             refuse(self.label, f"has a name that is not UTF-8: {shown(raw_name.decode('latin-1'))}; rename it")
 
     def _zip64_values(self, extra: bytes, name: str) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from pyserve.archive.archive import open_archive
+from pyserve.archive.manifest import name_of_file
 from pyserve.archive.model_config import ModelConfig, config_lines
 from pyserve.commands import terminal as console
 from pyserve.config.config import Config, MissingStoreError, check_config, check_keys, read_config
@@ -134,17 +135,18 @@ def model_report(config: Config, source: ModelSource) -> ModelReport:
     try:
         with open_archive(source.path_or_file) as archive:
             manifest = archive.manifest
-            name, version = source.name or manifest.model_name, manifest.model_version
+            name = source.name or manifest.model_name or name_of_file(archive.name)
+            version = manifest.model_version
             lines: dict[str, int] = {}
             if manifest.config_file is not None:
-                lines = config_lines((archive.model_dir / manifest.config_file).read_bytes())
+                lines = config_lines(archive.config.text)
             block = config.models.get(name, {}).get(version, {})
             settings = first_settings(config, archive.config, block, {}, archive.name)
             settings.workers_min, settings.workers_max = first_workers(config, archive.config, block, None)
             file = manifest.config_file or ""
             found = _Sources(config, archive.config, block, {key: f"{file}:{line}" for key, line in lines.items()})
             rows = [found.row(attribute, getattr(settings, attribute)) for attribute in vars(settings)]
-            return ModelReport(name, version, rows, archive.config.warnings)
+            return ModelReport(name, version, rows, archive.warnings)
     except (ServeError, OSError, yaml.YAMLError) as error:
         return ModelReport(label, error=" ".join(str(error).split()))
 

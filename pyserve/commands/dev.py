@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pyserve.archive.archive import give_manifest, has_manifest, survey
 from pyserve.archive.folder_manifest import infer_manifest
-from pyserve.archive.manifest import Manifest, check_model_name, split_handler
+from pyserve.archive.manifest import Manifest, check_model_name, name_of_file, split_handler
 from pyserve.commands import terminal as console
 from pyserve.commands.start import start_server
 from pyserve.config.config import load_config
@@ -37,9 +37,10 @@ def dev_command(folder: Path, overrides: Mapping[str, tuple[str, str]], parsed: 
     from pyserve.server import pid_file
 
     manifest = open_folder(folder)
+    name = parsed.name or manifest.model_name or name_of_file(folder.resolve().name)
     overrides = {
         **overrides,
-        "load_models": (model_to_load(folder, parsed.name or manifest.model_name), COMMAND),
+        "load_models": (model_to_load(folder, name), COMMAND),
         "watch": ("true", COMMAND),
         "enable_model_api": ("true", COMMAND),
         # The folder is what is served, now and here.

@@ -334,7 +334,7 @@ def _archive(path: Path, ts_config: str | None) -> Iterator[Check]:
         return
     with subject.archive as archive:
         yield Check(PASS, "archive", f"{subject.label}, handler {archive.manifest.handler}, {len(archive.files)} files")
-        for text in (*subject.notes, *archive.config.warnings):
+        for text in (*subject.notes, *archive.warnings):
             yield Check(WARN, "archive", text)
         yield from _recorded(archive)
         yield from _requirements(archive, subject.config)

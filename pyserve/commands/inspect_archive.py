@@ -35,10 +35,10 @@ def _print_survey(path: Path, found: Survey) -> None:
         f"{sum(not entry.is_folder for entry in found.entries)} files"
     )
     print("\nMANIFEST")
-    print(json.dumps(manifest.raw, indent=2))
+    print("(none)" if manifest.raw is None else json.dumps(manifest.raw, indent=2))
     print(f"\nCONFIG {manifest.config_file or '(none)'}")
     if found.config.has_file:
-        print(json.dumps(found.config.raw, indent=2, default=str))
+        print(found.config.text.rstrip())
     print(f"\nENTRIES\n{'size':>14} {'packed':>14}  how       name")
     for entry in found.entries:
         if not entry.is_folder:
@@ -46,8 +46,8 @@ def _print_survey(path: Path, found: Survey) -> None:
     print(f"\n{_weights_line(found)}")
     if found.manifest.model_file is not None:
         print(f"conversion: {_conversion_line(path)}")
-    for warning in found.config.warnings:
-        print(f"warning: {warning}")
+    for text in dict.fromkeys([*found.warnings, *(f"{each} (a handler that reads it fails)" for each in found.needed)]):
+        print(f"warning: {text}")
 
 
 def _how(kind: str, entry: Entry) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pyserve.archive.archive import Archive
 from pyserve.archive.cache import open_cache
+from pyserve.archive.manifest import missing_handler
 from pyserve.conversion.torchscript import NeedsPythonError, Progress, Tracing
 from pyserve.errors import ModelLoadError
 from pyserve.lanes.audit import AuditLane
@@ -63,10 +64,10 @@ async def open_lane(options: LaneOptions) -> Lane:
     """
     config, archive = options.services.config, options.archive
     if not archive.manifest.handler:
-        raise ModelLoadError(f"{archive.name}: its manifest names no handler; give handler=, or pack again")
+        raise ModelLoadError(missing_handler(archive.name).message)
     reason = python_lane_reason(archive)
-    if not reason or built_in_name(archive) is not None:
-        archive.check_complete()
+    if reason and built_in_name(archive) is not None:
+        archive.check_complete()  # in the native lane once the handler is found
     if not reason and config.service_envelope:
         reason = f"service_envelope={config.service_envelope} wraps its handler"
     if reason:

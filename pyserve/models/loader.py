@@ -84,8 +84,8 @@ def load_network(
     Raises:
         ServeError: of any kind; the text names what is wrong with the archive and how to fix it.
     """
-    archive.check_complete()
     handler = load_handler(archive)
+    archive.check_complete()
     # Ours writes nothing.
     folder = archive.model_dir if handler_is_built_in(handler) else archive.own_folder()
     context = Context(

@@ -31,9 +31,6 @@ def python_lane_reason(archive: Archive, named: str | None = None) -> str:
 
     Args:
         named: in place of the handler that the archive's manifest names.
-
-    Raises:
-        ModelLoadError: ``isolation`` in model-config.yaml is neither ``process`` nor ``thread``.
     """
     module, name = _module_and_name(archive, named)
     file = _own_file(archive, named)
@@ -174,13 +171,7 @@ def _own_file(archive: Archive, named: str | None) -> str | None:
 
 
 def _wants_thread(archive: Archive) -> bool:
-    isolation = archive.config.raw.get("isolation")
-    if isolation not in (None, "process", "thread"):
-        raise ModelLoadError(
-            f"{archive.name}: 'isolation' in model-config.yaml is {isolation!r}; write process (worker processes, the "
-            "default) or thread"
-        )
-    return isolation == "thread"
+    return bool(archive.config.raw.get("isolation") == "thread")
 
 
 def _built_in_names() -> str:

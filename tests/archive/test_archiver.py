@@ -182,8 +182,6 @@ def test_handler_that_is_nowhere_names_the_nearest(sources: Path) -> None:
     with pytest.raises(InvalidModelError) as refused:  # TorchServe's covers of other engines are not offered
         packed(handler="vlm_handler")
     assert "tensor" in str(refused.value) and "vllm_handler" not in str(refused.value)
-    with pytest.raises(InvalidModelError, match="cannot be used"):
-        packed(handler="handler.py:no function")
 
 
 def test_extra_files_take_wildcards_lists_and_folders(sources: Path) -> None:
@@ -227,24 +225,19 @@ def test_the_same_file_named_twice_is_packed_once(sources: Path) -> None:
         ({"config_file": "labels.json"}, r"labels\.json: is not plain YAML"),
         ({"model_name": "../m"}, "modelName .* cannot be used"),
         ({"model_name": "all"}, "modelName .* cannot be used"),
-        ({"version": "1/2"}, "modelVersion .* cannot be used"),
+        ({"version": "1\n2"}, "modelVersion .* cannot be used"),
         ({"archive_format": "rar"}, "use one of default, zip-store"),
         ({"runtime": "ruby"}, "use one of python"),
-        ({"extra_files": "twins"}, "differ only in case"),
         ({"extra_files": "linked"}, "link to a folder"),
         ({"extra_files": "own"}, "written by the archiver"),
         ({"extra_files": "pipes"}, "not found|not a regular file"),
-        ({"serialized_file": "empty.pt"}, r"^m\.mar: serializedFile .* is empty"),
     ],
 )
 def test_what_cannot_be_packed_leaves_nothing(sources: Path, fields: dict[str, Any], reason: str) -> None:
     write_folder(
         sources,
         {
-            "twins/a.txt": b"1",
-            "twins/A.txt": b"2",
             "linked/x": b"",
-            "empty.pt": b"",
             "own/MAR-INF/MANIFEST.json": b"{}",
             "pipes/x": b"",
         },
@@ -254,6 +247,13 @@ def test_what_cannot_be_packed_leaves_nothing(sources: Path, fields: dict[str, A
     with pytest.raises(InvalidModelError, match=reason):
         packed(**fields)
     assert not Path("out").exists() or not tree(Path("out"))
+
+
+def test_what_is_odd_is_packed_as_torch_model_archiver_packs_it(sources: Path) -> None:
+    write_folder(sources, {"twins/a.txt": b"1", "twins/A.txt": b"2", "empty.pt": b"", "my é.py": HANDLER})
+    with zipfile.ZipFile(packed(extra_files="twins", serialized_file="empty.pt", handler="my é.py",
+                                version="1.0 beta")) as file:  # fmt: skip
+        assert {"a.txt", "A.txt", "empty.pt", "my é.py"} < set(file.namelist())
 
 
 @pytest.mark.parametrize("archive_format", FORMATS)
@@ -358,7 +358,7 @@ def test_inspect_shows_manifest_config_entries_and_mapping(sources: Path, capsys
     out = capsys.readouterr().out
     for expected in (
         '"modelName": "m"',
-        '"batchSize": 8',
+        "batchSize: 8",
         "stored",
         "deflated",
         "mapped from the archive at byte",
@@ -384,8 +384,8 @@ def test_inspect_reads_the_other_formats(
 
 
 def test_inspect_of_a_bad_archive_fails_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_plain_mar(tmp_path / "m.mar", {"a": b"a"})
+    path = write_plain_mar(tmp_path / "m.mar", {"MAR-INF/MANIFEST.json": b"a"})
     assert run(add_inspect_arguments, inspect_command, str(path)) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: m.mar: has no MAR-INF/MANIFEST.json") and captured.err.count("\n") == 1
+    assert captured.err.startswith("error: m.mar: MAR-INF/MANIFEST.json is not JSON") and captured.err.count("\n") == 1
     assert run(add_inspect_arguments, inspect_command, str(tmp_path / "no.mar")) == 1

@@ -67,28 +67,23 @@ BAD_NAMES = [
     b"..\\w",
     b"C:\\x",
     b"C:/x",
-    b"c:x",
-    b"a//b",
-    b"./a",
-    b"a/.",
     b"..",
     b"a/..",
-    b"",
+    b"./../a",
+    b"a\\..\\..\\e",
     b"a\0b",
     b"a\nb",
     b"\x7f",
     b"\x1b[2J",
     "a\u202eb".encode(),
-    "e\u0301".encode(),
-    "a\u200bb".encode(),
+    "a\u2066b".encode(),
     b"\\\\h\\s",
     b"x" * 256,
     b"a/" * 40 + b"b",
     b"y/" * 600 + b"z",
 ]
 
-# A tar cannot hold a name that is empty or has NUL, and a leading ./ is how it names the current folder.
-BAD_TAR_NAMES = [name.decode() for name in BAD_NAMES if name and b"\0" not in name and name != b"./a"]
+BAD_TAR_NAMES = [name.decode() for name in BAD_NAMES if b"\0" not in name]  # which a tar cannot hold
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
@@ -102,11 +97,10 @@ def test_bad_name_in_tar_is_refused(tmp_path: Path, refused: Callable[..., str],
     refused(write_tgz(tmp_path / "m.tgz", tarfile.TarInfo(name), tar_format=tar_format))
 
 
-@pytest.mark.parametrize("pair", [("a", "a"), ("a/b", "A/c"), ("Handler.py", "x"), ("d", "d/e"), ("ß.txt", "ss.TXT")])
-def test_twin_names_are_refused(tmp_path: Path, refused: Callable[..., str], pair: tuple[str, str]) -> None:
-    members = [Member(name.encode(), b"x", flags=2048) for name in pair]
+def test_file_that_is_also_a_folder_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    members = [Member(name, b"x", flags=2048) for name in (b"d", b"d/e")]
     assert "entr" in refused(write_mar(tmp_path / "m.mar", *members))
-    refused(write_tgz(tmp_path / "m.tgz", *[tarfile.TarInfo(f"m/{name}") for name in (*pair,)]))
+    refused(write_tgz(tmp_path / "m.tgz", *[tarfile.TarInfo(f"m/{name}") for name in ("d", "d/e")]))
 
 
 def test_file_that_is_also_a_folder_is_refused_in_either_order(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -117,13 +111,11 @@ def test_file_that_is_also_a_folder_is_refused_in_either_order(tmp_path: Path, r
 @pytest.mark.parametrize(
     ("mode", "reason"),
     [
-        (0o120777, "symbolic link"),
+        (0o120777, "link that leaves the archive"),
         (0o010644, "device, pipe"),
         (0o020644, "device, pipe"),
         (0o060644, "device, pipe"),
         (0o140644, "device, pipe"),
-        (0o104755, "set-user"),
-        (0o102755, "set-user"),
         (0o040755, "both as a file"),
     ],
 )
@@ -134,8 +126,8 @@ def test_special_file_in_zip_is_refused(tmp_path: Path, refused: Callable[..., s
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (tarfile.SYMTYPE, "symbolic link"),
-        (tarfile.LNKTYPE, "hard link"),
+        (tarfile.SYMTYPE, "link that leaves the archive"),
+        (tarfile.LNKTYPE, "link that leaves the archive"),
         (tarfile.FIFOTYPE, "pipe"),
         (tarfile.CHRTYPE, "device"),
         (tarfile.BLKTYPE, "device"),
@@ -146,14 +138,16 @@ def test_special_file_in_zip_is_refused(tmp_path: Path, refused: Callable[..., s
 def test_special_file_in_tar_is_refused(tmp_path: Path, refused: Callable[..., str], kind: bytes, reason: str) -> None:
     header = tarfile.TarInfo("m/e")
     header.type = kind
-    header.linkname = "m/w.bin"
+    header.linkname = "/etc/passwd"
     assert reason in refused(write_tgz(tmp_path / "m.tgz", header))
 
 
-def test_setuid_file_in_tar_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_link_with_content_in_tar_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     header = tarfile.TarInfo("m/e")
-    header.mode = 0o4755
-    assert "set-user" in refused(write_tgz(tmp_path / "m.tgz", header))
+    header.type, header.linkname, header.size = tarfile.LNKTYPE, "m/w.bin", 512
+    packed = bytearray(tar_bytes(good_files(), header))
+    (tmp_path / "m.tgz").write_bytes(gzip.compress(bytes(packed)))
+    assert "with content" in refused(tmp_path / "m.tgz")
 
 
 def test_file_written_through_a_link_in_the_same_tar_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -164,45 +158,56 @@ def test_file_written_through_a_link_in_the_same_tar_is_refused(tmp_path: Path, 
 
 # ---- sizes, counts, ratios
 
+# What is a bomb counts from 4 GiB by default, which takes too long to inflate in a test.
+SMALL = Limits(ratio_free_size=64 << 20)
+
 
 def test_deflated_bomb_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     bomb = bytes(200 << 20)
     path = write_plain_mar(tmp_path / "m.mar", {**good_files(), "w.bin": bomb})
     assert path.stat().st_size < 1 << 20
-    assert "more than 200 times" in refused(path)
+    assert "more than 200 times" in refused(path, SMALL)
 
 
 def test_bomb_of_many_small_entries_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     files = {f"f{index}": bytes(10 << 20) for index in range(8)}
-    assert "more than 200 times" in refused(write_plain_mar(tmp_path / "m.mar", {**good_files(), **files}))
+    assert "more than 200 times" in refused(write_plain_mar(tmp_path / "m.mar", {**good_files(), **files}), SMALL)
 
 
 def test_tar_bomb_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     path = tmp_path / "m.tgz"
     path.write_bytes(gzip.compress(tar_bytes({**good_files(), "w.bin": bytes(100 << 20)}), mtime=0))
-    assert "more than 200 times" in refused(path)
+    assert "more than 200 times" in refused(path, SMALL)
 
 
-def test_deflated_records_inside_the_weights_count(tmp_path: Path, refused: Callable[..., str]) -> None:
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_deflated_records_inside_the_weights_count_for_who_loads_them(tmp_path: Path, method: int) -> None:
     inner = io.BytesIO()
     with zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", bytes(200 << 20))
-    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        path = write_plain_mar(tmp_path / f"m{method}.mar", {**good_files(), "w.bin": inner.getvalue()}, method=method)
-        assert "when loaded" in refused(path)
+    path = write_plain_mar(tmp_path / "m.mar", {**good_files(), "w.bin": inner.getvalue()}, method=method)
+    with (
+        open_archive(path, cache_dir=tmp_path / "cache", limits=Limits(ratio_free_size=1 << 20)) as opened,
+        pytest.raises(InvalidModelError, match="when loaded"),
+    ):
+        opened.check_complete()
 
 
-def test_weights_that_are_a_damaged_zip_are_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_weights_that_are_a_damaged_zip_are_refused_to_who_loads_them(tmp_path: Path) -> None:
     path = write_plain_mar(tmp_path / "m.mar", {**good_files(), "w.bin": b"PK\3\4" + WEIGHTS})
-    assert "m.mar: w.bin: is cut short" in refused(path)
+    with (
+        open_archive(path, cache_dir=tmp_path / "cache") as archive,
+        pytest.raises(InvalidModelError, match=r"m\.mar: w\.bin: is cut short"),
+    ):
+        archive.check_complete()
 
 
 def test_declared_total_over_the_limit_is_refused_before_writing(tmp_path: Path, refused: Callable[..., str]) -> None:
     limits = Limits(unpacked_size_max=1000)
-    assert "more than the 1000 allowed" in refused(write_mar(tmp_path / "m.mar", Member(b"big", bytes(2000))), limits)
+    assert "more than archive_unpacked_size_max=1000" in refused(write_mar(tmp_path / "m.mar", Member(b"big", bytes(2000))), limits)
     path = tmp_path / "m.tgz"
     path.write_bytes(gzip.compress(tar_bytes({**good_files(), "big": bytes(2000)})))
-    assert "more than the 1000" in refused(path, limits)
+    assert "more than archive_unpacked_size_max=1000" in refused(path, limits)
 
 
 def test_mapped_weights_do_not_count_as_unpacked(tmp_path: Path) -> None:
@@ -231,7 +236,7 @@ def test_a_million_entries_are_refused(tmp_path: Path, refused: Callable[..., st
 
 def test_too_many_entries_in_a_tar_are_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     path = write_tgz(tmp_path / "m.tgz", *[tarfile.TarInfo(f"m/{index}") for index in range(20)])
-    assert "more than the 10 entries" in refused(path, Limits(entry_count_max=10))
+    assert "more than archive_entry_count_max=10" in refused(path, Limits(entry_count_max=10))
 
 
 def test_longest_name_a_zip_can_hold_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -363,10 +368,9 @@ def _with_size(tar: bytes, field: bytes) -> bytes:
     return bytes(block) + tar[512:]
 
 
-def test_archive_without_manifest_says_how_to_make_one(tmp_path: Path, refused: Callable[..., str]) -> None:
-    files = good_files()
-    del files["MAR-INF/MANIFEST.json"]
-    assert "pyserve archive --model-name" in refused(write_plain_mar(tmp_path / "m.mar", files))
+def test_archive_of_two_models_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    files = {f"{name}/MAR-INF/MANIFEST.json": manifest() for name in ("a", "b")}
+    assert "holds 2 models (a/, b/)" in refused(write_plain_mar(tmp_path / "m.mar", files))
 
 
 @pytest.mark.parametrize(
@@ -380,7 +384,12 @@ def test_archive_without_manifest_says_how_to_make_one(tmp_path: Path, refused: 
         ("..a", True),
         ("a..b/c", True),
         (".hidden", True),
-        ("a:b", False),
+        ("a:b", True),
+        ("C:x", True),
+        ("C:/x", False),
+        ("e\u0301.txt", True),
+        ("a\u200d.txt", True),
+        ("a\u202eb", False),
         ("ab:c", True),
         ("a\ud800", False),
         ("x" * 255, True),

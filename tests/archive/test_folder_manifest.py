@@ -73,8 +73,8 @@ def test_folder_without_code_says_what_to_write(folder: Path) -> None:
 def test_folder_opens_with_its_manifest_and_nothing_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "handler.py").write_text(FUNCTION)
     assert not has_manifest(folder)
-    with pytest.raises(InvalidModelError):
-        open_archive(folder)
+    with open_archive(folder) as archive:
+        assert archive.manifest.raw is None
     monkeypatch.setenv("PYSERVE_DEV_MANIFESTS", "{}")  # put back at the end
     before = open_archive(folder, manifest=infer_manifest(folder).text)
     give_manifest(folder, infer_manifest(folder).text)
