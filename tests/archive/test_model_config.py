@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pyserve.archive.model_config import ModelConfig
+from pyserve.archive.model_config import ModelConfig, read_yaml
 from pyserve.config.bounds import BOUNDS, validate_setting
 from pyserve.errors import BadRequestError, InvalidModelError
 from pyserve.input_config import InputSpec
@@ -56,7 +59,7 @@ audit: 0.1%
 conversion: script
 handler: {profile: true}
 """)
-    assert dataclasses.asdict(config) | {"raw": {}} == {
+    assert dataclasses.asdict(config) | {"raw": {}, "text": ""} == {
         "workers_min": 1,
         "workers_max": 4,
         "batch_size": 8,
@@ -98,6 +101,9 @@ handler: {profile: true}
         "audit_share": 0.001,
         "conversion": "script",
         "raw": {},
+        "text": "",
+        "needed": (),
+        "quoted": (),
         "has_file": True,
         "warnings": [],
     }
@@ -108,38 +114,38 @@ handler: {profile: true}
 def test_empty_file_sets_nothing_but_is_a_file(text: str) -> None:
     config = parse(text)
     assert config.has_file and config.batch_size is None
-    assert config == dataclasses.replace(ModelConfig(), raw=config.raw, has_file=True)
+    assert config == dataclasses.replace(ModelConfig(), raw=config.raw, text=text, has_file=True)
 
 
 def test_no_file_is_all_none() -> None:
     config = ModelConfig()
     values = dataclasses.asdict(config)
-    assert (values.pop("raw"), values.pop("has_file"), values.pop("warnings")) == ({}, False, [])
+    assert (values.pop("raw"), values.pop("has_file"), values.pop("warnings"), values.pop("text")) == (
+        {},
+        False,
+        [],
+        "",
+    )
+    assert (values.pop("needed"), values.pop("quoted")) == ((), ())
     assert set(values.values()) == {None}
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "minWorkers: 1000000000",
         "minWorkers: -1",
-        "maxWorkers: 1025",
         "minWorkers: two",
         "minWorkers: 1.0",
         "minWorkers: true",
         "batchSize: -1",
         "batchSize: 0",
         "batchSize: 2147483648",
-        "batchSize: 65537",
         "batchSize: [8]",
-        'batchSize: "8"',
         "batchSize: {a: 1}",
         "maxBatchDelay: .inf",
         "maxBatchDelay: .nan",
         "maxBatchDelay: -1",
-        "maxBatchDelay: 3600001",
         "responseTimeout: 0",
-        "responseTimeout: 86401",
         "startupTimeout: 0",
         "deviceIds: 3",
         "deviceIds: []",
@@ -150,7 +156,6 @@ def test_no_file_is_all_none() -> None:
         "deviceIds: [true]",
         "deviceType: 3",
         "jobQueueSize: 0",
-        "jobQueueSize: 1000001",
         "precision: int8",
         "precision: 16",
         "memoryFormat: nhwc",
@@ -208,24 +213,128 @@ def test_no_file_is_all_none() -> None:
         "minBatch: 0",
     ],
 )
-def test_bad_value_is_refused_and_its_key_named(line: str) -> None:
-    with pytest.raises(InvalidModelError) as caught:
-        parse(line)
-    assert caught.value.message.startswith(f"{LABEL}: {line.partition(':')[0]}")
-    assert len(caught.value.message) < 400
+def test_bad_value_is_left_out_and_its_key_named(line: str) -> None:
+    config = parse(line)
+    key = line.partition(":")[0]
+    assert config.warnings[0].startswith(f"{LABEL}: {key}") and config.warnings[0].endswith("it is left out")
+    assert len(config.warnings) == 1 and len(config.warnings[0]) < 400
+    # Of pyserve's own keys a built-in handler is told; TorchServe's are left out, as it does.
+    is_own = key in "minBatch precision memoryFormat input batchDependent precisionErrorMax audit conversion".split()
+    assert [f"{text}; it is left out" for text in config.needed] == (config.warnings if is_own else [])
+    unset = dataclasses.replace(config, raw={}, text="", needed=(), quoted=(), warnings=[], has_file=False)
+    assert unset == ModelConfig()
 
 
-def test_a_million_device_ids_are_refused() -> None:
-    with pytest.raises(InvalidModelError):
-        parse("deviceIds: [" + "1," * 500_000 + "1]")
-    with pytest.raises(InvalidModelError, match="deviceIds must be a list of 1 to 1024"):
-        parse("deviceIds: [" + "1," * 2000 + "1]")
+@pytest.mark.parametrize(
+    ("line", "attribute", "value"),
+    [
+        ('batchSize: "8"', "batch_size", 8),
+        ("maxBatchDelay: ' 50 '", "max_batch_delay_ms", 50),
+        ("minWorkers: '2'", "workers_min", 2),
+        ("useJobTicket: 'true'", "use_job_ticket", True),
+        ("useVenv: 'False'", "use_venv", False),
+    ],
+)
+def test_value_in_quotes_is_what_it_says_but_for_strict(line: str, attribute: str, value: object) -> None:
+    config = parse(line)
+    assert getattr(config, attribute) == value
+    assert len(config.warnings) == 1 and "in quotes" in config.warnings[0] and config.needed == ()
+    config.leave_out_quoted()
+    assert getattr(config, attribute) is None
 
 
-@pytest.mark.parametrize("text", ["minWorkers: 3\nmaxWorkers: 2", "minBatch: 9\nbatchSize: 8"])
-def test_least_above_most_is_refused(text: str) -> None:
-    with pytest.raises(InvalidModelError, match="must not be larger than"):
-        parse(text)
+@pytest.mark.parametrize("text", ['"8.5"', "'yes'", '"0x8"', "''", "'８'", "'" + "9" * 19 + "'"])
+def test_text_that_is_no_number_is_left_out(text: str) -> None:
+    assert parse(f"batchSize: {text}").batch_size is None
+    assert parse(f"useVenv: {text}").use_venv is None
+
+
+@pytest.mark.parametrize(
+    ("line", "attribute", "value"),
+    [
+        ("batchSize: 100000", "batch_size", 65536),
+        ("minWorkers: 1000000000", "workers_min", 1024),
+        ("maxBatchDelay: 3600001", "max_batch_delay_ms", 3_600_000),
+        ("responseTimeout: 86401", "response_timeout_s", 86_400),
+        ("jobQueueSize: 1000001", "queue_size", 1_000_000),
+    ],
+)
+def test_number_that_torchserve_takes_becomes_the_nearest(line: str, attribute: str, value: int) -> None:
+    config = parse(line)
+    assert getattr(config, attribute) == value
+    assert len(config.warnings) == 1 and f"is taken as {value}" in config.warnings[0]
+
+
+def test_parallel_level_in_quotes_is_left_out_as_torchserve_does() -> None:
+    assert parse("parallelLevel: '1'").parallel_level is None  # or it could not be served
+
+
+def test_unknown_isolation_is_a_warning() -> None:
+    assert "isolation must be process" in parse("isolation: foo").warnings[0]
+    assert parse("isolation: thread").warnings == []
+
+
+def test_a_million_device_ids_are_left_out() -> None:
+    config = parse("deviceIds: [" + "1," * 2000 + "1]")
+    assert config.device_ids is None and "deviceIds must be a list of 1 to 1024" in config.warnings[0]
+    with pytest.raises(InvalidModelError, match="stands for more than 1000000 values"):
+        parse("deviceIds: [" + "1," * 1_000_000 + "1]")
+
+
+def test_least_above_most_is_left_out() -> None:
+    config = parse("minWorkers: 3\nmaxWorkers: 2")
+    assert (config.workers_min, config.workers_max, config.needed) == (None, None, ())
+    assert "must not be larger than" in config.warnings[0]
+    config = parse("minBatch: 9\nbatchSize: 8")
+    assert (config.min_batch, config.batch_size, len(config.needed)) == (None, 8, 1)
+
+
+# What TorchServe's handlers were seen to get, of the same text.
+AS_SAFE_LOAD = {
+    "a: 2024-01-02\nb: 2024-01-02T03:04:05.123456+02:00\nc: 2024-01-02 03:04:05": {
+        "a": date(2024, 1, 2),
+        "b": datetime(2024, 1, 2, 3, 4, 5, 123456, tzinfo=timezone(timedelta(seconds=7200))),
+        "c": datetime(2024, 1, 2, 3, 4, 5),
+    },
+    "a: !!binary aGVsbG8=": {"a": b"hello"},
+    "a: !!set {x, y}": {"a": {"x", "y"}},
+    "a: !!omap [x: 1, y: 2]": {"a": [("x", 1), ("y", 2)]},
+    "a: !!pairs [x: 1, x: 2]": {"a": [("x", 1), ("x", 2)]},
+    "h: {0: cat, 0.5: x, true: y, null: z, 2024-01-02: d}": {
+        "h": {0: "cat", 0.5: "x", True: "y", None: "z", date(2024, 1, 2): "d"}
+    },
+    "a: 010\nb: 0o10\nc: 0x10\nd: 0b11\ne: 1_000\nf: 089": {
+        "a": 8, "b": "0o10", "c": 16, "d": 3, "e": 1000, "f": "089",
+    },
+    "a: yes\nb: NO\nc: on\nd: y": {"a": True, "b": False, "c": True, "d": "y"},
+    "a: 190:20:30\nb: 1e3\nc: 1.0e+3\nd: .inf\ne: 1.10\nf: 1.2.3": {
+        "a": 685230, "b": "1e3", "c": 1000.0, "d": math.inf, "e": 1.1, "f": "1.2.3",
+    },
+    "a: 123456789012345678901234567890": {"a": 123456789012345678901234567890},
+    "a: &x {p: 1, q: 2}\nb: {<<: *x, q: 3}": {"a": {"p": 1, "q": 2}, "b": {"p": 1, "q": 3}},
+    "a: 1\na: 2": {"a": 2},
+    'a: "\\ud800\\0"': {"a": "\ud800\0"},
+    "l: {" + ", ".join(f"{i}: n{i}" for i in range(30_000)) + "}": {"l": {i: f"n{i}" for i in range(30_000)}},
+    "a: " + "[" * 200 + "]" * 200: None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AS_SAFE_LOAD, ids=range(len(AS_SAFE_LOAD)))
+def test_handlers_get_what_safe_load_gives(text: str) -> None:
+    config = parse(text)
+    assert repr(config.raw) == repr(read_yaml(config.text)) == repr(yaml.safe_load(text))
+    if AS_SAFE_LOAD[text] is not None:
+        assert config.raw == AS_SAFE_LOAD[text]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_file_of_any_encoding_that_yaml_has(encoding: str) -> None:
+    config = ModelConfig.parse("a: hé你😀".encode(encoding), LABEL)
+    assert (config.raw, config.text) == ({"a": "hé你😀"}, "a: hé你😀")
+
+
+def test_tabs_are_taken_where_libyaml_takes_them() -> None:
+    assert parse("a:\t1\nb: 2\t# x").raw == {"a": 1, "b": 2}
 
 
 def test_unknown_device_type_is_ignored_with_a_warning() -> None:
@@ -292,12 +401,12 @@ def bomb(levels: int = 9, width: int = 9) -> str:
         "a: &a {b: &b [1, 2], <<: *a}",
         "a: &a [*a]",
         "a: *nothing",
-        "a: &a {x: 1}\nb: {<<: [" + ", ".join(["*a"] * 60_000) + "]}",
+        "a: &a {x: 1}\nb: {<<: [" + ", ".join(["*a"] * 600_000) + "]}",
     ],
     ids=["bomb", "merge of itself", "itself", "nothing", "merges"],
 )
 def test_aliases_that_multiply_are_refused(text: str) -> None:
-    with pytest.raises(InvalidModelError, match=r"alias|20000 values|not plain YAML"):
+    with pytest.raises(InvalidModelError, match=r"alias|1000000 values|not plain YAML"):
         parse(text)
 
 
@@ -310,7 +419,7 @@ def test_honest_aliases_are_read() -> None:
     "text",
     [
         "[" * 100_000,
-        "a: " + "[" * 70 + "]" * 70,
+        "a: " + "[" * 270 + "]" * 270,
         "- 1\n- 2",
         "text",
         "a: [",
@@ -337,9 +446,10 @@ def test_bytes_that_are_no_text_are_refused() -> None:
             ModelConfig.parse(text, LABEL)
 
 
-def test_larger_than_a_mebibyte_is_refused() -> None:
-    with pytest.raises(InvalidModelError, match="more than the 1048576 allowed"):
-        parse("a: " + "x" * (1 << 20))
+def test_larger_than_16_mebibytes_is_refused() -> None:
+    assert len(parse("a: " + "x" * (4 << 20)).raw["a"]) == 4 << 20
+    with pytest.raises(InvalidModelError, match="more than the 16777216 allowed"):
+        parse("a: " + "x" * (16 << 20))
 
 
 def test_a_bomb_takes_little_memory() -> None:
