@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyserve.api import parameters
-from pyserve.archive.manifest import MODEL_NAME_PATTERN, NAME_SIZE_MAX
+from pyserve.archive.manifest import NAME_SIZE_MAX, SERVED_NAME_PATTERN
 from pyserve.config.bounds import BOUNDS
 from pyserve.errors import JsonObject
 from pyserve.request.deadline import TIMEOUT_MAX_MS
@@ -118,6 +118,8 @@ V2_STATISTICS = record(model_stats=array(record(
     inference_stats=record(success=_TIME, fail=_TIME, queue=_TIME, compute_input=_TIME, compute_infer=_TIME,
                            compute_output=_TIME),
 )))  # fmt: skip
+V2_INDEX = array(record(name=TEXT, version=TEXT, state=TEXT, reason=TEXT))
+V2_INDEX_REQUEST: JsonObject = {JSON: {"schema": record("ready", ready=FLAG)}}
 _TENSOR = record(
     "data", "parameters", name=TEXT, shape=array(COUNT), datatype=_DATATYPE,
     data={"type": "array", "items": ANYTHING}, parameters=OBJECT,
@@ -146,18 +148,14 @@ REGISTRATION: JsonObject = {
 }  # fmt: skip
 
 
-def _name(pattern: str) -> JsonObject:
-    return {"type": "string", "pattern": f"^{pattern}$", "maxLength": NAME_SIZE_MAX}
-
-
 PATH_PARAMETERS: dict[str, JsonObject] = {
     "model_name": {
         "description": "As registered.",
-        "schema": _name(MODEL_NAME_PATTERN),
+        "schema": {"type": "string", "minLength": 1, "maxLength": NAME_SIZE_MAX, "pattern": SERVED_NAME_PATTERN},
     },
     "model_version": {
         "description": "As in the archive's manifest.",
-        "schema": {"type": "string", "minLength": 1, "maxLength": NAME_SIZE_MAX, "pattern": r"^[^/\x00-\x1f\x7f]+$"},
+        "schema": {"type": "string", "minLength": 1, "maxLength": NAME_SIZE_MAX, "pattern": SERVED_NAME_PATTERN},
     },
     "rest": {
         "description": "May hold slashes; the handler finds it in its url_path header.",

@@ -24,6 +24,7 @@ RUNTIMES = ("python", "python3", "LSP")
 DEFAULT_VERSION = "1.0"
 
 MODEL_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_\-.]*"  # what the archiver writes
+SERVED_NAME_PATTERN = r"^[^/\x00-\x1f\x7f]+$"
 _NAME = re.compile(MODEL_NAME_PATTERN + r"\Z")
 NAME_SIZE_MAX = 255
 _RESERVED = "all"  # /models/{name}/all lists every version
@@ -42,8 +43,20 @@ _HOW_TO_MAKE = (
 )
 
 
+def check_served_name(name: str, label: str = "model name") -> str:
+    """``name`` itself; raises InvalidModelError unless it can be one part of a URL."""
+    if not name.isprintable() or not 1 <= len(name) <= NAME_SIZE_MAX or "/" in name or name in (".", ".."):
+        refuse(
+            label,
+            f"modelName {shown(name)} cannot be used: it must be 1 to {NAME_SIZE_MAX} printable characters without "
+            "'/', and not '.' or '..'; give another with model_name=, or pack again",
+        )
+    return name
+
+
 def check_model_name(name: str, label: str = "model name") -> str:
-    """``name`` itself; raises InvalidModelError unless it can stand in a URL and a file name."""
+    """``name`` itself; raises InvalidModelError unless the archiver may write it, which can stand in a file name too.
+    """  # fmt: skip
     if not _NAME.match(name) or len(name) > NAME_SIZE_MAX or name.lower() == _RESERVED:
         refuse(
             label,
