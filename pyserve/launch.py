@@ -32,6 +32,9 @@ from pyserve.errors import JsonObject
 ROOT_DIR = Path(__file__).resolve().parent.parent  # where the package lies
 COMPAT_DIR = str(ROOT_DIR / "pyserve" / "compat")  # what `import ts` finds in a worker process
 
+# Ends the handler call that runs in a worker. None of those with a name, which handlers take for themselves.
+INTERRUPT = signal.SIGRTMIN + 7
+
 SERVER_VARIABLE = "PYSERVE_SERVER"
 SUPERVISOR_VARIABLE = "PYSERVE_SUPERVISOR"
 SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # the current folder's files are no modules of ours

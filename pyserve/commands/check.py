@@ -188,7 +188,7 @@ class _Watch:
             self._report.was_called = event["was_called"]
 
     def _find_endless(self, limit_s: float) -> None:
-        os.killpg(self._child.popen.pid, signal.SIGUSR1)
+        os.killpg(self._child.popen.pid, launch.INTERRUPT)
         deadline = time.monotonic() + _STACK_WAIT_S
         while not self._frame() and time.monotonic() < deadline and self._child.popen.poll() is None:
             time.sleep(0.02)

@@ -16,7 +16,6 @@ import base64
 import faulthandler
 import gc
 import os
-import signal
 import sys
 import sysconfig
 import time
@@ -47,7 +46,7 @@ def handover(spec: WorkerSpec, config: Config, inputs: list[Input], *, calls: bo
 
     Args:
         calls: load the model and call the handler; else its code is imported only.
-        trace_file: where the child's stack is written when it crashes or is asked for it (SIGUSR1).
+        trace_file: where the child's stack is written when it crashes or is asked for it (`launch.INTERRUPT`).
     """
     return {
         "spec": spec.to_json(),
@@ -68,7 +67,7 @@ def main() -> int:
     launch.die_with_parent(given["parent_pid"])
     trace = open(given["trace_file"], "w")  # noqa: SIM115 - open until the end
     faulthandler.enable(trace)
-    faulthandler.register(signal.SIGUSR1, trace)
+    faulthandler.register(launch.INTERRUPT, trace)
     spec = WorkerSpec.from_json(given["spec"])
     inputs = [
         Input(base64.b64decode(each["body"]), [(name, value) for name, value in each["headers"]], each["label"],

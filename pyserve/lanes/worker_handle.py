@@ -13,7 +13,7 @@ from datetime import datetime
 
 from pyserve.errors import JsonObject, ModelLoadError, OutOfMemoryError
 from pyserve.lanes.worker_output import READ_SIZE, OutputReader
-from pyserve.launch import ReportReader
+from pyserve.launch import INTERRUPT, ReportReader
 
 # Records of a worker in one second; the rest of it is dropped.
 RECORDS_MAX = 1000
@@ -88,7 +88,7 @@ class WorkerHandle:
 
     def interrupt(self) -> None:
         """Asks the handler call that runs to end; see `pyserve.worker`."""
-        self._signal(signal.SIGUSR1)
+        self._signal(INTERRUPT)
 
     def kill(self) -> None:
         """Ends the process and what it has started, at once."""
@@ -97,7 +97,7 @@ class WorkerHandle:
                 os.killpg(self.pid, signal.SIGKILL)
             self._signal(signal.SIGKILL)
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _signal(self, number: int) -> None:
         if not self._is_gone:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator
 from types import FrameType
 from typing import Any
 
+from pyserve.launch import INTERRUPT
 from pyserve.telemetry.custom_metrics import MetricsReport
 from pyserve.worker.entry_point import EntryPoint
 from pyserve.worker.failure import HandlerTimeout
@@ -64,11 +65,11 @@ class _Server:
         loop.add_reader(self._channel.fileno(), self._take)
         loop.call_soon(self._take)
         reporting = loop.create_task(self._keep_reporting())
-        signal.signal(signal.SIGUSR1, self._interrupt)
+        signal.signal(INTERRUPT, self._interrupt)
         try:
             await self._ended
         finally:
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            signal.signal(INTERRUPT, signal.SIG_IGN)
             reporting.cancel()
             loop.remove_reader(self._channel.fileno())
             for task in self._tasks.values():
@@ -101,7 +102,11 @@ class _Server:
             self._channel.send(batch, [refusal])
             return
         loop = asyncio.get_running_loop()
-        call = Call(self._invoker, [request], parts=_RequestParts(self._channel, batch, self._cancelled))
+        # Calls overlap: each has a copy of the context, as in TorchServe.
+        call = Call(
+            self._invoker, [request], parts=_RequestParts(self._channel, batch, self._cancelled),
+            context=self._invoker.context_copy(),
+        )  # fmt: skip
         began = loop.time()
         task = self._tasks[request.ticket] = loop.create_task(self._answer(call, request))
 
@@ -115,6 +120,7 @@ class _Server:
     def _end(self, batch: int, call: Call, request: WorkerRequest, task: asyncio.Task[Answer]) -> None:
         """Sends the answer; every request has one, also if nobody reads it."""
         self._tasks.pop(request.ticket, None)
+        call.close()
         is_cancelled = request.ticket in self._cancelled
         self._cancelled.discard(request.ticket)
         if is_cancelled:
@@ -162,7 +168,7 @@ class _Server:
         return held
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """SIGUSR1: the server has had no answer for response_timeout. Ends a call that holds up the loop.
+        """INTERRUPT: the server has had no answer for response_timeout. Ends a call that holds up the loop.
 
         A request that waits for something was cancelled already.
         """

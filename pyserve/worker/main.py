@@ -22,7 +22,7 @@ from pyserve import __version__
 from pyserve.context import Context
 from pyserve.engine import load_core
 from pyserve.handlers.mapped_load import map_loads
-from pyserve.launch import Reporter
+from pyserve.launch import INTERRUPT, Reporter
 from pyserve.telemetry.custom_metrics import MetricsCache, MetricsCachePyYamlError, MetricsReport
 from pyserve.worker.batch_trial import Verdict
 from pyserve.worker.entry_point import EntryPoint, HandlerLoadError, HandlerMemoryError, load_entry_point, load_error
@@ -178,7 +178,7 @@ def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, 
         from pyserve.worker.coroutines import serve_coroutines
 
         # A request over its limit is cancelled like one whose client has gone.
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(INTERRUPT, signal.SIG_IGN)
         serve_coroutines(channel, invoker, entry, report)
     _let_calls_be_interrupted(invoker)
     reloader = Reloader(spec, entry, reports) if spec.watch else None
@@ -213,14 +213,14 @@ def _send(channel: Any, batch: int, answers: list[Answer]) -> None:
 
 
 def _let_calls_be_interrupted(invoker: Invoker) -> None:
-    """SIGUSR1 ends the call of the handler that runs; between calls it does nothing."""
+    """INTERRUPT ends the call of the handler that runs; between calls it does nothing."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if invoker.is_calling and time.monotonic() - invoker.called_at >= INTERRUPT_AGE_MIN_S:
             invoker.is_calling = False
             raise HandlerTimeout("the call went on past response_timeout")
 
-    signal.signal(signal.SIGUSR1, interrupt)
+    signal.signal(INTERRUPT, interrupt)
 
 
 class _Threads:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pyserve.launch import INTERRUPT
 from pyserve.worker.invoker import ANSWER, ERROR, LAST
 from pyserve.worker.main import _let_calls_be_interrupted
 from tests.support.loaded_handlers import CHUNK, JSON, Load, Loaded, Told, load, request
@@ -46,17 +47,17 @@ ELEMENTS = """
             if part == "endless":
                 end = time.monotonic() + 20
                 while time.monotonic() < end:
-                    os.kill(os.getpid(), signal.SIGUSR1)
+                    os.kill(os.getpid(), signal.SIGRTMIN + 7)
             yield {1, 2} if part == "set" else part
 """
 
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Puts the handler of SIGUSR1 back."""
-    before = signal.getsignal(signal.SIGUSR1)
+    """Puts the handler of INTERRUPT back."""
+    before = signal.getsignal(INTERRUPT)
     yield
-    signal.signal(signal.SIGUSR1, before)
+    signal.signal(INTERRUPT, before)
 
 
 def test_what_a_generator_yields_is_sent_at_once_and_the_last_part_is_the_answer(load: Load) -> None:
@@ -134,7 +135,7 @@ def test_an_endless_element_is_interrupted_and_only_it(load: Load) -> None:
     assert (endless.status, endless.detail["exception"]) == (504, "HandlerTimeout")
     assert endless.detail["where"] in {"handler.py:15 in stream", "handler.py:16 in stream"}
     assert not elements.invoker.is_calling
-    signal.raise_signal(signal.SIGUSR1)  # between two calls it does nothing
+    signal.raise_signal(INTERRUPT)  # between two calls it does nothing
     assert elements.ask("again")[0].body == b"again"
 
 
@@ -149,7 +150,7 @@ COROUTINE = """
 
     def interrupt():
         while not DONE.wait(0.01):
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), INTERRUPT)
 
     THREAD = threading.Thread(target=interrupt, daemon=True)
 
