@@ -66,7 +66,7 @@ def _followed(label: str, entry: Entry, entries: dict[str, Entry]) -> Iterator[E
     if file is not None and not file.is_folder:
         yield replace(file, name=entry.name, link=name)
         return
-    if not name or f"{entry.name}/".startswith(f"{name}/"):
+    if f"{entry.name}/".startswith(f"{name}/"):
         refuse(label, f"entry {shown(entry.name)} is a link to a folder that it lies in; take it out and pack again")
     below = [each for each in entries.values() if each.name.startswith(f"{name}/")]
     if file is not None or below:

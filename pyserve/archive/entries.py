@@ -120,7 +120,7 @@ def link_target(label: str, name: str, written: str, *, is_hard: bool = False) -
     of a hard link from the top.
 
     Raises:
-        InvalidModelError: it leads out of the archive.
+        InvalidModelError: it leads out of the archive, or to its top.
     """
     parts = [] if is_hard else name.split("/")[:-1]
     for part in written.split("/"):
@@ -130,6 +130,8 @@ def link_target(label: str, name: str, written: str, *, is_hard: bool = False) -
             refuse(label, f"entry {shown(name)} is a link that leaves the archive; pack the file itself")
         elif part not in ("", "."):
             parts.append(part)
+    if not parts:
+        refuse(label, f"entry {shown(name)} is a link to the whole archive; take it out and pack again")
     return "/".join(parts)
 
 
