@@ -150,7 +150,7 @@ COROUTINE = """
 
     def interrupt():
         while not DONE.wait(0.01):
-            os.kill(os.getpid(), INTERRUPT)
+            os.kill(os.getpid(), signal.SIGRTMIN + 7)
 
     THREAD = threading.Thread(target=interrupt, daemon=True)
 
