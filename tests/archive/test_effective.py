@@ -158,9 +158,15 @@ def test_twins_whose_order_two_readers_see_differently_are_refused(tmp_path: Pat
 # ---- links
 
 
+def test_link_to_the_whole_archive_is_refused() -> None:
+    for name, written in (("d/a", ".."), ("a", "."), ("a", "")):
+        with pytest.raises(InvalidModelError, match="a link to the whole archive"):
+            link_target("m", name, written)
+
+
 @pytest.mark.parametrize(
     ("name", "written", "target"),
-    [("a", "b", "b"), ("d/a", "b", "d/b"), ("d/a", "../b", "b"), ("d/e/a", ".././x//y", "d/x/y"), ("a", "", "")],
+    [("a", "b", "b"), ("d/a", "b", "d/b"), ("d/a", "../b", "b"), ("d/e/a", ".././x//y", "d/x/y")],
 )
 def test_link_target(name: str, written: str, target: str) -> None:
     assert link_target("m", name, written) == target
@@ -247,7 +253,7 @@ def test_manifest_that_is_a_link_is_read(tmp_path: Path) -> None:
     [
         ([("a", "b"), ("b", "a")], "leads through more than 16 links"),
         ([("a", "a")], "leads through more than 16 links"),
-        ([("d/a", "..")], "a link to a folder that it lies in"),
+        ([("d/e/a", "..")], "a link to a folder that it lies in"),
         ([("d/a", ".")], "a link to a folder that it lies in"),
         ([("a", "d"), ("a/b", "../x")], "both a file and a folder"),
         ([("handler.py/x", "w.bin")], "both a file and a folder"),
