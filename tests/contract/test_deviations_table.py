@@ -22,6 +22,9 @@ PROOFS = {
     'the text of an exception has "CUDA"': "contract_responses::1_7_what_a_handler_does_wrong",
     "out of memory in a batch": "invoker::when_memory_runs_out_halves_are_tried",
     "a result that JSON cannot hold": "contract_deviations::results_that_json_cannot_hold",
+    "`sys.exit()` in": "field::what_must_happen_does",
+    "`async def handle` without": "field::what_must_happen_does",
+    "a handler that reads its standard": "field::what_must_happen_does",
     "an item of the result is": "contract_deviations::results_that_json_cannot_hold",
     "a sequence that ended": "sequences::an_idle_sequence_ends_and_the_next_request_is_told_once",
     "an answer over `max_response_size`": "contract_responses::1_7_an_answer_over_the_limit_names_it",
@@ -125,6 +128,8 @@ PROOFS = {
     "lines of the access log": "torchserve_command::server_in_the_background_as_scripts_know_it",
     "a log file that cannot": "serving_logs::a_folder_that_cannot_be_written_disturbs_nobody",
     "values of queries": "serving_logs::signatures_of_urls_are_not_written_down",
+    "torch's threads in": "handler_surroundings::torchs_threads_are_the_workers_share_or_the_handlers_own",
+    "models' folders when": "own_folders::folders_end_with_their_server_however_it_ends",
     "log texts of workers": "serving_logs::a_workers_death_is_told_in_torchserves_words",
 }
 POINTS = [

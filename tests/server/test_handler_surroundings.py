@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pyserve.cpu_budget import cpu_budget
 from tests.support.handler_archives import write_handler
 from tests.support.serving import Server
 
@@ -82,6 +83,10 @@ class Handler:
             return [subprocess.check_output([sys.executable, "-c", "import neighbour; print(neighbour.NAME)"], cwd="/")]
         if what == "random":
             return [[random.random(), numpy.random.rand(), torch.rand(1).item()]]
+        if what.startswith("threads"):
+            if what[7:]:
+                torch.set_num_threads(int(what[7:]))
+            return [torch.get_num_threads()]
         if what == "environment":
             return [dict(os.environ)]
         return [state()]
@@ -130,6 +135,19 @@ def test_a_timer_that_initialize_has_set_runs_on(tmp_path: Path, server: Server)
 
 def test_a_model_that_a_handler_replaces_is_freed(server: Server) -> None:
     assert told(server, "forget") is True
+
+
+def test_torchs_threads_are_the_workers_share_or_the_handlers_own(server: Server) -> None:
+    write_handler(server.store, "threads", HANDLER, files={"neighbour.py": ""})
+    server.manage("POST", "/models?url=threads.mar&initial_workers=1&synchronous=true")
+    ask = lambda body: server.ask("POST", "/predictions/threads", body).json  # noqa: E731
+    models = [each["modelName"] for each in server.manage("GET", "/models")["models"]]
+    workers = sum(len(server.describe(name)["workers"]) for name in models)
+    assert ask(b"threads") == max(1, cpu_budget() // workers)
+    assert ask(b"threads3") == 3
+    server.manage("PUT", "/models/threads?batch_size=2")
+    assert ask(b"threads") == 3
+    server.manage("DELETE", "/models/threads")
 
 
 def test_workers_draw_other_random_numbers(server: Server) -> None:
