@@ -15,8 +15,11 @@ Check = Callable[[Request], None]
 
 # Probes and descriptions: load balancers have no keys, and the descriptions tell nothing of the models.
 OPEN_PATTERNS = frozenset(
-    {"/", "/api-description", "/ping", "/ready", "/live", "/v2", "/v2/health/live", "/v2/health/ready"}
-)
+    {
+        "/", "/api-description", "/ping", "/ping/{rest...}", "/ready", "/live", "/v2", "/v2/health/live",
+        "/v2/health/ready",
+    }
+)  # fmt: skip
 
 
 def protected(rows: Iterable[RouteRow], tokens: Tokens | None, scope: Scope, *checks: Check) -> list[RouteRow]:
@@ -53,7 +56,7 @@ def _behind(endpoint: Endpoint, checks: Sequence[Check]) -> Endpoint:
     if not checks:
         return endpoint
 
-    def call(exchange: Exchange, **parameters: str) -> Response | Coroutine[Any, Any, Response] | None:
+    def call(exchange: Exchange, **parameters: str) -> Response | Coroutine[Any, Any, Response | None] | None:
         for check in checks:
             check(exchange.request)
         return endpoint(exchange, **parameters)

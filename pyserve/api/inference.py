@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
+from pyserve.api.coded_bodies import CodedBodies
 from pyserve.api.routes import ANY, RouteRow
 from pyserve.errors import BadRequestError
 from pyserve.models.model import EXPLAIN_HEADER
@@ -11,6 +13,10 @@ from pyserve.models.registry import Registry
 from pyserve.request import codec
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import ExtraHeaders, Request, Response, json_response
+
+# A body whose compression is being undone.
+Undoing = Coroutine[Any, Any, None]
+Run = Callable[..., Undoing | None]
 
 PREDICT_HEADER = ("explain", "False")
 # By name, for paths that others of the same form stand beside: a listed method wins over ANY.
@@ -25,10 +31,13 @@ class Inference:
         lenient: how forms are read, see `codec.decode_request`.
 
     Attributes:
+        bodies: undoes the compression of bodies.
         is_ready: whether the server takes requests: not while it starts or drains.
     """
 
-    def __init__(self, registry: Registry, *, tells_errors: bool = True, lenient: bool = False):
+    def __init__(self, registry: Registry, bodies: CodedBodies, *, tells_errors: bool = True, lenient: bool = False):
+        self.bodies = bodies
+        self._run_with_query = self._endpoint(query_is_input=True)
         self._registry = registry
         self._tells_errors = tells_errors
         self._lenient = lenient
@@ -36,7 +45,12 @@ class Inference:
 
     def routes(self) -> list[RouteRow]:
         """What the inference listener answers."""
-        rows: list[RouteRow] = [("*", "/ping", self.ping), ("GET", "/ready", self.ready), ("GET", "/live", self.live)]
+        rows: list[RouteRow] = [
+            (ANY, "/ping", self.ping),
+            (ANY, "/ping/{rest...}", self.ping),
+            ("GET", "/ready", self.ready),
+            ("GET", "/live", self.live),
+        ]
         for name, header in (("predictions", PREDICT_HEADER), ("explanations", EXPLAIN_HEADER)):
             run = self._endpoint(header, ("url_path", ""))
             rows += [
@@ -48,37 +62,41 @@ class Inference:
             *rows,
             # SageMaker's, and TorchServe's oldest: here the query's parameters are inputs.
             # On a port that is shared this is no version "invoke" of management's, as in TorchServe.
-            (METHODS, "/models/{model_name}/invoke", self._endpoint(query_is_input=True)),
+            (METHODS, "/models/{model_name}/invoke", self._run_with_query),
             (ANY, "/invocations", self.invoke),
-            (ANY, "/{model_name}/predict", self._endpoint(query_is_input=True)),
-            (ANY, "/{model_name}/{model_version}/predict", self._endpoint(query_is_input=True)),
+            (ANY, "/{model_name}/predict", self._run_with_query),
+            (ANY, "/{model_name}/{model_version}/predict", self._run_with_query),
         ]
 
-    def _endpoint(self, *headers: tuple[str, str], query_is_input: bool = False) -> Callable[..., None]:
+    def _endpoint(self, *headers: tuple[str, str], query_is_input: bool = False) -> Run:
         """Runs a model on the body, and answers later, without a task; ``headers`` are added for its handler."""
 
         extra = ExtraHeaders(*headers)
         explains = EXPLAIN_HEADER in headers
 
-        def run(exchange: Exchange, model_name: str, model_version: str | None = None) -> None:
+        def run(exchange: Exchange, model_name: str, model_version: str | None = None) -> Undoing | None:
             exchange.request.add_headers(extra)
             model = self._registry.get(model_name, model_version)
-            model.predict(exchange, model_version or "default", explains=explains, query_is_input=query_is_input)
+
+            def predict() -> None:
+                model.predict(exchange, model_version or "default", explains=explains, query_is_input=query_is_input)
+
+            if self.bodies.are_undone(exchange.request, model):
+                return self.bodies.undo(exchange, predict)
+            predict()
+            return None
 
         return run
 
-    def _endpoint_with_path(self, header: tuple[str, str]) -> Callable[..., None]:
-        def run(exchange: Exchange, model_name: str, model_version: str, rest: str) -> None:
-            exchange.request.add_headers(ExtraHeaders(header, ("url_path", rest)))
-            model = self._registry.get(model_name, model_version)
-            model.predict(exchange, model_version, explains=header == EXPLAIN_HEADER)
+    def _endpoint_with_path(self, header: tuple[str, str]) -> Run:
+        def run(exchange: Exchange, model_name: str, model_version: str, rest: str) -> Undoing | None:
+            return self._endpoint(header, ("url_path", rest))(exchange, model_name, model_version)
 
         return run
 
-    def invoke(self, exchange: Exchange) -> None:
+    def invoke(self, exchange: Exchange) -> Undoing | None:
         """SageMaker's one path: the model is a parameter, or the only one there is."""
-        name = self._invoked_name(exchange.request)
-        self._registry.get(name, None).predict(exchange, query_is_input=True)
+        return self._run_with_query(exchange, self._invoked_name(exchange.request))
 
     def _invoked_name(self, request: Request) -> str:
         for key, value in request.params:
@@ -94,7 +112,7 @@ class Inference:
                 return str(named)
         raise BadRequestError("Parameter model_name is required.")
 
-    def ping(self, exchange: Exchange) -> Response:
+    def ping(self, exchange: Exchange, rest: str = "") -> Response:
         """200 Healthy, or 500 Unhealthy when a model that should have workers has none that is ready."""
         healthy = self.is_healthy
         return json_response({"status": "Healthy" if healthy else "Unhealthy"}, 200 if healthy else 500)

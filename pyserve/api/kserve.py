@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from pyserve.api import open_inference_models as models
-from pyserve.api.inference import METHODS, PREDICT_HEADER, Inference
+from pyserve.api.inference import METHODS, PREDICT_HEADER, Inference, Run, Undoing
 from pyserve.api.kserve_v1 import InstancesPending, is_instances_request
-from pyserve.api.open_inference_rest import JSON_SIZE_HEADER, RestTransport, is_infer_request
+from pyserve.api.open_inference_rest import JSON_SIZE_HEADER, RestTransport, has_no_json, is_infer_request
 from pyserve.api.routes import ANY, RouteRow
 from pyserve.lanes.audit import Repetition
 from pyserve.models.model import EXPLAIN_HEADER, Model
@@ -16,8 +14,6 @@ from pyserve.request.exchange import Exchange
 from pyserve.request.messages import ExtraHeaders, Response, json_response
 from pyserve.telemetry.metrics import Metrics
 
-Run = Callable[..., None]
-
 
 class KServe:
     """Endpoints of the inference port. Loop thread only.
@@ -25,11 +21,16 @@ class KServe:
     Args:
         inference: tells whether the server takes requests and which models cannot.
         response_size_max: bytes of an answer.
+        is_strict: whether ``GET /`` is refused, as by TorchServe.
     """
 
-    def __init__(self, registry: Registry, inference: Inference, metrics: Metrics, response_size_max: int):
+    def __init__(
+        self, registry: Registry, inference: Inference, metrics: Metrics, response_size_max: int, *, is_strict: bool
+    ):
+        self._is_strict = is_strict
         self._registry = registry
         self._inference = inference
+        self._bodies = inference.bodies
         self._metrics = metrics
         self._response_size_max = response_size_max
 
@@ -45,6 +46,8 @@ class KServe:
             ("GET", "/v2/health/ready", self.show_ready),
             ("GET", "/v2/models/stats", self.show_statistics),
         ]
+        if not self._is_strict:
+            rows.append(("GET", "/", self.show_alive))
         infer, explain = self._v2(explains=False), self._v2(explains=True)
         for model in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{model_version}"):
             rows += [
@@ -61,8 +64,14 @@ class KServe:
     def _v1(self, *, explains: bool) -> Run:
         extra = ExtraHeaders(EXPLAIN_HEADER if explains else PREDICT_HEADER)
 
-        def run(exchange: Exchange, model_name: str) -> None:
+        def run(exchange: Exchange, model_name: str) -> Undoing | None:
             model = self._registry.get(model_name)
+            if self._bodies.are_undone(exchange.request, model):
+                return self._bodies.undo(exchange, lambda: take(exchange, model))
+            take(exchange, model)
+            return None
+
+        def take(exchange: Exchange, model: Model) -> None:
             if model.built_in_handler is None or not is_instances_request(exchange.request):
                 exchange.request.add_headers(extra)
                 model.predict(exchange, explains=explains)
@@ -79,13 +88,24 @@ class KServe:
     def _v2(self, *, explains: bool) -> Run:
         extra = ExtraHeaders(EXPLAIN_HEADER if explains else PREDICT_HEADER)
 
-        def run(exchange: Exchange, model_name: str, model_version: str | None = None) -> None:
-            request = exchange.request
+        def run(exchange: Exchange, model_name: str, model_version: str | None = None) -> Undoing | None:
             model = self._registry.get(model_name, model_version)
-            url_version = model_version or "default"
-            is_meant = is_infer_request(request) if model.built_in_handler else bool(request.header(JSON_SIZE_HEADER))
+            has_tensors = bool(exchange.request.header(JSON_SIZE_HEADER)) and not has_no_json(exchange.request)
+            if self._bodies.are_undone(exchange.request, model, has_tensors=has_tensors):
+                return self._bodies.undo(exchange, lambda: take(exchange, model, model_version or "default"))
+            take(exchange, model, model_version or "default")
+            return None
+
+        def take(exchange: Exchange, model: Model, url_version: str) -> None:
+            request = exchange.request
+            is_raw = has_no_json(request)
+            if model.built_in_handler is not None:
+                is_meant = is_infer_request(request)
+            else:
+                is_meant = bool(request.header(JSON_SIZE_HEADER)) and not is_raw
             if is_meant:
-                transport = RestTransport(request, self._response_size_max)
+                raw_input = models.raw_input(model) if is_raw else None
+                transport = RestTransport(request, self._response_size_max, raw_input)
                 models.infer(model, exchange, transport, url_version, explains=explains)
             else:
                 # As in TorchServe: what the body means is up to the model's envelope or handler.
@@ -96,6 +116,10 @@ class KServe:
 
     # --- what there is --------------------------------------------------------------------------------------------
 
+    def show_alive(self, exchange: Exchange) -> Response:
+        """What KServe's clients ask in version 1 to see whether the server runs."""
+        return json_response({"status": "alive"})
+
     def list_models(self, exchange: Exchange) -> Response:
         """Their names."""
         return json_response({"models": [model.name for model in self._registry.default_models()]})
@@ -103,7 +127,8 @@ class KServe:
     def show_readiness(self, exchange: Exchange, model_name: str) -> Response:
         """``{"name": ..., "ready": true}``, as the management port answers."""
         model = self._registry.get(model_name)
-        return json_response({"name": model.name, "ready": bool(model.worker_rows())})
+        is_ready = any(row.status == "READY" for row in model.worker_rows())
+        return json_response({"name": model.name, "ready": is_ready})
 
     def show_server(self, exchange: Exchange) -> Response:
         """Name, version and extensions."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,10 +21,12 @@ from pyserve.api.kserve_requests import (
     TensorsPending,
     names_of_inputs,
 )
+from pyserve.api.open_inference import InferInput
+from pyserve.api.raw_input import raw_element, raw_tensor
 from pyserve.api.tensor_rows import TensorRowsPending
 from pyserve.api.transport import Transport
 from pyserve.archive.archive import Archive
-from pyserve.errors import JsonObject, ServeError
+from pyserve.errors import InputError, JsonObject, ServeError
 from pyserve.handlers.outputs import named_outputs
 from pyserve.handlers.tensor_spec import TensorSpec, dtype_name, input_specs, output_names
 from pyserve.lanes.lane import Lane
@@ -84,6 +88,20 @@ def _pending_for(
     return HandlerRowsPending(
         lane, exchange, model.version, url_version, transport=transport, headers=added, pixels=pixels
     )
+
+
+def raw_input(model: Model) -> Callable[[memoryview], InferInput]:
+    """How a body without JSON becomes the one input of ``model``, which has a built-in handler.
+
+    Raises:
+        InputError: it has several.
+    """
+    if model.built_in_handler not in _TENSOR_HANDLERS:
+        return raw_element
+    specs, _ = _described(model.archive)
+    if len(specs) > 1:
+        raise InputError(f"a body without JSON is one input, and the model has {len(specs)}; send the JSON")
+    return partial(raw_tensor, specs[0])
 
 
 def _described(archive: Archive) -> tuple[list[TensorSpec], tuple[str, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,14 @@ _OUTPUT_MEMBERS = frozenset({"name", "parameters"})
 _NOT_HERE = ("classification", "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset")
 
 
+RawInput = Callable[[memoryview], InferInput]
+
+
+def has_no_json(request: Request) -> bool:
+    """Whether the whole body is the one input, see `raw_input`."""
+    return request.header(JSON_SIZE_HEADER).strip() == "0"
+
+
 def is_infer_request(request: Request) -> bool:
     """Whether a body is meant to be of this protocol; else it is what TorchServe would bring to the handler."""
     return bool(request.header(JSON_SIZE_HEADER)) or request.body[:64].lstrip()[:1] == b"{"
@@ -68,14 +76,16 @@ class RestTransport(Transport):
 
     Args:
         size_max: bytes of an answer.
+        raw_input: makes the one input of a body that has no JSON.
     """
 
-    __slots__ = ("_request", "_size_max")
+    __slots__ = ("_raw_input", "_request", "_size_max")
     passes_others = True
 
-    def __init__(self, request: Request, size_max: int):
+    def __init__(self, request: Request, size_max: int, raw_input: RawInput | None = None):
         self._request = request
         self._size_max = size_max
+        self._raw_input = raw_input
 
     @property
     def is_read_quick(self) -> bool:
@@ -86,6 +96,8 @@ class RestTransport(Transport):
     def read(self) -> InferRequest:
         """The request. Binary tensors look into its body. InputError if it is not of the protocol."""
         body = self._request.body
+        if self._raw_input is not None:
+            return InferRequest([self._raw_input(memoryview(body))])
         size = json_size(self._request)
         value = parse_json(body if size == len(body) else body[:size])
         if not isinstance(value, dict) or not isinstance(value.get("inputs"), list) or not value["inputs"]:
@@ -153,7 +165,7 @@ class RestTransport(Transport):
         return answer
 
     def of_copy(self, request: Request) -> RestTransport:
-        return RestTransport(request, self._size_max)
+        return RestTransport(request, self._size_max, self._raw_input)
 
 
 def _read_input(entry: Any, binary: memoryview, at: int) -> tuple[InferInput, int]:
@@ -205,7 +217,10 @@ def _parameters(entry: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError('"parameters" must be an object')
     for name in _NOT_HERE:
         if parameters.get(name):
-            raise InputError(f"the parameter {name!r} is of an extension that this server does not have")
+            instead = ""
+            if name.startswith("shared_memory"):
+                instead = ", shared memory; send the tensor in the body, as binary data"
+            raise InputError(f"the parameter {name!r} is of an extension that this server does not have{instead}")
     return parameters
 
 

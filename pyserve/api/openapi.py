@@ -137,6 +137,8 @@ _V2 = (
               {200: ("It can.", JSON, record(ready=FLAG)), 503: _READY[503]}, is_open=True),
     Operation("get", "/v2/models/stats", "kserve_v2_stats", "Counts and times of all models' inferences.",
               {200: ("Their statistics.", JSON, schemas.V2_STATISTICS)}, (401,)),
+    Operation("post", "/v2/repository/index", "triton_repository_index", "Names all models and their states; Triton's.",
+              {200: ("The models.", JSON, schemas.V2_INDEX)}, (400, 401, 413), body=schemas.V2_INDEX_REQUEST),
     *_of_v2_model("kserve_v2_", "/v2/models/{model_name}"),
     *_of_v2_model("kserve_v2_version_", "/v2/models/{model_name}/versions/{model_version}"),
 )  # fmt: skip

@@ -3,7 +3,7 @@
 An endpoint is called as ``endpoint(exchange, **path_parameters)``, on the loop. It may
 
 - return a ``Response``;
-- be ``async`` and return one: it then runs as one task;
+- be ``async`` and return one, or None as above: it then runs as one task;
 - return None and answer later, through ``exchange.respond``: no task is made for it;
 - raise. ``Router.respond_error`` is the one place where errors become answers.
 """
@@ -27,7 +27,7 @@ from pyserve.telemetry.metrics import Metrics
 log = logging.getLogger(__name__)
 
 ANY = "*"
-Endpoint = Callable[..., Response | Coroutine[Any, Any, Response] | None]
+Endpoint = Callable[..., Response | Coroutine[Any, Any, Response | None] | None]
 RouteRow = tuple[str, str, Endpoint]  # methods separated by blanks, or ANY; pattern; endpoint
 
 
@@ -164,7 +164,7 @@ class Router:
             self._on_answer(response.status)
         exchange.respond(response)
 
-    async def _finish(self, exchange: Exchange, answer: Coroutine[Any, Any, Response]) -> None:
+    async def _finish(self, exchange: Exchange, answer: Coroutine[Any, Any, Response | None]) -> None:
         try:
             response = await answer
         except asyncio.CancelledError:
@@ -173,7 +173,8 @@ class Router:
         except Exception as error:
             self.respond_error(exchange, error)
         else:
-            self._respond(exchange, response)
+            if response is not None:
+                self._respond(exchange, response)
 
     def _look_up(self, request: Request) -> tuple[Endpoint, dict[str, str]]:
         """`_find`, remembered: only what has a route of its own, so that strangers cannot crowd the others out."""

@@ -30,6 +30,7 @@ from pyserve.api.open_inference import (
     tensor_of,
 )
 from pyserve.api.transport import Transport
+from pyserve.api.triton_extensions import repository_index
 from pyserve.config.config import Config
 from pyserve.errors import HandlerError, InputError, ModelNotFoundError, ServeError
 from pyserve.grpc_api.call import Call, Prediction
@@ -137,15 +138,9 @@ class OpenInferenceService:
     async def repository_index(self, call: Call, asked: Any) -> Any:
         """All models with their states; with ``ready`` only those that can answer."""
         answer = _new("RepositoryIndexResponse")
-        for model in self._registry.all_models():
-            if asked.ready and not model.has_ready_worker:
-                continue
-            state = {"LOADING": "LOADING", "DRAINING": "UNLOADING"}.get(model.state, "UNAVAILABLE")
-            reason = model.error if self._error_format.with_private_detail else ""
-            answer.models.add(
-                name=model.name, version=model.version, state="READY" if model.has_ready_worker else state,
-                reason=reason,
-            )  # fmt: skip
+        tells_errors = self._error_format.with_private_detail
+        for row in repository_index(self._registry, only_ready=asked.ready, tells_errors=tells_errors):
+            answer.models.add(**row)
         return answer
 
     def _find(self, name: str, version: str) -> Model:
@@ -351,7 +346,8 @@ def _read_contents(tensor: Any) -> Any:
 def _parameters(parameters: Any) -> dict[str, Any]:
     for name in ("shared_memory_region", "classification"):
         if name in parameters:
-            raise InputError(f"the parameter {name!r} is of an extension that this server does not have")
+            instead = ", shared memory; send the tensor in raw_input_contents" if name.startswith("shared") else ""
+            raise InputError(f"the parameter {name!r} is of an extension that this server does not have{instead}")
     return _values_of(parameters)
 
 

@@ -17,10 +17,10 @@ from pyserve.errors import BadRequestError, OverloadedError, ServeError, ServerE
 from pyserve.grpc_api.call import REQUEST_ID_KEY, Call
 from pyserve.grpc_api.messages import method_path
 from pyserve.grpc_api.status import TOKEN_VERDICT, Judge, Verdict, status_text
-from pyserve.grpc_api.streams import Streams, body_budget_error
+from pyserve.grpc_api.streams import Streams
 from pyserve.lanes.resources import Services
 from pyserve.log import about
-from pyserve.request.body_budget import BodyBudget
+from pyserve.request.body_budget import BodyBudget, body_budget_error
 from pyserve.telemetry.access_log import AccessLog
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
-from pyserve.errors import OverloadedError, ServeError
-from pyserve.request.body_budget import BodyBudget
+from pyserve.errors import ServeError
+from pyserve.request.body_budget import BodyBudget, body_budget_error
 
 # Of one stream of requests: how many may be under way, those whose answers are held back among them.
 STREAM_REQUESTS_MAX = 128
@@ -170,12 +170,3 @@ def with_position(error: ServeError, position: int) -> ServeError:
     positioned = copy.copy(error)  # others may have the same one
     positioned.detail = {"position": position, **error.detail}
     return positioned
-
-
-def body_budget_error(budget: BodyBudget) -> OverloadedError:
-    """There is no room for the bytes of one more request."""
-    return OverloadedError(
-        "The server holds as many request bodies as it may; retry later.",
-        detail={"reason": "body budget", "body_budget_size": budget.size_max},
-        headers={"Retry-After": "1"},
-    )

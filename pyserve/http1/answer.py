@@ -32,8 +32,9 @@ _COMMON = {
     "expires": "Expires: Thu, 01 Jan 1970 00:00:00 UTC\r\n",
 }
 _COMMON_LINES = "".join(_COMMON.values())
-_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
-_VALUE = re.compile(r"[\t -~\x80-\xff]*\Z")
+# As TorchServe's server: more than RFC 9110 allows, nothing that ends a line or a name.
+_NAME = re.compile(r"[!-+\-./0-9<>-~]+\Z")
+_VALUE = re.compile(r"[^\x00\n\x0b\x0c\r\u0100-\U0010ffff]*\Z")
 # Framing and the life of the connection are the protocol's; so is the id the client was promised.
 _OWN_NAMES = frozenset(
     ("connection", "content-length", "date", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding",
@@ -81,6 +82,8 @@ class AnswerWriter:
         """
         body = response.body
         tail = response.tail
+        if response.status == 205:  # it has a size, which is 0
+            body, tail = b"", ()
         decorate = self._decorate
         is_plain = type(body) is bytes and not tail and decorate is None
         if is_plain and request.method != "HEAD" and len(body) <= JOINED_SIZE_MAX:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pyserve.errors import OverloadedError, ServeError
+from pyserve.errors import ServeError
 from pyserve.http1.body import ChunkedBody, SizedBody
 from pyserve.http1.errors import BodyTooLargeError, ExpectationError
 from pyserve.http1.head import RequestHead, asked_path
 from pyserve.http1.limits import Http1Limits
-from pyserve.request.body_budget import BodyBudget
+from pyserve.request.body_budget import BodyBudget, body_budget_error
 from pyserve.request.ids import new_id
 from pyserve.request.messages import Request
 
@@ -107,14 +107,7 @@ class Incoming:
             self.reserved += size
             return
         self.release()
-        size_max = self._budget.size_max
-        self._refuse(
-            OverloadedError(
-                f"Request bodies in memory would pass the limit of {size_max} bytes; try again later.",
-                detail={"reason": "body budget", "body_budget_size": size_max},
-                headers={"Retry-After": "1"},
-            )
-        )
+        self._refuse(body_budget_error(self._budget))
 
     def _refuse(self, error: ServeError) -> None:
         if self.continue_owed:

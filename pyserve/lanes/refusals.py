@@ -19,7 +19,8 @@ def no_worker_error(
     detail.setdefault("fix", f"PUT /models/{name}?min_worker=1 on the management address")
     subject = no_worker_subjects(name, url_version)[url_version != "default"]
     return OverloadedError(
-        f"{subject} no worker to serve inference request. Please use scale workers API to add workers.",
+        f"{subject} no worker to serve inference request. Please use scale workers API to add workers. If this is a "
+        "sequence inference, please check if it is closed, or expired; or exceeds maxSequenceJobQueueSize",
         detail=detail,
         headers={"Retry-After": retry_after() if retry_after_s is None else str(retry_after_s)},
     )

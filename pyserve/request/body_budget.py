@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pyserve.errors import OverloadedError
+
 
 class BodyBudget:
     """Bytes of request bodies that may be in memory at one time. Share one among all listeners of a process."""
@@ -21,3 +23,12 @@ class BodyBudget:
 
     def release(self, size: int) -> None:
         self.size -= size
+
+
+def body_budget_error(budget: BodyBudget) -> OverloadedError:
+    """There is no room for the bytes of one more request."""
+    return OverloadedError(
+        f"Request bodies in memory would pass the limit of {budget.size_max} bytes; try again later.",
+        detail={"reason": "body budget", "body_budget_size": budget.size_max},
+        headers={"Retry-After": "1"},
+    )

@@ -23,7 +23,11 @@ _PLAIN_ENCODINGS = ("", "7bit", "8bit", "binary")
 
 _ENCODED_FILE_NAME = re.compile(r";\s*filename\*=", re.IGNORECASE)  # the parser gives plain ones only
 _LINE_ENDS = b"\r\n"
-_AFTER_DELIMITER = re.compile(rb"[ \t]*(?:\r?\n|\Z)|--")
+_BLANKS = b" \t\r\n"
+_AFTER_DELIMITER = re.compile(rb"[ \t]*(?:\r?\n|\Z)|--|-\Z")
+# TorchServe divides a disposition at these, also within quotes, and joins a name's pieces with blanks.
+_DIVIDERS = str.maketrans(dict.fromkeys(":;,=\t", " ") | {'"': ""})
+_QUOTED_NAME = re.compile(r';\s*name\s*=\s*"((?:[^"\\]|\\.)*)"', re.IGNORECASE)
 _BAD_PERCENT = re.compile(rb"%(?![0-9a-fA-F]{2})")
 _HEX_VALUES = np.array([int(chr(byte), 16) if chr(byte) in string.hexdigits else -1 for byte in range(256)], np.int16)
 
@@ -183,7 +187,7 @@ def _read_parts(
         kind = headers.get("content-type", "").strip()
         disposition = headers.get("content-disposition", "")
         _, options = parse_options_header(disposition)
-        name = outer_name or _part_name(options.get(b"name"), lenient=lenient)
+        name = outer_name or _part_name(options.get(b"name"), disposition if lenient else "")
         inner = boundary_of(kind) if not outer_name and kind.lower().startswith("multipart/mixed") else None
         if inner:  # several files under one name
             _read_parts(content, b"--" + inner, name, fields, lenient=lenient)
@@ -197,11 +201,13 @@ def _read_parts(
         fields.append(Field(name, content, kind, is_file))
 
 
-def _part_name(raw: bytes | None, *, lenient: bool) -> str:
+def _part_name(raw: bytes | None, lenient_disposition: str) -> str:
     if not raw:
         raise BadRequestError("a part of the multipart body has no name in its Content-Disposition header")
-    name = _name(raw, lenient=lenient)
-    return name.replace('"', "\\").replace(";", " ") if lenient else name
+    quoted = _QUOTED_NAME.findall(lenient_disposition)
+    if quoted:
+        raw = quoted[-1].translate(_DIVIDERS).strip().encode("latin-1")
+    return _name(raw, lenient=bool(lenient_disposition))
 
 
 def _split(body: bytes | bytearray, delimiter: bytes, *, lenient: bool) -> Iterator[tuple[dict[str, str], bytearray]]:
@@ -228,7 +234,7 @@ def _split(body: bytes | bytearray, delimiter: bytes, *, lenient: bool) -> Itera
 
 def _first_delimiter(body: bytes | bytearray, delimiter: bytes, *, lenient: bool) -> int:
     """Where the first part begins; -1 if none does. What stands before it means nothing (RFC 2046, 5.1.1)."""
-    size = len(body) - len(body.lstrip(_LINE_ENDS))
+    size = len(body) - len(body.lstrip(_BLANKS if lenient else _LINE_ENDS))
     if body.startswith(delimiter, size) and _AFTER_DELIMITER.match(body, size + len(delimiter)):
         return size
     found = -1 if lenient else _next_delimiter(body, delimiter, 0)[0]

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from pyserve.api.checks import protected, rotation_routes
+from pyserve.api.coded_bodies import CodedBodies
 from pyserve.api.inference import Inference
 from pyserve.api.kserve import KServe
 from pyserve.api.management import Management
 from pyserve.api.routes import Router, RouteRow, inference_descriptions, metrics_routes
+from pyserve.api.triton_extensions import TritonExtensions
 from pyserve.archive.archive import Archive
 from pyserve.config.address import Address
 from pyserve.config.config import Config
@@ -115,8 +117,13 @@ class Server:
             progress=start.report.progress,
         )
         self._metrics.models = self.registry.all_models
+        self._bodies = BodyBudget(max(Http1Limits().body_budget_size, config.max_request_size))
+        is_strict = config.compat == "strict"
         self._inference = Inference(
-            self.registry, tells_errors=services.error_format.with_private_detail, lenient=config.compat == "strict"
+            self.registry,
+            CodedBodies(config.max_request_size, self._bodies, self._pool, is_on=not is_strict),
+            tells_errors=services.error_format.with_private_detail,
+            lenient=is_strict,
         )
         self.grpc = GrpcFrontEnd(config, start.restart)
         self._servers: list[asyncio.AbstractServer] = []
@@ -161,12 +168,11 @@ class Server:
         """Begins to accept. Names that share an address share a listener, which then answers for all of them."""
         config = self._start.config
         # A request of the size that is allowed is never one too many.
-        budget = BodyBudget(max(Http1Limits().body_budget_size, config.max_request_size))
         names_by_socket: dict[Any, list[str]] = {}
         for name, sock in self._start.sockets.items():
             names_by_socket.setdefault(sock, []).append(name)
         for sock, names in names_by_socket.items():
-            await self._listen(sock, names, budget)
+            await self._listen(sock, names)
         all_watched = watched(self._start.config, self._tls, self._services.tokens)
         self._renewing = asyncio.ensure_future(keep_renewed(all_watched))
         if not config.disable_system_metrics:
@@ -176,13 +182,13 @@ class Server:
             )  # fmt: skip
             self._measuring = asyncio.ensure_future(system.run())
         self._inference.is_ready = True
-        await self.grpc.open(self._services, self.registry, self._inference, budget, self._logs.access)
+        await self.grpc.open(self._services, self.registry, self._inference, self._bodies, self._logs.access)
 
-    async def _listen(self, sock: Any, names: list[str], budget: BodyBudget) -> None:
+    async def _listen(self, sock: Any, names: list[str]) -> None:
         config = self._start.config
         limits = Http1Limits(body_size_max=config.max_request_size, connection_count_max=config.connection_count_max)
         cors = Cors(config)
-        connections = Connections(limits, budget, decorate=cors.add if cors else None,
+        connections = Connections(limits, self._bodies, decorate=cors.add if cors else None,
                                   takes_ids=config.compat != "strict",
                                   error_format=self._services.error_format)  # fmt: skip
         self._connections.append(connections)
@@ -215,8 +221,12 @@ class Server:
         config, tokens = self._start.config, self._services.tokens
         rows: list[RouteRow] = []
         if "inference" in names:
-            kserve = KServe(self.registry, self._inference, self._metrics, config.max_response_size)
-            inference = [*self._inference.routes(), *kserve.routes()]
+            kserve = KServe(
+                self.registry, self._inference, self._metrics, config.max_response_size,
+                is_strict=config.compat == "strict",
+            )  # fmt: skip
+            extensions = TritonExtensions(self.registry, tells_errors=self._services.error_format.with_private_detail)
+            inference = [*self._inference.routes(), *kserve.routes(), *extensions.routes()]
             rows += protected([*inference, *inference_descriptions(inference, self.registry.get)], tokens, "inference")
         if "management" in names:
             tells_errors = self._services.error_format.with_private_detail

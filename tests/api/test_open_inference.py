@@ -361,7 +361,7 @@ def test_a_byte_that_is_no_truth_value_is_400(server: Server) -> None:
         assert answer.status == status, answer.body
 
 
-@pytest.mark.parametrize("size", ["x", "0", "-1", "999999", "1" * 50, "7.5"])
+@pytest.mark.parametrize("size", ["x", "00", "-1", "999999", "1" * 50, "7.5"])
 def test_a_wrong_size_of_the_json_is_400(server: Server, size: str) -> None:
     body = json.dumps({"inputs": [GOOD]}).encode()
     answer = server.ask("POST", "/v2/models/linear/infer", body, {"Inference-Header-Content-Length": size})
@@ -389,7 +389,112 @@ def test_errors_of_other_paths_are_torchserves_alone(server: Server) -> None:
     assert set(server.ask("POST", "/predictions/nobody").json) == {"code", "type", "message", "detail"}
 
 
+# --- what Triton has beside the protocol ------------------------------------------------------------------------------
+
+
+def test_a_body_without_json_is_the_one_input(server: Server, tmp_path: Path) -> None:
+    header = {"Inference-Header-Content-Length": "0", **RAW}
+    values = rows(3)
+    answer = server.ask("POST", "/v2/models/linear/infer", values.tobytes(), header)
+    (output,) = answer.json["outputs"]
+    assert output["shape"][0] == 3
+    np.testing.assert_allclose(
+        np.array(output["data"]).reshape(output["shape"]), expected(values), rtol=1e-5, atol=1e-5
+    )
+    answer = server.ask("POST", "/v2/models/echo-int16/infer", np.arange(5, dtype="<i2").tobytes(), header)
+    assert [(each["shape"], each["data"]) for each in answer.json["outputs"]] == [([1, 5], [0, 1, 2, 3, 4])]
+    path = tmp_path / "picture.jpg"
+    write_sample_picture(path)
+    plain = server.ask("POST", "/predictions/pictures", path.read_bytes(), RAW).json
+    (output,) = server.ask("POST", "/v2/models/pictures/infer", path.read_bytes(), header).json["outputs"]
+    assert [json.loads(each) for each in output["data"]] == [plain]
+    for model, body, word in (
+        ("linear", b"", "whole rows"),
+        ("linear", bytes(15), "whole rows"),
+        ("pair", bytes(32), "has 2"),
+    ):
+        refused = server.ask("POST", f"/v2/models/{model}/infer", body, header)
+        assert refused.status == 400 and word in refused.json["error"], refused.body
+
+
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+def test_the_clients_compression_is_undone(client: Any, algorithm: str) -> None:
+    values = rows(2)
+    for model in ("linear", "own"):
+        given = tensor_input("x", values, "FP32", binary=True)
+        answer = client.infer(model, [given], request_compression_algorithm=algorithm)
+        if model == "linear":
+            np.testing.assert_allclose(answer.as_numpy("output0"), expected(values), rtol=1e-5, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(answer.as_numpy("seen x"), values)
+
+
+def test_the_index_names_models_and_their_states(server: Server, client: Any) -> None:
+    index = client.get_model_repository_index()
+    assert {"name": "linear", "version": "2.0", "state": "READY", "reason": ""} in index
+    server.manage("PUT", "/models/picky?min_worker=0&synchronous=true")
+    try:
+        states = {row["name"]: row["state"] for row in client.get_model_repository_index()}
+        assert states["picky"] == "UNAVAILABLE"
+        ready = server.ask("POST", "/v2/repository/index", b'{"ready": true}', JSON).json
+        assert "picky" not in [row["name"] for row in ready] and len(ready) >= 2
+    finally:
+        server.manage("PUT", "/models/picky?min_worker=1&synchronous=true")
+    for body in (b"[1]", b'{"ready": 1}', b"x"):
+        assert server.ask("POST", "/v2/repository/index", body, JSON).status == 400
+
+
+def test_shared_memory_is_empty_and_refused_by_name(client: Any) -> None:
+    assert client.get_system_shared_memory_status() == client.get_cuda_shared_memory_status() == []
+    client.unregister_system_shared_memory()
+    client.unregister_cuda_shared_memory("mine")
+    for call in (
+        lambda: client.register_system_shared_memory("mine", "/key", 16),
+        lambda: client.register_cuda_shared_memory("mine", b"handle", 0, 16),
+        lambda: client.get_system_shared_memory_status("mine"),
+    ):
+        with pytest.raises(triton.InferenceServerException, match="shared_memory'; send tensors in the body"):
+            call()
+    given, wanted = triton.InferInput("x", [1, 4], "FP32"), triton.InferRequestedOutput("output0")
+    given.set_shared_memory("mine", 16)
+    wanted.set_shared_memory("mine", 16)
+    for inputs, outputs in (([given], None), ([tensor_input("x", rows(1), "FP32", binary=True)], [wanted])):
+        with pytest.raises(triton.InferenceServerException, match="shared memory; send the tensor in the body"):
+            client.infer("linear", inputs, outputs=outputs)
+
+
+def test_other_extensions_are_refused_by_name(client: Any) -> None:
+    for call, name in (
+        (lambda: client.load_model("linear"), "model_repository"),
+        (lambda: client.unload_model("linear"), "model_repository"),
+        (lambda: client.get_model_config("linear"), "model_configuration"),
+        (client.get_trace_settings, "trace"),
+        (lambda: client.update_trace_settings("linear", {"trace_rate": "1"}), "trace"),
+        (client.get_log_settings, "logging"),
+    ):
+        with pytest.raises(triton.InferenceServerException, match=f"does not have the extension '{name}'"):
+            call()
+
+
+def test_the_client_shows_what_the_http_layer_refuses(client: Any) -> None:
+    given = [tensor_input("x", rows(1), "FP32", binary=True)]
+    for headers, status, word in (
+        ({"Expect": "x"}, 417, "Expect"), ({"X": "a" * 70_000}, 431, "head is over"),
+        ({"Content-Encoding": "br"}, 415, "gzip or deflate"),
+    ):  # fmt: skip
+        with pytest.raises(triton.InferenceServerException, match=word) as caught:
+            client.infer("linear", given, headers=headers)
+        assert caught.value.status() == str(status)
+    with pytest.raises(triton.InferenceServerException, match="max_request_size"):
+        client.infer("linear", [tensor_input("x", rows(500_000), "FP32", binary=True)])
+
+
 # --- version 1 ----------------------------------------------------------------------------------------------------
+
+
+def test_v1_clients_see_a_server_that_is_alive(server: Server) -> None:
+    assert server.ask("GET", "/").json == {"status": "alive"}
+    assert server.ask("POST", "/").status == 405
 
 
 def test_v1_instances_are_rows(server: Server) -> None:

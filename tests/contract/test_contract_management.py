@@ -323,7 +323,7 @@ def test_a_description_has_the_contracts_keys_in_its_order(server: Server, model
         "maxWorkers": 1, "batchSize": 1, "maxBatchDelay": 100, "responseTimeout": 120, "startupTimeout": 120,
         "maxRetryTimeoutInSec": 300, "clientTimeoutInMills": 0, "parallelType": "", "parallelLevel": 0,
         "deviceType": "cpu", "continuousBatching": False, "useJobTicket": False, "useVenv": False, "stateful": False,
-        "sequenceMaxIdleMSec": 0, "sequenceTimeoutMSec": 0, "maxNumSequence": 1, "maxSequenceJobQueueSize": 1,
+        "sequenceMaxIdleMSec": 0, "sequenceTimeoutMSec": 0, "maxNumSequence": 0, "maxSequenceJobQueueSize": 0,
         "jobQueueStatus": {"remainingCapacity": 100, "pendingRequests": 0},
     }.items() <= described.items()  # fmt: skip
     [worker] = described["workers"]

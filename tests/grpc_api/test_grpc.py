@@ -208,7 +208,8 @@ def test_a_full_queue_refuses_and_says_why(server: Server, client: Stub, tmp_pat
     assert error.code() == Code.INTERNAL
     first, augmented, detail = error.details().split("\n")
     assert first == 'Model "tiny" has no worker to serve inference request. ' \
-                    "Please use scale workers API to add workers."  # fmt: skip
+                    "Please use scale workers API to add workers. If this is a sequence inference, please check " \
+                    "if it is closed, or expired; or exceeds maxSequenceJobQueueSize"  # fmt: skip
     assert augmented == "InternalServerException.()" and json.loads(detail)["reason"] == "queue full"
     assert "retry-after" in dict(error.trailing_metadata())
     end.touch()

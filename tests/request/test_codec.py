@@ -213,8 +213,18 @@ def measured_forms() -> Iterator[tuple[bytes, str, dict[str, Any]]]:
     yield one.replace(b"--BB--\r\n", b""), kind, {}
     for nothing in (b"", b"--BB--\r\n", b"--CC\r\n"):
         yield nothing, kind, {}
-    yield multipart(('; name="x;y"', "", b"1")), kind, {"x y": b"1"}
-    yield multipart((r'; name="x\"y"', "", b"1")), kind, {"x\\y": b"1"}
+    for name, seen in (
+        ("x;y;z", "x y z"), ("x:y", "x y"), ("x=y", "x y"), ("x,y", "x y"), ("x\ty", "x y"), (" x ", "x"),
+        (r"x\"y", r"x\y"), (r"x\\y", r"x\\y"), ("x'y", "x'y"), ("x%22y", "x%22y"), ('x"; name="y', "y"),
+    ):  # fmt: skip
+        yield multipart((f'; name="{name}"', "", b"1")), kind, {seen: b"1"}
+    for before in (b" ", b"\n\n", b"\t\r\n"):
+        yield before + one, kind, {"x": b"1"}
+    for size, row in ((1, {"x": b"1"}), (4, {"x": b"1"}), (5, {}), (9, {})):
+        yield one[: len(one) - size], kind, row
+    yield one.replace(b"1\r\n", b"1\n"), kind, {"x": b"1"}
+    yield one.replace(b"1\r\n", b"\n").replace(b"\r\n", b"\n"), kind, {"x": b""}
+    yield one.replace(b"1\r\n", b""), kind, {"x": b""}
     inner = "Content-Type: multipart/mixed; boundary=II\r\n"
     files = multipart(
         ('; filename="f"', text, b"t"), ('; filename="g"', of_json, b'{"b": 2}'), boundary="II"

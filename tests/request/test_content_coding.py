@@ -1,0 +1,81 @@
+"""Compressed bodies: undone within a limit, refused by name, never unpacked without end."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyserve.errors import InputError, TooLargeError, UnsupportedMediaError
+from pyserve.request.content_coding import decode_body
+
+BODY = b'{"a": [1, 2, 3]}' * 10
+
+
+def raw_deflate(body: bytes) -> bytes:
+    return zlib.compress(body, wbits=-15)
+
+
+@pytest.mark.parametrize(
+    ("sent", "coding"),
+    [
+        (BODY, ""), (BODY, "identity"), (BODY, " Identity , UTF-8"), (BODY, "utf8"),
+        (gzip.compress(BODY), "gzip"), (gzip.compress(BODY), "GZIP, identity"), (gzip.compress(BODY), "x-gzip"),
+        (gzip.compress(BODY[:7]) + gzip.compress(BODY[7:]), "gzip"), (gzip.compress(b"") + gzip.compress(BODY), "gzip"),
+        (zlib.compress(BODY), "deflate"), (raw_deflate(BODY), "Deflate"),
+        (gzip.compress(zlib.compress(BODY)), "deflate, gzip"),
+    ],
+)  # fmt: skip
+def test_a_body_is_what_it_was_before_it_was_packed(sent: bytes, coding: str) -> None:
+    assert decode_body(bytearray(sent), coding, len(BODY) + 100) == bytearray(BODY)
+
+
+def test_nothing_may_be_packed() -> None:
+    assert decode_body(gzip.compress(b""), "gzip", 1) == bytearray()
+
+
+@pytest.mark.parametrize("coding", ["br", "zstd", "compress", "gzip, br", "x" * 500, "gzip, gzip, gzip, gzip", "utf-16"])
+def test_other_codings_are_refused_with_what_is_taken(coding: str) -> None:
+    with pytest.raises(UnsupportedMediaError, match="gzip or deflate") as caught:
+        decode_body(BODY, coding, 1000)
+    assert caught.value.headers == {"Accept-Encoding": "gzip, deflate"}
+    assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"x", BODY, gzip.compress(BODY)[:-1], gzip.compress(BODY)[:5], gzip.compress(BODY) + b"junk"]
+)
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_a_body_that_is_not_what_the_header_says_is_the_clients_error(sent: bytes, coding: str) -> None:
+    with pytest.raises(InputError, match=f"Content-Encoding '{coding}'"):
+        decode_body(sent, coding, 1000)
+
+
+def test_more_than_the_limit_is_never_unpacked() -> None:
+    bomb = gzip.compress(bytes(50_000_000))
+    for sent, coding in ((bomb, "gzip"), (gzip.compress(bomb), "gzip, gzip"), (gzip.compress(b"x") + bomb, "gzip")):
+        with pytest.raises(TooLargeError) as caught:
+            decode_body(sent, coding, 60_000)
+        assert caught.value.detail == {"max_request_size": 60_000}
+        assert "at least 60001 bytes" in caught.value.message
+    assert decode_body(gzip.compress(BODY), "gzip", len(BODY)) == bytearray(BODY)
+
+
+def test_very_many_files_in_a_row_are_refused() -> None:
+    empty = gzip.compress(b"")
+    assert decode_body(empty * 999 + gzip.compress(b"x"), "gzip", 10) == bytearray(b"x")
+    with pytest.raises(InputError, match="more follows"):
+        decode_body(empty * 300_000, "gzip", 10)
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_give_a_body_or_a_client_error(junk: bytes) -> None:
+    for coding in ("gzip", "deflate"):
+        for sent in (junk, gzip.compress(BODY)[:10] + junk, b"\x78\x9c" + junk):
+            try:
+                assert isinstance(decode_body(sent, coding, 10_000), bytearray)
+            except (InputError, TooLargeError):
+                pass
