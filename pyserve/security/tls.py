@@ -7,6 +7,7 @@ supervisor makes a certificate that nobody has signed, which servers find in ``C
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shlex
@@ -35,6 +36,12 @@ _PEM_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
 _JKS_MAGIC = (b"\xfe\xed\xfe\xed", b"\xce\xce\xce\xce")
 # X509_V_ERR_...
 _NOT_YET_VALID, _EXPIRED = 9, 10
+# What OpenSSL's security level keeps out, by its reason.
+_WEAKNESSES = {
+    "EE_KEY_TOO_SMALL": "its key is short: RSA needs 2048 bits",
+    "CA_KEY_TOO_SMALL": "a certificate that signed it has a short key: RSA needs 2048 bits",
+    "CA_MD_TOO_WEAK": "it is signed with SHA-1 or MD5, where SHA-256 is needed",
+}
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,12 @@ class Certificate:
     Attributes:
         names: hosts and IP addresses it is for.
         not_after: its last moment, as in ``Jan 31 12:00:00 2027 GMT``.
+        weakness: why OpenSSL takes it only below its usual security level; ``""`` if it does not.
     """
 
     names: tuple[str, ...]
     not_after: str
+    weakness: str = ""
 
 
 def is_wanted(config: Config) -> bool:
@@ -89,7 +98,7 @@ def examine(config: Config) -> tuple[str, str]:
     """Tries key and certificate.
 
     Returns:
-        ``note``, or ``warning`` if it is valid for a short time only; and a line that says what it is.
+        ``note``, or ``warning`` if it is weak, or valid for a short time only; and a line that says what it is.
 
     Raises:
         ConfigError: they cannot be used.
@@ -97,8 +106,9 @@ def examine(config: Config) -> tuple[str, str]:
     certificate = inspect(*key_and_chain_pem(config), sources(config))
     days_left = (ssl.cert_time_to_seconds(certificate.not_after) - time.time()) / 86_400
     names = ", ".join(certificate.names) or "no name"
-    kind = "note" if days_left > EXPIRES_SOON_DAYS else "warning"
-    return kind, f"TLS: a certificate for {names}, valid until {certificate.not_after}"
+    kind = "note" if days_left > EXPIRES_SOON_DAYS and not certificate.weakness else "warning"
+    weakness = f"; {certificate.weakness}" if certificate.weakness else ""
+    return kind, f"TLS: a certificate for {names}, valid until {certificate.not_after}{weakness}"
 
 
 def restore(config: Config) -> None:
@@ -187,21 +197,58 @@ def sources(config: Config) -> str:
     return f"{config.private_key_file} and {config.certificate_file} (private_key_file, certificate_file)"
 
 
-def load(context: ssl.SSLContext, key: bytes, chain: bytes, source: str) -> None:
-    """Gives ``context`` a key and its certificates.
+def load(context: ssl.SSLContext, key: bytes, chain: bytes, source: str) -> str:
+    """Gives ``context`` a key and its certificates, at the highest security level of OpenSSL that takes them.
+
+    Returns:
+        Why that is below the usual one; ``""`` if it is not.
 
     Raises:
         ConfigError: OpenSSL does not take them.
     """
+    usual = _usual_level()
+    weakness = ""
+    for level in range(usual, -1, -1):
+        _set_level(context, level)
+        try:
+            _load_pair(context, key, chain)
+        except ssl.SSLError as error:
+            if level == 0 or error.reason not in _WEAKNESSES:
+                raise ConfigError(f"{source}: {_explained(error)}") from None
+            weakness = weakness or _WEAKNESSES[error.reason]
+        else:
+            break
+    if not weakness:
+        return ""
+    try:
+        _handshake(context, _trusting_context())
+    except ssl.SSLError:  # RSA keys of 512 bits are too short for the signatures of TLS 1.3
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+    return f"{weakness}; it is served at OpenSSL's security level {level}, not {usual}, and clients may refuse it"
+
+
+def _load_pair(context: ssl.SSLContext, key: bytes, chain: bytes) -> None:
     fd = os.memfd_create("tls", os.MFD_CLOEXEC)  # load_cert_chain reads files only, and keys belong on no disk
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(chain + b"\n" + key)
         context.load_cert_chain(f"/proc/self/fd/{fd}", password=lambda: b"")
-    except ssl.SSLError as error:
-        raise ConfigError(f"{source}: {_explained(error)}") from None
     finally:
         os.close(fd)
+
+
+@functools.cache
+def _usual_level() -> int:
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).security_level
+
+
+def _set_level(context: ssl.SSLContext, level: int) -> None:
+    """Sets what keys and signatures ``context`` takes; its protocols and ciphers stay."""
+    context.maximum_version = ssl.TLSVersion.MAXIMUM_SUPPORTED
+    if context.security_level != level:
+        # Those of TLS 1.3 are not set by this call, and not changed.
+        names = [each["name"] for each in context.get_ciphers() if not each["name"].startswith("TLS_")]
+        context.set_ciphers(f"{':'.join(names)}:@SECLEVEL={level}")
 
 
 def inspect(key: bytes, chain: bytes, source: str) -> Certificate:
@@ -211,9 +258,11 @@ def inspect(key: bytes, chain: bytes, source: str) -> Certificate:
         ConfigError: it cannot be used, or not at this time.
     """
     context = _bare_context()
-    load(context, key, chain, source)
+    weakness = load(context, key, chain, source)
+    client = _client_context(chain)
+    _set_level(client, context.security_level)
     try:
-        told = _handshake(context, _client_context(chain))
+        told = _handshake(context, client)
     except ssl.SSLCertVerificationError as error:
         if error.verify_code in (_NOT_YET_VALID, _EXPIRED):
             when = "has expired" if error.verify_code == _EXPIRED else "is not valid yet"
@@ -221,7 +270,8 @@ def inspect(key: bytes, chain: bytes, source: str) -> Certificate:
         raise ConfigError(f"{source}: clients will refuse the certificate: {error.verify_message}") from None
     except ssl.SSLError as error:
         raise ConfigError(f"{source}: {_explained(error)}") from None
-    return Certificate(tuple(name for _, name in told.get("subjectAltName", ())), told.get("notAfter", ""))
+    names = tuple(name for _, name in told.get("subjectAltName", ()))
+    return Certificate(names, told.get("notAfter", ""), weakness)
 
 
 def curl_target(config: Config, address: Address) -> tuple[str, str]:
@@ -301,6 +351,15 @@ def _client_context(chain: bytes) -> ssl.SSLContext:
     return context
 
 
+def _trusting_context() -> ssl.SSLContext:
+    """A client that takes any certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    _set_level(context, 0)
+    return context
+
+
 def _handshake(server_side: ssl.SSLContext, client_side: ssl.SSLContext, host: str = "") -> dict[str, Any]:
     """What the server's certificate says, once the client has accepted it."""
     client_side.check_hostname = bool(host)
@@ -353,7 +412,7 @@ def _read(path: Path, place: str) -> bytes:
         raise ConfigError(f"{place}: {path} cannot be read: {error.strerror}") from None
     if len(content) > FILE_SIZE_MAX:
         raise ConfigError(f"{place}: {path} is larger than {FILE_SIZE_MAX} bytes")
-    return content
+    return content.removeprefix(b"\xef\xbb\xbf")  # editors of Windows begin text so; OpenSSL would see no PEM
 
 
 def _explained(error: ssl.SSLError) -> str:
@@ -363,8 +422,10 @@ def _explained(error: ssl.SSLError) -> str:
                 "key and certificate do not belong together; in a file with a chain the server's own certificate "
                 "comes first"
             )
-        case "EE_KEY_TOO_SMALL" | "CA_KEY_TOO_SMALL" | "CA_MD_TOO_WEAK":
-            return f"key or signature is too weak for TLS ({error.reason}); RSA needs 2048 bits and SHA-256"
+        case reason if reason in _WEAKNESSES:
+            return f"key or signature is too weak for TLS ({reason}); RSA needs 2048 bits and SHA-256"
+        case None | "":
+            return "key or certificate cannot be used: OpenSSL finds no whole PEM block, or one that it cannot read"
         case _:
             return f"key or certificate cannot be used: {(error.reason or str(error)).lower().replace('_', ' ')}"
 

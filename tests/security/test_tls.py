@@ -128,7 +128,6 @@ def _wrong_password(folder: Path, pair: Pair) -> Config:
         (_mismatch, "key and certificate do not belong together"),
         (_leaf_last, "the server's own certificate comes first"),
         (_garbage, "key or certificate cannot be used"),
-        (lambda folder, pair: config_for(certificates.self_signed(folder, "weak", bits=1024)), "too weak"),
         (lambda folder, pair: config_for(certificates.dated(folder, "old", "20200101000000Z", "20210101000000Z")),
          "the certificate has expired"),
         (lambda folder, pair: config_for(certificates.dated(folder, "new", "20480101000000Z", "20490101000000Z")),
