@@ -181,7 +181,7 @@ class Archive:
         if self.is_folder:
             return self.model_dir
         try:
-            return self._own.filled(self, self._cache.models(), with_weights=with_weights)
+            return self._own.filled(self, self._cache, with_weights=with_weights)
         except OSError as error:
             raise ModelLoadError(
                 f"{self.name}: its files cannot be copied to a folder of its own: "
@@ -223,12 +223,12 @@ class _OwnFolder:
     def originals(self) -> Originals:
         return self._folder.originals if self._folder is not None else {}
 
-    def filled(self, archive: Archive, root: Path, *, with_weights: bool) -> Path:
+    def filled(self, archive: Archive, cache: ArchiveCache, *, with_weights: bool) -> Path:
         weights = archive.weights
         mapped = weights.name if weights is not None and weights.is_mapped else None
         with self._lock:
             if self._folder is None:
-                folder = ModelFolder(root)
+                folder = ModelFolder(cache.models())
                 try:
                     folder.add(archive.model_dir, [name for name in archive.files if name != mapped])
                 except BaseException:
@@ -236,7 +236,8 @@ class _OwnFolder:
                     raise
                 self._folder = folder
             if with_weights and mapped is not None and weights is not None and not self._has_weights:
-                weights.as_file()
+                with cache.lock(archive.sha256):  # unpacked twice at once, the second would replace what the first maps
+                    weights.as_file()
                 self._folder.add(archive.model_dir, [mapped])
                 self._has_weights = True
             return self._folder.path

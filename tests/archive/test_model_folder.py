@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,24 @@ def test_large_files_know_their_originals_which_are_other_files(tmp_path: Path) 
         assert original_identity == file_identity(original)
         assert identity == file_identity(folder / "w.bin")
         assert original_identity[:2] != identity[:2], "a link: who writes to one writes to both"
+
+
+def test_models_that_are_loaded_at_once_have_the_same_originals(tmp_path: Path) -> None:
+    archives = [opened(tmp_path, {**good_files(), "w.bin": LARGE}) for _ in range(8)]
+    barrier = threading.Barrier(len(archives))
+
+    def fill(archive: Archive) -> None:
+        barrier.wait(60)
+        archive.own_folder(with_weights=True)
+
+    with ThreadPoolExecutor(len(archives)) as pool:
+        list(pool.map(fill, archives))
+    originals = [original for archive in archives for original in archive.originals.values()]
+    assert len(originals) == len(archives)
+    for path, identity, _ in originals:
+        assert file_identity(path) == identity
+    for archive in archives:
+        archive.close()
 
 
 def test_what_lies_in_the_cache_beside_the_archives_files_is_not_copied(tmp_path: Path) -> None:
