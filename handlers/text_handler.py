@@ -33,9 +33,9 @@ class TextHandler(BaseHandler):
         self.source_vocab = text.read_vocabulary(Path(self.get_source_vocab_path(context)))
         self.initialized = True
 
-    def get_source_vocab_path(self, context: Context) -> str:
+    def get_source_vocab_path(self, ctx: Context) -> str:
         """Where the vocabulary is."""
-        return str(Path(context.system_properties["model_dir"]) / "source_vocab.pt")
+        return str(Path(ctx.system_properties["model_dir"]) / "source_vocab.pt")
 
     def _remove_html_tags(self, line: str) -> str:
         return text.remove_html(line)

@@ -26,7 +26,8 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time a zip can express
 def write_zip(file: BinaryIO, files: Mapping[str, Path], manifest: bytes, stored: Collection[str]) -> None:
     """A zip with the manifest first; the members named in ``stored`` uncompressed and aligned, the others deflated."""
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(_zip_header(MANIFEST_NAME, zipfile.ZIP_DEFLATED), manifest)
+        method = zipfile.ZIP_STORED if MANIFEST_NAME in stored else zipfile.ZIP_DEFLATED
+        archive.writestr(_zip_header(MANIFEST_NAME, method), manifest)
         # What is mapped comes last: everything else is then read from one place at the front.
         for name in sorted(files, key=lambda name: (name in stored, name)):
             source = files[name]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from pyserve.archive.model_config import ModelConfig
 from pyserve.errors import InvalidModelError, JsonObject, shown
 
 FORMATS = ("default", "zip-store", "tgz", "no-archive")
+log = logging.getLogger(__name__)
+
 ARCHIVER_VERSION = "1.0"  # of the layout written here
 
 _SKIPPED_FOLDERS = ("__MACOSX", "__pycache__")
@@ -97,7 +100,7 @@ def write_archive(config: ArchiverConfig) -> Path:
         if config.archive_format == "tgz":
             write_tar(file, files.sources, manifest, config.model_name)
         elif config.archive_format == "zip-store":
-            write_zip(file, files.sources, manifest, stored=files.sources)
+            write_zip(file, files.sources, manifest, stored={*files.sources, MANIFEST_NAME})
         else:
             write_zip(file, files.sources, manifest, stored={_name_of(config.serialized_file)})
 
@@ -122,15 +125,18 @@ class _Files:
         """Adds one file to the root; returns its name there."""
         source = Path(path)
         if not source.is_file():
-            raise InvalidModelError(f"{what} not found: {path}; check the path, it is relative to the current folder")
+            text = f"{what} not found: {path}; check the path, it is relative to the current folder"
+            raise InvalidModelError(text) from FileNotFoundError(path)
         self.add(source.name, source)
         return source.name
 
     def add_extra(self, pattern: str) -> None:
         found = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
-        if not found:
-            matched = "matches no file" if glob.has_magic(pattern) else "not found"
-            raise InvalidModelError(f"extra file {matched}: {pattern}; check the path and the commas")
+        if not found and glob.has_magic(pattern):
+            log.warning("extra files: %s matches no file", pattern)
+        elif not found:
+            text = f"extra file not found: {pattern}; check the path and the commas"
+            raise InvalidModelError(text) from FileNotFoundError(pattern)
         for path in found:
             if os.path.isdir(path):
                 self._add_folder(Path(path))
@@ -205,7 +211,8 @@ def _add_handler(config: ArchiverConfig, files: _Files) -> str:
             split_handler(written)
             return written
     stem = os.path.basename(path)
-    raise InvalidModelError(f"handler {shown(handler)} is neither a Python file nor built in{nearest_handler(stem)}")
+    text = f"handler {shown(handler)} is neither a Python file nor built in{nearest_handler(stem)}"
+    raise InvalidModelError(text) from FileNotFoundError(path)
 
 
 def _name_of(path: str | None) -> str:

@@ -8,10 +8,13 @@ of labels.
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
+
+import yaml
 
 from pyserve.telemetry.metrics_config import MODEL_METRICS, Declared, MetricsConfigError, read_metrics_config
 
@@ -29,24 +32,24 @@ REPORT_INTERVAL_S = 0.1
 class MetricTypes(Enum):
     """Kinds of metrics."""
 
-    COUNTER = "COUNTER"
-    GAUGE = "GAUGE"
-    HISTOGRAM = "HISTOGRAM"
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
 
 
-class MetricsCacheKeyError(Exception):
+class MetricsCacheKeyError(KeyError):
     """There is no such metric."""
 
 
-class MetricsCacheTypeError(Exception):
+class MetricsCacheTypeError(TypeError):
     """An argument is of the wrong type."""
 
 
-class MetricsCacheValueError(Exception):
+class MetricsCacheValueError(ValueError):
     """An argument has a value that is not allowed."""
 
 
-class MetricsCachePyYamlError(Exception):
+class MetricsCachePyYamlError(yaml.YAMLError):
     """metrics.yaml is not YAML."""
 
 
@@ -60,9 +63,25 @@ class Dimension:
     def __str__(self) -> str:
         return f"{self.name}:{self.value}"
 
+    def to_dict(self) -> dict[str, str]:
+        """Both, as TorchServe's JSON has them."""
+        return {"Name": self.name, "Value": self.value}
+
+
+def metric_text(  # noqa: PLR0917 - the parts of a line, in their order
+    name: str, value: float | str, unit: str, labels: str, kind: MetricTypes | None, request_id: str | None
+) -> str:
+    """A value as TorchServe's workers print it; ``labels`` is ``name:value`` pairs, separated by commas."""
+    type_text = f"|#type:{kind.name}" if kind is not None else ""
+    suffix = f",{request_id}" if request_id else ""
+    return f"{name}.{unit}:{value}|#{labels}{type_text}|#hostname:{socket.gethostname()},{int(time.time())}{suffix}"
+
 
 class CachingMetric:
-    """One metric of a handler: a name, a unit, a kind and the names of its labels."""
+    """One metric of a handler: a name, a unit, a kind and the names of its labels.
+
+    One that belongs to no cache writes its values to the log.
+    """
 
     def __init__(
         self, metric_name: str, unit: str, dimension_names: Sequence[str] | None = None,
@@ -77,14 +96,18 @@ class CachingMetric:
     def add_or_update(self, value: float, dimension_values: Sequence[str] | None = None, request_id: str = "") -> None:
         """Emits ``value`` with label values in the order of ``dimension_names``.
 
-        Raises:
-            MetricsCacheValueError: as many values as names are needed.
+        As many values as names are needed, and a counter cannot be lowered: else an error is logged, as there.
         """
         values = list(dimension_values or [])
         if len(values) != len(self.dimension_names):
-            raise MetricsCacheValueError(
-                f"{self.metric_name} has {len(self.dimension_names)} dimensions {self.dimension_names}, got {values}"
-            )
+            log.error(
+                "metric %s has %d dimensions %s, got %s", self.metric_name, len(self.dimension_names),
+                self.dimension_names, values,
+            )  # fmt: skip
+            return
+        if self.metric_type is MetricTypes.COUNTER and value < 0:
+            log.error("counter %s cannot be lowered by %s", self.metric_name, value)
+            return
         self._emit(value, dict(zip(self.dimension_names, map(str, values), strict=True)), request_id)
 
     def update(self, value: float, request_id: str = "", dimensions: Sequence[Dimension] | None = None) -> None:
@@ -94,6 +117,9 @@ class CachingMetric:
     def _emit(self, value: float, dimensions: dict[str, str], request_id: str) -> None:
         if self._cache is not None:
             self._cache.emit(self.metric_name, value, self.unit, self.metric_type, dimensions, request_id or None)
+            return
+        labels = ",".join(f"{name}:{text}" for name, text in dimensions.items())
+        log.info("[METRICS]%s", metric_text(self.metric_name, value, self.unit, labels, self.metric_type, request_id))
 
 
 class MetricsCache:
@@ -128,7 +154,7 @@ class MetricsCache:
         self.keeps_each = keeps_each
         for kind, name, unit, dimensions in _declared(config):
             # Units stay as they are written there.
-            self.add_metric_to_cache(name, unit, dimensions, MetricTypes(kind.upper())).unit = unit
+            self.add_metric_to_cache(name, unit, dimensions, MetricTypes(kind)).unit = unit
 
     # --- for the server -------------------------------------------------------------------------------------------
 
@@ -166,7 +192,7 @@ class MetricsCache:
             if len(self._emissions) < VALUES_MAX:
                 self._emissions[key] = {
                     "name": name, "value": [number] if kind is MetricTypes.HISTOGRAM else number, "unit": unit,
-                    "type": kind.value, "dimensions": dict(dimensions), "request_id": request_id,
+                    "type": kind.name, "dimensions": dict(dimensions), "request_id": request_id,
                 }  # fmt: skip
             return
         known["request_id"] = request_id
@@ -183,27 +209,34 @@ class MetricsCache:
         self, metric_name: str, unit: str, dimension_names: Sequence[str] | None = None,
         metric_type: MetricTypes = MetricTypes.COUNTER,
     ) -> CachingMetric:  # fmt: skip
-        """A metric to emit values of later; the one there is if there is one of that name and kind.
+        """A metric to emit values of later. It takes the place of one of that name and kind.
 
         Raises:
-            MetricsCacheTypeError: a name that is no text, or a kind that is none.
+            MetricsCacheTypeError: a name or unit that is no text, a kind that is none, or label names that are no list.
         """
         if not isinstance(metric_name, str) or not metric_name:
             raise MetricsCacheTypeError(f"a metric's name is text, got {metric_name!r}")
         if not isinstance(metric_type, MetricTypes):
             raise MetricsCacheTypeError(f"metric_type is a MetricTypes, got {metric_type!r}")
-        known = self.cache[metric_type].get(metric_name)
-        if known is None:
-            known = CachingMetric(metric_name, unit, dimension_names, metric_type, self)
-            self.cache[metric_type][metric_name] = known
-        return known
+        if not isinstance(unit, str):
+            raise MetricsCacheTypeError(f"the unit of metric {metric_name} is text, got {unit!r}")
+        if isinstance(dimension_names, str):
+            raise MetricsCacheTypeError(
+                f"the dimension names of metric {metric_name} are a list, got {dimension_names!r}"
+            )
+        made = CachingMetric(metric_name, unit, dimension_names, metric_type, self)
+        self.cache[metric_type][metric_name] = made
+        return made
 
     def get_metric(self, metric_name: str, metric_type: MetricTypes = MetricTypes.COUNTER) -> CachingMetric:
         """A metric that was added or declared.
 
         Raises:
             MetricsCacheKeyError: there is none.
+            MetricsCacheTypeError: ``metric_name`` is no text, or ``metric_type`` no `MetricTypes`.
         """
+        if not isinstance(metric_name, str) or not isinstance(metric_type, MetricTypes):
+            raise MetricsCacheTypeError(f"a name and a MetricTypes are needed, got {metric_name!r}, {metric_type!r}")
         try:
             return self.cache[metric_type][metric_name]
         except KeyError:
@@ -213,7 +246,13 @@ class MetricsCache:
         self, name: str, value: float, unit: str = "", idx: int | None = None,
         dimensions: Sequence[Dimension] | None = None, metric_type: MetricTypes = MetricTypes.COUNTER,
     ) -> None:  # fmt: skip
-        """Emits ``value``, labelled with the model's name too."""
+        """Emits ``value``, labelled with the model's name too.
+
+        Raises:
+            MetricsCacheTypeError: the name is no text.
+        """
+        if not isinstance(name, str):
+            raise MetricsCacheTypeError(f"a metric's name is text, got {name!r}")
         labels = {each.name: str(each.value) for each in dimensions or []}
         labels |= {"ModelName": self.model_name, "Level": "Model"}
         declared = self.cache[metric_type].get(name)
@@ -264,11 +303,11 @@ class MetricsCache:
         """Counts an error."""
         labels = [*(dimensions or []), Dimension("Level", "Error")]
         self.emit(name, value if isinstance(value, (int, float)) else 1, "unit", MetricTypes.COUNTER,
-                  {each.name: str(each.value) for each in labels}, self._request_id(None))  # fmt: skip
+                  {each.name: str(each.value) for each in labels}, None)  # fmt: skip
 
     def _request_id(self, idx: int | None) -> str | None:
-        if idx is not None:
-            return self.request_ids.get(idx)
+        if idx is not None and idx in self.request_ids:
+            return self.request_ids[idx]
         return ",".join(self.request_ids.values()) or None
 
     @staticmethod

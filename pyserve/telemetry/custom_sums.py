@@ -60,7 +60,7 @@ class CustomMetrics:
                 continue
 
     def _add(self, model: str, value: dict[str, Any], noted: MetricLog | None) -> None:
-        kind = MetricTypes(value["type"]).value
+        kind = MetricTypes[value["type"]].name
         name = _metric_name(value["name"])
         told = value["value"] if kind == "HISTOGRAM" and isinstance(value["value"], list) else [value["value"]]
         numbers = [float(each) for each in told[:VALUES_MAX]]

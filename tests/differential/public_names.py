@@ -6,11 +6,11 @@ Runs in an environment of its own (TorchServe's, or one with the shims on its pa
 package wants and the environment lacks (`STAND_INS`) is replaced by empty modules whose every name is a class. The
 output, an object of modules:
 
-    {"ts.context": {"classes": {"Context": {"bases": [...], "members": {...}}}, "functions": {"f": [["x", kind, default]]},
-                    "constants": {...}, "imports": {"name": "module it is defined in"}}}
+    {"ts.context": {"classes": {"Context": {"bases": [...], "members": {...}}}, "constants": {...},
+                    "functions": {"f": [["x", kind, default]]}, "imports": {"name": "module it is defined in"}}}
 
-A signature is a list of ``[name, kind, default]`` without ``self``; default is None for none, else its ``repr`` if that is
-the same in every process, else the name of its type.
+A signature is a list of ``[name, kind, default]`` without ``self``; default is None for none, else its ``repr`` if that
+is the same in every process, else the name of its type.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     """Prints the facts of the packages given as arguments."""
     warnings.simplefilter("ignore")
     sys.argv, packages = sys.argv[:1], sys.argv[1:]
-    stdout, sys.stdout = sys.stdout, open(os.devnull, "w")  # what a module prints when imported is no fact
+    stdout, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115 - until the end
     sys.meta_path.append(StandIns())
     facts = {name: module_facts(name, tuple(packages)) for package in packages for name in module_names(package)}
     stdout.write(written(facts) + "\n")
@@ -115,7 +115,7 @@ def module_facts(name: str, packages: tuple[str, ...]) -> dict[str, Any]:
         return {"import_error": f"{type(error).__name__}: {getattr(error, 'name', '')}"}
     facts: dict[str, Any] = {"classes": {}, "functions": {}, "constants": {}, "imports": {}}
     for key, value in sorted(vars(module).items()):
-        if key.startswith("_") and key != "__version__" or isinstance(value, types.ModuleType):
+        if (key.startswith("_") and key != "__version__") or isinstance(value, types.ModuleType):
             continue
         origin = getattr(value, "__module__", None) if isinstance(value, type) or callable(value) else None
         if isinstance(origin, str) and origin != name:
@@ -190,8 +190,8 @@ def shown(value: Any) -> str:
     if isinstance(value, enum.Enum):
         return f"{type(value).__name__}.{value.name}"
     plain = isinstance(value, PLAIN) or (
-        isinstance(value, (list, tuple, set)) and all(isinstance(each, PLAIN) for each in value)
-        or isinstance(value, dict) and all(isinstance(each, PLAIN) for pair in value.items() for each in pair)
+        (isinstance(value, (list, tuple, set)) and all(isinstance(each, PLAIN) for each in value))
+        or (isinstance(value, dict) and all(isinstance(each, PLAIN) for pair in value.items() for each in pair))
     )  # fmt: skip
     text = repr(sorted(value, key=repr)) if isinstance(value, set) else repr(value)
     return text if plain and len(text) <= TEXT_MAX and os.sep not in text else f"<{type(value).__name__}>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Queue
-from typing import IO, Any
+from subprocess import PIPE, STDOUT
+from typing import Any
 
 from pyserve.config.address import Address
 from pyserve.server import pid_file
@@ -21,6 +23,8 @@ from pyserve.server import pid_file
 COMMAND = [sys.executable, "-m", "pyserve.commands.torchserve"]
 STARTED = "Model server started."
 MANAGEMENT_DEFAULT = "http://127.0.0.1:8081"
+
+Params = Mapping[str, Any] | Sequence[tuple[str, Any]]
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Response:
     status_code: int
     content: bytes
     headers: dict[str, str] = field(default_factory=dict)
+    url: str = ""
 
     @property
     def ok(self) -> bool:
@@ -57,16 +62,44 @@ class Response:
             raise RuntimeError(f"{self.status_code} {self.reason}: {self.text.strip()}")
 
 
+class Tee(threading.Thread):
+    """Puts the lines of ``reader`` into two queues, ``queue1`` and ``queue2``, and None behind the last."""
+
+    def __init__(self, reader: Iterable[Any]):
+        super().__init__(daemon=True)
+        self.reader = reader
+        self.queue1: Queue[Any] = Queue()
+        self.queue2: Queue[Any] = Queue()
+
+    def run(self) -> None:
+        for line in itertools.chain(self.reader, [None]):
+            self.queue1.put(line)
+            self.queue2.put(line)
+
+
+class PrintTillTheEnd(threading.Thread):
+    """Prints the lines of a queue until there is a None."""
+
+    def __init__(self, queue: Queue[Any]):
+        super().__init__(daemon=True)
+        self._lines = queue
+
+    def run(self) -> None:
+        while (line := self._lines.get()) is not None:
+            print(line.strip())
+
+
 def start(  # noqa: PLR0917 - TorchServe's signature
     model_store: str | None = None, snapshot_file: str | None = None, no_config_snapshots: bool = False,
     plugin_folder: str | None = None, disable_token: bool = False, models: str | None = None,
     enable_model_api: bool = False,
-) -> Queue[str]:  # fmt: skip
-    """Starts a server; returns once it answers, with a queue of the lines that it prints from then on.
+) -> Queue[str | None]:  # fmt: skip
+    """Stops the server that runs here, if one does, and starts another.
 
-    Raises:
-        RuntimeError: it did not start; the text is what it printed.
+    What it prints is printed here. Returns once it answers, with a queue of the lines that come from then on; None
+    stands behind the last. If it does not start, the reason is printed and the queue holds None only.
     """
+    stop()
     command = [*COMMAND, "--start"]
     for flag, value in (("--model-store", model_store), ("--ts-config", snapshot_file), ("--models", models),
                         ("--plugins-path", plugin_folder)):  # fmt: skip
@@ -76,52 +109,60 @@ def start(  # noqa: PLR0917 - TorchServe's signature
                          ("--enable-model-api", enable_model_api)):  # fmt: skip
         if wanted:
             command.append(flag)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    process = subprocess.Popen(command, stdout=PIPE, stderr=STDOUT, text=True, errors="replace")
     assert process.stdout is not None
-    lines: Queue[str] = Queue()
-    printed = []
     for line in process.stdout:
-        lines.put(line)
-        printed.append(line)
-        if line.rstrip() == STARTED:
-            threading.Thread(target=_pass_on, args=(process, process.stdout, lines), daemon=True).start()
-            return lines
-    process.stdout.close()
-    raise RuntimeError(f"the server did not start (exit code {process.wait()}): {''.join(printed).strip()}")
-
-
-def _pass_on(process: subprocess.Popen[str], stream: IO[str], lines: Queue[str]) -> None:
-    """Until the server ends, which has the same standard output as the command that started it."""
-    with stream:
-        for line in stream:
-            lines.put(line)
-    process.wait()
+        print(line.strip())
+        if line.strip() == STARTED:
+            break
+    tee = Tee(process.stdout)
+    tee.start()
+    PrintTillTheEnd(tee.queue2).start()
+    threading.Thread(target=process.wait, daemon=True).start()
+    return tee.queue1
 
 
 def stop(wait: bool = True) -> None:
-    """Stops the server."""
+    """Stops the server that runs here; ``wait``: until it has ended."""
     process = subprocess.Popen([*COMMAND, "--stop"])
     if wait:
         process.wait()
 
 
-def register_model(model_name: str, url: str) -> Response:
-    """Registers an archive with one worker."""
+def register_model(model_name: str, url: str) -> Any:
+    """Registers an archive with one worker, and waits for it.
+
+    Returns:
+        the answer: of the package `requests` if that is installed, else a `Response`.
+    """
     return register_model_with_params(
-        {"model_name": model_name, "url": url, "initial_workers": "1", "synchronous": "true"}
+        (("model_name", model_name), ("url", url), ("initial_workers", "1"), ("synchronous", "true"))
     )
 
 
-def register_model_with_params(params: Mapping[str, str] | list[tuple[str, str]]) -> Response:
-    """``POST /models`` with these parameters, to the server that runs here."""
-    pairs = params.items() if isinstance(params, Mapping) else params
-    request = urllib.request.Request(f"{_management()}/models?{urllib.parse.urlencode(list(pairs))}", method="POST")
+def register_model_with_params(params: Params) -> Any:
+    """``POST /models`` with these parameters, to the server that runs here.
+
+    Returns:
+        the answer: of the package `requests` if that is installed, else a `Response`.
+    """
+    url = f"{_management()}/models"
+    try:
+        import requests
+    except ImportError:
+        return _post(url, params)
+    return requests.post(url, params=params)
+
+
+def _post(url: str, params: Params) -> Response:
+    pairs = list(params.items() if isinstance(params, Mapping) else params)
+    request = urllib.request.Request(f"{url}?{urllib.parse.urlencode(pairs)}", method="POST")
     try:
         with urllib.request.urlopen(request) as answer:
-            return Response(answer.status, answer.read(), dict(answer.headers))
+            return Response(answer.status, answer.read(), dict(answer.headers), request.full_url)
     except urllib.error.HTTPError as error:
         with error:
-            return Response(error.code, error.read(), dict(error.headers))
+            return Response(error.code, error.read(), dict(error.headers), request.full_url)
 
 
 def _management() -> str:

@@ -5,6 +5,12 @@ from __future__ import annotations
 import sys
 
 from pyserve.commands.torchserve import main
+from ts.arg_parser import ArgParser
+from ts.version import __version__
+
+TS_NAMESPACE = "org.pytorch.serve.ModelServer"
+
+__all__ = ["TS_NAMESPACE", "ArgParser", "__version__", "load_properties", "start"]
 
 
 def start() -> None:
@@ -12,6 +18,17 @@ def start() -> None:
     code = main()
     if code:
         sys.exit(code)
+
+
+def load_properties(file_path: str) -> dict[str, str]:
+    """The lines ``key=value`` of a file; neither continued lines nor escapes are read, as the server does read them."""
+    properties = {}
+    with open(file_path) as file:
+        for line in file:
+            key, equals, value = line.strip().partition("=")
+            if equals and not key.startswith("#"):
+                properties[key.strip()] = value.strip()
+    return properties
 
 
 if __name__ == "__main__":

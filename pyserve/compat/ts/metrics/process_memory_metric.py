@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 
@@ -11,6 +12,7 @@ def get_cpu_usage(pid: int) -> int:
         with open(f"/proc/{int(pid)}/status") as file:
             line = next((line for line in file if line.startswith("VmRSS:")), "VmRSS: 0 kB")
     except OSError:
+        logging.error("Failed get process for pid: %s", pid)
         return 0
     return int(line.split()[1]) * 1024
 

@@ -1,5 +1,7 @@
 """`VisionHandler` under TorchServe's name."""
 
+from pyserve.handlers.base_handler import BaseHandler
 from pyserve.handlers.vision_handler import VisionHandler
+from ts.handler_utils.timer import timed
 
-__all__ = ["VisionHandler"]
+__all__ = ["BaseHandler", "VisionHandler", "timed"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,12 +21,13 @@ from pyserve.handlers.text import remove_accents
 
 __all__ = [
     "CLEANUP_REGEX", "PT2Backend", "PredictionException", "check_valid_pt2_backend", "deprecated", "get_yaml_config",
-    "list_classes_from_module", "load_label_mapping", "map_class_to_label", "remove_accented_characters",
+    "list_classes_from_module", "load_label_mapping", "logger", "map_class_to_label", "remove_accented_characters",
 ]  # fmt: skip
 
+logger = logging.getLogger(__name__)
 
 # Tags and entities of HTML.
-CLEANUP_REGEX = re.compile(r"<[^<>]*>|&(?:#?\w+);")
+CLEANUP_REGEX = re.compile(r"<[^\n]*?>|&(?:#(?:x[0-9a-f]{1,6}|\d{1,6})|[a-z0-9]+);", re.ASCII)
 
 
 class PT2Backend(str, enum.Enum):
@@ -48,10 +50,10 @@ class PT2Backend(str, enum.Enum):
 
 
 def check_valid_pt2_backend(backend: str) -> bool:
-    """Whether ``backend`` is one of `PT2Backend`; a warning if not."""
+    """Whether ``backend`` is one of `PT2Backend`; a warning in the log if not."""
     if backend in {each.value for each in PT2Backend}:
         return True
-    warnings.warn(f"{backend!r} is no known backend of torch.compile", stacklevel=2)
+    logger.warning("%s is not a supported backend", backend)
     return False
 
 
@@ -62,10 +64,14 @@ def list_classes_from_module(module: ModuleType, parent_class: type | None = Non
 
 
 def load_label_mapping(mapping_file_path: str | Path) -> dict[str, str] | None:
-    """Class index as text -> label, from an index_to_name.json; None without that file."""
+    """Class index as text -> label, from an index_to_name.json; None without that file, and a warning in the log.
+
+    Raises:
+        ModelLoadError: it is not of that form.
+    """
     path = Path(mapping_file_path)
     if not path.is_file():
-        warnings.warn(f"{path.name} is missing: answers name classes by their numbers", stacklevel=2)
+        logger.warning("%r is missing. Inference output will not include class name.", str(mapping_file_path))
         return None
     return read_labels(path)
 
@@ -73,26 +79,30 @@ def load_label_mapping(mapping_file_path: str | Path) -> dict[str, str] | None:
 def map_class_to_label(
     probs: Any, mapping: Mapping[str, str] | None = None, lbl_classes: Any = None
 ) -> list[dict[str, float]]:
-    """One dict of label -> probability per row, in the order of the row.
+    """One dict of label -> probability per row, in the order of the row. A class without a label goes by its index.
 
     Args:
         probs: rows of probabilities.
         mapping: class index as text -> label; without it the index is the label.
-        lbl_classes: rows of class indices; by default those of the columns.
+        lbl_classes: rows of class indices; by default those of the columns. The shorter row decides.
+
+    Raises:
+        TypeError: ``probs`` is no list, but a tensor or the like.
     """
+    if not isinstance(probs, (list, tuple)):
+        raise TypeError(f"map_class_to_label takes a list of rows, got {type(probs).__name__}; call .tolist() first")
     rows = []
     for number, row in enumerate(probs):
         classes = range(len(row)) if lbl_classes is None else lbl_classes[number]
         names = (str(int(each)) for each in classes)
-        rows.append({(mapping or {}).get(name, name): value for name, value in zip(names, row, strict=True)})
+        rows.append({(mapping or {}).get(name, name): value for name, value in zip(names, row, strict=False)})
     return rows
 
 
-def get_yaml_config(yaml_file_path: str | Path) -> dict[str, Any]:
-    """A YAML file as a dict; only plain values."""
+def get_yaml_config(yaml_file_path: str | Path) -> Any:
+    """What a YAML file holds, None if it is empty; only plain values."""
     with open(yaml_file_path) as file:
-        config: dict[str, Any] = yaml.safe_load(file) or {}
-        return config
+        return yaml.safe_load(file)
 
 
 def remove_accented_characters(text: str) -> str:
@@ -100,14 +110,17 @@ def remove_accented_characters(text: str) -> str:
     return remove_accents(text)
 
 
-def deprecated(version: str = "", replacement: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Marks a function that goes with ``version``: a warning at each call."""
+def deprecated(
+    version: str, replacement: str = "", klass: type[Warning] = PendingDeprecationWarning
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Marks a function that has another in its place since ``version``: a warning at each call."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            fix = f"; use {replacement}" if replacement else ""
-            warnings.warn(f"{function.__name__} goes with version {version}{fix}", DeprecationWarning, stacklevel=2)
+            warnings.warn(
+                f"{function.__name__} is deprecated in {version} and moved to {replacement}", klass, stacklevel=2
+            )
             return function(*args, **kwargs)
 
         return call

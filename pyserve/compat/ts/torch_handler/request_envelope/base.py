@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
 
-class BaseEnvelope:
+class BaseEnvelope(abc.ABC):
     """Unwraps requests, has a handler called, wraps its answers.
 
     Args:
@@ -29,13 +30,13 @@ class BaseEnvelope:
         ids = getattr(self.context, "request_ids", None)
         return bool(ids) and self.context.get_request_header(0, "describe") == "True"
 
+    @abc.abstractmethod
     def parse_input(self, data: Any) -> Any:
         """Rows of requests -> rows for the handler."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def format_output(self, data: Any) -> list[Any]:
         """The handler's answers -> one per request."""
-        raise NotImplementedError
 
 
 def body_of(row: Any) -> Any:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from pyserve.handler import InputError
 from ts.torch_handler.request_envelope.base import BaseEnvelope, body_of
+
+logger = logging.getLogger(__name__)
 
 
 class KServeEnvelope(BaseEnvelope):
@@ -20,7 +23,7 @@ class KServeEnvelope(BaseEnvelope):
         return [self.format_output(self._handle_fn(self.parse_input([row]), context))[0] for row in data]
 
     def parse_input(self, data: Any) -> list[Any]:
-        """The instances of the first request.
+        """The instances of the first request, as they are.
 
         Raises:
             InputError: it has none.
@@ -33,8 +36,8 @@ class KServeEnvelope(BaseEnvelope):
                 raise InputError(f"the body is not JSON: {error}") from error
         if not isinstance(value, dict) or not isinstance(value.get("instances"), list):
             raise InputError('the request needs {"instances": [...]}')
-        return [each if isinstance(each, dict) and ("data" in each or "body" in each) else {"data": each}
-                for each in value["instances"]]  # fmt: skip
+        instances: list[Any] = value["instances"]
+        return instances
 
     def format_output(self, data: Any) -> list[Any]:
         """One object."""

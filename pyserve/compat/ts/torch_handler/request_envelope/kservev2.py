@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import numpy as np
 
 from pyserve.handler import InputError
 from ts.torch_handler.request_envelope.base import BaseEnvelope, body_of
+
+logger = logging.getLogger(__name__)
 
 _DATATYPES = {
     "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8",
@@ -31,7 +34,7 @@ class KServev2Envelope(BaseEnvelope):
         return answers
 
     def parse_input(self, data: Any) -> list[Any]:
-        """The inputs of the first request: the text of BYTES, nested lists of ``shape`` of all others.
+        """The inputs of the first request, ``data`` of each as a text (BYTES) or as nested lists of its shape.
 
         Raises:
             InputError: it is not of that form.
@@ -51,9 +54,10 @@ class KServev2Envelope(BaseEnvelope):
             try:
                 self._names.append(tensor["name"])
                 if tensor["datatype"] == "BYTES":
-                    rows.append({"data": tensor["data"][0], **_rest(tensor)})
+                    value = tensor["data"][0]
                 else:
-                    rows.append({"data": np.array(tensor["data"]).reshape(tensor["shape"]).tolist(), **_rest(tensor)})
+                    value = np.array(tensor["data"]).reshape(tensor["shape"]).tolist()
+                rows.append({**tensor, "data": value})
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise InputError(f"an input tensor cannot be read: {type(error).__name__}: {error}") from error
         return rows
@@ -62,23 +66,17 @@ class KServev2Envelope(BaseEnvelope):
         """One object with an output per input."""
         outputs = []
         for name, answer in zip(self._names, data, strict=False):
-            array = np.array(answer)
-            is_text = array.dtype.kind not in "biuf"
-            flat = [answer] if is_text else array.reshape(-1).tolist()
-            datatype = "BYTES" if is_text else _DATATYPES.get(str(array.dtype), "FP64")
-            outputs.append({"name": name, "datatype": datatype, "data": flat, "shape": [len(flat)]})
+            flat = np.asarray(answer).reshape(-1)
+            datatype = _DATATYPES.get(str(flat.dtype), "BYTES")
+            outputs.append({"name": name, "datatype": datatype, "data": flat.tolist(), "shape": flat.shape})
         context = self.context
         index = getattr(self, "_index", 0)
         manifest = (context.manifest or {}).get("model", {})
         return [
             {
                 "id": self._id if self._id is not None else context.get_request_id(index),
-                "model_name": context.model_name,
+                "model_name": manifest.get("modelName", context.model_name),
                 "model_version": manifest.get("modelVersion", "1.0"),
                 "outputs": outputs,
             }
         ]
-
-
-def _rest(tensor: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in tensor.items() if key in ("parameters",)}

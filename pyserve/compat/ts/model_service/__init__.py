@@ -1,0 +1,1 @@
+"""Handlers in the form of years ago."""
