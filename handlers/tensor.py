@@ -171,8 +171,9 @@ class TensorHandler(BaseHandler):
         context = self.context
         if context is None:
             return json_rows(data, count, self.json_values)
-        if len(context.request_ids) not in (0, count):
-            raise HandlerError(f"the model's output has {count} entries for {len(context.request_ids)} items")
+        item_count = len(context.request_ids or ())
+        if item_count not in (0, count):
+            raise HandlerError(f"the model's output has {count} entries for {item_count} items")
         wants_raw = [_answers_raw(context, i) for i in range(count)]
         answers = [None] * count if all(wants_raw) else json_rows(data, count, self.json_values)
         if not any(wants_raw):

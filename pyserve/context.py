@@ -1,18 +1,26 @@
 """What a handler knows about its model and about the requests of one batch.
 
 `Context` and `RequestProcessor` have TorchServe's members, so that handlers written for it find
-everything where they look for it. One `Context` describes the model; `Context.for_batch` makes a cheap
-copy bound to the requests of one batch. Per-request objects are made only when a handler touches them.
+everything where they look for it. A model has one `Context` per worker, which `initialize` and every call get: handlers
+keep it, and ask the one they kept about the requests at hand. `Context.bind` gives it those of the next batch.
+Per-request objects are made only when a handler touches them.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 HeaderList = Sequence[tuple[str, str]]
+
+# What TorchServe's server can send as the name and the value of a header; other characters end its worker. In a value
+# only those that a client could take for the end of the line or of the text are refused.
+_NAME = re.compile(r"[!-+\-./0-9<>-~]+\Z")
+_VALUE = re.compile(r"[^\x00\n\x0b\x0c\r]*\Z")
 
 
 class RequestProcessor:
@@ -60,12 +68,9 @@ class RequestProcessor:
 
         Raises:
             TypeError: name or value is not a string.
-            ValueError: name or value holds a line break, which would start a header of its own.
+            ValueError: HTTP has no such name, or the value holds a line break, which would start a header of its own.
         """
-        if not (isinstance(key, str) and isinstance(value, str)):
-            raise TypeError(f"response headers are strings, got {key!r}: {value!r}; convert with str()")
-        if "\n" in value or "\r" in value or "\n" in key or "\r" in key:
-            raise ValueError(f"response header {key!r} holds a line break; remove it before setting the header")
+        check_header(key, value)
         self._response_header[key] = value
 
     def get_response_headers(self) -> dict[str, str]:
@@ -75,11 +80,58 @@ class RequestProcessor:
         return self._response_header.get(key)
 
 
+def check_header(key: Any, value: Any) -> None:
+    """Whether a response header can be sent.
+
+    Raises:
+        TypeError: name or value is not a string.
+        ValueError: HTTP has no such name, or the value holds a line break or another character that ends a line.
+    """
+    if not (isinstance(key, str) and isinstance(value, str)):
+        raise TypeError(f"response headers are strings, got {key!r}: {value!r}; convert with str()")
+    if "\n" in value or "\r" in value or "\n" in key or "\r" in key:
+        raise ValueError(f"response header {key!r} holds a line break; remove it before setting the header")
+    if not _NAME.match(key):
+        raise ValueError(
+            f"{key!r} is no name of a response header: it has a space, ':', ',', ';', '=' or what is not ASCII; use "
+            "letters, digits and '-'"
+        )
+    if not _VALUE.match(value):
+        raise ValueError(f"response header {key!r} holds a character that HTTP cannot send; remove it: {value[:80]!r}")
+
+
+class Batch:
+    """The requests of one call of a handler, and what it wants answered.
+
+    Attributes:
+        request_ids: by index in the batch.
+        headers: of each request.
+        processors: of each request; None where nobody has asked yet.
+        deadlines: when the clients stop waiting, ns of ``time.monotonic_ns()``, 0 for one that did not say; empty if
+            none did.
+        sink: where parts of answers go that are sent before the last one.
+    """
+
+    __slots__ = ("deadlines", "headers", "processors", "request_ids", "sink")
+
+    def __init__(self, request_ids: Sequence[str], headers: Sequence[HeaderList], deadlines: Sequence[int] = ()):
+        self.request_ids: Sequence[str] | Mapping[int, str] | None = request_ids
+        self.headers = headers
+        self.processors: list[RequestProcessor | None] = [None] * len(headers)
+        self.deadlines = deadlines
+        self.sink: Any = None
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """A copy, made by a handler, can be asked and has nowhere to send parts to."""
+        return None, {**{name: getattr(self, name) for name in self.__slots__}, "sink": None}
+
+
 class Context:
     """TorchServe's context: the model's description plus the requests of the current batch.
 
-    Handlers may add attributes of their own (``context.cache`` is the usual one); copies made by
-    `for_batch` carry them along.
+    Handlers may add attributes of their own (``context.cache`` is the usual one); they stay from call to call.
+    Before the first batch there are no requests: `request_ids` and `request_processor` are None. After a batch its
+    requests can be asked about until the next one begins.
 
     Args:
         model_name: name the model is served under.
@@ -121,79 +173,114 @@ class Context:
         self.header_key_sequence_id = os.environ.get("TS_REQUEST_SEQUENCE_ID", "ts_request_sequence_id")
         self.header_key_sequence_start = os.environ.get("TS_REQUEST_SEQUENCE_START", "ts_request_sequence_start")
         self.header_key_sequence_end = os.environ.get("TS_REQUEST_SEQUENCE_END", "ts_request_sequence_end")
-        # Per batch.
         self.stopping_criteria: list[Any] | None = None
-        self.cl_socket: Any = None
-        self._request_deadlines: Sequence[int] = ()
-        self._request_ids: Sequence[str] | Mapping[int, str] = ()
-        self._request_headers: Sequence[HeaderList] = ()
-        self._processors: list[RequestProcessor | None] = []
+        self._batch: Batch | None = None
+
+    def bind(self, batch: Batch | None) -> Batch | None:
+        """Makes ``batch`` the one at hand; None: there is none, as before the first. Returns the one before."""
+        before, self._batch = self._batch, batch
+        return before
 
     def for_batch(
         self, request_ids: Sequence[str], request_headers: Sequence[HeaderList], deadlines: Sequence[int] = ()
     ) -> Context:
-        """A copy for one batch: request id and headers of item ``i`` at index ``i`` of the two lists.
+        """A copy for one batch, for calls that overlap. Attributes that it is given are its own.
 
         Args:
-            deadlines: when the clients stop waiting, ns of ``time.monotonic_ns()``, 0 for one that did not say; empty
-                if none did.
+            request_ids, request_headers: those of item ``i`` at index ``i``.
+            deadlines: see `Batch`.
         """
-        batch = object.__new__(type(self))
-        batch.__dict__.update(self.__dict__)
-        batch.stopping_criteria = None
-        batch._request_deadlines = deadlines
-        batch._request_ids = request_ids
-        batch._request_headers = request_headers
-        batch._processors = [None] * len(request_headers)
-        return batch
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy._batch = Batch(request_ids, request_headers, deadlines)
+        return copy
+
+    def _bound(self) -> Batch:
+        """The batch at hand. TypeError, as TorchServe's, while there is none."""
+        if self._batch is None:
+            raise TypeError(
+                "the context has no request here: it is asked about one in initialize, or is not the one that handle "
+                "was given"
+            )
+        return self._batch
+
+    @property
+    def cl_socket(self) -> Any:
+        """Where parts of answers go (TorchServe's name); None while no call runs."""
+        return self._batch.sink if self._batch is not None else None
+
+    @cl_socket.setter
+    def cl_socket(self, sink: Any) -> None:
+        if self._batch is not None:
+            self._batch.sink = sink
 
     @property
     def cancelled(self) -> bool:
         """Whether every client of the batch has disconnected: nobody will see what is computed now."""
-        return self.cl_socket is not None and self.cl_socket.is_cancelled()
+        sink = self.cl_socket
+        return sink is not None and bool(sink.is_cancelled())
 
     def is_cancelled(self, idx: int = 0) -> bool:
         """Whether nobody waits for answer ``idx`` any more: its client has gone, or its time is over."""
-        return self.cl_socket is not None and self.cl_socket.is_cancelled(idx)
+        sink = self.cl_socket
+        return sink is not None and bool(sink.is_cancelled(idx))
 
     def remaining_s(self, idx: int = 0) -> float | None:
         """Seconds until client ``idx`` stops waiting, 0 if it has; None if it set no ``x-request-timeout-ms``.
 
         Worker processes know it; in the native lane it is None.
         """
-        deadline = self._request_deadlines[idx] if self._request_deadlines else 0
+        deadlines = self._batch.deadlines if self._batch is not None else ()
+        deadline = deadlines[idx] if deadlines else 0
         return max(0.0, (deadline - time.monotonic_ns()) / 1e9) if deadline else None
 
     @property
     def request_ids(self) -> dict[int, str]:
-        """Index in the batch -> request id."""
-        ids = self._request_ids
-        return dict(ids) if isinstance(ids, Mapping) else dict(enumerate(ids))
+        """Index in the batch -> request id; None before the first batch."""
+        batch = self._batch
+        if batch is None or batch.request_ids is None:
+            return None  # type: ignore[return-value] - so TorchServe's; handlers ask for it within a call
+        ids = batch.request_ids
+        if not isinstance(ids, dict):
+            ids = batch.request_ids = dict(ids) if isinstance(ids, Mapping) else dict(enumerate(ids))
+        return ids
 
     @request_ids.setter
-    def request_ids(self, request_ids: Mapping[int, str]) -> None:
-        self._request_ids = request_ids
+    def request_ids(self, request_ids: Mapping[int, str] | None) -> None:
+        if self._batch is None:
+            self._batch = Batch((), ())
+        self._batch.request_ids = request_ids
 
     @property
     def request_processor(self) -> list[RequestProcessor]:
-        """One `RequestProcessor` per request of the batch."""
-        return [self._processor(idx) for idx in range(len(self._processors))]
+        """One `RequestProcessor` per request of the batch; None before the first batch."""
+        if self._batch is None:
+            return None  # type: ignore[return-value] - see `request_ids`
+        for idx in range(len(self._batch.processors)):
+            self._processor(idx)
+        return self._batch.processors  # type: ignore[return-value] - there is none that is None now
 
     @request_processor.setter
     def request_processor(self, request_processor: Sequence[RequestProcessor]) -> None:
-        self._processors = list(request_processor)
+        if self._batch is None:
+            self._batch = Batch((), ())
+        self._batch.processors = list(request_processor)
+
+    _request_processor = request_processor  # handlers use the name that TorchServe hides
 
     def _processor(self, idx: int) -> RequestProcessor:
-        processor = self._processors[idx]
+        batch = self._bound()
+        processor = batch.processors[idx]
         if processor is None:
-            processor = self._processors[idx] = RequestProcessor(self._request_headers[idx])
+            processor = batch.processors[idx] = RequestProcessor(batch.headers[idx])
         return processor
 
     def get_request_id(self, idx: int = 0) -> str | None:
         """Id of request ``idx``; None if there is no such request."""
-        if isinstance(self._request_ids, Mapping):
-            return self._request_ids.get(idx)
-        return self._request_ids[idx] if 0 <= idx < len(self._request_ids) else None
+        ids = self._batch.request_ids if self._batch is not None else None
+        if ids is None or isinstance(ids, Mapping):
+            return ids.get(idx) if ids else None
+        return ids[idx] if isinstance(idx, int) and 0 <= idx < len(ids) else None
 
     def get_request_header(self, idx: int, key: str) -> str | None:
         """Header ``key`` of request ``idx``: the client's spelling first, then any case; None if absent."""
@@ -215,21 +302,22 @@ class Context:
 
     def get_response_headers(self, idx: int) -> dict[str, str]:
         """Headers set for answer ``idx``."""
-        processor = self._processors[idx]
+        processor = self._bound().processors[idx]
         return processor.get_response_headers() if processor is not None else {}
 
     def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None:
-        """Answer request ``idx`` with this status code and reason phrase."""
-        self._processor(idx).report_status(code, phrase)
+        """Answer request ``idx`` with this status code and reason phrase. Without a batch it does nothing."""
+        if self._batch is not None:
+            self._processor(idx).report_status(code, phrase)
 
     def set_all_response_status(self, code: int = 200, phrase: str = "") -> None:
         """Answer every request of the batch with this status code and reason phrase."""
-        for idx in range(len(self._processors)):
+        for idx in range(len(self._bound().processors)):
             self._processor(idx).report_status(code, phrase)
 
     def get_response_status(self, idx: int) -> tuple[int, str | None]:
         """(status code, reason phrase) of answer ``idx``; (200, None) when the handler set none."""
-        processor = self._processors[idx]
+        processor = self._bound().processors[idx]
         if processor is None:
             return 200, None
         return processor.get_response_status_code(), processor.get_response_status_phrase()
@@ -237,3 +325,29 @@ class Context:
     def get_sequence_id(self, idx: int) -> str | None:
         """Sequence id of request ``idx``, from the header named by ``header_key_sequence_id``."""
         return self.get_request_header(idx, self.header_key_sequence_id)
+
+
+class ThreadContext(Context):
+    """The context of a handler that several threads call at once: each is told of the batch that it works on."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._local = threading.local()
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _batch(self) -> Batch | None:  # type: ignore[override]
+        batch: Batch | None = getattr(self._local, "batch", None)
+        return batch
+
+    @_batch.setter
+    def _batch(self, batch: Batch | None) -> None:
+        self._local.batch = batch
+
+    def for_batch(
+        self, request_ids: Sequence[str], request_headers: Sequence[HeaderList], deadlines: Sequence[int] = ()
+    ) -> Context:
+        """See `Context.for_batch`; any thread may use the copy."""
+        copy = object.__new__(Context)
+        vars(copy).update(vars(self))
+        copy.bind(Batch(request_ids, request_headers, deadlines))
+        return copy

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from pyserve.answer_head import answer_head
+from pyserve.context import Batch
 from pyserve.errors import HandlerError, InputError, JsonObject, OutOfMemoryError, ServeError
 from pyserve.handlers import row_check
 from pyserve.handlers.outputs import named_outputs
@@ -67,6 +69,7 @@ class NativeLane(EngineLane):
         self._noted: dict[int, str] = {}  # worker's number -> state, as it was logged
         self._has_warned_of_nan = False
         self._raw = RawRows.of(network.handler, network.example)
+        self._is_built_in = row_check.is_built_in(network.handler)
         self._is_announcing = False
         self._preprocess_times, self._postprocess_times = StageTimes(), StageTimes()
         self._warn_of_batches()
@@ -255,12 +258,19 @@ class NativeLane(EngineLane):
 
     def _preprocess(self, pending: Pending) -> torch.Tensor | ServeError:
         request = pending.exchange.request
+        batch = None if self._is_built_in else Batch([request.id], [request.headers])
+        # On the loop thread there may be another batch, which is being answered.
+        before = self.network.context.bind(batch) if batch is not None else None
         try:
             return self.network.handler.preprocess([self._row_of(pending)])
         except ServeError as error:
             return error
         except Exception as error:
             return self._handler_error(error, "preprocess", request.id)
+        finally:
+            if batch is not None:
+                self.network.context.bind(before)
+                pending.processor = batch.processors[0] if batch.processors else None
 
     def _row_of(self, pending: Pending) -> dict[str, Any]:
         request, config, handler = pending.exchange.request, self.services.config, self.network.handler
@@ -333,11 +343,22 @@ class NativeLane(EngineLane):
             if not any(owners):
                 return
         requests = [owner.exchange.request if owner is not None else None for owner in owners]
-        context = self.network.context.for_batch(
+        batch = Batch(
             [request.id if request is not None else "" for request in requests],
             [request.headers if request is not None else () for request in requests],
         )
-        handler = self.network.handler
+        if not self._is_built_in:
+            batch.processors = [owner.processor if owner is not None else None for owner in owners]
+        context = self.network.context
+        before = context.bind(batch)
+        try:
+            self._answer_batch(owners, completion)
+        finally:
+            context.bind(before)
+
+    def _answer_batch(self, owners: list[Pending | None], completion: Any) -> None:
+        """Answers a batch, to which the context is bound."""
+        context, handler = self.network.context, self.network.handler
         began = time.monotonic_ns()
         try:
             handler.context = context
@@ -404,11 +425,11 @@ class NativeLane(EngineLane):
                 f"the answer has {len(body)} bytes, more than max_response_size={size_max}; "
                 "raise it in config.properties"
             )
-        status, phrase = context.get_response_status(index)
-        headers = dict(context.get_response_headers(index))
+        head = answer_head(context, index)
+        headers = dict(head.headers)
         content_type = headers.pop("content-type", None)
         # TorchServe sends an empty phrase when the handler set none, and no content type of its own.
-        return Response(status, body, content_type=content_type, reason=phrase or "", headers=headers)
+        return Response(head.status, body, content_type=content_type, reason=head.reason, headers=headers)
 
     def _warn_of_nan(self) -> None:
         if not self._has_warned_of_nan:

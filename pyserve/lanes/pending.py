@@ -13,6 +13,8 @@ from pyserve.request.stages import Stages, asked_stages
 if TYPE_CHECKING:
     import torch
 
+    from pyserve.context import RequestProcessor
+
 PREPARING, SUBMITTED, OVER = range(3)
 
 
@@ -35,6 +37,7 @@ class Pending:
         client_deadline: ns; when its client stops waiting; 0 if it did not say.
         stages: where its time goes; None if nobody asks.
         limit_timer: fires at ``client_deadline``; the lane's.
+        processor: what an own handler in the native lane has set for the answer while it preprocessed; else None.
 
     Attributes of rows and their wholes, see `row_requests`:
         inputs: what the network gets; None to have the handler make it of the body.
@@ -46,7 +49,8 @@ class Pending:
 
     __slots__ = (
         "arrived_at", "client_deadline", "exchange", "flags", "is_raw", "lane", "limit_timer", "preprocess_ns",
-        "progress_at", "query_is_input", "stage", "stages", "started_at", "ticket", "url_version", "version",
+        "processor", "progress_at", "query_is_input", "stage", "stages", "started_at", "ticket", "url_version",
+        "version",
     )  # fmt: skip
 
     wants_tensors = False
@@ -67,6 +71,7 @@ class Pending:
         self.stage = PREPARING
         self.started_at = 0
         self.is_raw = False
+        self.processor: RequestProcessor | None = None
         self.progress_at = self.preprocess_ns = 0
         self.client_deadline = 0
         self.stages: Stages | None = None

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from pyserve.archive.samples import Sample, archive_samples
-from pyserve.context import Context
+from pyserve.context import Batch, Context
 from pyserve.errors import HandlerError, ModelLoadError, ServeError
 from pyserve.handler import Handler
 from pyserve.request import codec
 from pyserve.torch_error import cause_of
 from pyserve.worker.failure import describe_failure
+from pyserve.worker.rehearsal import KeptAttributes
 from pyserve.worker.sample_requests import made_up_requests
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,17 @@ def rehearse(
     Raises:
         ModelLoadError: a stage failed; the text says which and why.
     """
+    kept = KeptAttributes(context, handler)
+    try:
+        _rehearse(label, handler, context, example, run, is_built_in=is_built_in)
+    finally:
+        context.bind(None)
+        kept.restore()
+
+
+def _rehearse(
+    label: str, handler: Handler, context: Context, example: Sequence[torch.Tensor], run: Run, *, is_built_in: bool
+) -> None:
     failures = []
     for attempt in _attempts(handler, context, example, run, is_built_in=is_built_in):
         try:
@@ -63,6 +75,7 @@ def _attempts(
 ) -> Iterator[Callable[[], None]]:
     """Ways to ask the model, the usual one first; one of them has to be answered."""
     if not is_built_in:
+        _bind(context, "application/json")
         yield lambda: _answer(handler, context, _run(run, list(example)))
         return
     for made_up in made_up_requests(handler, context):
@@ -74,9 +87,14 @@ class _StageError(Exception):
 
 
 def _from_body(handler: Handler, context: Context, run: Run, sample: Sample) -> None:
+    _bind(context, sample.content_type)
     prepared = _stage(f"preprocess of {sample.name}", lambda: handler.preprocess([_row(sample)]), context)
     inputs = list(prepared) if isinstance(prepared, (tuple, list)) else [prepared]
-    _answer(handler, context, _run(run, inputs), sample.content_type)
+    _answer(handler, context, _run(run, inputs))
+
+
+def _bind(context: Context, content_type: str) -> None:
+    context.bind(Batch(["warm-up"], [(("content-type", content_type),)]))
 
 
 def _row(sample: Sample) -> dict[str, Any]:
@@ -97,11 +115,9 @@ def _run(run: Run, inputs: list[torch.Tensor]) -> Any:
         raise _StageError(f"the model's forward: {cause_of(str(error)) or type(error).__name__}") from error
 
 
-def _answer(handler: Handler, context: Context, output: Any, content_type: str = "application/json") -> None:
-    batch = context.for_batch(["warm-up"], [(("content-type", content_type),)])
-
+def _answer(handler: Handler, context: Context, output: Any) -> None:
     def answer() -> None:
-        handler.context = batch
+        handler.context = context
         results = handler.postprocess(output)
         if not isinstance(results, list) or len(results) != 1:
             found = f"a list of {len(results)}" if isinstance(results, list) else f"a {type(results).__name__}"

@@ -14,7 +14,7 @@ import torch
 
 from pyserve import __version__
 from pyserve.archive.archive import Archive
-from pyserve.context import Context
+from pyserve.context import ThreadContext
 from pyserve.conversion.torchscript import (
     NeedsPythonError,
     Progress,
@@ -88,7 +88,7 @@ def load_network(
     archive.check_complete()
     # Ours writes nothing.
     folder = archive.model_dir if handler_is_built_in(handler) else archive.own_folder()
-    context = Context(
+    context = ThreadContext(
         name,
         str(folder),
         archive.manifest.raw,

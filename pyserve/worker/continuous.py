@@ -213,18 +213,17 @@ class _RunningBatch:
         sent_before = len(streamed)
         requests = [job.request for job in jobs]
         call = Call(invoker, requests, streamed=streamed, parts=_JobParts(self._channel, jobs))
-        # TorchServe has one context for all calls, and handlers use the one that `initialize` was given.
-        vars(self._context).update(vars(call.context))
-        before = self._context.cache
+        before = call.context.stopping_criteria
         invoker.called_at = time.monotonic()
         outcome = call.invoke()
-        if call.context.cache is not before:  # type: ignore[attr-defined]
-            self._context.cache = call.context.cache  # type: ignore[attr-defined]
         for index in streamed:
             jobs[index].has_streamed = True
-        if outcome.error is None:
-            self._answer(jobs, call, outcome.results)
-            return
+        try:
+            if outcome.error is None:
+                self._answer(jobs, call, outcome.results, are_new=call.context.stopping_criteria is not before)
+                return
+        finally:
+            call.close()
         failure = describe_failure(outcome.error, invoker.model_dir)
         may_retry = not (
             outcome.is_shape or len(streamed) > sent_before or isinstance(outcome.error, HandlerTimeout)
@@ -262,10 +261,10 @@ class _RunningBatch:
         for group in _groups(old, new, is_memory=failure.status == 507):
             self._step(group)
 
-    def _answer(self, jobs: list[Job], call: Call, results: list[Any]) -> None:
+    def _answer(self, jobs: list[Job], call: Call, results: list[Any], *, are_new: bool) -> None:
         for index, (job, result) in enumerate(zip(jobs, results, strict=True)):
             try:
-                if not self._is_over(call, index, result, len(jobs)):
+                if not self._is_over(call, index, result, len(jobs), are_new=are_new):
                     call.send_part(index, result, call.context)
                     job.has_streamed = job.has_begun = True
                     job.request.row = {}
@@ -278,16 +277,20 @@ class _RunningBatch:
                 answer = self._invoker.fail_element(job.request, error)
             self._end(job, answer)
 
-    def _is_over(self, call: Call, index: int, result: Any, count: int) -> bool:
+    def _is_over(self, call: Call, index: int, result: Any, count: int, *, are_new: bool) -> bool:
         """Whether ``result`` is the last of its request.
+
+        Args:
+            are_new: the call has set the criteria; else they are those of `initialize` or of a step before, as in
+                TorchServe, of which there may be more than requests.
 
         Raises:
             HandlerError: there is no criterion for it.
         """
-        criteria = call.context.stopping_criteria or self._context.stopping_criteria
+        criteria = call.context.stopping_criteria
         if not criteria or isinstance(result, BaseException):
             return True
-        if len(criteria) != count:
+        if len(criteria) < count or (are_new and len(criteria) > count):
             raise HandlerError(
                 "Prediction failed",
                 detail={

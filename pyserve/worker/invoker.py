@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from pyserve.context import Context
+from pyserve.answer_head import AnswerHead, answer_head
+from pyserve.context import Batch, Context
 from pyserve.errors import HandlerError, JsonObject, ServeError
 from pyserve.handlers import row_check
 from pyserve.request import codec
@@ -140,6 +141,10 @@ class Invoker:
         """Folder of the unpacked archive."""
         return self._spec.model_dir
 
+    def context_copy(self) -> Context:
+        """A copy of the context, for a call during which there are others."""
+        return self._context.for_batch((), ())
+
     def read(self, item: Item) -> tuple[WorkerRequest, Answer | None]:
         """The request of ``item``; and its answer, if its body cannot be decoded."""
         request = WorkerRequest(item)
@@ -180,8 +185,11 @@ class Invoker:
             for request in requests:
                 request.keep_body()
         outcome = call.invoke()
-        if outcome.error is None:
-            return call.answers(outcome.results)
+        try:
+            if outcome.error is None:
+                return call.answers(outcome.results)
+        finally:
+            call.close()
         failure = describe_failure(outcome.error, self._spec.model_dir)
         may_retry = len(requests) > 1 and not (
             outcome.is_shape or call.has_streamed or isinstance(outcome.error, HandlerTimeout)
@@ -236,23 +244,20 @@ class Invoker:
                 "raise it in config.properties",
                 detail={"where": self._entry.place},
             )
-        status, phrase = context.get_response_status(index)
-        if status != 200:
-            status = self.checked_status(status)
-        return (request.ticket, kind, status, _head(phrase, context.get_response_headers(index)), body)
+        head = self.head(context, index)
+        return (request.ticket, kind, head.status, _head(head), body)
 
-    def checked_status(self, status: Any) -> int:
-        """A status that a handler set.
+    def head(self, context: Context, index: int) -> AnswerHead:
+        """What the handler set for an answer.
 
         Raises:
-            HandlerError: HTTP has no such status for an answer.
+            HandlerError: it cannot be sent; names the handler.
         """
-        if not isinstance(status, int) or not 200 <= status <= 599:
-            raise HandlerError(
-                f"the handler set the response status {status!r}; use an int from 200 to 599",
-                detail={"where": self._entry.place},
-            )
-        return int(status)
+        try:
+            return answer_head(context, index)
+        except HandlerError as error:
+            error.detail["where"] = self._entry.place
+            raise
 
     def encode_body(self, value: Any, context: Context, index: int) -> Any:
         """A result, or a part of it, as bytes.
@@ -289,25 +294,29 @@ class Invoker:
 
 
 class Call:
-    """One call of the handler: its batch, its context, and what was streamed while it ran."""
+    """One call of the handler: its batch, its context, and what was streamed while it ran.
+
+    Its context is about its batch until the next call is made, so a call is made when those before it are answered.
+    """
 
     def __init__(
         self, invoker: Invoker, requests: list[WorkerRequest], *, streamed: set[int] | None = None,
-        parts: Parts | None = None,
+        parts: Parts | None = None, context: Context | None = None,
     ):  # fmt: skip
         self._invoker = invoker
         self._requests = requests
         self._parts = parts or invoker._parts
         self._streamed: set[int] = streamed if streamed is not None else set()
         deadlines = [request.deadline for request in requests]
-        self.context = invoker._context.for_batch(
-            [request.id for request in requests], [request.headers for request in requests],
-            deadlines if any(deadlines) else (),
-        )  # fmt: skip
-        self.context.cl_socket = self
+        # The very object that `initialize` was given, which handlers keep.
+        self.context = context or invoker._context
+        self._batch = Batch([request.id for request in requests], [request.headers for request in requests],
+                            deadlines if any(deadlines) else ())  # fmt: skip
+        self._batch.sink = self
+        self.context.bind(self._batch)
         metrics = self.context.metrics
         if metrics is not None:
-            metrics.bind(self.context.request_ids)
+            metrics.bind(self.context.request_ids or {})
         if requests[0].flags & DESCRIBE:
             self.rows: list[dict[str, Any]] = [{}]
         else:
@@ -316,6 +325,11 @@ class Call:
     @property
     def has_streamed(self) -> bool:
         return bool(self._streamed)
+
+    def close(self) -> None:
+        """Its answers have been made: the context that stays with the handler holds no body, and sends no part."""
+        self._batch.sink = None
+        self.rows = []
 
     def invoke(self) -> Outcome:
         """Calls the handler and checks the shape of what it returns."""
@@ -398,9 +412,8 @@ class Call:
         status = 200
         if index not in self._streamed:
             context.set_response_header(index, STREAM_HEADER, "true")
-            status, phrase = context.get_response_status(index)
-            status = self._invoker.checked_status(status)
-            head = _head(phrase, context.get_response_headers(index))
+            set_head = self._invoker.head(context, index)
+            status, head = set_head.status, _head(set_head)
             self._streamed.add(index)
         parts.send((request.ticket, CHUNK, status, head, body))
         return True
@@ -452,11 +465,11 @@ class _ShapeError(HandlerError):
     """A handler returned something else than a list with one element per request."""
 
 
-def _head(phrase: str | None, headers: dict[str, str]) -> bytes:
-    if not phrase and not headers:
+def _head(told: AnswerHead) -> bytes:
+    if not told.reason and not told.headers:
         return b""
-    texts = [phrase or "", *(text for pair in headers.items() for text in pair)]
-    head = "\n".join(text.replace("\n", " ").replace("\r", " ") for text in texts).encode("latin-1", "replace")
+    texts = [told.reason, *(text for pair in told.headers.items() for text in pair)]
+    head = "\n".join(texts).encode("latin-1")
     if len(head) > HEAD_SIZE_MAX:
         raise HandlerError(f"the response headers have {len(head)} bytes; {HEAD_SIZE_MAX} are allowed")
     return head

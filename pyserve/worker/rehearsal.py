@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyserve.archive.samples import Sample, archive_samples
 from pyserve.context import Context
@@ -248,8 +248,10 @@ def _is_form(outcome: Outcome) -> bool:
 
 @contextlib.contextmanager
 def nothing_stays(entry: EntryPoint, context: Context) -> Iterator[None]:
-    """What the handler's calls within leave behind is undone: metrics, state of modules, random numbers."""
+    """What the handler's calls within leave behind is undone: metrics, state of modules, random numbers, requests and
+    attributes of the context."""
     handler = entry.handler
+    kept = KeptAttributes(context, handler)
     state, randomness = KeptState(models_in(handler, entry.code.module)), KeptRandomness()
     attributes = dict(vars(handler)) if entry.is_built_in else None
     metrics = context.metrics
@@ -268,5 +270,40 @@ def nothing_stays(entry: EntryPoint, context: Context) -> Iterator[None]:
         if attributes is not None:
             vars(handler).clear()
             vars(handler).update(attributes)
+        context.bind(None)
+        kept.restore()
         state.restore()
         randomness.restore()
+
+
+class KeptAttributes:
+    """The attributes of a context, and what containers among them hold, before calls that are not to be noticed.
+
+    They stay as the calls leave them if the handler has changed attributes of its own, which stay too: it may have made
+    something ready once, and count on all of it.
+    """
+
+    def __init__(self, context: Context, handler: Any):
+        self._context = context
+        self._handler = handler
+        self._own = dict(getattr(handler, "__dict__", {}))
+        self._attributes = dict(vars(context))
+        # Not those that describe the model, which are large and nobody's to write.
+        self._copies = [
+            (value, value.copy()) for name, value in self._attributes.items()
+            if type(value) in (dict, list, set) and name not in ("manifest", "model_yaml_config", "system_properties")
+        ]  # fmt: skip
+
+    def restore(self) -> None:
+        """Makes the context what it was."""
+        now = getattr(self._handler, "__dict__", {})
+        if now.keys() != self._own.keys() or any(now[name] is not value for name, value in self._own.items()):
+            return
+        vars(self._context).clear()
+        vars(self._context).update(self._attributes)
+        for value, copy in self._copies:
+            if isinstance(value, list):
+                value[:] = copy
+            else:
+                value.clear()
+                value.update(copy)

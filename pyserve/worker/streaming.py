@@ -33,11 +33,11 @@ def send_intermediate_predict_response(
         message, code: TorchServe's; the status of an answer is set through ``context``.
 
     Raises:
-        ValueError: not one part per request, or no context.
+        ValueError: not one part per request, no context, or one whose call has ended.
     """
     if context is None or context.cl_socket is None:
-        raise ValueError("send_intermediate_predict_response needs the context that `handle` was given")
-    count = len(context.request_ids)
+        raise ValueError("send_intermediate_predict_response needs the context that `handle` was given, while it runs")
+    count = len(context.request_ids or ())
     if len(ret) != count:
         raise ValueError(f"send_intermediate_predict_response got {len(ret)} parts for a batch of {count}")
     for index, part in enumerate(ret):
