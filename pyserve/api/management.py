@@ -15,8 +15,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from pyserve.api import openapi, parameters
+from pyserve.api import openapi, parameters, strict_parameters
 from pyserve.api.parameters import Parameter, json_pairs, read_values
+from pyserve.api.strict_parameters import JavaError
 from pyserve.config.config import Config
 from pyserve.errors import (
     BadRequestError,
@@ -35,7 +36,7 @@ from pyserve.request.messages import Request, Response, json_response
 from pyserve.telemetry.gpu_usage import GpuUsage
 
 if TYPE_CHECKING:  # both import torch, which takes seconds
-    from pyserve.lanes.lane import WorkerRow
+    from pyserve.lanes.worker_rows import WorkerRow
     from pyserve.models.model import Model
     from pyserve.models.registry import Registry
 
@@ -158,6 +159,7 @@ class Management:
         arguments: dict[str, Any] = {
             "model_name": values.get("model_name"),
             "handler": values.get("handler"),
+            "runtime": values.get("runtime"),
             "initial_workers": workers,
             "settings": _settings(values, parameters.SETTINGS),
         }
@@ -165,14 +167,14 @@ class Management:
         model = await self._registry.register(url, waits=waits, **arguments)
         answer: JsonObject = {"status": _registered(model) if waits or not model.workers_min else SCALING}
         # Object stores read what KMS encrypted without being told; nothing else has such keys.
-        if values.get("s3_sse_kms") and not model.url.startswith("s3://"):
+        if values.get("s3_sse_kms") and not (model.url.startswith("s3://") or self._is_strict):
             answer["unused"] = ["s3_sse_kms"]
         return json_response(answer, 200 if waits or not model.workers_min else 202)
 
     async def scale_model(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
         """``PUT /models/{m}[/{v}]``: changes settings between two batches, and the number of workers."""
         values = self._read(exchange.request, parameters.SCALE)
-        version = _one_version(model_version, values.get("model_version"))
+        version = self._one_version(model_version, values.get("model_version"))
         model = self._registry.get(model_name, version)
         settings = _settings(values, parameters.LIVE_SETTINGS)
         workers = _wanted_workers(model, values, has_settings=bool(settings))
@@ -183,7 +185,7 @@ class Management:
             await self._registry.changed()
             answer["changed"] = {name: f"{old} -> {new}" for name, (old, new) in changed.items()}
         unused = [name for name in _UNUSED_NAMES if name in values]
-        if unused:
+        if unused and not self._is_strict:
             answer["unused"] = unused
         if not values.get("synchronous", False):
             if workers is not None:
@@ -232,13 +234,26 @@ class Management:
             raise MethodNotAllowedError(detail=detail)
 
     def _read(self, request: Request, known: tuple[Parameter, ...]) -> dict[str, Any]:
-        return read_values(request.params, known, lenient=self._is_strict)
+        """Whatever carries the request: gRPC's calls come as queries too."""
+        read = strict_parameters.read_values if self._is_strict else read_values
+        return read(request.params, known)
 
     def _read_registration(self, request: Request) -> dict[str, Any]:
         """Of the JSON body, if there is one: the query is then not read, as in TorchServe."""
-        if request.content_type == "application/json" and request.body.strip():
-            return read_values(json_pairs(request.body), parameters.REGISTER, lenient=self._is_strict)
-        return self._read(request, parameters.REGISTER)
+        is_json = request.content_type == "application/json"
+        if self._is_strict:
+            pairs = strict_parameters.json_pairs(request.body, parameters.REGISTER) if is_json else request.params
+            # Within no time at all no worker is ready.
+            return strict_parameters.read_values(pairs, parameters.REGISTER, zeros=("startup_timeout",))
+        pairs = json_pairs(request.body) if is_json and request.body.strip() else request.params
+        return read_values(pairs, parameters.REGISTER)
+
+    def _one_version(self, in_path: str | None, in_query: str | None) -> str | None:
+        if in_path is not None and in_query is not None and in_path != in_query and not self._is_strict:
+            raise BadRequestError(
+                f"The path names version {shown(in_path)}, model_version {shown(in_query)}; give one."
+            )
+        return in_path if in_path is not None else in_query
 
     async def _scale(
         self, model: Model, workers: tuple[int, int], version: str | None, changed: dict[str, tuple[int, int]]
@@ -319,15 +334,16 @@ def describe(
     }
     if model.device_ids:
         described["deviceIds"] = model.device_ids
+    has_sequences = bool(yaml.sequence_batching)
     described |= {
         "continuousBatching": bool(yaml.continuous_batching),
         "useJobTicket": bool(yaml.use_job_ticket),
         "useVenv": bool(yaml.use_venv),
-        "stateful": bool(yaml.sequence_batching),
-        "sequenceMaxIdleMSec": yaml.sequence_idle_max_ms or 0,
-        "sequenceTimeoutMSec": yaml.sequence_timeout_ms or 0,
-        "maxNumSequence": yaml.sequence_count_max or 1,
-        "maxSequenceJobQueueSize": yaml.sequence_queue_size or 1,
+        "stateful": has_sequences,
+        "sequenceMaxIdleMSec": (has_sequences and yaml.sequence_idle_max_ms) or 0,
+        "sequenceTimeoutMSec": (has_sequences and yaml.sequence_timeout_ms) or 0,
+        "maxNumSequence": (has_sequences and yaml.sequence_count_max) or 0,
+        "maxSequenceJobQueueSize": (has_sequences and yaml.sequence_queue_size) or 0,
         "loadedAtStartup": model.loaded_at_startup,
         "workers": [
             {
@@ -384,12 +400,6 @@ def _settings(values: dict[str, Any], known: tuple[Parameter, ...]) -> dict[str,
     return {each.name: values[each.name] for each in known if each.name in values}
 
 
-def _one_version(in_path: str | None, in_query: str | None) -> str | None:
-    if in_path is not None and in_query is not None and in_path != in_query:
-        raise BadRequestError(f"The path names version {shown(in_path)}, model_version {shown(in_query)}; give one.")
-    return in_path if in_path is not None else in_query
-
-
 def _wanted_workers(model: Model, values: dict[str, Any], *, has_settings: bool) -> tuple[int, int] | None:
     """(least, most), or None to leave them as they are.
 
@@ -403,6 +413,8 @@ def _wanted_workers(model: Model, values: dict[str, Any], *, has_settings: bool)
     most = values.get("max_worker", least)
     if most < least:
         raise BadRequestError("max_worker cannot be less than min_worker.", detail={"min_worker": least})
+    if least < 0:  # only of a strict reader; there all workers are ended before this is answered, here nothing changes
+        raise JavaError("IndexOutOfBoundsException", "Index -1 out of bounds for length 0")
     return least, most
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from pyserve.archive.manifest import MODEL_NAME_PATTERN, NAME_SIZE_MAX, RUNTIMES, check_model_name, split_handler
+from pyserve.archive.manifest import NAME_SIZE_MAX, RUNTIMES, SERVED_NAME_PATTERN, check_served_name, split_handler
 from pyserve.config.bounds import BOUNDS
 from pyserve.errors import BadRequestError, InvalidModelError, JsonObject, shown
 
@@ -22,6 +22,7 @@ TEXT_SIZE_MAX = 4096
 _NAME_SIZE_MAX = 64
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
+Pairs = list[tuple[str, str]]
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -126,11 +127,11 @@ INVOKE = (
 DESCRIBE = (boolean("customized", "Whether to add what the handler says of itself."),)
 REGISTER = (
     plain_text("url", "Name of an archive in the model store, a path in it, or a URL that allowed_urls allows."),
-    plain_text("model_name", "Name to serve it under; by default the one in its manifest.", check_model_name,
-               {"pattern": f"^{MODEL_NAME_PATTERN}$", "maxLength": NAME_SIZE_MAX}),
+    plain_text("model_name", "Name to serve it under; by default the one in its manifest.", check_served_name,
+               {"pattern": SERVED_NAME_PATTERN, "maxLength": NAME_SIZE_MAX}),
     plain_text("runtime", "By default the one in its manifest.", _check_runtime, {"enum": list(RUNTIMES[:2])}),
     plain_text("handler", "By default the one in its manifest.", split_handler,
-               {"pattern": f"^([A-Za-z0-9_-]+/)*{MODEL_NAME_PATTERN}(:[A-Za-z_][A-Za-z0-9_]*)?$"}),
+               {"pattern": "^[^\\x00-\\x1f\\x7f]*[^\\x00-\\x1f\\x7f/:]", "minLength": 1}),
     *SETTINGS,
     integer("initial_workers", "Workers to start; 0 or less registers the model without any.", -COUNT_MAX - 1,
             BOUNDS["workers_min"].most, "workers"),
@@ -153,13 +154,8 @@ UNREGISTER = (
 NONE: tuple[Parameter, ...] = ()
 
 
-def read_values(
-    pairs: Iterable[tuple[str, str]], known: Iterable[Parameter], *, lenient: bool = False
-) -> dict[str, Any]:
+def read_values(pairs: Iterable[tuple[str, str]], known: Iterable[Parameter]) -> dict[str, Any]:
     """The values of ``pairs``, by name. Of a repeated parameter the first value counts.
-
-    Args:
-        lenient: leave out what is unknown or malformed instead, as TorchServe does.
 
     Raises:
         BadRequestError: an unknown name or a malformed value.
@@ -171,23 +167,29 @@ def read_values(
             continue
         parameter = parameters.get(name)
         if parameter is None:
-            if not lenient:
-                raise _unknown(name, parameters)
-            continue
-        try:
-            values[name] = parameter.parse(value)
-        except InvalidModelError as error:
-            raise BadRequestError(error.message, detail={"parameter": name}) from None
-        except ValueError:
-            if not lenient:
-                raise BadRequestError(
-                    f"Parameter {name} cannot be {shown(value)}; allowed: {parameter.allowed}.",
-                    detail={"parameter": name},
-                ) from None
+            raise _unknown(name, parameters)
+        values[name] = parsed(parameter, value)
     return values
 
 
-def json_pairs(body: bytes | bytearray) -> list[tuple[str, str]]:
+def parsed(parameter: Parameter, value: str) -> Any:
+    """The value that ``value`` is the text of.
+
+    Raises:
+        BadRequestError: it is none.
+    """
+    detail = {"parameter": parameter.name}
+    try:
+        return parameter.parse(value)
+    except InvalidModelError as error:
+        raise BadRequestError(error.message, detail=detail) from None
+    except ValueError:
+        raise BadRequestError(
+            f"Parameter {parameter.name} cannot be {shown(value)}; allowed: {parameter.allowed}.", detail=detail
+        ) from None
+
+
+def json_pairs(body: bytes | bytearray) -> Pairs:
     """The members of a JSON object as a query would give them; those that are ``null`` are left out.
 
     Raises:

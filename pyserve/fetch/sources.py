@@ -35,8 +35,9 @@ from pyserve.config.archive_url import (
 )
 from pyserve.config.config import Config
 from pyserve.config.model_source import ModelSource
-from pyserve.errors import DownloadError, ModelLoadError, ModelNotFoundError, ServeError, ServerError
+from pyserve.errors import ModelLoadError, ModelNotFoundError, ServeError, ServerError
 from pyserve.fetch.object_store import fetch_object
+from pyserve.fetch.refusals import Refusals, StrictRefusals, failed
 from pyserve.fetch.transfer import CHUNK_SIZE, Abort, ExistsError, Transfer, TransferError, TransferLimits
 from pyserve.fetch.web import Network, fetch_http
 
@@ -75,6 +76,7 @@ class ArchiveSources:
     def __init__(self, config: Config, *, network: Network | None = None):
         self._store = Path(config.model_store) if config.model_store else None
         self._allowed = AllowedUrls(config.allowed_urls)
+        self._refusals = StrictRefusals(config.allowed_urls) if config.compat == "strict" else Refusals()
         self._network = network or Network(allow_private=config.allow_private_addresses)
         self._limits = TransferLimits(config.download_size_max, config.download_timeout_s)
         self._slots = asyncio.Semaphore(FETCHES_MAX)
@@ -121,10 +123,13 @@ class ArchiveSources:
 
     async def _fetch(self, text: str, in_use: Collection[Path], reuses: bool) -> Obtained:
         shown = without_secrets(text)
-        url, name = self._checked(text, shown)
         if self._store is None:
             raise ModelNotFoundError("Model store has not been configured.")
         store = self._store
+        known = self._refusals.file_name(text)
+        if known is not None and not reuses and await asyncio.to_thread(os.path.lexists, store / known):
+            raise _exists(known)
+        url, name = self._checked(text, shown)
         if await asyncio.to_thread(os.path.lexists, store / name):
             if reuses:
                 log.info("%s is in the model store already and is not fetched again from %s", name, shown)
@@ -137,23 +142,28 @@ class ArchiveSources:
             raise _exists(name) from None
         except TransferError as error:
             log.warning("fetching %s failed: %s", shown, error)
-            raise (_not_allowed if error.is_refused else _failed)(shown, str(error), error.fix) from None
+            if error.is_refused:
+                raise self._refusals.error(text, str(error), error.fix) from None
+            raise failed(shown, str(error), error.fix) from None
         return Obtained(path, url.base, is_fetched=True)
 
     def _checked(self, text: str, shown: str) -> tuple[ArchiveUrl, str]:
         """``text`` as a URL that may be fetched, and what its archive is called."""
         if not self._allowed:
-            raise _not_allowed(shown, "allowed_urls is empty, so that nothing is fetched",
-                               "name it in allowed_urls in config.properties, or put the file into the model store "
-                               "and give its name")  # fmt: skip
+            raise self._refusals.error(
+                text, "allowed_urls is empty, so that nothing is fetched",
+                "name it in allowed_urls in config.properties, or put the file into the model store and give its name",
+            )  # fmt: skip
         try:
             url = parse_url(text)
             if not self._allowed.match(url):
-                raise _not_allowed(shown, "no pattern of allowed_urls matches its scheme, host and path",
-                                   "name it in allowed_urls in config.properties")  # fmt: skip
+                raise self._refusals.error(text, "no pattern of allowed_urls matches its scheme, host and path",
+                                           "name it in allowed_urls in config.properties")  # fmt: skip
             return url, url.file_name
         except UrlError as error:
-            raise (_not_allowed if error.is_refused else _failed)(shown, f"the URL {error}", "") from None
+            if error.is_refused:
+                raise self._refusals.error(text, f"the URL {error}", "") from None
+            raise failed(shown, f"the URL {error}", "") from None
 
     async def _run(self, work: Callable[[Abort], Path]) -> Path:
         """``work`` in a thread of its own, which does not keep the process from ending."""
@@ -261,16 +271,6 @@ def _read_etag(note: Path) -> str:
     except (OSError, ValueError):
         return ""
     return text if text.isascii() and text.isprintable() else ""
-
-
-def _not_allowed(shown: str, reason: str, fix: str) -> ModelNotFoundError:
-    text = f"Given URL {shown} does not match any allowed URL(s)"
-    return ModelNotFoundError(text, detail={"reason": reason, **({"fix": fix} if fix else {})})
-
-
-def _failed(shown: str, reason: str, fix: str) -> DownloadError:
-    text = f"Failed to download archive from: {shown}"
-    return DownloadError(text, detail={"reason": reason, **({"fix": fix} if fix else {})})
 
 
 def _exists(name: str) -> ServerError:

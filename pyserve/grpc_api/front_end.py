@@ -116,7 +116,7 @@ class GrpcFrontEnd:
                 registry, replace(config, management_address=local),
                 tells_errors=services.error_format.with_private_detail,
             )  # fmt: skip
-            served.append(ManagementService(management).service())
+            served.append(ManagementService(management, is_strict=config.compat == "strict").service())
         try:
             from pyserve.grpc_api.health import HealthService
         except ImportError as error:  # not there, or made for another protobuf

@@ -16,7 +16,7 @@ from pyserve.errors import ServeError
 from pyserve.grpc_api.call import Call
 from pyserve.grpc_api.messages import MANAGEMENT, message
 from pyserve.grpc_api.service import Method, Service
-from pyserve.grpc_api.status import MissingParameterError, judge_management
+from pyserve.grpc_api.status import MissingParameterError, judge_management, judge_management_strictly
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import Response
 
@@ -30,8 +30,9 @@ _REGISTER_NUMBERS = ("batch_size", "initial_workers", "max_batch_delay", "respon
 class ManagementService:
     """``ManagementAPIsService``. Loop thread only."""
 
-    def __init__(self, management: Management):
+    def __init__(self, management: Management, *, is_strict: bool = False):
         self._management = management
+        self._is_strict = is_strict
 
     def service(self) -> Service:
         """Its table."""
@@ -44,45 +45,56 @@ class ManagementService:
             "UnregisterModel": self.unregister_model,
         }
         methods = tuple(Method(name, run, message(f"{MANAGEMENT}.{name}Request")) for name, run in runs.items())
-        return Service(f"{MANAGEMENT}.ManagementAPIsService", methods, judge_management, "management")
+        judge = judge_management_strictly if self._is_strict else judge_management
+        return Service(f"{MANAGEMENT}.ManagementAPIsService", methods, judge, "management")
 
     async def describe_model(self, call: Call, asked: Any) -> Any:
         """The JSON array of HTTP's answer."""
         parameters: Parameters = {"customized": True} if asked.customized else {}
         endpoint = self._management.describe_model
-        return _Answer(msg=(await self._ask(call, endpoint, parameters, *_model(asked))).strip())
+        return _Answer(msg=(await self._ask(call, endpoint, parameters, *self._model(asked))).strip())
 
     async def list_models(self, call: Call, asked: Any) -> Any:
         """The JSON object of HTTP's answer. Without a limit a whole page, where TorchServe has an empty one."""
-        numbers = {name: getattr(asked, name) for name in ("limit", "next_page_token")}
-        parameters: Parameters = {name: value for name, value in numbers.items() if value}
+        parameters: Parameters = {}
+        if asked.limit or self._is_strict:
+            parameters["limit"] = asked.limit
+        if asked.next_page_token:
+            parameters["next_page_token"] = asked.next_page_token
         return _Answer(msg=(await self._ask(call, self._management.list_models, parameters)).strip())
 
     async def register_model(self, call: Call, asked: Any) -> Any:
         """Unlike HTTP's it answers before the model is there, unless ``synchronous`` is set."""
         parameters: Parameters = {"synchronous": asked.synchronous}
         parameters |= {name: getattr(asked, name) for name in _REGISTER_TEXTS if getattr(asked, name)}
-        parameters |= {name: getattr(asked, name) for name in _REGISTER_NUMBERS if getattr(asked, name) > 0}
+        numbers = {name: getattr(asked, name) for name in _REGISTER_NUMBERS}
+        # In TorchServe what is below 0 means the default too; elsewhere it is the error that it is over HTTP.
+        parameters |= {name: value for name, value in numbers.items() if value > 0 or (value and not self._is_strict)}
         if asked.s3_sse_kms:
             parameters["s3_sse_kms"] = True
         return await self._status(call, self._management.register_model, parameters)
 
     async def scale_worker(self, call: Call, asked: Any) -> Any:
-        """Not to zero: an unset ``min_worker`` means 1."""
+        """Not to zero: an unset ``min_worker`` means 1. One below 0 is an error, as over HTTP."""
         parameters: Parameters = {"synchronous": asked.synchronous}
         names = ("min_worker", "max_worker", "number_gpu", "timeout")
-        parameters |= {name: getattr(asked, name) for name in names if getattr(asked, name) > 0}
-        return await self._status(call, self._management.scale_model, parameters, *_model(asked))
+        parameters |= {name: getattr(asked, name) for name in names if getattr(asked, name)}
+        return await self._status(call, self._management.scale_model, parameters, *self._model(asked))
 
     async def set_default(self, call: Call, asked: Any) -> Any:
         """``model_version`` is required."""
-        if not asked.model_version:
-            raise MissingParameterError("model_version")
-        return await self._status(call, self._management.set_default_version, {}, *_model(asked))
+        name, version = self._model(asked)
+        if not version:
+            if not self._is_strict:
+                raise MissingParameterError("model_version")
+            version = ""
+        return await self._status(call, self._management.set_default_version, {}, name, version)
 
     async def unregister_model(self, call: Call, asked: Any) -> Any:
         """Answers when it is gone."""
-        return await self._status(call, self._management.unregister_model, {}, *_model(asked))
+        if self._is_strict and not asked.model_name:
+            raise MissingParameterError("url")  # as TorchServe has it
+        return await self._status(call, self._management.unregister_model, {}, *self._model(asked))
 
     async def _status(self, call: Call, endpoint: Callable[..., Any], parameters: Parameters, *path: Any) -> Any:
         return _Answer(msg=str(json.loads(await self._ask(call, endpoint, parameters, *path))["status"]))
@@ -106,13 +118,12 @@ class ManagementService:
             raise error
         return bytes(response.body).decode()
 
+    def _model(self, asked: Any) -> tuple[str, str | None]:
+        """Name and version.
 
-def _model(asked: Any) -> tuple[str, str | None]:
-    """Name and version.
-
-    Raises:
-        MissingParameterError: there is no name.
-    """
-    if not asked.model_name:
-        raise MissingParameterError("model_name")
-    return asked.model_name, asked.model_version or None
+        Raises:
+            MissingParameterError: there is no name; in TorchServe there is no model of that name.
+        """
+        if not (asked.model_name or self._is_strict):
+            raise MissingParameterError("model_name")
+        return asked.model_name, asked.model_version or None

@@ -48,9 +48,14 @@ _BY_HTTP_STATUS = {
 # Of refusals that TorchServe does not have.
 _OWN_REASONS = ("draining", "body budget")
 _JAVA_NAMES = {
+    "BadRequestException": "org.pytorch.serve.http.BadRequestException",
+    "DownloadArchiveException": "org.pytorch.serve.archive.DownloadArchiveException",
+    "InternalServerException": "org.pytorch.serve.http.InternalServerException",
+    "InvalidModelException": "org.pytorch.serve.archive.model.InvalidModelException",
+    "MethodNotAllowedException": "org.pytorch.serve.archive.model.ModelException",  # the model API is off
+    "ModelException": "org.pytorch.serve.archive.model.ModelException",
     "ModelNotFoundException": "org.pytorch.serve.archive.model.ModelNotFoundException",
     "ModelVersionNotFoundException": "org.pytorch.serve.archive.model.ModelVersionNotFoundException",
-    "InternalServerException": "org.pytorch.serve.http.InternalServerException",
 }
 
 
@@ -62,10 +67,16 @@ class MissingParameterError(BadRequestError):
 
 
 class Verdict(NamedTuple):
-    """The code of an error, and the second line of its text; ``""`` for none."""
+    """What becomes of an error.
+
+    Attributes:
+        augmentation: the second line of its text; ``""`` for none.
+        text: in place of the error's message; None leaves that.
+    """
 
     code: grpc.StatusCode
     augmentation: str = ""
+    text: str | None = None
 
 
 # Of a call without the right key, whatever the service.
@@ -100,10 +111,20 @@ def judge_prediction(error: ServeError) -> Verdict:
 def judge_management(error: ServeError) -> Verdict:
     """As TorchServe's management service."""
     if isinstance(error, MethodNotAllowedError):  # nothing but the model API is ever switched off
-        return Verdict(Code.PERMISSION_DENIED)
+        return Verdict(Code.PERMISSION_DENIED, _JAVA_NAMES[error.type], MODEL_API_OFF)
     if isinstance(error, ConflictError | DefaultVersionError):
-        return Verdict(Code.UNKNOWN, f"{error.type}.()")
-    return Verdict(code_of(error.status), _JAVA_NAMES.get(error.type, f"{error.type}.()"))
+        return Verdict(Code.UNKNOWN, error.type)
+    if isinstance(error, OverloadedError) and error.detail.get("reason") not in _OWN_REASONS:
+        return Verdict(Code.INTERNAL, _JAVA_NAMES["InternalServerException"])
+    return Verdict(code_of(error.status), _JAVA_NAMES.get(error.type, error.type))
+
+
+def judge_management_strictly(error: ServeError) -> Verdict:
+    """As `judge_management`, without the texts that TorchServe leaves out: of what it does not expect."""
+    verdict = judge_management(error)
+    if verdict.code == Code.UNKNOWN:
+        return Verdict(Code.UNKNOWN, text="")
+    return verdict._replace(text="InternalServerException.()") if isinstance(error, OverloadedError) else verdict
 
 
 def judge_open_inference(error: ServeError) -> Verdict:
@@ -113,8 +134,7 @@ def judge_open_inference(error: ServeError) -> Verdict:
 
 def status_text(error: ServeError, verdict: Verdict, error_format: ErrorFormat, request_id: str) -> str:
     """The description that goes with ``verdict.code``; at most TEXT_SIZE_MAX bytes."""
-    message = MODEL_API_OFF if isinstance(error, MethodNotAllowedError) else error.message
-    lines = [message]
+    lines = [error.message if verdict.text is None else verdict.text]
     if verdict.augmentation:
         lines.append(verdict.augmentation)
     detail = error_format.detail(error, request_id)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pyserve.archive.archive import Archive, open_archive
 from pyserve.archive.entries import MANIFEST_NAME
-from pyserve.archive.manifest import check_model_name, missing_manifest, name_of_file
+from pyserve.archive.manifest import check_served_name, missing_manifest, name_of_file
 from pyserve.config.archive_url import is_url
 from pyserve.config.model_source import ModelSource
 from pyserve.conversion.torchscript import Tracing
@@ -23,6 +23,7 @@ from pyserve.errors import (  # fmt: skip
     DefaultVersionError,
     InvalidModelError,
     JsonObject,
+    ModelLoadError,
     ModelNotFoundError,
     ServeError,
     VersionNotFoundError,
@@ -129,7 +130,9 @@ class Registry:
             await self._discard(source.path, source.url)
             raise
         model.runtime = runtime or model.runtime
-        loading = self._finish_register(model, stays=(model.name, model.version) in failed)
+        # Without workers TorchServe loads nothing, so that nothing can fail.
+        may_fail = self._services.config.compat == "strict" and not model.workers_min
+        loading = self._finish_register(model, stays=(model.name, model.version) in failed, may_fail=may_fail)
         if waits or not model.workers_min:
             await loading
         else:
@@ -137,12 +140,18 @@ class Registry:
             await asyncio.sleep(0)  # it has begun, and whoever asks for the model from now on can wait for that
         return model
 
-    async def _finish_register(self, model: Model, *, stays: bool) -> None:
+    async def _finish_register(self, model: Model, *, stays: bool, may_fail: bool) -> None:
         try:
-            await self._load_or_remove(model, stays=stays)
-        except BaseException:
-            await self._discard(model.archive.path, model.url)
-            raise
+            await self._load_or_remove(model, stays=stays or may_fail)
+        except BaseException as error:
+            is_of_archive = isinstance(error, ModelLoadError | InvalidModelError)
+            if may_fail and is_of_archive and model in self.all_models():
+                log.warning("%s %s is registered, and cannot be loaded: %s", model.name, model.version, model.error)
+            else:
+                await self._discard(model.archive.path, model.url)
+                if is_of_archive and self._services.config.compat == "strict":  # there it comes from a worker
+                    raise model.starting_error(model.error) from error
+                raise
         self.failures = [failure for failure in self.failures if failure.url != model.url]
         await self.changed()
 
@@ -441,7 +450,7 @@ def _name_of(archive: Archive, given: str | None, *, is_named_by_file: bool) -> 
         raise InvalidModelError(
             f"{archive.name}: {MANIFEST_NAME} has no model.modelName; give model_name=, or pack again"
         )
-    return check_model_name(name, archive.name)
+    return check_served_name(name, archive.name)
 
 
 def _without_manifest(archive: Archive) -> InvalidModelError:

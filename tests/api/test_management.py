@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -411,9 +412,11 @@ def test_register_passes_on_what_was_given_and_nothing_else(store: Path) -> None
         "&response_timeout=60&startup_timeout=61&initial_workers=1&synchronous=false&s3_sse_kms=false",
     )
     assert api.registry.calls == [
-        {"url": "m.mar", "waits": True, "model_name": None, "handler": None, "initial_workers": 0, "settings": {}},
+        {"url": "m.mar", "waits": True, "model_name": None, "handler": None, "runtime": None,
+         "initial_workers": 0, "settings": {}},
         {
-            "url": "m.mar", "waits": False, "model_name": "n", "handler": "h.py:f", "initial_workers": 1,
+            "url": "m.mar", "waits": False, "model_name": "n", "handler": "h.py:f", "runtime": "python3",
+            "initial_workers": 1,
             "settings": {"batch_size": 4, "max_batch_delay": 20, "response_timeout": 60, "startup_timeout": 61},
         },
     ]  # fmt: skip
@@ -654,11 +657,71 @@ def test_unknown_or_malformed_parameter_is_refused_by_every_call(store: Path, me
     assert len(api.registry.models) == 1 and api.registry.calls == []
 
 
+def strict_api(store: Path, workers: int = 1) -> Api:
+    return Api(FakeModel(workers=workers), store=store, compat="strict", enable_model_api=True)
+
+
 def test_strict_mode_ignores_what_torchserve_ignores(store: Path) -> None:
-    api = Api(FakeModel(), store=store, compat="strict", enable_model_api=True)
+    api = strict_api(store)
     assert api.ask("PUT", "/models/m?min_worker=nan&colour=red&synchronous=nan").status == 202
-    assert api.ask("POST", "/models?url=m.mar&batch_size=dd&synchronous=nan").status == 200
-    assert api.registry.calls[0]["settings"] == {}
+    assert api.ask("POST", "/models?url=m.mar&batch_size=dd").status == 200
+    assert api.registry.calls[0]["settings"] == {} and api.registry.calls[0]["waits"]
+    assert api.ask("POST", "/models?url=m.mar&synchronous=nan&initial_workers=1").status == 202
+    answer = api.ask("PUT", "/models/m/1.0?min_worker=1&synchronous=true&model_version=9&number_gpu=1&timeout=x")
+    assert answer.json == {"status": "Workers scaled to 1 for model: m, version: 1.0"}
+    assert (
+        api.ask("PUT", "/models/m?min_worker=&min_worker=5&synchronous=true")
+        .json["status"]
+        .startswith("Workers scaled to 1")
+    )
+
+
+OUT_OF_BOUNDS = (500, "IndexOutOfBoundsException", "Index -1 out of bounds for length 0")
+TOO_FEW = (400, "BadRequestException", "max_worker cannot be less than min_worker.")
+
+
+@pytest.mark.parametrize("is_synchronous", [True, False])
+@pytest.mark.parametrize(
+    "query, answer",
+    [
+        ("min_worker=-1", OUT_OF_BOUNDS), ("min_worker=-2", OUT_OF_BOUNDS), ("min_worker=-2147483648", OUT_OF_BOUNDS),
+        ("min_worker=-1&max_worker=-1", OUT_OF_BOUNDS), ("min_worker=-1&max_worker=2", OUT_OF_BOUNDS),
+        ("max_worker=-1", TOO_FEW), ("max_worker=0", TOO_FEW), ("min_worker=0&max_worker=-1", TOO_FEW),
+        ("min_worker=2&max_worker=1", TOO_FEW), ("min_worker=x&max_worker=0", TOO_FEW),
+    ],
+)  # fmt: skip
+def test_strict_mode_refuses_numbers_of_workers_as_torchserve_does(
+    store: Path, query: str, answer: tuple[int, str, str], is_synchronous: bool
+) -> None:
+    api = strict_api(store, workers=3)
+    told = api.ask("PUT", f"/models/m?{query}" + ("&synchronous=true" if is_synchronous else ""))
+    assert (told.status, told.json["type"], told.json["message"]) == answer
+    assert api.registry.models[0].scalings == []
+
+
+@pytest.mark.parametrize("query", ["min_worker=-1", "max_worker=-1", "min_worker=0&max_worker=-1", "number_gpu=-1",
+                                   "timeout=-1", "min_worker=-1&max_worker=2"])  # fmt: skip
+def test_a_number_below_0_is_refused_by_name(store: Path, query: str) -> None:
+    api = Api(FakeModel(workers=3), store=store)
+    answer = api.ask("PUT", f"/models/m?{query}")
+    assert answer.status == 400 and re.search(
+        r"Parameter \w+ cannot be .-1.; allowed: a whole number from 0", answer.json["message"]
+    )
+    assert api.registry.models[0].scalings == []
+
+
+@pytest.mark.parametrize(
+    "body, kind",
+    [(b" ", "NullPointerException"), (b"{", "JsonSyntaxException"), (b'{"url": "m.mar", "batch_size": 2.5}',
+     "JsonSyntaxException")],
+)  # fmt: skip
+def test_strict_mode_reads_a_json_body_as_torchserve_does(store: Path, body: bytes, kind: str) -> None:
+    api = strict_api(store)
+    answer = api.ask("POST", "/models?url=m.mar", body, "application/json")
+    assert (answer.status, answer.json["type"]) == (500, kind) and api.registry.calls == []
+    body = b'{"url": "m.mar", "batch_size": "2.0", "startup_timeout": 0, "colour": "red"}'
+    assert api.ask("POST", "/models?batch_size=7", body, "application/json; charset=utf-8").status == 200
+    assert api.registry.calls[0]["settings"] == {"batch_size": 2, "startup_timeout": 0}
 
 
 # --- who may do what -------------------------------------------------------------------------------------------------

@@ -89,11 +89,6 @@ def test_first_value_of_a_repeated_parameter_counts() -> None:
     assert read_values([("min_worker", "2"), ("min_worker", "3")], parameters.SCALE) == {"min_worker": 2}
 
 
-def test_lenient_reading_leaves_out_what_is_unknown_or_malformed() -> None:
-    pairs = [("min_worker", "nan"), ("colour", "red"), ("synchronous", "nan"), ("max_worker", "3")]
-    assert read_values(pairs, parameters.SCALE, lenient=True) == {"max_worker": 3}
-
-
 @pytest.mark.parametrize(
     "name, value",
     [("model_name", each) for each in ("", "../x", "a/b", "%2e%2e", "m" * 300, "a\u202eb", "all", "a:b")]

@@ -420,22 +420,43 @@ def test_a_models_life(server: Server, manager: Stub, client: Stub) -> None:
     assert refused(client.Predictions, model_name="life").code() == Code.INTERNAL
 
 
-@pytest.mark.parametrize(("method", "fields", "code", "text"), [
-    ("DescribeModel", {"model_name": "none"}, Code.NOT_FOUND, "Model not found: none"),
-    ("DescribeModel", {"model_name": "echo", "model_version": "9"}, Code.NOT_FOUND, "Model version: 9"),
-    ("DescribeModel", {}, Code.INVALID_ARGUMENT, "Parameter model_name is required."),
-    ("RegisterModel", {}, Code.INVALID_ARGUMENT, "Parameter url is required."),
-    ("RegisterModel", {"url": "none.mar"}, Code.NOT_FOUND, "none.mar"),
-    ("RegisterModel", {"url": "linear.mar", "runtime": "java"}, Code.INVALID_ARGUMENT, "Invalid RuntimeType"),
-    ("ScaleWorker", {"model_name": "none"}, Code.NOT_FOUND, "Model not found: none"),
-    ("ScaleWorker", {"model_name": "echo", "min_worker": 5, "max_worker": 2}, Code.INVALID_ARGUMENT, "max_worker"),
-    ("SetDefault", {"model_name": "echo"}, Code.INVALID_ARGUMENT, "model_version"),
-    ("SetDefault", {"model_name": "echo", "model_version": "9"}, Code.NOT_FOUND, "9"),
-    ("UnregisterModel", {"model_name": "none"}, Code.NOT_FOUND, "Model not found: none"),
+NO_MODEL = "org.pytorch.serve.archive.model.ModelNotFoundException"
+NO_VERSION = "org.pytorch.serve.archive.model.ModelVersionNotFoundException"
+BAD_REQUEST = "org.pytorch.serve.http.BadRequestException"
+
+
+@pytest.mark.parametrize(("method", "fields", "code", "text", "java_name"), [
+    ("DescribeModel", {"model_name": "none"}, Code.NOT_FOUND, "Model not found: none", NO_MODEL),
+    ("DescribeModel", {"model_name": "echo", "model_version": "9"}, Code.NOT_FOUND, "Model version: 9", NO_VERSION),
+    ("DescribeModel", {}, Code.INVALID_ARGUMENT, "Parameter model_name is required.", BAD_REQUEST),
+    ("RegisterModel", {}, Code.INVALID_ARGUMENT, "Parameter url is required.", BAD_REQUEST),
+    ("RegisterModel", {"url": "none.mar"}, Code.NOT_FOUND, "none.mar", NO_MODEL),
+    ("RegisterModel", {"url": "linear.mar", "runtime": "java"}, Code.INVALID_ARGUMENT, "Invalid RuntimeType",
+     BAD_REQUEST),
+    ("RegisterModel", {"url": "linear.mar", "batch_size": -1}, Code.INVALID_ARGUMENT, 'batch_size cannot be "-1"',
+     BAD_REQUEST),
+    ("RegisterModel", {"url": "linear.mar", "max_batch_delay": -5}, Code.INVALID_ARGUMENT, 'cannot be "-5"',
+     BAD_REQUEST),
+    ("ScaleWorker", {"model_name": "none"}, Code.NOT_FOUND, "Model not found: none", NO_MODEL),
+    ("ScaleWorker", {"model_name": "echo", "min_worker": 5, "max_worker": 2}, Code.INVALID_ARGUMENT, "max_worker",
+     BAD_REQUEST),
+    ("ScaleWorker", {"model_name": "echo", "min_worker": -1}, Code.INVALID_ARGUMENT, 'min_worker cannot be "-1"',
+     BAD_REQUEST),
+    ("ScaleWorker", {"model_name": "echo", "max_worker": -1}, Code.INVALID_ARGUMENT, 'max_worker cannot be "-1"',
+     BAD_REQUEST),
+    ("ScaleWorker", {"model_name": "echo", "number_gpu": -1}, Code.INVALID_ARGUMENT, 'cannot be "-1"', BAD_REQUEST),
+    ("SetDefault", {"model_name": "echo"}, Code.INVALID_ARGUMENT, "model_version", BAD_REQUEST),
+    ("SetDefault", {"model_name": "echo", "model_version": "9"}, Code.NOT_FOUND, "9", NO_VERSION),
+    ("UnregisterModel", {"model_name": "none"}, Code.NOT_FOUND, "Model not found: none", NO_MODEL),
 ])  # fmt: skip
-def test_errors_of_management(manager: Stub, method: str, fields: dict[str, Any], code: Any, text: str) -> None:
+def test_errors_of_management(  # noqa: PLR0917
+    server: Server, manager: Stub, method: str, fields: dict[str, Any], code: Any, text: str, java_name: str
+) -> None:
+    before = len(server.describe("echo")["workers"])
     error = refused(getattr(manager, method), **fields)
-    assert error.code() == code and text in error.details()
+    lines = error.details().split("\n")
+    assert error.code() == code and text in lines[0] and lines[1] == java_name
+    assert len(server.describe("echo")["workers"]) == before
 
 
 def test_an_inference_port_has_no_management(server: Server) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -293,6 +294,53 @@ def test_a_stream_of_requests_ends_when_the_server_stops(own: Server) -> None:
         assert own.run("stop").returncode == 0
         assert refused(lambda: list(answers)).code() == Code.UNAVAILABLE
         gate.set()
+
+
+JAVA = "org.pytorch.serve."
+NO_MODEL = f"{JAVA}archive.model.ModelNotFoundException"
+NO_URL = f"Parameter url is required.\n{JAVA}http.BadRequestException"
+REGISTERED = 'Model "linear" Version: 1.0 registered with 0 initial workers. ' + (
+    "Use scale workers API to add workers for the model."
+)
+
+
+def strict_management_calls() -> Iterator[tuple[str, dict[str, Any], Any, str]]:
+    """Method, fields, code and text; one after the other, as TorchServe was measured to answer them."""
+    yield "DescribeModel", {}, Code.NOT_FOUND, f"Model not found: \n{NO_MODEL}"
+    yield "SetDefault", {"model_name": "none"}, Code.NOT_FOUND, f"Model not found: none\n{NO_MODEL}"
+    yield "UnregisterModel", {}, Code.INVALID_ARGUMENT, NO_URL
+    yield "RegisterModel", {}, Code.INVALID_ARGUMENT, NO_URL
+    url = "http://127.0.0.1:1/x.mar"
+    failed = f"Failed to download archive from: {url}\n{JAVA}archive.DownloadArchiveException"
+    yield "RegisterModel", {"url": url}, Code.INVALID_ARGUMENT, failed
+    exists = f"Model file already exists linear.mar\n{JAVA}http.InternalServerException"
+    yield "RegisterModel", {"url": "file:///nowhere/linear.mar"}, Code.INTERNAL, exists
+    # Numbers that are not above 0 mean the default here.
+    yield "RegisterModel", {"url": "linear.mar", "batch_size": -1, "initial_workers": -5}, Code.OK, REGISTERED
+    yield "RegisterModel", {"url": "linear.mar"}, Code.UNKNOWN, ""
+    nobody = f"InternalServerException.()\n{JAVA}http.InternalServerException"
+    yield "DescribeModel", {"model_name": "linear", "customized": True}, Code.INTERNAL, nobody
+    # Numbers of workers below 0 are the errors that they are over HTTP; in TorchServe they count as not given.
+    out_of_bounds = "Index -1 out of bounds for length 0\nIndexOutOfBoundsException"
+    yield "ScaleWorker", {"model_name": "linear", "min_worker": -1}, Code.INTERNAL, out_of_bounds
+    too_few = f"max_worker cannot be less than min_worker.\n{JAVA}http.BadRequestException"
+    yield "ScaleWorker", {"model_name": "linear", "max_worker": -1}, Code.INVALID_ARGUMENT, too_few
+    yield "UnregisterModel", {"model_name": "linear"}, Code.OK, 'Model "linear" unregistered'
+
+
+def test_strict_management_answers_as_torchserve_does(own: Server) -> None:
+    (own.folder / "config.properties").write_text(
+        "compat=strict\ndisable_token_authorization=true\nenable_model_api=true\n"
+    )
+    own.start("--grpc", "true")
+    with Stub(own.grpc("management"), MANAGING) as client:
+        assert json.loads(client.ListModels().msg) == {"nextPageToken": "0", "models": []}
+        for method, fields, code, text in strict_management_calls():
+            try:
+                told = (Code.OK, getattr(client, method)(**fields).msg)
+            except grpc.RpcError as error:
+                told = (error.code(), error.details())
+            assert told == (code, text), (method, fields)
 
 
 def test_strict_errors_and_the_age_of_connections(own: Server) -> None:

@@ -1,0 +1,62 @@
+"""What is answered when a URL may not be fetched."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from pyserve.config.archive_url import without_secrets
+from pyserve.errors import DownloadError, ModelNotFoundError, ServeError
+
+log = logging.getLogger(__name__)
+
+# What TorchServe fetches, and which of it if nothing is said.
+_SCHEMES = ("file", "http", "https")
+_ALLOWED_DEFAULT = r"file://.*,http(s)?://.*"
+
+
+class Refusals:
+    """pyserve's own: a URL that is not allowed is not found."""
+
+    def file_name(self, url: str) -> str | None:
+        """What to look for in the model store before anything else is asked; None for nothing."""
+        return None
+
+    def error(self, url: str, reason: str, fix: str) -> ServeError:
+        """The answer."""
+        text = f"Given URL {without_secrets(url)} does not match any allowed URL(s)"
+        return ModelNotFoundError(text, detail=_detail(reason, fix))
+
+
+class StrictRefusals(Refusals):
+    """TorchServe's, for ``compat=strict``: what it would have tried to fetch counts as a download that failed. Nothing
+    is fetched for that; the log says why.
+
+    Args:
+        allowed_urls: as configured. TorchServe compares its patterns with the whole URL.
+    """
+
+    def __init__(self, allowed_urls: str):
+        texts = (allowed_urls or _ALLOWED_DEFAULT).split(",")
+        self._patterns = [re.compile(text.strip(), re.IGNORECASE) for text in texts]
+
+    def file_name(self, url: str) -> str:
+        return url.partition("?")[0].rpartition("/")[2]
+
+    def error(self, url: str, reason: str, fix: str) -> ServeError:
+        shown = without_secrets(url)
+        log.warning("%s is not fetched: %s%s", shown, reason, f"; {fix}" if fix else "")
+        if url.partition("://")[0].lower() not in _SCHEMES:
+            return ModelNotFoundError(f"Model not found at: {shown}", detail=_detail(reason, fix))
+        if any(pattern.fullmatch(url) for pattern in self._patterns):
+            return failed(shown, reason, fix)
+        return super().error(url, reason, fix)
+
+
+def failed(shown: str, reason: str, fix: str) -> DownloadError:
+    """Of a URL, without secrets, that could not be fetched."""
+    return DownloadError(f"Failed to download archive from: {shown}", detail=_detail(reason, fix))
+
+
+def _detail(reason: str, fix: str) -> dict[str, str]:
+    return {"reason": reason, **({"fix": fix} if fix else {})}
