@@ -12,8 +12,6 @@ Loop thread only.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from datetime import datetime
 
 from pyserve.errors import JsonObject, OverloadedError, ServeError
 from pyserve.lanes.limits import expired_error
@@ -21,27 +19,10 @@ from pyserve.lanes.pending import OVER, Pending
 from pyserve.lanes.refusals import no_worker_error, no_worker_subjects
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import ModelSettings
+from pyserve.lanes.worker_rows import WorkerRow
 from pyserve.request.messages import Response
 from pyserve.request.stages import Stages
 from pyserve.telemetry.metrics import RequestRecorder
-
-
-@dataclass
-class WorkerRow:
-    """One worker as the management API shows it.
-
-    Attributes:
-        memory_usage: of its whole process, in bytes.
-        gpu_id: as torch counts; None on a CPU, and for the model's own device.
-    """
-
-    id: str
-    start_time: datetime
-    status: str
-    memory_usage: int
-    pid: int
-    gpu: bool
-    gpu_id: int | None = None
 
 
 class Lane:

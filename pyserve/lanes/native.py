@@ -28,13 +28,13 @@ from pyserve.errors import HandlerError, InputError, JsonObject, OutOfMemoryErro
 from pyserve.handlers import row_check
 from pyserve.handlers.outputs import named_outputs
 from pyserve.lanes.engine_lane import EngineLane, live, request_ids, ring_capacity
-from pyserve.lanes.lane import WorkerRow
 from pyserve.lanes.network import Network
 from pyserve.lanes.pending import OVER, SUBMITTED, Pending
 from pyserve.lanes.raw_rows import RAW_TYPE, RawRows
 from pyserve.lanes.resources import Services
 from pyserve.lanes.row_requests import Row
 from pyserve.lanes.settings import ModelSettings
+from pyserve.lanes.worker_rows import READY, UNLOADING, WorkerRow
 from pyserve.proof.native_proof import BUDGET_S, BatchProof
 from pyserve.request import codec
 from pyserve.request.messages import Response
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 FIRST_CORE_ID = 9000
 # What torch says of an index that a table does not have.
 _INDEX = re.compile(r"\bindex(es)? (\S+ )?(is )?out of (range|bounds)|\bindex out of bounds", re.IGNORECASE)
+_GOING = ("stopping", "stopped")
 _LOGGED_STATES = {"starting": STARTED, "warming": STARTED, "failed": ERROR, "stopped": SCALED_DOWN}
 
 
@@ -114,17 +115,17 @@ class NativeLane(EngineLane):
     def worker_rows(self) -> list[WorkerRow]:
         """The workers, as the management API shows them; they are threads of this one process."""
         memory = _resident_size()
-        return [
-            WorkerRow(
+        rows = []
+        for row in self.core.workers():
+            if row["state"] in _GOING:
+                continue
+            is_ready = row["state"] == "ready"
+            rows.append(WorkerRow(
                 id=str(self.worker_log.id(row["id"] - FIRST_CORE_ID)),
-                start_time=self._started.get(row["id"], datetime.now()),
-                status="READY" if row["state"] == "ready" else "UNLOADING",
-                memory_usage=memory,
-                pid=os.getpid(),
-                gpu=self.is_on_gpu,
-            )
-            for row in self.core.workers()
-        ]
+                start_time=self._started.get(row["id"], datetime.now()), status=READY if is_ready else UNLOADING,
+                memory_usage=memory if is_ready else 0, pid=os.getpid() if is_ready else -1, gpu=self.is_on_gpu,
+            ))  # fmt: skip
+        return rows
 
     @property
     def weights_size(self) -> int:

@@ -19,11 +19,12 @@ from typing import Any
 
 from pyserve.errors import HandlerError, JsonObject, OverloadedError, ServeError
 from pyserve.lanes.engine_lane import EngineLane, live, request_ids, ring_capacity
-from pyserve.lanes.lane import WorkerRow
 from pyserve.lanes.pending import OVER, SUBMITTED, Pending
 from pyserve.lanes.refusals import no_worker_error, worker_died_error
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import ModelSettings
+from pyserve.lanes.worker_rows import READY as ROW_READY
+from pyserve.lanes.worker_rows import UNLOADING, WorkerRow
 from pyserve.lanes.workers import READY, PythonWorkers
 from pyserve.request.messages import Response
 from pyserve.request.stages import TIMED
@@ -112,7 +113,7 @@ class PythonLane(EngineLane):
             WorkerRow(
                 id=str(self.worker_log.id(slot.index)),
                 start_time=slot.started_at,
-                status="READY" if slot.state == READY else "UNLOADING",
+                status=ROW_READY if slot.state == READY else UNLOADING,
                 memory_usage=slot.handle.memory_usage() if slot.handle is not None else 0,
                 pid=slot.handle.pid if slot.handle is not None else -1,
                 gpu=self.is_on_gpu,

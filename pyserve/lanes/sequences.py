@@ -22,13 +22,14 @@ from typing import Any
 from pyserve.archive.model_config import ModelConfig
 from pyserve.errors import ConflictError, JsonObject, OverloadedError, ServeError
 from pyserve.lanes.engine_lane import ring_capacity
-from pyserve.lanes.lane import Lane, WorkerRow
+from pyserve.lanes.lane import Lane
 from pyserve.lanes.limits import SWEEP_INTERVAL_S, start_client_limit
 from pyserve.lanes.pending import OVER, Pending
 from pyserve.lanes.python import DESCRIBE, PythonLane
 from pyserve.lanes.refusals import worker_died_error
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import ModelSettings
+from pyserve.lanes.worker_rows import WorkerRow
 from pyserve.request.ids import new_id
 from pyserve.request.messages import ExtraHeaders, Response
 from pyserve.worker.spec import WorkerSpec

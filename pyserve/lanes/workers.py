@@ -139,8 +139,8 @@ class PythonWorkers:
         return max(1, round(self._policy.retry_after_s(time.monotonic())))
 
     def slots(self) -> list[Slot]:
-        """Those that have a process, and those that failed."""
-        return [slot for slot in self._slots if slot.handle is not None or slot.state in (FAILED, WAITING)]
+        """Those that are wanted, whether or not they have a process."""
+        return [slot for slot in self._slots if slot.is_wanted]
 
     @property
     def failure(self) -> ServeError | None:

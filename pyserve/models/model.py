@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemor
 from pyserve.lanes.audit import Repetition
 from pyserve.lanes.describe import SelfDescription, ask_handler
 from pyserve.lanes.engine_lane import RING_CAPACITY_MIN
-from pyserve.lanes.lane import Lane, WorkerRow
+from pyserve.lanes.lane import Lane
 from pyserve.lanes.native import NativeLane
 from pyserve.lanes.network import Network
 from pyserve.lanes.pending import Pending
 from pyserve.lanes.refusals import no_worker_error
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import PARAMETERS, ModelSettings
+from pyserve.lanes.worker_rows import WorkerRow, with_coming
 from pyserve.models.audit import Audit
 from pyserve.models.audit_choice import audit_of
 from pyserve.models.checks import checks_of
@@ -73,6 +75,7 @@ class Model:
         self.device = device
         self.loaded_at_startup = loaded_at_startup
         self._services = services
+        self._registered_at = datetime.now()
         # Changes while it runs.
         self.settings = settings
         self.state = "LOADING"
@@ -189,7 +192,7 @@ class Model:
         async with self._scaling:
             lane = self._lane
             if lane is None:
-                raise self._scaling_error(self.error or "it is being unregistered")
+                raise self.starting_error(self.error or "it is being unregistered")
             before, wanted_before = lane.wanted_count, self.wanted_workers
             bounds_before = self.settings.workers_min, self.settings.workers_max
             trouble_before = self.error if self.state == "FAILED" else ""
@@ -199,15 +202,15 @@ class Model:
             lane.set_workers(wanted)
             self.starts_first_workers = not before
             try:
-                failure = await lane.settled(self.settings.startup_timeout_s)
+                failure = await self._settled(lane, starts=wanted > before)
             finally:
                 self.starts_first_workers = False
             if self._lane is not lane:
-                raise self._scaling_error("it is being unregistered")
+                raise self.starting_error("it is being unregistered")
             if not wanted and self._audit is not None:
                 await self._audit.stop()
             if failure:
-                error = self._scaling_error(failure, lane.failure)
+                error = self.starting_error(failure, lane.failure)
                 self.settings.workers_min, self.settings.workers_max = bounds_before
                 self.wanted_workers = wanted_before
                 lane.set_workers(min(before, wanted))
@@ -216,7 +219,14 @@ class Model:
                 raise error
             return wanted
 
-    def _scaling_error(self, text: str, cause: ServeError | None = None) -> ServeError:
+    async def _settled(self, lane: Lane, *, starts: bool) -> str:
+        timeout_s = self.settings.startup_timeout_s
+        if starts and not timeout_s:  # which only compat=strict lets through
+            return "no worker is ready within startup_timeout=0 s"
+        return await lane.settled(timeout_s)
+
+    def starting_error(self, text: str, cause: ServeError | None = None) -> ServeError:
+        """In TorchServe's words, whatever the reason is that there is no worker."""
         message = f"Failed to start workers for model {self.name} version: {self.version}"
         detail = cause.detail if cause is not None and cause.detail else {"text": text}
         return (OutOfMemoryError if isinstance(cause, OutOfMemoryError) else ModelLoadError)(message, detail=detail)
@@ -352,7 +362,7 @@ class Model:
             if failure or self._lane is None:
                 await lane.close()
                 if failure:
-                    raise self._scaling_error(failure)
+                    raise self.starting_error(failure)
                 return
             self._explain_lane = lane
 
@@ -450,7 +460,11 @@ class Model:
 
     def worker_rows(self) -> list[WorkerRow]:
         """The workers, as the management API shows them."""
-        return self._lane.worker_rows() if self._lane is not None else []
+        rows = self._lane.worker_rows() if self._lane is not None else []
+        if self.state != "LOADING":
+            return rows
+        first_id, on_gpu = self._services.config.initial_worker_port, self.device != "cpu"
+        return with_coming(rows, self.wanted_workers, first_id=first_id, since=self._registered_at, gpu=on_gpu)
 
     def queue_status(self) -> tuple[int, int]:
         """(remaining capacity, waiting requests)."""
