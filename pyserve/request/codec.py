@@ -80,7 +80,7 @@ def decode_request(
     for field in fields:
         if field.name in row and not lenient:
             raise _repeated(field.name)
-        content_type = field.content_type if is_built_in else _part_type(field)
+        content_type = field.content_type or "" if is_built_in else _part_type(field)
         part_type = content_type if lenient else _media_type(content_type).lower()
         row[field.name] = decode_value(field.value, part_type, lenient=lenient) if decode else field.value
         if types is not None:
@@ -101,7 +101,9 @@ def _media_type_as_sent(request: RequestParts) -> str:
 
 def _part_type(field: Field) -> str:
     """What TorchServe takes a part's type to be: only those with a file name have one."""
-    return _media_type(field.content_type or "application/octet-stream") if field.is_file else ""
+    if not field.is_file:
+        return ""
+    return "application/octet-stream" if field.content_type is None else _media_type(field.content_type)
 
 
 def add_query(row: dict[str, Any], query: str, *, types: dict[str, str] | None = None, lenient: bool = False) -> None:

@@ -36,13 +36,13 @@ class Field(NamedTuple):
     """One field.
 
     Attributes:
-        content_type: as sent; ``""`` if it has none.
+        content_type: as sent; None if it has none.
         is_file: whether its part has a file name.
     """
 
     name: str
     value: bytearray
-    content_type: str = ""
+    content_type: str | None = None
     is_file: bool = False
 
 
@@ -50,8 +50,8 @@ def read_urlencoded(body: bytes | bytearray, *, lenient: bool = False) -> list[F
     """The fields of an url-encoded form, in order.
 
     Raises:
-        BadRequestError: a field has no name, or one that is not UTF-8. With ``lenient`` also one that is empty between
-            two ``&``, and one with a ``%`` without two hexadecimal digits.
+        BadRequestError: a field has no name. With ``lenient`` also one that is empty between two ``&``, and one with a
+            ``%`` without two hexadecimal digits.
         TooLargeError: too many fields.
     """
     return _read_lenient(_pairs(body)) if lenient else _read_pairs(_pairs(body))
@@ -61,8 +61,7 @@ def read_query(query: bytes, *, lenient: bool = False) -> list[Field]:
     """The parameters of a query, in order; ``=x`` is one called ``x``.
 
     Raises:
-        BadRequestError: one has a name that is not UTF-8. With ``lenient`` one with a ``%`` without two hexadecimal
-            digits.
+        BadRequestError: with ``lenient`` one has a ``%`` without two hexadecimal digits.
         TooLargeError: too many parameters.
     """
     pairs = [pair.lstrip(b"=") for pair in _pairs(query)]
@@ -73,7 +72,7 @@ def read_query(query: bytes, *, lenient: bool = False) -> list[Field]:
         name, _, value = pair.partition(b"=")
         if name:
             text = _unquote_checked(value).decode("utf-8", "replace")
-            fields.append(Field(_name(_unquote_checked(name), lenient=True), bytearray(text.encode())))
+            fields.append(Field(_name(_unquote_checked(name)), bytearray(text.encode())))
     return fields
 
 
@@ -89,7 +88,7 @@ def _read_pairs(pairs: list[bytes]) -> list[Field]:
     for pair in pairs:
         name, _, value = pair.partition(b"=")
         if name:
-            fields.append(Field(_name(_unquote(name), lenient=False), bytearray(_unquote(value))))
+            fields.append(Field(_name(_unquote(name)), bytearray(_unquote(value))))
         elif pair:
             raise BadRequestError("a field of the form has no name before its '='")
     return fields
@@ -102,7 +101,7 @@ def _read_lenient(pairs: list[bytes]) -> list[Field]:
         raw, equals, rest = pair.partition(b"=")
         if not equals and index == len(pairs) - 1:
             break
-        name = _name(_unquote_checked(raw), lenient=True).strip()
+        name = _name(_unquote_checked(raw)).strip()
         if not name:
             raise BadRequestError("a field of the form has no name")
         value, line_end, _ = rest.partition(b"\n")
@@ -115,14 +114,8 @@ def _read_lenient(pairs: list[bytes]) -> list[Field]:
     return fields
 
 
-def _name(raw: bytes, *, lenient: bool) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        if lenient:
-            return raw.decode("utf-8", "replace")
-        shown = raw[:40].decode("utf-8", "backslashreplace")
-        raise BadRequestError(f"the name of a field of the form is not UTF-8: {shown!r}") from None
+def _name(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
 
 
 def _unquote_checked(text: bytes) -> bytes:
@@ -184,11 +177,14 @@ def _read_parts(
     for count, (headers, content) in enumerate(_split(body, delimiter, lenient=lenient)):
         if max(count, len(fields)) >= PARTS_MAX:
             raise TooLargeError(f"the multipart body has more than {PARTS_MAX} parts; send fewer")
-        kind = headers.get("content-type", "").strip()
+        kind = headers.get("content-type")
+        if lenient and kind is not None and kind.endswith(";"):
+            kind = ""
         disposition = headers.get("content-disposition", "")
         _, options = parse_options_header(disposition)
         name = outer_name or _part_name(options.get(b"name"), disposition if lenient else "")
-        inner = boundary_of(kind) if not outer_name and kind.lower().startswith("multipart/mixed") else None
+        is_form = not outer_name and (kind or "").lower().startswith("multipart/mixed")
+        inner = boundary_of(kind or "") if is_form else None
         if inner:  # several files under one name
             _read_parts(content, b"--" + inner, name, fields, lenient=lenient)
             continue
@@ -207,7 +203,7 @@ def _part_name(raw: bytes | None, lenient_disposition: str) -> str:
     quoted = _QUOTED_NAME.findall(lenient_disposition)
     if quoted:
         raw = quoted[-1].translate(_DIVIDERS).strip().encode("latin-1")
-    return _name(raw, lenient=bool(lenient_disposition))
+    return _name(raw)
 
 
 def _split(body: bytes | bytearray, delimiter: bytes, *, lenient: bool) -> Iterator[tuple[dict[str, str], bytearray]]:
@@ -259,6 +255,7 @@ def _next_delimiter(body: bytes | bytearray, delimiter: bytes, begin: int) -> tu
 def _read_part_head(body: bytes | bytearray, start: int) -> tuple[dict[str, str], int]:
     """The headers that begin at ``start``, by name in lower case, and where the content begins."""
     headers: dict[str, str] = {}
+    name = ""
     at = start
     while True:
         end = body.find(b"\n", at, start + PART_HEAD_SIZE_MAX)
@@ -272,5 +269,10 @@ def _read_part_head(body: bytes | bytearray, start: int) -> tuple[dict[str, str]
         at = end + 1
         if not line:
             return headers, at
-        name, _, value = line.partition(b":")
-        headers[name.strip().decode("latin-1").lower()] = value.strip().decode("latin-1")
+        text = line.decode("latin-1")
+        if text[0] in " \t" and name:  # a header may be folded
+            headers[name] += f" {text.strip()}"
+            continue
+        name, _, value = text.partition(":")
+        name = name.strip().lower()
+        headers[name] = value.strip()
