@@ -33,6 +33,7 @@ from pyserve.errors import shown
 _BLOCK = 512
 _RECORD_SIZE_MAX = 64 << 10  # one long-name or pax record; names are at most 1 KiB
 _TAIL_SIZE_MAX = 1 << 20  # zero blocks after the end
+_GZIP_RATIO_MAX = 1100  # deflate makes at most 1032 bytes of one
 _FILE_TYPES, _FOLDER_TYPE = (b"0", b"\0"), b"5"
 _LINK_TYPES = (b"1", b"2")
 _TYPE_NAMES = {
@@ -88,6 +89,8 @@ class TarReader:
                 total += entry.size
                 if len(found) > self._limits.entry_count_max:
                     refuse_limit(self.label, f"holds {len(found)} entries or more", "entry_count_max", self._limits)
+                if total > self.file_size * (_GZIP_RATIO_MAX if self._is_gzip else 1):
+                    refuse(self.label, "is damaged: it declares more bytes than can be in it; make or copy it again")
                 if self._limits.unpacked_size_max is not None and total > self._limits.unpacked_size_max:
                     what = f"unpacks to {total} bytes or more"
                     refuse_limit(self.label, what, "unpacked_size_max", self._limits)
