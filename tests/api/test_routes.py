@@ -278,6 +278,14 @@ def test_other_origins_make_no_changes(method: str, origin: str, allowed_origin:
     assert ask(router, method, "/models", headers).status == status
 
 
+@pytest.mark.parametrize("path", ["//models/a", "/models//a", "/models/a//b", "//a/predict", "/v1/models/:predict"])
+def test_an_empty_segment_is_no_name(path: str) -> None:
+    patterns = ("/models/{name}", "/models/{name}/{version}", "/{name}/predict", "/v1/models/{name}:predict")
+    router = Router([("GET", pattern, echo) for pattern in patterns])
+    assert ask(router, "GET", path).status == 404
+    assert ask(router, "GET", f"{path}/").status == 404
+
+
 def test_a_request_without_a_host_is_of_no_page() -> None:
     router = Router(protected([("POST", "/models", echo)], None, "management", BrowserGuard(LOOPBACK)))
     assert [ask(router, "POST", "/models", {"Origin": each}).status for each in ("", "http://", "http://a")] == [

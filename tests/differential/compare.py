@@ -100,7 +100,7 @@ def _detail(answer: dict[str, Any], _: Call, is_ours: bool) -> None:
 
 
 def _error(answer: dict[str, Any], call: Call, is_ours: bool) -> None:
-    if is_ours and IS_ERROR.match(answer["status"]) and call.path.startswith("/v2"):
+    if is_ours and IS_ERROR.match(answer["status"]) and call.path.startswith(("/v1", "/v2")):
         _without(answer, "error")
 
 
@@ -132,7 +132,7 @@ RULES = [
     Rule("`Date` of an answer", _date),
     Rule("answers ≥ 400", _connection),
     Rule("error body", _detail, ("default",)),
-    Rule("errors under `/v2`", _error),
+    Rule("errors under `/v1` and `/v2`", _error),
     Rule("gRPC error texts", _grpc_detail, ("default",)),
     Rule("OpenAPI descriptions", _description),
     Rule("a model's description", _more_of_a_model),

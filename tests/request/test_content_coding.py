@@ -37,7 +37,9 @@ def test_nothing_may_be_packed() -> None:
     assert decode_body(gzip.compress(b""), "gzip", 1) == bytearray()
 
 
-@pytest.mark.parametrize("coding", ["br", "zstd", "compress", "gzip, br", "x" * 500, "gzip, gzip, gzip, gzip", "utf-16"])
+@pytest.mark.parametrize(
+    "coding", ["br", "zstd", "compress", "gzip, br", "x" * 500, "gzip, gzip, gzip, gzip", "utf-16"]
+)
 def test_other_codings_are_refused_with_what_is_taken(coding: str) -> None:
     with pytest.raises(UnsupportedMediaError, match="gzip or deflate") as caught:
         decode_body(BODY, coding, 1000)
