@@ -74,6 +74,9 @@ class EntryPoint:
         self.name = code.name
         self.handler: Any = code.handler
         self._loop: asyncio.AbstractEventLoop | None = None
+        # TorchServe calls what `handle` was before `initialize`.
+        is_fixed = spec.lenient and not spec.watch and self.handler is not None
+        self._first_handle = self.handler.handle if is_fixed else None
         self._call: Callable[[Any, Context], Any] = self._call_plain
         if spec.envelope:
             self._call = _envelope_class(spec.envelope)(self._call_plain).handle
@@ -98,7 +101,7 @@ class EntryPoint:
 
     def _call_plain(self, data: Any, context: Context) -> Any:
         # Looked up each time: handlers replace their `handle` in `initialize`, and `pyserve dev` replaces functions.
-        function = self.code.function
+        function = self.code.function or self._first_handle
         return function(data, context) if function is not None else self.handler.handle(data, context)
 
     @property

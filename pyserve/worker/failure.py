@@ -9,11 +9,24 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from pyserve.errors import TEXT_SIZE_MAX, JsonObject, ServeError, is_memory_error, text_of
-from pyserve.worker.frames import ArchiveFolder, frames_of, place_of, traceback_text
+from pyserve.worker.frames import (
+    GROUP_DEPTH_MAX,
+    ArchiveFolder,
+    Frame,
+    frames_of,
+    members_of,
+    place_of,
+    real_path,
+    traceback_text,
+)
+
+Part = TypeVar("Part")
 
 OUT_OF_RESOURCES = "Out of resources"
 PREDICTION_FAILED = "Prediction failed"
@@ -75,46 +88,75 @@ class Failure:
 
 def describe_failure(error: BaseException, model_dir: str | Path) -> Failure:
     """What ``error``, raised by a handler of the archive in ``model_dir`` or on its behalf, means."""
-    try:
-        return _described(error, model_dir)
-    except BaseException as own:  # an exception class of the handler's may do anything when it is looked at
-        name = type(error).__name__
-        text = f"<{name} that cannot be looked at: {type(own).__name__}>"
-        return Failure(
-            name, text, "", f"{name}: {text}", False, 503, "InternalServerException", PREDICTION_FAILED, is_own=False
-        )
-
-
-def _described(error: BaseException, model_dir: str | Path) -> Failure:
+    name = type(error).__name__
     folder = ArchiveFolder(model_dir)
-    text = folder.shortened(text_of(error))
-    frames = frames_of(error.__traceback__, folder)
-    place = place_of(error, frames, folder)
-    is_memory = is_memory_error(error)
-    status, kind, message, is_expected = 503, "InternalServerException", PREDICTION_FAILED, False
-    detail: JsonObject = {}
-    if is_memory:
-        status, message = 507, OUT_OF_RESOURCES
-    elif isinstance(error, HandlerTimeout):
-        status, message = 504, "The handler was still running at response_timeout"
-    elif isinstance(error, ServeError):
-        status, kind, message, detail = error.status, error.type, error.message, error.detail
-        is_expected = status < 500
-    elif _is_prediction_exception(error):
-        status, message, is_expected = _own_answer(error)
+    # Each part alone: an exception class of the handler's may do anything when it is looked at, and what a part needs
+    # may be just what has failed.
+    unknown = f"<{name} that cannot be looked at>"
+    text = _tried(lambda: folder.shortened(_text(error)), unknown)
+    frames: list[Frame] = _tried(lambda: frames_of(error.__traceback__, folder), [])
+    place = _tried(lambda: place_of(error, frames, folder), "")
+    traceback = _tried(lambda: traceback_text(error, folder), f"{name}: {text}")
+    is_memory = _tried(lambda: is_memory_error(error), False)
+    answer = _tried(lambda: _answer(error), _Answer()) if not is_memory else _Answer(507, message=OUT_OF_RESOURCES)
+    detail = answer.detail
     return Failure(
-        exception=str(detail.get("exception") or type(error).__name__),
-        text=str(detail.get("text") or text)[:TEXT_SIZE_MAX],
-        where=str(detail.get("where") or place),
-        traceback=traceback_text(error, folder),
-        repeats=_repeats(error) and not is_memory,
-        status=status,
-        type=kind,
-        message=message,
-        fix=str(detail.get("fix") or "") or _fix(error, folder),
-        is_expected=is_expected,
+        exception=_tried(lambda: str(detail.get("exception") or name), name),
+        text=_tried(lambda: str(detail.get("text") or text)[:TEXT_SIZE_MAX], text),
+        where=_tried(lambda: str(detail.get("where") or place), place),
+        traceback=traceback,
+        repeats=_tried(lambda: _repeats(error), False) and not is_memory,
+        status=answer.status,
+        type=answer.type,
+        message=answer.message,
+        fix=_tried(lambda: str(detail.get("fix") or "") or _fix(error, folder), ""),
+        is_expected=answer.is_expected,
         is_own=bool(detail.get("where")) or any(not frame.owner for frame in frames),
     )
+
+
+def _tried(make: Callable[[], Part], otherwise: Part) -> Part:
+    try:
+        return make()
+    except HandlerTimeout:
+        raise
+    except BaseException:
+        return otherwise
+
+
+def _text(error: BaseException) -> str:
+    """Its own text; of a group that holds one exception also that one's, which is what happened."""
+    text = text_of(error)
+    inner: BaseException = error
+    for _ in range(GROUP_DEPTH_MAX):
+        members = members_of(inner)
+        inner = members[0] if len(members) == 1 else inner
+    return text if inner is error else f"{text}: {type(inner).__name__}: {text_of(inner)}"
+
+
+class _Answer(NamedTuple):
+    """What an exception is answered with."""
+
+    status: int = 503
+    type: str = "InternalServerException"
+    message: str = PREDICTION_FAILED
+    is_expected: bool = False
+    detail: JsonObject = {}
+
+
+def _answer(error: BaseException) -> _Answer:
+    if isinstance(error, HandlerTimeout):
+        return _Answer(504, message="The handler was still running at response_timeout")
+    if isinstance(error, ServeError):
+        status = error.status
+        if type(status) is not int or not 200 <= status <= 599:  # a class of the handler's
+            status = _Answer().status
+        detail = error.detail if isinstance(error.detail, dict) else {}
+        return _Answer(status, str(error.type), str(error.message), status < 500, detail)
+    if _is_prediction_exception(error):
+        status, message, is_expected = _own_answer(error)
+        return _Answer(status, message=message, is_expected=is_expected)
+    return _Answer()
 
 
 def _repeats(error: BaseException) -> bool:
@@ -135,7 +177,7 @@ def _is_prediction_exception(error: BaseException) -> bool:
 
 def _own_answer(error: BaseException) -> tuple[int, str, bool]:
     """Status and message that a handler chose, and whether they can be used."""
-    message = str(error.message)  # type: ignore[attr-defined]
+    message = _tried(lambda: str(error.message), PREDICTION_FAILED)  # type: ignore[attr-defined]
     try:
         status = int(error.error_code)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
@@ -206,11 +248,10 @@ def _missing_file(filename: str, folder: ArchiveFolder) -> str:
             "whatever the current folder is"
         )
     try:
-        here = os.getcwd()
+        where = "is the unpacked archive" if real_path(os.getcwd()) == folder.path else "is another folder"
     except OSError:
-        here = "gone"
-    where = "the unpacked archive" if os.path.realpath(here) == folder.path else "another folder"
+        where = "does not exist any more"
     return (
-        f"the current folder is {where}; put paths together from context.system_properties['model_dir'], and pack "
+        f"the current folder {where}; put paths together from context.system_properties['model_dir'], and pack "
         f"{base} with --extra-files"
     )

@@ -23,8 +23,14 @@ from pyserve.launch import ROOT_DIR
 # Of the archive's own frames; a recursion has thousands.
 FRAMES_MAX = 30
 CHAIN_MAX = 8
+# Of exception groups.
+GROUP_SIZE_MAX = 8
+GROUP_DEPTH_MAX = 3
 # Lines before a `def`.
 DECORATORS_MAX = 20
+
+# File -> its lines when it was imported: a handler may change or remove its own files, and its folder may go.
+_kept_sources: dict[str, list[str]] = {}
 
 _DEFINITION = re.compile(r"\s*(async\s+)?def\s")
 _PACKAGE_DIR = str(ROOT_DIR / "pyserve")
@@ -46,12 +52,42 @@ class Frame(NamedTuple):
         return f"{self.file}:{self.line}" + (f" in {self.function}" if self.function != "<module>" else "")
 
 
+def real_path(file: str) -> str:
+    """Without links; as it is where the current folder is gone or the name is none that a file may have."""
+    try:
+        return os.path.realpath(file)
+    except (OSError, ValueError):
+        return file
+
+
+def keep_source(file: str) -> None:
+    """Quotes the lines that ``file`` has now, whatever becomes of it."""
+    _kept_sources.pop(file, None)
+    linecache.checkcache(file)
+    lines = _read_lines(file, None)
+    if lines:
+        _kept_sources[file] = lines
+
+
+def _read_lines(file: str, names: dict[str, Any] | None) -> list[str]:
+    try:
+        return linecache.getlines(file, names)
+    except Exception:  # what a module says loads it may raise anything
+        return []
+
+
+def _source_line(file: str, line: int, names: dict[str, Any] | None = None) -> str:
+    """Line ``line``, from 1, of ``file``; ``""`` if it is not known."""
+    lines = _kept_sources.get(file) or _read_lines(file, names)
+    return lines[line - 1] if 0 < line <= len(lines) else ""
+
+
 class ArchiveFolder:
     """The unpacked archive's folder, under all names that files in it may have."""
 
     def __init__(self, model_dir: str | Path):
-        plain = os.path.abspath(model_dir)
-        real = os.path.realpath(model_dir)
+        plain = os.path.normpath(model_dir)
+        real = real_path(plain)
         self.path = real
         self._prefixes = tuple(dict.fromkeys(path.rstrip("/") + "/" for path in (plain, real)))
 
@@ -61,7 +97,7 @@ class ArchiveFolder:
             if file.startswith(prefix):
                 name = file[len(prefix) :]
                 return None if "site-packages/" in name else name
-        real = os.path.realpath(file)
+        real = real_path(file)
         return self.name_in(real) if real != file and real.startswith(self._prefixes) else None
 
     def shortened(self, text: str) -> str:
@@ -79,7 +115,7 @@ def frames_of(traceback: TracebackType | None, folder: ArchiveFolder) -> list[Fr
         line = traceback.tb_lineno or 0
         name = folder.name_in(code.co_filename)
         if name is not None:
-            source = linecache.getline(code.co_filename, line, traceback.tb_frame.f_globals).strip()
+            source = _source_line(code.co_filename, line, traceback.tb_frame.f_globals).strip()
             frames.append(Frame(name, line, code.co_name, source, ""))
         else:
             file, owner = _foreign(code.co_filename)
@@ -94,13 +130,13 @@ def _foreign(file: str) -> tuple[str, str]:
         return file, "importlib" if file.startswith("<frozen importlib") else file
     _, found, inside = file.rpartition("site-packages/")
     if not found:
-        real = os.path.realpath(file)
+        real = real_path(file)
         for folder, name in ((_PACKAGE_DIR, "pyserve"), (_HANDLERS_DIR, "pyserve/handlers"), (_STDLIB_DIR, "")):
             if real.startswith(folder + "/"):
                 inside = os.path.join(name, real[len(folder) + 1 :])
                 break
         else:
-            inside = os.path.join(*file.rsplit("/", 2)[-2:])
+            inside = "/".join(file.rsplit("/", 2)[-2:])
     return inside, inside.partition("/")[0].removesuffix(".py")
 
 
@@ -116,12 +152,23 @@ def place_of(error: BaseException, frames: list[Frame], folder: ArchiveFolder) -
     return own.place() if own is not None else ""
 
 
+def members_of(error: BaseException) -> tuple[BaseException, ...]:
+    """The exceptions of a group, Python 3.11's or the one that stands in for it before; none of any other exception."""
+    if not any(cls.__name__ == "BaseExceptionGroup" for cls in type(error).__mro__):
+        return ()
+    members = getattr(error, "exceptions", ())
+    return members if isinstance(members, tuple) else ()
+
+
 def traceback_text(error: BaseException, folder: ArchiveFolder) -> str:
     """The archive's frames with their source lines, others folded; causes come first."""
     parts = []
     chain = list(_chain(error))
     for index, (each, link) in enumerate(reversed(chain)):
-        parts.append("\n".join(_lines(each, folder)))
+        try:
+            parts.append("\n".join(_lines(each, folder)))
+        except Exception:  # a class of the handler's; the others of the chain are told
+            parts.append(type(each).__name__)
         if index < len(chain) - 1:
             parts.append(link)
     return "\n\n".join(parts)
@@ -143,7 +190,7 @@ def _chain(error: BaseException) -> Iterator[tuple[BaseException, str]]:
             current = None
 
 
-def _lines(error: BaseException, folder: ArchiveFolder) -> Iterator[str]:
+def _lines(error: BaseException, folder: ArchiveFolder, depth: int = 0) -> Iterator[str]:
     frames = frames_of(error.__traceback__, folder)
     # How the server came to call the handler is no news; what the handler's callees did is.
     first = next((index for index, frame in enumerate(frames) if not frame.owner), None)
@@ -177,10 +224,25 @@ def _lines(error: BaseException, folder: ArchiveFolder) -> Iterator[str]:
         return
     text = folder.shortened(text_of(error))
     yield f"{type(error).__name__}: {text}" if text else type(error).__name__
+    notes = getattr(error, "__notes__", ())
+    for note in notes if isinstance(notes, (list, tuple)) else ():
+        if isinstance(note, str):
+            yield from (f"  {line}" for line in folder.shortened(note).splitlines())
+    members = members_of(error) if depth < GROUP_DEPTH_MAX else ()
+    for number, each in enumerate(members[:GROUP_SIZE_MAX], 1):
+        yield f"  -- {number} of {len(members)}:"
+        yield from (f"  {line}" for line in _lines(each, folder, depth + 1))
 
 
 def describe_place(function: Any, model_dir: str | Path) -> str:
     """``handler.py:12 in handle``: where ``function``, method or class is defined; ``""`` if that is not known."""
+    try:
+        return _place_of_definition(function, model_dir)
+    except Exception:  # an object of the handler's may do anything when it is looked at
+        return ""
+
+
+def _place_of_definition(function: Any, model_dir: str | Path) -> str:
     if inspect.isclass(function):
         try:
             name = ArchiveFolder(model_dir).name_in(inspect.getfile(function)) or ""
@@ -196,5 +258,5 @@ def describe_place(function: Any, model_dir: str | Path) -> str:
     name = ArchiveFolder(model_dir).name_in(code.co_filename) or _foreign(code.co_filename)[0]
     first = code.co_firstlineno  # its first decorator, if it has any
     lines = range(first, first + DECORATORS_MAX)
-    line = next((each for each in lines if _DEFINITION.match(linecache.getline(code.co_filename, each))), first)
+    line = next((each for each in lines if _DEFINITION.match(_source_line(code.co_filename, each))), first)
     return f"{name}:{line} in {code.co_name}"

@@ -15,6 +15,7 @@ from pyserve.handler import BUILT_IN, NOT_BUILT_IN, Handler
 from pyserve.handlers.source_file import import_file
 from pyserve.launch import COMPAT_DIR
 from pyserve.worker.failure import describe_failure
+from pyserve.worker.frames import keep_source
 
 _TORCHSERVE_PREFIX = "ts.torch_handler."
 
@@ -93,6 +94,7 @@ def load_thread_handler(archive: Archive, named: str | None = None) -> Handler:
         sys.path.append(COMPAT_DIR)  # last, so that a `ts` that is installed wins
     try:
         module = import_file(archive.own_folder() / file)
+        keep_source(str(module.__file__))
         cls = _thread_class(module, file, chosen)
         handler: Handler = cls()
     except ModelLoadError:

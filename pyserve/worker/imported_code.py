@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -27,8 +28,10 @@ from pyserve.context import Context
 from pyserve.errors import ModelLoadError
 from pyserve.handler import BUILT_IN, BuiltIn
 from pyserve.launch import COMPAT_DIR
-from pyserve.worker.frames import describe_place
+from pyserve.worker.frames import describe_place, keep_source, real_path
 from pyserve.worker.spec import WorkerSpec
+
+log = logging.getLogger("pyserve.worker")
 
 DEFAULT_FUNCTION = "handle"
 TORCHSERVE_PREFIX = "ts.torch_handler."
@@ -37,7 +40,13 @@ TORCHSERVE_PREFIX = "ts.torch_handler."
 @functools.cache
 def _real_path(file: str) -> str:
     """Of a module's file, looked up once: torch alone has a thousand, a system call per folder above each."""
-    return os.path.realpath(file)
+    return real_path(file)
+
+
+def _file_of(module: ModuleType) -> str:
+    """Where a module was read from, ``/`` if that is not known. Asks no module that imports itself when it is asked."""
+    file = vars(module).get("__file__") if isinstance(module, ModuleType) else None
+    return file if isinstance(file, str) and file else "/"
 
 
 class ImportedCode:
@@ -74,6 +83,7 @@ class ImportedCode:
         if self._file is not None:
             self.module = import_file(Path(self.model_dir, self._file), self.module_name)
             self._take(self.module, self._file)
+            self._keep_sources()
             if self._spec.watch:
                 self.names_set = {
                     name: {key for key, value in vars(module).items() if value is not None}
@@ -95,6 +105,13 @@ class ImportedCode:
             f"handler {self.module_name!r}: the archive has no {self.module_name}.py, and no handler of that name is "
             f"built in{nearest_handler(self.module_name)}; pack the file with --handler path/to/{self.module_name}.py"
         )
+
+    def _keep_sources(self) -> None:
+        prefix = self.model_dir + os.sep
+        for module in list(sys.modules.values()):
+            file = _file_of(module)
+            if file.startswith(prefix):
+                keep_source(file)
 
     def unload(self) -> None:
         """Undoes what `load` did to sys.path and sys.modules."""
@@ -134,7 +151,7 @@ class ImportedCode:
         return {
             name: module
             for name, module in list(sys.modules.items())
-            if _real_path(getattr(module, "__file__", None) or "/").startswith(prefix)
+            if _real_path(_file_of(module)).startswith(prefix)
         }
 
     def _extend_path(self) -> None:
@@ -157,18 +174,34 @@ class ImportedCode:
             self.function = found
             self.name = f"{self.function_name or DEFAULT_FUNCTION} in {label}"
             return
-        if self.function_name is not None and not callable(found):
+        cls = found if inspect.isclass(found) else None
+        if self.function_name is not None and found is None:
+            cls = self._class_instead(module, label)
+        if self.function_name is not None and cls is None:
             raise ModelLoadError(
                 f"{label} has no function {self.function_name!r}; it defines: {_functions(module)}",
                 detail={"where": label},
             )
-        cls = found if inspect.isclass(found) else _only_class(module, label)
+        if cls is None:
+            cls = _only_class(module, label)
         self.name = f"{cls.__name__} in {label}"
-        self._check_class(cls, self.name)
-        self.handler = cls()
+        self._check_constructor(cls, self.name)
+        handler = cls()
+        self._check_methods(handler, cls, self.name)
+        self.handler = handler
 
-    def _check_class(self, cls: type, label: str) -> None:
-        missing = [name for name in ("initialize", "handle") if not callable(getattr(cls, name, None))]
+    def _class_instead(self, module: ModuleType, label: str) -> type | None:
+        """What TorchServe calls where there is no function of the name that was asked for."""
+        classes = _classes(module)
+        if len(classes) != 1:
+            return None
+        log.warning("%s has no %r; its class %s is called", label, self.function_name, classes[0].__name__)
+        return classes[0]
+
+    def _check_methods(self, handler: Any, cls: type, label: str) -> None:
+        """Asks the instance: its ``__init__`` may have set them, or a descriptor or ``__getattr__`` may give them."""
+        methods = {name: getattr(handler, name, None) for name in ("initialize", "handle")}
+        missing = [name for name, method in methods.items() if not callable(method)]
         if missing:
             raise ModelLoadError(
                 f"{label} has no method {' and no method '.join(missing)}; a handler needs initialize(self, context) "
@@ -176,6 +209,13 @@ class ImportedCode:
                 "them.",
                 detail={"where": describe_place(cls, self.model_dir)},
             )
+        for name, count, wanted in (("initialize", 1, "(self, context)"), ("handle", 2, "(self, data, context)")):
+            method = methods[name]
+            is_bound = inspect.ismethod(method)
+            function = method.__func__ if is_bound else method
+            self._check_call(function, count + is_bound, f"{name} of {label}", wanted)
+
+    def _check_constructor(self, cls: type, label: str) -> None:
         try:
             inspect.signature(cls).bind()
         except TypeError as error:
@@ -185,9 +225,6 @@ class ImportedCode:
             ) from None
         except ValueError:
             pass  # no signature to look at
-        for name, count, wanted in (("initialize", 2, "(self, context)"), ("handle", 3, "(self, data, context)")):
-            is_static = isinstance(inspect.getattr_static(cls, name), staticmethod)
-            self._check_call(getattr(cls, name), count - is_static, f"{name} of {label}", wanted)
 
     def _check_call(self, function: Callable[..., Any], count: int, label: str, wanted: str) -> None:
         if not inspect.isfunction(function):
@@ -235,8 +272,14 @@ def _has_spec(name: str) -> bool:
         return False  # what it should be in is no package
 
 
+def _classes(module: ModuleType) -> list[type]:
+    """Those that it defines, each once, whatever names it has."""
+    members = inspect.getmembers(module, inspect.isclass)
+    return list(dict.fromkeys(cls for _, cls in members if cls.__module__ == module.__name__))
+
+
 def _only_class(module: ModuleType, label: str) -> type:
-    classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__]
+    classes = _classes(module)
     if len(classes) == 1:
         return classes[0]
     if not classes:

@@ -152,12 +152,19 @@ class _ReportHandler(logging.Handler):
         try:
             text = self.format(record)
         except Exception as error:  # arguments that do not fit the text
-            text = f"log record {record.msg!r} cannot be formatted: {error!r}"
+            text = f"log record {_shown(record.msg)} cannot be formatted: {_shown(error)}"
         level = "WARNING" if record.levelname == "WARN" else record.levelname
         ids = ""
         if self.metrics is not None and record.thread == threading.main_thread().ident:
-            ids = ",".join(self.metrics.request_ids.values())
+            ids = ",".join(map(str, self.metrics.request_ids.values()))
         self._reports.send("log", level=level, logger=record.name, text=text, request_id=ids)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception:  # of the handler's own
+        return f"<{type(value).__name__}>"
 
 
 def _report_failed(reports: Reporter, error: HandlerLoadError | HandlerMemoryError) -> None:
