@@ -19,7 +19,7 @@ CASES = HERE / "cases"
 ARCHIVES = HERE / "archives"
 FIELD = HERE.parent / "field"
 
-CASE_KEYS = {"name", "about", "source", "with", "archives", "server", "serve", "before", "calls"}
+CASE_KEYS = {"differs", "name", "about", "source", "with", "archives", "server", "serve", "before", "calls"}
 CALL_KEYS = {
     "about", "ask", "base64", "body", "differs", "expect", "form", "grpc", "headers", "json", "raw", "settle",
     "together", "wait_s", "with",
@@ -27,6 +27,7 @@ CALL_KEYS = {
 SERVER_KEYS = {"archives", "config", "flags", "environment", "defaults"}
 TITLE_MAX = 300
 APIS = ("inference", "management", "metrics")
+MODES = ("default", "strict")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class Setting:
         config = {"disable_token_authorization": "true", "enable_model_api": "true"}
         if written.get("defaults") is False:
             config = {}
-        config |= {key: str(value) for key, value in written.get("config", {}).items()}
+        config |= {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in written.get("config", {}).items()
+        }
         environment = {key: str(value) for key, value in written.get("environment", {}).items()}
         archives = _archives(written.get("archives", []), folder)
         return cls(
@@ -144,12 +148,15 @@ def _cases_of(path: Path) -> Iterator[Case]:
         _check(f"{path.name}: a case", each, CASE_KEYS)
         for values, suffix in _expanded(each.get("with", {})):
             case = _filled({**shared, **{key: value for key, value in each.items() if key != "with"}}, values)
+            calls = list(itertools.chain.from_iterable(map(_calls, case["calls"])))
+            for entry in case.get("differs", []):
+                _apply(entry, calls, f"{path.name}: {each.get('name')}")
             yield Case(
                 name="/".join(filter(None, (topic, each.get("name"), suffix))),
                 setting=Setting.of(case.get("server", {}), path.parent),
                 archives=_archives(case.get("archives", []), path.parent),
                 before=[_call(call) for call in [*map(_register, case.get("serve", [])), *case.get("before", [])]],
-                calls=list(itertools.chain.from_iterable(map(_calls, case["calls"]))),
+                calls=calls,
                 folder=path.parent,
             )
 
@@ -189,12 +196,25 @@ def _calls(written: Any) -> Iterator[Call]:
         yield _call(written)
 
 
+def _apply(entry: dict[str, Any], calls: list[Call], where: str) -> None:
+    """Names the row of a difference for all calls of a case that are meant."""
+    _check(f"{where}: `differs`", entry, {"row", "mode", "status", "body", "calls"})
+    texts = entry.get("calls", [""])
+    for text in texts:
+        meant = [call for call in calls if text in call.title]
+        if not meant:
+            raise ValueError(f"{where}: `differs` means no call with {text!r}")
+        for call in meant:
+            for mode in [entry["mode"]] if "mode" in entry else MODES:
+                call.differs.setdefault(mode, {key: entry[key] for key in ("row", "status", "body") if key in entry})
+
+
 def _call(written: Any) -> Call:
     if isinstance(written, str):
         written = {"ask": written}
     _check("a call", written, CALL_KEYS)
     text = written.get("ask") or (f"GRPC {written['grpc']}" if "grpc" in written else f"RAW {written['raw']['api']}")
-    differs = written.get("differs", {})
+    differs = dict(written.get("differs", {}))
     if differs and not differs.keys() <= {"default", "strict"}:
         differs = {"default": differs, "strict": differs}
     for each in differs.values():

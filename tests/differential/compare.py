@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.differential.case import Call, Case
-from tests.differential.servers import MODES
+from tests.differential.case import MODES, Call, Case
 
 DEVIATIONS = Path(__file__).parents[2] / "DEVIATIONS.md"
 IS_ERROR = re.compile(r"[3-9]\d\d\b")
@@ -40,6 +39,8 @@ def _problem(call: Call, theirs: dict[str, Any], ours: dict[str, Any], mode: str
         if not _holds(key, expected[key], ours):
             return f"  expected {key} {expected[key]!r}\n" + _shown("pyserve", ours)
     lines = _lines(_alike(call, theirs, mode), _alike(call, ours, mode, is_ours=True))
+    if theirs.get("body") != ours.get("body"):  # then their lengths say nothing more
+        lines = [line for line in lines if not line.startswith("  headers content-length")]
     allowed = call.differs.get(mode)
     if allowed is None:
         return "\n".join(lines)
@@ -65,7 +66,7 @@ def _alike(call: Call, answer: dict[str, Any], mode: str, *, is_ours: bool = Fal
         if mode in rule.modes:
             rule.change(answer, call, is_ours)
     headers = answer["headers"]
-    if answer.get("body", "") != body or "<" in body or IS_ERROR.match(answer["status"]):
+    if "<" in body or IS_ERROR.match(answer["status"]):
         headers.pop("content-length", None)
     return answer
 
@@ -115,12 +116,12 @@ def _description(answer: dict[str, Any], _: Call, __: bool) -> None:
 
 
 def _more_of_a_model(answer: dict[str, Any], _: Call, is_ours: bool) -> None:
-    if is_ours and '"lane": ' in answer.get("body", ""):
+    if is_ours and '"lane": ' in answer.get("body", "") and answer["body"].startswith("["):
         models = json.loads(answer["body"])
         for model in models:
             for more in list(model)[list(model).index("lane") :]:
                 del model[more]
-        answer["body"] = json.dumps(models, indent=2, ensure_ascii=False) + "\n"
+        answer["body"] = json.dumps(models, indent=2, ensure_ascii=False) + "\n" * answer["body"].endswith("\n")
 
 
 def _advice(answer: dict[str, Any], _: Call, is_ours: bool) -> None:

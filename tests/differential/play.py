@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -35,7 +36,7 @@ VOLATILE = [
 
 
 def play(case: Case, server: Running) -> list[dict[str, Any]]:
-    """One entry per call: ``call``, the answer, and after a change ``models``: those that it changed, None if removed."""
+    """One entry per call: ``call``, the answer, and after a change ``models``: those changed, None if removed."""
     if not case.setting.archives:
         shutil.rmtree(server.store)
         server.store.mkdir()
@@ -45,8 +46,8 @@ def play(case: Case, server: Running) -> list[dict[str, Any]]:
         answer = send(call, server)
         if not answer["status"].startswith("20") and answer["status"] != "OK":
             raise AssertionError(f"{case.name}: before it, {call.text} answered {answer}")
-        _settle(call, server)
-    known = _models(server)
+        _settle(_settle_s(call), server)
+    known = _settle(SETTLE_S, server)
     seen = []
     together: list[Call] = []
     for call in case.calls:
@@ -56,7 +57,7 @@ def play(case: Case, server: Running) -> list[dict[str, Any]]:
         for each, sent in zip(together, _sent(together, server), strict=True):
             answer = without_volatile(sent, server)
             if each.is_change:
-                models = _settle(each, server)
+                models = _settle(_settle_s(each), server)
                 answer["models"] = {
                     name: models.get(name)
                     for name in sorted(models.keys() | known.keys())
@@ -103,6 +104,8 @@ def without_volatile(answer: Answer, server: Running) -> Answer:
     for api, port in server.ports.items():
         text = re.sub(rf"(?<!\d){port}(?!\d)", f"<{api} port>", text)
     clean_answer: Answer = json.loads(text)
+    if clean_answer.get("headers", {}).get("content-type", "").startswith("text/plain; version=0.0.4"):
+        clean_answer["body"] = _in_order(clean_answer["body"])
     for key in ("body", "status"):
         for pattern, name in VOLATILE:
             if key in clean_answer:
@@ -114,22 +117,26 @@ def without_volatile(answer: Answer, server: Running) -> Answer:
     return clean_answer
 
 
-def _settle(call: Call, server: Running) -> dict[str, Any]:
+def _in_order(metrics: str) -> str:
+    """The samples of each metric in the order of the alphabet: theirs is that of a hash table."""
+    lines = metrics.splitlines(keepends=True)
+    groups = itertools.groupby(lines, key=lambda line: line.startswith("#"))
+    return "".join(line for is_head, group in groups for line in (group if is_head else sorted(group)))
+
+
+def _settle_s(call: Call) -> float:
+    wanted = call.written.get("settle", True)
+    return SETTLE_S if wanted is True else float(wanted)
+
+
+def _settle(limit_s: float, server: Running) -> dict[str, Any]:
     """The models and their versions, once no worker is being added or ended, or the time for that is over."""
-    limit_s = SETTLE_S if call.written.get("settle", True) is True else float(call.written["settle"])
     deadline = time.monotonic() + limit_s
     while True:
         models = {name: _rows(server, name) for name in _names(server)}
         if all(_is_settled(row) for rows in models.values() for row in rows) or time.monotonic() > deadline:
-            return _shown(models)
+            break
         time.sleep(0.1)
-
-
-def _models(server: Running) -> dict[str, Any]:
-    return _shown({name: _rows(server, name) for name in _names(server)})
-
-
-def _shown(models: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         name: {
             row["modelVersion"]: {

@@ -8,10 +8,9 @@ from contextlib import ExitStack
 import pytest
 
 from tests.differential import golden
-from tests.differential.case import Case
+from tests.differential.case import MODES, Case
 from tests.differential.compare import differences
 from tests.differential.run import Servers
-from tests.differential.servers import MODES
 
 
 class Replay:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 from typing import Any
 
@@ -40,5 +42,15 @@ def send_grpc(call: Call, server: Running) -> dict[str, Any]:
             messages = [answer] if hasattr(answer, "DESCRIPTOR") else list(answer)
         except grpc.RpcError as error:
             return {"status": error.code().name, "body": error.details()}
-    bodies = [json_format.MessageToDict(each, preserving_proto_field_name=True) for each in messages]
+    bodies = [_readable(json_format.MessageToDict(each, preserving_proto_field_name=True)) for each in messages]
+    if api == "management":
+        return {"status": "OK", "body": bodies[0]["msg"]}
     return {"status": "OK", "body": json.dumps(bodies if len(bodies) != 1 else bodies[0], indent=1)}
+
+
+def _readable(message: dict[str, Any]) -> dict[str, Any]:
+    """With a prediction's bytes as text where they are some."""
+    if "prediction" in message:
+        with contextlib.suppress(UnicodeDecodeError):
+            message["prediction"] = base64.b64decode(message["prediction"]).decode()
+    return message

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.differential import golden
-from tests.differential.case import FIELD, Case, all_cases
+from tests.differential.case import FIELD, MODES, Case, all_cases
 from tests.differential.compare import differences
 from tests.differential.play import clean, keep_logs, play
-from tests.differential.servers import MODES, ROOT, Running, running
+from tests.differential.servers import ROOT, Running, running
 
 PACKAGES = ["torchserve==0.12.0", "torch-model-archiver==0.12.0", "torch-workflow-archiver==0.2.15", "setuptools<81",
             "captum", "psutil", "pyyaml", "numpy", "pillow"]  # fmt: skip

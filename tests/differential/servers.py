@@ -22,7 +22,6 @@ from tests.differential.case import APIS, Setting
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 120.0
 READY = "Model server started."
-MODES = ("default", "strict")
 # Ports below those that the kernel hands out: TorchServe's workers bind nothing, but their names come from it.
 FIRST_WORKER = 9000
 

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.differential import golden, replay
-from tests.differential.case import CASES, FIELD, Case, all_cases, shared_archives
+from tests.differential.case import CASES, FIELD, MODES, Case, all_cases, shared_archives
 from tests.differential.compare import RULES, deviation_rows
-from tests.differential.servers import MODES
 
 CASES_HERE = all_cases(CASES)
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.differential import replay
-from tests.differential.case import FIELD, Case, all_cases
-from tests.differential.servers import MODES
+from tests.differential.case import FIELD, MODES, Case, all_cases
 
 CASES = all_cases(FIELD)
 
