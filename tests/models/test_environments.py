@@ -49,7 +49,8 @@ class Server:
 
     def __init__(self, folder: Path, kind: str):
         self._environment = {
-            **os.environ, "PYTHONUSERBASE": str(folder / "user"), "PYTHONPATH": str(folder / "given"), "HOME": str(folder),
+            **os.environ, "PYTHONUSERBASE": str(folder / "user"), "PYTHONPATH": str(folder / "given"),
+            "HOME": str(folder),
         }  # fmt: skip
         place = folder / "server"
         if kind == "base":
@@ -79,14 +80,15 @@ class Server:
         (elsewhere / "hooked_source.py").write_text("V = 'hooked'\n")
         (elsewhere / "below/deeper.py").write_text("V = 'deeper'\n")
         (self.packages / "aa_linked.pth").write_text(f"{elsewhere}\n")
-        (self.packages / "__editable___hooked_finder.py").write_text(_HOOK.format(place=f"{elsewhere}/hooked_source.py"))
+        hook = _HOOK.format(place=f"{elsewhere}/hooked_source.py")
+        (self.packages / "__editable___hooked_finder.py").write_text(hook)
         (self.packages / "__editable__.hooked.pth").write_text("import __editable___hooked_finder\n")
         # As distutils and system packages do: a folder whose own .pth files are read too.
         (self.packages / "zzz_more.pth").write_text(f"import site; site.addsitedir({str(elsewhere / 'below')!r})\n")
 
     def run(self, code: str, *arguments: str, python: Path | None = None) -> str:
         command = [str(python or self.python), "-c", code, *arguments]
-        return subprocess.run(command, env=self._environment, cwd="/", check=True, text=True, capture_output=True).stdout
+        return subprocess.check_output(command, env=self._environment, cwd="/", text=True)
 
     def make(self, folder: Path) -> Path:
         """A model's environment of this server; its interpreter."""
