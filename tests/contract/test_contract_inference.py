@@ -161,7 +161,6 @@ def test_1_2_the_connector_describes_itself(server: Server, method: str, target:
 @pytest.mark.parametrize(
     ("method", "target", "error"),
     [
-        ("GET", "/", NOT_ALLOWED),
         ("POST", "/", NOT_ALLOWED),
         ("POST", "/predictions", RESOURCE),
         ("POST", "/explanations", RESOURCE),

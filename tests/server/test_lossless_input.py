@@ -85,7 +85,7 @@ def test_a_parameter_does_not_take_the_place_of_the_body(server: Server, model: 
 def test_fields_of_different_names_all_reach_a_handler(server: Server) -> None:
     parts = part("data", b"1"), part("Data", b"2"), part("json", b"[3]", "Content-Type: application/json\r\n")
     body = b"".join(parts) + b"--BB--"
-    assert server.ask("POST", "/predictions/own", body, MULTIPART).json == {"data": "1", "Data": "2", "json": [3]}
+    assert server.ask("POST", "/predictions/own", body, MULTIPART).json == {"data": "1", "Data": "2", "json": "[3]"}
     answer = server.ask("POST", "/invocations?model_name=own&a=1;b=2", b"[4]", JSON)
     assert answer.json == {"body": [4], "model_name": "own", "a": "1", "b": "2"}
 
