@@ -232,7 +232,7 @@ class Manifest:
         needed: list[str] = []
         for key, written in files.items():
             name = _inside(written) if written is not None else None
-            if name in sizes:
+            if name is not None and name in sizes:
                 found[key] = name
                 if key in ("modelFile", "serializedFile") and sizes[name] == 0:
                     needed.append(f"{label}: {key} {shown(name)} is empty (0 bytes); {_ADD[key]} and pack again")

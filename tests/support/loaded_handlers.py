@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from pyserve.context import Context
 from pyserve.worker.entry_point import EntryPoint, load_entry_point
@@ -38,8 +39,14 @@ def write_folder(folder: Path, source: str | None, files: Mapping[str, str] | No
     return folder
 
 
-def make_spec(folder: Path, **settings: Any) -> WorkerSpec:
-    """Of the model in ``folder``."""
+def make_spec(folder: Path, *, config: dict[str, Any] | None = None, **settings: Any) -> WorkerSpec:
+    """Of the model in ``folder``.
+
+    Args:
+        config: what model-config.yaml says.
+    """
+    if config:
+        settings["config_text"] = yaml.safe_dump(config, sort_keys=False)
     return WorkerSpec(**{"name": "m", "version": "1.0", "model_dir": str(folder), "handler": "handler.py", **settings})
 
 
