@@ -189,6 +189,8 @@ class Model:
         Raises:
             ModelLoadError: a worker cannot be started; the others go on.
         """
+        if self._scaling.locked() and self._lane is not None and workers_max < self._lane.wanted_count:
+            self._lane.set_workers(max(workers_min, workers_max))  # nobody need wait until the others have started
         async with self._scaling:
             lane = self._lane
             if lane is None:
@@ -217,7 +219,7 @@ class Model:
                 if trouble_before:
                     self._on_trouble(trouble_before)
                 raise error
-            return wanted
+            return min(wanted, lane.wanted_count)
 
     async def _settled(self, lane: Lane, *, starts: bool) -> str:
         timeout_s = self.settings.startup_timeout_s
