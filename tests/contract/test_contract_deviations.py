@@ -125,13 +125,13 @@ def test_an_archive_that_could_not_be_opened_is_forgotten_on_request(server: Ser
     assert named not in not_ready(server)
 
 
-@pytest.mark.parametrize("name", ["-x", "a/b", "a b", ".hidden", "x" * 300])
-def test_a_name_that_the_archiver_would_not_take_is_refused(server: Server, name: str) -> None:
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "a\u202eb", "x" * 256])
+def test_a_name_that_cannot_stand_in_a_url_is_refused(server: Server, name: str) -> None:
     answer = server.ask(
         "POST", "/models", json.dumps({"url": "linear.mar", "model_name": name}).encode(), JSON, port="management"
     )  # fmt: skip
     assert (answer.status, answer.json["type"]) == (400, "BadRequestException"), answer.body
-    assert "cannot be used: it must begin with a letter or digit" in answer.json["message"]
+    assert "cannot be used: it must be 1 to 255 printable characters" in answer.json["message"]
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/workflows?url=a.war"), ("GET", "/workflows"),
