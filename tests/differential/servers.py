@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -68,7 +69,11 @@ def running(name: str, setting: Setting, bin_folder: Path | None = None) -> Iter
     folder = Path(tempfile.mkdtemp(prefix=f"pyserve-differential-{name}-"))
     (folder / "store").mkdir()
     names = [*APIS, "grpc_inference", "grpc_management"]
-    server = Running(name, setting, dict(zip(names, _free_ports(len(names)), strict=True)), folder)
+    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    for api in APIS:  # which may share one
+        shared = re.search(r"\{(\w+)\}", dict(setting.config).get(f"{api}_address", ""))
+        ports[api] = ports[shared[1] if shared else api]
+    server = Running(name, setting, ports, folder)
     for archive, spec in json.loads(setting.archives or "{}").items():
         build(server.store, archive, spec)
     (folder / "config.properties").write_text(_config(server))
