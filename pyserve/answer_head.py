@@ -37,8 +37,11 @@ def answer_head(context: Context, index: int) -> AnswerHead:
     Raises:
         HandlerError: it cannot be sent; the text says what.
     """
-    status, phrase = context.get_response_status(index)
-    headers = context.get_response_headers(index)
+    processor = context.touched(index)
+    if processor is None:
+        return _PLAIN
+    status, phrase = processor.get_response_status_code(), processor.get_response_status_phrase()
+    headers = processor.get_response_headers()
     if status == 200 and not phrase and not headers:
         return _PLAIN
     return AnswerHead(200 if status is None else _status(status), _reason(phrase), sent_headers(headers))

@@ -275,6 +275,10 @@ class Context:
             processor = batch.processors[idx] = RequestProcessor(batch.headers[idx])
         return processor
 
+    def touched(self, idx: int) -> RequestProcessor | None:
+        """The processor of request ``idx``; None if nobody has asked about it, so that nothing can have been set."""
+        return self._bound().processors[idx]
+
     def get_request_id(self, idx: int = 0) -> str | None:
         """Id of request ``idx``; None if there is no such request."""
         ids = self._batch.request_ids if self._batch is not None else None
@@ -301,9 +305,8 @@ class Context:
         self._processor(idx).add_response_property(key, value)
 
     def get_response_headers(self, idx: int) -> dict[str, str]:
-        """Headers set for answer ``idx``."""
-        processor = self._bound().processors[idx]
-        return processor.get_response_headers() if processor is not None else {}
+        """Headers set for answer ``idx``; what is added to the dict is sent too."""
+        return self._processor(idx).get_response_headers()
 
     def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None:
         """Answer request ``idx`` with this status code and reason phrase. Without a batch it does nothing."""
@@ -317,7 +320,7 @@ class Context:
 
     def get_response_status(self, idx: int) -> tuple[int, str | None]:
         """(status code, reason phrase) of answer ``idx``; (200, None) when the handler set none."""
-        processor = self._bound().processors[idx]
+        processor = self.touched(idx)
         if processor is None:
             return 200, None
         return processor.get_response_status_code(), processor.get_response_status_phrase()

@@ -249,6 +249,14 @@ def is_memory_error(error: BaseException) -> bool:
     return type(error) is RuntimeError and _ALLOCATION.search(text_of(error)) is not None
 
 
+def repr_of(value: object) -> str:
+    """``repr(value)``, or its class where that raises."""
+    try:
+        return repr(value)
+    except Exception:  # a class of the handler's may do anything here
+        return f"<{type(value).__name__}>"
+
+
 def text_of(error: BaseException) -> str:
     try:
         if isinstance(error, SyntaxError):

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TextIO
 
+from pyserve.errors import repr_of
+
 LOSS_REPORT_INTERVAL_S = 60.0
 _PIPE_ATOMIC_SIZE = 4096  # PIPE_BUF: what poll(2) promises to take without blocking
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) not in "\n\t"}
@@ -133,7 +135,7 @@ class LossyHandler(logging.Handler):
         try:
             line = self.format(record) + "\n"
         except Exception as error:  # a record whose arguments do not fit its text is the caller's mistake
-            line = f"{record.name}: log record {record.msg!r} cannot be formatted: {error!r}\n"
+            line = f"{record.name}: log record {repr_of(record.msg)} cannot be formatted: {repr_of(error)}\n"
         reports_loss = self.lost_count > 0 and self.clock() - self._reported_at >= LOSS_REPORT_INTERVAL_S
         if reports_loss:
             line = f"{self._loss_report()}\n{line}"

@@ -247,7 +247,8 @@ class _Calls:
     """The calls, from one request to a full batch, and what their answers have in common."""
 
     def __init__(self, examination: Examination, entry: Any, context: Any, inputs: list[Input]):
-        from pyserve.worker.invoker import Invoker, Parts
+        from pyserve.worker.answer import Parts
+        from pyserve.worker.invoker import Invoker
 
         class NoParts(Parts):
             """Parts of streamed answers, of which only the last is looked at."""

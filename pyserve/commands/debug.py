@@ -112,7 +112,8 @@ class _Run:
         return self._call(entry, context, dry_run.fill_batch(inputs, size or len(inputs)))
 
     def _call(self, entry: Any, context: Any, batch: list[Input]) -> int:
-        from pyserve.worker.invoker import ERROR, Invoker, Parts
+        from pyserve.worker.answer import ERROR, Parts
+        from pyserve.worker.invoker import Invoker
 
         class ShownParts(Parts):
             """Parts of streamed answers, shown as they come."""
@@ -164,7 +165,7 @@ class _Run:
         import json
 
         from pyserve.request.messages import ErrorFormat, Response
-        from pyserve.worker.invoker import ERROR
+        from pyserve.worker.answer import ERROR
 
         _, kind, status, head, body = answer
         if kind == ERROR:

@@ -29,7 +29,7 @@ from pyserve.worker.handler_choice import built_in_name
 from pyserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
-    from pyserve.worker.invoker import Item
+    from pyserve.worker.request import Item
 
 Headers = list[tuple[str, str]]
 Say = Callable[[str], None]

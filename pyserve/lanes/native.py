@@ -32,7 +32,7 @@ from pyserve.lanes.network import Network
 from pyserve.lanes.pending import OVER, SUBMITTED, Pending
 from pyserve.lanes.raw_rows import RAW_TYPE, RawRows
 from pyserve.lanes.resources import Services
-from pyserve.lanes.row_requests import Row
+from pyserve.lanes.row_requests import Row, runs_of_rows
 from pyserve.lanes.settings import ModelSettings
 from pyserve.lanes.worker_rows import READY, UNLOADING, WorkerRow
 from pyserve.proof.native_proof import BUDGET_S, BatchProof
@@ -408,7 +408,7 @@ class NativeLane(EngineLane):
         except ServeError as error:
             self._complete_failed_postprocess(list(takers), error)
             return others
-        for first, rows in _runs(owners):
+        for first, rows in runs_of_rows(owners):
             if any(row.stage == OVER for row in rows):
                 continue  # of a whole that has ended
             for row in rows:
@@ -482,21 +482,6 @@ class NativeLane(EngineLane):
             told = HandlerError(failure.message, detail=failure.detail())
             told.status, told.type = failure.status, failure.type
         return told
-
-
-def _runs(owners: list[Pending | None]) -> list[tuple[int, list[Row]]]:
-    """Places in the batch where rows begin that follow one another in their request too: often all of it is one."""
-    runs: list[tuple[int, list[Row]]] = []
-    for place, owner in enumerate(owners):
-        if not isinstance(owner, Row) or not owner.wants_tensors:
-            continue
-        if runs:
-            first, rows = runs[-1]
-            if first + len(rows) == place and rows[0].whole is owner.whole and rows[-1].index + 1 == owner.index:
-                rows.append(owner)
-                continue
-        runs.append((place, [owner]))
-    return runs
 
 
 def _check_results(results: Any, count: int) -> None:

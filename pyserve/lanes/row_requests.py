@@ -272,3 +272,18 @@ def _outcome(call: Callable[[], T]) -> T | ServeError:
             return OutOfMemoryError("Out of resources", detail={"exception": type(error).__name__})
         log.exception("a request of several rows failed")
         return ServerError("Internal error")
+
+
+def runs_of_rows(owners: list[Pending | None]) -> list[tuple[int, list[Row]]]:
+    """Places in the batch where rows begin that follow one another in their request too: often all of it is one."""
+    runs: list[tuple[int, list[Row]]] = []
+    for place, owner in enumerate(owners):
+        if not isinstance(owner, Row) or not owner.wants_tensors:
+            continue
+        if runs:
+            first, rows = runs[-1]
+            if first + len(rows) == place and rows[0].whole is owner.whole and rows[-1].index + 1 == owner.index:
+                rows.append(owner)
+                continue
+        runs.append((place, [owner]))
+    return runs

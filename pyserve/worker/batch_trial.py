@@ -24,9 +24,11 @@ from pyserve.proof.graph_reads import graph_reads
 from pyserve.proof.model_state import KeptRandomness, KeptState, models_in
 from pyserve.proof.probe_inputs import ITEMS_MAX
 from pyserve.proof.traced_reads import ReadsWatch
+from pyserve.worker.answer import ERROR
 from pyserve.worker.entry_point import EntryPoint
 from pyserve.worker.failure import HandlerTimeout, describe_failure
-from pyserve.worker.invoker import ERROR, Invoker, Item
+from pyserve.worker.invoker import Invoker
+from pyserve.worker.request import Item
 from pyserve.worker.sample_requests import MadeUp, trial_rows
 from pyserve.worker.spec import WorkerSpec
 from pyserve.worker.time_limit import TimeLimit

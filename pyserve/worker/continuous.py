@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 from pyserve.context import Context
 from pyserve.errors import HandlerError
 from pyserve.telemetry.custom_metrics import MetricsReport
+from pyserve.worker.answer import ANSWER, LAST, Answer, Parts
 from pyserve.worker.failure import Failure, HandlerTimeout, describe_failure
-from pyserve.worker.invoker import ANSWER, DESCRIBE, LAST, Answer, Call, Invoker, Item, Parts, WorkerRequest
+from pyserve.worker.invoker import Call, Invoker
+from pyserve.worker.request import DESCRIBE, Item, WorkerRequest
 
 if TYPE_CHECKING:
-    from pyserve.worker.invoker import ChannelParts
+    from pyserve.worker.answer import ChannelParts
 
 _CONTAINERS = (dict, list, set, deque)
 # What a step replaces and does not change.

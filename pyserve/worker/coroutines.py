@@ -16,9 +16,11 @@ from typing import Any
 
 from pyserve.launch import INTERRUPT
 from pyserve.telemetry.custom_metrics import MetricsReport
+from pyserve.worker.answer import ANSWER, LAST, Answer, Parts
 from pyserve.worker.entry_point import EntryPoint
 from pyserve.worker.failure import HandlerTimeout
-from pyserve.worker.invoker import ANSWER, DESCRIBE, LAST, Answer, Call, Invoker, Item, Parts, WorkerRequest
+from pyserve.worker.invoker import Call, Invoker
+from pyserve.worker.request import DESCRIBE, Item, WorkerRequest
 
 REPORT_INTERVAL_S = 0.1
 # A loop that has not turned for so long is held up by the handler that runs.

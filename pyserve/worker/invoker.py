@@ -9,46 +9,39 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pyserve.answer_head import AnswerHead, answer_head
 from pyserve.context import Batch, Context
-from pyserve.errors import HandlerError, JsonObject, ServeError
+from pyserve.errors import HandlerError, ServeError
 from pyserve.handlers import row_check
 from pyserve.request import codec
 from pyserve.request.stages import TIMED, worker_note
+from pyserve.worker.answer import (
+    ANSWER,
+    CHUNK,
+    LAST,
+    Answer,
+    LogFailure,
+    Parts,
+    error_answer,
+    head_bytes,
+    settled,
+)
 from pyserve.worker.entry_point import EntryPoint
 from pyserve.worker.failure import Failure, HandlerTimeout, describe_failure
-from pyserve.worker.request import Item, WorkerRequest
+from pyserve.worker.request import DESCRIBE, Item, WorkerRequest
 from pyserve.worker.result_check import ShapeProblem, explain_shape
 from pyserve.worker.spec import WorkerSpec
 from pyserve.worker.streaming import STREAM_HEADER
 
-# csrc/frame.h
-ANSWER, ERROR, CHUNK, LAST = range(4)
-DESCRIBE = 1
-HEAD_SIZE_MAX = 1 << 20
 
-Answer = tuple[int, int, int, bytes, Any]  # ticket, kind, status, head, body
-
-LogFailure = Callable[[list[str], Failure], None]
-
-
-class Parts:
-    """Where parts of streamed answers go; this one has nowhere to send them."""
-
-    def send(self, answer: Answer) -> None:
-        """Sends one part."""
-        raise NotImplementedError
-
-    def is_cancelled(self, ticket: int) -> bool:
-        """Whether nobody waits for the answer any more."""
-        return False
+class _ShapeError(HandlerError):
+    """A handler returned something else than a list with one element per request."""
 
 
 class Outcome(NamedTuple):
@@ -109,9 +102,9 @@ class Invoker:
                 requests.append(request)
         if requests:
             first, *more = self._split(requests)
-            answers += _settled(self._run_batch(first)) if more else self._run_batch(first)
+            answers += settled(self._run_batch(first)) if more else self._run_batch(first)
             for together in more:
-                answers += _settled(self._run_batch(together))
+                answers += settled(self._run_batch(together))
             timed = {request.ticket for request in requests if request.flags & TIMED}
             if timed:
                 times = (began_at, self.call_began_at, self.call_ended_at, time.monotonic_ns())
@@ -151,7 +144,7 @@ class Invoker:
         try:
             self._decode(request)
         except ServeError as error:
-            return request, _error_answer(request.ticket, error.body())
+            return request, error_answer(request.ticket, error.body())
         except BaseException as error:  # one broken body must not cost the others
             return request, self.fail_element(request, error)
         return request, None
@@ -205,7 +198,7 @@ class Invoker:
             request.put_body_back()
             with contextlib.suppress(Exception):
                 self._decode(request)  # the call that failed may have changed its rows
-        return _settled(self._run_batch(requests))
+        return settled(self._run_batch(requests))
 
     def _retry_halves(self, requests: list[WorkerRequest]) -> list[Answer]:
         """Memory ran out: what did not fit at once may fit in two goes."""
@@ -225,7 +218,7 @@ class Invoker:
         if not failure.is_expected:
             self._log_failure([request.id for request in requests], failure)
         body = {"status": failure.status, "type": failure.type, "message": failure.message, "detail": failure.detail()}
-        return [_error_answer(request.ticket, body) for request in requests]
+        return [error_answer(request.ticket, body) for request in requests]
 
     def encode(self, value: Any, request: WorkerRequest, context: Context, index: int, *, kind: int) -> Answer:
         """A result as an answer.
@@ -245,7 +238,7 @@ class Invoker:
                 detail={"where": self._entry.place},
             )
         head = self.head(context, index)
-        return (request.ticket, kind, head.status, _head(head), body)
+        return (request.ticket, kind, head.status, head_bytes(head), body)
 
     def head(self, context: Context, index: int) -> AnswerHead:
         """What the handler set for an answer.
@@ -413,7 +406,7 @@ class Call:
         if index not in self._streamed:
             context.set_response_header(index, STREAM_HEADER, "true")
             set_head = self._invoker.head(context, index)
-            status, head = set_head.status, _head(set_head)
+            status, head = set_head.status, head_bytes(set_head)
             self._streamed.add(index)
         parts.send((request.ticket, CHUNK, status, head, body))
         return True
@@ -451,57 +444,3 @@ class Call:
         finally:
             invoker.is_calling = False
         return held
-
-
-def _settled(answers: list[Answer]) -> list[Answer]:
-    """The answers as they are now: the handler's next call may write to the same memory."""
-    return [
-        (ticket, kind, status, head, body if type(body) is bytes else bytes(body))
-        for ticket, kind, status, head, body in answers
-    ]
-
-
-class _ShapeError(HandlerError):
-    """A handler returned something else than a list with one element per request."""
-
-
-def _head(told: AnswerHead) -> bytes:
-    if not told.reason and not told.headers:
-        return b""
-    texts = [told.reason, *(text for pair in told.headers.items() for text in pair)]
-    head = "\n".join(texts).encode("latin-1")
-    if len(head) > HEAD_SIZE_MAX:
-        raise HandlerError(f"the response headers have {len(head)} bytes; {HEAD_SIZE_MAX} are allowed")
-    return head
-
-
-def _error_answer(ticket: int, body: JsonObject) -> Answer:
-    told = {"status": body.get("status", body.get("code", 500)), "type": body["type"], "message": body["message"],
-            "detail": body.get("detail", {})}  # fmt: skip
-    return (ticket, ERROR, told["status"], b"", json.dumps(told).encode())
-
-
-def report_failure(report: Callable[..., None]) -> LogFailure:
-    """Sends failures as records of the log, each as one."""
-
-    def log_failure(ids: list[str], failure: Failure) -> None:
-        text = f"request {', '.join(ids)} failed in {failure.where}: {failure.line()}\n{failure.traceback}"
-        report("log", level=logging.getLevelName(logging.ERROR), logger="", text=text, request_id=",".join(ids))
-
-    return log_failure
-
-
-class ChannelParts(Parts):
-    """Parts of streamed answers, sent at once."""
-
-    def __init__(self, channel: Any):
-        self._channel = channel
-        self.batch = 0
-
-    def send(self, answer: Answer) -> None:
-        """Sends one part."""
-        self._channel.send(self.batch, [answer])
-
-    def is_cancelled(self, ticket: int) -> bool:
-        """Whether its client has gone."""
-        return bool(self._channel.is_cancelled(ticket))

@@ -21,13 +21,15 @@ import torch
 from pyserve import __version__
 from pyserve.context import Context
 from pyserve.engine import load_core
+from pyserve.errors import repr_of
 from pyserve.handlers.mapped_load import map_loads
 from pyserve.launch import INTERRUPT, Reporter
 from pyserve.telemetry.custom_metrics import MetricsCache, MetricsCachePyYamlError, MetricsReport
+from pyserve.worker.answer import Answer, ChannelParts, report_failure
 from pyserve.worker.batch_trial import Verdict
 from pyserve.worker.entry_point import EntryPoint, HandlerLoadError, HandlerMemoryError, load_entry_point, load_error
 from pyserve.worker.failure import HandlerTimeout
-from pyserve.worker.invoker import Answer, ChannelParts, Invoker, report_failure
+from pyserve.worker.invoker import Invoker
 from pyserve.worker.rehearsal import rehearse
 from pyserve.worker.reload import Reloader
 from pyserve.worker.spec import ASYNC, BATCH, CONTINUOUS, WorkerSpec
@@ -152,19 +154,12 @@ class _ReportHandler(logging.Handler):
         try:
             text = self.format(record)
         except Exception as error:  # arguments that do not fit the text
-            text = f"log record {_shown(record.msg)} cannot be formatted: {_shown(error)}"
+            text = f"log record {repr_of(record.msg)} cannot be formatted: {repr_of(error)}"
         level = "WARNING" if record.levelname == "WARN" else record.levelname
         ids = ""
         if self.metrics is not None and record.thread == threading.main_thread().ident:
             ids = ",".join(map(str, self.metrics.request_ids.values()))
         self._reports.send("log", level=level, logger=record.name, text=text, request_id=ids)
-
-
-def _shown(value: Any) -> str:
-    try:
-        return repr(value)
-    except Exception:  # of the handler's own
-        return f"<{type(value).__name__}>"
 
 
 def _report_failed(reports: Reporter, error: HandlerLoadError | HandlerMemoryError) -> None:

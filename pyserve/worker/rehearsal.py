@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 from pyserve.archive.samples import Sample, archive_samples
 from pyserve.context import Context
 from pyserve.proof.model_state import KeptRandomness, KeptState, models_in
+from pyserve.worker.answer import ERROR, Answer, Parts
 from pyserve.worker.batch_trial import AnswerTrial, BuiltInTrial, Verdict, try_batches
 from pyserve.worker.entry_point import EntryPoint, HandlerLoadError, HandlerMemoryError
 from pyserve.worker.failure import Failure, HandlerTimeout
-from pyserve.worker.invoker import ERROR, Answer, Invoker, Item, Parts
+from pyserve.worker.invoker import Invoker
+from pyserve.worker.request import Item
 from pyserve.worker.sample_requests import MadeUp, has_input, made_up_requests, makes_samples
 from pyserve.worker.spec import BATCH, WorkerSpec
 from pyserve.worker.time_limit import TimeLimit, time_limit

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 Item = tuple[int, int, bytes, bytearray]  # ticket, flags, head, body
+# Flag of an item, csrc/frame.h: it asks for the description of a model.
+DESCRIBE = 1
 HEADERS_KEPT_MAX = 256
 HEADERS_KEPT_SIZE_MAX = 4096
 

@@ -15,10 +15,12 @@ import pytest
 import yaml
 
 from pyserve.context import Context
+from pyserve.worker.answer import ANSWER, CHUNK, ERROR, LAST, Answer, Parts
 from pyserve.worker.entry_point import EntryPoint, load_entry_point
 from pyserve.worker.failure import Failure
-from pyserve.worker.invoker import ANSWER, CHUNK, DESCRIBE, ERROR, LAST, Answer, Invoker, Item, Parts
+from pyserve.worker.invoker import Invoker
 from pyserve.worker.main import make_context
+from pyserve.worker.request import DESCRIBE, Item
 from pyserve.worker.spec import WorkerSpec
 
 JSON = "application/json"

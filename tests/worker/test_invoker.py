@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pyserve.request import codec
-from pyserve.worker.invoker import ANSWER
+from pyserve.worker.answer import ANSWER
 from tests.support.loaded_handlers import ECHO, JSON, Load, load, request, warnings_in
 
 __all__ = ["load"]

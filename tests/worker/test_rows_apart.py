@@ -14,9 +14,10 @@ import torch
 
 from pyserve.request.codec import encode_result
 from pyserve.telemetry.custom_metrics import MetricsReport
+from pyserve.worker.answer import ERROR, Answer, Parts
 from pyserve.worker.continuous import serve_continuously
 from pyserve.worker.coroutines import serve_coroutines
-from pyserve.worker.invoker import ERROR, Answer, Item, Parts
+from pyserve.worker.request import Item
 from tests.support.loaded_handlers import JSON, Load, Loaded, load, request
 from tests.support.tried_handlers import Try, attempt
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from pyserve.launch import INTERRUPT
-from pyserve.worker.invoker import ANSWER, ERROR, LAST
+from pyserve.worker.answer import ANSWER, ERROR, LAST
 from pyserve.worker.main import _let_calls_be_interrupted
 from tests.support.loaded_handlers import CHUNK, JSON, Load, Loaded, Told, load, request
 
