@@ -1,0 +1,2 @@
+def handle(data, context):
+    return None if data is None else [row["body"]["text"] for row in data]
