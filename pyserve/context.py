@@ -352,5 +352,5 @@ class ThreadContext(Context):
         """See `Context.for_batch`; any thread may use the copy."""
         copy = object.__new__(Context)
         vars(copy).update(vars(self))
-        copy.bind(Batch(request_ids, request_headers, deadlines))
+        copy._batch = Batch(request_ids, request_headers, deadlines)
         return copy

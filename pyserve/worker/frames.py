@@ -11,6 +11,7 @@ import linecache
 import os
 import re
 import sysconfig
+import textwrap
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -231,7 +232,7 @@ def _lines(error: BaseException, folder: ArchiveFolder, depth: int = 0) -> Itera
     members = members_of(error) if depth < GROUP_DEPTH_MAX else ()
     for number, each in enumerate(members[:GROUP_SIZE_MAX], 1):
         yield f"  -- {number} of {len(members)}:"
-        yield from (f"  {line}" for line in _lines(each, folder, depth + 1))
+        yield textwrap.indent("\n".join(_lines(each, folder, depth + 1)), "  ")
 
 
 def describe_place(function: Any, model_dir: str | Path) -> str:

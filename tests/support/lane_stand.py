@@ -16,7 +16,7 @@ from torch import nn
 
 from pyserve import _core
 from pyserve.config.config import Config
-from pyserve.context import Context
+from pyserve.context import ThreadContext
 from pyserve.engine import Engine
 from pyserve.handlers.tensor import TensorHandler
 from pyserve.lanes.native import NativeLane
@@ -69,7 +69,9 @@ class Stand:
         self.services = Services(config, self.engine, self.metrics, self.pool, Spawner(), ErrorFormat(True, private))
         self.handler: Any = handler or Probe()
         folder = str(path.parent / "archive")
-        context = Context("m", folder, {}, model_yaml_config={"input": {"dtype": "float32", "shape": list(SHAPE)}})
+        context = ThreadContext(
+            "m", folder, {}, model_yaml_config={"input": {"dtype": "float32", "shape": list(SHAPE)}}
+        )
         self.handler.prepare(context)
         example = [torch.zeros(1, *SHAPE)]
         network = Network(self.handler, context, _core.TorchModel.load(str(path), example), example, "cpu")

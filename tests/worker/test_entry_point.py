@@ -275,3 +275,139 @@ def test_a_method_that_initialize_replaces_is_the_one_that_is_called(load: Load)
     loaded = load(source)
     assert loaded.ask(1)[0].body == b"other"
     assert loaded.entry.place == "handler.py:7 in other"
+
+
+# --- methods that the instance has ------------------------------------------------------------------------------------
+
+OTHER = """
+    class Other:
+        def load(self, context): self.word = "ok"
+        def run(self, data, context): return [self.word] * len(data)
+"""
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        """
+        class Handler:
+            def __init__(self):
+                self.initialize = lambda context: None
+                self.handle = lambda data, context: ["ok"] * len(data)
+        """,
+        """
+        import functools
+
+        def answer(word, data, context): return [word] * len(data)
+
+        class Handler:
+            initialize = functools.partial(lambda *given: None)
+            def __init__(self): self.handle = functools.partial(answer, "ok")
+        """,
+        """
+        from other import Other
+
+        class Handler:
+            def __init__(self):
+                other = Other()
+                self.initialize, self.handle = other.load, other.run
+        """,
+        """
+        class Handler:
+            __slots__ = ("initialize", "handle")
+            def __init__(self):
+                self.initialize = lambda context: None
+                self.handle = lambda data, context: ["ok"] * len(data)
+        """,
+        """
+        class Handler:
+            @property
+            def initialize(self): return lambda context: None
+            @property
+            def handle(self): return lambda data, context: ["ok"] * len(data)
+        """,
+        """
+        class Handler:
+            def __getattr__(self, name):
+                if name == "initialize": return lambda context: None
+                if name == "handle": return lambda data, context: ["ok"] * len(data)
+                raise AttributeError(name)
+        """,
+        """
+        class Handler:
+            @classmethod
+            def initialize(cls, context): cls.word = "ok"
+            @staticmethod
+            def handle(data, context): return [Handler.word] * len(data)
+        """,
+        """
+        from other import Other
+
+        class Handler:
+            def __new__(cls):
+                made = Other()
+                made.initialize, made.handle = made.load, made.run
+                return made
+        """,
+        """
+        import torch
+
+        class Handler(torch.nn.Sequential):  # empty, which is false
+            def initialize(self, context): pass
+            def handle(self, data, context): return ["ok"] * len(data)
+        """,
+        """
+        class Handler:
+            def initialize(self, context): pass
+            def handle(self, data, context): return ["ok"] * len(data)
+
+        Again = Handler  # one class, of two names
+        """,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("lenient", [False, True])
+def test_the_instance_is_asked_for_its_methods(load: Load, source: str, lenient: bool) -> None:
+    loaded = load(source, {"other.py": OTHER}, lenient=lenient)
+    assert [answer.body for answer in loaded.ask(1, 2)] == [b"ok", b"ok"]
+    assert loaded.entry.place.startswith(("handler.py:", "other.py:")) or not loaded.entry.place
+
+
+def test_an_instance_without_them_and_ones_that_take_too_little_are_told(tmp_path: Path) -> None:
+    only = "class Handler:\n    def __init__(self): self.handle = lambda data, context: []"
+    assert "has no method initialize;" in failure(tmp_path / "a", only).message
+    short = (
+        "class Handler:\n    def initialize(self, context): pass\n    def __init__(self): self.handle = lambda data: 1"
+    )
+    error = failure(tmp_path / "b", short)
+    assert "handle of Handler in handler.py takes (data); it is called with (self, data, context)" in error.message
+    assert error.detail["where"] == "handler.py:3 in <lambda>"
+
+
+def test_strict_calls_the_method_that_was_there_before_initialize(load: Load) -> None:
+    source = """
+        class Handler:
+            def initialize(self, context):
+                self.handle = lambda data, context: ["replaced"] * len(data)
+
+            def handle(self, data, context):
+                return ["first"] * len(data)
+    """
+    assert load(source).ask(1)[0].body == b"replaced"
+    assert load(source, lenient=True).ask(1)[0].body == b"first"
+
+
+@pytest.mark.parametrize("handler", ["handler.py:missing", "handler.py:made.handle"])
+def test_the_one_class_stands_in_for_a_function_that_is_missing(
+    load: Load, handler: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = CLASS + "\n    made = Handler()\n    def handle(data, context): return []\n"
+    loaded = load(source, handler=handler)
+    assert loaded.entry.name == "Handler in handler.py"
+    assert f"handler.py has no {handler.partition(':')[2]!r}; its class Handler is called" in caplog.text
+
+
+def test_nothing_stands_in_for_what_is_no_function_or_one_of_several(tmp_path: Path) -> None:
+    error = failure(tmp_path / "a", "predict = 5\nclass Handler: pass", handler="handler.py:predict")
+    assert "has no function 'predict'" in error.message
+    error = failure(tmp_path / "b", "class A: pass\nclass B: pass", handler="handler.py:predict")
+    assert "has no function 'predict'" in error.message

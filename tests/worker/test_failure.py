@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +276,128 @@ def test_a_stranger_sees_neither_text_nor_place_nor_fix(load: Load) -> None:
     assert public["detail"] == {"reason": "public", "request_id": "id"}
     assert "nothing_like_it" not in json.dumps(public)
     assert os.sep not in public["message"]
+
+
+# --- what a part of the report needs may be just what has failed ------------------------------------------------------
+
+GONE = """
+import os, shutil, tempfile
+folder = tempfile.mkdtemp()
+os.chdir(folder)
+shutil.rmtree(folder)
+"""
+
+
+@pytest.fixture
+def here() -> Iterator[None]:
+    """The current folder, back after the test."""
+    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    yield
+    os.fchdir(folder)
+    os.close(folder)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_failure_in_a_folder_that_is_gone_has_text_place_and_traceback(load: Load) -> None:
+    failure = failed(load, GONE + "open('labels.txt')")
+    assert (failure.exception, failure.where) == ("FileNotFoundError", "handler.py:9 in handle")
+    assert failure.text == "[Errno 2] No such file or directory: 'labels.txt'"
+    assert "open('labels.txt')" in failure.traceback
+    assert failure.fix.startswith("the current folder does not exist any more; put paths together from")
+
+
+@pytest.mark.usefixtures("here")
+def test_code_without_a_file_fails_in_a_folder_that_is_gone(load: Load) -> None:
+    failure = failed(load, GONE + "exec(compile('def inner():\\n    1 / 0\\ninner()', 'made.py', 'exec'))")
+    assert (failure.exception, failure.where) == ("ZeroDivisionError", "handler.py:9 in handle")
+    assert "made.py:2 in inner" in failure.traceback
+    assert failed(load, "import sys, types\nsys.modules['odd'] = types.ModuleType('odd')\n"
+                        "sys.modules['odd'].__file__ = 'odd.py'\n" + GONE + "raise KeyError(1)").where  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "act", ["os.remove(__file__)", "with open(__file__, 'w') as file: file.write('# nothing\\n' * 20)"]
+)
+def test_a_traceback_quotes_the_source_that_was_imported(load: Load, act: str) -> None:
+    body = f"import os, linecache, pathlib\n{act}\nlinecache.checkcache()\nreturn [1 / 0 for row in data]"
+    failure = failed(load, body)
+    assert "    return [1 / 0 for row in data]" in failure.traceback
+    assert failure.where == "handler.py:7 in <listcomp>"
+
+
+def test_the_exceptions_of_a_group_are_told(load: Load) -> None:
+    if not hasattr(builtins, "ExceptionGroup"):
+        pytest.skip("Python 3.11 brought groups")
+    body = "try:\n    {}['key']\nexcept KeyError as error:\n    missing = error\n"
+    one = failed(load, body + "raise ExceptionGroup('tasks', [missing])")
+    assert one.text == "tasks (1 sub-exception): KeyError: 'key'"
+    assert one.where == "handler.py:8 in handle"
+    lines = one.traceback.splitlines()
+    assert lines[-4:] == ["  -- 1 of 1:", "    handler.py:5 in handle", "      {}['key']", "  KeyError: 'key'"]
+    two = failed(load, body + "raise ExceptionGroup('tasks', [ExceptionGroup('inner', [missing]), ValueError('b')])")
+    assert two.text == "tasks (2 sub-exceptions)"
+    assert "KeyError: 'key'" in two.traceback and "  -- 2 of 2:\n  ValueError: b" in two.traceback
+
+
+def test_notes_of_an_exception_are_told(load: Load) -> None:
+    body = "error = ValueError('x')\nerror.__notes__ = ['while row 3 was read', 5]\nraise error"
+    assert failed(load, body).traceback.endswith("ValueError: x\n  while row 3 was read")
+
+
+ODD = """
+    from pyserve.handler import HandlerError
+    from ts.utils.util import PredictionException
+
+
+    class Silent(Exception):
+        def __str__(self): raise RuntimeError("no text")
+        __repr__ = __str__
+
+    class Blind(Silent):
+        def __getattribute__(self, name): raise RuntimeError("no " + name)
+
+    class OddStatus(HandlerError):
+        status = "teapot"
+
+    class FarStatus(HandlerError):
+        status = 70_000
+
+    def handle(data, context):
+        if data is None:
+            return
+        order = data[0]["body"]
+        if order == "silent": raise Silent()
+        if order == "blind": raise Blind()
+        if order == "cause": raise ValueError("told") from Silent()
+        if order == "odd cause": raise ValueError("told") from Blind()
+        if order == "odd status": raise OddStatus("told")
+        if order == "far status": raise FarStatus("told")
+        if order == "odd detail": raise HandlerError("told", detail={"text": Silent(), "where": object()})
+        if order == "no detail": raise HandlerError("told", detail=[1])
+        if order == "odd message": raise PredictionException(Silent(), 418)
+        return [1]
+"""
+
+
+@pytest.mark.parametrize(
+    ("order", "status", "exception", "text"),
+    [
+        ("silent", 503, "Silent", "<Silent whose text cannot be made>"),
+        ("blind", 503, "Blind", "<Blind whose text cannot be made>"),
+        ("cause", 503, "ValueError", "told"),
+        ("odd cause", 503, "ValueError", "told"),
+        ("odd status", 503, "OddStatus", "told"),
+        ("far status", 503, "FarStatus", "told"),
+        ("odd detail", 503, "HandlerError", "told"),
+        ("no detail", 503, "HandlerError", "told"),
+        ("odd message", 418, "PredictionException", "<PredictionException whose text cannot be made>"),
+    ],
+)
+def test_a_class_that_cannot_be_looked_at_costs_only_what_it_hides(
+    load: Load, order: str, status: int, exception: str, text: str
+) -> None:
+    loaded = load(ODD)
+    (answer,) = loaded.ask(order)
+    assert answer.is_error and answer.status == status
+    assert (answer.detail["exception"], answer.detail["text"]) == (exception, text)
+    assert loaded.ask("fine")[0].body == b"1"
