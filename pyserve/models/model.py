@@ -219,7 +219,7 @@ class Model:
                 if trouble_before:
                     self._on_trouble(trouble_before)
                 raise error
-            return min(wanted, lane.wanted_count)
+            return wanted
 
     async def _settled(self, lane: Lane, *, starts: bool) -> str:
         timeout_s = self.settings.startup_timeout_s
