@@ -25,10 +25,13 @@ from pyserve.config.bounds import BOUNDS, DEVICE_COUNT_MAX, validate_setting
 from pyserve.errors import InvalidModelError, shown
 from pyserve.input_config import InputConfigError, InputSpec, read_inputs
 
-_Loader = type[yaml.SafeLoader] | type[yaml.CSafeLoader]
-# `yaml.safe_load` uses the first. libyaml's is ten times as fast, takes tabs where that does not, and refuses a few
-# things that it takes, such as lone surrogates.
-_EXACT, _QUICK = yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+try:
+    from yaml import CSafeLoader as _QuickLoader
+except ImportError:  # PyYAML built without libyaml
+    from yaml import SafeLoader as _QuickLoader
+
+# Larger files are read by libyaml's loader only. It is ten times as fast as the one that `yaml.safe_load` uses, takes
+# tabs where that does not, and refuses a few things that it takes, such as lone surrogates.
 _EXACT_SIZE_MAX = 32 << 10
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -179,7 +182,7 @@ class ModelConfig:
 
 def config_lines(text: str) -> dict[str, int]:
     """Top-level key -> its line, counted from 1, of a file that `ModelConfig.parse` has read without error."""
-    root = yaml.compose(text, Loader=_QUICK)
+    root = yaml.compose(text, Loader=_QuickLoader)
     if not isinstance(root, yaml.MappingNode):
         return {}
     return {key.value: key.start_mark.line + 1 for key, _ in root.value if isinstance(key, yaml.ScalarNode)}
@@ -317,19 +320,16 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is not plain YAML.
     """
-    error: yaml.YAMLError | None = None
-    for loader in _loaders(text):
+    # Neither loader builds Python objects.
+    if len(text) > _EXACT_SIZE_MAX:
+        return yaml.load(text, Loader=_QuickLoader)
+    try:
+        return yaml.load(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
         try:
-            return yaml.load(text, Loader=loader)  # both build no Python objects
-        except yaml.YAMLError as raised:
-            error = error or raised
-    assert error is not None
-    raise error
-
-
-def _loaders(text: str) -> tuple[_Loader, ...]:
-    """In the order in which they are tried."""
-    return (_EXACT, _QUICK) if len(text) <= _EXACT_SIZE_MAX else (_QUICK,)
+            return yaml.load(text, Loader=_QuickLoader)
+        except yaml.YAMLError:
+            raise error from None
 
 
 def _decoded(text: bytes, label: str) -> str:
@@ -346,7 +346,7 @@ def _decoded(text: bytes, label: str) -> str:
 
 def _load(text: str, label: str) -> dict[Any, Any]:
     try:
-        for loader in _loaders(text):
+        for loader in (_QuickLoader, yaml.SafeLoader)[: 1 if len(text) > _EXACT_SIZE_MAX else 2]:
             with contextlib.suppress(yaml.YAMLError):  # `read_yaml` raises it again if none can read it
                 _check_expansion(text, label, loader)
         raw = read_yaml(text)
@@ -363,7 +363,7 @@ def _load(text: str, label: str) -> dict[Any, Any]:
     return raw
 
 
-def _check_expansion(text: str, label: str, loader: _Loader) -> None:
+def _check_expansion(text: str, label: str, loader: Any) -> None:
     """Counts values as if aliases were copies, from the event stream, before anything is built.
 
     A few hundred bytes of aliases of aliases stand for billions of values: harmless in memory, since they are

@@ -91,8 +91,8 @@ def test_first_value_of_a_repeated_parameter_counts() -> None:
 
 @pytest.mark.parametrize(
     "name, value",
-    [("model_name", each) for each in ("", "../x", "a/b", "%2e%2e", "m" * 300, "a\u202eb", "all", "a:b")]
-    + [("handler", each) for each in ("", "../../e.py:f", "/etc/passwd:x y", "a:b:c")]
+    [("model_name", each) for each in ("", "../x", "a/b", "..", "m" * 300, "a\u202eb")]
+    + [("handler", each) for each in ("", ":f", "h.py/", "a\u202eb", "h" * 2000)]
     + [("runtime", each) for each in ("", "java", "Python")],
 )
 def test_text_that_cannot_name_the_thing_is_refused(name: str, value: str) -> None:
@@ -100,7 +100,9 @@ def test_text_that_cannot_name_the_thing_is_refused(name: str, value: str) -> No
         read_values([(name, value)], parameters.REGISTER)
 
 
-@pytest.mark.parametrize("value", ["image_classifier", "handler.py", "my_handler.py:entry"])
+@pytest.mark.parametrize(
+    "value", ["image_classifier", "handler.py", "my_handler.py:entry", "my h\u00e9.py", "../h:f", "/a/h.py"]
+)
 def test_handler_of_the_known_forms_is_accepted(value: str) -> None:
     assert read_values([("handler", value)], parameters.REGISTER) == {"handler": value}
 

@@ -124,6 +124,8 @@ PROOFS = {
     "`modelVersion` of a manifest": "archive::versions_that_people_write",
     "`runtime` of a manifest": "odd_archives::strict_leaves_out_what_is_in_quotes_and_refuses_an_odd_runtime",
     "`configFile` of a manifest": "archive::configuration_that_is_not_an_entry_is_refused",
+    "an archive that cannot be": "archive::bad_manifest_is_refused_with_a_reason",
+    "`maxBatchDelay: 0`": "model_config::bounds_themselves_are_allowed_and_their_neighbours_are_not",
     "an empty `model-config.yaml`": "odd_archives::workers_read_model_config_as_yaml_has_it",
     "aliases in `model-config.yaml`": "model_config::aliases_that_multiply_are_refused",
     "a number or boolean in quotes": "model_config::value_in_quotes_is_what_it_says_but_for_strict",
