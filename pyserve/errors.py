@@ -72,9 +72,13 @@ class ServeError(Exception):
 
     def reason(self) -> str:
         """What went wrong in one line: the exception and its place if they are known, else the message."""
-        text = str(self.detail.get("text") or self.message)
-        if "exception" in self.detail:
-            text = f"{self.detail['exception']}: {text}"
+        text = str(self.detail.get("text") or "")
+        if "exception" not in self.detail:
+            text = text or self.message
+        elif text or "text" in self.detail:  # an exception may have no text of its own
+            text = f"{self.detail['exception']}: {text}" if text else str(self.detail["exception"])
+        else:
+            text = f"{self.detail['exception']}: {self.message}"
         if self.detail.get("where"):
             text += f" ({self.detail['where']})"
         if "exception" in self.detail and self.detail.get("fix"):

@@ -36,7 +36,8 @@ class Refusal:
     """
 
     def __init__(self, error: Exception):
-        self.cause = f"{type(error).__name__}: {cause_of(str(error))}"[:200]
+        cause = cause_of(str(error))
+        self.cause = f"{type(error).__name__}{': ' if cause else ''}{cause}"[:200]
 
 
 class EagerAnswers:

@@ -179,7 +179,8 @@ class _Rehearsal:
         name = outcome.sample.name
         text = f"the model was tried with {name} and cannot answer it"
         detail = dict(failure.detail()) if failure is not None else {}
-        detail["text"] = f"{text}: {detail.get('text') or outcome.reason()}"
+        said = detail.get("text") if failure is not None else outcome.reason()  # what and where stand beside it
+        detail["text"] = f"{text}: {said}" if said else text
         if name.startswith("a made-up"):
             detail.setdefault("fix", DESCRIBE_FIX)
         kind = HandlerMemoryError if outcome.answer[2] == 507 else HandlerLoadError
