@@ -424,7 +424,7 @@ def _explained(error: ssl.SSLError) -> str:
             )
         case reason if reason in _WEAKNESSES:
             return f"key or signature is too weak for TLS ({reason}); RSA needs 2048 bits and SHA-256"
-        case None | "":
+        case _ if not error.reason:
             return "key or certificate cannot be used: OpenSSL finds no whole PEM block, or one that it cannot read"
         case _:
             return f"key or certificate cannot be used: {(error.reason or str(error)).lower().replace('_', ' ')}"
