@@ -87,6 +87,7 @@ def spawn(
             stdin=subprocess.DEVNULL,
             stdout=output_fd,
             stderr=output_fd,
+            cwd=child_folder(),
             env=child_environment() | {variable: json.dumps({"config_fd": handover_fd, "report_fd": report_fd})},
             pass_fds=[handover_fd, report_fd, *(each.fileno() for each in sockets)],
             # Away from the terminal's process group: Ctrl-C reaches the starter only, which passes it on once.
@@ -118,6 +119,15 @@ def child_environment() -> dict[str, str]:
     # fifth more memory. As many heaps as threads can run at once are enough.
     environment.setdefault("MALLOC_ARENA_MAX", str(max(2, cpu_budget())))
     return environment
+
+
+def child_folder() -> str | None:
+    """Where a child starts: here, or in the root where this folder is gone, in which torch cannot be imported."""
+    try:
+        os.getcwd()
+    except OSError:
+        return "/"
+    return None
 
 
 def receive(variable: str, environ: Mapping[str, str] | None = None) -> tuple[JsonObject, Reporter]:

@@ -92,6 +92,8 @@ def guarded(run: Callable[[], int], name: str) -> int:
         if not isinstance(error, ServeError | OSError):
             raise
         text = " ".join(str(error).split())
+        if isinstance(error, FileNotFoundError) and not error.filename:
+            text += "; does the current folder still exist? If not, cd to one that does"
         print(f"{name}: error: {text}", file=sys.stderr)
         return int(getattr(error, "exit_code", EXIT_ERROR))
 

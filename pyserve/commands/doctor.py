@@ -72,7 +72,13 @@ def doctor_command(parsed: argparse.Namespace) -> int:
 def all_checks(archive: Path | None, ts_config: str | None) -> Iterator[Check]:
     """Everything, cheap things first."""
     yield from _python()
+    try:
+        folder = os.getcwd()
+    except OSError as error:  # in which torch cannot be imported
+        yield Check(FAIL, "folder", f"the current folder is gone: {error.strerror}", "cd to one that exists")
+        return
     yield from _torch()
+    yield Check(PASS, "folder", folder)
     yield from _surroundings()
     yield from _limits()
     config = Config()
@@ -126,10 +132,6 @@ def _torch() -> Iterator[Check]:
 
 
 def _surroundings() -> Iterator[Check]:
-    try:
-        yield Check(PASS, "folder", os.getcwd())
-    except OSError as error:
-        yield Check(FAIL, "folder", f"the current folder is gone: {error.strerror}", "cd to one that exists")
     yield Check(PASS, "sys.path", "\n".join(sys.path))
     if os.environ.get("PYTHONPATH"):
         yield Check(PASS, "PYTHONPATH", os.environ["PYTHONPATH"])

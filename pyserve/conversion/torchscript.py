@@ -34,7 +34,7 @@ from pyserve.conversion.record import (
 )
 from pyserve.errors import ModelLoadError
 from pyserve.handler import BUILT_IN
-from pyserve.launch import ROOT_DIR
+from pyserve.launch import ROOT_DIR, child_folder
 
 __all__ = [
     "Conversion", "NeedsPythonError", "Progress", "Tracing", "check_packed", "conversion_of", "native_example",
@@ -73,6 +73,7 @@ class Tracing:
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 pass_fds=(for_child,),
+                cwd=child_folder(),
                 env={**os.environ, "PYTHONPATH": path},
             )
         finally:

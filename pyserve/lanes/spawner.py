@@ -17,7 +17,7 @@ from typing import Any
 
 from pyserve.errors import JsonObject, ModelLoadError
 from pyserve.lanes.worker_handle import WorkerHandle
-from pyserve.launch import SAFE_PATH, child_environment, describe_exit
+from pyserve.launch import SAFE_PATH, child_environment, child_folder, describe_exit
 from pyserve.worker.spec import WorkerSpec
 from pyserve.worker.zygote import MESSAGE_SIZE_MAX
 
@@ -107,6 +107,7 @@ class _Zygote:
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 pass_fds=(theirs.fileno(),),
+                cwd=child_folder(),
                 env=child_environment(),
                 start_new_session=True,
             )

@@ -19,6 +19,7 @@ class ServerStart:
         config: the checked configuration.
         sockets: listening sockets by name; two names may share one.
         restart: 0 for the first server of this supervisor, then counting up.
+        folder: the supervisor's current one when it began, which relative paths are meant from.
         state_file: where the server keeps what a restarted one has to know; it may not exist yet.
         report: the way back to the supervisor.
         like_torchserve: the console has all that TorchServe's has.
@@ -27,6 +28,7 @@ class ServerStart:
     config: Config
     sockets: dict[str, socket.socket]
     restart: int
+    folder: Path
     state_file: Path
     report: Reporter
     like_torchserve: bool
@@ -45,11 +47,28 @@ def receive_server_start() -> ServerStart:
         if fd not in by_fd:
             os.set_inheritable(fd, False)
             by_fd[fd] = socket.socket(fileno=fd)
-    return ServerStart(
+    start = ServerStart(
         config=Config.from_json(handover["config"]),
         sockets={name: by_fd[fd] for name, fd in handover["sockets"].items()},
         restart=handover["restart"],
+        folder=Path(handover["folder"]),
         state_file=Path(handover["state_file"]),
         report=report,
         like_torchserve=handover["like_torchserve"],
     )
+    _stand_in(start.folder, start.state_file.parent)
+    return start
+
+
+def _stand_in(folder: Path, spare: Path) -> None:
+    """Where the folder was deleted, see `launch.child_folder`, makes it again, or has another in its place.
+
+    Logs, keys and snapshots lie in it unless it is said otherwise.
+    """
+    if Path.cwd() != Path("/") or folder == Path("/"):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(folder)
+    except OSError:
+        os.chdir(spare)

@@ -94,6 +94,7 @@ class Supervisor:
         # Constant after construction.
         self._config = config
         self._listeners = listeners
+        self._folder = Path.cwd()
         self._state_file = state_dir / "runtime-state.json"
         self._on_event = on_event
         self._server_command = server_command
@@ -192,6 +193,7 @@ class Supervisor:
             "config": self._config.to_json(),
             "sockets": {name: each.fileno() for name, each in self._listeners.sockets.items()},
             "restart": self._backoff.count,
+            "folder": str(self._folder),
             "state_file": str(self._state_file),
             "parent_pid": os.getpid(),
             "like_torchserve": self._like_torchserve,
