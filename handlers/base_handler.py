@@ -75,7 +75,7 @@ class BaseHandler:
         mapping: class index as text -> label, from index_to_name.json; None without that file.
         device: where `inference` runs.
         initialized: True once `initialize` or `prepare` has finished.
-        context: the batch's context while `handle` or `postprocess` runs, else the model's.
+        context: the model's; while a stage runs it is about the requests at hand.
         model_pt_path: path of the weights, None if the archive has none.
         manifest, model_yaml_config: the archive's MANIFEST.json and model-config.yaml as dicts.
         map_location: kind of the device weights are read to: "cuda", "xpu", "mps" or "cpu".

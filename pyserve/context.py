@@ -239,7 +239,7 @@ class Context:
         """Index in the batch -> request id; None before the first batch."""
         batch = self._batch
         if batch is None or batch.request_ids is None:
-            return None  # type: ignore[return-value] - so TorchServe's; handlers ask for it within a call
+            return None  # type: ignore[return-value]  # as TorchServe; handlers ask within a call
         ids = batch.request_ids
         if not isinstance(ids, dict):
             ids = batch.request_ids = dict(ids) if isinstance(ids, Mapping) else dict(enumerate(ids))
@@ -255,10 +255,10 @@ class Context:
     def request_processor(self) -> list[RequestProcessor]:
         """One `RequestProcessor` per request of the batch; None before the first batch."""
         if self._batch is None:
-            return None  # type: ignore[return-value] - see `request_ids`
+            return None  # type: ignore[return-value]  # see `request_ids`
         for idx in range(len(self._batch.processors)):
             self._processor(idx)
-        return self._batch.processors  # type: ignore[return-value] - there is none that is None now
+        return self._batch.processors  # type: ignore[return-value]  # none is None now
 
     @request_processor.setter
     def request_processor(self, request_processor: Sequence[RequestProcessor]) -> None:
@@ -338,7 +338,7 @@ class ThreadContext(Context):
         super().__init__(*args, **kwargs)
 
     @property
-    def _batch(self) -> Batch | None:  # type: ignore[override]
+    def _batch(self) -> Batch | None:
         batch: Batch | None = getattr(self._local, "batch", None)
         return batch
 

@@ -200,7 +200,7 @@ class ImportedCode:
 
     def _check_methods(self, handler: Any, cls: type, label: str) -> None:
         """Asks the instance: its ``__init__`` may have set them, or a descriptor or ``__getattr__`` may give them."""
-        methods = {name: getattr(handler, name, None) for name in ("initialize", "handle")}
+        methods: dict[str, Any] = {name: getattr(handler, name, None) for name in ("initialize", "handle")}
         missing = [name for name, method in methods.items() if not callable(method)]
         if missing:
             raise ModelLoadError(

@@ -141,6 +141,21 @@ def test_a_context_can_be_copied_while_a_call_runs(load: Load) -> None:
     assert copy.deepcopy(loaded.context).model_name == pickle.loads(pickle.dumps(loaded.context)).model_name == "m"
 
 
+def test_criteria_are_not_asked_without_continuous_batching(load: Load) -> None:
+    source = """
+        class Handler:
+            def initialize(self, context):
+                pass
+
+            def handle(self, data, context):
+                context.stopping_criteria = [lambda part: False, None, 5]
+                return ["ok"] * len(data)
+    """
+    loaded = load(source)
+    assert [answer.body for answer in loaded.ask(1, 2)] == [b"ok"] * 2
+    assert loaded.parts.sent == []
+
+
 # --- nothing of a rehearsal stays -------------------------------------------------------------------------------------
 
 COUNTING = """
