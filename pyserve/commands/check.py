@@ -93,7 +93,7 @@ def check_command(parsed: argparse.Namespace) -> int:
         report = Report(parsed.archive.name, findings=[Finding("archive", error.message)])
     else:
         if not parsed.json:
-            console.warn([*subject.config.warnings, *subject.archive.config.warnings])
+            console.warn([*subject.config.warnings, *subject.archive.warnings])
         try:
             report = examine(subject, inputs, timeout_s=parsed.timeout)
         finally:
