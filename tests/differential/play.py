@@ -19,6 +19,7 @@ from tests.differential.servers import Running
 from tests.differential.wire import Answer, exchange, send
 
 SETTLE_S = 8.0
+START_S = 60.0  # for the workers of models that a server loads when it starts
 ARRIVE_S = 0.1  # between calls that are sent together, so that they arrive in their order
 SHOWN = (
     "minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout", "loadedAtStartup"
@@ -47,7 +48,7 @@ def play(case: Case, server: Running) -> list[dict[str, Any]]:
         if not answer["status"].startswith("20") and answer["status"] != "OK":
             raise AssertionError(f"{case.name}: before it, {call.text} answered {answer}")
         _settle(_settle_s(call), server)
-    known = _settle(SETTLE_S, server)
+    known = _settle(START_S, server)
     seen = []
     together: list[Call] = []
     for call in case.calls:
