@@ -46,7 +46,7 @@ def _print_survey(path: Path, found: Survey) -> None:
     print(f"\n{_weights_line(found)}")
     if found.manifest.model_file is not None:
         print(f"conversion: {_conversion_line(path)}")
-    for text in dict.fromkeys([*found.warnings, *(f"{each} (a handler that reads it fails)" for each in found.needed)]):
+    for text in dict.fromkeys([*found.warnings, *found.needed]):
         print(f"warning: {text}")
 
 
