@@ -326,7 +326,9 @@ def read_manifest(text: bytes | None, sizes: Mapping[str, int], label: str) -> t
         text: None where there is none; whoever serves the archive then says under which name, with which handler.
     """
     if text is None:
-        return Manifest(warnings=(f"{missing_manifest(label).message}, or register it with model_name= and handler=",)), ()
+        return Manifest(
+            warnings=(f"{missing_manifest(label).message}, or register it with model_name= and handler=",)
+        ), ()
     return Manifest.parse(text, label).fitted(sizes, label)
 
 
