@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 from typing import Any
+from urllib.parse import quote
 
 from pyserve.archive.cache import open_cache
 from pyserve.config.config import Config
@@ -24,7 +25,7 @@ async def start_table(config: Config, registry: Registry, grpc: GrpcFrontEnd, to
             "workers": model.wanted_workers if model.state == "READY" else 0,
             "device": model.device,
             "batch": model.batch_size,
-            "url": f"{config.inference_address}/predictions/{model.name}",
+            "url": f"{config.inference_address}/predictions/{quote(model.name, safe='')}",
             "error": model.error,
         }
         for model in registry.all_models()
@@ -55,7 +56,7 @@ async def _sample(config: Config, registry: Registry, tokens: Tokens | None) -> 
     folder = open_cache().root / "samples"
     # Drawing a picture takes a moment, and requests are being answered already.
     arguments = await asyncio.to_thread(model.sample_arguments, folder)
-    return f"{curl}/predictions/{model.name} {arguments}"
+    return f"{curl}/predictions/{quote(model.name, safe='')} {arguments}"
 
 
 def _curl(config: Config, tokens: Tokens | None) -> str:
