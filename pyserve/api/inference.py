@@ -100,7 +100,7 @@ class Inference:
 
     def _invoked_name(self, request: Request) -> str:
         for key, value in request.params:
-            if key == "model_name" and value:
+            if key == "model_name":
                 return value
         loaded = [model.name for model in self._registry.default_models() if model.loaded_at_startup]
         if len(loaded) == 1:

@@ -168,6 +168,7 @@ def test_1_2_the_connector_describes_itself(server: Server, method: str, target:
         ("GET", "/models", RESOURCE),  # of another port
         ("GET", "/metrics/no", RESOURCE),
         ("POST", "/invocations", (400, "BadRequestException", "Parameter model_name is required.")),
+        ("POST", "/invocations?model_name=", (404, "ModelNotFoundException", "Model not found: ")),
         ("POST", "/predictions/none", (404, "ModelNotFoundException", "Model not found: none")),
         ("POST", "/v1/models/none:predict", (404, "ModelNotFoundException", "Model not found: none")),
         ("POST", "/predictions/show/9", (404, "ModelVersionNotFoundException",
