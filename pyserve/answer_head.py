@@ -29,10 +29,15 @@ class AnswerHead(NamedTuple):
 
 
 _PLAIN = AnswerHead()
+# TorchServe has its own in all answers.
+_CACHE_NAMES = ("cache-control", "expires", "pragma")
 
 
-def answer_head(context: Context, index: int) -> AnswerHead:
+def answer_head(context: Context, index: int, *, is_strict: bool = False) -> AnswerHead:
     """What was set for answer ``index`` of the context's batch.
+
+    Args:
+        is_strict: what the handler says of caches is left out, as in TorchServe.
 
     Raises:
         HandlerError: it cannot be sent; the text says what.
@@ -44,7 +49,10 @@ def answer_head(context: Context, index: int) -> AnswerHead:
     headers = processor.get_response_headers()
     if status == 200 and not phrase and not headers:
         return _PLAIN
-    return AnswerHead(200 if status is None else _status(status), _reason(phrase), sent_headers(headers))
+    sent = sent_headers(headers)
+    if is_strict and sent:
+        sent = {name: value for name, value in sent.items() if name.lower() not in _CACHE_NAMES}
+    return AnswerHead(200 if status is None else _status(status), _reason(phrase), sent)
 
 
 def sent_headers(headers: Mapping[str, Any]) -> dict[str, str]:

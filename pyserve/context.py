@@ -42,7 +42,7 @@ class RequestProcessor:
     def get_request_property(self, key: str) -> str | None:
         """Value of request header ``key``: the client's spelling first, then any case; None if absent."""
         value = self._request_header.get(key)
-        if value is not None:
+        if value is not None or not isinstance(key, str):
             return value
         if self._lower is None:
             self._lower = {name.lower(): text for name, text in self._request_header.items()}

@@ -130,7 +130,9 @@ class Management:
         if told is None:
             return json_response([self._describe(model)])
         metadata = told.value if isinstance(told.value, dict) else {}
-        return json_response([self._describe(model, metadata)], told.status, told.headers)
+        response = json_response([self._describe(model, metadata)], told.status, told.headers)
+        response.reason = told.reason or None
+        return response
 
     def _describe(self, model: Model, metadata: JsonObject | None = None) -> JsonObject:
         return describe(model, metadata=metadata, tells_errors=self._tells_errors, gpu_usage=self._gpu_usage)

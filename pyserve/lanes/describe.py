@@ -21,12 +21,13 @@ class SelfDescription(NamedTuple):
 
     Attributes:
         value: parsed from JSON; None when it says nothing.
-        status, headers: that the handler set for its answer.
+        status, headers, reason: that the handler set for its answer.
     """
 
     value: Any = None
     status: int = 200
     headers: dict[str, str] = {}
+    reason: str = ""
 
 
 async def ask_handler(lane: Lane | None, name: str, version: str) -> SelfDescription:
@@ -66,4 +67,4 @@ def _description(response: Response) -> SelfDescription:
         error = ServerError(str(value["message"]), detail=value.get("detail"))
         error.status, error.type = response.status, str(value["type"])
         raise error
-    return SelfDescription(value, response.status, dict(response.headers or {}))
+    return SelfDescription(value, response.status, dict(response.headers or {}), response.reason or "")

@@ -426,7 +426,7 @@ class NativeLane(EngineLane):
                 f"the answer has {len(body)} bytes, more than max_response_size={size_max}; "
                 "raise it in config.properties"
             )
-        head = answer_head(context, index)
+        head = answer_head(context, index, is_strict=self.is_strict)
         headers = dict(head.headers)
         content_type = headers.pop("content-type", None)
         # TorchServe sends an empty phrase when the handler set none, and no content type of its own.

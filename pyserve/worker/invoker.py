@@ -247,7 +247,7 @@ class Invoker:
             HandlerError: it cannot be sent; names the handler.
         """
         try:
-            return answer_head(context, index)
+            return answer_head(context, index, is_strict=self._spec.lenient)
         except HandlerError as error:
             error.detail["where"] = self._entry.place
             raise
