@@ -100,6 +100,7 @@ async def serve(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Serves the model and drives it. Returns what was counted between two moments of the load."""
     from concurrent.futures import ThreadPoolExecutor
 
+    from pyserve.api.coded_bodies import CodedBodies
     from pyserve.api.inference import Inference
     from pyserve.api.routes import Router
     from pyserve.archive.archive import open_archive
@@ -127,9 +128,11 @@ async def serve(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     registry = Registry(services)
     await registry.load_at_start([ModelSource(None, archive)], {archive: open_archive(archive)}, {})
     stages = instrument()
-    router = Router(Inference(registry).routes())
     limits = Http1Limits()
-    connections = Connections(limits, BodyBudget(limits.body_budget_size))
+    budget = BodyBudget(limits.body_budget_size)
+    bodies = CodedBodies(limits.body_size_max, budget, ThreadPoolExecutor(1))
+    router = Router(Inference(registry, bodies).routes())
+    connections = Connections(limits, budget)
     server = await loop.create_server(lambda: Http1Protocol(router, limits, connections), "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     body, out = folder / "body", folder / "report.json"

@@ -164,8 +164,9 @@ class ChunkedBody:
             return
         limits = self._limits
         self._chunk_count += 1
-        if self._chunk_count > limits.chunk_count_max:
-            raise InvalidHttpError(f"the body has more than {limits.chunk_count_max} chunks")
+        chunk_count_max = max(limits.chunk_count_max, limits.body_size_max // 1024)
+        if self._chunk_count > chunk_count_max:
+            raise InvalidHttpError(f"the body has more than {chunk_count_max} chunks; send larger ones")
         if self.size + self._left > limits.body_size_max:
             raise BodyTooLargeError(self.size + self._left, limits.body_size_max)
         self._state = _CONTENT

@@ -19,7 +19,7 @@ class Http1Limits:
         chunk_overhead_size_max: framing of a chunked body (size lines, extensions, trailer) beyond
             ``chunk_overhead_ratio_max`` bytes for each byte of body; beyond it 400.
         chunk_overhead_ratio_max: see above.
-        chunk_count_max: chunks of one body; beyond it 400.
+        chunk_count_max: chunks of one body, or one for each KiB that the body may have; beyond both 400.
         head_timeout_s: from the first byte of a head to its last; then 408 and close.
         body_grace_s: from the first wait for a body until ``body_rate_min`` counts.
         body_rate_min: mean rate a body must arrive at, bytes per second; below it 408 and close.
