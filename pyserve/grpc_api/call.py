@@ -26,6 +26,13 @@ FORWARDED_KEYS = frozenset({"traceparent", "tracestate"}) | TIMING_HEADERS
 STREAM_BACKLOG_MAX = 4 << 20
 
 
+class CallRequest(Request):
+    """A request that a call makes."""
+
+    __slots__ = ()
+    is_http = False
+
+
 class Call:
     """One call. Loop thread only.
 
@@ -73,7 +80,7 @@ class Call:
     ) -> Request:  # fmt: skip
         """A request for a model that this call makes; one that ``is_new`` came after the call had begun."""
         remaining_s = self.context.time_remaining()
-        request = Request(
+        request = CallRequest(
             "POST", self.path, query=query, headers=self.headers + (headers or []), body=body, client=self.client,
             id=id or self.id, arrived_at=time.monotonic_ns() if is_new else self.arrived_at,
         )  # fmt: skip

@@ -205,7 +205,7 @@ class Dispatcher:
         """Notes the answer, and counts it unless a model has. ``status`` is HTTP's."""
         self._access.observe(call.client, "gRPC", call.path[1:], "HTTP/2.0", code.value[0], call.arrived_at, call.id)
         if not call.is_counted:
-            self._services.metrics.observe_answer(status)
+            self._services.metrics.observe_answer(status, is_http=False)
 
     async def refuse(self, call: Call, error: ServeError, verdict: Verdict) -> None:
         """Ends the call with the status of ``error``. Always raises grpc's AbortError."""

@@ -30,6 +30,13 @@ class SelfDescription(NamedTuple):
     reason: str = ""
 
 
+class _Question(Pending):
+    """It is about the handler, and no request for what the model does."""
+
+    __slots__ = ()
+    is_counted = False
+
+
 async def ask_handler(lane: Lane | None, name: str, version: str) -> SelfDescription:
     """Asks a handler of ``lane``. The built-in ones in the native lane say nothing.
 
@@ -52,7 +59,7 @@ async def ask_handler(lane: Lane | None, name: str, version: str) -> SelfDescrip
             answered.set_result(None)
 
     exchange = Exchange(request, deliver)
-    lane.predict(Pending(lane, exchange, version, "default", flags=DESCRIBE))
+    lane.predict(_Question(lane, exchange, version, "default", flags=DESCRIBE))
     await answered
     assert exchange.response is not None
     return _description(exchange.response)

@@ -190,7 +190,17 @@ class EngineLane(Lane):
         """Counts a batch that was run; one of ``owners`` is there."""
         if self._batches is None:
             self._batches = self.services.metrics.batches(self.name, self.version, is_native=self.is_native)
-        self._batches.note(completion, next(filter(None, owners)).arrived_at, self.batch_size_max)
+        batches = self._batches
+        batches.note(completion, next(filter(None, owners)).arrived_at, self.batch_size_max)
+        if batches.is_noted:
+            if completion.code == "ok":
+                batches.note_model_times(",".join(owner.exchange.request.id for owner in owners if owner is not None))
+            self.loop.call_soon(batches.note_thread_time, batches.overhead_ms)
+
+    def new_worker_log(self, first_number: int = 0) -> WorkerLog:
+        """What tells of its workers, the first of which has this number."""
+        first_id = self.services.config.initial_worker_port + first_number
+        return WorkerLog(self.name, self.version, first_id, on_load=self.services.metrics.observe_load)
 
     def fail_batch(self, owners: list[Pending | None]) -> None:
         """Answers requests whose completion could not be delivered."""

@@ -154,6 +154,7 @@ class Lane:
         exchange = pending.exchange
         if pending.stages is not None and pending.stages.is_told and not exchange.is_streaming:
             pending.stages.tell(response, pending.arrived_at)
+        pending.is_error = response.error is not None
         pending.observe(response.status)
         if exchange.is_streaming:
             exchange.abort_stream(response)  # the head has left: the client must not take what it has for all
@@ -216,14 +217,19 @@ class Lane:
 
     def observe(self, pending: Pending, status: int | None) -> None:
         """Counts the end of a request. ``status``: of its answer; None if its client hung up."""
-        if status is None:
-            self.services.metrics.observe_abort(self.name, pending.version, pending.url_version)
-        else:
-            url_version = pending.url_version
-            recorder = self._recorders.get(url_version)
-            if recorder is None:
-                recorder = self.services.metrics.recorder(self.name, pending.version, url_version)
-                self._recorders[url_version] = recorder
-            recorder.observe(status, pending.age_s(), pending.queue_s())
+        if pending.is_counted:
+            self._count(pending, status)
         if pending.stages is not None and pending.stages.span is not None and self.services.tracer is not None:
             self.services.tracer.end(pending.stages, status)
+
+    def _count(self, pending: Pending, status: int | None) -> None:
+        url_version = pending.url_version
+        if status is None:
+            self.services.metrics.observe_abort(self.name, pending.version, url_version)
+            return
+        recorder = self._recorders.get(url_version)
+        if recorder is None:
+            recorder = self.services.metrics.recorder(self.name, pending.version, url_version)
+            self._recorders[url_version] = recorder
+        recorder.observe(status, pending.age_s(), pending.queue_s(), is_error=pending.is_error,
+                         is_http=pending.exchange.request.is_http)  # fmt: skip

@@ -39,7 +39,7 @@ from pyserve.proof.native_proof import BUDGET_S, BatchProof
 from pyserve.request import codec
 from pyserve.request.messages import Response
 from pyserve.telemetry.stage_times import StageTimes
-from pyserve.telemetry.worker_log import ERROR, SCALED_DOWN, STARTED, WorkerLog
+from pyserve.telemetry.worker_log import ERROR, SCALED_DOWN, STARTED
 from pyserve.torch_error import cause_of
 from pyserve.worker.failure import describe_failure
 
@@ -66,7 +66,7 @@ class NativeLane(EngineLane):
         self._proving: asyncio.Task[None] | None = None  # tries batches
         self._warned_note = ""
         self._started: dict[int, datetime] = {}
-        self.worker_log = WorkerLog(name, self.version, services.config.initial_worker_port)
+        self.worker_log = self.new_worker_log()
         self._noted: dict[int, str] = {}  # worker's number -> state, as it was logged
         self._has_warned_of_nan = False
         self._raw = RawRows.of(network.handler, network.example)

@@ -31,6 +31,7 @@ class Pending:
         ticket: the engine's, once submitted.
         stage: PREPARING, SUBMITTED or OVER. It moves forward only, and only the move to OVER answers.
         started_at: ns; when its batch began to run; 0 until its completion tells.
+        is_error: its answer says that it failed, and is none of its handler's.
         is_raw: it is answered with the bytes of its row of the output, see `raw_rows`.
         preprocess_ns: how long its body took to become an input, ns.
         progress_at: ns; when the last part came; 0 if none did.
@@ -48,12 +49,13 @@ class Pending:
     """
 
     __slots__ = (
-        "arrived_at", "client_deadline", "exchange", "flags", "is_raw", "lane", "limit_timer", "preprocess_ns",
-        "processor", "progress_at", "query_is_input", "stage", "stages", "started_at", "ticket", "url_version",
-        "version",
+        "arrived_at", "client_deadline", "exchange", "flags", "is_error", "is_raw", "lane", "limit_timer",
+        "preprocess_ns", "processor", "progress_at", "query_is_input", "stage", "stages", "started_at", "ticket",
+        "url_version", "version",
     )  # fmt: skip
 
     wants_tensors = False
+    is_counted = True  # among the requests of its model
     inputs: list[torch.Tensor] | None = None
 
     def __init__(  # noqa: PLR0917 - made for every request
@@ -70,7 +72,7 @@ class Pending:
         self.ticket = 0
         self.stage = PREPARING
         self.started_at = 0
-        self.is_raw = False
+        self.is_raw = self.is_error = False
         self.processor: RequestProcessor | None = None
         self.progress_at = self.preprocess_ns = 0
         self.client_deadline = 0

@@ -28,7 +28,6 @@ from pyserve.lanes.worker_rows import UNLOADING, WorkerRow
 from pyserve.lanes.workers import READY, PythonWorkers
 from pyserve.request.messages import Response
 from pyserve.request.stages import TIMED
-from pyserve.telemetry.worker_log import WorkerLog
 from pyserve.worker.spec import BATCH, WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -63,8 +62,7 @@ class PythonLane(EngineLane):
         self.spec = spec
         self._is_multiplexed = spec.mode != BATCH
         self._raised_batch_note = ""  # the note once the batch size is raised above 1
-        first_id = services.config.initial_worker_port + worker_number
-        self.worker_log = WorkerLog(spec.name, self.version, first_id)
+        self.worker_log = self.new_worker_log(worker_number)
         self.workers = PythonWorkers(
             services,
             core,

@@ -55,7 +55,10 @@ class Request:
         arrived_at: when the last byte was read, in ns of ``time.monotonic_ns()``.
         has_timing: whether one of TIMING_HEADERS is among the headers, or there is a ``deadline``.
         deadline: ns of the same clock; when the client stops waiting, if the protocol tells; else 0.
+        is_http: it came over HTTP.
     """
+
+    is_http = True
 
     __slots__ = (
         "_extra", "_headers", "_lower", "_params", "arrived_at", "body", "client", "client_text", "deadline",

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client.metrics_core import Metric
 
 from pyserve.telemetry.exposition import torchserve_family
-from pyserve.telemetry.metric_log import MetricLog
+from pyserve.telemetry.metric_log import LineForm, MetricLog, line_form
 from pyserve.telemetry.metrics_config import SERVER_METRICS, MetricsConfig
+from pyserve.telemetry.request_lines import MODEL_TIMES, TORCHSERVE_NAMES, ModelTimeLines
 
 FILL_BOUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -34,6 +35,7 @@ class HostMetrics:
         self._config = config
         self._is_strict = is_strict
         self._gauges: dict[str, dict[tuple[str, ...], float]] = {}
+        self._thread_time = self.form("WorkerThreadTime", ("Host", hostname))
 
     def family(self, name: str) -> Metric | None:
         """Without samples; None if it is not to be shown."""
@@ -63,20 +65,41 @@ class HostMetrics:
         self._gauges.setdefault(name, {})[values] = value
         self.note(name, value, values)
 
+    def form(self, name: str, labels: Sequence[str]) -> LineForm | None:
+        """The lines about a metric; None if none are written."""
+        log = self.log
+        if log is None or (self._is_strict and name not in self._config.server):
+            return None
+        if name in TORCHSERVE_NAMES and not log.has_counters:
+            return None
+        declared = self._config.server.get(name) or SERVER_METRICS[name]
+        return line_form(name, declared.unit, self.labels(name, labels), log.hostname)
+
     def note(self, name: str, value: float, labels: Sequence[str]) -> None:
         """Writes a line, if lines are written."""
-        if self.log is not None and not (self._is_strict and name not in self._config.server):
-            declared = self._config.server.get(name) or SERVER_METRICS[name]
-            self.log.note(name, declared.unit, value, self.labels(name, labels))
+        form = self.form(name, labels)
+        if form is not None:
+            self.note_lines(form.line, value)
+
+    def note_lines(self, make: Callable[..., str], *values: Any) -> None:
+        """As `MetricLog.note_lines`. REQUIRES: lines are written."""
+        assert self.log is not None
+        self.log.note_lines(make, *values)
+
+    def load_time(self, worker: str, value: float) -> None:
+        """A worker was loaded, in so many ms. TorchServe's own thread has a line about that too."""
+        self.set("WorkerLoadTime", value, worker)
+        self.thread_time(0)
+
+    def thread_time(self, value_ms: int) -> None:
+        """Writes what the server did about a batch beside the model's own time, if lines are written."""
+        if self._thread_time is not None:
+            self.note_lines(self._thread_time.line, value_ms)
 
     def load_times(self, times: dict[str, float]) -> None:
-        """How long workers took to load, in ms, by their names; noted when new."""
-        before = self._gauges.get("WorkerLoadTime", {})
-        known = {key: value for key, value in before.items() if key[0] in times}
-        self._gauges["WorkerLoadTime"] = known
-        for worker, value in times.items():
-            if known.get((worker, "Host", self.hostname)) != value:
-                self.set("WorkerLoadTime", value, worker)
+        """How long the workers there are took to load, in ms, by their names."""
+        host = ("Host", self.hostname)
+        self._gauges["WorkerLoadTime"] = {(worker, *host): value for worker, value in times.items()}
 
     def collect(self) -> Iterator[Metric]:
         """The gauges."""
@@ -99,14 +122,15 @@ class BatchRecorder:
     """
 
     __slots__ = (
-        "_host", "_is_native", "_model", "arrived_at", "delivered_at", "fill_counts", "fill_sum", "finished_at",
-        "staged_at", "started_at",
+        "_host", "_is_native", "_lines", "_model", "arrived_at", "delivered_at", "fill_counts", "fill_sum",
+        "finished_at", "staged_at", "started_at",
     )  # fmt: skip
 
     def __init__(self, host: HostMetrics, model: str, *, is_native: bool):
         self._host = host
         self._model = model
         self._is_native = is_native
+        self._lines = ModelTimeLines(host.log, model) if host.log is not None and is_native else None
         self.arrived_at = self.started_at = self.staged_at = self.finished_at = self.delivered_at = 0
         self.fill_counts = [0] * (len(FILL_BOUNDS) + 1)
         self.fill_sum = 0.0
@@ -121,8 +145,6 @@ class BatchRecorder:
         ratio = min(1.0, completion.batch_size / batch_size_max)
         self.fill_counts[bisect_left(FILL_BOUNDS, ratio)] += 1
         self.fill_sum += ratio
-        if self._host.log is not None:
-            self._write()
 
     @property
     def queue_ms(self) -> int:
@@ -138,17 +160,25 @@ class BatchRecorder:
         if not self._is_native or not self.delivered_at:
             return []
         labels = {"ModelName": self._model, "Level": "Model"}
-        times = {"HandlerTime": self.finished_at - self.staged_at, "PredictionTime": self.finished_at - self.started_at}
         return [
-            {"name": name, "unit": "ms", "type": "GAUGE", "value": round(ns / 1e6, 2), "dimensions": labels}
-            for name, ns in times.items()
+            {"name": name, "unit": "ms", "type": "GAUGE", "value": value, "dimensions": labels}
+            for name, value in zip(MODEL_TIMES, self._times_ms(), strict=True)
         ]
 
-    def _write(self) -> None:
-        labels = ("Host", self._host.hostname)
-        self._host.note("QueueTime", self.queue_ms, labels)
-        self._host.note("WorkerThreadTime", self.overhead_ms, labels)
-        log = self._host.log
-        for each in self.model_times() if log is not None else ():
-            assert log is not None
-            log.note_model(each["name"], each["unit"], each["value"], each["dimensions"])
+    def _times_ms(self) -> tuple[float, float]:
+        handler_ns, prediction_ns = self.finished_at - self.staged_at, self.finished_at - self.started_at
+        return round(handler_ns / 1e6, 2), round(prediction_ns / 1e6, 2)
+
+    @property
+    def is_noted(self) -> bool:
+        """Whether lines are written of it."""
+        return self._host.log is not None
+
+    def note_thread_time(self, value_ms: int) -> None:
+        """Writes the `overhead_ms` of a batch. To be called after its answers, as TorchServe does."""
+        self._host.thread_time(value_ms)
+
+    def note_model_times(self, request_ids: str) -> None:
+        """Writes what a native model took for the last batch, which had these requests, joined by commas."""
+        if self._lines is not None:
+            self._lines.note(self._times_ms(), request_ids)

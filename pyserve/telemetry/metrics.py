@@ -30,13 +30,10 @@ from pyserve.telemetry.host_metrics import FILL_BOUNDS, BatchRecorder, HostMetri
 from pyserve.telemetry.load_gauges import LoadGauges
 from pyserve.telemetry.metric_log import MetricLog
 from pyserve.telemetry.metrics_config import MetricsConfig
+from pyserve.telemetry.request_lines import CLASS_NAMES, TORCHSERVE_NAMES, AnswerLines, RequestLines
 
 REQUEST_BOUNDS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
-)  # fmt: skip
-CLASS_NAMES = ("Requests2XX", "Requests4XX", "Requests5XX")
-TORCHSERVE_NAMES = (
-    "ts_inference_requests_total", "ts_inference_latency_microseconds", "ts_queue_latency_microseconds",
 )  # fmt: skip
 
 # Key of ``stats()`` -> (metric, what it says).
@@ -133,15 +130,23 @@ def _class_of(status: int) -> int:
 class RequestRecorder:
     """Counts the requests of one version under one name."""
 
-    __slots__ = ("_classes", "_series", "_sums")
+    __slots__ = ("_classes", "_lines", "_series", "_sums")
 
-    def __init__(self, series: _Series, sums: list[float], classes: list[int]):
+    def __init__(self, series: _Series, sums: list[float], classes: list[int], lines: RequestLines | None):
         self._series = series
         self._sums = sums
         self._classes = classes
+        self._lines = lines
 
-    def observe(self, status: int, duration_s: float, queue_s: float) -> None:
-        """As `Metrics.observe_request`."""
+    def observe(
+        self, status: int, duration_s: float, queue_s: float, *, is_error: bool = False, is_http: bool = True
+    ) -> None:
+        """As `Metrics.observe_request`.
+
+        Args:
+            is_error: no handler has answered it.
+            is_http: it came over HTTP.
+        """
         series, sums = self._series, self._sums
         series.statuses[status] = series.statuses.get(status, 0) + 1
         series.counts[bisect_left(REQUEST_BOUNDS_S, duration_s)] += 1
@@ -151,7 +156,10 @@ class RequestRecorder:
         sums[0] += 1
         sums[1] += duration_s
         sums[2] += queue_s
-        self._classes[_class_of(status)] += 1
+        answer_class = _class_of(status)
+        self._classes[answer_class] += 1
+        if self._lines is not None:
+            self._lines.note(answer_class, duration_s, queue_s, has_times=not is_error, is_http=is_http)
 
 
 class Metrics(Collector):
@@ -181,6 +189,7 @@ class Metrics(Collector):
         self.models = models
         self.refused: list[Counter[int]] = []
         self._classes = [0, 0, 0]
+        self._answer_lines = AnswerLines(self.host) if self.host.log is not None else None
         # per model
         self._series: dict[tuple[str, str], _Series] = {}
         # (model, version as in the URL) -> [requests, latency in s, queue time in s], TorchServe's three counters
@@ -217,7 +226,7 @@ class Metrics(Collector):
         """`observe_request` for many requests of one model, which may not outlive its registration."""
         series = self._series.get((model, version)) or self._new_series(model, version)
         sums = self._torchserve.get((model, url_version)) or self._new_sums(model, url_version)
-        return RequestRecorder(series, sums, self._classes)
+        return RequestRecorder(series, sums, self._classes, self._lines_of(model, url_version))
 
     def request_totals(self, model: str, version: str) -> tuple[JsonObject, JsonObject]:
         """Count and ns of the requests of a version that succeeded, and of those that failed."""
@@ -242,6 +251,16 @@ class Metrics(Collector):
         series.aborted += 1
         sums = self._torchserve.get((model, url_version)) or self._new_sums(model, url_version)
         sums[0] += 1
+        lines = self._lines_of(model, url_version)
+        if lines is not None:
+            lines.note_abort()
+
+    def observe_load(self, worker: str, duration_ms: float) -> None:
+        """A worker, called ``W-9000-densenet161_1.0``, takes requests now."""
+        self.host.load_time(worker, duration_ms)
+
+    def _lines_of(self, model: str, url_version: str) -> RequestLines | None:
+        return RequestLines(self.host, model, url_version) if self.host.log is not None else None
 
     def batches(self, model: str, version: str, *, is_native: bool) -> BatchRecorder:
         """What the lane of a version reports of its batches."""
@@ -250,9 +269,12 @@ class Metrics(Collector):
             self._batches[key] = BatchRecorder(self.host, model, is_native=is_native)
         return self._batches[key]
 
-    def observe_answer(self, status: int) -> None:
+    def observe_answer(self, status: int, *, is_http: bool = True) -> None:
         """Counts an answer of any listener in ``Requests2XX``, ``4XX`` or ``5XX``."""
-        self._classes[_class_of(status)] += 1
+        answer_class = _class_of(status)
+        self._classes[answer_class] += 1
+        if is_http and self._answer_lines is not None:
+            self._answer_lines.note(answer_class)
 
     def observe_custom(self, model: str, values: object) -> None:
         """Adds what a handler of ``model`` has emitted, as `CustomMetrics.observe` takes it."""

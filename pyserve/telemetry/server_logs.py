@@ -50,7 +50,8 @@ class ServerLogs:
         self._add_handler(folder / SERVER_FILE, JsonFormatter() if as_json else ServerLogFormatter(), is_server_record)
         self._add_handler(folder / MODEL_FILE, JsonFormatter() if as_json else LineFormatter(), is_model_output)
         self.access = AccessLog(self._writer, folder, as_json=as_json, console=console)
-        self.metrics = MetricLog(self._writer, metrics_folder, socket.gethostname(), is_on=writes_metrics(config))
+        self.metrics = MetricLog(self._writer, metrics_folder, socket.gethostname(), is_on=writes_metrics(config),
+                                 has_counters=metrics_mode(config) != "legacy")  # fmt: skip
         self._writer.tell_unwritable()
 
     def _add_handler(self, path: Path, formatter: logging.Formatter, wanted: logging._FilterType) -> None:

@@ -27,14 +27,14 @@ _MIB, _GIB = 1 << 20, 1 << 30
 def measure() -> dict[str, float]:
     """The host's values; blocks for CPU_SAMPLE_S."""
     memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
-    return {
+    return {  # in TorchServe's order
         "CPUUtilization": psutil.cpu_percent(CPU_SAMPLE_S),
-        "MemoryAvailable": memory.available / _MIB,
-        "MemoryUsed": memory.used / _MIB,
-        "MemoryUtilization": memory.percent,
         "DiskAvailable": disk.free / _GIB,
         "DiskUsage": disk.used / _GIB,
         "DiskUtilization": disk.percent,
+        "MemoryAvailable": memory.available / _MIB,
+        "MemoryUsed": memory.used / _MIB,
+        "MemoryUtilization": memory.percent,
     }
 
 

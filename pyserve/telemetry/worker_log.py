@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from pyserve.log import about
 
@@ -22,16 +23,20 @@ class WorkerLog:
 
     Args:
         first_id: what TorchServe calls the first worker: its port.
+        on_load: told the name of each worker that was loaded, and how many ms that took.
 
     Attributes:
         load_ms: how long the last load of each worker took, by its name.
     """
 
-    def __init__(self, model: str, version: str, first_id: int = 9000):
+    def __init__(
+        self, model: str, version: str, first_id: int = 9000, *, on_load: Callable[[str, float], None] | None = None
+    ):
         self.load_ms: dict[str, float] = {}
         self._model = model
         self._version = version
         self._first_id = first_id
+        self._on_load = on_load
         self._states: dict[int, str] = {}
         self._recovering: set[int] = set()
 
@@ -66,7 +71,9 @@ class WorkerLog:
 
     def loaded(self, number: int, seconds: float) -> None:
         """It takes requests now."""
-        self.load_ms[self.name(number)] = round(seconds * 1e3)
+        self.load_ms[self.name(number)] = duration_ms = round(seconds * 1e3)
+        if self._on_load is not None:
+            self._on_load(self.name(number), duration_ms)
         self.move(number, STARTED)  # a thread may be ready before anybody has looked
         self.move(number, MODEL_LOADED)
         if number in self._recovering:

@@ -25,7 +25,7 @@ from pyserve.errors import repr_of
 from pyserve.handlers.mapped_load import map_loads
 from pyserve.launch import INTERRUPT, Reporter
 from pyserve.telemetry.custom_metrics import MetricsCache, MetricsCachePyYamlError, MetricsReport
-from pyserve.worker.answer import Answer, ChannelParts, report_failure
+from pyserve.worker.answer import ERROR, Answer, ChannelParts, report_failure
 from pyserve.worker.batch_trial import Verdict
 from pyserve.worker.entry_point import EntryPoint, HandlerLoadError, HandlerMemoryError, load_entry_point, load_error
 from pyserve.worker.failure import HandlerTimeout
@@ -186,6 +186,8 @@ def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, 
     reloader = Reloader(spec, entry, reports) if spec.watch else None
     watch_ms = WATCH_INTERVAL_MS if reloader is not None else -1
     threads = _Threads(spec.intra_op_threads)
+    # The base handler notes it by itself; of others TorchServe's log files do not have it.
+    has_handler_time = not (context.metrics.keeps_each or entry.inherits("handle"))
     while True:
         report_ms = report.look()
         batch = channel.receive(report_ms if report_ms >= 0 else watch_ms)
@@ -201,9 +203,11 @@ def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, 
         try:
             answers = invoker.run(batch.items)
         except HandlerTimeout:  # it came just after the call had ended; the requests are answered already
-            answers = [(item[0], 1, 504, b"", b"{}") for item in batch.items]
+            answers = [(item[0], ERROR, 504, b"", b"{}") for item in batch.items]
         _send(channel, batch.id, answers)
-        report.note_prediction(time.perf_counter() - began, (invoker.call_ended_at - invoker.call_began_at) / 1e9)
+        if any(kind != ERROR for _, kind, *_ in answers):  # as in TorchServe, what failed has no times
+            handler_s = (invoker.call_ended_at - invoker.call_began_at) / 1e9 if has_handler_time else -1.0
+            report.note_prediction(time.perf_counter() - began, handler_s)
 
 
 def _send(channel: Any, batch: int, answers: list[Answer]) -> None:

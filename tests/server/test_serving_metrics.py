@@ -151,12 +151,19 @@ def test_strict_log_mode_writes_files_and_leaves_the_endpoint_empty(server: Serv
     config.write_text(f"compat=strict\nsystem_metrics_cmd={script}\ndisable_token_authorization=true\n")
     server.start("--models", "own.mar", "--ts-config", str(config))
     assert server.ask("GET", "/metrics", port="metrics")[::2] == (200, b"")
-    server_lines = ask_and_lines(server, "ts_metrics.log", 3)
+    ask_and_lines(server, "ts_metrics.log", 20)
+    server.wait_for(lambda: "CPUUtilization" in (server.folder / "logs" / "ts_metrics.log").read_text(), "the system's")
+    server_lines = ask_and_lines(server, "ts_metrics.log", 20)
     assert any(
         re.fullmatch(DATE + rf"CPUUtilization\.Percent:12\.5\|#Level:Host\|#hostname:{HOST},timestamp:\d+", line)
         for line in server_lines
     )
-    assert any("QueueTime.Milliseconds:" in line for line in server_lines)
+    worker = r"\|#WorkerName:W-9000-own_1\.0,Level:Host\|"
+    loaded = rf"WorkerLoadTime\.Milliseconds:\d+\.0{worker}#hostname:{HOST},timestamp:\d+"
+    assert any(re.fullmatch(DATE + loaded, line) for line in server_lines)
+    assert any("Requests2XX.Count:1.0|#Level:Host|" in line for line in server_lines)
+    counted = r"ts_inference_requests_total\.Count:1\.0\|#model_name:own,model_version:default\|"
+    assert any(re.search(counted, line) for line in server_lines)
     model_lines = ask_and_lines(server, "model_metrics.log", 4)
     form = rf"PredictionTime\.ms:[0-9.E-]+\|#ModelName:own,Level:Model\|#hostname:{HOST},requestID:[\w-]+,timestamp:\d+"
     assert any(re.fullmatch(DATE + form, line) for line in model_lines)
