@@ -15,6 +15,7 @@ they are in memory once, and stay as they are whatever becomes of the copy.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -23,12 +24,15 @@ import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
+from pyserve.archive.room import room_in
+
 # Path of a copy -> path of its original, and the `file_identity` of both.
 Originals = dict[str, tuple[str, list[int], list[int]]]
 
 # Smaller files are read into memory by each process: that takes no time, and is just what it is everywhere else.
 ORIGINAL_SIZE_MIN = 1 << 20
 _COPY_SIZE = 1 << 30
+_FICLONE = 0x40049409  # the copy shares the blocks of the original (btrfs, xfs)
 
 
 def file_identity(path: str | Path) -> list[int]:
@@ -135,14 +139,19 @@ def _remove(path: Path, lock: Path, descriptor: int, owner: int) -> None:
 
 
 def _copy(original: Path, copy: Path) -> None:
+    """OSError, before anything is written, if a file of some size would leave the disk no room."""
     with original.open("rb") as source, copy.open("xb") as target:
         size = os.fstat(source.fileno()).st_size
+        with contextlib.suppress(OSError):  # not on this file system, or not between these two
+            fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+            return
+        if size >= ORIGINAL_SIZE_MIN and size > room_in(copy.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
-            # Shares the blocks on file systems that can (btrfs, xfs), and copies within the kernel on others.
             while size > 0 and (copied := os.copy_file_range(source.fileno(), target.fileno(), min(size, _COPY_SIZE))):
                 size -= copied
         except OSError:
-            pass  # not between these two, or not in this container; if the disk is full, the next try says so
+            pass  # not in this container; if the disk is full, the next try says so
         if size > 0:
             source.seek(0)
             target.seek(0)

@@ -168,6 +168,18 @@ def test_a_full_disk_says_what_to_do_and_leaves_nothing(tmp_path: Path, monkeypa
         assert (archive.own_folder() / "handler.py").is_file()
 
 
+def test_a_disk_without_room_is_refused_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "w.bin").write_bytes(bytes(ORIGINAL_SIZE_MIN))
+    monkeypatch.setattr("pyserve.archive.model_folder.room_in", lambda folder: ORIGINAL_SIZE_MIN - 1)
+    folder = ModelFolder(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        folder.add(source, ["w.bin"])
+    assert (folder.path / "w.bin").stat().st_size == 0
+    folder.remove()
+
+
 def test_links_stay_links(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "below").mkdir(parents=True)
