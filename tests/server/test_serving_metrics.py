@@ -164,7 +164,7 @@ def test_strict_log_mode_writes_files_and_leaves_the_endpoint_empty(server: Serv
     assert any("Requests2XX.Count:1.0|#Level:Host|" in line for line in server_lines)
     counted = r"ts_inference_requests_total\.Count:1\.0\|#model_name:own,model_version:default\|"
     assert any(re.search(counted, line) for line in server_lines)
-    model_lines = ask_and_lines(server, "model_metrics.log", 4)
+    model_lines = ask_and_lines(server, "model_metrics.log", 3)
     form = rf"PredictionTime\.ms:[0-9.E-]+\|#ModelName:own,Level:Model\|#hostname:{HOST},requestID:[\w-]+,timestamp:\d+"
     assert any(re.fullmatch(DATE + form, line) for line in model_lines)
     assert not any("seen" in line for line in model_lines)  # it is not declared
