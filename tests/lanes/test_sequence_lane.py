@@ -181,6 +181,23 @@ def test_a_sequence_past_its_lifetime_ends_only_once_it_has_no_requests() -> Non
     run(test())
 
 
+def test_without_a_limit_a_sequence_is_idle_for_a_minute() -> None:
+    async def test() -> None:
+        async with standing() as stand:
+            pending = stand.post("a")
+            pending.lane.answer(pending, Response(200, b""))
+            await asyncio.sleep(0)
+            (sequence,) = stand.lane._sequences.values()
+            sequence.used_at -= 59
+            stand.lane._look()
+            assert list(stand.lane._sequences) == ["s"]
+            sequence.used_at -= 2
+            stand.lane._look()
+            assert stand.lane._sequences == {}
+
+    run(test())
+
+
 def test_a_sequence_begun_again_goes_to_the_worker_that_has_waited_longest() -> None:
     async def test() -> None:
         async with standing(workers=2) as stand:

@@ -180,7 +180,7 @@ def test_strict_begins_another_sequence_with_another_worker_silently(tmp_path: P
         answers = []
         for number in range(3):
             answers.append(ask(server, "s", "brief", add=number))
-            server.wait_for(lambda: server.log().count("sequence s ended") == len(answers), "the end")  # noqa: B023
+            server.wait_for(lambda: server.log().count("sequence s ended") == len(answers), "the end")
         assert [answer.status for answer in answers] == [200, 200, 200]
         assert [answer.json["numbers"] for answer in answers] == [[0], [1], [0, 2]]
         assert answers[0].json["pid"] == answers[2].json["pid"] != answers[1].json["pid"]

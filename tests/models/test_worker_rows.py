@@ -31,6 +31,7 @@ class Handler:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("rows"))
+    write_handler(server.store, "broken", "import there_is_none\n\ndef handle(data, context):\n    return data\n")
     write_handler(server.store, "slow", SLOW.replace("GATE", repr(str(server.folder / "gate"))))
     serving_models.write_linear(server.store)
     server.start()
@@ -82,6 +83,54 @@ def test_native_workers_are_shown_at_once_too(server: Server) -> None:
     assert all(row["pid"] > 1 and row["memoryUsage"] > 0 for row in rows(server, "linear"))
     assert server.ask("PUT", "/models/linear?min_worker=0&synchronous=true", port="management").status == 200
     assert rows(server, "linear") == []
+
+
+@pytest.mark.server
+def test_a_registration_that_fails_after_its_answer_is_removed(server: Server) -> None:
+    path = "/models?url=broken.mar&initial_workers=1&synchronous=false"
+    assert server.ask("POST", path, port="management").status == 202
+    assert states(server, "broken") == ["UNLOADING"]
+
+    def is_gone() -> bool:
+        return server.ask("GET", "/models/broken", port="management").status == 404
+
+    server.wait_for(is_gone, "its removal")
+    assert "there_is_none" in server.log()
+
+
+@pytest.mark.server
+def test_strict_registers_what_cannot_be_loaded_without_workers(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    write_handler(server.store, "broken", "import there_is_none\n\ndef handle(data, context):\n    return data\n")
+    serving_models.write_linear(server.store)
+    config = tmp_path / "config.properties"
+    config.write_text("compat=strict\nenable_model_api=true\ndisable_token_authorization=true\n")
+    server.start("--ts-config", str(config))
+    try:
+        for query in (
+            "url=broken.mar",
+            "url=linear.mar&model_name=odd&handler=nonsense",
+            "url=linear.mar&handler=../x.py",
+        ):
+            told = server.manage("POST", f"/models?{query}")["status"]
+            assert told.endswith("0 initial workers. Use scale workers API to add workers for the model.")
+        for name in ("broken", "odd", "linear"):
+            assert rows(server, name) == []
+            answer = server.ask("PUT", f"/models/{name}?min_worker=1&synchronous=true", port="management")
+            assert (answer.status, answer.json) == (500, {
+                "code": 500, "type": "InternalServerException",
+                "message": f"Failed to start workers for model {name} version: null",
+            })  # fmt: skip
+            assert server.manage("DELETE", f"/models/{name}") == {"status": f'Model "{name}" unregistered'}
+        for query in ("url=linear.mar&startup_timeout=0", "url=linear.mar&handler=nonsense", "url=broken.mar"):
+            answer = server.ask("POST", f"/models?{query}&initial_workers=1", port="management")
+            name = "broken" if "broken" in query else "linear"
+            assert answer.status == 500
+            assert answer.json["message"] == f"Failed to start workers for model {name} version: 1.0"
+            assert server.ask("GET", f"/models/{name}", port="management").status == 404
+    finally:
+        server.run("stop")
+        server.kill()
 
 
 def test_only_those_that_have_not_begun_are_added() -> None:
