@@ -16,7 +16,7 @@ EXAMPLE_FLAGS := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(LABELS),--labels $
 CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help build serve stop format lint fast test compat wheel docs bench correctness clean
+.PHONY: help build serve stop format lint fast test compat newman wheel docs bench correctness clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -73,6 +73,11 @@ test: lint ## lint, then all tests, the C++ ones under ThreadSanitizer and Addre
 compat: build ## ask TorchServe what pyserve's tests ask, record its answers, and compare
 	$(BIN)/python -m tests.differential.run record
 	$(BIN)/python -m tests.differential.run compare
+
+newman: build ## run the Postman collections of tests/newman against pyserve; needs node
+	@command -v newman > /dev/null || npm install --silent --prefix build/newman newman
+	$(BIN)/python -m tests.newman.run \
+	  --newman "$$(command -v newman || echo build/newman/node_modules/.bin/newman)"
 
 # Without what an earlier build left in build/: setuptools packs files there that are no longer in the source.
 wheel: build ## build dist/*.whl, and try it in a fresh environment that has torch
