@@ -3,8 +3,8 @@
     python -m tests.newman.record [NAME...]     needs TorchServe: $TORCHSERVE_VENV names its environment
 
 A call is ``name: METHOD api path`` with ``headers``, and ``body``, ``json``, ``form`` or ``urlencoded``; ``wait_s`` is
-how long the next call waits, ``only: status`` leaves out what the answer says, ``only: nothing`` its status too. Answers
-are recorded twice, on two servers; what differs between the two (times, pids, ports) is not tested.
+how long the next call waits, ``only: status`` leaves out what the answer says, ``only: nothing`` its status, too. They
+are answered twice, by two servers; what differs between the two (times, pids, ports) is not tested.
 """
 
 from __future__ import annotations
