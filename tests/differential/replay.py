@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,11 @@ class Replay:
         found = differences(case, recorded, self._servers[mode].play(case), mode)
         if found:
             pytest.fail("\n".join(found), pytrace=False)
+
+
+def in_order(cases: Sequence[Case]) -> list[Any]:
+    """Parameters ``case`` and ``mode`` of a test, so that those which share a server follow each other."""
+    return [pytest.param(case, mode, id=f"{mode}-{case}") for mode in MODES for case in cases]
 
 
 def replays() -> Iterator[Replay]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.differential import golden, replay
-from tests.differential.case import CASES, FIELD, MODES, Case, all_cases, shared_archives
+from tests.differential.case import CASES, FIELD, Case, all_cases, shared_archives
 from tests.differential.compare import RULES, is_row
 
 CASES_HERE = all_cases(CASES)
@@ -20,8 +20,7 @@ def servers() -> Iterator[replay.Replay]:
 
 @pytest.mark.server
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES_HERE, ids=str)
+@pytest.mark.parametrize(("case", "mode"), replay.in_order(CASES_HERE))
 def test_answers_as_torchserve_does(case: Case, mode: str, servers: replay.Replay) -> None:
     servers.check(case, mode)
 

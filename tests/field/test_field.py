@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.differential import replay
-from tests.differential.case import FIELD, MODES, Case, all_cases
+from tests.differential.case import FIELD, Case, all_cases
 
 CASES = all_cases(FIELD)
 
@@ -19,8 +19,7 @@ def servers() -> Iterator[replay.Replay]:
 
 @pytest.mark.server
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "mode"), replay.in_order(CASES))
 def test_what_must_happen_does(case: Case, mode: str, servers: replay.Replay) -> None:
     servers.check(case, mode)
 
