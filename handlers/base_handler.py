@@ -161,7 +161,7 @@ class BaseHandler:
         if is_plain():
             self.initialized = True
             return
-        self.model = compiled(self.model, self.model_yaml_config, context.model_name)
+        self.model = compiled(self.model, self.model_yaml_config, getattr(context, "model_name", "the model"))
         if IPEX_AVAILABLE and isinstance(self.model, torch.nn.Module):
             self.model = importlib.import_module("intel_extension_for_pytorch").optimize(self.model)
         self.initialized = True
@@ -353,7 +353,7 @@ class BaseHandler:
     def _warn_not_finite(self, count: int) -> None:
         if not self._warned_not_finite:
             self._warned_not_finite = True
-            name = self.context.model_name if self.context is not None else "?"
+            name = getattr(self.context, "model_name", "?")
             log.warning("model %s answered with %d NaN or infinite numbers, sent as null (reported once)", name, count)
 
 
