@@ -71,6 +71,7 @@ test: lint ## lint, then all tests, the C++ ones under ThreadSanitizer and Addre
 
 # Needs Java 11 or later, and installs TorchServe below build/.
 compat: build ## ask TorchServe what pyserve's tests ask, record its answers, and compare
+	$(BIN)/python -m tests.compat.record
 	$(BIN)/python -m tests.differential.run record
 	$(BIN)/python -m tests.differential.run compare
 
