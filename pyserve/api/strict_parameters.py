@@ -14,13 +14,18 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from pyserve.api import parameters
-from pyserve.api.parameters import Pairs, Parameter
-from pyserve.errors import BadRequestError, ServerError, shown
+from pyserve.api.parameters import TEXT_SIZE_MAX, Pairs, Parameter
+from pyserve.errors import BadRequestError, ModelNotFoundError, ServerError, shown
 
 log = logging.getLogger(__name__)
 
 _INT_MIN, _INT_MAX = -(2**31), 2**31 - 1
 _INTEGER = re.compile(r"[+-]?\d{1,300}")  # digits of any script, as Java's
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NULL_CHARACTER = (
+    "Null character present in file/path name. There are no known legitimate use cases for such data, but several "
+    "injection attacks may use it"
+)
 # Of these -1 is as good as nothing.
 _UNSET_BY_MINUS_ONE = frozenset({"batch_size", "response_timeout", "startup_timeout", "initial_workers"})
 # "" is as good as nothing.
@@ -55,6 +60,7 @@ def read_values(
         zeros: names of numbers that may be 0 here, though their table begins with 1.
 
     Raises:
+        JavaError, ModelNotFoundError: a url that names no file.
         BadRequestError: a runtime that there is not, text that names nothing, or more workers than can be.
     """
     table = {parameter.name: parameter for parameter in known}
@@ -77,6 +83,10 @@ def _value(parameter: Parameter, text: str, may_be_zero: bool) -> Any:
         return None
     if parameter.name in _UNCHECKED:
         return text
+    if parameter.name == "url" and _CONTROL.search(text):
+        if "\0" in text:
+            raise JavaError("IllegalArgumentException", _NULL_CHARACTER, status=403)
+        raise ModelNotFoundError(f"Model not found at: {text[:TEXT_SIZE_MAX]}")
     return parameters.parsed(parameter, text)
 
 

@@ -19,7 +19,11 @@ class Refusals:
     """pyserve's own: a URL that is not allowed is not found."""
 
     def file_name(self, url: str) -> str | None:
-        """What to look for in the model store before anything else is asked; None for nothing."""
+        """The file of the model store that must not be there before ``url`` is fetched; None if that is asked later."""
+        return None
+
+    def stored_name(self, url: str) -> str | None:
+        """The file of the model store that ``url`` means, if there is one; None for none."""
         return None
 
     def error(self, url: str, reason: str, fix: str) -> ServeError:
@@ -40,17 +44,28 @@ class StrictRefusals(Refusals):
         texts = (allowed_urls or _ALLOWED_DEFAULT).split(",")
         self._patterns = [re.compile(text.strip(), re.IGNORECASE) for text in texts]
 
-    def file_name(self, url: str) -> str:
-        return url.partition("?")[0].rpartition("/")[2]
+    def file_name(self, url: str) -> str | None:
+        return _last_part(url.partition("?")[0]) if _is_fetched(url) else None
+
+    def stored_name(self, url: str) -> str | None:
+        return None if _is_fetched(url) else _last_part(url)  # of other schemes TorchServe does not know
 
     def error(self, url: str, reason: str, fix: str) -> ServeError:
         shown = without_secrets(url)
         log.warning("%s is not fetched: %s%s", shown, reason, f"; {fix}" if fix else "")
-        if url.partition("://")[0].lower() not in _SCHEMES:
+        if not _is_fetched(url):
             return ModelNotFoundError(f"Model not found at: {shown}", detail=_detail(reason, fix))
         if any(pattern.fullmatch(url) for pattern in self._patterns):
             return failed(shown, reason, fix)
         return super().error(url, reason, fix)
+
+
+def _is_fetched(url: str) -> bool:
+    return url.partition("://")[0].lower() in _SCHEMES
+
+
+def _last_part(url: str) -> str:
+    return url.rpartition("/")[2]
 
 
 def failed(shown: str, reason: str, fix: str) -> DownloadError:

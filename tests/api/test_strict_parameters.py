@@ -9,7 +9,7 @@ import pytest
 
 from pyserve.api import parameters
 from pyserve.api.strict_parameters import JavaError, json_pairs, read_values
-from pyserve.errors import BadRequestError
+from pyserve.errors import BadRequestError, ModelNotFoundError
 
 UNSET = None
 
@@ -84,6 +84,14 @@ def test_what_is_unknown_or_empty_counts_as_not_given() -> None:
 def test_a_runtime_there_is_not_is_an_error_here_too(text: str) -> None:
     with pytest.raises(BadRequestError, match=f"^Invalid RuntimeType value: {text}$"):
         read([("runtime", text)])
+
+
+def test_a_url_that_no_file_can_have() -> None:
+    with pytest.raises(JavaError, match="Null character present") as caught:
+        read([("url", "a.mar\0")])
+    assert (caught.value.status, caught.value.type) == (403, "IllegalArgumentException")
+    with pytest.raises(ModelNotFoundError, match="Model not found at: a"):
+        read([("url", "a.mar\n")])
 
 
 @pytest.mark.parametrize("text", ["nonsense", "a b.py", "../x.py", "noop.py:handle"])

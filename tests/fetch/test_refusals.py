@@ -70,6 +70,13 @@ def test_strict_mode_does_not_fetch_what_only_torchserves_patterns_allow(store: 
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/folder/there.mar", "ftp://127.0.0.1/there.mar", "x://y/there.mar"])
+def test_of_schemes_that_torchserve_does_not_know_strict_mode_takes_the_name(store: Path, url: str) -> None:
+    obtained = asyncio.run(ArchiveSources(Config(model_store=str(store), compat="strict")).obtain(url))
+    assert (obtained.path, obtained.url, obtained.is_fetched) == (store / "there.mar", "there.mar", False)
+    assert refusal(store, url, compat="default")[0] == 404
+
+
 def test_the_log_says_what_strict_answers_do_not(store: Path, caplog: pytest.LogCaptureFixture) -> None:
     refusal(store, "http://127.0.0.1:1/x.mar", compat="strict")
     assert "http://127.0.0.1:1/x.mar is not fetched: allowed_urls is empty" in caplog.text
