@@ -48,7 +48,7 @@ class StrictRefusals(Refusals):
         return _last_part(url.partition("?")[0]) if _is_fetched(url) else None
 
     def stored_name(self, url: str) -> str | None:
-        return None if _is_fetched(url) else _last_part(url)  # of other schemes TorchServe does not know
+        return None if _is_fetched(url) else _last_part(url) or None  # of other schemes TorchServe does not know
 
     def error(self, url: str, reason: str, fix: str) -> ServeError:
         shown = without_secrets(url)

@@ -130,7 +130,7 @@ class ArchiveSources:
         if known is not None and not reuses and await asyncio.to_thread(os.path.lexists, store / known):
             raise _exists(known)
         stored = self._refusals.stored_name(text)
-        if stored and await asyncio.to_thread(os.path.lexists, store / stored):
+        if stored is not None and await asyncio.to_thread(os.path.lexists, store / stored):
             return await asyncio.to_thread(_find, store, stored)
         url, name = self._checked(text, shown)
         if await asyncio.to_thread(os.path.lexists, store / name):
