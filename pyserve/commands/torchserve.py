@@ -13,13 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyserve import __version__
+from pyserve import TORCHSERVE_VERSION, __version__
 from pyserve.commands import cli
 from pyserve.errors import ConfigError
 from pyserve.server import pid_file
-
-TORCHSERVE_VERSION = "0.12.0"
-"""Of the TorchServe whose contract is kept; what scripts compare with."""
 
 STOP_FOREGROUND_S = 60.0
 _STARTED = "TorchServe is already running, please use torchserve --stop to stop TorchServe."

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pyserve import __version__
+from pyserve import TORCHSERVE_VERSION
 from pyserve.archive.archive import Archive
 from pyserve.context import ThreadContext
 from pyserve.conversion.torchscript import (
@@ -94,7 +94,7 @@ def load_network(
         archive.manifest.raw,
         batch_size,
         torch.device(device).index,
-        __version__,
+        TORCHSERVE_VERSION,
         limit_max_image_pixels,
         model_yaml_config=archive.config.raw,
     )

@@ -236,8 +236,10 @@ class Server:
             management = Management(self.registry, config, tells_errors=tells_errors, neighbours=neighbours).routes()
             rows += protected(management, tokens, "management", guard)
             rows += protected(rotation, None, "api", guard)
-        if "metrics" in names:
-            rows += metrics_routes(self._metrics) if names == ["metrics"] else metrics_routes(self._metrics)[2:]
+        if names == ["metrics"]:
+            rows += metrics_routes(self._metrics)
+        elif "metrics" in names or (len(names) > 1 and config.enable_metrics_api):  # as SageMaker has them, on one port
+            rows += metrics_routes(self._metrics)[2:]
         return rows
 
     async def report(self) -> dict[str, Any]:

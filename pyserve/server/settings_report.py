@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pyserve import __version__
+from pyserve import TORCHSERVE_VERSION, __version__
 from pyserve.config.archive_url import without_secrets
 from pyserve.config.config import Config
 from pyserve.cpu_budget import cpu_budget
@@ -26,7 +26,7 @@ def settings_lines(config: Config, *, gpus: int) -> list[str]:
     cpus = cpu_budget(config.cpu_budget)
     default_workers = config.default_workers_per_model or ((gpus or cpus) if config.compat == "strict" else 1)
     rows = {
-        "Torchserve version": f"0.12.0 (pyserve {__version__})",
+        "Torchserve version": f"{TORCHSERVE_VERSION} (pyserve {__version__})",
         "TS Home": ROOT_DIR,
         "Current directory": Path.cwd(),
         "Temp directory": tempfile.gettempdir(),

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pyserve import __version__
+from pyserve import TORCHSERVE_VERSION
 from pyserve.context import Context
 from pyserve.engine import load_core
 from pyserve.errors import repr_of
@@ -100,7 +100,7 @@ def make_context(spec: WorkerSpec) -> Context:
         spec.manifest,
         spec.batch_size,
         spec.gpu_id,
-        __version__,
+        TORCHSERVE_VERSION,
         spec.limit_max_image_pixels,
         _metrics_cache(spec),
         model_yaml_config=spec.config,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from pyserve.commands.torchserve import TORCHSERVE_VERSION
+from pyserve import TORCHSERVE_VERSION
 from pyserve.context import Context, RequestProcessor
 from pyserve.handler import PredictionException
 from ts.protocol.otf_message_handler import create_predict_response
