@@ -201,7 +201,8 @@ def _apply(entry: dict[str, Any], calls: list[Call], where: str) -> None:
     _check(f"{where}: `differs`", entry, {"row", "mode", "status", "body", "calls"})
     texts = entry.get("calls", [""])
     for text in texts:
-        meant = [call for call in calls if text in call.title]
+        is_end = text.endswith("$")
+        meant = [call for call in calls if (call.title.endswith(text[:-1]) if is_end else text in call.title)]
         if not meant:
             raise ValueError(f"{where}: `differs` means no call with {text!r}")
         for call in meant:
