@@ -151,9 +151,7 @@ class BaseHandler:
         model_dir = context.system_properties["model_dir"]
         model_file = self.manifest.get("model", {}).get("modelFile")
         if model_file:
-            self.model = self._load_pickled_model(model_dir, model_file, self.model_pt_path)
-            if isinstance(self.model, torch.nn.Module):  # whoever overrides the above need not have moved it
-                self.model = self.model.to(self.get_device()).eval()
+            self.model = self._made_ready(self._load_pickled_model(model_dir, model_file, self.model_pt_path))
         elif self.model_pt_path is None:
             raise ModelLoadError("the archive names no weights; repack it with --serialized-file")
         else:
@@ -169,12 +167,16 @@ class BaseHandler:
     def _load_file(self, model_pt_path: str) -> Any:
         kind = kind_of(Path(model_pt_path))
         if kind == "torchscript":
-            return self._load_torchscript_model(model_pt_path)
+            return self._made_ready(self._load_torchscript_model(model_pt_path))
         if kind == "onnx":
             return setup_ort_session(model_pt_path, self.map_location or "cpu")
         if kind == "library":
             return self._load_torch_export_aot_compile(model_pt_path)
         return load_package(Path(model_pt_path), self.get_device())
+
+    def _made_ready(self, model: Any) -> Any:
+        """``model`` on the handler's device and in eval mode: a subclass's own way of loading need not see to it."""
+        return model.to(self.get_device()).eval() if isinstance(model, torch.nn.Module) else model
 
     def _load_torchscript_model(self, model_pt_path: str) -> torch.jit.ScriptModule:
         """The TorchScript in a file, on the handler's device, in eval mode."""
@@ -294,7 +296,14 @@ class BaseHandler:
         return None
 
     def explain_handle(self, data_preprocess: Any, raw_data: Sequence[Any]) -> list[Any]:
-        """Explanations from `get_insights`, for the class named by ``target`` in the first row."""
+        """Explanations from `get_insights`, for the class named by ``target`` in the first row.
+
+        `get_insights` is given the first row's value, not the rows, as in TorchServe. A ``target`` that is no number
+        is for handlers that look it up themselves.
+
+        Raises:
+            InputError: ``target`` is no number, and `get_insights` is pyserve's own.
+        """
         first = raw_data[0]
         value = row_value(first)
         target = value.get("target") if isinstance(value, Mapping) else None
@@ -303,11 +312,18 @@ class BaseHandler:
         try:
             self.target = int(target) if target is not None else 0
         except (TypeError, ValueError) as error:
-            raise InputError(f"'target' names the class to explain by its number, got {found(target)}") from error
-        return self.get_insights(data_preprocess, raw_data, self.target)
+            if getattr(self.get_insights, "__module__", "").startswith(__package__):
+                raise InputError(f"'target' names the class to explain by its number, got {found(target)}") from error
+            return self.get_insights(data_preprocess, value, target)
+        return self.get_insights(data_preprocess, value, self.target)
 
-    def get_insights(self, tensor_data: Any, raw_data: Sequence[Any], target: int = 0) -> list[Any]:
+    def get_insights(self, tensor_data: Any, raw_data: Any, target: Any = 0) -> list[Any]:
         """Explanations of a batch; handlers that can explain override it.
+
+        Args:
+            tensor_data: what `preprocess` made of the batch.
+            raw_data: the value of its first row, as the request has it.
+            target: class to explain.
 
         Raises:
             PredictionException: always here, with status 501.

@@ -216,7 +216,9 @@ class CleanupTimeoutError(ServerError):
     type = "RequestTimeoutException"
 
 
-class ModelLoadError(ServerError):
+class ModelLoadError(ServerError, RuntimeError):
+    """A model cannot be loaded. A RuntimeError, which handlers expect of TorchServe's base handler."""
+
     status = 500
 
 

@@ -214,7 +214,7 @@ class MetricsCache:
         Raises:
             MetricsCacheTypeError: a name or unit that is no text, a kind that is none, or label names that are no list.
         """
-        if not isinstance(metric_name, str) or not metric_name:
+        if not isinstance(metric_name, str):
             raise MetricsCacheTypeError(f"a metric's name is text, got {metric_name!r}")
         if not isinstance(metric_type, MetricTypes):
             raise MetricsCacheTypeError(f"metric_type is a MetricTypes, got {metric_type!r}")
@@ -255,9 +255,12 @@ class MetricsCache:
             raise MetricsCacheTypeError(f"a metric's name is text, got {name!r}")
         labels = {each.name: str(each.value) for each in dimensions or []}
         labels |= {"ModelName": self.model_name, "Level": "Model"}
-        declared = self.cache[metric_type].get(name)
-        self.emit(name, value, declared.unit if declared else UNITS.get(unit, unit), metric_type, labels,
-                  self._request_id(idx))  # fmt: skip
+        metric = self.cache[metric_type].get(name)
+        self.emit(
+            name, value, metric.unit if metric else UNITS.get(unit, unit), metric_type, labels, self._request_id(idx)
+        )
+        if metric is None and len(self.cache[metric_type]) < VALUES_MAX:  # names may be made without end
+            self.add_metric_to_cache(name, unit, list(labels), metric_type)
 
     def add_counter(
         self, name: str, value: float, idx: int | None = None, dimensions: Sequence[Dimension] | None = None

@@ -267,8 +267,8 @@ def test_describe_and_explain_take_their_own_ways(model_dir: Path) -> None:
         def describe_handle(self) -> Any:
             return {"classes": 2}
 
-        def get_insights(self, tensor_data: Any, raw_data: Any, target: int = 0) -> list[Any]:
-            return [[row, target] for row in tensor_data.tolist()]
+        def get_insights(self, tensor_data: Any, raw_data: Any, target: Any = 0) -> list[Any]:
+            return [[row, raw_data, target] for row in tensor_data.tolist()]
 
     handler = Talkative()
     context = context_for(model_dir, EAGER)
@@ -276,18 +276,36 @@ def test_describe_and_explain_take_their_own_ways(model_dir: Path) -> None:
     assert handler.handle([{}], batch_of(context, {"describe": "True"})) == [{"classes": 2}]
     rows = [{"data": [1.0, 2.0], "target": b"1"}, {"data": [3.0, 4.0]}]
     assert handler.handle(rows, batch_of(context, {"explain": "True"}, {"explain": "True"})) == [
-        [[1.0, 2.0], 1], [[3.0, 4.0], 1]
+        [[1.0, 2.0], [1.0, 2.0], 1], [[3.0, 4.0], [1.0, 2.0], 1]
     ]  # fmt: skip
     assert handler.explain and handler.target == 1
     assert handler.handle([{"data": [1.0, 2.0]}], batch_of(context, {"explain": "False"})) == [[4.0, 6.0]]
     assert not handler.explain
-    with pytest.raises(InputError, match="by its number"):
-        handler.handle([{"data": [1.0, 2.0], "target": "cat"}], batch_of(context, {"explain": "True"}))
+    named = [{"data": [1.0, 2.0], "target": "cat"}]
+    assert handler.handle(named, batch_of(context, {"explain": "True"})) == [[[1.0, 2.0], [1.0, 2.0], "cat"]]
     plain = BaseHandler()
     plain.initialize(context)
+    with pytest.raises(InputError, match="by its number"):
+        plain.handle(named, batch_of(context, {"explain": "True"}))
     with pytest.raises(PredictionException, match="no explanations") as caught:
         plain.handle(rows, batch_of(context, {"explain": "True"}, {"explain": "True"}))
     assert caught.value.error_code == 501
+
+
+def test_a_model_that_an_overridden_method_loads_is_in_eval_mode(model_dir: Path) -> None:
+    class Frozen(BaseHandler):
+        def _load_torchscript_model(self, model_pt_path: str) -> Any:
+            return torch.jit.optimize_for_inference(torch.jit.freeze(super()._load_torchscript_model(model_pt_path)))
+
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 1)), str(model_dir / "script.pt"))
+    handler = Frozen()
+    handler.initialize(context_for(model_dir, {"serializedFile": "script.pt"}))
+    assert not handler.model.training
+
+
+def test_what_cannot_be_loaded_is_a_runtime_error(model_dir: Path) -> None:
+    with pytest.raises(RuntimeError, match="absent"):
+        BaseHandler().initialize(context_for(model_dir, {"serializedFile": "absent.pt"}))
 
 
 def test_batched_answers_are_those_of_single_requests(model_dir: Path) -> None:
