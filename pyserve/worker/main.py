@@ -5,6 +5,7 @@ Batches come through the channel; what becomes of the load, logs and metrics go 
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -52,6 +53,8 @@ def run_worker(spec: WorkerSpec, descriptors: tuple[int, int, int], reports: Rep
         log_handler = _set_up(spec, reports)
         context = make_context(spec)
         entry = load_entry_point(spec)
+        if spec.mode == ASYNC:  # `initialize` finds the loop that its `handle` will run in
+            asyncio.set_event_loop(entry.loop)
         entry.initialize(context)
         verdict = _rehearse(spec, entry, context, reports, began)
     except (HandlerLoadError, HandlerMemoryError) as error:
