@@ -133,8 +133,8 @@ REGISTER = (
     plain_text("handler", "By default the one in its manifest.", split_handler,
                {"pattern": "^[^\\x00-\\x1f\\x7f]*[^\\x00-\\x1f\\x7f/:]", "minLength": 1}),
     *SETTINGS,
-    integer("initial_workers", "Workers to start; 0 or less registers the model without any.", -COUNT_MAX - 1,
-            BOUNDS["workers_min"].most, "workers"),
+    integer("initial_workers", "Workers to start; 0 registers the model without any.", 0, BOUNDS["workers_min"].most,
+            "workers"),
     boolean("synchronous", _SYNCHRONOUS, default=True),
     boolean("s3_sse_kms", "Accepted for TorchServe's clients; s3:// URLs are always read with signed requests."),
 )  # fmt: skip

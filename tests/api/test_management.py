@@ -80,7 +80,7 @@ class FakeModel:
     async def describe_handler(self) -> Any:
         if isinstance(self.told, ServeError):
             raise self.told
-        return SimpleNamespace(value=self.told, status=200, headers={})
+        return SimpleNamespace(value=self.told, status=200, reason="", headers={})
 
     def worker_rows(self) -> list[Any]:
         row = {"memory_usage": 7, "pid": 42, "gpu": False, "gpu_id": None}
@@ -391,7 +391,6 @@ WITHOUT_WORKERS = (
     [
         ("", 200, WITHOUT_WORKERS),
         ("&initial_workers=0", 200, WITHOUT_WORKERS),
-        ("&initial_workers=-3", 200, WITHOUT_WORKERS),
         ("&initial_workers=0&synchronous=false", 200, WITHOUT_WORKERS),
         ("&initial_workers=2", 200, 'Model "m" Version: 1.0 registered with 2 initial workers'),
         ("&initial_workers=2&synchronous=TRUE", 200, 'Model "m" Version: 1.0 registered with 2 initial workers'),
@@ -697,6 +696,14 @@ def test_strict_mode_refuses_numbers_of_workers_as_torchserve_does(
     told = api.ask("PUT", f"/models/m?{query}" + ("&synchronous=true" if is_synchronous else ""))
     assert (told.status, told.json["type"], told.json["message"]) == answer
     assert api.registry.models[0].scalings == []
+
+
+def test_a_registration_with_workers_below_0_is_refused(store: Path) -> None:
+    answer = Api(store=store).ask("POST", "/models?url=m.mar&initial_workers=-1")
+    assert (answer.status, answer.json["detail"]["parameter"]) == (400, "initial_workers")
+    api = strict_api(store)
+    assert api.ask("POST", "/models?url=m.mar&initial_workers=-3").status == 200
+    assert api.registry.calls[0]["initial_workers"] == 0
 
 
 @pytest.mark.parametrize("query", ["min_worker=-1", "max_worker=-1", "min_worker=0&max_worker=-1", "number_gpu=-1",

@@ -256,8 +256,7 @@ REGISTERED = 'Model "shadow" Version: 1.0 registered with'
 REGISTER = [
     Row("POST /models?url=shadow.mar", 200,
         {"status": f"{REGISTERED} 0 initial workers. Use scale workers API to add workers for the model."}),
-    Row("POST /models?url=shadow.mar&initial_workers=-2", 200,
-        {"status": f"{REGISTERED} 0 initial workers. Use scale workers API to add workers for the model."}),
+    Row("POST /models?url=shadow.mar&initial_workers=-2", 400),
     Row("POST /models?url=shadow.mar&initial_workers=2", 200, {"status": f"{REGISTERED} 2 initial workers"}),
     Row("POST /models?url=shadow.mar&initial_workers=1&synchronous=false", 202, {"status": SCALING}),
     Row("POST /models?url=linear.mar", 409,
