@@ -21,7 +21,6 @@ PROOFS = {
     "a class whose `handle`": "entry_point::an_instance_without_them_and_ones_that_take_too_little_are_told",
     "`context.stopping_criteria` without": "context_kept::criteria_are_not_asked_without_continuous_batching",
     "a number of workers below 0": "management::a_number_below_0_is_refused_by_name",
-    "a JSON registration that": "parameters::body_that_is_no_json_object_is_refused",
     "registering without workers": "worker_rows::strict_registers_what_cannot_be_loaded_without_workers",
     "a registration that was": "worker_rows::a_registration_that_fails_after_its_answer_is_removed",
     "`runtime=LSP` of a": "management::archive_that_may_not_be_registered_is_refused",
