@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from pyserve.context import Context
 from pyserve.errors import ModelLoadError, OutOfMemoryError
 from pyserve.worker.failure import Failure, describe_failure
+from pyserve.worker.forked import end_process
 from pyserve.worker.frames import describe_place
 from pyserve.worker.imported_code import ImportedCode, is_importable
 from pyserve.worker.spec import WorkerSpec
@@ -74,6 +76,7 @@ class EntryPoint:
         self.name = code.name
         self.handler: Any = code.handler
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
         # TorchServe calls what `handle` was before `initialize`.
         is_fixed = spec.lenient and not spec.watch and self.handler is not None
         self._first_handle = self.handler.handle if is_fixed else None
@@ -88,8 +91,7 @@ class EntryPoint:
             HandlerLoadError, HandlerMemoryError: whatever the handler raised.
         """
         try:
-            call = self.code.function
-            returned = call(None, context) if call is not None else self.handler.initialize(context)
+            returned = self._guarded(self.code.function or self._initialize, None, context)
             if inspect.iscoroutine(returned):
                 self.run(returned)
         except (Exception, SystemExit) as error:
@@ -97,7 +99,22 @@ class EntryPoint:
 
     def __call__(self, data: list[dict[str, Any]], context: Context) -> Any:
         """What the handler answers for ``data``; whatever it raises goes through."""
-        return self._call(data, context)
+        return self._guarded(self._call, data, context)
+
+    def _guarded(self, call: Callable[[Any, Context], Any], data: Any, context: Context) -> Any:
+        """What ``call`` gives or raises; a process that it forked does not come back."""
+        try:
+            returned = call(data, context)
+        except BaseException as error:
+            if os.getpid() != self._pid:
+                end_process(error)
+            raise
+        if os.getpid() != self._pid:
+            end_process(None)
+        return returned
+
+    def _initialize(self, _: None, context: Context) -> Any:
+        return self.handler.initialize(context)
 
     def _call_plain(self, data: Any, context: Context) -> Any:
         # Looked up each time: handlers replace their `handle` in `initialize`, and `pyserve dev` replaces functions.
