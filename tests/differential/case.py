@@ -26,6 +26,7 @@ CALL_KEYS = {
 }  # fmt: skip
 SERVER_KEYS = {"archives", "config", "flags", "environment", "defaults"}
 TITLE_MAX = 300
+SENT = ("headers", "body", "json", "form", "base64", "raw")
 APIS = ("inference", "management", "metrics")
 MODES = ("default", "strict")
 
@@ -89,8 +90,7 @@ class Call:
         """``text`` and the beginning of what is sent with it."""
         sent = [
             value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            for value in (self.written.get(key) for key in ("headers", "body", "json", "form", "base64", "raw"))
-            if value
+            for value in (self.written[key] for key in SENT if self.written.get(key, "") != "")
         ]
         return " ".join([self.text, *sent])[:TITLE_MAX]
 

@@ -125,7 +125,7 @@ def _more_of_a_model(answer: dict[str, Any], _: Call, is_ours: bool) -> None:
 
 
 def _advice(answer: dict[str, Any], _: Call, is_ours: bool) -> None:
-    if is_ours and '"type": ' in answer.get("body", '"type": '):
+    if is_ours and ('"type": ' in answer.get("body", "") or not answer.get("body")):
         answer["headers"].pop({"405": "allow", "503": "retry-after"}.get(answer["status"][:3], ""), None)
 
 
