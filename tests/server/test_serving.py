@@ -288,8 +288,8 @@ def test_a_model_without_workers_says_so_and_which_call_helps(site: Server) -> N
     refused = site.predict("linear", [0, 0, 0, 0])
     assert (refused.status, refused.json["type"]) == (503, "ServiceUnavailableException")
     assert refused.json["message"] == (
-        'Model "linear" has no worker to serve inference request. Please use scale workers API to add workers. If this is '
-        "a sequence inference, please check if it is closed, or expired; or exceeds maxSequenceJobQueueSize"
+        'Model "linear" has no worker to serve inference request. Please use scale workers API to add workers. '
+        "If this is a sequence inference, please check if it is closed, or expired; or exceeds maxSequenceJobQueueSize"
     )
     assert refused.detail["reason"] == "no worker"
     assert refused.detail["fix"].startswith("PUT /models/linear?min_worker=1")
