@@ -305,16 +305,17 @@ class BaseHandler:
             InputError: ``target`` is no number, and `get_insights` is pyserve's own.
         """
         first = raw_data[0]
-        value = row_value(first)
+        is_own = not getattr(self.get_insights, "__module__", "").startswith(__package__)
+        value = (first.get("data") or first.get("body")) if is_own and isinstance(first, Mapping) else row_value(first)
         target = value.get("target") if isinstance(value, Mapping) else None
         if target is None and isinstance(first, Mapping):
             target = first.get("target")
         try:
             self.target = int(target) if target is not None else 0
         except (TypeError, ValueError) as error:
-            if getattr(self.get_insights, "__module__", "").startswith(__package__):
-                raise InputError(f"'target' names the class to explain by its number, got {found(target)}") from error
-            return self.get_insights(data_preprocess, value, target)
+            if is_own:
+                return self.get_insights(data_preprocess, value, target)
+            raise InputError(f"'target' names the class to explain by its number, got {found(target)}") from error
         return self.get_insights(data_preprocess, value, self.target)
 
     def get_insights(self, tensor_data: Any, raw_data: Any, target: Any = 0) -> list[Any]:

@@ -330,11 +330,12 @@ def describe(
         "startupTimeout": model.startup_timeout_s,
         "maxRetryTimeoutInSec": RETRY_TIMEOUT_DEFAULT_S if retry_timeout_s is None else retry_timeout_s,
         "clientTimeoutInMills": model.settings.client_timeout_ms,
-        "parallelType": yaml.parallel_type or "",
-        "parallelLevel": yaml.parallel_level or 0,
+        # Neither has an effect without the other.
+        "parallelType": (yaml.parallel_level and yaml.parallel_type) or "",
+        "parallelLevel": (yaml.parallel_type and yaml.parallel_level) or 0,
         "deviceType": model.device_type,
     }
-    if model.device_ids:
+    if model.device_ids and model.device_type == "gpu":
         described["deviceIds"] = model.device_ids
     has_sequences = bool(yaml.sequence_batching)
     described |= {

@@ -12,6 +12,7 @@ from typing import Any
 from pyserve.archive.archive import Archive
 from pyserve.archive.cache import open_cache
 from pyserve.archive.manifest import missing_handler
+from pyserve.archive.model_config import ModelConfig
 from pyserve.conversion.torchscript import NeedsPythonError, Progress, Tracing
 from pyserve.errors import ModelLoadError
 from pyserve.lanes.audit import AuditLane
@@ -120,12 +121,21 @@ async def open_audit_lane(options: LaneOptions) -> AuditLane:
     return AuditLane(options.services, spec, f"{options.label}-audit", options.settings, interpreter=interpreter)
 
 
+def _is_spread(config: ModelConfig) -> bool:
+    """Whether a worker is several processes, or has several devices: ``parallelLevel`` with a ``parallelType``.
+
+    One device of a handler's ``custom`` kind, as vLLM's examples have it, is a worker like any other.
+    """
+    is_one = config.parallel_type == "custom" and config.parallel_level == 1
+    return bool(config.parallel_type and config.parallel_level) and not is_one
+
+
 async def _prepare_workers(options: LaneOptions) -> tuple[WorkerSpec, str | None]:
     """What worker processes of a model are started with, and their interpreter; None for the server's own."""
     config, archive = options.services.config, options.archive
     interpreter = None
     manifest = archive.manifest
-    if archive.config.torchrun is not None or archive.config.parallel_level:
+    if archive.config.torchrun is not None or _is_spread(archive.config):
         raise ModelLoadError(
             f"{archive.name}: torchrun and parallelLevel, which spread one worker over several processes, are not "
             "in this version; take them out of model-config.yaml to serve the model in one process per worker"

@@ -141,15 +141,17 @@ def _set_up(spec: WorkerSpec, reports: Reporter) -> _ReportHandler:
     return handler
 
 
-class _ReportHandler(logging.Handler):
+class _ReportHandler(logging.StreamHandler):
     """The handler's own log records, at their own level, a traceback in one piece.
+
+    A StreamHandler, as in TorchServe: handlers look for one to set its format, or to add none of their own.
 
     Attributes:
         metrics: whose requests the calls of the handler are about; None where calls overlap.
     """
 
     def __init__(self, reports: Reporter):
-        super().__init__()
+        super().__init__(sys.stdout)
         self.metrics: MetricsCache | None = None
         self._reports = reports
 

@@ -267,7 +267,7 @@ CONTRACT_KEYS = [
 
 def test_description_has_torchserves_keys_in_its_order_and_pyserves_after_them() -> None:
     model = FakeModel()
-    model.device_ids = [0, 1]
+    model.device_type, model.device_ids = "gpu", [0, 1]
     [described] = Api(model).ask("GET", "/models/m?customized=true").json
     keys = list(described)
     assert keys[: len(CONTRACT_KEYS)] == CONTRACT_KEYS
@@ -819,7 +819,7 @@ def test_described_parameters_are_those_that_are_read() -> None:
 
 def test_description_of_a_model_is_described_in_full() -> None:
     model = FakeModel()
-    model.device_ids, model.error = [0], "x"
+    model.device_type, model.device_ids, model.error = "gpu", [0], "x"
     model.measured = {"batch_size": ([1.0], [1, 0], 1.0), "queue": ([1.0], [1, 0], 1.0)}
     [described] = Api(model).ask("GET", "/models/m?customized=true").json
     properties = Api().ask("OPTIONS", "/").json["components"]["schemas"]["Model"]["properties"]

@@ -84,7 +84,6 @@ OTHER: dict[str, dict[str, str]] = {
         "loader, built in": CLEARER,
     },
     "util": {
-        "labels, no JSON": CLEARER,
         "labels, no name": CLEARER,
         "map, a class too many": "a class without a label goes by its number",
         "map, a tensor of classes": KINDER,

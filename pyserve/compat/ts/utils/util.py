@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import json
 import logging
 import re
 import warnings
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from pyserve.handler import PredictionException
+from pyserve.handler import ModelLoadError, PredictionException
 from pyserve.handlers.labels import read_labels
 from pyserve.handlers.text import remove_accents
 
@@ -67,13 +68,19 @@ def load_label_mapping(mapping_file_path: str | Path) -> dict[str, str] | None:
     """Class index as text -> label, from an index_to_name.json; None without that file, and a warning in the log.
 
     Raises:
+        json.JSONDecodeError: it is no JSON.
         ModelLoadError: it is not of that form.
     """
     path = Path(mapping_file_path)
     if not path.is_file():
         logger.warning("%r is missing. Inference output will not include class name.", str(mapping_file_path))
         return None
-    return read_labels(path)
+    try:
+        return read_labels(path)
+    except ModelLoadError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):  # what handlers that do without labels catch
+            raise error.__cause__ from None
+        raise
 
 
 def map_class_to_label(
