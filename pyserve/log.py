@@ -10,6 +10,7 @@ record is one JSON object on one line.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -207,6 +208,16 @@ def configure(
     logging.addLevelName(logging.WARNING, "WARN")
     logging.captureWarnings(True)
     return handler
+
+
+def print_lines_at_once() -> None:
+    """What this process prints is written line by line, as to a terminal.
+
+    Into a pipe Python writes 8 KB at a time: a handler's ``print`` would be in the log long after its request, and
+    never if the process is killed.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # there may be none
+        sys.stdout.reconfigure(line_buffering=True)
 
 
 def _descriptor(stream: TextIO) -> int | None:

@@ -14,6 +14,8 @@ SEED = int(os.environ.get("PYSERVE_TEST_SEED", "1"))
 # A shell that starts the tests in the background has SIGINT ignored. Servers that tests start would inherit that, and
 # not hear the Ctrl-C they are sent.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Where it is set, what a process prints is written at once: servers that tests start shall not have it either.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 
 @pytest.fixture

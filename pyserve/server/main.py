@@ -54,6 +54,7 @@ def main() -> int:
     gc.disable()  # imports and loading make a million objects, nearly all of which stay
     atexit.register(gc.freeze)  # even at the end: to look through them takes 0.4 s, and the memory goes back anyway
     start = receive_server_start()
+    log_setup.print_lines_at_once()  # for handlers that run here
     console = log_setup.configure(as_json=start.config.log_format == "json")
     logs = ServerLogs(start.config, console=console.write_lines if start.like_torchserve else None)
     loop = uvloop.new_event_loop()

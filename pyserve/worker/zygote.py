@@ -28,6 +28,7 @@ import traceback
 from typing import NoReturn
 
 from pyserve.launch import Reporter, die_with_parent
+from pyserve.log import print_lines_at_once
 
 MESSAGE_SIZE_MAX = 4096
 DESCRIPTORS = ("request", "socket", "request_memory", "answer_memory", "reports", "stdout", "stderr")
@@ -137,6 +138,7 @@ class _Zygote:
             os.dup2(named["stderr"], 2)
             for each in (nothing, named["stdout"], named["stderr"]):
                 os.close(each)
+            print_lines_at_once()
             code = _run(named)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import certificates
 from tests.support.grpc_calls import PREDICTIONS, refused, stub
-from tests.support.handler_archives import write_handler
+from tests.support.handler_archives import Doubler, write_handler
 from tests.support.serving import LIMIT_S, RAW, Server
 from tests.support.serving_models import write_linear
 
@@ -37,8 +37,22 @@ def handle(data, context):
     if data[0].get("body") == b"fail":
         raise ValueError("asked for")
     if data[0].get("body") == b"die":
+        print("last words")
         os._exit(7)
     return ["done"] * len(data)
+"""
+THREADED = """
+import torch
+from ts.torch_handler.base_handler import BaseHandler
+
+
+class Mine(BaseHandler):
+    def preprocess(self, data):
+        print("printed in a thread")
+        return torch.zeros(len(data), 4)
+
+    def postprocess(self, output):
+        return [0] * len(output)
 """
 METHOD = f"{PREDICTIONS}/Predictions"
 
@@ -70,7 +84,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("logs"))
     write_linear(server.store)
     write_handler(server.store, "talker", TALKER)
-    server.start("--grpc", "true", "--models", "linear.mar", "talker.mar")
+    write_handler(server.store, "threaded", THREADED, network=Doubler(), config={"isolation": "thread"})
+    server.start("--grpc", "true", "--models", "linear.mar", "talker.mar", "threaded.mar")
     try:
         yield server
     finally:
@@ -154,6 +169,16 @@ def test_what_workers_print_is_in_the_model_log_and_on_the_console(server: Serve
         assert re.search(f"^{TIME} {line}$", log, re.MULTILINE), log
         assert re.search(f"^{TIME} {line}$", server.log(), re.MULTILINE)
     assert "MODEL_LOG" not in (server.folder / "logs" / "ts_log.log").read_text()
+
+
+def test_what_a_worker_printed_before_it_died_is_in_the_model_log(server: Server) -> None:
+    assert server.ask("POST", "/predictions/talker", b"die").status == 500
+    read_when(server.folder / "logs" / "model_log.log", lambda text: "MODEL_LOG - last words" in text)
+
+
+def test_what_a_handler_in_a_thread_prints_is_on_the_console_at_once(server: Server) -> None:
+    assert server.ask("POST", "/predictions/threaded", b"x").status == 200
+    read_when(server.folder / "logs" / "pyserve.log", lambda text: "printed in a thread" in text)
 
 
 def test_states_of_workers_are_told_in_torchserves_words(server: Server) -> None:
