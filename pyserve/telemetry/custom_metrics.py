@@ -105,14 +105,21 @@ class CachingMetric:
                 self.dimension_names, values,
             )  # fmt: skip
             return
-        if self.metric_type is MetricTypes.COUNTER and value < 0:
-            log.error("counter %s cannot be lowered by %s", self.metric_name, value)
+        if self._lowers(value):
             return
         self._emit(value, dict(zip(self.dimension_names, map(str, values), strict=True)), request_id)
 
     def update(self, value: float, request_id: str = "", dimensions: Sequence[Dimension] | None = None) -> None:
-        """Emits ``value`` with these labels."""
+        """Emits ``value`` with these labels; a counter cannot be lowered."""
+        if self._lowers(value):
+            return
         self._emit(value, {each.name: str(each.value) for each in dimensions or []}, request_id)
+
+    def _lowers(self, value: float) -> bool:
+        if self.metric_type is not MetricTypes.COUNTER or value >= 0:
+            return False
+        log.error("counter %s cannot be lowered by %s", self.metric_name, value)
+        return True
 
     def _emit(self, value: float, dimensions: dict[str, str], request_id: str) -> None:
         if self._cache is not None:
