@@ -62,7 +62,14 @@ def test_a_senseless_value_of_the_block_is_passed_over(value: object) -> None:
 
 def test_a_minimum_above_the_batch_size_is_refused() -> None:
     with pytest.raises(InvalidModelError, match=r"minBatch .4.*larger than"):
-        settings(yaml="minBatch: 4\nbatchSize: 2\n")
+        settings(yaml="minBatch: 4\n", batch_size=2)
+
+
+def test_a_minimum_above_the_batch_size_beside_it_is_left_out_and_refused_where_it_counts() -> None:
+    config = ModelConfig.parse(b"minBatch: 4\nbatchSize: 2\n", "m.mar")
+    assert (config.min_batch, config.batch_size) == (None, 2)
+    assert len(config.needed) == 1
+    assert "minBatch (4) must not be larger than batchSize (2)" in config.needed[0]
 
 
 def test_the_client_timeout_limits_the_queue_and_else_the_response_timeout() -> None:

@@ -428,7 +428,10 @@ def test_a_description_is_a_call_of_its_own(load: Load) -> None:
 
 
 def test_envelopes_unwrap_and_wrap(load: Load) -> None:
-    source = "def handle(data, context):\n    return [row['data'] * 2 for row in data or ()]"
+    source = """
+def handle(data, context):
+    return [(row["data"] if isinstance(row, dict) else row) * 2 for row in data or ()]
+"""
     kserve = load(source, envelope="kserve")
     answers = kserve.ask({"instances": [1, 2]}, {"instances": [{"data": 3}]})
     assert [answer.value for answer in answers] == [{"predictions": [2, 4]}, {"predictions": [6]}]
