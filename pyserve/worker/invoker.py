@@ -8,6 +8,7 @@ called again item by item, once, and a result that cannot be encoded fails alone
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 import sys
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from pyserve.answer_head import AnswerHead, answer_head
 from pyserve.context import Batch, Context
-from pyserve.errors import HandlerError, ServeError
+from pyserve.errors import HandlerError, InputError, ServeError
 from pyserve.handlers import row_check
 from pyserve.request import codec
 from pyserve.request.stages import TIMED, worker_note
@@ -33,7 +34,7 @@ from pyserve.worker.answer import (
     settled,
 )
 from pyserve.worker.entry_point import EntryPoint
-from pyserve.worker.failure import Failure, HandlerTimeout, describe_failure
+from pyserve.worker.failure import PREDICTION_FAILED, Failure, HandlerTimeout, describe_failure
 from pyserve.worker.request import DESCRIBE, Item, WorkerRequest
 from pyserve.worker.result_check import ShapeProblem, explain_shape
 from pyserve.worker.spec import WorkerSpec
@@ -183,7 +184,7 @@ class Invoker:
                 return call.answers(outcome.results)
         finally:
             call.close()
-        failure = describe_failure(outcome.error, self._spec.model_dir)
+        failure = self._described(outcome.error)
         may_retry = len(requests) > 1 and not (
             outcome.is_shape or call.has_streamed or isinstance(outcome.error, HandlerTimeout)
         )
@@ -211,7 +212,14 @@ class Invoker:
 
     def fail_element(self, request: WorkerRequest, error: BaseException) -> Answer:
         """The answer of a request whose result cannot be used."""
-        return self.fail([request], describe_failure(error, self._spec.model_dir))[0]
+        return self.fail([request], self._described(error))[0]
+
+    def _described(self, error: BaseException) -> Failure:
+        failure = describe_failure(error, self._spec.model_dir)
+        if self._spec.lenient and isinstance(error, InputError):  # as TorchServe answers any exception of a handler
+            told = HandlerError(PREDICTION_FAILED)
+            return dataclasses.replace(failure, status=told.status, type=told.type, message=told.message)
+        return failure
 
     def fail(self, requests: list[WorkerRequest], failure: Failure) -> list[Answer]:
         """One answer per request that says what failed; one record in the log."""

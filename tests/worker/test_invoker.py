@@ -438,3 +438,25 @@ def handle(data, context):
     fine, refused = kserve.ask({"instances": [1]}, {"rows": [1]})
     assert (fine.value, refused.status) == ({"predictions": [2]}, 400)
     assert "instances" in refused.value["message"]
+
+
+@pytest.mark.parametrize(
+    ("is_strict", "status", "kind"), [(False, 400, "BadRequestException"), (True, 503, "InternalServerException")]
+)
+def test_strict_mode_answers_unusable_input_as_any_exception(
+    load: Load, is_strict: bool, status: int, kind: str
+) -> None:
+    source = """
+        from ts.torch_handler.base_handler import BaseHandler
+
+        class Handler(BaseHandler):
+            def initialize(self, context):
+                self.initialized = True
+
+            def inference(self, data):
+                return data
+    """
+    fine, refused = (load(source, lenient=is_strict).ask(body)[0] for body in ([1.0], "word"))
+    assert fine.value == [1.0]
+    assert (refused.status, refused.value["type"]) == (status, kind)
+    assert (refused.value["message"] == "Prediction failed") is is_strict
