@@ -19,11 +19,9 @@ import logging
 import os
 import random
 import selectors
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +35,7 @@ from pyserve.security import tls
 from pyserve.security.tokens import Tokens, key_file, notes_of
 from pyserve.server import pid_file
 from pyserve.server.listeners import Listeners
+from pyserve.server.own_folder import OwnFolder
 
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 10.0
@@ -322,7 +321,8 @@ def supervise(
     pid = os.getpid()
     tokens: Tokens | None = None
     listeners = Listeners()
-    state_dir = Path(tempfile.mkdtemp(prefix="pyserve-"))  # for its owner only
+    own_folder = OwnFolder()
+    state_dir = own_folder.path
     try:
         notes = tls.prepare(config, state_dir)
         listeners = Listeners.open(config)
@@ -356,7 +356,7 @@ def supervise(
         if plain_pid_path is not None:
             pid_file.remove_plain(plain_pid_path, pid)
         listeners.close()
-        shutil.rmtree(state_dir, ignore_errors=True)
+        own_folder.remove()
 
 
 def _with_notes(event: JsonObject, notes: list[tuple[str, str]]) -> JsonObject:

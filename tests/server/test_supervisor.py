@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +22,7 @@ from pyserve.config.config import Config, load_config
 from pyserve.errors import ConfigError
 from pyserve.server import pid_file
 from pyserve.server.listeners import Listeners
+from pyserve.server.own_folder import PREFIX, OwnFolder
 from pyserve.server.supervisor import BACKOFF_MAX_S, HEALTHY_AFTER_S, ServerBackoff
 from tests.support.ports import free_port
 
@@ -185,6 +187,29 @@ def test_stop_and_status_without_a_server(tree: Tree) -> None:
 
 
 @server
+def test_what_a_killed_supervisor_left_is_removed_at_the_next_start(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tree.folder / f"{PREFIX}other"  # a folder of that name that others could read is none of ours
+    other.mkdir(mode=0o755)
+    tree.run("start")
+    (first,) = set(tree.folder.glob(f"{PREFIX}*")) - {other}
+    supervisor = os.pidfd_open(tree.running.pid)
+    tree.kill()
+    wait_until_gone(supervisor)
+    assert first.exists()
+    started = tree.run("start")
+    assert started.returncode == 0, started.stderr
+    (second,) = set(tree.folder.glob(f"{PREFIX}*")) - {other}
+    assert second != first
+    monkeypatch.setattr(tempfile, "tempdir", str(tree.folder))
+    OwnFolder().remove()
+    assert second.exists(), "its supervisor lives"
+    assert tree.run("stop").returncode == 0
+    assert list(tree.folder.glob(f"{PREFIX}*")) == [other]
+
+
+@server
 def test_interrupt_in_the_foreground_drains(tree: Tree) -> None:
     with tree.foreground() as popen:
         seen = read_until(popen, "Model server started.")
@@ -326,7 +351,7 @@ def test_port_in_use_names_the_owner_and_the_mend(tree: Tree) -> None:
     error = started.stderr.splitlines()[-1]
     assert f"inference_address (--inference-address): cannot listen on http://127.0.0.1:{port}" in error
     assert f"(pid {os.getpid()})" in error
-    assert "choose another with --inference-address" in error
+    assert "choose another with inference_address in config.properties, or with `pyserve start --inf" in error
     assert not tree.pid_path.exists()
 
 

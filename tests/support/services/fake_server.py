@@ -51,7 +51,7 @@ term_count = 0
 def on_term(*_: object) -> None:
     global term_count
     term_count += 1
-    print(f"SIGTERM {term_count}", flush=True)
+    os.write(1, f"SIGTERM {term_count}\n".encode())  # a signal may come while `print` is at work
     if behaviour == "stubborn" and term_count == 1:
         return
     if behaviour != "deaf":
