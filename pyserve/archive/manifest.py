@@ -61,8 +61,7 @@ def check_model_name(name: str, label: str = "model name") -> str:
         refuse(
             label,
             f"modelName {shown(name)} cannot be used: it must begin with a letter or digit, hold only "
-            f"letters, digits, '_', '-' and '.', have at most {NAME_SIZE_MAX} of them, and not be '{_RESERVED}'; "
-            "give another with model_name=, or pack again",
+            f"letters, digits, '_', '-' and '.', have at most {NAME_SIZE_MAX} of them, and not be '{_RESERVED}'",
         )
     return name
 

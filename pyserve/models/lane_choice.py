@@ -146,7 +146,7 @@ async def _prepare_workers(options: LaneOptions) -> tuple[WorkerSpec, str | None
         else:
             log.info("%s: %s is not installed; install_py_dep_per_model=true in config.properties does that",
                      options.label, manifest.requirements_file)  # fmt: skip
-    options.progress("unpacking the weights")
+    options.progress("unpacking its files")
     # Weights of TorchScript models are shared between workers through a file; see pyserve.handlers.
     os.environ.setdefault("PYSERVE_WEIGHTS_CACHE", str(open_cache().root / "weights"))
     spec = await asyncio.to_thread(

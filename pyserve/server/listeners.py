@@ -20,12 +20,6 @@ from pyserve.errors import ConfigError
 BACKLOG = 4096  # the kernel lowers it to net.core.somaxconn
 UNIX_SOCKET_UMASK = 0o117  # owner and group may connect
 
-_FLAGS = {
-    "inference": "--inference-address",
-    "management": "--management-address",
-    "metrics": "--metrics-address",
-}
-
 
 class Listeners:
     """Open sockets by name; two names with one address share one socket."""
@@ -125,13 +119,17 @@ def _reason(error: OSError, address: Address, name: str) -> str:
     if error.errno == errno.EADDRINUSE:
         owner = port_owner(address.port)
         taken = f"the port is in use by {owner}" if owner else "the port is in use"
-        return f"{taken}; stop that or choose another with {_FLAGS[name]}, or in config.properties"
+        return f"{taken}; stop that, or {_other(name)}"
     if error.errno == errno.EACCES:
-        return f"ports below 1024 need privileges; choose another with {_FLAGS[name]}, or in config.properties"
+        return f"ports below 1024 need privileges; {_other(name)}"
     if error.errno == errno.EADDRNOTAVAIL:
-        other = f"choose another with {_FLAGS[name]}, or in config.properties"
-        return f"no interface of this machine has that address; {other}"
+        return f"no interface of this machine has that address; {_other(name)}"
     return error.strerror or str(error)
+
+
+def _other(name: str) -> str:
+    # `torchserve` has no flag for it.
+    return f"choose another with {name}_address in config.properties, or with `pyserve start --{name}-address`"
 
 
 def _remove_stale(path: Path, key: str) -> None:

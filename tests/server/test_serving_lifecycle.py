@@ -371,7 +371,8 @@ def test_a_port_in_use_is_named_with_its_owner(server: Server) -> None:
     assert last.startswith("pyserve: error: inference_address (--inference-address): cannot listen on http://127.0.0.1")
     assert f":{port}: the port is in use by " in last
     assert f"(pid {os.getpid()})" in last
-    assert last.endswith("choose another with --inference-address, or in config.properties")
+    assert last.endswith("choose another with inference_address in config.properties, "
+                         "or with `pyserve start --inference-address`")  # fmt: skip
 
 
 def test_a_missing_model_store_is_named(server: Server) -> None:
