@@ -11,7 +11,7 @@ from tests.support.serving import ROOT
 # How a row's first column begins -> file and test, without their "test_".
 PROOFS = {
     "`requirements.txt` of an archive": "requirements::pin_of_another_torch_is_named_and_nothing_is_fetched",
-    "an archive that unpacks to more": "archive_limits::archive_that_the_disk_has_no_room_for_is_refused_before_writing",
+    "an archive that unpacks to": "archive_limits::archive_that_the_disk_has_no_room_for_is_refused_before_writing",
     "a lone request with": "contract_deviations::a_lone_request_does_not_wait_for_others",
     "`PUT /models/m?batch_size": "contract_management::limits_of_a_running_model_hold_for_the_next_request",
     "unknown or malformed management": "contract_management::a_call_is_answered_as_the_contract_says",
