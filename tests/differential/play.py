@@ -153,6 +153,8 @@ def _settle(limit_s: float, server: Running) -> dict[str, Any]:
 
 
 def _is_settled(row: dict[str, Any]) -> bool:
+    if row.get("state") == "FAILED":  # pyserve's word for a model that it tries no more
+        return True
     workers = row["workers"]
     enough = row["minWorkers"] <= len(workers) <= max(row["maxWorkers"], row["minWorkers"])
     return enough and all(worker["status"] == "READY" for worker in workers)
