@@ -28,7 +28,7 @@ class Inference:
 
     Args:
         tells_errors: whether ``/ready`` may say why a model failed to load, in the words of an exception.
-        lenient: how forms are read, see `codec.decode_request`.
+        lenient: ``compat=strict``: how forms are read, see `codec.decode_request`, and what `is_healthy` counts.
 
     Attributes:
         bodies: undoes the compression of bodies.
@@ -119,8 +119,15 @@ class Inference:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the server takes requests, and every model that should have workers has one."""
-        return self.is_ready and not self._not_ready()
+        """Whether the server takes requests, and every model that should have workers has one.
+
+        Under ``compat=strict`` archives that could not be opened at the start do not count, as in TorchServe.
+        """
+        reasons = self._not_ready()
+        if self._lenient:
+            served = {model.name for model in self._registry.default_models()}
+            reasons = {name: reason for name, reason in reasons.items() if name in served}
+        return self.is_ready and not reasons
 
     def ready(self, exchange: Exchange) -> Response:
         """200 when every model can answer; else 503 with the reason for each that cannot."""
