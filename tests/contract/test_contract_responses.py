@@ -125,7 +125,7 @@ TYPED = [("content-type", "application/json")]
     [
         (request("GET", "/ping"), (200, "OK"), TYPED),
         (request("GET", "/nowhere"), (404, "Not Found"), TYPED),
-        (request("GET", "/"), (405, "Method Not Allowed"), [*TYPED, ("Allow", None)]),
+        (request("PUT", "/"), (405, "Method Not Allowed"), [*TYPED, ("Allow", None)]),
         (told({}), (200, ""), []),  # no type unless the handler gives one, and no phrase
         (told({"give": "dict"}), (200, ""), []),
         (told({"type": "image/png"}), (200, ""), [("content-type", "image/png")]),

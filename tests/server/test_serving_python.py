@@ -298,7 +298,7 @@ def test_bodies_of_all_sizes_come_back_as_they_were(server: Server, size: int) -
 
 def test_a_client_that_hangs_up_cancels_what_waits(server: Server) -> None:
     before = server.metric("pyserve_cancelled_total", model="echo")
-    blocker = threading.Thread(target=post, args=(server, "echo", {"sleep": 0.5}))
+    blocker = threading.Thread(target=post, args=(server, "echo", {"sleep": 3}))
     blocker.start()
     server.wait_for(lambda: server.metric("pyserve_batches_running", model="echo") == 1, "the batch")
     with server.connect() as connection:
