@@ -331,7 +331,7 @@ class Context:
 
 
 class ThreadContext(Context):
-    """The context of a handler that several threads call at once: each is told of the batch that it works on."""
+    """The context of a handler that several threads call at once: each has the batch that it works on."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._local = threading.local()

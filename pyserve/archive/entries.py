@@ -202,7 +202,7 @@ def check_unpacked_size(label: str, entries: Iterable[Entry], file_size: int, li
 
 
 def is_bomb(size: int, packed_size: int, limits: Limits) -> bool:
-    """Whether so many bytes came out of so few that somebody meant them to."""
+    """Whether so many bytes came out of so few that it can hardly be an accident."""
     return size > limits.ratio_free_size and size > limits.ratio_max * packed_size
 
 

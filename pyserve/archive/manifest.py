@@ -283,7 +283,7 @@ def _text(source: dict[str, Any], key: str, label: str, warnings: list[str] | No
     """A value as text, numbers and booleans as they are written; None when there is none.
 
     Args:
-        warnings: where it is told that the value is none; by default that is an error.
+        warnings: where it is reported that the value is none; by default that is an error.
     """
     value = source.get(key)
     if value is None or value == "":

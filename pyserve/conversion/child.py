@@ -60,7 +60,7 @@ def _convert(archive: Archive, out: Path, progress: Callable[[str], None], *, fr
     assert manifest.model_file is not None
     handler = load_handler(archive)
     archive.check_complete()
-    folder = archive.own_folder()  # the model file is somebody's code, which may write
+    folder = archive.own_folder()  # the model file is code of the archive, which may write
     context = Context(manifest.model_name, str(folder), manifest.raw, model_yaml_config=archive.config.raw)
     handler.prepare(context)
     example = native_example(handler, context)

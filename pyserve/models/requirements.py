@@ -2,7 +2,7 @@
 
 The environment sees what the server has, its own packages first, so that torch need not be installed again. It lies
 under a key of everything that decides what is in it, and the next start finds it: the requirements with all files that
-they name, the Python and its packages, and what pip is told by its configuration. What an index offers is not part of
+they name, the Python and its packages, and what pip's configuration says. What an index offers is not part of
 the key: a requirement without a version stays what it was when it was installed.
 """
 
@@ -118,7 +118,7 @@ def _key(archive: Archive, found: Requirements, running: str) -> str:
 
 
 def _pip_settings() -> list[str]:
-    """What pip is told beside the requirements: its variables, its files, and the files that the variables name."""
+    """What pip reads beside the requirements: its variables, its files, and the files that the variables name."""
     settings = [
         f"{name}={value}\0" + "\0".join(input_digest(Path(word)) for word in value.split() if "/" in word)
         for name, value in sorted(os.environ.items())

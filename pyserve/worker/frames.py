@@ -168,7 +168,7 @@ def traceback_text(error: BaseException, folder: ArchiveFolder) -> str:
     for index, (each, link) in enumerate(reversed(chain)):
         try:
             parts.append("\n".join(_lines(each, folder)))
-        except Exception:  # a class of the handler's; the others of the chain are told
+        except Exception:  # a class of the handler's; the others of the chain are reported
             parts.append(type(each).__name__)
         if index < len(chain) - 1:
             parts.append(link)
