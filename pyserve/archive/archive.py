@@ -323,7 +323,7 @@ def read_manifest(text: bytes | None, sizes: Mapping[str, int], label: str) -> t
     """The manifest of an archive with files of these sizes, and what is wrong for a handler that reads all it names.
 
     Args:
-        text: None where there is none; the one who registers the archive then says under which name, with which handler.
+        text: None where there is none; the registration then says under which name, with which handler.
     """
     if text is None:
         return Manifest(
