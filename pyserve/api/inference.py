@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from pyserve.api.coded_bodies import CodedBodies
@@ -77,13 +78,11 @@ class Inference:
         def run(exchange: Exchange, model_name: str, model_version: str | None = None) -> Undoing | None:
             exchange.request.add_headers(extra)
             model = self._registry.get(model_name, model_version)
-
-            def predict() -> None:
-                model.predict(exchange, model_version or "default", explains=explains, query_is_input=query_is_input)
-
+            version = model_version or "default"
             if self.bodies.are_undone(exchange.request, model):
-                return self.bodies.undo(exchange, predict)
-            predict()
+                options = {"explains": explains, "query_is_input": query_is_input}
+                return self.bodies.undo(exchange, partial(model.predict, exchange, version, **options))
+            model.predict(exchange, version, explains=explains, query_is_input=query_is_input)
             return None
 
         return run

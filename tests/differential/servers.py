@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from tests.differential.archives import build
 from tests.differential.case import APIS, Setting
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 120.0
@@ -69,7 +69,7 @@ def running(name: str, setting: Setting, bin_folder: Path | None = None) -> Iter
     folder = Path(tempfile.mkdtemp(prefix=f"pyserve-differential-{name}-"))
     (folder / "store").mkdir()
     names = [*APIS, "grpc_inference", "grpc_management"]
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    ports = {api: free_port() for api in names}
     for api in APIS:  # which may share one
         shared = re.search(r"\{(\w+)\}", dict(setting.config).get(f"{api}_address", ""))
         ports[api] = ports[shared[1] if shared else api]
@@ -168,14 +168,3 @@ def _config(server: Running) -> str:
         .replace("{folder}", str(server.folder))
         .replace("{files}", str(Path(__file__).parent / "files"))
     )
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
