@@ -262,15 +262,17 @@ def test_rows_over_the_models_own_limits(tmp_path: Path, gate: Gate, count: int)
     run(test())
 
 
-def test_a_row_that_finds_the_ring_full_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_finds_the_ring_full_is_refused(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyserve.lanes.engine_lane.RING_CAPACITY_MIN", 8)
 
     async def test() -> None:
-        async with standing(tmp_path, Identity(), queue_size=2) as stand:
+        async with standing(tmp_path, Gated(str(gate.path)), queue_size=2) as stand:
+            gate.shut()
             count = 4 * stand.lane.core.capacity
             stand.lane.settings.queue_size = 10 * count
-            for index in range(count):  # nobody is woken before the loop turns
+            for index in range(count):
                 post_rows(stand, 1, id=f"r{index}")
+            gate.open()
             await stand.until(lambda: len(stand.answers) == count)
             refused = [answer for answer in stand.answers.values() if answer.status != 200]
             assert 0 < len(refused) < count and stand.lane.in_flight_count == 0
@@ -297,20 +299,24 @@ def test_a_batch_that_cannot_be_delivered_is_answered_all_the_same(
 
 
 @pytest.mark.parametrize("headers", [RAW, [("Content-Type", "application/json")]], ids=["raw", "json"])
-def test_a_ring_that_is_full_refuses(tmp_path: Path, headers: Headers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ring_that_is_full_refuses(
+    tmp_path: Path, gate: Gate, headers: Headers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many the settings let wait."""
     from pyserve.handlers.tensor import TensorHandler
 
     monkeypatch.setattr("pyserve.lanes.engine_lane.RING_CAPACITY_MIN", 8)
 
     async def test() -> None:
-        async with standing(tmp_path, Identity(), handler=TensorHandler(), queue_size=2) as stand:
+        async with standing(tmp_path, Gated(str(gate.path)), handler=TensorHandler(), queue_size=2) as stand:
             capacity = stand.lane.core.capacity
             stand.lane.settings.queue_size = 10 * capacity
             body = ITEM if headers is RAW else b"[0, 0, 0, 0]"
-            count = 50 * capacity  # more than a worker takes while they are posted, however the threads are scheduled
-            for index in range(count):  # nobody is woken before the loop turns
+            gate.shut()
+            count = 4 * capacity
+            for index in range(count):
                 stand.post(body=body, id=f"r{index}", headers=headers)
+            gate.open()
             await stand.until(lambda: len(stand.answers) == count)
             refused = [answer for answer in stand.answers.values() if answer.status != 200]
             assert refused and all(error(each)["detail"]["reason"] == "queue full" for each in refused)
