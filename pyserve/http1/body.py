@@ -21,20 +21,28 @@ _TRAILER_LINE = re.compile(rb"(" + _TOKEN + rb"):[\t -~\x80-\xff]*\Z")
 _FRAMING_NAMES = (b"content-length", b"transfer-encoding", b"host")
 _SIZE, _CONTENT, _CONTENT_END, _TRAILER = range(4)
 
-# A bytearray of so many bytes that nobody has set to 0: nothing is read of it before it was received, and pages that
-# never come cost no memory. Python's own way to have one, so called rather than written again.
+# A bytearray of so many bytes, and one made longer, that nobody has set to 0: nothing is read of it before it was
+# received, and pages that never come cost no memory. Python's own way to have one, so called rather than written again.
 _uncleared = ctypes.pythonapi.PyByteArray_FromStringAndSize
 _uncleared.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
 _uncleared.restype = ctypes.py_object
+_resize = ctypes.pythonapi.PyByteArray_Resize
+_resize.argtypes = [ctypes.py_object, ctypes.c_ssize_t]
+_resize.restype = ctypes.c_int
+
+# Of an announced body, memory is asked for when bytes of it come: so much at first, then for so many times what came.
+# A kernel that gives out huge pages gives 2 MB where one byte is written, so less is asked for than was announced.
+FIRST_SIZE = 64 * 1024
+GROWTH = 16
 
 
 class SizedBody:
     """A body announced by Content-Length.
 
     Attributes:
-        content: the place for all of it, of which ``size`` bytes have come; empty once ``discard`` was called.
+        content: the place for what has come, ``size`` bytes, and for some more; empty once ``discard`` was called.
         size: bytes of content that have come.
-        complete: whether all has come.
+        complete: whether all has come; ``content`` is as long as announced then.
         announced: the Content-Length.
     """
 
@@ -42,21 +50,36 @@ class SizedBody:
 
     def __init__(self, announced: int):
         self.announced = announced
-        self.content: bytearray = _uncleared(None, announced)
+        self.content = bytearray()
         self.size = 0
         self.complete = announced == 0
         self._keep = True
 
     def feed(self, data: bytes, start: int) -> int:
-        """Takes what belongs to the body from ``data[start:]``; returns where the rest begins."""
+        """Takes what belongs to the body from ``data[start:]``; returns where the rest begins.
+
+        Raises:
+            MemoryError: there is no memory for it. Nothing was taken.
+        """
         end = min(len(data), start + self.announced - self.size)
         if self._keep:
-            memoryview(self.content)[self.size : self.size + end - start] = memoryview(data)[start:end]
+            until = self.size + end - start
+            if until > len(self.content):
+                self._extend(until)
+            memoryview(self.content)[self.size : until] = memoryview(data)[start:end]
         self.took(end - start)
         return end
 
     def place(self) -> memoryview:
-        """Where the rest belongs; a caller that fills some of it calls ``took``."""
+        """Where the next bytes belong; a caller that fills some of it calls ``took``.
+
+        REQUIRES: nobody has a view of ``content``.
+
+        Raises:
+            MemoryError: there is no memory for them.
+        """
+        if self.size == len(self.content):
+            self._extend(self.size + 1)
         return memoryview(self.content)[self.size :]
 
     def took(self, size: int) -> None:
@@ -68,6 +91,13 @@ class SizedBody:
         """Keeps nothing from here on; the body is only read to its end."""
         self._keep = False
         self.content = bytearray()
+
+    def _extend(self, size: int) -> None:
+        size = min(self.announced, max(FIRST_SIZE, GROWTH * size))
+        if self.content:
+            _resize(self.content, size)
+        else:
+            self.content = _uncleared(None, size)
 
 
 class ChunkedBody:

@@ -44,15 +44,18 @@ class DirectBody(asyncio.BufferedProtocol):
         self._transport = transport
         self._incoming = incoming
         self._loop = loop
+        self._place = memoryview(b"")  # none until something comes: what is announced may never come
         if transport.is_closing():
             return  # nothing is read any more
-        self._place = incoming.place()
         incoming.on_release = self.stop
         transport.pause_reading()  # transports look at their protocol's kind when they begin to read
         transport.set_protocol(self)
         transport.resume_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if not self._place:
+            self._place = memoryview(b"")  # the body can grow only while nobody has a view of it
+            self._place = self._incoming.place()
         return self._place
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -63,6 +66,9 @@ class DirectBody(asyncio.BufferedProtocol):
             incoming.on_release = None
             self._give_back()
             self._loop.call_soon(self._owner.body_came, incoming)
+        elif incoming.refusal is not None:
+            self.stop()
+            self._owner.body_grew(incoming)
         else:
             self._owner.body_grew(incoming)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pyserve.errors import ServeError
+from pyserve.errors import OverloadedError, ServeError
 from pyserve.http1.body import ChunkedBody, SizedBody
 from pyserve.http1.errors import BodyTooLargeError, ExpectationError
 from pyserve.http1.head import RequestHead, asked_path
 from pyserve.http1.limits import Http1Limits
-from pyserve.request.body_budget import BodyBudget, body_budget_error
+from pyserve.request.body_budget import Account, body_budget_error
 from pyserve.request.ids import new_id
 from pyserve.request.messages import Request
 
@@ -25,18 +25,23 @@ class Incoming:
         body: the reader of the body; ``body.content`` is what is kept.
         refusal: why the body is not wanted; None if it is.
         wire_size: bytes read so far, head and framing with them.
-        reserved: bytes of the body budget this request holds.
+        reserved: bytes of the body budget this request holds: those of its body that have come.
         continue_owed: whether the client waits for ``100 Continue``.
-        on_release: called by ``release``.
+        on_release: called by ``release``, and when the body is not wanted any more.
     """
 
     __slots__ = (
-        "_budget", "_limits", "_started_at", "body", "continue_owed", "head", "on_release", "refusal",
+        "_account", "_clock", "_limits", "_started_at", "body", "continue_owed", "head", "on_release", "refusal",
         "reserved", "wire_size",
     )  # fmt: skip
 
-    def __init__(self, head: RequestHead, head_size: int, limits: Http1Limits, budget: BodyBudget):
+    def __init__(
+        self, head: RequestHead, head_size: int, limits: Http1Limits, account: Account, clock: Callable[[], float]
+    ):
         """Decides on the head alone whether the body is wanted.
+
+        Args:
+            clock: s, ``loop.time``.
 
         Raises:
             ServeError: it is not, and the connection must end, since nobody can tell whether the body will follow.
@@ -52,10 +57,19 @@ class Incoming:
         self.reserved = 0
         self.continue_owed = bool(head.expect) and not self.body.complete
         self.on_release: Callable[[], None] | None = None
+        self._account = account
+        self._clock = clock
         self._limits = limits
-        self._budget = budget
         self._started_at = -1.0
-        self._reserve(head.length)
+        if self.body.complete:
+            return
+        if head.length and not account.will_have_room(head.length):
+            error = body_budget_error(account.budget)
+            if self.continue_owed:
+                raise error
+            self._refuse(error)
+            return
+        account.coming.add(self)
 
     def feed(self, data: bytes, start: int) -> int:
         """Takes what belongs to the body from ``data[start:]``; returns where the rest begins.
@@ -63,11 +77,13 @@ class Incoming:
         Raises:
             ServeError: the framing is broken or over a limit; the connection must end.
         """
-        end = self.body.feed(data, start)
+        try:
+            end = self.body.feed(data, start)
+        except MemoryError:
+            self._refuse(_memory_error())
+            end = self.body.feed(data, start)
         self.wire_size += end - start
-        missing = len(self.body.content) - self.reserved
-        if missing > 0:
-            self._reserve(missing)
+        self._take()
         return end
 
     @property
@@ -77,15 +93,24 @@ class Incoming:
         return body.announced - body.size if isinstance(body, SizedBody) and self.refusal is None else 0
 
     def place(self) -> memoryview:
-        """Where these bytes belong; a caller that fills some of it calls ``took``."""
+        """Where the next bytes belong; a caller that fills some of it calls ``took``.
+
+        If there is no memory for them, the body is not wanted any more, and the place is one that nobody reads.
+        """
         assert isinstance(self.body, SizedBody)
-        return self.body.place()
+        try:
+            return self.body.place()
+        except MemoryError:
+            missing = self.body.announced - self.body.size
+            self._refuse(_memory_error())
+            return _nowhere[:missing]
 
     def took(self, size: int) -> None:
         """So many bytes have come to their place."""
         assert isinstance(self.body, SizedBody)
         self.body.took(size)
         self.wire_size += size
+        self._take()
 
     def deadline(self, now: float) -> float:
         """When the client is too slow, if nothing comes after ``now`` (s, ``loop.time()``)."""
@@ -96,24 +121,58 @@ class Incoming:
         return min(by_rate, now + limits.body_stall_s)
 
     def release(self) -> None:
-        """Gives the budget back."""
-        self._budget.release(self.reserved)
-        self.reserved = 0
+        """Gives the budget back; nothing of the body is wanted any more."""
+        self._give_back()
         if self.on_release is not None:
             self.on_release()
 
-    def _reserve(self, size: int) -> None:
-        if self._budget.reserve(size):
-            self.reserved += size
+    # of `body_budget.Coming`
+
+    def pace(self) -> float:
+        age_s = self._clock() - self._started_at if self._started_at >= 0 else 0.0
+        return self.body.size / max(age_s, 1e-3)
+
+    def give_up(self, error: OverloadedError) -> None:
+        self._refuse(error)
+        if self.on_release is not None:
+            self.on_release()
+
+    def _take(self) -> None:
+        """Counts what has come."""
+        if self.refusal is not None:
             return
-        self.release()
-        self._refuse(body_budget_error(self._budget))
+        body = self.body
+        missing = body.size - self.reserved
+        if missing > 0:
+            if not self._account.take(missing):
+                self._refuse(body_budget_error(self._account.budget))
+                return
+            self.reserved = body.size
+        if body.complete:
+            self._account.coming.discard(self)
+
+    def _give_back(self) -> None:
+        self._account.coming.discard(self)
+        if self.reserved:
+            self._account.release(self.reserved)
+            self.reserved = 0
 
     def _refuse(self, error: ServeError) -> None:
-        if self.continue_owed:
-            raise error
+        self._give_back()
         self.refusal = error
         self.body.discard()
+
+
+# Where bytes go for which there is no memory.
+_nowhere = memoryview(bytearray(64 * 1024))
+
+
+def _memory_error() -> OverloadedError:
+    return OverloadedError(
+        "There is no memory for the request's body; try again later.",
+        detail={"reason": "memory"},
+        headers={"Retry-After": "1"},
+    )
 
 
 def unread_request(head: RequestHead | None, client: str, begin: bytes = b"") -> Request:

@@ -29,6 +29,7 @@ from pyserve.http1.output import Output
 from pyserve.http1.peer import client_name, probe_pause_s, unread_size
 from pyserve.http1.timer import LazyTimer, StallTimer
 from pyserve.log import about
+from pyserve.request.body_budget import Account
 from pyserve.request.exchange import Exchange
 from pyserve.request.ids import new_id
 from pyserve.request.messages import ExtraHeaders, Request
@@ -80,6 +81,7 @@ class Http1Protocol(asyncio.Protocol):
         self._blank_size = 0  # of empty lines before it
         self._head: RequestHead | None = None  # of a request whose body is being read
         self._incoming: Incoming | None = None  # of a body
+        self._account: Account | None = None  # of the client's address, once a body has not come with its head
 
     # transport -> protocol
 
@@ -217,7 +219,8 @@ class Http1Protocol(asyncio.Protocol):
 
     def _is_quick(self, size: int) -> bool:
         """Takes ``size`` bytes from the budget if a body of that size can be had at once."""
-        return size <= _QUICK_BODY_MAX and size <= self._limits.body_size_max and self._connections.budget.reserve(size)
+        limits = self._limits
+        return size <= _QUICK_BODY_MAX and size <= limits.body_size_max and self._connections.budget.reserve_quick(size)
 
     def _extend_head(self, data: bytes, start: int) -> int:
         partial = self._partial
@@ -249,7 +252,10 @@ class Http1Protocol(asyncio.Protocol):
         self._blank_size = 0
         self._phase = _BODY
         self._head = head
-        incoming = self._incoming = Incoming(head, size, self._limits, self._connections.budget)
+        account = self._account
+        if account is None:
+            account = self._account = self._connections.budget.account(self._client)
+        incoming = self._incoming = Incoming(head, size, self._limits, account, self._loop.time)
         if incoming.body.complete:
             self._end_body(incoming)
         elif incoming.continue_owed and not self._slots:
@@ -264,12 +270,11 @@ class Http1Protocol(asyncio.Protocol):
     def _end_body(self, incoming: Incoming) -> None:
         self._incoming = self._head = None
         self._phase = _HEAD
-        self._complete(incoming.head, incoming.body.content, incoming.wire_size, incoming.reserved, incoming.refusal)
+        self._complete(incoming.head, incoming.body.content, incoming.wire_size, incoming.reserved, incoming)
 
     def _complete(
-        self, head: RequestHead, content: bytearray, wire_size: int, reserved: int = 0,
-        refusal: ServeError | None = None,
-    ) -> None:  # fmt: skip
+        self, head: RequestHead, content: bytearray, wire_size: int, reserved: int, incoming: Incoming | None = None
+    ) -> None:
         request = Request(
             head.method, head.path, query=head.query, headers=head.headers, body=content, client=self._client,
             id=head.id or new_id(), arrived_at=self._connections.clock(), header_text=head.text,
@@ -283,9 +288,7 @@ class Http1Protocol(asyncio.Protocol):
         self._timer.deadline = math.inf
         if not head.keep_alive:
             self._phase = _CLOSED
-        if refusal is not None:
-            self._connections.refused[refusal.status] += 1
-            self._respond_error(exchange, refusal)
+        if incoming is not None and not self._is_wanted(incoming, exchange):
             return
         try:
             self._app(exchange)
@@ -295,6 +298,16 @@ class Http1Protocol(asyncio.Protocol):
             log.exception("request %s %s %s failed", request.id, request.method, request.path,
                           extra=about(request_id=request.id))  # fmt: skip
             self._respond_error(exchange, ServerError(INTERNAL_ERROR))
+
+    def _is_wanted(self, incoming: Incoming, exchange: Exchange) -> bool:
+        refusal = incoming.refusal
+        if refusal is not None:
+            self._connections.refused[refusal.status] += 1
+            self._respond_error(exchange, refusal)
+            return False
+        if incoming.reserved and self._account is not None:
+            self._account.keep(exchange, incoming.reserved)
+        return True
 
     def _respond_error(self, exchange: Exchange, error: ServeError) -> None:
         exchange.respond(self._connections.error_format.answer(error, exchange.request))
@@ -448,5 +461,7 @@ class Http1Protocol(asyncio.Protocol):
             self._close()
 
     def _release(self, exchange: Exchange) -> None:
+        if self._account is not None:
+            self._account.forget(exchange)
         self._connections.budget.release(exchange.reserved)
         exchange.reserved = 0

@@ -1,28 +1,227 @@
-"""How many bytes of request bodies may be in memory at one time."""
+"""How many bytes of request bodies may be in memory at one time, and who gives way when they are all taken.
+
+Bytes are taken as they come: a body that is announced and not sent takes none. While there is room nobody is limited,
+and one address may have all of it, since all clients behind a proxy have one address. Once somebody finds no room:
+
+- An address has a share: an equal part for each address that holds bytes or waits for some.
+- One that is within its share gets room from those that are over theirs: bodies that are still coming are given up, the
+  slowest first. Those that are complete are being worked on, and are left alone.
+- If that is not enough it is refused, and waits, which means: for WAIT_S nobody takes more than a share.
+"""
 
 from __future__ import annotations
 
+import ipaddress
+import time
+from collections.abc import Callable, Hashable
+from typing import Protocol
+from weakref import WeakValueDictionary
+
 from pyserve.errors import OverloadedError
+
+# After a refusal; clients are asked to come again after 1 s.
+WAIT_S = 3.0
+# Addresses that may wait. More only make the shares smaller.
+WAITING_COUNT_MAX = 256
+# Of the budget: what is made free beyond what is needed, so that not each piece of a body has to ask for it.
+_SPARE_FRACTION = 64
+# Bits of an IPv6 address that tell one network from another; within it a client may have any address.
+_IPV6_NETWORK_BITS = 64
+
+
+class Coming(Protocol):
+    """A body of which more is to come, and which may be given up for another client's.
+
+    Attributes:
+        reserved: bytes that it holds.
+    """
+
+    reserved: int
+
+    def pace(self) -> float:
+        """Bytes per second so far."""
+
+    def give_up(self, error: OverloadedError) -> None:
+        """Keeps nothing, gives back what it holds, and is answered with ``error``."""
 
 
 class BodyBudget:
-    """Bytes of request bodies that may be in memory at one time. Share one among all listeners of a process."""
+    """Bytes of request bodies that may be in memory at one time. Share one among all listeners of a process.
 
-    __slots__ = ("size", "size_max")
+    Attributes:
+        size: bytes that are taken.
+        size_max: bytes that may be.
+        quick_max: up to here ``size`` may grow without looking at shares: ``size_max``, or 0 while somebody waits.
+        holder_count: accounts that hold bytes.
+    """
 
-    def __init__(self, size_max: int):
-        self.size_max = size_max
+    __slots__ = ("_accounts", "_clock", "_unnamed", "_waiting", "holder_count", "quick_max", "size", "size_max")
+
+    def __init__(self, size_max: int, clock: Callable[[], float] = time.monotonic):
+        self.size_max = self.quick_max = size_max
         self.size = 0
+        self.holder_count = 0
+        self._clock = clock
+        self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
+        self._waiting: dict[Account, float] = {}  # until when
+        self._unnamed = Account(self)
+
+    def account(self, client: str) -> Account:
+        """Of the address of ``client``, which is ``host:port`` or a word for all that have none."""
+        address = address_of(client)
+        account = self._accounts.get(address)
+        if account is None:
+            account = self._accounts[address] = Account(self)
+        return account
+
+    def reserve_quick(self, size: int) -> bool:
+        """Takes ``size`` bytes, or nothing and returns False if shares have to be looked at."""
+        if self.size + size > self.quick_max:
+            return False
+        self.size += size
+        return True
 
     def reserve(self, size: int) -> bool:
-        """Takes ``size`` bytes, or nothing and returns False."""
-        if self.size + size > self.size_max:
+        """Takes ``size`` bytes in nobody's name, or nothing and returns False."""
+        if self.size + size > self.quick_max and not self.has_room(self._unnamed, size):
             return False
         self.size += size
         return True
 
     def release(self, size: int) -> None:
         self.size -= size
+
+    def has_room(self, account: Account, size: int) -> bool:
+        """Whether ``account`` may take ``size`` bytes more. Makes room for them if that is just; else it waits."""
+        now = self._clock()
+        self._forget_waiting(now)
+        share = self._share(account)
+        is_within = account.size + size <= share
+        missing = self.size + size - self.size_max
+        if missing > 0 and is_within:
+            self._make_room(account, share, missing + self.size_max // _SPARE_FRACTION)
+        return self._settle(account, self.size + size <= self.size_max, is_within, share, now)
+
+    def will_have_room(self, account: Account, size: int) -> bool:
+        """The same of bytes that are only announced: nothing is made free yet."""
+        now = self._clock()
+        self._forget_waiting(now)
+        share = self._share(account)
+        is_within = account.size + size <= share
+        missing = self.size + size - self.size_max
+        if missing > 0 and is_within:
+            missing -= sum(each.excess(share) for each in self._accounts.values() if each is not account)
+        return self._settle(account, missing <= 0, is_within, share, now)
+
+    def _settle(self, account: Account, is_free: bool, is_within: bool, share: int, now: float) -> bool:
+        others_wait = len(self._waiting) > (account in self._waiting)
+        has_room = is_free and (is_within or not others_wait)
+        if has_room:
+            self._waiting.pop(account, None)
+        elif account.size <= share and self._others_hold(account) and len(self._waiting) < WAITING_COUNT_MAX:
+            self._waiting[account] = now + WAIT_S
+        self.quick_max = 0 if self._waiting else self.size_max
+        return has_room
+
+    def _others_hold(self, account: Account) -> bool:
+        return self.holder_count > (account.size > 0)
+
+    def _share(self, account: Account) -> int:
+        empty = sum(not each.size for each in self._waiting if each is not account)
+        return self.size_max // (self.holder_count + (account.size == 0) + empty)
+
+    def _forget_waiting(self, now: float) -> None:
+        if self._waiting:
+            self._waiting = {account: until for account, until in self._waiting.items() if until > now}
+
+    def _make_room(self, account: Account, share: int, wanted: int) -> None:
+        error = body_budget_error(self)
+        others = [each for each in self._accounts.values() if each.size > share and each is not account]
+        for other in sorted(others, key=lambda each: each.size, reverse=True):
+            for body in sorted(other.coming, key=lambda each: each.pace()):
+                if wanted <= 0 or other.size <= share:
+                    break
+                if body.reserved:
+                    wanted -= body.reserved
+                    body.give_up(error)
+
+
+class Account:
+    """What the bodies of one address hold: those that are coming, and those that came and are not answered yet.
+
+    Small bodies that came in one piece with their heads are in nobody's account; the queues of the models bound them.
+
+    Attributes:
+        size: bytes.
+        coming: bodies of which more is to come.
+        budget: that it is a part of.
+    """
+
+    __slots__ = ("__weakref__", "_kept", "budget", "coming", "size")
+
+    def __init__(self, budget: BodyBudget):
+        self.budget = budget
+        self._kept: dict[Hashable, int] = {}
+        self.size = 0
+        self.coming: set[Coming] = set()
+
+    def will_have_room(self, size: int) -> bool:
+        """Whether a body of ``size`` bytes has a chance. Nothing is taken."""
+        budget = self.budget
+        return budget.size + size <= budget.quick_max or budget.will_have_room(self, size)
+
+    def take(self, size: int) -> bool:
+        """Takes ``size`` bytes, which have come; or nothing and returns False."""
+        budget = self.budget
+        if budget.size + size > budget.quick_max and not budget.has_room(self, size):
+            return False
+        budget.size += size
+        self._grow(size)
+        return True
+
+    def charge(self, size: int) -> bool:
+        """Takes ``size`` bytes, as they are in memory anyhow; returns whether they should be."""
+        budget = self.budget
+        budget.size += size
+        self._grow(size)
+        return budget.size <= budget.quick_max or budget.has_room(self, 0)
+
+    def release(self, size: int) -> None:
+        """Gives ``size`` bytes back."""
+        self.budget.release(size)
+        self._grow(-size)
+
+    def keep(self, key: Hashable, size: int) -> None:
+        """A body of ``size`` bytes, which are taken, is complete and stays in memory until `forget`."""
+        self._kept[key] = size
+
+    def forget(self, key: Hashable) -> None:
+        """It is nobody's any more. The budget gets its bytes back from the caller."""
+        self._grow(-self._kept.pop(key, 0))
+
+    def excess(self, share: int) -> int:
+        """Bytes above ``share`` that are of bodies which may be given up."""
+        over = self.size - share
+        return min(over, sum(body.reserved for body in self.coming)) if over > 0 else 0
+
+    def _grow(self, size: int) -> None:
+        before = self.size
+        self.size = before + size
+        if not before:
+            self.budget.holder_count += self.size > 0
+        elif not self.size:
+            self.budget.holder_count -= 1
+
+
+def address_of(client: str) -> str:
+    """What stands for the client's address: that of its network in IPv6, where a client has any number of them."""
+    host = client.rpartition(":")[0]
+    if not host.startswith("["):
+        return host or client
+    address = ipaddress.IPv6Address(host[1:-1].partition("%")[0])
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return f"[{int(address) >> (128 - _IPV6_NETWORK_BITS):x}]"
 
 
 def body_budget_error(budget: BodyBudget) -> OverloadedError:

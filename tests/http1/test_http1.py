@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from pyserve.errors import ModelNotFoundError
+from pyserve.http1 import body
+from pyserve.http1.body import FIRST_SIZE
 from pyserve.http1.connections import Connections
+from pyserve.http1.direct import DIRECT_SIZE_MIN
 from pyserve.http1.limits import Http1Limits
 from pyserve.request.body_budget import BodyBudget
 from pyserve.request.exchange import Exchange
@@ -794,6 +797,67 @@ def test_body_over_the_budget_is_refused_on_its_head_and_the_connection_kept() -
     holder.exchanges[0].respond(Response())
     assert budget.size == 0
     assert wire.send(post(bytes(50))).statuses == [503, 200, 200]
+
+
+def test_bodies_that_are_announced_and_not_sent_cost_nothing() -> None:
+    budget = BodyBudget(1 << 20)
+    connections = Connections(Http1Limits(), budget)
+    idle = [Wire(None, connections=connections).send(post(bytes(1 << 20))[:-1048576]) for _ in range(50)]
+    assert budget.size == 0 and not any(wire.protocol._incoming.body.content for wire in idle)
+    assert Wire(connections=connections).send(post(bytes(1 << 20))).statuses == [200]
+    idle[0].send(b"x")
+    assert budget.size == 1 and len(idle[0].protocol._incoming.body.content) == FIRST_SIZE
+    idle[0].send(bytes((1 << 20) - 1))
+    assert budget.size == 1 << 20 and bytes(idle[0].exchanges[0].request.body[:2]) == b"x\0"
+    assert len(idle[0].exchanges[0].request.body) == 1 << 20
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_body_that_is_over_the_budget_when_it_comes_is_refused_and_the_connection_kept(is_large: bool) -> None:
+    size = 2 * DIRECT_SIZE_MIN if is_large else 100
+    budget = BodyBudget(size)
+    connections = Connections(Http1Limits(), budget)
+    first, second = (Wire(connections=connections).send(post(bytes(size))[:-size]) for _ in range(2))
+    first.send(bytes(size - 1))
+    second.send(bytes(size // 2))
+    assert budget.size == size - 1 and second.statuses == []
+    second.send(bytes(size - size // 2) + GET)
+    assert second.statuses == [503, 200] and len(second.exchanges) == 1
+    assert first.send(b"x").statuses == [200]
+    assert budget.size == 0
+
+
+def test_a_body_that_gives_way_to_another_address_is_refused_and_its_connection_kept() -> None:
+    size = 2 * DIRECT_SIZE_MIN
+    budget = BodyBudget(size)
+    connections = Connections(Http1Limits(), budget)
+    fat = Wire(connections=connections, peername=("10.0.0.1", 1)).send(post(bytes(size))[:-size], bytes(size - 1))
+    assert budget.size == size - 1
+    thin = Wire(connections=connections, peername=("10.0.0.2", 1)).send(post(bytes(500)))
+    assert thin.statuses == [200] and budget.size == 0
+    assert fat.send(b"x" + GET).statuses == [503, 200]
+    assert len(fat.exchanges) == 1
+
+
+def test_a_body_for_which_there_is_no_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise MemoryError
+
+    for name in ("_uncleared", "_resize"):
+        with monkeypatch.context() as patch:
+            wire = Wire()
+            sent = post(bytes(3 * FIRST_SIZE)) + GET
+            patch.setattr(body, name, fail)
+            wire.send(sent[:100], sent[100:])
+            assert wire.statuses == [503, 200] and wire.answers[0].json["detail"]["reason"] == "memory"
+            assert wire.connections is not None and wire.connections.budget.size == 0
+
+
+def test_a_request_without_a_body_is_answered_however_full_the_budget_is() -> None:
+    budget = BodyBudget(100)
+    budget.size = 200  # messages of gRPC are in memory before they are counted
+    wire = Wire(connections=Connections(Http1Limits(), budget)).send(GET + post(b""))
+    assert wire.statuses == [200, 200]
 
 
 def test_chunked_body_over_the_budget_is_refused_and_not_kept() -> None:

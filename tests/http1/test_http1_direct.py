@@ -17,6 +17,7 @@ from pyserve.http1.direct import DIRECT_SIZE_MIN, DirectBody
 from pyserve.http1.limits import Http1Limits
 from pyserve.http1.protocol import Http1Protocol
 from pyserve.http1.tls import Http1TlsProtocol
+from pyserve.request.body_budget import Account, BodyBudget
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import Response
 from pyserve.security import tls
@@ -145,10 +146,10 @@ def add_mark(exchange: Exchange) -> None:
     exchange.respond(answer)
 
 
-async def ask_in_turn(bodies: list[bytes], folder: Path | None) -> bytes:
+async def ask_in_turn(bodies: list[bytes], folder: Path | None, budget: BodyBudget | None = None) -> bytes:
     """All that comes back for ``bodies``, sent at once over one connection, which is TLS' if there is a folder."""
     limits = Http1Limits()
-    connections = Connections(limits)
+    connections = Connections(limits, budget)
     kind, context, trust = Http1Protocol, None, None
     if folder is not None:
         pair = certificates.self_signed(folder)
@@ -163,6 +164,7 @@ async def ask_in_turn(bodies: list[bytes], folder: Path | None) -> bytes:
     output = await reader.read()
     writer.close()
     server.close()
+    assert connections.budget.size == 0
     return output
 
 
@@ -172,3 +174,19 @@ def test_large_and_small_bodies_in_turn_over_one_connection(tmp_path: Path, is_t
     bodies = [big, b"hi", BODY, b"", big[::-1]]
     output = uvloop.run(asyncio.wait_for(ask_in_turn(bodies, tmp_path if is_tls else None), LIMIT_S))
     assert [answer.body for answer in parse_answers(output)] == [body + b"!" for body in bodies]
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_bodies_that_are_over_the_budget_are_read_over(tmp_path: Path, is_tls: bool) -> None:
+    """The budget is used up while they come, as others take it."""
+    big = random.Random(2).randbytes(1_500_000)
+    bodies = [b"hi", big, BODY, big, b"ho"]
+
+    class Busy(BodyBudget):
+        def will_have_room(self, account: Account, size: int) -> bool:
+            return True
+
+    output = uvloop.run(asyncio.wait_for(ask_in_turn(bodies, tmp_path if is_tls else None, Busy(600_000)), LIMIT_S))
+    answers = parse_answers(output)
+    assert [answer.status for answer in answers] == [200, 503, 200, 503, 200]
+    assert [answer.body for answer in answers if answer.status == 200] == [b"hi!", BODY + b"!", b"ho!"]

@@ -167,6 +167,7 @@ class FakeTransport(asyncio.Transport):
                 place = self.protocol.get_buffer(size)
                 size = min(size, len(place))
                 place[:size] = rest[:size]
+                del place
                 self.protocol.buffer_updated(size)
             else:
                 self.protocol.data_received(bytes(rest))
