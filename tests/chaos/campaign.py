@@ -1,0 +1,184 @@
+"""A campaign: traffic, faults one after the other, and the judgement of what was answered meanwhile."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from pathlib import Path
+
+from tests.chaos import clock_library, models
+from tests.chaos.fault import Fault
+from tests.chaos.faults import ALL
+from tests.chaos.health import Prober, lies, longest_silence
+from tests.chaos.leaks import left_behind, standing_of
+from tests.chaos.ledger import Ledger, Record, Window
+from tests.chaos.plan import Step, make_plan
+from tests.chaos.recovery import Recovery
+from tests.chaos.report import Report
+from tests.chaos.site import Site, serving
+from tests.chaos.traffic import Traffic
+
+HOLD_LIMIT_S = 2.0
+"""A fault that keeps all clients waiting is taken back after this."""
+CALM_S = 0.06
+"""After each recovery; health is still listened to."""
+_STALL_LIMIT_S = 60.0
+_RECORDS_SHOWN_MAX = 5
+
+
+class Campaign:
+    """One campaign on a site that runs.
+
+    Args:
+        on_step: called with a line about each step.
+    """
+
+    def __init__(self, site: Site, report: Report, traffic: Traffic, ledger: Ledger, log: Path):
+        self._site = site
+        self._report = report
+        self._traffic = traffic
+        self._ledger = ledger
+        self._log = log
+        self._recovery = Recovery(site)
+        self._judged = 0
+
+    def run(self, plan: list[Step], *, warm_up: int, requests: int) -> None:
+        problem = self._recovery.wait()
+        if problem:
+            self._report.violate(f"before the first fault: {problem}")
+            return
+        self._recovery.rows = self._site.rows()
+        self._warm(warm_up)
+        before = standing_of(self._site)
+        self._traffic.resume()
+        started = self._traffic.sent
+        target = self._site.target
+        management = self._site.address("management")
+        with Prober(target.http, management, ("echo", "streamer", "adder"), is_tls=target.is_tls) as prober:
+            for step in plan:
+                self._traffic.wait_sent(started + step.at, _STALL_LIMIT_S)
+                if not self._play(step, prober):
+                    break
+            else:
+                self._traffic.wait_sent(started + requests, requests)
+        self._traffic.pause()
+        self._warm(warm_up)
+        for line in left_behind(self._site, before):
+            self._report.violate(f"left behind: {line}")
+        self._judge(None)
+
+    def _warm(self, count: int) -> None:
+        """``count`` requests without a fault; all connections are closed afterwards."""
+        sent = self._traffic.sent
+        self._traffic.resume()
+        self._traffic.wait_sent(sent + count, _STALL_LIMIT_S)
+        self._traffic.pause()
+        self._recovery.close()
+
+    def _play(self, step: Step, prober: Prober) -> bool:
+        """One fault from its beginning to its recovery; False when the campaign cannot continue."""
+        fault = ALL[step.fault](self._site, random.Random(step.seed))
+        fault.prepare()
+        window = Window(step.number, step.fault, fault.costs, time.monotonic())
+        self._ledger.windows.append(window)
+        prober.take()
+        sent = self._traffic.sent
+        error = self._act(fault.inject)
+        self._traffic.wait_sent(sent + step.hold, HOLD_LIMIT_S)
+        error = self._act(fault.heal) or error
+        healed_at = time.monotonic()
+        problem = self._recovery.wait()
+        window.over_at = time.monotonic()
+        time.sleep(CALM_S)
+        self._note(step, fault, prober, window, healed_at)
+        where = f"step {step.number} ({step.fault}{': ' if fault.provokes else ''}{fault.provokes})"
+        if error:
+            self._report.violate(f"{where}: {error}")
+        if problem:
+            self._report.violate(f"{where}: not recovered: {problem}\n{self._tail()}")
+        self._judge(where)
+        return not problem
+
+    @staticmethod
+    def _act(action: object) -> str:
+        """What went wrong while the fault was begun or taken back."""
+        assert callable(action)
+        try:
+            action()
+        except Exception as error:
+            return f"{error!r}"
+        return ""
+
+    def _note(self, step: Step, fault: Fault, prober: Prober, window: Window, healed_at: float) -> None:
+        probes = prober.take()
+        told = max(lies(probes, fault.deaths, begun_at=window.begun_at, well_from=window.over_at,
+                        is_harmless=fault.is_harmless), default=None)  # fmt: skip
+        entry = self._report.of(step.fault)
+        recovery_s = window.over_at - healed_at
+        entry.count += 1
+        entry.recoveries_s.append(round(recovery_s, 3))
+        if recovery_s > entry.slowest_recovery_s:
+            entry.slowest_recovery_s, entry.slowest_step = recovery_s, step.number
+        if told is not None and told.seconds > entry.longest_lie_s:
+            entry.longest_lie_s, entry.longest_lie = told
+        entry.longest_silence_s = max(entry.longest_silence_s, longest_silence(probes))
+        with open(self._log, "a") as log:
+            lie = f", {told.what} for {told.seconds * 1000:.0f} ms" if told else ""
+            log.write(f"{window.begun_at:.3f} step {step.number} after {self._traffic.sent} requests: {step.fault} "
+                      f"{fault.provokes}; recovered in {recovery_s:.2f} s{lie}\n")  # fmt: skip
+
+    def _judge(self, where: str | None) -> None:
+        """Reports what no fault explains, of all that was recorded since the last time."""
+        unexcused = self._ledger.unexcused()
+        fresh = unexcused[self._judged :]
+        self._judged = len(unexcused)
+        for record in fresh[:_RECORDS_SHOWN_MAX]:
+            self._report.violate(f"{where or 'the end'}: {_line(record)}\n{self._tail()}")
+        if len(fresh) > _RECORDS_SHOWN_MAX:
+            self._report.violate(f"{where or 'the end'}: and {len(fresh) - _RECORDS_SHOWN_MAX} more of this kind")
+
+    def _tail(self) -> str:
+        return "\n".join(f"    | {line}" for line in self._site.log_tail())
+
+
+def _line(record: Record) -> str:
+    took = record.ended_at - record.sent_at
+    return (
+        f"{record.kind} request {record.id} is {record.outcome} ({record.status}) after {took:.3f} s: {record.detail}"
+    )
+
+
+def run(report: Report, folder: Path, *, seed: int, requests: int, faults: int, only: list[str], rate: float,
+        is_tls: bool, clients: int, warm_up: int, log: Path) -> None:  # fmt: skip
+    """Serves, plays, judges; everything goes into ``report``."""
+    ledger = Ledger()
+    begun_at = time.monotonic()
+    lock = threading.Lock()
+
+    def record(seen: Record) -> None:
+        with lock:
+            ledger.records.append(seen)
+
+    with serving(folder, is_tls=is_tls, prepare=_prepare) as site:
+        report.start_s = time.monotonic() - begun_at
+        weights = {}
+        for name in only or ALL:
+            reason = ALL[name].left_out(site)
+            if reason:
+                report.left_out[name] = reason
+            else:
+                weights[name] = ALL[name].weight
+        plan = make_plan(seed, requests=requests, faults=faults, weights=weights)
+        with Traffic(site.target, rate=rate, clients=clients, on_record=record) as traffic:
+            try:
+                Campaign(site, report, traffic, ledger, log).run(plan, warm_up=warm_up, requests=requests)
+            finally:
+                report.sent, report.right = traffic.sent, traffic.right
+                report.outcomes, report.refused = ledger.counts(), ledger.refused_by_status()
+                report.seconds = time.monotonic() - begun_at
+
+
+def _prepare(site: Site) -> None:
+    clock_library.load(site)
+    models.write_archives(site.store)

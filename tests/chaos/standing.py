@@ -1,0 +1,104 @@
+"""What processes and folders hold: measured before and after a campaign, so that nothing may be left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+RSS_GROWTH_MAX = 0.05
+_MEGABYTE = 1 << 20
+_NAMES_ANEW = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{16,}|\d+|(?<=[-_.])[a-z0-9_]{8}(?=$|[/.])")
+
+
+@dataclass
+class ProcessStanding:
+    """What one process holds.
+
+    Attributes:
+        descriptors: count by what they are.
+        rss: resident bytes.
+    """
+
+    descriptors: Counter[str] = field(default_factory=Counter)
+    threads: int = 0
+    children: int = 0
+    rss: int = 0
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> ProcessStanding:
+        descriptors: Counter[str] = Counter()
+        folder = f"/proc/{process.pid}/fd"
+        for name in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                descriptors[_kind_of(os.readlink(f"{folder}/{name}"))] += 1
+        return cls(descriptors, process.num_threads(), len(process.children()), process.memory_info().rss)
+
+
+def _kind_of(link: str) -> str:
+    """``socket``, ``pipe``, ``anon_inode:[eventfd]``, ``/memfd:NAME``, or a file without what is drawn anew."""
+    kind, colon, _ = link.partition(":[")
+    return kind if colon and kind in ("socket", "pipe") else _NAMES_ANEW.sub("*", link.removesuffix(" (deleted)"))
+
+
+@dataclass
+class Standing:
+    """All of it.
+
+    Attributes:
+        processes: by their part: ``supervisor``, ``server``, ``zygote``, ``worker`` (all of them together).
+        files: in the folders that were named, without what is drawn anew; count by name.
+        shared_memory: names in /dev/shm.
+        others: processes of ours that are none of these.
+    """
+
+    processes: dict[str, ProcessStanding] = field(default_factory=dict)
+    files: Counter[str] = field(default_factory=Counter)
+    shared_memory: Counter[str] = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter)
+
+
+def files_in(folders: Iterable[Path]) -> Counter[str]:
+    return Counter(
+        _NAMES_ANEW.sub("*", f"{folder.name}/{path.relative_to(folder)}")
+        for folder in folders
+        for path in folder.rglob("*")
+    )
+
+
+def shared_memory() -> Counter[str]:
+    return Counter(os.listdir("/dev/shm"))
+
+
+def differences(before: Standing, after: Standing) -> list[str]:
+    """What ``after`` holds that ``before`` did not, and what it has lost; empty when nothing is left behind.
+
+    Memory counts when it has grown by more than RSS_GROWTH_MAX.
+    """
+    found = []
+    for part in sorted(before.processes.keys() | after.processes.keys()):
+        one, other = (s.processes.get(part, ProcessStanding()) for s in (before, after))
+        found += [f"{part}: {line}" for line in _changes(one.descriptors, other.descriptors, "descriptor")]
+        for what in ("threads", "children"):
+            if getattr(one, what) != getattr(other, what):
+                found.append(f"{part}: {getattr(one, what)} {what} before, {getattr(other, what)} after")
+        if other.rss > one.rss * (1 + RSS_GROWTH_MAX):
+            found.append(f"{part}: {one.rss / _MEGABYTE:.1f} MB resident before, {other.rss / _MEGABYTE:.1f} after")
+    found += _changes(before.files, after.files, "file")
+    found += _changes(before.shared_memory, after.shared_memory, "shared memory")
+    found += _changes(before.others, after.others, "process")
+    return found
+
+
+def _changes(before: Counter[str], after: Counter[str], what: str) -> list[str]:
+    return [
+        f"{what} {name}: {before[name]} before, {after[name]} after"
+        for name in sorted(before.keys() | after.keys())
+        if before[name] != after[name]
+    ]
