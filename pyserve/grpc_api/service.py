@@ -20,7 +20,7 @@ from pyserve.grpc_api.status import TOKEN_VERDICT, Judge, Verdict, status_text
 from pyserve.grpc_api.streams import Streams
 from pyserve.lanes.resources import Services
 from pyserve.log import about
-from pyserve.request.body_budget import BodyBudget, body_budget_error
+from pyserve.request.body_budget import QUICK_SIZE_MAX, Account, BodyBudget, body_budget_error
 from pyserve.telemetry.access_log import AccessLog
 
 log = logging.getLogger(__name__)
@@ -159,10 +159,17 @@ class Dispatcher:
         if self.streams.is_draining:
             raise _draining()
         self._check_size(len(raw))
-        if self._budget.size > self._budget.size_max:
-            raise body_budget_error(self._budget)
+        self._check_room(call, service)
         self._check_token(call, service, method)
         return _parse(method, raw)
+
+    def _check_room(self, call: Call, service: Service) -> None:
+        """Of a message, which `begin` has counted. That the server is healthy is said however little room there is."""
+        budget = self._budget
+        if budget.size <= budget.quick_max or service.scope is None:
+            return
+        if not budget.has_room(budget.account(call.client), 0):
+            raise body_budget_error(budget)
 
     def _check_size(self, size: int) -> None:
         if size > self._size_max:
@@ -188,15 +195,17 @@ class Dispatcher:
             log.info("%s, request %s: %s. Reported once", call.path, call.id, text, extra=about(request_id=call.id))
         await call.context.send_initial_metadata(((FIX_KEY, text),))
 
-    def begin(self, size: int) -> None:
-        """A call has come. REQUIRES: `end` is called with the same size."""
+    def begin(self, call: Call, size: int) -> BodyBudget | Account:
+        """A call has come. Returns who holds its bytes. REQUIRES: `end` is called with that and the same size."""
         self._open_count += 1
         self._idle.clear()
-        self._budget.size += size
+        holder = self._budget if size <= QUICK_SIZE_MAX else self._budget.account(call.client)
+        holder.charge(size)
+        return holder
 
-    def end(self, size: int) -> None:
+    def end(self, holder: BodyBudget | Account, size: int) -> None:
         """It is over."""
-        self._budget.release(size)
+        holder.release(size)
         self._open_count -= 1
         if not self._open_count:
             self._idle.set()
@@ -225,7 +234,7 @@ class _Observed:
         self._is_observed = False
 
     def __enter__(self) -> _Observed:
-        self._dispatcher.begin(self._size)
+        self._holder = self._dispatcher.begin(self._call, self._size)
         return self
 
     async def fail(self, error: Exception) -> None:
@@ -241,7 +250,7 @@ class _Observed:
         await self._dispatcher.refuse(self._call, error, verdict)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._dispatcher.end(self._size)
+        self._dispatcher.end(self._holder, self._size)
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
             # It hung up, or its deadline has passed; a model that had the request has counted that.
             self._observe(499, grpc.StatusCode.DEADLINE_EXCEEDED if self._is_late() else grpc.StatusCode.CANCELLED)

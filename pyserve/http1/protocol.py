@@ -29,7 +29,7 @@ from pyserve.http1.output import Output
 from pyserve.http1.peer import client_name, probe_pause_s, unread_size
 from pyserve.http1.timer import LazyTimer, StallTimer
 from pyserve.log import about
-from pyserve.request.body_budget import Account
+from pyserve.request.body_budget import QUICK_SIZE_MAX, Account
 from pyserve.request.exchange import Exchange
 from pyserve.request.ids import new_id
 from pyserve.request.messages import ExtraHeaders, Request
@@ -37,8 +37,6 @@ from pyserve.request.messages import ExtraHeaders, Request
 log = logging.getLogger("pyserve.http1")
 
 _HEAD, _BODY, _CLOSED = range(3)
-# A body of so many bytes that came together with its head needs no state of its own.
-_QUICK_BODY_MAX = 64 * 1024
 # Of a head that is refused; its path is looked at.
 _BEGIN_SIZE_MAX = 1024
 
@@ -218,9 +216,9 @@ class Http1Protocol(asyncio.Protocol):
         return body_end
 
     def _is_quick(self, size: int) -> bool:
-        """Takes ``size`` bytes from the budget if a body of that size can be had at once."""
+        """Takes ``size`` bytes from the budget if a body of that size needs no state of its own."""
         limits = self._limits
-        return size <= _QUICK_BODY_MAX and size <= limits.body_size_max and self._connections.budget.reserve_quick(size)
+        return size <= QUICK_SIZE_MAX and size <= limits.body_size_max and self._connections.budget.reserve_quick(size)
 
     def _extend_head(self, data: bytes, start: int) -> int:
         partial = self._partial

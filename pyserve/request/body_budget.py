@@ -19,6 +19,8 @@ from weakref import WeakValueDictionary
 
 from pyserve.errors import OverloadedError
 
+# Bodies of at most so many bytes that come in one piece are in nobody's account: the queues of the models bound them.
+QUICK_SIZE_MAX = 64 * 1024
 # After a refusal; clients are asked to come again after 1 s.
 WAIT_S = 3.0
 # Addresses that may wait. More only make the shares smaller.
@@ -88,7 +90,12 @@ class BodyBudget:
         self.size += size
         return True
 
+    def charge(self, size: int) -> None:
+        """Takes ``size`` bytes in nobody's name, as they are in memory anyhow."""
+        self.size += size
+
     def release(self, size: int) -> None:
+        """Gives ``size`` bytes back."""
         self.size -= size
 
     def has_room(self, account: Account, size: int) -> bool:
@@ -149,8 +156,6 @@ class BodyBudget:
 class Account:
     """What the bodies of one address hold: those that are coming, and those that came and are not answered yet.
 
-    Small bodies that came in one piece with their heads are in nobody's account; the queues of the models bound them.
-
     Attributes:
         size: bytes.
         coming: bodies of which more is to come.
@@ -179,12 +184,10 @@ class Account:
         self._grow(size)
         return True
 
-    def charge(self, size: int) -> bool:
-        """Takes ``size`` bytes, as they are in memory anyhow; returns whether they should be."""
-        budget = self.budget
-        budget.size += size
+    def charge(self, size: int) -> None:
+        """Takes ``size`` bytes, as they are in memory anyhow."""
+        self.budget.size += size
         self._grow(size)
-        return budget.size <= budget.quick_max or budget.has_room(self, 0)
 
     def release(self, size: int) -> None:
         """Gives ``size`` bytes back."""

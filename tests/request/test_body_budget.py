@@ -150,15 +150,18 @@ def test_what_is_in_nobodys_name_counts_and_gets_room_too() -> None:
     assert not budget.reserve(MAX)
 
 
-def test_what_is_in_memory_anyhow_is_counted_and_judged() -> None:
+def test_what_is_in_memory_anyhow_is_counted_and_then_judged() -> None:
     budget = BodyBudget(MAX)
     fat, thin = accounts(budget, 2)
-    assert fat.charge(MAX)
-    assert not fat.charge(1) and budget.size == MAX + 1
+    fat.charge(MAX)
+    assert budget.has_room(fat, 0)
+    fat.charge(1)
+    assert not budget.has_room(fat, 0) and budget.size == MAX + 1
     fat.release(MAX + 1)
     body = Body(fat)
     assert body.take(MAX)
-    assert thin.charge(100) and body.given_up is not None
+    thin.charge(100)
+    assert budget.has_room(thin, 0) and body.given_up is not None
 
 
 @pytest.mark.parametrize(
