@@ -65,9 +65,10 @@ def spawn(
     handover: JsonObject,
     *,
     sockets: Iterable[socket.socket] = (),
+    files: Iterable[int] = (),
     output_fd: int | None = None,
 ) -> Child:
-    """Start ``command`` in a session of its own with ``handover``, inheriting ``sockets``.
+    """Start ``command`` in a session of its own with ``handover``, inheriting ``sockets`` and ``files``.
 
     Args:
         variable: environment variable that tells the child where its handover is.
@@ -89,7 +90,7 @@ def spawn(
             stderr=output_fd,
             cwd=child_folder(),
             env=child_environment() | {variable: json.dumps({"config_fd": handover_fd, "report_fd": report_fd})},
-            pass_fds=[handover_fd, report_fd, *(each.fileno() for each in sockets)],
+            pass_fds=[handover_fd, report_fd, *files, *(each.fileno() for each in sockets)],
             # Away from the terminal's process group: Ctrl-C reaches the starter only, which passes it on once.
             start_new_session=True,
         )

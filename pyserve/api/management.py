@@ -168,6 +168,7 @@ class Management:
         waits = values.get("synchronous", True)
         model = await self._registry.register(url, waits=waits, **arguments)
         answer: JsonObject = {"status": _registered(model) if waits or not model.workers_min else SCALING}
+        self._add_warning(answer)
         # Object stores read what KMS encrypted without being told; nothing else has such keys.
         if values.get("s3_sse_kms") and not (model.url.startswith("s3://") or self._is_strict):
             answer["unused"] = ["s3_sse_kms"]
@@ -185,6 +186,7 @@ class Management:
         if settings:
             changed = model.configure(settings)
             await self._registry.changed()
+            self._add_warning(answer)
             answer["changed"] = {name: f"{old} -> {new}" for name, (old, new) in changed.items()}
         unused = [name for name in _UNUSED_NAMES if name in values]
         if unused and not self._is_strict:
@@ -195,6 +197,7 @@ class Management:
             return json_response(answer, 202)
         if workers is not None:
             running = await self._scale(model, workers, version, changed)
+            self._add_warning(answer)
             if running < workers[0]:
                 answer["status"] = "Workers scaling in progress..."
                 return json_response(answer, 206)
@@ -213,7 +216,7 @@ class Management:
             # Here, and only here, TorchServe's text has no colon after "version".
             raise VersionNotFoundError(f"Model version {model_version} does not exist for model {model_name}") from None
         text = f'Default version successfully updated for model "{model_name}" to "{model_version}"'
-        return json_response({"status": text})
+        return json_response(self._add_warning({"status": text}))
 
     async def unregister_model(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
         """``DELETE /models/{m}[/{v}]``: returns when the requests it had are answered and it is gone."""
@@ -226,7 +229,13 @@ class Management:
             self._watch(removal, f"unregistering {shown(model_name)}")
             raise CleanupTimeoutError(f"Timed out while cleaning resources: {model_name}")
         removal.result()
-        return json_response({"status": f'Model "{model_name}" unregistered'})
+        return json_response(self._add_warning({"status": f'Model "{model_name}" unregistered'}))
+
+    def _add_warning(self, answer: JsonObject) -> JsonObject:
+        """``answer``, with what of the change could not be written down. The change is made all the same."""
+        if self._registry.not_kept and not self._is_strict:  # TorchServe logs it only
+            answer["warning"] = self._registry.not_kept
+        return answer
 
     # --- checks ---------------------------------------------------------------------------------------------------
 

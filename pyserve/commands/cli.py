@@ -42,6 +42,7 @@ _OVERRIDES = {
     "management_address": "--management-address",
     "metrics_address": "--metrics-address",
     "token_file": "--token-file",
+    "state_dir": "--state-dir",
     "enable_grpc": "--grpc",
     "grpc_inference_port": "--grpc-inference-port",
     "grpc_management_port": "--grpc-management-port",
@@ -261,6 +262,7 @@ def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grpc-inference-port", metavar="PORT", help="default: 7070")
     add("--grpc-management-port", metavar="PORT", help="default: 7071")
     add("--token-file", metavar="FILE", help="keys that callers must show; default: made at start, where one is needed")
+    add("--state-dir", metavar="DIR", help="for our own state; default: the user's runtime or state folder")
     add("--disable-token-auth", "--dt", action="store_true", help="no tokens, wherever the server listens")
     add("--enable-model-api", action="store_true", help="allow registering models, wherever the server listens")
 

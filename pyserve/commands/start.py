@@ -43,7 +43,9 @@ class LogFile:
         path = Path(os.environ.get("LOG_LOCATION") or "logs", LOG_FILE).absolute()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # A pipe that nobody reads must not hold the start.
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+            os.set_blocking(fd, True)
         except OSError as error:
             console.warn([f"no log is kept: {path} cannot be written: {error.strerror}; set LOG_LOCATION to a folder"])
             return cls(None, os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 0)

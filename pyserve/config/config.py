@@ -28,7 +28,7 @@ from pyserve.config.keys import (
     misspelt,
     settings_of,
 )
-from pyserve.config.model_source import ModelSource, list_store, resolve_models
+from pyserve.config.model_source import ModelSource, list_store, resolve_models, store_problems
 from pyserve.config.properties import PropertiesError, Property, parse_properties
 from pyserve.errors import ConfigError, JsonObject
 
@@ -56,6 +56,7 @@ class Config:
         disable_token_authorization: ``None`` means that only management needs tokens, where it is not on loopback.
         token_file: keys that somebody else made; ``""`` to have them made.
         token_expiration_min: minutes.
+        state_dir: where the folder with our own state is made; ``""`` for the user's runtime or state folder.
         enable_grpc: ``auto`` means wherever grpcio is installed.
         metrics_mode: ``""`` means ``prometheus``, and ``log`` under ``compat=strict``.
         model_snapshot: models to load instead of ``load_models``, as a snapshot names them; ``{}`` for none.
@@ -102,6 +103,7 @@ class Config:
     enable_model_api: bool | None = None
     disable_token_authorization: bool | None = None
     token_file: str = ""
+    state_dir: str = ""
     enable_metrics_api: bool = True
     cors_allowed_origin: str = ""
     cors_allowed_methods: str = ""
@@ -433,6 +435,9 @@ def check_config(config: Config) -> None:
         config.model_store = str(store)
     else:
         config.model_store = None
+    config.warnings += [f"model store: {problem}; it is passed over" for problem in store_problems(config.model_store)]
+    if config.state_dir:
+        config.state_dir = str(Path(config.state_dir).expanduser().absolute())
     try:
         sources = config.models_to_load()
     except ValueError as error:

@@ -205,6 +205,7 @@ KINDS: dict[str, Kind] = {
     "ts_header_key_sequence_start": _HEADER,
     "ts_header_key_sequence_end": _HEADER,
     "token_file": _TEXT,
+    "state_dir": _TEXT,
     "token_expiration_min": Kind(_parse_minutes, "minutes, more than 0"),
     "private_key_file": _TEXT,
     "certificate_file": _TEXT,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,16 +41,65 @@ class ModelSource(NamedTuple):
 
 
 def list_store(store: str | None) -> list[str]:
-    """Names of the archives and folders in ``store`` that are not hidden, sorted; empty without a store."""
+    """Names of the archives and folders in ``store`` that are not hidden, sorted; empty without a store, or without
+    one that can be read.
+
+    What cannot be loaded whatever is done with it is passed over: links that lead nowhere, pipes, sockets, and names
+    that are no text. `store_problems` names those.
+    """
+    return sorted(name for name, problem in _store_entries(store) if not problem)
+
+
+def store_problems(store: str | None) -> list[str]:
+    """``name: why`` of each entry of ``store`` that looks like an archive and cannot be one, sorted."""
+    return sorted(f"{_printable(name)}: {problem}" for name, problem in _store_entries(store) if problem)
+
+
+def _store_entries(store: str | None) -> Iterator[tuple[str, str]]:
+    """Name of each archive and folder, and why it cannot be loaded; ``""`` if it can be tried."""
     if store is None:
-        return []
-    with os.scandir(store) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if not entry.name.startswith(".")
-            and (entry.is_dir() or (entry.is_file() and entry.name.endswith(ARCHIVE_SUFFIXES)))
-        )
+        return
+    try:
+        names = os.listdir(store)
+    except OSError as error:
+        yield os.path.basename(store), f"it cannot be listed: {error.strerror}"
+        return
+    for name in names:
+        if name.startswith("."):
+            continue
+        try:
+            mode = os.stat(os.path.join(store, name)).st_mode
+        except OSError as error:
+            # One that went while they were listed is no entry any more.
+            if name.endswith(ARCHIVE_SUFFIXES) and os.path.lexists(os.path.join(store, name)):
+                yield name, _why(error)
+            continue
+        is_archive = name.endswith(ARCHIVE_SUFFIXES)
+        if is_archive and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            yield name, "it is neither a file nor a folder"
+        elif is_archive or stat.S_ISDIR(mode):
+            yield name, "" if _is_utf8(name) else "its name is not UTF-8"
+
+
+def _why(error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return "it is a link that leads in a circle"
+    if error.errno == errno.ENOENT:
+        return "it is a link to a file that is not there"
+    return error.strerror or str(error)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _printable(name: str) -> str:
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def resolve_models(wanted: str, store: str | None) -> list[ModelSource]:
@@ -86,4 +138,4 @@ def _locate(item: str, store: str | None) -> str:
     in_store = Path(store, item)
     # A bare name means the store, as everywhere in TorchServe; a path means a path.
     candidates = (in_store, here) if os.sep not in item else (here, in_store)
-    return str(next((path for path in candidates if path.exists()), candidates[0]))
+    return str(next((path for path in candidates if os.path.exists(path)), candidates[0]))

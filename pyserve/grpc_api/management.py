@@ -97,7 +97,9 @@ class ManagementService:
         return await self._status(call, self._management.unregister_model, {}, *self._model(asked))
 
     async def _status(self, call: Call, endpoint: Callable[..., Any], parameters: Parameters, *path: Any) -> Any:
-        return _Answer(msg=str(json.loads(await self._ask(call, endpoint, parameters, *path))["status"]))
+        answer = json.loads(await self._ask(call, endpoint, parameters, *path))
+        warning = f" Warning: {answer['warning']}" if "warning" in answer else ""
+        return _Answer(msg=f"{answer['status']}{warning}")
 
     async def _ask(self, call: Call, endpoint: Callable[..., Any], parameters: Parameters, *path: Any) -> str:
         """The body of HTTP's answer.

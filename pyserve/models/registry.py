@@ -45,18 +45,19 @@ class Registry:
     """All served versions by name.
 
     Args:
-        state_file: where the runtime state is kept; None keeps none.
+        keep_state: see `StateKeeper`.
         snapshots: where snapshots go; None writes none.
         progress: told what a loading model is doing; any thread.
     """
 
     def __init__(
-        self, services: Services, *, state_file: Path | None = None, snapshots: SnapshotFolder | None = None,
+        self, services: Services, *, keep_state: Callable[[bytes], str] | None = None,
+        snapshots: SnapshotFolder | None = None,
         progress: ProgressOf | None = None,
     ):  # fmt: skip
         self._services = services
         self._sources = ArchiveSources(services.config)
-        self._keeper = StateKeeper(state_file, snapshots, self._capture)
+        self._keeper = StateKeeper(keep_state, snapshots, self._capture)
         self._progress = progress or (lambda name, text: None)
         self._models: dict[str, dict[str, Model]] = {}
         self._defaults: dict[str, str] = {}
@@ -212,8 +213,14 @@ class Registry:
             raise VersionNotFoundError(f"Model version {version} does not exist for model {name}")
         return self._models[name][version]
 
+    @property
+    def not_kept(self) -> str:
+        """What of the last change could not be written down, and why, as a sentence; ``""`` if all was."""
+        return self._keeper.problem
+
     async def changed(self, kind: str = CHANGE) -> None:
-        """To be called after a model's workers or settings were changed; returns when that is written down.
+        """To be called after a model's workers or settings were changed; returns when that is written down, or could
+        not be (``not_kept``).
 
         Args:
             kind: of the snapshot.
@@ -331,17 +338,11 @@ class Registry:
 
     async def drain(self) -> None:
         """Finishes what all models have admitted and stops them."""
-        await self._changed_at_the_end()
+        await self.changed(SHUTDOWN)
         self._keeps_state = False
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*(model.drain() for model in self.all_models()))
-
-    async def _changed_at_the_end(self) -> None:
-        try:
-            await self.changed(SHUTDOWN)
-        except OSError as error:
-            log.error("what is served could not be written down at the end: %s", error)
 
     def _add(
         self, archive: Archive, name: str | None, url: str, *, at_startup: bool, handler: str | None = None,
@@ -470,3 +471,6 @@ async def _opened(path: str) -> Archive | ServeError:
         return await asyncio.to_thread(open_archive, path)
     except ServeError as error:
         return error
+    except Exception as error:  # one archive, whatever it is, does not keep the others from being served
+        log.exception("%s cannot be opened", Path(path).name)
+        return ModelLoadError(f"{Path(path).name}: cannot be opened: {type(error).__name__}: {error}")

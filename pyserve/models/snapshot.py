@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from pyserve.config.keys import FLAG_ONLY, KINDS, SECRET_KEYS
 from pyserve.config.properties import format_properties, parse_properties
 from pyserve.errors import JsonObject
 from pyserve.models.snapshot_models import SavedModel, SnapshotError, check_complete, saved_models
+from pyserve.os_errors import cause_of
 
 log = logging.getLogger(__name__)
 
@@ -93,25 +95,30 @@ class SnapshotFolder:
         self._on_step = on_step
         self._is_failing = False
 
-    def write(self, kind: str, models: JsonObject) -> None:
+    def write(self, kind: str, models: JsonObject) -> str:
         """Adds a snapshot, and removes the oldest beyond SNAPSHOT_COUNT_MAX. What cannot be written is warned of once.
 
         Args:
             kind: STARTUP, CHANGE or SHUTDOWN.
             models: name to version to settings, as in `pyserve.models.snapshot_models`.
+
+        Returns:
+            Why there is none, as a sentence; ``""`` if there is.
         """
         try:
             self._write(kind, models)
         except OSError as error:
+            cause = cause_of(error)
             if not self._is_failing:
                 log.warning("snapshots cannot be written to %s: %s; changes made now are not there for --restore. Set "
                             "LOG_LOCATION to a folder that can be written, or no_config_snapshots=true",
-                            self.path, error.strerror or error)  # fmt: skip
+                            self.path, cause)  # fmt: skip
             self._is_failing = True
-            return
+            return f"No snapshot could be written to the log folder, so that --restore will not know of it: {cause}."
         if self._is_failing:
             log.info("snapshots are written to %s again", self.path)
         self._is_failing = False
+        return ""
 
     def _write(self, kind: str, models: JsonObject) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -120,7 +127,8 @@ class SnapshotFolder:
         content = format_snapshot(self._config, models, name).encode("ascii")
         write_durably(self.path / name, content, draft_prefix=_DRAFT_PREFIX, on_step=self._on_step)
         for old in [*present, name][:-SNAPSHOT_COUNT_MAX]:
-            (self.path / old).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # gone already, or no file: the one that is written counts
+                (self.path / old).unlink()
         if kind == STARTUP:
             self._remove_drafts()
         self._on_step("pruned")
@@ -189,7 +197,10 @@ def read_snapshot(path: Path, store: str | None) -> list[SavedModel]:
         SnapshotError: it is damaged; the text says how.
     """
     try:
-        with open(path, "rb") as file:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise SnapshotError("it is not a regular file")
             content = file.read(SNAPSHOT_SIZE_MAX + 1)
         if len(content) > SNAPSHOT_SIZE_MAX:
             raise SnapshotError(f"it is larger than {SNAPSHOT_SIZE_MAX} bytes")

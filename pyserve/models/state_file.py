@@ -1,7 +1,10 @@
 """What is served, written down before a change is answered: for the next server process, and for the next start.
 
-The state file is for a server that takes over from one that crashed, within one ``pyserve start``; it has everything.
+The state is for a server that takes over from one that crashed, within one ``pyserve start``; it has everything.
 The snapshots are for another start; they have what TorchServe's have.
+
+What cannot be written takes no change back: it is made, and its answer says what could not be kept, and why
+(`StateKeeper.problem`). The next change writes everything again.
 
 Loop thread only; the files are written in a thread, one change after the other.
 """
@@ -10,17 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyserve.errors import JsonObject
-from pyserve.models.snapshot import CHANGE, SnapshotFolder, write_durably
+from pyserve.models.snapshot import CHANGE, SnapshotFolder
 from pyserve.models.snapshot_models import snapshot_entry
+from pyserve.os_errors import cause_of
 
 if TYPE_CHECKING:
     from pyserve.models.model import Model
+
+log = logging.getLogger(__name__)
+
+STATE_NAME = "runtime-state.json"
 
 
 @dataclass
@@ -39,7 +48,7 @@ class LoadFailure:
 
 
 def state_of(models: Iterable[Model], defaults: Mapping[str, str], failures: Iterable[LoadFailure]) -> JsonObject:
-    """The content of the state file."""
+    """The content of the state."""
     return {
         "models": [
             {
@@ -90,29 +99,32 @@ class StateKeeper:
     """Writes what is served. A write covers all changes made before it begins, so that many at once share one.
 
     Args:
-        state_file, snapshots: None for what is not kept.
-        capture: gives the state file's content and the snapshot's models; called on the loop.
+        keep_state: keeps the state for the next server, and returns why it has no copy in a file, or ``""``; raises
+            OSError when it cannot keep it at all. Called in a thread. None keeps none.
+        snapshots: None for none.
+        capture: gives the state and the snapshot's models; called on the loop.
+
+    Attributes:
+        problem: what of the last write could not be kept, and why, as a sentence; ``""`` if all was.
     """
 
     def __init__(
-        self, state_file: Path | None, snapshots: SnapshotFolder | None,
+        self, keep_state: Callable[[bytes], str] | None, snapshots: SnapshotFolder | None,
         capture: Callable[[], tuple[JsonObject, JsonObject]],
     ):  # fmt: skip
-        self._state_file = state_file
+        self.problem = ""
+        self._keep_state = keep_state
         self._snapshots = snapshots
         self._capture = capture
         self._wanted = self._kept = 0  # changes, counted
         self._kind = CHANGE
-        self._writing: asyncio.Task[tuple[int, Exception | None]] | None = None
+        self._writing: asyncio.Task[None] | None = None
 
     async def save(self, kind: str = CHANGE) -> None:
-        """Returns when what is served now has been written.
+        """Returns when what is served now has been written, or could not be; see ``problem``.
 
         Args:
             kind: of the snapshot.
-
-        Raises:
-            OSError: the state file cannot be written. That a snapshot cannot is only warned of.
         """
         self._wanted += 1
         mine = self._wanted
@@ -122,36 +134,41 @@ class StateKeeper:
             if self._writing is None:
                 self._writing = asyncio.get_running_loop().create_task(self._write())
             # Whoever waits may give up; the write goes on, and the next one begins after it.
-            covered, error = await asyncio.shield(self._writing)
-            if error is not None and mine <= covered:
-                raise error
+            await asyncio.shield(self._writing)
 
-    async def _write(self) -> tuple[int, Exception | None]:
-        """How many changes are covered, and why they could not be written."""
+    async def _write(self) -> None:
         covered = self._wanted
         kind, self._kind = self._kind, CHANGE
         try:
             state, models = self._capture()
-            await asyncio.to_thread(self._write_files, kind, state, models)
-        except Exception as error:
-            return covered, error
-        else:
+            self.problem = await asyncio.to_thread(self._write_all, kind, state, models)
             self._kept = covered
-            return covered, None
         finally:
             self._writing = None
 
-    def _write_files(self, kind: str, state: JsonObject, models: JsonObject) -> None:
-        if self._state_file is not None:
-            write_durably(self._state_file, json.dumps(state).encode(), draft_prefix=".state-")
+    def _write_all(self, kind: str, state: JsonObject, models: JsonObject) -> str:
+        problems = []
+        if self._keep_state is not None:
+            problems.append(self._try_keep_state(self._keep_state, state))
         if self._snapshots is not None:
-            self._snapshots.write(kind, models)
+            problems.append(self._snapshots.write(kind, models))
+        return " ".join(filter(None, problems))
+
+    def _try_keep_state(self, keep: Callable[[bytes], str], state: JsonObject) -> str:
+        content = json.dumps(state).encode()
+        try:
+            why = keep(content)
+            return f"What is served is kept in memory only: {why}." if why else ""
+        except OSError as error:
+            problem = f"What is served could not be kept for a restart after a crash: {cause_of(error)}."
+            log.error("%s", problem)
+            return problem
 
 
-def read_state(path: Path) -> dict[str, Any] | None:
-    """What a server process wrote to the state file; None if it never got as far as serving."""
+def read_state(content: bytes | None) -> dict[str, Any] | None:
+    """What a server process kept; None if it never got as far as serving."""
     try:
-        state: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
+        state: dict[str, Any] = json.loads(content or b"")
+    except ValueError:
         return None
     return state

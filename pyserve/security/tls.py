@@ -64,7 +64,7 @@ def is_wanted(config: Config) -> bool:
     return config.enable_grpc_ssl or any(address.is_tls for address in config.addresses().values())
 
 
-def prepare(config: Config, folder: Path) -> list[tuple[str, str]]:
+def prepare(config: Config, folder: Path | None) -> list[tuple[str, str]]:
     """Before the ports open: makes a certificate in ``folder`` if none is given, and tries the one there is.
 
     Returns:
@@ -77,6 +77,8 @@ def prepare(config: Config, folder: Path) -> list[tuple[str, str]]:
         return []
     said = []
     if not has_certificate(config):
+        if folder is None:
+            raise ConfigError("no certificate is given, and there is no folder to make one in; name one with state_dir")
         config.self_signed_dir = str(folder)
         _make_for(config, folder)
         said.append(
@@ -87,6 +89,13 @@ def prepare(config: Config, folder: Path) -> list[tuple[str, str]]:
             )
         )
     return [*said, examine(config)]
+
+
+def made_files(config: Config) -> dict[str, bytes]:
+    """What `prepare` made, by the names of the files; empty if it made nothing."""
+    if not config.self_signed_dir:
+        return {}
+    return {name: (Path(config.self_signed_dir) / name).read_bytes() for name in (_KEY_FILE, _CERTIFICATE_FILE)}
 
 
 def has_certificate(config: Config) -> bool:

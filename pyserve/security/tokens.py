@@ -1,12 +1,13 @@
 """The keys that callers have to show: which calls need one, where they are kept, and how they change.
 
 They are made anew whenever a supervisor starts, and written to ``key_file.json`` in the folder it was started in, as
-TorchServe does. A second copy in the supervisor's own folder lets a server that was restarted go on with them, whatever
-became of the first. With ``token_file`` somebody else makes the keys: that file is read and never written.
+TorchServe does. The supervisor keeps them too, so that a server that was restarted continues with them, whatever
+became of the file. With ``token_file`` somebody else makes the keys: that file is read and never written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
@@ -19,10 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from pyserve.config.config import Config
 from pyserve.errors import BadRequestError, ConfigError, JsonObject, ServerError, TokenError
+from pyserve.os_errors import cause_of
 
 __all__ = ["KEY_FILE", "TokenError", "Tokens", "guarded_scopes"]
 
@@ -58,6 +60,16 @@ class Key:
 Keys = dict[Scope, Key]
 
 
+class Kept(Protocol):
+    """What the supervisor keeps for each server that it starts, by name."""
+
+    def get(self, name: str) -> bytes | None:
+        """What was put last."""
+
+    def put(self, name: str, content: bytes) -> str:
+        """OSError if it cannot be kept at all."""
+
+
 def guarded_scopes(config: Config) -> frozenset[Scope]:
     """Which calls need a key, unless a ``token_file`` says it.
 
@@ -86,7 +98,8 @@ class Tokens:
         guarded: the scopes that need a key.
         lifetime_s: of a key that is made.
         is_strict: refusals are TorchServe's 400 instead of 401.
-        files: where the keys are kept, readable by the owner only.
+        file: where the keys can be read, by the owner only.
+        kept: where the next server finds them.
         provided: the ``token_file``, if the keys come from one.
         clock: seconds since the epoch.
     """
@@ -98,7 +111,8 @@ class Tokens:
         *,
         lifetime_s: float,
         is_strict: bool = False,
-        files: tuple[Path, ...] = (),
+        file: Path | None = None,
+        kept: Kept | None = None,
         provided: Path | None = None,
         clock: Callable[[], float] = time.time,
     ):
@@ -106,17 +120,18 @@ class Tokens:
         self._guarded = guarded
         self._lifetime_s = lifetime_s
         self._is_strict = is_strict
-        self._files = files
+        self._file = file
+        self._kept = kept
         self._provided = provided
         self._clock = clock
         self._change = threading.Lock()
 
     @classmethod
-    def create(cls, config: Config, state_dir: Path, folder: Path) -> Tokens | None:
+    def create(cls, config: Config, kept: Kept, folder: Path) -> Tokens | None:
         """The supervisor's: makes the keys that ``config`` asks for and writes them, or reads those of ``token_file``.
 
         Args:
-            state_dir: the supervisor's own folder.
+            kept: what the supervisor keeps.
             folder: where ``key_file.json`` shall be.
 
         Returns:
@@ -129,20 +144,20 @@ class Tokens:
             return cls._provided_by(config)
         if not guarded_scopes(config):
             return None
-        tokens = cls._new(config, state_dir, {}, (folder / KEY_FILE,))
+        tokens = cls._new(config, kept, {}, folder / KEY_FILE)
         tokens._keys = {scope: tokens._make(scope) for scope in _NAMES}
         try:
             tokens._write(tokens._keys)
         except OSError as error:
             raise ConfigError(
-                f"the keys cannot be written to {folder / KEY_FILE}: {error.strerror}; start in a folder that can be "
+                f"the keys cannot be written to {folder / KEY_FILE}: {cause_of(error)}; start in a folder that can be "
                 "written, name a file that holds the keys with --token-file, or switch them off with "
                 "--disable-token-auth"
             ) from None
         return tokens
 
     @classmethod
-    def open(cls, config: Config, state_dir: Path, folder: Path) -> Tokens | None:
+    def open(cls, config: Config, kept: Kept, folder: Path) -> Tokens | None:
         """The server's: reads what the supervisor made by ``create`` with the same arguments.
 
         Raises:
@@ -152,23 +167,23 @@ class Tokens:
             return cls._provided_by(config)
         if not guarded_scopes(config):
             return None
-        # Whoever clears away temporary files may have come by since the supervisor began.
-        for path in (state_dir / _COPY, folder / KEY_FILE):
-            try:
-                keys = read_keys(path)
-            except ConfigError as error:
-                log.warning("%s", error)
-            else:
-                if keys.keys() == _NAMES.keys():
-                    return cls._new(config, state_dir, keys, (folder / KEY_FILE,))
-        log.warning("the keys are lost; new ones are in %s", folder / KEY_FILE)
-        return cls.create(config, state_dir, folder)
+        path = folder / KEY_FILE
+        content = kept.get(_COPY)
+        try:
+            keys = _parsed(content, path) if content is not None else read_keys(path) if path.is_file() else {}
+        except ConfigError as error:
+            log.warning("%s", error)
+            keys = {}
+        if keys.keys() == _NAMES.keys():
+            return cls._new(config, kept, keys, path)
+        log.warning("the keys are lost; new ones are in %s", path)
+        return cls.create(config, kept, folder)
 
     @classmethod
-    def _new(cls, config: Config, state_dir: Path, keys: Keys, files: tuple[Path, ...]) -> Tokens:
+    def _new(cls, config: Config, kept: Kept, keys: Keys, file: Path) -> Tokens:
         return cls(
             keys, guarded_scopes(config), lifetime_s=config.token_expiration_min * 60,
-            is_strict=config.compat == "strict", files=(*files, state_dir / _COPY),
+            is_strict=config.compat == "strict", file=file, kept=kept,
         )  # fmt: skip
 
     @classmethod
@@ -189,7 +204,9 @@ class Tokens:
     @property
     def file(self) -> Path:
         """Where the keys can be read."""
-        return self._provided or self._files[0]
+        path = self._provided or self._file
+        assert path is not None
+        return path
 
     def guards(self, scope: Scope) -> bool:
         """Whether calls of ``scope`` need a key."""
@@ -247,8 +264,8 @@ class Tokens:
             try:
                 self._write(keys)
             except OSError as error:
-                log.error("the keys cannot be written to %s: %s", self.file, error.strerror)
-                raise ServerError(f"The new key cannot be written ({error.strerror}); the old one stays.") from None
+                log.error("the keys cannot be written to %s: %s", self.file, cause_of(error))
+                raise ServerError(f"The new key cannot be written ({cause_of(error)}); the old one stays.") from None
             self._keys = keys
         log.info("the %s key was replaced", scope)
 
@@ -276,20 +293,20 @@ class Tokens:
             self._keys = keys
 
     def discard(self) -> None:
-        """Removes the files that ``create`` wrote, unless they hold another server's keys by now."""
-        for path in self._files:
-            try:
-                if read_keys(path)["api"] == self._keys["api"]:
-                    path.unlink()
-            except (OSError, ConfigError, KeyError):
-                continue
+        """Removes the file that ``create`` wrote, unless it holds another server's keys by now."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError, ConfigError, KeyError):
+            if self._file.is_file() and read_keys(self._file)["api"] == self._keys["api"]:
+                self._file.unlink()
 
     def _make(self, scope: str) -> Key:
         text = secrets.token_urlsafe(KEY_SIZE)
         return Key(text, None if scope == "api" else self._clock() + self._lifetime_s)
 
     def _write(self, keys: Keys) -> None:
-        """All files or none, each in one step."""
+        """Into the file, in one step, and where the next server finds them; both or neither."""
+        assert self._file is not None and self._kept is not None
         members: JsonObject = {}
         for scope, name in _NAMES.items():
             key = keys[scope]
@@ -297,18 +314,21 @@ class Tokens:
             if key.expires_at is not None:
                 members[name][_EXPIRY] = _instant(key.expires_at)
         content = (json.dumps(members, indent=2) + "\n").encode()
-        drafts = [path.with_name(f".{path.name}.{secrets.token_hex(8)}") for path in self._files]
+        draft = self._file.with_name(f".{self._file.name}.{secrets.token_hex(8)}")
+        before = self._kept.get(_COPY)
         try:
-            self._files[-1].parent.mkdir(mode=0o700, exist_ok=True)  # the supervisor's own, if a cleaner took it
-            for draft in drafts:
-                fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-                with open(fd, "wb") as file:
-                    file.write(content)
-            for draft, path in zip(drafts, self._files, strict=True):
-                os.replace(draft, path)
+            fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with open(fd, "wb") as file:
+                file.write(content)
+            self._kept.put(_COPY, content)
+            try:
+                os.replace(draft, self._file)
+            except OSError:
+                self._kept.put(_COPY, before or b"")
+                raise
         finally:
-            for draft in drafts:
-                draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                draft.unlink()
 
 
 def notes_of(config: Config, tokens: Tokens | None) -> list[tuple[str, str]]:
@@ -335,6 +355,11 @@ def read_keys(path: Path) -> Keys:
             content = file.read(FILE_SIZE_MAX + 1)
     except OSError as error:
         raise ConfigError(f"the file of keys {path} cannot be read: {error.strerror}") from None
+    return _parsed(content, path)
+
+
+def _parsed(content: bytes, path: Path) -> Keys:
+    """``path`` is where it was read, for messages."""
     if len(content) > FILE_SIZE_MAX:
         raise ConfigError(f"the file of keys {path} is larger than {FILE_SIZE_MAX} bytes")
     text = content.decode("utf-8", "replace").strip()

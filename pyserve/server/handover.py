@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pyserve.config.config import Config
 from pyserve.launch import SERVER_VARIABLE, Reporter, die_with_parent, receive
+from pyserve.server.kept_files import KeptFiles, SharedMemory
+from pyserve.server.own_folder import OwnFolder
 
 
 @dataclass
@@ -20,7 +22,7 @@ class ServerStart:
         sockets: listening sockets by name; two names may share one.
         restart: 0 for the first server of this supervisor, then counting up.
         folder: the supervisor's current one when it began, which relative paths are meant from.
-        state_file: where the server keeps what a restarted one has to know; it may not exist yet.
+        kept: where the server keeps what a restarted one has to know.
         report: the way back to the supervisor.
         like_torchserve: the console has all that TorchServe's has.
     """
@@ -29,7 +31,7 @@ class ServerStart:
     sockets: dict[str, socket.socket]
     restart: int
     folder: Path
-    state_file: Path
+    kept: KeptFiles
     report: Reporter
     like_torchserve: bool
 
@@ -47,20 +49,28 @@ def receive_server_start() -> ServerStart:
         if fd not in by_fd:
             os.set_inheritable(fd, False)
             by_fd[fd] = socket.socket(fileno=fd)
+    for fd in handover["memory"]:
+        os.set_inheritable(fd, False)
+    config = Config.from_json(handover["config"])
+    own_folder = OwnFolder(config.state_dir, Path(handover["own_folder"]) if handover["own_folder"] else None)
+    kept = KeptFiles(own_folder, SharedMemory(handover["memory"]))
+    kept.look()  # somebody may have cleared the folder since the server before this one
+    if config.self_signed_dir and own_folder.path is not None:
+        config.self_signed_dir = str(own_folder.path)
     start = ServerStart(
-        config=Config.from_json(handover["config"]),
+        config=config,
         sockets={name: by_fd[fd] for name, fd in handover["sockets"].items()},
         restart=handover["restart"],
         folder=Path(handover["folder"]),
-        state_file=Path(handover["state_file"]),
+        kept=kept,
         report=report,
         like_torchserve=handover["like_torchserve"],
     )
-    _stand_in(start.folder, start.state_file.parent)
+    _stand_in(start.folder, own_folder.path)
     return start
 
 
-def _stand_in(folder: Path, spare: Path) -> None:
+def _stand_in(folder: Path, spare: Path | None) -> None:
     """Where the folder was deleted, see `launch.child_folder`, makes it again, or has another in its place.
 
     Logs, keys and snapshots lie in it unless it is said otherwise.
@@ -71,4 +81,5 @@ def _stand_in(folder: Path, spare: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
     except OSError:
-        os.chdir(spare)
+        if spare is not None:
+            os.chdir(spare)

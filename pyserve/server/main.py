@@ -29,13 +29,14 @@ from pyserve.archive.model_folder import remove_left_overs
 from pyserve.config.config import Config
 from pyserve.config.model_source import ModelSource
 from pyserve.conversion.torchscript import Tracing, needs_tracing, runs_in_python
-from pyserve.errors import ConfigError, JsonObject, ModelNotFoundError, ServeError
+from pyserve.errors import ConfigError, JsonObject, ModelLoadError, ModelNotFoundError, ServeError
 from pyserve.fetch.sources import obtain_at_start
 from pyserve.lanes.spawner import Spawner
 from pyserve.launch import EXIT_DRAINED, EXIT_WILL_FAIL_AGAIN
 from pyserve.models.snapshot import models_to_restore, snapshot_folder
 from pyserve.models.snapshot_models import SnapshotError, restored_state
-from pyserve.models.state_file import read_state
+from pyserve.models.state_file import STATE_NAME, read_state
+from pyserve.os_errors import cause_of
 from pyserve.server.handover import ServerStart, receive_server_start
 from pyserve.server.settings_report import settings_lines
 from pyserve.telemetry.server_logs import ServerLogs
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+EXIT_FAILED = 1
 EXIT_DRAIN_CUT_SHORT = 4
 # Objects that may be made, and not yet be gone, before the youngest are looked through; Python's own number is 700.
 GC_THRESHOLD = 20_000
@@ -64,9 +66,14 @@ def main() -> int:
     except ConfigError as error:
         start.report.failed(error.message)
         return EXIT_WILL_FAIL_AGAIN
+    except Exception as error:
+        log.exception("the server failed")
+        start.report.failed(cause_of(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}")
+        return EXIT_FAILED
     finally:
         loop.close()
         logs.close()
+        start.kept.folder.remove()
 
 
 async def _serve(start: ServerStart, logs: ServerLogs) -> int:
@@ -172,6 +179,9 @@ def _open(source: ModelSource, store_files: list[str]) -> Archive | ServeError:
         return ModelNotFoundError(f"{error.message}; did you mean {near[0]}?") if near else error
     except ServeError as error:
         return error
+    except Exception as error:  # one archive, whatever it is, does not keep the others from being served
+        log.exception("%s cannot be opened", source.shown)
+        return ModelLoadError(f"{source.shown}: cannot be opened: {type(error).__name__}: {error}")
 
 
 def _begin_tracing(archives: dict[str, Archive | ServeError]) -> dict[str, Tracing]:
@@ -189,7 +199,7 @@ def _state_to_restore(start: ServerStart) -> JsonObject | None:
     Raises:
         ConfigError: ``model_snapshot`` in the configuration cannot be used.
     """
-    state = read_state(start.state_file) if start.restart else None
+    state = read_state(start.kept.get(STATE_NAME)) if start.restart else None
     if state is not None:
         return state
     try:

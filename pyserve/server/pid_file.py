@@ -6,19 +6,32 @@ be reused by another process, therefore the start time from /proc is kept with i
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
+import stat
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyserve.errors import ConfigError
+from pyserve.os_errors import cause_of
+
+log = logging.getLogger(__name__)
 
 TORCHSERVE_WORD = "org.pytorch.serve.ModelServer"
 """Among the arguments of a running TorchServe, where others look for it."""
 
 _SIZE_MAX = 1 << 16
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class NoRoomError(ConfigError):
+    """The disk has no room for the pid file, or is read-only."""
 
 
 @dataclass
@@ -81,7 +94,7 @@ def read(path: Path) -> RunningServer | None:
         ConfigError: the file cannot be read, or belongs to somebody else and so cannot be trusted.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = _opened(path, os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -99,19 +112,21 @@ def write(path: Path, running: RunningServer) -> None:
     """Create the file in one step, replacing a stale one.
 
     Raises:
+        NoRoomError: the disk takes no file.
         ConfigError: another server holds it, or it cannot be written.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         _write_draft(draft, running)
-        try:
-            _link(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        _link(draft, path)
     except OSError as error:
-        raise ConfigError(
-            f"the pid file {path} cannot be written: {error.strerror}; choose another with --pid-file"
+        kind = NoRoomError if error.errno in _NO_ROOM else ConfigError
+        raise kind(
+            f"the pid file {path} cannot be written: {cause_of(error)}; choose another with --pid-file"
         ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def update(path: Path, running: RunningServer) -> None:
@@ -121,7 +136,8 @@ def update(path: Path, running: RunningServer) -> None:
         _write_draft(draft, running)
         os.replace(draft, path)
     except OSError:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def _write_draft(draft: Path, running: RunningServer) -> None:
@@ -144,7 +160,7 @@ def _link(draft: Path, path: Path) -> None:
 
 def _remove_stale(path: Path) -> None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = _opened(path, os.O_NOFOLLOW)
     except FileNotFoundError:
         return
     with open(fd, "rb") as file:
@@ -160,7 +176,7 @@ def _remove_stale(path: Path) -> None:
 def remove(path: Path, pid: int) -> None:
     """Remove the file if it still names ``pid``."""
     try:
-        running = _parse(path.read_bytes()[:_SIZE_MAX])
+        running = _parse(_content(path))
         if running is not None and running.pid == pid:
             path.unlink()
     except OSError:
@@ -179,7 +195,8 @@ def write_plain(path: Path, pid: int) -> bool:
             file.write(f"{pid}\n")
         os.replace(draft, path)
     except OSError:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         return False
     return True
 
@@ -187,20 +204,96 @@ def write_plain(path: Path, pid: int) -> bool:
 def remove_plain(path: Path, pid: int) -> None:
     """Remove the file if it still names ``pid``."""
     try:
-        if path.read_bytes()[:_SIZE_MAX].strip() == str(pid).encode():
+        if _content(path).strip() == str(pid).encode():
             path.unlink()
     except OSError:
         return
 
 
+class PidFiles:
+    """The pid files of one supervisor: ours, and one where TorchServe's is looked for. Any thread.
+
+    Args:
+        path: of ours.
+        plain_path: of the other; None for none.
+    """
+
+    def __init__(self, path: Path, plain_path: Path | None):
+        self._path = path
+        self._plain_path = plain_path
+        self._running: RunningServer | None = None
+        self._writing = threading.Lock()
+
+    def write(self, running: RunningServer) -> list[tuple[str, str]]:
+        """Makes both. Returns what the user should know: (``warning``, one line).
+
+        Raises:
+            ConfigError: another server holds it, or it cannot be written whatever room there is.
+        """
+        notes = []
+        try:
+            write(self._path, running)
+        except NoRoomError as error:
+            notes.append(("warning", f"{error.message}. Until it can be, `pyserve stop` and `pyserve status` do not "
+                                     f"find this server (pid {running.pid})"))  # fmt: skip
+        self._running = running
+        if self._plain_path is not None and not write_plain(self._plain_path, running.pid):
+            log.warning("%s cannot be written, or belongs to another server", self._plain_path)
+        return notes
+
+    def update(self, running: RunningServer) -> None:
+        """Replaces what ours says."""
+        with self._writing:
+            self._running = running
+            update(self._path, running)
+
+    def look(self) -> None:
+        """Makes again what was removed by somebody else, or could not be made before."""
+        with self._writing:
+            if self._running is not None:
+                self._look(self._running)
+
+    def _look(self, running: RunningServer) -> None:
+        if not os.path.lexists(self._path):
+            try:
+                write(self._path, running)
+            except ConfigError:
+                return  # another server's, or no room yet
+            log.warning("the pid file %s was gone; it is there again", self._path)
+        if self._plain_path is not None and not os.path.lexists(self._plain_path):
+            write_plain(self._plain_path, running.pid)
+
+    def remove(self, pid: int) -> None:
+        """Removes those that name ``pid``."""
+        with self._writing:
+            self._running = None
+        remove(self._path, pid)
+        if self._plain_path is not None:
+            remove_plain(self._plain_path, pid)
+
+
 def _names_a_torchserve(path: Path) -> bool:
     """Whether the file holds the pid of a running TorchServe: it, or one of ours that was started in its name."""
     try:
-        pid = int(path.read_bytes()[:_SIZE_MAX])
+        pid = int(_content(path))
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return False
     return TORCHSERVE_WORD.encode() in words
+
+
+def _opened(path: Path, flags: int = 0) -> int:
+    """OSError for what is not a regular file: the folder may be everybody's, and a pipe would never be read."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return fd
+
+
+def _content(path: Path) -> bytes:
+    with open(_opened(path), "rb") as file:
+        return file.read(_SIZE_MAX)
 
 
 def _is_same(fd: int, path: Path) -> bool:

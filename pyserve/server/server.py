@@ -39,6 +39,7 @@ from pyserve.lanes.spawner import Spawner
 from pyserve.models.placement import gpu_count
 from pyserve.models.registry import Registry
 from pyserve.models.snapshot import SnapshotFolder, snapshot_folder
+from pyserve.models.state_file import STATE_NAME
 from pyserve.request.body_budget import BodyBudget
 from pyserve.request.messages import ErrorFormat
 from pyserve.security.browser_guard import BrowserGuard
@@ -96,7 +97,7 @@ class Server:
             metrics=self._metrics,
             preprocess_pool=self._pool,
             spawner=spawner,
-            tokens=Tokens.open(config, start.state_file.parent, Path.cwd()),
+            tokens=Tokens.open(config, start.kept, Path.cwd()),
             tracer=open_tracer(),
             error_format=ErrorFormat(
                 with_detail=config.compat != "strict" and config.error_detail != "none",
@@ -112,7 +113,7 @@ class Server:
         )
         self.registry = Registry(
             services,
-            state_file=start.state_file,
+            keep_state=lambda content: start.kept.put(STATE_NAME, content),
             snapshots=None if config.no_config_snapshots else SnapshotFolder(snapshot_folder(), config),
             progress=start.report.progress,
         )

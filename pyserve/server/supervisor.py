@@ -4,7 +4,7 @@ One thread and one loop: a selector waits for the server's reports, for signals 
 for the next deadline. No torch here, and nothing else that could crash.
 
     phase      server   leaves it when
-    starting   runs     it reports ready -> serving; it dies -> waiting, or the end if it never served
+    starting   runs     it reports ready -> serving; it dies -> waiting, or the end: see `_server_ended`
     serving    runs     it dies -> waiting
     waiting    none     the back-off is over -> starting
     stopping   runs     it exits -> the end; it is killed when it drains too long
@@ -31,15 +31,17 @@ from types import FrameType
 from pyserve import launch, log
 from pyserve.config.config import Config
 from pyserve.errors import ConfigError, JsonObject
+from pyserve.os_errors import cause_of
 from pyserve.security import tls
+from pyserve.security.exposure import exposure_notes
 from pyserve.security.tokens import Tokens, key_file, notes_of
 from pyserve.server import pid_file
+from pyserve.server.housekeeping import Housekeeping
+from pyserve.server.kept_files import KeptFiles, SharedMemory
 from pyserve.server.listeners import Listeners
 from pyserve.server.own_folder import OwnFolder
+from pyserve.server.restarts import NAMED_CAUSE_MAX_S, NamedCauses, ServerBackoff
 
-BACKOFF_FIRST_S = 0.2
-BACKOFF_MAX_S = 10.0
-HEALTHY_AFTER_S = 60.0
 FIRST_START_ATTEMPTS_MAX = 3
 """A server that has never served is not restarted endlessly: the command that started it waits for an answer."""
 
@@ -54,27 +56,6 @@ EXIT_MODEL_FAILED = 3
 logger = logging.getLogger("pyserve.supervisor")
 
 
-class ServerBackoff:
-    """At once the first time, then capped exponential back-off with jitter, afresh after a healthy minute."""
-
-    def __init__(self, rng: random.Random):
-        self._rng = rng
-        self.count = 0
-        self._since_healthy = 0
-
-    def delay_s(self, served_s: float) -> float:
-        """Seconds until the next start of a server that has just ended after serving for ``served_s``."""
-        if served_s >= HEALTHY_AFTER_S:
-            self._since_healthy = 0
-        self.count += 1
-        self._since_healthy += 1
-        if self._since_healthy == 1:
-            return 0.0
-        # The exponent is capped too: 2.0 ** 1100 would overflow after a day of crashes.
-        longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(self._since_healthy - 2, 16))
-        return longest * self._rng.uniform(0.5, 1.0)
-
-
 class Supervisor:
     """Runs in the main thread of its process, which it gives its signal handlers to."""
 
@@ -82,7 +63,8 @@ class Supervisor:
         self,
         config: Config,
         listeners: Listeners,
-        state_dir: Path,
+        own_folder: OwnFolder,
+        memory: SharedMemory,
         on_event: Callable[[JsonObject], None],
         *,
         server_command: list[str],
@@ -94,7 +76,8 @@ class Supervisor:
         self._config = config
         self._listeners = listeners
         self._folder = Path.cwd()
-        self._state_file = state_dir / "runtime-state.json"
+        self._own_folder = own_folder
+        self._memory = memory
         self._on_event = on_event
         self._server_command = server_command
         self._drains_on_hangup = drains_on_hangup
@@ -103,6 +86,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         # Per supervisor.
         self._backoff = ServerBackoff(random.Random())
+        self._named_causes = NamedCauses()
         self._stop_count = 0
         self._has_served = False
         self._exit_code: int | None = None
@@ -193,7 +177,8 @@ class Supervisor:
             "sockets": {name: each.fileno() for name, each in self._listeners.sockets.items()},
             "restart": self._backoff.count,
             "folder": str(self._folder),
-            "state_file": str(self._state_file),
+            "own_folder": str(self._own_folder.path or ""),
+            "memory": self._memory.descriptors,
             "parent_pid": os.getpid(),
             "like_torchserve": self._like_torchserve,
         }
@@ -203,9 +188,12 @@ class Supervisor:
         self._failure = ""
         sockets = set(self._listeners.sockets.values())
         try:
-            self._child = launch.spawn(self._server_command, launch.SERVER_VARIABLE, handover, sockets=sockets)
+            self._child = launch.spawn(
+                self._server_command, launch.SERVER_VARIABLE, handover, sockets=sockets, files=self._memory.descriptors
+            )
         except OSError as error:
-            self._restart_or_end(f"could not be started: {error}")
+            self._failure = cause_of(error)
+            self._restart_or_end("could not be started")
             return
         self._reports = launch.ReportReader(self._child.reports_fd)
         self._selector.register(self._reports.fd, selectors.EVENT_READ, "reports")
@@ -233,6 +221,7 @@ class Supervisor:
         self._phase = "serving"
         first = not self._has_served
         self._has_served = True
+        self._named_causes.served()
         self._take_grpc(event.get("grpc") or {})
         if not first:
             return
@@ -258,7 +247,7 @@ class Supervisor:
         if self._phase == "stopping":
             self._exit_code = self._code_after_stop(code)
             logger.info("server %s", ended)
-        elif code == launch.EXIT_WILL_FAIL_AGAIN or (self._failure and not self._has_served):
+        elif not self._has_served and (self._failure or code == launch.EXIT_WILL_FAIL_AGAIN):
             self._fail(self._failure or f"the server {ended} and gave no reason")
         else:
             self._restart_or_end(ended)
@@ -269,7 +258,13 @@ class Supervisor:
         return self._code_when_stopped if stopped else EXIT_FAILED
 
     def _restart_or_end(self, ended: str) -> None:
-        served_s = 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
+        if self._failure:
+            ended += f": {self._failure}"
+            # What worked before may work again: a port or a disk may be free soon.
+            if self._has_served and self._named_causes.is_hopeless():
+                self._fail(f"the server {ended}; it was started again for {NAMED_CAUSE_MAX_S:.0f} s in vain")
+                return
+        served_s = None if self._ready_at is None else time.monotonic() - self._ready_at
         delay_s = self._backoff.delay_s(served_s)
         count = self._backoff.count
         if not self._has_served and count >= FIRST_START_ATTEMPTS_MAX:
@@ -321,10 +316,15 @@ def supervise(
     pid = os.getpid()
     tokens: Tokens | None = None
     listeners = Listeners()
-    own_folder = OwnFolder()
-    state_dir = own_folder.path
+    own_folder = OwnFolder(config.state_dir)
+    memory = SharedMemory()
+    kept = KeptFiles(own_folder, memory)
+    pid_files = pid_file.PidFiles(pid_path, plain_pid_path)
+    housekeeping = Housekeeping([kept.look, pid_files.look])
     try:
-        notes = tls.prepare(config, state_dir)
+        notes = own_folder_notes(own_folder) + exposure_notes(config) + tls.prepare(config, own_folder.path)
+        for name, content in tls.made_files(config).items():
+            kept.put(name, content)
         listeners = Listeners.open(config)
         addresses = {name: str(address) for name, address in listeners.addresses.items()}
         for name, address in listeners.addresses.items():
@@ -336,27 +336,34 @@ def supervise(
         running = pid_file.RunningServer(
             pid, started, addresses, log_file, float(config.drain_timeout_s), keys, config.model_store or ""
         )
-        pid_file.write(pid_path, running)
-        if plain_pid_path is not None and not pid_file.write_plain(plain_pid_path, pid):
-            logger.warning("%s cannot be written, or belongs to another server", plain_pid_path)
-        tokens = Tokens.create(config, state_dir, folder)  # behind the pid file: another server's keys stay its own
+        notes += pid_files.write(running)
+        tokens = Tokens.create(config, kept, folder)  # behind the pid file: another server's keys stay its own
         notes += notes_of(config, tokens)
         logger.info("listening on %s", ", ".join(f"{address} ({name})" for name, address in addresses.items()))
         supervisor = Supervisor(
-            config, listeners, state_dir, lambda event: on_event(_with_notes(event, notes)),
+            config, listeners, own_folder, memory, lambda event: on_event(_with_notes(event, notes)),
             server_command=server_command, drains_on_hangup=drains_on_hangup,
             like_torchserve=plain_pid_path is not None,
-            on_grpc=lambda grpc: pid_file.update(pid_path, replace(running, addresses={**addresses, **grpc})),
+            on_grpc=lambda grpc: pid_files.update(replace(running, addresses={**addresses, **grpc})),
         )  # fmt: skip
+        housekeeping.start()
         return supervisor.run()
     finally:
+        housekeeping.stop()
         if tokens is not None:
             tokens.discard()
-        pid_file.remove(pid_path, pid)
-        if plain_pid_path is not None:
-            pid_file.remove_plain(plain_pid_path, pid)
+        pid_files.remove(pid)
         listeners.close()
         own_folder.remove()
+        memory.close()
+
+
+def own_folder_notes(own_folder: OwnFolder) -> list[tuple[str, str]]:
+    """What the user should know of it at start: (``warning``, one line), or nothing."""
+    if not own_folder.problem:
+        return []
+    place = f"state and keys lie in {own_folder.path}" if own_folder.path else "state and keys are in memory only"
+    return [("warning", f"{place}, because {own_folder.problem}; name another folder with state_dir")]
 
 
 def _with_notes(event: JsonObject, notes: list[tuple[str, str]]) -> JsonObject:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import os
@@ -31,7 +32,8 @@ from pyserve.errors import (
 )
 from pyserve.lanes.resources import Services
 from pyserve.lanes.spawner import Spawner
-from pyserve.models import loader, snapshot
+from pyserve.lanes.worker_slot import DOWN, SERVING, Condition
+from pyserve.models import loader
 from pyserve.models.model import Model
 from pyserve.models.registry import Registry
 from pyserve.request.messages import ErrorFormat
@@ -59,7 +61,7 @@ async def made(store: Path, *, started: bool = True, **config: Any) -> AsyncIter
         Config(model_store=str(store), **config), engine, Metrics(torch_version=torch.__version__), pool, Spawner(),
         ErrorFormat(),
     )  # fmt: skip
-    table = Registry(services, state_file=store.parent / "state.json")
+    table = Registry(services, keep_state=lambda content: keep(store.parent / "state.json", content))
     if started:
         await table.load_at_start([], {}, {})
     try:
@@ -78,6 +80,11 @@ async def register(table: Registry, url: str = "m-1.0.mar", *, workers: int = 1,
     settings = options.pop("settings", {})
     arguments = {"model_name": None, "handler": None, **options}
     return await table.register(url, initial_workers=workers, settings=settings, **arguments)
+
+
+def keep(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return ""
 
 
 def state(store: Path) -> dict[str, Any]:
@@ -172,12 +179,12 @@ def test_a_version_that_failed_does_not_become_the_default(store: Path, monkeypa
         async with made(store) as table:
             await register(table)
             await register(table, "m-2.0.mar")
-            table.get("m", "2.0")._on_trouble("its workers are gone")
+            table.get("m", "2.0")._on_condition(Condition(DOWN, "its workers are gone"))
             with pytest.raises(ConflictError, match=r"version 2.0 of model m cannot be the default version") as refused:
                 await table.set_default("m", "2.0")
             assert refused.value.detail["text"] == "its workers are gone"
             assert (table.default_version("m"), state(store)["defaults"]) == ("1.0", {"m": "1.0"})
-            table.get("m", "2.0")._on_trouble("")
+            table.get("m", "2.0")._on_condition(Condition(SERVING))
             await table.set_default("m", "2.0")
             assert table.default_version("m") == "2.0"
 
@@ -370,23 +377,27 @@ def test_the_state_brings_back_models_settings_workers_and_defaults(store: Path)
     run(test())
 
 
-def test_the_state_file_is_replaced_in_one_step(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_whose_state_cannot_be_kept_is_made_says_so_and_is_kept_with_the_next(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def test() -> None:
         pack(store, network=Identity())
         async with made(store) as table:
-            before = (store.parent / "state.json").read_bytes()
             with monkeypatch.context() as patch:
-                patch.setattr(snapshot.os, "replace", fail)
-                with pytest.raises(OSError, match="full"):
-                    await register(table, workers=0)
-            assert (store.parent / "state.json").read_bytes() == before
-            assert [path.name for path in store.parent.iterdir() if path.name.startswith(".state")] == []
+                patch.setattr(Path, "write_bytes", fail)
+                await register(table, workers=0)
+            assert "the disk is full (ENOSPC" in table.not_kept
+            assert table.get("m").state == "READY"
+            assert state(store)["models"] == []
+            await table.changed()
+            assert table.not_kept == ""
+            assert [model["name"] for model in state(store)["models"]] == ["m"]
 
     run(test())
 
 
 def fail(*args: Any) -> None:
-    raise OSError("the disk is full")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_scaling_keeps_to_its_bounds(store: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from pyserve.models.snapshot import (
 )
 from pyserve.models.snapshot_models import SnapshotError, saved_models
 from pyserve.models.state_file import StateKeeper
+from pyserve.os_errors import cause_of
 from pyserve.server import pid_file
 from tests.support.serving import ROOT, Server, at_once
 from tests.support.serving_models import Linear
@@ -306,7 +308,14 @@ class Kept:
         self.number = 0
         self.path = folder / "state"
         self.snapshots = SnapshotFolder(folder / "config", Config())
-        self.keeper = StateKeeper(self.path, self.snapshots, lambda: ({"n": self.number}, models(self.number)))
+        self.fails = False
+        self.keeper = StateKeeper(self.keep, self.snapshots, lambda: ({"n": self.number}, models(self.number)))
+
+    def keep(self, content: bytes) -> str:
+        if self.fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.path.write_bytes(content)
+        return ""
 
     async def change(self) -> None:
         """Once this returns, what is written is at least as new as the change."""
@@ -340,19 +349,33 @@ def test_whoever_gives_up_waiting_stops_no_write(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
-def test_a_state_that_cannot_be_written_is_an_error_of_those_changes_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_written_is_said_until_it_can_be(tmp_path: Path) -> None:
     async def test() -> None:
         kept = Kept(tmp_path)
-        with monkeypatch.context() as patch:
-            patch.setattr(snapshot.os, "replace", _fail)
-            results = await asyncio.gather(*(kept.change() for _ in range(3)), return_exceptions=True)
-        assert [str(result) for result in results] == ["full"] * 3
         await kept.change()
+        shutil.rmtree(kept.snapshots.path)
+        kept.snapshots.path.write_text("a file in its place")
+        kept.fails = True
+        kept.number = 2
+        await kept.keeper.save()
+        assert kept.keeper.problem == (
+            "What is served could not be kept for a restart after a crash: the disk is full (ENOSPC: No space left on "
+            "device). No snapshot could be written to the log folder, so that --restore will not know of it: "
+            f"{cause_of(FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))}."
+        )
+        kept.fails = False
+        kept.snapshots.path.unlink()
+        await kept.change()
+        assert kept.keeper.problem == ""
 
-    def _fail(*_: object) -> None:
-        raise OSError("full")
+    asyncio.run(test())
+
+
+def test_an_error_of_ours_while_it_is_written_is_raised(tmp_path: Path) -> None:
+    async def test() -> None:
+        keeper = StateKeeper(lambda _: "", None, lambda: ({"n": object()}, {}))
+        with pytest.raises(TypeError):
+            await keeper.save()
 
     asyncio.run(test())
 

@@ -28,21 +28,32 @@ class Clock:
         return self.now
 
 
+class Kept:
+    """What the supervisor keeps."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.get = self.files.get
+
+    def put(self, name: str, content: bytes) -> str:
+        self.files[name] = content
+        return ""
+
+
 @pytest.fixture
-def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """The supervisor's own, and the one it was started in."""
-    for name in ("state", "here"):
-        (tmp_path / name).mkdir()
-    return tmp_path / "state", tmp_path / "here"
+def folders(tmp_path: Path) -> tuple[Kept, Path]:
+    """What the supervisor keeps, and the folder it was started in."""
+    (tmp_path / "here").mkdir()
+    return Kept(), tmp_path / "here"
 
 
-def made(folders: tuple[Path, Path], **settings: Any) -> Tokens:
+def made(folders: tuple[Kept, Path], **settings: Any) -> Tokens:
     tokens = Tokens.create(Config(**{"management_address": ELSEWHERE, **settings}), *folders)
     assert tokens is not None
     return tokens
 
 
-def file_of(folders: tuple[Path, Path]) -> dict[str, dict[str, str]]:
+def file_of(folders: tuple[Kept, Path]) -> dict[str, dict[str, str]]:
     members: dict[str, dict[str, str]] = json.loads((folders[1] / KEY_FILE).read_text())
     return members
 
@@ -75,7 +86,7 @@ def reason(tokens: Tokens, scope: Scope, authorization: str) -> str:
         ({"compat": "strict", "disable_token_authorization": True}, set()),
     ],
 )
-def test_who_needs_a_key(folders: tuple[Path, Path], settings: dict[str, Any], guarded: set[str]) -> None:
+def test_who_needs_a_key(folders: tuple[Kept, Path], settings: dict[str, Any], guarded: set[str]) -> None:
     config = Config(**settings)
     assert guarded_scopes(config) == guarded
     tokens = Tokens.create(config, *folders)
@@ -86,7 +97,7 @@ def test_who_needs_a_key(folders: tuple[Path, Path], settings: dict[str, Any], g
         assert reason(tokens, "inference", "") == ("token missing" if "inference" in guarded else "")
 
 
-def test_file_is_torchserves_and_for_its_owner_only(folders: tuple[Path, Path]) -> None:
+def test_file_is_torchserves_and_for_its_owner_only(folders: tuple[Kept, Path]) -> None:
     tokens = made(folders)
     path = folders[1] / KEY_FILE
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -102,7 +113,7 @@ def test_file_is_torchserves_and_for_its_owner_only(folders: tuple[Path, Path]) 
     assert all(member["key"] not in f"{vars(tokens)} {notes_of(Config(), tokens)}" for member in members.values())
 
 
-def test_each_scope_takes_its_own_key_only(folders: tuple[Path, Path]) -> None:
+def test_each_scope_takes_its_own_key_only(folders: tuple[Kept, Path]) -> None:
     tokens = made(folders, compat="default", disable_token_authorization=False)
     keys = {name: member["key"] for name, member in file_of(folders).items()}
     assert reason(tokens, "management", f"Bearer {keys['management']}") == ""
@@ -126,14 +137,14 @@ def test_each_scope_takes_its_own_key_only(folders: tuple[Path, Path]) -> None:
     ("compat", "status", "headers"), [("default", 401, {"WWW-Authenticate": "Bearer"}), ("strict", 400, {})]
 )
 def test_refusal_is_401_and_400_in_strict_mode(
-    folders: tuple[Path, Path], compat: str, status: int, headers: dict[str, str]
+    folders: tuple[Kept, Path], compat: str, status: int, headers: dict[str, str]
 ) -> None:
     with pytest.raises(TokenError) as raised:
         made(folders, compat=compat).check("management", "")
     assert (raised.value.status, raised.value.headers) == (status, headers)
 
 
-def test_key_expires_and_a_new_one_replaces_it_at_once(folders: tuple[Path, Path]) -> None:
+def test_key_expires_and_a_new_one_replaces_it_at_once(folders: tuple[Kept, Path]) -> None:
     tokens, clock = made(folders, token_expiration_min=0.5), Clock()
     tokens._clock = clock
     tokens.rotate("management")
@@ -153,7 +164,7 @@ def test_key_expires_and_a_new_one_replaces_it_at_once(folders: tuple[Path, Path
 
 
 @pytest.mark.parametrize("scope", ["", "api", "API", "Management", "all"])
-def test_only_the_two_keys_that_expire_can_be_replaced(folders: tuple[Path, Path], scope: str) -> None:
+def test_only_the_two_keys_that_expire_can_be_replaced(folders: tuple[Kept, Path], scope: str) -> None:
     tokens = made(folders)
     before = file_of(folders)
     with pytest.raises(TokenError, match="Token Authentication failed") as raised:
@@ -163,7 +174,7 @@ def test_only_the_two_keys_that_expire_can_be_replaced(folders: tuple[Path, Path
 
 
 def test_key_that_cannot_be_written_leaves_the_old_one(
-    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    folders: tuple[Kept, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = made(folders)
     before = file_of(folders)
@@ -176,16 +187,18 @@ def test_key_that_cannot_be_written_leaves_the_old_one(
         tokens.rotate("management")
     assert reason(tokens, "management", f"Bearer {before['management']['key']}") == ""
     assert file_of(folders) == before and sorted(os.listdir(folders[1])) == [KEY_FILE]
+    next_one = Tokens.open(Config(management_address=ELSEWHERE), *folders)
+    assert next_one is not None and reason(next_one, "management", f"Bearer {before['management']['key']}") == ""
 
 
 def test_folder_that_cannot_be_written_is_said_with_three_mends(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
-        made((tmp_path, tmp_path / "read-only/none"))
+        made((Kept(), tmp_path / "read-only/none"))
     for fix in ("a folder that can be written", "--token-file", "--disable-token-auth"):
         assert fix in str(raised.value)
 
 
-def test_next_server_takes_over_the_keys_even_if_the_file_is_gone(folders: tuple[Path, Path]) -> None:
+def test_next_server_takes_over_the_keys_even_if_the_file_is_gone(folders: tuple[Kept, Path]) -> None:
     made(folders).rotate("management")
     key = f"Bearer {file_of(folders)['management']['key']}"
     (folders[1] / KEY_FILE).unlink()
@@ -195,12 +208,11 @@ def test_next_server_takes_over_the_keys_even_if_the_file_is_gone(folders: tuple
     assert reason(tokens, "management", key + "x") == "token wrong"
 
 
-def test_keys_that_a_cleaner_took_are_read_from_the_other_file_or_made_again(folders: tuple[Path, Path]) -> None:
+def test_keys_that_were_not_kept_are_read_from_the_file_or_made_again(folders: tuple[Kept, Path]) -> None:
     config = Config(management_address=ELSEWHERE)
     made(folders)
     key = f"Bearer {file_of(folders)['management']['key']}"
-    (folders[0] / "keys.json").unlink()
-    folders[0].rmdir()
+    folders[0].files.clear()
     tokens = Tokens.open(config, *folders)
     assert tokens is not None and reason(tokens, "management", key) == ""
     (folders[1] / KEY_FILE).write_text('{"management": {"key": "half-of-it"}}')
@@ -209,10 +221,9 @@ def test_keys_that_a_cleaner_took_are_read_from_the_other_file_or_made_again(fol
     assert reason(tokens, "management", f"Bearer {file_of(folders)['management']['key']}") == ""
 
 
-def test_file_is_removed_at_the_end_unless_it_is_another_servers(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_file_is_removed_at_the_end_unless_it_is_another_servers(folders: tuple[Kept, Path], tmp_path: Path) -> None:
     first = made(folders)
-    (tmp_path / "other").mkdir()
-    second = made((tmp_path / "other", folders[1]))
+    second = made((Kept(), folders[1]))
     first.discard()
     assert (folders[1] / KEY_FILE).exists()
     second.rotate("inference")
@@ -222,7 +233,7 @@ def test_file_is_removed_at_the_end_unless_it_is_another_servers(folders: tuple[
 
 def provided(folder: Path, text: str, **settings: Any) -> Tokens:
     (folder / "keys").write_text(text)
-    tokens = Tokens.create(Config(token_file=str(folder / "keys"), **settings), folder, folder)
+    tokens = Tokens.create(Config(token_file=str(folder / "keys"), **settings), Kept(), folder)
     assert tokens is not None
     return tokens
 
@@ -273,14 +284,14 @@ def test_file_without_keys_is_refused_and_not_quoted(tmp_path: Path, text: str) 
 
 def test_token_file_has_to_fit_what_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
-        Tokens.create(Config(token_file=str(tmp_path / "none")), tmp_path, tmp_path)
+        Tokens.create(Config(token_file=str(tmp_path / "none")), Kept(), tmp_path)
     with pytest.raises(ConfigError, match="tokens are switched off; leave out one"):
         provided(tmp_path, "a-key-from-elsewhere", disable_token_authorization=True)
     with pytest.raises(ConfigError, match="has no key for management"):
         provided(tmp_path, '{"inference": {"key": "k"}}', management_address=ELSEWHERE)
 
 
-def test_what_is_said_at_start(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_what_is_said_at_start(folders: tuple[Kept, Path], tmp_path: Path) -> None:
     elsewhere = Config(management_address=ELSEWHERE)
     [(kind, text)] = notes_of(elsewhere, Tokens.create(elsewhere, *folders))
     assert kind == "note" and str(folders[1] / KEY_FILE) in text and "management calls" in text

@@ -89,7 +89,9 @@ class Server:
             "PYSERVE_CACHE": str(cache or folder / "cache"),
             "LOG_LOCATION": str(folder / "logs"),
             "TMPDIR": str(folder),
+            "XDG_STATE_HOME": str(folder / "state"),
         }
+        self.environment.pop("XDG_RUNTIME_DIR", None)
         self.environment.pop("TS_CONFIG_FILE", None)
 
     # --- the command line -----------------------------------------------------------------------------------------
