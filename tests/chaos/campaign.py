@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.chaos import clock_library, models
-from tests.chaos.fault import Fault
+from tests.chaos.fault import ALL_DOWN, Fault
 from tests.chaos.faults import ALL
 from tests.chaos.health import Prober, lies, longest_silence
 from tests.chaos.leaks import left_behind, standing_of
@@ -24,6 +24,7 @@ HOLD_LIMIT_S = 2.0
 CALM_S = 0.06
 """After each recovery; health is still listened to."""
 _STALL_LIMIT_S = 60.0
+_WARMING = ("deploy", "scale", "register-again", "register-broken")
 _RECORDS_SHOWN_MAX = 5
 
 
@@ -49,6 +50,8 @@ class Campaign:
             self._report.violate(f"before the first fault: {problem}")
             return
         self._recovery.rows = self._site.rows()
+        for name in _WARMING:
+            self._change(name)
         self._warm(warm_up)
         before = standing_of(self._site)
         self._traffic.resume()
@@ -63,6 +66,8 @@ class Campaign:
             else:
                 self._traffic.wait_sent(started + requests, requests)
         self._traffic.pause()
+        for name in _WARMING:  # the server may be another one now
+            self._change(name)
         self._warm(warm_up)
         for line in left_behind(self._site, before):
             self._report.violate(f"left behind: {line}")
@@ -75,6 +80,13 @@ class Campaign:
         self._traffic.wait_sent(sent + count, _STALL_LIMIT_S)
         self._traffic.pause()
         self._recovery.close()
+
+    def _change(self, name: str) -> None:
+        """One change and back, without traffic, so that what is kept of it is there before it is measured."""
+        fault = ALL[name](self._site, random.Random(0))
+        fault.prepare()
+        fault.inject()
+        fault.heal()
 
     def _play(self, step: Step, prober: Prober) -> bool:
         """One fault from its beginning to its recovery; False when the campaign cannot continue."""
@@ -98,6 +110,17 @@ class Campaign:
         if problem:
             self._report.violate(f"{where}: not recovered: {problem}\n{self._tail()}")
         self._judge(where)
+        return not problem or self._repair(where, window)
+
+    def _repair(self, where: str, window: Window) -> bool:
+        """What an operator would do: the server is stopped and started again, as it was in the beginning."""
+        window.costs += ALL_DOWN
+        window.over_at = float("inf")
+        self._site.start_over()
+        problem = self._recovery.wait()
+        window.over_at = time.monotonic()
+        if problem:
+            self._report.violate(f"{where}: not even recovered by a restart: {problem}\n{self._tail()}")
         return not problem
 
     @staticmethod
@@ -115,7 +138,7 @@ class Campaign:
         told = max(lies(probes, fault.deaths, begun_at=window.begun_at, well_from=window.over_at,
                         is_harmless=fault.is_harmless), default=None)  # fmt: skip
         entry = self._report.of(step.fault)
-        recovery_s = window.over_at - healed_at
+        recovery_s = max(0.0, self._recovery.well_from - healed_at)
         entry.count += 1
         entry.recoveries_s.append(round(recovery_s, 3))
         if recovery_s > entry.slowest_recovery_s:

@@ -14,6 +14,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 from tests.chaos.fault import Death
@@ -78,7 +79,7 @@ class Prober:
                 try:
                     reply = client.ask("GET", path)
                 except Failure:
-                    continue  # silence is no lie
+                    continue  # silence is no lie; `longest_silence` measures it
                 pids: frozenset[int] = frozenset()
                 if what not in ("/ping", "/ready") and reply.status == 200:
                     rows = json.loads(reply.body)[0]["workers"]
@@ -146,5 +147,6 @@ def _longest(probes: list[Probe], start: float, is_lie: Callable[[Probe], bool])
 
 
 def longest_silence(probes: list[Probe]) -> float:
-    """The longest that an answer of ``/ping`` took, in seconds."""
-    return max((p.heard_at - p.asked_at for p in probes if p.what == "/ping"), default=0.0)
+    """The longest time between two answers of ``/ping``, in seconds, beyond the pause between two questions."""
+    heard = [p.heard_at for p in probes if p.what == "/ping"]
+    return max((later - earlier - INTERVAL_S for earlier, later in pairwise(heard)), default=0.0)

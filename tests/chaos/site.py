@@ -101,6 +101,12 @@ class Site(Server):
         self.start_again()
         return True
 
+    def start_over(self) -> None:
+        """Ends it and starts it as the first time."""
+        self.end()
+        self._is_first = True
+        self.start_again()
+
     def end(self) -> None:
         """Stops it as an init system does, the hard way last."""
         if self.init is None:

@@ -14,7 +14,8 @@ import psutil
 
 RSS_GROWTH_MAX = 0.05
 _MEGABYTE = 1 << 20
-_NAMES_ANEW = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{16,}|\d+|(?<=[-_.])[a-z0-9_]{8}(?=$|[/.])")
+# Names of mkdtemp, UUIDs and hashes, numbers.
+_NAMES_ANEW = re.compile(r"(?<=[-_.])[a-z0-9_]{8}(?=$|[/.])|[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{16,}|\d+")
 
 
 @dataclass
