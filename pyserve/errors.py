@@ -35,6 +35,7 @@ need not change; ``detail`` is pyserve's addition.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -253,6 +254,25 @@ def is_memory_error(error: BaseException) -> bool:
     if isinstance(error, of_torch):
         return True
     return type(error) is RuntimeError and _ALLOCATION.search(text_of(error)) is not None
+
+
+# What the machine may lack for a while: descriptors, memory, processes, room on a disk.
+_PASSING = frozenset({
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.ENOBUFS, errno.EIO,
+    errno.ESTALE, errno.ETOOMANYREFS,
+})  # fmt: skip
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether ``error``, or what it was raised from, is a fault of the machine: the same may work in a while."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _PASSING:
+            return True
+        if is_memory_error(cause) or getattr(cause, "is_of_machine", False) is True:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def repr_of(value: object) -> str:

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import stat
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +35,8 @@ from pyserve.archive.folder_reader import FolderReader
 from pyserve.archive.limits import configured_limits
 from pyserve.archive.manifest import Manifest, missing_manifest
 from pyserve.archive.model_config import ModelConfig
-from pyserve.archive.model_folder import ModelFolder, Originals
+from pyserve.archive.model_folder import Originals
+from pyserve.archive.own_folder import OwnFolder
 from pyserve.archive.room import room_in
 from pyserve.archive.weights import FileIdentity, Weights, check_inflation
 from pyserve.errors import ModelLoadError, ModelNotFoundError
@@ -132,7 +132,7 @@ class Archive:
         self.given_handler = ""
         self._cache = cache
         self._limits = limits or configured_limits()
-        self._own = _OwnFolder()
+        self._own = OwnFolder()
 
     def cache_file(self, name: str) -> Path:
         """Where something derived from this content is kept, such as a compiled model. The file may not exist.
@@ -167,26 +167,51 @@ class Archive:
         if self.weights is not None:
             check_inflation(self.weights, self._limits, self.name)
 
-    def own_folder(self, *, with_weights: bool = False) -> Path:
+    def own_folder(self, *, with_weights: bool = False, completes: bool = False) -> Path:
         """The model folder for code that may write there: this archive object's own, until `close`. Any thread.
 
-        It is made at the first call. An archive that is a folder is served where it lies, as TorchServe does.
+        It is made at the first call, and again when it is gone. An archive that is a folder is served where it lies, as
+        TorchServe does.
 
         Args:
             with_weights: the serialized file is in it too.
+            completes: single files that are gone are put back too.
 
         Raises:
-            ModelLoadError: it cannot be written.
+            ModelLoadError: it cannot be written, or all is gone: what was unpacked, and the archive.
         """
         if self.is_folder:
+            if not self.model_dir.is_dir():
+                raise ModelLoadError(f"{self.name}: its folder is gone; put it back, or register the model again")
             return self.model_dir
         try:
-            return self._own.filled(self, self._cache, with_weights=with_weights)
+            return self._own.filled(
+                self, self._cache, self._unpack_again, with_weights=with_weights, completes=completes
+            )
         except OSError as error:
             raise ModelLoadError(
                 f"{self.name}: its files cannot be copied to a folder of its own: "
                 f"{error.strerror or type(error).__name__}; free space, or set PYSERVE_CACHE to a folder with enough"
             ) from error
+
+    def _unpack_again(self) -> None:
+        """If what was unpacked is gone from the cache, or was written to."""
+        if self._cache.look_up(self.sha256) is not None:
+            return
+        log.warning("%s: what was unpacked of it is gone from the cache; it is unpacked again", self.name)
+        try:
+            with open_archive(self.path, cache_dir=self._cache.root, limits=self._limits) as again:
+                is_other = again.sha256 != self.sha256
+        except ModelNotFoundError:
+            raise ModelLoadError(
+                f"{self.name}: what was unpacked of it is gone from the cache, and so is the archive itself; put it "
+                "back into its folder, or register the model again"
+            ) from None
+        if is_other:
+            raise ModelLoadError(
+                f"{self.name}: what was unpacked of it is gone from the cache, and the file is another one by now; "
+                "register the model again"
+            )
 
     @property
     def is_folder(self) -> bool:
@@ -209,44 +234,6 @@ class Archive:
 
     def __exit__(self, *exc: Any) -> None:
         self.close()
-
-
-class _OwnFolder:
-    """The folder of one archive object and of its shallow copies, once it is needed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._folder: ModelFolder | None = None
-        self._has_weights = False
-
-    @property
-    def originals(self) -> Originals:
-        return self._folder.originals if self._folder is not None else {}
-
-    def filled(self, archive: Archive, cache: ArchiveCache, *, with_weights: bool) -> Path:
-        weights = archive.weights
-        mapped = weights.name if weights is not None and weights.is_mapped else None
-        with self._lock:
-            if self._folder is None:
-                folder = ModelFolder(cache.models())
-                try:
-                    folder.add(archive.model_dir, [name for name in archive.files if name != mapped])
-                except BaseException:
-                    folder.remove()
-                    raise
-                self._folder = folder
-            if with_weights and mapped is not None and weights is not None and not self._has_weights:
-                with cache.lock(archive.sha256):  # unpacked twice at once, the second would replace what the first maps
-                    weights.as_file()
-                self._folder.add(archive.model_dir, [mapped])
-                self._has_weights = True
-            return self._folder.path
-
-    def remove(self) -> None:
-        with self._lock:
-            folder, self._folder, self._has_weights = self._folder, None, False
-        if folder is not None:
-            folder.remove()
 
 
 def open_archive(

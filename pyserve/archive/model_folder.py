@@ -62,14 +62,28 @@ class ModelFolder:
         remove_left_overs(root)
         self.path = root / uuid.uuid4().hex
         self.originals: Originals = {}
-        lock = self.path.with_suffix(".lock")
-        descriptor = _locked(lock)
-        self._finalizer = weakref.finalize(self, _remove, self.path, lock, descriptor, os.getpid())
+        self._claim()
         try:
             self.path.mkdir(mode=0o755)
         except BaseException:
             self.remove()
             raise
+
+    def _claim(self) -> None:
+        lock = self.path.with_suffix(".lock")
+        descriptor = _locked(lock)
+        self._finalizer = weakref.finalize(self, _remove, self.path, lock, descriptor, os.getpid())
+
+    def restore(self) -> None:
+        """Makes it again, empty and under the same name, after somebody else has removed it.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        self.remove()  # what is left of it
+        self.originals.clear()
+        self._claim()
+        self.path.mkdir(mode=0o755, exist_ok=True)
 
     def add(self, source: Path, names: Iterable[str]) -> None:
         """Copies files below ``source``, by their names in it, and makes the folders that ``source`` has.

@@ -20,6 +20,7 @@ from pyserve.lanes.refusals import no_worker_error, no_worker_subjects
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import ModelSettings
 from pyserve.lanes.worker_rows import WorkerRow
+from pyserve.lanes.worker_slot import SERVING, Condition
 from pyserve.request.messages import Response
 from pyserve.request.stages import Stages
 from pyserve.telemetry.metrics import RequestRecorder
@@ -107,6 +108,11 @@ class Lane:
         return False
 
     @property
+    def condition(self) -> Condition:
+        """How its workers are, all in all; threads end only with the server."""
+        return Condition(SERVING)
+
+    @property
     def capacity(self) -> int:
         """More requests than this can never wait, whatever the settings say."""
         raise NotImplementedError
@@ -175,6 +181,13 @@ class Lane:
         for pending in list(self.in_flight):
             pending.drop()
             self.answer_error(pending, error)
+
+    def answer_waiting(self, error: ServeError) -> None:
+        """As `answer_all`, of those that no worker has begun."""
+        for pending in list(self.in_flight):
+            if pending.began_at() == 0:
+                pending.drop()
+                self.answer_error(pending, error)
 
     def refuse(self, pending: Pending, error: OverloadedError) -> None:
         """Answers a request that is not admitted."""

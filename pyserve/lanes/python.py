@@ -20,12 +20,14 @@ from typing import Any
 from pyserve.errors import HandlerError, JsonObject, OverloadedError, ServeError
 from pyserve.lanes.engine_lane import EngineLane, live, request_ids, ring_capacity
 from pyserve.lanes.pending import OVER, SUBMITTED, Pending
-from pyserve.lanes.refusals import no_worker_error, worker_died_error
+from pyserve.lanes.refusals import down_error, worker_died_error
 from pyserve.lanes.resources import Services
+from pyserve.lanes.restart_policy import RETRY_DEFAULT_S
 from pyserve.lanes.settings import ModelSettings
 from pyserve.lanes.worker_rows import READY as ROW_READY
 from pyserve.lanes.worker_rows import UNLOADING, WorkerRow
-from pyserve.lanes.workers import READY, PythonWorkers
+from pyserve.lanes.worker_slot import IDLE, READY, Condition
+from pyserve.lanes.workers import PythonWorkers, Renew
 from pyserve.request.messages import Response
 from pyserve.request.stages import TIMED
 from pyserve.worker.spec import BATCH, WorkerSpec
@@ -49,13 +51,15 @@ class PythonLane(EngineLane):
         device_ids: GPUs to give to workers in turn; empty on a CPU.
         interpreter: of the workers; None for the server's own.
         worker_number: of the first worker.
-        on_trouble: told why there is no worker and none is coming, and ``""`` when there is one again.
+        on_condition: told how its workers are, at every change.
+        renew, retry_s: see `PythonWorkers`.
     """
 
     def __init__(
         self, services: Services, spec: WorkerSpec, label: str, settings: ModelSettings, *,
         device_ids: list[int] | None = None, interpreter: str | None = None, worker_number: int = 0,
-        on_trouble: Callable[[str], None] = lambda text: None,
+        on_condition: Callable[[Condition], None] = lambda condition: None, renew: Renew | None = None,
+        retry_s: float = RETRY_DEFAULT_S,
     ):  # fmt: skip
         core = services.engine.add_process_lane(ring_capacity(settings))
         super().__init__(services, spec.name, label, core, settings)
@@ -63,6 +67,7 @@ class PythonLane(EngineLane):
         self._is_multiplexed = spec.mode != BATCH
         self._raised_batch_note = ""  # the note once the batch size is raised above 1
         self.worker_log = self.new_worker_log(worker_number)
+        self._tell_condition = on_condition
         self.workers = PythonWorkers(
             services,
             core,
@@ -73,8 +78,10 @@ class PythonLane(EngineLane):
             device_ids=device_ids or [],
             interpreter=interpreter,
             on_event=self._on_event,
-            on_trouble=lambda text: self._on_trouble(text, on_trouble),
+            on_condition=self._on_condition,
             on_loaded=self._on_loaded,
+            renew=renew,
+            retry_s=retry_s,
         )
         self.apply_limits()
 
@@ -92,7 +99,12 @@ class PythonLane(EngineLane):
     @property
     def may_take(self) -> bool:
         """A worker is being started, or started again: requests wait for it."""
-        return self.workers.is_starting
+        return self.condition.may_take
+
+    @property
+    def condition(self) -> Condition:
+        """How its workers are, all in all."""
+        return self.workers.condition
 
     @property
     def running_max(self) -> int:
@@ -153,19 +165,20 @@ class PythonLane(EngineLane):
 
     def refusal(self, reason: str) -> OverloadedError:
         """As of every lane; without a worker the reason why there is none."""
-        if reason != "no worker" or not self.workers.trouble:
+        condition = self.condition
+        if reason != "no worker" or not condition.error:
             return super().refusal(reason)
-        detail: JsonObject = {"reason": reason, "text": self.workers.trouble}
-        if self.workers.will_retry:
-            detail["fix"] = "retry later: a worker will be started again"
-            return no_worker_error(self.name, detail, self.workers.retry_after_s)
-        detail["fix"] = f"fix the handler, then PUT /models/{self.name}?min_worker=1"
-        return no_worker_error(self.name, detail)
+        return down_error(self.name, condition.error, condition.failure,
+                          condition.retry_after_s if condition.recovers else None)  # fmt: skip
 
-    def _on_trouble(self, text: str, tell: Callable[[str], None]) -> None:
-        if text and not self.ready_count and not self.may_take:
-            self.answer_all(self.refusal("no worker"))
-        tell(text)
+    def _on_condition(self, condition: Condition) -> None:
+        """Answers at once whoever waits for a worker that does not come soon."""
+        if not (condition.may_take or self.ready_count) and self.in_flight:
+            if condition.state == IDLE:
+                self.answer_waiting(self.refusal("no worker"))
+            else:
+                self.answer_all(self.refusal("no worker"))
+        self._tell_condition(condition)
 
     def _on_loaded(self, event: JsonObject) -> None:
         """A worker is about to take batches; it has tried what they do to answers, if it is among the first."""

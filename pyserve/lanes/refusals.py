@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from pyserve.errors import HandlerError, JsonObject, OverloadedError
+from pyserve.errors import HandlerError, JsonObject, OverloadedError, ServeError
 
 
 def no_worker_subjects(name: str, url_version: str) -> tuple[str, str]:
@@ -24,6 +24,24 @@ def no_worker_error(
         detail=detail,
         headers={"Retry-After": retry_after() if retry_after_s is None else str(retry_after_s)},
     )
+
+
+def down_error(name: str, text: str, failure: ServeError | None, retry_after_s: int | None) -> OverloadedError:
+    """For a model whose workers ended, or cannot be loaded.
+
+    Args:
+        text: why.
+        failure: the same, if it is the error of a load.
+        retry_after_s: when another worker is started; None if none will be before somebody asks for it.
+    """
+    detail: JsonObject = {"reason": "no worker", "text": text}
+    if failure is not None and failure.detail.get("exception"):
+        detail["exception"] = failure.detail["exception"]
+    if retry_after_s is None:
+        detail["fix"] = f"fix the handler, then PUT /models/{name}?min_worker=1"
+    else:
+        detail["fix"] = "retry later: a worker is started again by itself, as soon as what the text says is over"
+    return no_worker_error(name, detail, retry_after_s)
 
 
 def worker_died_error(detail: JsonObject | None = None) -> HandlerError:

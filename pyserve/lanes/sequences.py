@@ -30,6 +30,7 @@ from pyserve.lanes.refusals import worker_died_error
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import ModelSettings
 from pyserve.lanes.worker_rows import WorkerRow
+from pyserve.lanes.worker_slot import Condition, joined
 from pyserve.request.ids import new_id
 from pyserve.request.messages import ExtraHeaders, Response
 from pyserve.worker.spec import WorkerSpec
@@ -106,7 +107,7 @@ class SequenceLane(Lane):
     Args:
         spec: what workers are started with.
         config: the model's, for the limits of sequences.
-        on_trouble: told why there is no worker and none is coming, and ``""`` when there is one again.
+        on_condition: told how the workers are, at every change.
         member_options: further arguments of `PythonLane`, for each.
     """
 
@@ -114,13 +115,13 @@ class SequenceLane(Lane):
 
     def __init__(
         self, services: Services, spec: WorkerSpec, label: str, settings: ModelSettings, config: ModelConfig, *,
-        on_trouble: Callable[[str], None] = lambda text: None, **member_options: Any,
+        on_condition: Callable[[Condition], None] = lambda condition: None, **member_options: Any,
     ):  # fmt: skip
         super().__init__(services, spec.name, label, settings)
         # Constant.
         self.spec = spec
         self._member_options = member_options
-        self._on_trouble = on_trouble
+        self._on_condition = on_condition
         self._capacity = ring_capacity(settings)
         # All counters there are, also without a member.
         self._no_stats = services.engine.add_process_lane(self._capacity).stats() | {"running": 0, "running_max": 0}
@@ -134,7 +135,7 @@ class SequenceLane(Lane):
         self._runs_in: dict[Pending, Sequence] = {}  # of requests that were handed over
         self._waits_in: dict[Pending, Sequence] = {}  # of those that were not yet
         self._ended: dict[str, ServeError] = {}  # by id: why it ended
-        self._troubles: dict[_Member, str] = {}
+        self._last_told: Condition | None = None  # by a member, of itself
         self._closing: list[asyncio.Task[None]] = []
         self._look_timer: asyncio.TimerHandle | None = None
 
@@ -144,7 +145,6 @@ class SequenceLane(Lane):
         """Each worker is a lane of its own. Sequences of one that goes are over."""
         while len(self._members) > count:
             member = self._members.pop()
-            self._troubles.pop(member, None)
             for sequence in [each for each in self._sequences.values() if each.member is member]:
                 self._let_go(sequence)
             self._closing.append(asyncio.get_running_loop().create_task(member.close()))
@@ -152,35 +152,30 @@ class SequenceLane(Lane):
             self._members.append(self._new_member())
         for member in self._members:
             member.set_workers(1)
+        self._on_condition(self.condition)
 
     def _new_member(self) -> _Member:
         member: _Member = _Member(
             self.services, self.spec, self.label, self.settings, on_answer=self._on_answer, on_over=self._on_over,
-            on_complete=self._on_change, on_trouble=lambda text: self._on_member_trouble(member, text),
+            on_complete=self._on_change, on_condition=lambda condition: self._on_member_condition(member, condition),
             worker_number=len(self._members), **self._member_options,
         )  # fmt: skip
         return member
 
-    def _on_member_trouble(self, member: _Member, text: str) -> None:
+    def _on_member_condition(self, member: _Member, condition: Condition) -> None:
         """One worker in trouble is none of the model's, as long as there is another."""
-        if member not in self._members:
-            return
-        was_in_trouble = len(self._troubles) == len(self._members)
-        if text:
-            self._troubles[member] = text
-        else:
-            self._troubles.pop(member, None)
-        is_in_trouble = len(self._troubles) == len(self._members)
-        if is_in_trouble:
-            self._on_trouble(text)
-        elif was_in_trouble:
-            self._on_trouble("")
+        if member in self._members:
+            self._last_told = condition
+            self._on_condition(self.condition)
+
+    @property
+    def condition(self) -> Condition:
+        """How the workers are, all in all."""
+        return joined([member.condition for member in self._members], self._last_told)
 
     async def settled(self, timeout_s: float) -> str:
         """Waits until every worker is ready or gone. Returns why one is not, or ``""``."""
         failures = await asyncio.gather(*(member.settled(timeout_s) for member in self._members))
-        for member in [each for each in self._troubles if each.ready_count]:
-            self._on_member_trouble(member, "")  # whoever asks for workers is not told when they come
         return next(filter(None, failures), "")
 
     @property

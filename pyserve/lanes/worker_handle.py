@@ -13,11 +13,13 @@ from datetime import datetime
 
 from pyserve.errors import JsonObject, ModelLoadError, OutOfMemoryError
 from pyserve.lanes.worker_output import READ_SIZE, OutputReader
-from pyserve.launch import INTERRUPT, ReportReader
+from pyserve.launch import INTERRUPT, ReportReader, describe_exit
 
 # Records of a worker in one second; the rest of it is dropped.
 RECORDS_MAX = 1000
 TEXT_SIZE_MAX = 64 << 10
+# How long the zygote may take to say how a worker ended.
+ENDING_S = 2.0
 
 
 class WorkerLoadError(ModelLoadError):
@@ -47,6 +49,8 @@ class WorkerHandle:
 
     Attributes:
         loaded: its ``loaded`` report; raises WorkerLoadError or WorkerMemoryError.
+        is_lost: it ended because its zygote did.
+        was_killed: it ended by a SIGKILL that was none of ours.
         is_rehearsing: whether it tries code of the archive's own with samples, the last step of loading.
         exited: how it ended, such as ``was killed by SIGSEGV``; done once it is gone and its output has been read.
     """
@@ -63,7 +67,8 @@ class WorkerHandle:
         self.answer_memory_fd = descriptors["answer_memory"]
         self.loaded: asyncio.Future[JsonObject] = loop.create_future()
         self.exited: asyncio.Future[str] = loop.create_future()
-        self.is_rehearsing = False
+        self.is_rehearsing = self.is_lost = self.was_killed = False
+        self._was_ended = False  # by us
         self._loop = loop
         self._pidfd = pidfd
         self._label = label
@@ -93,6 +98,7 @@ class WorkerHandle:
     def kill(self) -> None:
         """Ends the process and what it has started, at once."""
         if not self._is_gone:
+            self._was_ended = True
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
             self._signal(signal.SIGKILL)
@@ -115,14 +121,17 @@ class WorkerHandle:
 
     # --- its end --------------------------------------------------------------------------------------------------
 
-    def set_ending(self, text: str) -> None:
-        """The zygote knows how it ended."""
-        self._ending = text
+    def set_ending(self, code: int) -> None:
+        """The zygote knows how it ended: its exit code, or the signal's number, negative."""
+        self._ending = describe_exit(code)
+        self.was_killed = code == -signal.SIGKILL and not self._was_ended
         self._finish()
 
     def zygote_is_gone(self) -> None:
         """Nobody will report how it ended; it ends with the zygote."""
-        self._ending = self._ending or "ended with its zygote"
+        if self._ending is None:
+            self._ending = "ended with its zygote"
+            self.is_lost = not self._was_ended
         self._finish()
 
     def _on_gone(self) -> None:
@@ -130,7 +139,15 @@ class WorkerHandle:
         self._is_gone = True
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        if self._ending is None:
+            self._loop.call_later(ENDING_S, self._go_without_ending)
         self._finish()
+
+    def _go_without_ending(self) -> None:
+        """The zygote does not say how it ended: it is stopped, or in trouble itself."""
+        if self._ending is None:
+            self._ending = "ended"
+            self._finish()
 
     def _finish(self) -> None:
         if not self._is_gone or self._ending is None or self.exited.done():

@@ -2,10 +2,11 @@
 
     STARTING ──> READY ──> STOPPING ──> gone
       │  ^         │
-      │  └─WAITING─┘         died: another one, at once or after a while
-      └──> FAILED            it will not do better next time
+      │  └─WAITING─┘         died, or could not be loaded: another one, at once or after a while
+      └──> FAILED            none has ever been loaded, and the next try would end in the same way
 
-Loop thread only. Each slot is one task, from its first start to its end.
+Every change is told with the `Condition` that all workers together have then. Loop thread only. Each slot is one task,
+from its first start to its end.
 """
 
 from __future__ import annotations
@@ -13,59 +14,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import datetime
 from typing import Any
 
-from pyserve.errors import JsonObject, ModelLoadError, ServeError
+from pyserve.errors import JsonObject, ModelLoadError, ServeError, ServerError, is_of_machine
 from pyserve.lanes.resources import Services
-from pyserve.lanes.restart_policy import Decision, RestartPolicy
+from pyserve.lanes.restart_policy import RETRY_DEFAULT_S, Cause, RestartPolicy
 from pyserve.lanes.settings import ModelSettings
-from pyserve.lanes.spawner import WorkerHandle
+from pyserve.lanes.worker_slot import FAILED, STARTING, STOPPING, WAITING, Condition, Slot, condition_of
 from pyserve.telemetry.worker_log import SCALED_DOWN, STARTED, WorkerLog
 from pyserve.worker.spec import ASYNC, BATCH, WorkerSpec
 
 log = logging.getLogger(__name__)
 
-STARTING, READY, WAITING, STOPPING, FAILED = "starting", "ready", "waiting", "stopping", "failed"
 # How many requests a handler that is a coroutine is given at a time.
 ASYNC_IN_FLIGHT_MAX = 1000
 # A worker that was told to stop finishes its batch first; this long after that its process must be gone.
 STOP_GRACE_S = 5.0
 
-
-class Slot:
-    """One wanted worker: the process that it has now, and how it fares.
-
-    Attributes:
-        state: see the module.
-        handle: its process, while there is one.
-        core_id: the engine's id of it, while it takes batches.
-        error: why it is FAILED, or why the last process ended.
-        failure: the error of its last load, if that failed.
-        decision: what the policy said after its last end.
-        kill_reason: why we ended the process.
-        interrupted_batch: the batch whose handler call was asked to end.
-        is_wanted: False once it was told to go.
-        hurry: set to end the pause before its next process.
-    """
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.state = STARTING
-        self.handle: WorkerHandle | None = None
-        self.core_id: int | None = None
-        self.started_at = datetime.now()
-        self.error = ""
-        self.is_wanted = True
-        self.failure: ServeError | None = None
-        self.decision: Decision | None = None
-        self.kill_reason = ""
-        self.interrupted_batch = -1
-        self.task: asyncio.Task[None] | None = None
-        self.hurry = asyncio.Event()
+# Puts back what workers are started from, as far as it is gone from the disk: (what they are, their interpreter).
+Renew = Callable[[], Awaitable[tuple[WorkerSpec, str | None]]]
 
 
 class PythonWorkers:
@@ -80,17 +51,19 @@ class PythonWorkers:
         interpreter: of the workers; None for the server's own.
         on_event: told what workers report beyond logs and their own state.
         on_loaded: told what a worker reports when it is loaded, before it takes a batch.
-        on_trouble: told why the last worker is gone and none is coming, and ``""`` when there is one again.
+        on_condition: told of every change, also of one that leaves the condition as it is.
+        renew: makes again what workers are started from, when it is gone from the disk; None if nothing can.
+        retry_s: how long one that cannot be loaded is tried again quickly, see `restart_policy`.
 
     Attributes:
-        trouble: why there is no worker; ``""`` while there is one, or one is starting for the first time.
         rehearses, tries_batches: of the workers to be started, see `WorkerSpec`.
     """
 
     def __init__(
         self, services: Services, core: Any, spec: WorkerSpec, settings: ModelSettings, *, label: str,
         worker_log: WorkerLog, device_ids: list[int], interpreter: str | None, on_event: Callable[[JsonObject], None],
-        on_trouble: Callable[[str], None], on_loaded: Callable[[JsonObject], None],
+        on_condition: Callable[[Condition], None], on_loaded: Callable[[JsonObject], None], renew: Renew | None = None,
+        retry_s: float = RETRY_DEFAULT_S,
     ):  # fmt: skip
         self._services = services
         self._core = core
@@ -101,13 +74,15 @@ class PythonWorkers:
         self._device_ids = device_ids
         self._interpreter = interpreter
         self._on_event = on_event
-        self._on_trouble = on_trouble
+        self._on_condition = on_condition
         self._on_loaded = on_loaded
-        self._policy = RestartPolicy()
+        self._renew = renew
+        self._renewing = asyncio.Lock()
+        self._is_suspect = False  # the next start looks whether all files are there
+        self._policy = RestartPolicy(retry_s)
         self._slots: list[Slot] = []
+        self._last: Slot | None = None  # that ended, unless one was loaded since
         self._changed = asyncio.Event()
-        self._is_closing = False
-        self.trouble = ""
         self.rehearses = self.tries_batches = True
 
     # --- what others ask ------------------------------------------------------------------------------------------
@@ -118,25 +93,9 @@ class PythonWorkers:
         return sum(1 for slot in self._slots if slot.is_wanted and slot.state != FAILED)
 
     @property
-    def is_starting(self) -> bool:
-        """A worker comes soon: it is being started, or will be as soon as the one before it is gone."""
-        now = time.monotonic()
-        return any(
-            slot.is_wanted
-            # One that is READY without taking batches has just ended, and is being replaced.
-            and (slot.state in (STARTING, READY) or (slot.state == WAITING and not self._policy.is_open(now)))
-            for slot in self._slots
-        )
-
-    @property
-    def will_retry(self) -> bool:
-        """Whether a worker will be started again without anybody's help."""
-        return any(slot.is_wanted and slot.state in (STARTING, WAITING) for slot in self._slots)
-
-    @property
-    def retry_after_s(self) -> int:
-        """Whole seconds after which asking again makes sense, at least 1."""
-        return max(1, round(self._policy.retry_after_s(time.monotonic())))
+    def condition(self) -> Condition:
+        """How they are, all in all."""
+        return condition_of(self.slots(), self._last)
 
     def slots(self) -> list[Slot]:
         """Those that are wanted, whether or not they have a process."""
@@ -145,7 +104,8 @@ class PythonWorkers:
     @property
     def failure(self) -> ServeError | None:
         """Why a worker could not be loaded; None if all could."""
-        return next((slot.failure for slot in self._slots if slot.state == FAILED and slot.failure is not None), None)
+        late = (slot for slot in self._slots if slot.state == FAILED or slot.is_hopeless)
+        return next((slot.failure for slot in late if slot.failure is not None), None)
 
     # --- what others do -------------------------------------------------------------------------------------------
 
@@ -156,12 +116,12 @@ class PythonWorkers:
             self._slots.remove(slot)
         if count:
             self._policy.reset()
-            self.trouble = ""
             for slot in self._slots:
                 if slot.state == WAITING:
+                    slot.is_hopeless = False
                     slot.hurry.set()
         else:
-            self._set_trouble("")  # nobody wants a worker, so none is missing
+            self._last = None  # nobody wants a worker, so none is missing
         wanted = [slot for slot in self._slots if slot.is_wanted]
         for slot in wanted[count:]:
             self._let_go(slot)
@@ -171,7 +131,12 @@ class PythonWorkers:
             slot = Slot(next(free))
             self._slots.append(slot)
             slot.task = asyncio.get_running_loop().create_task(self._keep(slot))
+        self._tell()
+
+    def _tell(self) -> None:
+        """Something has changed."""
         self._changed.set()
+        self._on_condition(self.condition)
 
     def _let_go(self, slot: Slot) -> None:
         slot.is_wanted = False
@@ -184,10 +149,10 @@ class PythonWorkers:
             slot.task.cancel()
 
     async def settled(self, timeout_s: float) -> str:
-        """Waits until every worker is ready or has failed. Returns why one is not, or ``""``."""
+        """Waits until every worker is ready, or will not be soon. Returns why one is not, or ``""``."""
 
         def is_settled() -> bool:
-            return all(slot.state in (READY, FAILED) for slot in self._slots if slot.is_wanted)
+            return all(slot.is_settled for slot in self._slots if slot.is_wanted)
 
         deadline = time.monotonic() + timeout_s
         while not is_settled():
@@ -195,10 +160,10 @@ class PythonWorkers:
             try:
                 await asyncio.wait_for(self._changed.wait(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                late = next(slot for slot in self._slots if slot.is_wanted and slot.state not in (READY, FAILED))
+                late = next(slot for slot in self._slots if slot.is_wanted and not slot.is_settled)
                 because = f"; before that: {late.error}" if late.error else ""
                 return f"a worker was not ready within startup_timeout={timeout_s:g} s{because}"
-        return next((slot.error for slot in self._slots if slot.state == FAILED), "")
+        return next((slot.error for slot in self._slots if slot.state == FAILED or slot.is_hopeless), "")
 
     def interrupt(self, core_id: int, batch_count: int) -> None:
         """Asks the handler call of a worker to end, once per batch."""
@@ -217,7 +182,6 @@ class PythonWorkers:
 
     async def close(self) -> None:
         """Stops all, and returns when they are gone."""
-        self._is_closing = True
         for slot in list(self._slots):
             self._let_go(slot)
         tasks = [slot.task for slot in self._slots if slot.task is not None]
@@ -233,43 +197,70 @@ class PythonWorkers:
         """One slot's life: a process after the other, as long as it is wanted and the policy allows it."""
         try:
             while slot.is_wanted:
-                await self._live(slot)
+                started_at = time.monotonic()
+                try:
+                    await self._live(slot, started_at)
+                except Exception as error:  # ours, or the machine's
+                    if slot.core_id is not None:
+                        self._core.stop_worker(slot.core_id)
+                        slot.core_id = None
+                    await self._note_failure(slot, error, started_at)
                 if not slot.is_wanted or not await self._may_go_on(slot):
                     break
         except asyncio.CancelledError:
             pass  # told to go while it waited for its next start
-        except Exception:
-            log.exception("%s: keeping a worker failed", self._label)
-            slot.state, slot.error = FAILED, "an error of the server; its log says which"
-            self._set_trouble(slot.error)
         finally:
             await self._bury(slot)
             if not slot.is_wanted:
                 self._log.move(slot.index, SCALED_DOWN)
                 if slot in self._slots:
                     self._slots.remove(slot)
-            self._changed.set()
+            self._tell()
 
-    async def _live(self, slot: Slot) -> None:
+    async def _live(self, slot: Slot, started_at: float) -> None:
         """One process from its start to its end; reports to the policy how it went."""
-        slot.state, slot.started_at = STARTING, datetime.now()
-        slot.kill_reason, slot.interrupted_batch = "", -1
-        self._changed.set()
+        slot.begin()
+        self._tell()
         try:
             await self._load(slot)
-        except ServeError as error:
-            self._note_rehearsal(slot)
-            await self._bury(slot)
-            self._log.failed_to_load(slot.index)
-            slot.error = error.reason()
-            slot.failure = error
-            slot.decision = self._policy.failed_to_load(time.monotonic(), repeats=getattr(error, "repeats", False))
+            core_id = self._hand_over(slot)
+        except (ServeError, OSError) as error:
+            await self._note_failure(slot, error, started_at)
             return
-        ending = await self._serve(slot)
+        ending, cause = await self._serve(slot, core_id)
         if slot.is_wanted:
-            slot.error = ending
-            slot.failure = None
-            slot.decision = self._policy.died(time.monotonic())
+            slot.ended(ending, None, self._policy.died(time.monotonic(), cause))
+            self._last = slot
+
+    async def _note_failure(self, slot: Slot, error: Exception, started_at: float) -> None:
+        """A worker could not be loaded."""
+        self._note_rehearsal(slot)
+        cause = slot.cause(error)
+        if cause is Cause.MODEL and is_of_machine(error):
+            cause = Cause.MACHINE
+        await self._bury(slot)
+        self._log.failed_to_load(slot.index)
+        if not slot.is_wanted:
+            return
+        failure = self._failure_of(error)
+        decision = self._policy.failed_to_load(
+            time.monotonic(), repeats=bool(getattr(error, "repeats", False)), cause=cause, started_at=started_at
+        )
+        slot.ended(failure.reason(), failure, decision)
+        self._last = slot
+        self._is_suspect = self._policy.has_served
+
+    def _failure_of(self, error: Exception) -> ServeError:
+        """``error`` for those who asked for the worker."""
+        if isinstance(error, ServeError):
+            return error
+        if isinstance(error, OSError):
+            failure = ModelLoadError(f"no worker can be started: {error.strerror or type(error).__name__}")
+        else:
+            log.error("%s: starting a worker failed", self._label, exc_info=error)
+            return ServerError("a worker cannot be started: an error of the server; its log says which")
+        log.error("%s: %s", self._label, failure.message)
+        return failure
 
     def _note_rehearsal(self, slot: Slot) -> None:
         """A worker could not be loaded. If its own code ended it when it was tried, the next one is not tried."""
@@ -285,6 +276,7 @@ class PythonWorkers:
         Raises:
             ServeError: it is not; the process may still be there.
         """
+        await self._see_to_files()
         timeout_s = self._settings.startup_timeout_s
         handle = slot.handle = await self._services.spawner.spawn(
             self._spec_of(slot), on_event=self._on_event, label=self._label, interpreter=self._interpreter,
@@ -296,26 +288,50 @@ class PythonWorkers:
             self._log.loaded(slot.index, float(loaded.get("load_s") or 0))
             self._on_loaded(loaded)
         except TimeoutError:
+            slot.kill_reason = "it was not loaded in time"
             handle.kill()
             raise ModelLoadError(
                 f"{self._label} was not loaded within startup_timeout={timeout_s} s; raise startupTimeout in its "
                 "model-config.yaml"
             ) from None
 
-    async def _serve(self, slot: Slot) -> str:
-        """Lets it take batches until it ends. Returns how it ended."""
+    async def _see_to_files(self) -> None:
+        """Puts back the model's folder or its interpreter if one is gone: caches are cleared, disks are replaced.
+
+        Raises:
+            ServeError: that cannot be done, because the archive is gone too or the disk is full.
+        """
+        if self._renew is None:
+            return
+        async with self._renewing:
+            is_gone = not _are_there(self._spec.model_dir, self._interpreter)
+            if is_gone or self._is_suspect:
+                self._spec, self._interpreter = await self._renew()
+            if is_gone:
+                log.warning("%s: what its workers are started from was gone, and was made again", self._label)
+            self._is_suspect = False
+
+    def _hand_over(self, slot: Slot) -> int:
+        """Has the engine give it batches; its id there."""
         handle = slot.handle
         assert handle is not None
-        core_id = slot.core_id = self._core.add_worker(
+        core_id: int = self._core.add_worker(
             handle.socket_fd, handle.request_memory_fd, handle.answer_memory_fd, in_flight_max=self._in_flight_max()
         )
+        slot.core_id = core_id
         if slot.is_wanted:
-            slot.state = READY
+            slot.loaded()
+            self._last = None
             self._policy.ready(time.monotonic())
-            self._set_trouble("")
         else:
             self._core.stop_worker(core_id)
-        self._changed.set()
+        self._tell()
+        return core_id
+
+    async def _serve(self, slot: Slot, core_id: int) -> tuple[str, Cause]:
+        """Lets it take batches until it ends. Returns how it ended, and what ended it."""
+        handle = slot.handle
+        assert handle is not None
 
         def row() -> dict[str, Any] | None:
             return next((row for row in self._core.workers() if row["id"] == core_id), None)
@@ -331,6 +347,10 @@ class PythonWorkers:
         slot.core_id = None
         last = row()
         self._core.remove_worker(core_id)
+        if slot.is_wanted:
+            slot.lost(last["error"] if last is not None else "")
+            self._last = slot
+            self._tell()
         await self._bury(slot)
         ending = slot.kill_reason or f"it {handle.exited.result()}"
         if last is not None and last["state"] == "died" and last["error"]:
@@ -339,7 +359,10 @@ class PythonWorkers:
             log.error("%s: worker %d (pid %d) ended: %s", self._label, self._log.id(slot.index), handle.pid, ending,
                       extra=self._log.about(slot.index))  # fmt: skip
             self._log.disconnected(slot.index)
-        return ending
+        slot.handle = handle
+        cause = slot.cause()
+        slot.handle = None
+        return ending, cause
 
     async def _bury(self, slot: Slot) -> None:
         """Sees that its process is gone, and lets go of what belonged to it."""
@@ -379,15 +402,11 @@ class PythonWorkers:
         """After a process ended: whether another one is to be started, once that may be."""
         decision = slot.decision
         assert decision is not None
+        self._tell()
         if not decision.restarts:
-            slot.state = FAILED
             log.error("%s: no worker takes its place: %s", self._label, decision.reason,
                       extra=self._log.about(slot.index))  # fmt: skip
-            self._set_trouble(slot.error)
             return False
-        slot.state = WAITING
-        self._set_trouble(slot.error)
-        self._changed.set()
         self._log.retrying(slot.index, decision.delay_s, decision.reason)
         if decision.delay_s > 0:
             slot.hurry.clear()
@@ -395,10 +414,6 @@ class PythonWorkers:
                 await asyncio.wait_for(slot.hurry.wait(), decision.delay_s)
         return True
 
-    def _set_trouble(self, text: str) -> None:
-        if text and (self._is_closing or any(slot.state == READY for slot in self._slots)):
-            return
-        # That there is a worker is always told: who asked for another one has made us forget the trouble.
-        if text != self.trouble or not text:
-            self.trouble = text
-            self._on_trouble(text)
+
+def _are_there(model_dir: str, interpreter: str | None) -> bool:
+    return os.path.isdir(model_dir) and (interpreter is None or os.path.exists(interpreter))

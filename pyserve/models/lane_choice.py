@@ -20,8 +20,10 @@ from pyserve.lanes.lane import Lane
 from pyserve.lanes.native import NativeLane
 from pyserve.lanes.python import PythonLane
 from pyserve.lanes.resources import Services
+from pyserve.lanes.restart_policy import RETRY_DEFAULT_S
 from pyserve.lanes.sequences import SequenceLane
 from pyserve.lanes.settings import ModelSettings
+from pyserve.lanes.worker_slot import Condition
 from pyserve.models.loader import load_network
 from pyserve.models.placement import gpu_count
 from pyserve.models.requirements import prepare_environment
@@ -39,7 +41,7 @@ class LaneOptions:
     Attributes:
         device: ``cpu`` or ``cuda:0``.
         tracing: a conversion of the archive that was started already.
-        on_trouble: told why there is no worker and none is coming, and ``""`` when there is one again.
+        on_condition: told how the lane's worker processes are, at every change.
     """
 
     services: Services
@@ -49,7 +51,7 @@ class LaneOptions:
     settings: ModelSettings
     progress: Progress
     tracing: Tracing | None = None
-    on_trouble: Callable[[str], None] = lambda text: None
+    on_condition: Callable[[Condition], None] = lambda condition: None
 
     @property
     def label(self) -> str:
@@ -109,10 +111,23 @@ async def open_python_lane(options: LaneOptions) -> PythonLane | SequenceLane:
     device_ids: list[int] = []
     if spec.gpu_id is not None:
         device_ids = config.device_ids or list(range(gpu_count(options.services.config.number_of_gpu)))
-    named: dict[str, Any] = {"device_ids": device_ids, "interpreter": interpreter, "on_trouble": options.on_trouble}
+    retry_s = config.retry_timeout_max_s
+    named: dict[str, Any] = {
+        "device_ids": device_ids,
+        "interpreter": interpreter,
+        "on_condition": options.on_condition,
+        "renew": lambda: _renew_workers(options),
+        "retry_s": RETRY_DEFAULT_S if retry_s is None else float(retry_s),
+    }
     if config.sequence_batching:
         return SequenceLane(options.services, spec, options.label, options.settings, config, **named)
     return PythonLane(options.services, spec, options.label, options.settings, **named)
+
+
+async def _renew_workers(options: LaneOptions) -> tuple[WorkerSpec, str | None]:
+    """As `_prepare_workers`, with all files that are gone from the disk put back."""
+    await asyncio.to_thread(options.archive.own_folder, with_weights=True, completes=True)
+    return await _prepare_workers(options)
 
 
 async def open_audit_lane(options: LaneOptions) -> AuditLane:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from pyserve.archive.archive import Archive
 from pyserve.conversion.torchscript import Progress, Tracing
-from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError, ServerError
+from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError
 from pyserve.lanes.audit import Repetition
 from pyserve.lanes.describe import SelfDescription, ask_handler
 from pyserve.lanes.engine_lane import RING_CAPACITY_MIN
@@ -30,10 +29,12 @@ from pyserve.lanes.refusals import no_worker_error
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import PARAMETERS, ModelSettings
 from pyserve.lanes.worker_rows import WorkerRow, with_coming
+from pyserve.lanes.worker_slot import IDLE, SERVING, Condition
 from pyserve.models.audit import Audit
 from pyserve.models.audit_choice import audit_of
 from pyserve.models.checks import checks_of
-from pyserve.models.lane_choice import LaneOptions, open_lane, open_python_lane
+from pyserve.models.explanations import Explanations
+from pyserve.models.lane_choice import LaneOptions, open_lane
 from pyserve.models.sample import sample_arguments
 from pyserve.request.exchange import Exchange
 from pyserve.worker.handler_choice import built_in_name
@@ -85,10 +86,13 @@ class Model:
         # Its name, if the server may speak protocols for it; None of a handler that answers for itself.
         self.built_in_handler: str | None = None
         self._lane: Lane | None = None
-        self._explain_lane: Lane | None = None  # a native model's, made for the first explanation
-        self._opening_explain_lane = asyncio.Lock()
+        self._explanations = Explanations(
+            lambda: self._lane_options(lambda text: None),
+            is_served=lambda: self._lane is not None,
+            no_worker=lambda: no_worker_error(self.name, self._absence()),
+            starting_error=self.starting_error,
+        )
         self._audit: Audit | None = None  # most models have none
-        self._tasks: set[asyncio.Task[None]] = set()
         self._scaling = asyncio.Lock()
         self._loading = asyncio.Lock()
 
@@ -123,22 +127,29 @@ class Model:
             await self._close_lane()
             raise
         self._move("READY")
+        self._on_condition(lane.condition)  # it may have changed since
         progress("ready")
 
     def _lane_options(self, progress: Progress, tracing: Tracing | None = None) -> LaneOptions:
         return LaneOptions(
             self._services, self.archive, self.name, self.device, self.settings, progress,
-            tracing=tracing, on_trouble=self._on_trouble,
+            tracing=tracing, on_condition=self._on_condition,
         )  # fmt: skip
 
     def _find_built_in_handler(self) -> str | None:
         return None if self._services.config.service_envelope else built_in_name(self.archive)
 
-    def _on_trouble(self, text: str) -> None:
-        """The lane has no worker and gets none, or has one again."""
-        if self.state == ("READY" if text else "FAILED"):
-            self.error = text
-            self._move("FAILED" if text else "READY")
+    def _on_condition(self, condition: Condition) -> None:
+        """The lane has no worker, or has one again."""
+        if self.state not in ("READY", "FAILED"):
+            return
+        if condition.error:
+            self.error = condition.error
+            if self.state == "READY":
+                self._move("FAILED")
+        elif self.state == "FAILED" and condition.state in (SERVING, IDLE):
+            self.error = ""
+            self._move("READY")
 
     def _check_still_loading(self) -> None:
         if self.state != "LOADING":
@@ -164,13 +175,13 @@ class Model:
 
     def cut_short(self) -> None:
         """Answers what waits with 503; nothing waits for the model any more."""
-        for lane in (self._lane, self._explain_lane):
+        for lane in (self._lane, self._explanations.lane):
             if lane is not None:
                 lane.answer_all(lane.refusal("draining"))
 
     async def _close_lane(self) -> None:
-        lanes = (self._lane, self._explain_lane)
-        self._lane = self._explain_lane = None
+        lanes = (self._lane, self._explanations.take_lane())
+        self._lane = None
         closing = [lane.close() for lane in lanes if lane is not None]
         if self._audit is not None:
             closing.append(self._audit.stop())
@@ -197,7 +208,6 @@ class Model:
                 raise self.starting_error(self.error or "it is being unregistered")
             before, wanted_before = lane.wanted_count, self.wanted_workers
             bounds_before = self.settings.workers_min, self.settings.workers_max
-            trouble_before = self.error if self.state == "FAILED" else ""
             wanted = min(max(before, workers_min), max(workers_min, workers_max))
             self.settings.workers_min, self.settings.workers_max = workers_min, workers_max
             self.wanted_workers = wanted
@@ -215,9 +225,8 @@ class Model:
                 error = self.starting_error(failure, lane.failure)
                 self.settings.workers_min, self.settings.workers_max = bounds_before
                 self.wanted_workers = wanted_before
-                lane.set_workers(min(before, wanted))
-                if trouble_before:
-                    self._on_trouble(trouble_before)
+                if before < wanted:
+                    lane.set_workers(before)
                 raise error
             return wanted
 
@@ -279,8 +288,8 @@ class Model:
         if lane is None:
             raise no_worker_error(self.name, self._absence(), url_version=url_version)
         if explains and isinstance(lane, NativeLane):
-            self._explain(
-                lane, exchange,
+            self._explanations.explain(
+                lane, exchange, self.version,
                 lambda other: Pending(other, exchange, self.version, url_version, query_is_input, flags),
             )  # fmt: skip
             return
@@ -300,7 +309,7 @@ class Model:
         if lane is None:
             raise no_worker_error(self.name, self._absence())
         if explains and isinstance(lane, NativeLane):
-            self._explain(lane, exchange, pending_for)
+            self._explanations.explain(lane, exchange, self.version, pending_for)
             return
         pending = pending_for(lane)
         if self._audit is not None and not explains:
@@ -312,61 +321,6 @@ class Model:
         if self.error:
             detail |= {"text": self.error, "fix": "fix the archive and register it again"}
         return detail
-
-    def _explain(self, native: NativeLane, exchange: Exchange, pending_for: Callable[[Lane], Pending]) -> None:
-        """Explanations need gradients, so Python's own copy of the model: a worker process, started for the first."""
-        lane = self._explain_lane
-        if lane is not None:
-            lane.predict(pending_for(lane))
-            return
-        waiting = Pending(native, exchange, self.version, "default")
-
-        async def explain_first() -> None:
-            opening = self._keep(self._open_explain_lane())
-            try:
-                # It goes on for those who are more patient.
-                await asyncio.wait_for(asyncio.shield(opening), waiting.remaining_s())
-                opened = self._explain_lane
-                if opened is None:
-                    raise no_worker_error(self.name, self._absence())
-                opened.predict(pending_for(opened))
-            except TimeoutError:
-                native.expire(waiting)
-            except Exception as error:
-                if not isinstance(error, ServeError):
-                    log.exception("starting a worker for explanations of %s %s failed", self.name, self.version)
-                    error = ServerError("Internal error")
-                exchange.respond(self._services.error_format.answer(error, exchange.request))
-
-        self._keep(explain_first())
-
-    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs ``work`` as a task, whether or not anybody waits for it."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-
-        def finish(done: asyncio.Task[None]) -> None:
-            self._tasks.discard(done)
-            if not done.cancelled():
-                done.exception()  # those who waited for it have it
-
-        task.add_done_callback(finish)
-        return task
-
-    async def _open_explain_lane(self) -> None:
-        async with self._opening_explain_lane:
-            if self._explain_lane is not None or self._lane is None:
-                return
-            log.info("%s %s: starting a worker process for explanations", self.name, self.version)
-            lane = await open_python_lane(self._lane_options(lambda text: None))
-            lane.set_workers(1)
-            failure = await lane.settled(self.settings.startup_timeout_s)
-            if failure or self._lane is None:
-                await lane.close()
-                if failure:
-                    raise self.starting_error(failure)
-                return
-            self._explain_lane = lane
 
     async def describe_handler(self) -> SelfDescription:
         """What the handler says of itself.

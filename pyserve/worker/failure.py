@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from pyserve.errors import TEXT_SIZE_MAX, JsonObject, ServeError, is_memory_error, text_of
+from pyserve.errors import TEXT_SIZE_MAX, JsonObject, ServeError, is_memory_error, is_of_machine, text_of
 from pyserve.worker.frames import (
     GROUP_DEPTH_MAX,
     ArchiveFolder,
@@ -160,8 +160,8 @@ def _answer(error: BaseException) -> _Answer:
 
 
 def _repeats(error: BaseException) -> bool:
-    # Networks get better by themselves; a missing file does not.
-    if isinstance(error, (HandlerTimeout, TimeoutError, ConnectionError)):
+    # Networks and machines get better by themselves; a missing file does not.
+    if isinstance(error, (HandlerTimeout, TimeoutError, ConnectionError)) or is_of_machine(error):
         return False
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & {"URLError", "ConnectionError", "ConnectTimeout", "ReadTimeout", "gaierror", "HTTPError"}:

@@ -8,13 +8,17 @@ memory, as JSON, since a message may not be as large as a model-config.yaml. The
 
     {"ready": pid}                            it can fork
     {"forked": number, "pid": pid}            with a pidfd
+    {"failed": number, "errno": errno}        the machine has no process, memory or descriptor left
     {"exited": pid, "status": wait status}    one line per worker that has ended
+
+What a worker's code has started ends with the worker, see `descendants`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import json
 import os
@@ -29,6 +33,7 @@ from typing import NoReturn
 
 from pyserve.launch import Reporter, die_with_parent
 from pyserve.log import print_lines_at_once
+from pyserve.worker.descendants import MARK, adopt_orphans, end_marked, mark_of, take_mark
 
 MESSAGE_SIZE_MAX = 4096
 DESCRIPTORS = ("request", "socket", "request_memory", "answer_memory", "reports", "stdout", "stderr")
@@ -39,6 +44,7 @@ EXIT_SETUP_FAILED = 70
 def main(descriptor: int, parent_pid: int) -> int:
     """Forks workers until the server goes."""
     die_with_parent(parent_pid)
+    adopt_orphans()
     gc.disable()  # importing torch makes millions of objects that all stay
     # What is imported here is shared by all workers.
     import numpy  # noqa: F401
@@ -59,6 +65,8 @@ def main(descriptor: int, parent_pid: int) -> int:
 class _Zygote:
     def __init__(self, server: socket.socket):
         self._server = server
+        self._token = os.environ.get(MARK, "").partition(".")[0]
+        self._marks: dict[int, str] = {}  # of the living workers
         self._wakeup, wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         wakeup.setblocking(False)
@@ -86,21 +94,33 @@ class _Zygote:
         if not message:
             return False
         number = json.loads(message)["number"]
-        named = dict(zip(DESCRIPTORS, descriptors, strict=True))
-        pid = os.fork()
-        if pid == 0:
-            self._become_worker(named)
         try:
-            pidfd = os.pidfd_open(pid)
+            if len(descriptors) != len(DESCRIPTORS):  # the kernel leaves out those that there is no room for
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            self._fork(number, dict(zip(DESCRIPTORS, descriptors, strict=True)))
+        except OSError as error:
+            self._server.send(json.dumps({"failed": number, "errno": error.errno or 0}).encode())
         finally:
             for each in descriptors:
                 os.close(each)
+        return True
+
+    def _fork(self, number: int, named: dict[str, int]) -> None:
+        mark = mark_of(self._token, number + 1)
+        pid = os.fork()
+        if pid == 0:
+            self._become_worker(named, mark)
+        self._marks[pid] = mark
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            raise
         try:
             told = json.dumps({"forked": number, "pid": pid}).encode()
             socket.send_fds(self._server, [told], [pidfd])
         finally:
             os.close(pidfd)
-        return True
 
     def _reap(self) -> None:
         while True:
@@ -110,17 +130,24 @@ class _Zygote:
                 return
             if pid == 0:
                 return
+            mark = self._marks.pop(pid, "")
+            if not mark:
+                continue  # what a worker left behind
             # What the worker's handler has started goes with it.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
+            if self._token:
+                end_marked(mark)
             self._server.send(json.dumps({"exited": pid, "status": status}).encode())
 
-    def _become_worker(self, named: dict[str, int]) -> NoReturn:
+    def _become_worker(self, named: dict[str, int], mark: str) -> NoReturn:
         """The child. Never returns."""
         code = EXIT_SETUP_FAILED
         try:
             parent = os.getppid()
             os.setsid()
+            if self._token:
+                take_mark(mark)
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
