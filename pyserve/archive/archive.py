@@ -403,6 +403,8 @@ def _open_folder(path: Path, cache: ArchiveCache, limits: Limits, manifest: byte
     else:
         reader = FolderReader(_model_folder(path), path.name, limits)
     found = _survey(reader, limits)
+    for text in reader.passed_over:
+        log.warning("%s", text)
     weights = None
     if found.weights is not None:
         weights = Weights(found.weights.name, reader.path / found.weights.name, 0, found.weights.size)
@@ -460,12 +462,12 @@ def _given_manifest(path: Path) -> bytes | None:
 
 def _model_folder(path: Path) -> Path:
     """The folder with the manifest: ``path``, or the one folder in it; ``path`` if there is none."""
-    if (path / MANIFEST_NAME).is_file():
+    if os.path.isfile(path / MANIFEST_NAME):
         return path
     try:
-        below = [child for child in path.iterdir() if child.is_dir() and not child.name.startswith((".", "__"))]
+        below = [child for child in path.iterdir() if os.path.isdir(child) and not child.name.startswith((".", "__"))]
     except OSError as error:
         refuse(path.name, f"cannot be read: {error.strerror}; check its permissions")
-    if len(below) == 1 and not below[0].is_symlink() and (below[0] / MANIFEST_NAME).is_file():
+    if len(below) == 1 and not below[0].is_symlink() and os.path.isfile(below[0] / MANIFEST_NAME):
         return below[0]
     return path

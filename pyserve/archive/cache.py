@@ -142,8 +142,8 @@ class ArchiveCache:
     def unpacking(self, key: str) -> Iterator[Path]:
         """A fresh folder to unpack into, for the holder of `lock`; put in place by `commit`, else removed."""
         partial = self._archives / f".partial-{key}"
-        if partial.exists():  # its writer was killed: the lock is ours now
-            shutil.rmtree(partial)
+        if os.path.lexists(partial):  # its writer was killed: the lock is ours now
+            _remove(partial)
         partial.mkdir(mode=0o700)
         try:
             yield partial
@@ -159,12 +159,13 @@ class ArchiveCache:
             file.flush()
             os.fsync(file.fileno())
         target = self._archives / key
-        if target.exists():
+        if os.path.lexists(target):
             if (target / "derived").is_dir():
                 (target / "derived").rename(partial / "derived")
             discarded = self._archives / f".partial-{key}-{os.urandom(4).hex()}"
             target.rename(discarded)
-            shutil.rmtree(discarded, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(discarded)
         _sync_folder(partial)
         partial.rename(target)
         _sync_folder(self._archives)
@@ -189,10 +190,19 @@ class ArchiveCache:
             digest.update(chunk)
         key = digest.hexdigest()
         if time.time_ns() - max(before.st_mtime_ns, before.st_ctime_ns) > _SETTLED_NS:
-            partial = note.with_name(f"{note.name}.{os.getpid()}.{os.urandom(4).hex()}")
-            partial.write_text(json.dumps({**seen, "sha256": key}))
-            partial.replace(note)
+            self._remember(note, json.dumps({**seen, "sha256": key}))
         return key
+
+    @staticmethod
+    def _remember(note: Path, text: str) -> None:
+        """Where there is no room for it, the next one hashes again."""
+        partial = note.with_name(f"{note.name}.{os.getpid()}.{os.urandom(4).hex()}")
+        try:
+            partial.write_text(text)
+            partial.replace(note)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
 
 def folder_key(path: Path, entries: list[Entry]) -> str:
@@ -278,6 +288,14 @@ def _private_root(wanted: str, problem: str) -> Path:
         root,
     )
     return root
+
+
+def _remove(path: Path) -> None:
+    """A folder, or whatever has its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

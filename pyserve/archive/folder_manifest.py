@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import zipfile
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def infer_manifest(folder: Path) -> Inferred:
     Raises:
         InvalidModelError: it cannot be told which file is what; the text says what to write.
     """
-    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    files = sorted(path.name for path in folder.iterdir() if os.path.isfile(path))
     handler = _handler(folder, [name for name in files if name.endswith(".py")])
     weights = _weights(folder, files)
     name = _NOT_IN_NAMES.sub("_", folder.resolve().name).lstrip("_.-") or "model"

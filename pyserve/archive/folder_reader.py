@@ -1,7 +1,8 @@
 """Reads a plain folder as if it were an archive. Nothing is copied: the folder itself is the model's folder.
 
 The folder belongs to the operator, so links to files are allowed in it as long as they stay inside it: a folder that
-came from elsewhere must not make the server read ``/etc`` as weights.
+came from elsewhere must not make the server read ``/etc`` as weights. What can be no file of a model, such as an
+editor's lock, a socket or a link to nothing, is passed over; a manifest that names it is told that it is not there.
 """
 
 from __future__ import annotations
@@ -12,15 +13,27 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from pyserve.archive.entries import CHUNK_SIZE, LIMITS, MANIFEST_NAME, Entry, Limits, refuse, refuse_limit
+from pyserve.archive.entries import (
+    CHUNK_SIZE,
+    LIMITS,
+    MANIFEST_NAME,
+    Entry,
+    Limits,
+    name_problem,
+    refuse,
+    refuse_limit,
+)
 from pyserve.errors import shown
 
 
 class FolderReader:
-    """The files below ``path``. Raises InvalidModelError for links that leave it and for devices and pipes.
+    """The files below ``path``. Raises InvalidModelError for links that leave it.
 
     Args:
         manifest: text of MANIFEST.json for a folder without one.
+
+    Attributes:
+        passed_over: what was left out of ``entries``, and why, one line each.
     """
 
     kind = "folder"
@@ -31,6 +44,7 @@ class FolderReader:
         self.path = path.resolve()
         self._limits = limits
         self._manifest = manifest
+        self.passed_over: list[str] = []
 
     @property
     def files(self) -> list[Entry]:
@@ -48,9 +62,11 @@ class FolderReader:
             folder_names[:] = sorted(name for name in folder_names if not name.startswith((".", "__pycache__")))
             relative = os.path.relpath(folder, self.path)
             prefix = "" if relative == "." else f"{relative}/"
+            folder_names[:] = [name for name in folder_names if self._can_be_named(prefix + name)]
             for name in sorted(file_names):
-                size = self._size_of(prefix + name)
-                found.append(Entry(prefix + name, size, size, is_stored=True, offset=0))
+                bytes_there = self._size_of(prefix + name) if self._can_be_named(prefix + name) else None
+                if bytes_there is not None:
+                    found.append(Entry(prefix + name, bytes_there, bytes_there, is_stored=True, offset=0))
             for name in folder_names:
                 if os.path.islink(os.path.join(folder, name)):  # what lies there is listed where it lies
                     self._check_inside(prefix + name)
@@ -78,14 +94,25 @@ class FolderReader:
         if not (self.path / name).resolve().is_relative_to(self.path):
             refuse(self.label, f"{shown(name)} is a link that leaves the folder; copy what it leads to here")
 
-    def _size_of(self, name: str) -> int:
+    def _can_be_named(self, name: str) -> bool:
+        problem = name_problem(name, self._limits)
+        if problem:
+            self.passed_over.append(f"{self.label}: {shown(name)} {problem}; it is passed over")
+        return problem is None
+
+    def _size_of(self, name: str) -> int | None:
+        """In bytes; None if it is passed over."""
         path = self.path / name
         try:
             status = path.stat()
-            if path.is_symlink():
-                self._check_inside(name)
         except OSError as error:
-            refuse(self.label, f"{shown(name)} cannot be read: {error.strerror}")
-        if not stat.S_ISREG(status.st_mode):
-            refuse(self.label, f"{shown(name)} is not a regular file; take it out of the folder")
+            is_nowhere = isinstance(error, FileNotFoundError) and path.is_symlink()
+            problem = "is a link to nothing" if is_nowhere else f"cannot be read: {error.strerror}"
+        else:
+            problem = "" if stat.S_ISREG(status.st_mode) else "is not a regular file"
+        if problem:
+            self.passed_over.append(f"{self.label}: {shown(name)} {problem}; it is passed over")
+            return None
+        if path.is_symlink():
+            self._check_inside(name)
         return status.st_size

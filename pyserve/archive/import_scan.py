@@ -70,7 +70,7 @@ def python_files(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(_SKIPPED_FOLDERS))
         for name in sorted(files):
-            if name.endswith(".py"):
+            if name.endswith(".py") and os.path.isfile(os.path.join(parent, name)):
                 yield Path(parent, name)
 
 

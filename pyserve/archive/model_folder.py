@@ -116,7 +116,8 @@ def remove_left_overs(root: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         for lock in root.glob("*.lock"):
             try:
-                descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+                # What is no file of ours must not block: a pipe, say.
+                descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
             except OSError:
                 continue  # removed by its owner meanwhile
             try:

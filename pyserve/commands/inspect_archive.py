@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def _conversion_line(path: Path) -> str:
 def size_on_disk(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
     if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return sum(os.path.getsize(file) for file in path.rglob("*") if os.path.isfile(file))
     return path.stat().st_size
 
 

@@ -368,9 +368,12 @@ def _find(store: Path, url: str) -> Obtained:
         if inside is None or any(part.startswith(".") for part in inside.parts):
             reason = "it lies outside of the model store, or is hidden"
         elif os.path.exists(store / inside):
-            if _below(os.path.realpath(store / inside), store) is not None:
+            # The entry itself may be a link to an archive elsewhere, as by its name: whoever can write to the store
+            # chose that one archive. A folder that is a link would let callers choose, among all that lies behind it.
+            folder = os.path.realpath((store / inside).parent)
+            if folder == str(store.resolve()) or _below(folder, store) is not None:
                 return Obtained(store / inside, str(inside))
-            raise _not_found(url, "it is a link that leaves the model store")
+            raise _not_found(url, "it lies behind a link that leaves the model store")
     name = url.rstrip("/").rpartition("/")[2]
     if not name or name.startswith(".") or not os.path.exists(store / name):
         raise _not_found(url, reason)

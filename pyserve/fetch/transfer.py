@@ -217,9 +217,14 @@ def _put_in_place(partial: Path, target: Path) -> None:
         os.replace(partial, target)
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """A pipe in the place of a file of ours must not block."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+
+
 def _remove_abandoned(folder: Path) -> None:
     for path in folder.glob(f".*{_SUFFIX}"):
-        with contextlib.suppress(OSError), path.open("rb") as file:
+        with contextlib.suppress(OSError), open(path, "rb", opener=_without_waiting) as file:
             if time.time() - path.stat().st_mtime < _ABANDONED_S:  # it may have been made just now
                 continue
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -84,7 +84,8 @@ def read_requirements(archive: Archive) -> Requirements:
 
 def wheels_of(archive: Archive) -> list[Path]:
     """The wheels that an archive brings along: beside the handler, and in its folder ``wheels``."""
-    return sorted([*archive.model_dir.glob("*.whl"), *(archive.model_dir / WHEELHOUSE).glob("*.whl")])
+    found = [*archive.model_dir.glob("*.whl"), *(archive.model_dir / WHEELHOUSE).glob("*.whl")]
+    return sorted(path for path in found if os.path.isfile(path))
 
 
 def input_digest(path: Path) -> str:

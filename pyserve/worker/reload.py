@@ -39,8 +39,8 @@ class Reloader:
                     path = os.path.join(folder, file)
                     try:
                         times[path] = os.stat(path).st_mtime_ns
-                    except FileNotFoundError:
-                        continue  # being replaced
+                    except OSError:
+                        continue  # being replaced, or a link to nothing, as editors make
         return times
 
     def look(self) -> None:

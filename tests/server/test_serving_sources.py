@@ -71,6 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     serving_models.write_linear(server.store / "deep", "nested")
     shutil.unpack_archive(server.store / "in-store.mar", server.store / "unpacked", "zip")
     (server.store / "leaves.mar").symlink_to(files / "linear.mar")
+    (server.store / "behind").symlink_to(files)
     answers: dict[str, Any] = {"/linear.mar": file_answer(content), "/my%20model.mar": file_answer(content)}
     with HostileWeb(answers) as web, HostileWeb(dict(answers), context) as tls:
         (folder / "config.properties").write_text(
@@ -101,6 +102,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         ("{store}/deep/nested.mar", "deep/nested.mar"),
         ("{store}/unpacked", "unpacked"),
         ("leaves.mar", "leaves.mar"),  # whoever fills the store may put links there
+        ("{store}/leaves.mar", "leaves.mar"),
     ],
 )
 def test_archive_of_the_store_is_registered_by_name_and_by_path(place: Place, url: str, shown: str) -> None:
@@ -125,7 +127,7 @@ def test_archive_of_the_store_is_registered_by_name_and_by_path(place: Place, ur
         ("{files}/linear.mar", "Model not found at: {files}/linear.mar", "outside of the model store"),
         ("{files}", "Model not found at: {files}", "outside of the model store"),
         ("{store}", "Model not found at: {store}", "outside of the model store"),
-        ("{store}/leaves.mar", "Model not found at: {store}/leaves.mar", "leaves the model store"),
+        ("{store}/behind/linear.mar", "Model not found at: {store}/behind/linear.mar", "leaves the model store"),
         ("../in-store.mar", "Relative path is not allowed in url: ../in-store.mar", ""),
         ("%2e%2e/in-store.mar", "Relative path is not allowed in url: %2e%2e/in-store.mar", ""),
         ("{store}/deep/../in-store.mar", "Relative path is not allowed in url: {store}/deep/../in-store.mar", ""),
