@@ -13,6 +13,7 @@ from pyserve.http1.answer import AnswerWriter
 from pyserve.http1.head import HeadReader
 from pyserve.http1.limits import Http1Limits
 from pyserve.request.body_budget import BodyBudget
+from pyserve.request.descriptors import REFUSED, UNLIMITED
 from pyserve.request.messages import ErrorFormat, Request, Response
 
 _REFUSED_COUNT_MAX = 128
@@ -48,6 +49,7 @@ class Connections:
         clock: ns, monotonic; stamps ``Request.arrived_at``.
         draining: whether the listener is going away.
         refused: answers the protocol gave itself, without asking the app, counted by status.
+        descriptor_limit: connections have descriptors below this, see `pyserve.request.descriptors`.
         on_answer: told of each answer as it is written, a streamed one at its first part: the request, the status, and
             whether the client speaks HTTP/1.1.
     """
@@ -72,6 +74,7 @@ class Connections:
         self.draining = False
         self.refused: Counter[int] = Counter()
         self.on_answer: Callable[[Request, int, bool], None] = _note_nothing
+        self.descriptor_limit: Callable[[], int] = lambda: UNLIMITED
         self._open: set[Connection] = set()
         self._over: set[Connection] = set()
         self._gone: asyncio.Future[None] | None = None
@@ -80,21 +83,24 @@ class Connections:
         """Open connections, refused ones that are still lingering not counted."""
         return len(self._open)
 
-    def add(self, connection: Connection) -> ServeError | None:
+    def add(self, connection: Connection, descriptor: int = -1) -> ServeError | None:
         """Registers a new connection; returns why it is refused, if it is one too many or the listener is draining.
 
         A connection that is refused stays registered until ``remove``, so that it can still be told why; too many of
         those are cut off at once.
         """
-        if len(self._open) < self.limits.connection_count_max and not self.draining:
+        descriptor_limit = self.descriptor_limit()
+        if len(self._open) < self.limits.connection_count_max and descriptor < descriptor_limit and not self.draining:
             self._open.add(connection)
             return None
         self._over.add(connection)
-        if len(self._over) > _REFUSED_COUNT_MAX:
+        if len(self._over) > _REFUSED_COUNT_MAX or descriptor >= descriptor_limit + REFUSED:
             connection.abort()
         why = "The server is shutting down."
         if not self.draining:
             why = f"The limit of {self.limits.connection_count_max} connections is reached; try again later."
+            if descriptor >= descriptor_limit:
+                why = "There are as many connections as the limit of open files allows; try again later."
         return OverloadedError(why, headers={"Retry-After": "1"})
 
     def remove(self, connection: Connection) -> None:

@@ -29,6 +29,12 @@ def unread_size(transport: asyncio.Transport) -> int:
     return count[0]
 
 
+def descriptor_of(transport: asyncio.BaseTransport) -> int:
+    """The number of its descriptor; -1 if it has none."""
+    sock = transport.get_extra_info("socket")
+    return -1 if sock is None else int(sock.fileno())
+
+
 def client_name(peer: object) -> str:
     """``"127.0.0.1:43090"``, ``"[::1]:43090"``, or ``"unix"``, of what a socket calls its peer."""
     if not isinstance(peer, tuple):

@@ -26,7 +26,7 @@ from pyserve.http1.head import RequestHead, check_head_size, check_head_start
 from pyserve.http1.incoming import Incoming, unread_request
 from pyserve.http1.limits import Http1Limits
 from pyserve.http1.output import Output
-from pyserve.http1.peer import client_name, probe_pause_s, unread_size
+from pyserve.http1.peer import client_name, descriptor_of, probe_pause_s, unread_size
 from pyserve.http1.timer import LazyTimer, StallTimer
 from pyserve.log import about
 from pyserve.request.body_budget import QUICK_SIZE_MAX, Account
@@ -90,7 +90,7 @@ class Http1Protocol(asyncio.Protocol):
         self._stall = StallTimer(
             self._loop, self._transport, stall_s=self._limits.write_stall_s, rate_min=self._limits.body_rate_min
         )
-        refusal = self._connections.add(self)
+        refusal = self._connections.add(self, descriptor_of(transport))
         if refusal is None:
             self._timer.set(self._loop.time() + self._limits.idle_timeout_s)
         elif not transport.is_closing():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pyserve.config.config import Config
 from pyserve.engine import Engine
 from pyserve.lanes.spawner import Spawner
+from pyserve.request.descriptors import DescriptorLimit
 from pyserve.request.messages import ErrorFormat
 from pyserve.security.tokens import Tokens
 from pyserve.telemetry.metrics import Metrics
@@ -21,6 +22,7 @@ class Services:
     Attributes:
         tokens: None if no call needs a key.
         tracer: None if nobody wants spans.
+        descriptors: of this process.
     """
 
     config: Config
@@ -31,3 +33,4 @@ class Services:
     error_format: ErrorFormat
     tokens: Tokens | None = None
     tracer: Tracer | None = None
+    descriptors: DescriptorLimit = field(default_factory=DescriptorLimit)

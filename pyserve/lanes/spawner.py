@@ -9,6 +9,7 @@ import fcntl
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -58,13 +59,16 @@ class Spawner:
     Args:
         without: names of environment variables that workers do not get.
         environment: variables that they get beside the server's own.
+        open_files_max: descriptors that each may have; None for as many as the server.
     """
 
     def __init__(
-        self, without: Callable[[str], bool] = lambda name: False, environment: Mapping[str, str] | None = None
-    ):
+        self, without: Callable[[str], bool] = lambda name: False, environment: Mapping[str, str] | None = None,
+        open_files_max: int | None = None,
+    ):  # fmt: skip
         self._without = without
         self._environment = dict(environment or {})
+        self._open_files_max = open_files_max
         self._zygotes: dict[str, _Zygote] = {}
         self._paces: dict[str, RestartPolicy] = {}  # of the zygotes that went, by interpreter
 
@@ -117,7 +121,9 @@ class Spawner:
         zygote = self._zygotes.get(interpreter)
         if zygote is None or zygote.is_gone:
             try:
-                zygote = self._zygotes[interpreter] = _Zygote(interpreter, self._without, self._environment)
+                zygote = self._zygotes[interpreter] = _Zygote(
+                    interpreter, self._without, self._environment, self._open_files_max
+                )
             except OSError as error:
                 raise ZygoteError(
                     f"the process that workers are forked from cannot be started: {error.strerror}"
@@ -133,7 +139,10 @@ class Spawner:
 class _Zygote:
     """One zygote process and the workers it has forked."""
 
-    def __init__(self, interpreter: str, without: Callable[[str], bool], environment: Mapping[str, str]):
+    def __init__(
+        self, interpreter: str, without: Callable[[str], bool], environment: Mapping[str, str],
+        open_files_max: int | None,
+    ):  # fmt: skip
         self._loop = asyncio.get_running_loop()
         self._environment = environment
         self._without = without
@@ -157,6 +166,8 @@ class _Zygote:
                 opened.callback(self._stderr.close)
                 self._socket.setblocking(False)
                 self._process = self._start(interpreter, theirs)
+            if open_files_max is not None:
+                _limit_open_files(self._process.pid, open_files_max)
             opened.callback(self._process.wait)
             opened.callback(self._process.kill)
             self._loop.add_reader(self._socket.fileno(), self._read)
@@ -346,6 +357,12 @@ class _Zygote:
             await asyncio.wait([worker.exited for worker in workers], timeout=5.0)
         self._process.kill()
         self._on_gone()
+
+
+def _limit_open_files(pid: int, count: int) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (count, hard))
 
 
 def _no_worker(error: OSError, more: str = "") -> ModelLoadError:

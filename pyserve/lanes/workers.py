@@ -111,6 +111,7 @@ class PythonWorkers:
 
     def set_count(self, count: int) -> None:
         """Starts workers, or lets go of the last ones once they have finished their batch."""
+        self._services.descriptors.reserve(self, count)
         # Whoever asks for workers wants those that failed to be tried again.
         for slot in [slot for slot in self._slots if slot.state == FAILED]:
             self._slots.remove(slot)
@@ -182,6 +183,7 @@ class PythonWorkers:
 
     async def close(self) -> None:
         """Stops all, and returns when they are gone."""
+        self._services.descriptors.reserve(self, 0)
         for slot in list(self._slots):
             self._let_go(slot)
         tasks = [slot.task for slot in self._slots if slot.task is not None]

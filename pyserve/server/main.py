@@ -37,6 +37,7 @@ from pyserve.models.snapshot import models_to_restore, snapshot_folder
 from pyserve.models.snapshot_models import SnapshotError, restored_state
 from pyserve.models.state_file import STATE_NAME, read_state
 from pyserve.os_errors import cause_of
+from pyserve.request.descriptors import raise_open_files_max
 from pyserve.server.handover import ServerStart, receive_server_start
 from pyserve.server.settings_report import settings_lines
 from pyserve.telemetry.server_logs import ServerLogs
@@ -56,13 +57,14 @@ def main() -> int:
     gc.disable()  # imports and loading make a million objects, nearly all of which stay
     atexit.register(gc.freeze)  # even at the end: to look through them takes 0.4 s, and the memory goes back anyway
     start = receive_server_start()
+    open_files_max = raise_open_files_max()
     log_setup.print_lines_at_once()  # for handlers that run here
     console = log_setup.configure(as_json=start.config.log_format == "json")
     logs = ServerLogs(start.config, console=console.write_lines if start.like_torchserve else None)
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     try:
-        return loop.run_until_complete(_serve(start, logs))
+        return loop.run_until_complete(_serve(start, logs, open_files_max))
     except ConfigError as error:
         start.report.failed(error.message)
         return EXIT_WILL_FAIL_AGAIN
@@ -76,7 +78,8 @@ def main() -> int:
         start.kept.folder.remove()
 
 
-async def _serve(start: ServerStart, logs: ServerLogs) -> int:
+async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int) -> int:
+    """``open_files_max``: what worker processes have for a limit, as any process of ours would."""
     use_limits(start.config)
     stop = _StopSignals()
     state = _state_to_restore(start)
@@ -94,8 +97,9 @@ async def _serve(start: ServerStart, logs: ServerLogs) -> int:
     tracings = _begin_tracing(archives)
     hidden = re.compile(start.config.blacklist_env_vars) if start.config.blacklist_env_vars else None
     spawner = Spawner(
-        lambda name: hidden is not None and hidden.fullmatch(name) is not None, worker_environment(start.config)
-    )
+        lambda name: hidden is not None and hidden.fullmatch(name) is not None, worker_environment(start.config),
+        open_files_max,
+    )  # fmt: skip
     if any(isinstance(archive, Archive) and runs_in_python(archive) for archive in archives.values()):
         spawner.prepare()
 

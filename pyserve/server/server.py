@@ -41,6 +41,7 @@ from pyserve.models.registry import Registry
 from pyserve.models.snapshot import SnapshotFolder, snapshot_folder
 from pyserve.models.state_file import STATE_NAME
 from pyserve.request.body_budget import BodyBudget
+from pyserve.request.descriptors import DescriptorLimit, open_files_max
 from pyserve.request.messages import ErrorFormat
 from pyserve.security.browser_guard import BrowserGuard
 from pyserve.security.cors import Cors, allowed_origins
@@ -99,6 +100,7 @@ class Server:
             spawner=spawner,
             tokens=Tokens.open(config, start.kept, Path.cwd()),
             tracer=open_tracer(),
+            descriptors=DescriptorLimit(open_files_max()),
             error_format=ErrorFormat(
                 with_detail=config.compat != "strict" and config.error_detail != "none",
                 kserve_versions=("v2",) if config.compat == "strict" else ("v1", "v2"),
@@ -193,6 +195,12 @@ class Server:
                                   takes_ids=config.compat != "strict",
                                   error_format=self._services.error_format)  # fmt: skip
         self._connections.append(connections)
+        descriptors = self._services.descriptors
+        if "inference" in names:
+            connections.descriptor_limit = lambda: descriptors.inference
+            self._warn_of_few_descriptors()
+        else:
+            connections.descriptor_limit = lambda: descriptors.management
         connections.on_answer = self._logs.access.observe_http
         self._metrics.refused.append(connections.refused)
         router = Router(
@@ -208,6 +216,16 @@ class Server:
                 lambda: protocol(router, limits, connections), sock=sock, backlog=ACCEPT_BACKLOG, **tls_options
             )
         )
+
+    def _warn_of_few_descriptors(self) -> None:
+        wanted, possible = self._start.config.connection_count_max, self._services.descriptors.inference
+        if wanted > possible:
+            log.warning(
+                "connection_count_max=%d, but this process may have %d open files, which leaves %d for connections "
+                "beside those that workers and logs need; more are refused. Raise the limit: `ulimit -Hn`, "
+                "LimitNOFILE= in a systemd unit, --ulimit nofile= of docker run", wanted,
+                self._services.descriptors.count, possible,
+            )  # fmt: skip
 
     def _tls_options(self, name: str) -> dict[str, Any]:
         """Of a listener; none if it speaks plain HTTP."""
