@@ -75,7 +75,7 @@ class OwnFolder:
 
     Args:
         state_dir: as configured; ``""`` if it is not.
-        path: one that is there already, of the process that started this one; None for a new one.
+        path: that of the process that started this one, which removes it; None for a new one.
 
     Attributes:
         path: the folder; None while there is no place for one.
@@ -90,7 +90,7 @@ class OwnFolder:
         self._owner = os.getpid()
         self._is_guest = False
         self._touched_at = time.monotonic()
-        if path is not None and self._take(path):
+        if path is not None and (self._take(path) or self._make_at(path)):
             self._is_guest = True
             return
         for base in self._bases:
@@ -169,8 +169,9 @@ class OwnFolder:
             self._take(path)  # one that was looking for left-overs may have been quicker, and have removed it
 
     def _make_at(self, path: Path) -> bool:
+        if any(base.path == path.parent and _prepare(base) for base in self._bases):
+            return False
         try:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
             path.mkdir(mode=0o700)
         except OSError:
             return False

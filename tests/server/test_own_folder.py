@@ -125,13 +125,17 @@ def test_one_that_was_removed_is_made_again_and_still_held(tmp_path: Path, place
     assert folder.look() and folder.path == path and path.is_dir()
     OwnFolder(environ=places).remove()
     assert path.is_dir(), "it is held"
+    home = OwnFolder(environ={})
+    path_there = home.path
+    shutil.rmtree(tmp_path / "home/.local")
+    assert home.look() and home.path == path_there, "with all that lies above it"
     path.rename(path.with_name("moved"))
     path.mkdir(mode=0o755)  # somebody else's in its place
     assert folder.look() and folder.path not in (None, path)
     shutil.rmtree(tmp_path / "run")
     assert folder.look() and base_of(folder) == tmp_path / "home/.local/state/pyserve"
     folder.remove()
-    assert list((tmp_path / "home/.local/state/pyserve").iterdir()) == []
+    assert list((tmp_path / "home/.local/state/pyserve").iterdir()) == [path_there]
 
 
 def test_a_guest_holds_it_too_and_leaves_it(places: dict[str, str]) -> None:
