@@ -16,7 +16,7 @@ EXAMPLE_FLAGS := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(LABELS),--labels $
 CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/*.h tests/native/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help build serve stop format lint fast test compat newman wheel docs bench correctness clean
+.PHONY: help build serve stop format lint fast test chaos compat newman wheel docs bench correctness clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -68,6 +68,11 @@ fast: build ## the tests that start no server and compile nothing
 # A third process on two processors: it works while the others wait for a server or a time limit.
 test: lint ## lint, then all tests, the C++ ones under ThreadSanitizer and AddressSanitizer
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=25
+
+# About 20 minutes; the next ones of other seeds. The same again: the second line of the report has the command.
+CHAOS ?= --requests 800000 --faults 2000
+chaos: build ## a server under faults and load, every answer compared; the report is in build/chaos
+	$(BIN)/python -m tests.chaos.run --summary build/chaos/summary.txt $(CHAOS)
 
 # Needs Java 11 or later, and installs TorchServe below build/.
 compat: build ## ask TorchServe what pyserve's tests ask, record its answers, and compare

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos import clock_library, models
@@ -28,23 +29,46 @@ _WARMING = ("deploy", "scale", "register-again", "register-broken")
 _RECORDS_SHOWN_MAX = 5
 
 
-class Campaign:
-    """One campaign on a site that runs.
+@dataclass(frozen=True)
+class Order:
+    """What a campaign is to be.
 
-    Args:
-        on_step: called with a line about each step.
+    Attributes:
+        requests, faults: how many faults are spread over how many requests.
+        classes: of faults.
+        rate: requests a second of all clients together, at most; clients: of each kind.
+        warm_up: requests before what is held is measured.
+        recovery_limit_s: a fault that is not forgiven by then is a violation.
+        memory_growth: how much resident memory may have grown in the end, as a share of what it was.
+        log: gets a line for each step.
     """
 
-    def __init__(self, site: Site, report: Report, traffic: Traffic, ledger: Ledger, log: Path):
+    seed: int
+    requests: int
+    faults: int
+    classes: tuple[str, ...]
+    rate: float
+    clients: int
+    warm_up: int
+    recovery_limit_s: float
+    memory_growth: float
+    is_tls: bool
+    log: Path
+
+
+class Campaign:
+    """One campaign on a site that runs."""
+
+    def __init__(self, site: Site, order: Order, report: Report, traffic: Traffic, ledger: Ledger):
         self._site = site
         self._report = report
         self._traffic = traffic
         self._ledger = ledger
-        self._log = log
-        self._recovery = Recovery(site)
+        self._order = order
+        self._recovery = Recovery(site, order.recovery_limit_s)
         self._judged = 0
 
-    def run(self, plan: list[Step], *, warm_up: int, requests: int) -> None:
+    def run(self, plan: list[Step]) -> None:
         problem = self._recovery.wait()
         if problem:
             self._report.violate(f"before the first fault: {problem}")
@@ -52,7 +76,7 @@ class Campaign:
         self._recovery.rows = self._site.rows()
         for name in _WARMING:
             self._change(name)
-        self._warm(warm_up)
+        self._warm(self._order.warm_up)
         before = standing_of(self._site)
         self._traffic.resume()
         started = self._traffic.sent
@@ -64,12 +88,12 @@ class Campaign:
                 if not self._play(step, prober):
                     break
             else:
-                self._traffic.wait_sent(started + requests, requests)
+                self._traffic.wait_sent(started + self._order.requests, self._order.requests)
         self._traffic.pause()
         for name in _WARMING:  # the server may be another one now
             self._change(name)
-        self._warm(warm_up)
-        for line in left_behind(self._site, before):
+        self._warm(self._order.warm_up)
+        for line in left_behind(self._site, before, self._order.memory_growth):
             self._report.violate(f"left behind: {line}")
         self._judge(None)
 
@@ -146,7 +170,7 @@ class Campaign:
         if told is not None and told.seconds > entry.longest_lie_s:
             entry.longest_lie_s, entry.longest_lie = told
         entry.longest_silence_s = max(entry.longest_silence_s, longest_silence(probes))
-        with open(self._log, "a") as log:
+        with open(self._order.log, "a") as log:
             lie = f", {told.what} for {told.seconds * 1000:.0f} ms" if told else ""
             log.write(f"{window.begun_at:.3f} step {step.number} after {self._traffic.sent} requests: {step.fault} "
                       f"{fault.provokes}; recovered in {recovery_s:.2f} s{lie}\n")  # fmt: skip
@@ -172,8 +196,7 @@ def _line(record: Record) -> str:
     )
 
 
-def run(report: Report, folder: Path, *, seed: int, requests: int, faults: int, only: list[str], rate: float,
-        is_tls: bool, clients: int, warm_up: int, log: Path) -> None:  # fmt: skip
+def run(order: Order, report: Report, folder: Path) -> None:
     """Serves, plays, judges; everything goes into ``report``."""
     ledger = Ledger()
     begun_at = time.monotonic()
@@ -183,19 +206,19 @@ def run(report: Report, folder: Path, *, seed: int, requests: int, faults: int, 
         with lock:
             ledger.records.append(seen)
 
-    with serving(folder, is_tls=is_tls, prepare=_prepare) as site:
+    with serving(folder, is_tls=order.is_tls, prepare=_prepare) as site:
         report.start_s = time.monotonic() - begun_at
         weights = {}
-        for name in only or ALL:
+        for name in order.classes:
             reason = ALL[name].left_out(site)
             if reason:
                 report.left_out[name] = reason
             else:
                 weights[name] = ALL[name].weight
-        plan = make_plan(seed, requests=requests, faults=faults, weights=weights)
-        with Traffic(site.target, rate=rate, clients=clients, on_record=record) as traffic:
+        plan = make_plan(order.seed, requests=order.requests, faults=order.faults, weights=weights)
+        with Traffic(site.target, rate=order.rate, clients=order.clients, on_record=record) as traffic:
             try:
-                Campaign(site, report, traffic, ledger, log).run(plan, warm_up=warm_up, requests=requests)
+                Campaign(site, order, report, traffic, ledger).run(plan)
             finally:
                 report.sent, report.right = traffic.sent, traffic.right
                 report.outcomes, report.refused = ledger.counts(), ledger.refused_by_status()

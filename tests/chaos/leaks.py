@@ -43,12 +43,12 @@ def _together(processes: list[psutil.Process]) -> ProcessStanding:
     return total
 
 
-def left_behind(site: Site, before: Standing) -> list[str]:
+def left_behind(site: Site, before: Standing, memory_growth: float) -> list[str]:
     """What the site holds more, or less, than ``before``, once it has come to rest."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         try:
-            found = differences(before, standing_of(site))
+            found = differences(before, standing_of(site), memory_growth)
         except (LookupError, OSError, psutil.Error) as error:
             found = [f"the processes cannot be looked at: {error!r}"]
         if not found or time.monotonic() > deadline:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 
-RSS_GROWTH_MAX = 0.05
 _MEGABYTE = 1 << 20
 # Names of mkdtemp, UUIDs and hashes, numbers.
 _NAMES_ANEW = re.compile(r"(?<=[-_.])[a-z0-9_]{8}(?=$|[/.])|[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{16,}|\d+")
@@ -77,10 +76,10 @@ def shared_memory() -> Counter[str]:
     return Counter(os.listdir("/dev/shm"))
 
 
-def differences(before: Standing, after: Standing) -> list[str]:
+def differences(before: Standing, after: Standing, memory_growth: float = 0.05) -> list[str]:
     """What ``after`` holds that ``before`` did not, and what it has lost; empty when nothing is left behind.
 
-    Memory counts when it has grown by more than RSS_GROWTH_MAX.
+    Memory counts when it has grown by more than ``memory_growth``, a share.
     """
     found = []
     for part in sorted(before.processes.keys() | after.processes.keys()):
@@ -89,7 +88,7 @@ def differences(before: Standing, after: Standing) -> list[str]:
         for what in ("threads", "children"):
             if getattr(one, what) != getattr(other, what):
                 found.append(f"{part}: {getattr(one, what)} {what} before, {getattr(other, what)} after")
-        if other.rss > one.rss * (1 + RSS_GROWTH_MAX):
+        if other.rss > one.rss * (1 + memory_growth):
             found.append(f"{part}: {one.rss / _MEGABYTE:.1f} MB resident before, {other.rss / _MEGABYTE:.1f} after")
     found += _changes(before.files, after.files, "file")
     found += _changes(before.shared_memory, after.shared_memory, "shared memory")
