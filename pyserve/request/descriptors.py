@@ -9,9 +9,9 @@ from __future__ import annotations
 import resource
 
 # Of what opens files now and then: forks of workers, log files, snapshots, archives, what is read below /proc.
-SPARE = 48
+SPARE = 56
 # What a worker process takes in the server.
-PER_WORKER = 8
+PER_WORKER = 10
 # Of connections to other listeners than the one for inference, so that an operator is never shut out.
 MANAGEMENT = 16
 # Of connections that are refused, until they have read why.
@@ -44,10 +44,10 @@ class DescriptorLimit:
         self._share()
 
     def _share(self) -> None:
-        reserved = SPARE + PER_WORKER * sum(self._workers.values()) + REFUSED
+        reserved = SPARE + PER_WORKER * sum(self._workers.values())
         # Whoever allows fewer files than that wants to serve all the same.
-        self.management = max(self.count - reserved, self.count // 4)
-        self.inference = max(self.management - MANAGEMENT, self.count // 8)
+        self.management = max(self.count - reserved, self.count // 2)
+        self.inference = max(self.management - MANAGEMENT - REFUSED, self.count // 4)
 
 
 def open_files_max() -> int:
