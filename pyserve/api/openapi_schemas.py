@@ -51,7 +51,8 @@ ERROR = record(
         **OBJECT, "description": "The cause: reason, exception, text, where, fix, request_id. Left out under strict.",
     },
 )  # fmt: skip
-STATUS = record(status=TEXT)
+_WARNING = {**TEXT, "description": "What of the change, which is made, could not be written down, and why."}
+STATUS = record("warning", status=TEXT, warning=_WARNING)
 _WORKER = record(
     id=TEXT, startTime={**TEXT, "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$"},
     status={**TEXT, "enum": ["READY", "UNLOADING"]}, memoryUsage=COUNT, pid={"type": "integer", "minimum": -1},
@@ -82,8 +83,9 @@ def reference(name: str) -> JsonObject:
 
 
 SCALED = record(
-    "changed", "unused", status=TEXT, unused=array(TEXT), changed={**table(TEXT), "example": {"batch_size": "1 -> 8"}}
-)
+    "changed", "unused", "warning", status=TEXT, unused=array(TEXT), warning=_WARNING,
+    changed={**table(TEXT), "example": {"batch_size": "1 -> 8"}},
+)  # fmt: skip
 LISTED = record(
     "nextPageToken", nextPageToken={**TEXT, "pattern": "^[0-9]+$"},
     models=array(record(modelName=TEXT, modelUrl=TEXT)),

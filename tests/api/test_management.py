@@ -128,6 +128,7 @@ class FakeRegistry:
         self.drained = asyncio.Event()
         self.drained.set()
         self.saves = 0
+        self.not_kept = ""
 
     def get(self, name: str, version: str | None = None) -> FakeModel:
         versions = {model.version: model for model in self.models if model.name == name}
@@ -847,3 +848,24 @@ def test_inference_and_its_models_describe_the_routes_they_have() -> None:
     assert of_model["info"] == {"title": "RESTful API for: m", "version": "1.0.0"}
     assert list(of_model["paths"]) == ["/predictions/m", "/predictions/m/{model_version}"]
     check_document(openapi.inference_api({*patterns, "/v1/models/{model_name}:predict", "/metrics"}))
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("POST", "/models?url=m.mar&initial_workers=1"),
+        ("PUT", "/models/m?min_worker=2&synchronous=true"),
+        ("PUT", "/models/m?batch_size=8"),
+        ("PUT", "/models/m/1.0/set-default"),
+        ("DELETE", "/models/m"),
+    ],
+)
+def test_a_change_that_could_not_be_written_down_is_made_and_says_so(method: str, target: str) -> None:
+    answers = []
+    for compat, problem in (("default", ""), ("default", "The disk is full."), ("strict", "The disk is full.")):
+        api = Api(FakeModel(), compat=compat, enable_model_api=True)
+        api.registry.not_kept = problem
+        answers.append(api.ask(method, target))
+    whole, cut, strict = answers
+    assert (cut.status, cut.json) == (whole.status, {**whole.json, "warning": "The disk is full."})
+    assert strict.status == whole.status and "warning" not in strict.json

@@ -129,6 +129,8 @@ PROOFS = {
     "a wrong token": "serving_security::every_other_call_needs_the_key_of_its_api",
     "one port for all": "serving_security::one_port_asks_each_call_for_one_key",
     "TLS": "serving_security::a_certificate_that_cannot_be_used_ends_the_start",
+    "a snapshot that cannot": "management::a_change_that_could_not_be_written_down_is_made_and_says_so",
+    "`--models all` with a pipe": "serving_lost_folders::a_model_store_with_bad_entries_is_served_from",
     "snapshots": "snapshot::instead_of_a_damaged_snapshot_the_one_before_is_restored",
     "a call that changes settings": "contract_management::workers_that_cannot_be_started_leave_everything_as_it_was",
     "`DELETE` of a model whose": "contract_deviations::an_archive_that_could_not_be_opened_is_forgotten_on_request",
