@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+import contextlib
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from typing import Any
 
 from grpc_health.v1 import health_pb2
@@ -16,8 +17,8 @@ from pyserve.grpc_api.status import Code, Verdict, code_of
 from pyserve.models.registry import Registry
 
 NAME = "grpc.health.v1.Health"
-# How often a watched status is looked at.
-WATCH_INTERVAL_S = 0.5
+# How often a watched status is looked at; half of the time within which health is to be true.
+WATCH_INTERVAL_S = 0.05
 
 _Status = health_pb2.HealthCheckResponse
 
@@ -33,6 +34,7 @@ class HealthService:
         self._registry = registry
         self._inference = inference
         self._names = {"", NAME, *names}
+        self._lookout = _Lookout(self._seen)
 
     def service(self) -> Service:
         """Its table."""
@@ -50,14 +52,19 @@ class HealthService:
     async def watch(self, call: Call, asked: Any) -> AsyncIterator[Any]:
         """The status now, and each that follows, until the server goes."""
         last = None
-        while True:
-            status = self._status(asked.service)
-            if status != last:
-                last = status
-                yield _Status(status=status)
-            if not self._inference.is_ready:
-                return
-            await asyncio.sleep(WATCH_INTERVAL_S)
+        with self._lookout.watching(asked.service) as changed:
+            while True:
+                changed.clear()
+                status = self._status(asked.service)
+                if status != last:
+                    last = status
+                    yield _Status(status=status)
+                if not self._inference.is_ready:
+                    return
+                await changed.wait()
+
+    def _seen(self, name: str) -> object:
+        return self._status(name), self._inference.is_ready
 
     def _status(self, name: str) -> int:
         if name in self._names:
@@ -68,6 +75,48 @@ class HealthService:
         except (ModelNotFoundError, VersionNotFoundError):
             return int(_Status.SERVICE_UNKNOWN)
         return int(_Status.SERVING if ready else _Status.NOT_SERVING)
+
+
+class _Lookout:
+    """Looks at all that is watched with one timer, while there is any; so a thousand clients that watch cost as little
+    as one.
+
+    Args:
+        see: what a name has now, to be compared.
+    """
+
+    def __init__(self, see: Callable[[str], object]):
+        self._see = see
+        self._watched: dict[str, set[asyncio.Event]] = {}
+        self._seen: dict[str, object] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    @contextlib.contextmanager
+    def watching(self, name: str) -> Iterator[asyncio.Event]:
+        """An event that is set when ``name`` has changed."""
+        changed = asyncio.Event()
+        if name not in self._watched:
+            self._watched[name], self._seen[name] = set(), self._see(name)
+        self._watched[name].add(changed)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(WATCH_INTERVAL_S, self._look)
+        try:
+            yield changed
+        finally:
+            self._watched[name].discard(changed)
+            if not self._watched[name]:
+                del self._watched[name], self._seen[name]
+
+    def _look(self) -> None:
+        self._timer = None
+        for name, watching in self._watched.items():
+            seen = self._see(name)
+            if seen != self._seen[name]:
+                self._seen[name] = seen
+                for changed in watching:
+                    changed.set()
+        if self._watched:
+            self._timer = asyncio.get_running_loop().call_later(WATCH_INTERVAL_S, self._look)
 
 
 def judge_health(error: ServeError) -> Verdict:
