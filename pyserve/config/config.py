@@ -157,6 +157,7 @@ class Config:
     isolate_errors: bool = True
     watch: bool = False
     preprocess_threads: int = 0
+    drain_delay_s: int = 1
     drain_timeout_s: int = 30
     error_detail: str = "auto"
     compat: str = "default"

@@ -248,6 +248,7 @@ KINDS: dict[str, Kind] = {
     "isolate_errors": _BOOLEAN,
     "watch": _BOOLEAN,
     "preprocess_threads": _integer(0, 1024),
+    "drain_delay_s": _integer(0, TIMEOUT_MAX_S),
     "drain_timeout_s": _integer(0, TIMEOUT_MAX_S),
     "error_detail": _choice("auto", "full", "none"),
     "compat": _choice("default", "strict"),

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _VARIABLES = {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
 
 FIX = "pip install 'pyserve[grpc]'"
+# For what is no request: reflection, say.
+STOP_GRACE_S = 0.2
 
 
 class GrpcFrontEnd:
@@ -122,20 +124,23 @@ class GrpcFrontEnd:
         except ImportError as error:  # not there, or made for another protobuf
             log.warning("gRPC health checks are off: %s (%s)", error, FIX)
         else:
-            served.append(HealthService(registry, inference, [each.name for each in served]).service())
+            names = [each.name for each in served]
+            served.append(HealthService(registry, inference, names, dispatcher.streams).service())
         return served
 
     async def drain(self) -> None:
-        """Answers what was taken, then closes the ports."""
-        if self._dispatcher is not None:
+        """Closes the ports, after the answers to what was taken."""
+        if self._server is not None and self._dispatcher is not None:
+            stopping = asyncio.ensure_future(self._server.stop(None))
             await self._dispatcher.drain()
-        await self.close()
+            await self.close()
+            await stopping
 
     async def close(self) -> None:
         """Closes the ports."""
         server, self._server = self._server, None
         if server is not None:
-            await server.stop()
+            await server.stop(STOP_GRACE_S)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pyserve.errors import ModelNotFoundError, ServeError, VersionNotFoundError
 from pyserve.grpc_api.call import Call
 from pyserve.grpc_api.service import Method, Service
 from pyserve.grpc_api.status import Code, Verdict, code_of
+from pyserve.grpc_api.streams import Streams
 from pyserve.models.registry import Registry
 
 NAME = "grpc.health.v1.Health"
@@ -28,12 +29,14 @@ class HealthService:
 
     Args:
         names: of the services that the listener has; each is as healthy as the server.
+        streams: when they are drained, nothing can be watched any more.
     """
 
-    def __init__(self, registry: Registry, inference: Inference, names: Collection[str]):
+    def __init__(self, registry: Registry, inference: Inference, names: Collection[str], streams: Streams):
         self._registry = registry
         self._inference = inference
         self._names = {"", NAME, *names}
+        self._streams = streams
         self._lookout = _Lookout(self._seen)
 
     def service(self) -> Service:
@@ -59,12 +62,12 @@ class HealthService:
                 if status != last:
                     last = status
                     yield _Status(status=status)
-                if not self._inference.is_ready:
+                if self._streams.is_draining:
                     return
                 await changed.wait()
 
     def _seen(self, name: str) -> object:
-        return self._status(name), self._inference.is_ready
+        return self._status(name), self._streams.is_draining
 
     def _status(self, name: str) -> int:
         if name in self._names:

@@ -7,6 +7,7 @@ binds them again.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,8 +31,8 @@ ENVELOPE_SIZE = 64 << 10
 _RECEIVE_FACTOR = 2
 _SIZE_MAX = (1 << 31) - 1
 STREAMS_PER_CONNECTION_MAX = 1000
-# For what is no request: reflection, say.
-STOP_GRACE_S = 0.2
+# Of calls that are ended by others, when they are answered.
+_NO_GRACE_END_S = 1e6
 
 
 class Listener(NamedTuple):
@@ -110,10 +111,14 @@ class GrpcServer:
         _add_reflection(listener.server, [service.name for service in services])
         await listener.server.start()
 
-    async def stop(self) -> None:
-        """Closes the ports. REQUIRES: the calls that are to be answered have been."""
-        for listener in self.listeners:
-            await listener.server.stop(STOP_GRACE_S)
+    async def stop(self, grace_s: float | None) -> None:
+        """Closes the ports, and asks clients to connect elsewhere; returns when no call is left.
+
+        Args:
+            grace_s: after it, the calls that are left are cut off; None if never. A second call may give less.
+        """
+        grace_s = _NO_GRACE_END_S if grace_s is None else grace_s
+        await asyncio.gather(*(listener.server.stop(grace_s) for listener in self.listeners))
 
 
 def _credentials(config: Config) -> Any:

@@ -95,7 +95,7 @@ class Dispatcher:
         return grpc.method_handlers_generic_handler(service.name, handlers)
 
     async def drain(self) -> None:
-        """Takes no more calls; returns when those that were taken are answered."""
+        """Has streams of requests read no more; returns when no call is left. REQUIRES: the listeners take no more."""
         self.streams.drain()
         await self._idle.wait()
 
@@ -156,8 +156,6 @@ class Dispatcher:
     # --- before ---------------------------------------------------------------------------------------------------
 
     def _read(self, call: Call, service: Service, method: Method, raw: bytes) -> Any:
-        if self.streams.is_draining:
-            raise _draining()
         self._check_size(len(raw))
         self._check_room(call, service)
         self._check_token(call, service, method)

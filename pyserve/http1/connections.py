@@ -1,4 +1,4 @@
-"""What the connections of one listener share: the list of them, the byte budget, the way to drain."""
+"""What the connections of one listener share: the list of them, the byte budget, the way to their end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Connection(Protocol):
     """What ``Connections`` asks of its members."""
 
     def drain(self) -> None:
-        """Closes at once if idle, else after the last answer."""
+        """Closes once idle for a moment, else after the last answer."""
 
     def abort(self) -> None:
         """Closes at once, whatever is under way."""
@@ -47,7 +47,8 @@ class Connections:
         heads: reads the heads of requests.
         answers: builds the heads of answers.
         clock: ns, monotonic; stamps ``Request.arrived_at``.
-        draining: whether the listener is going away.
+        parting: whether each answer is its connection's last, and says so.
+        draining: whether idle connections are closed, too.
         refused: answers the protocol gave itself, without asking the app, counted by status.
         descriptor_limit: connections have descriptors below this, see `pyserve.request.descriptors`.
         on_answer: told of each answer as it is written, a streamed one at its first part: the request, the status, and
@@ -71,6 +72,7 @@ class Connections:
         self.answers = AnswerWriter(wall_clock, decorate, self.error_format)
         self.heads = HeadReader(limits, takes_ids=takes_ids)
         self.clock = clock
+        self.parting = False
         self.draining = False
         self.refused: Counter[int] = Counter()
         self.on_answer: Callable[[Request, int, bool], None] = _note_nothing
@@ -84,23 +86,21 @@ class Connections:
         return len(self._open)
 
     def add(self, connection: Connection, descriptor: int = -1) -> ServeError | None:
-        """Registers a new connection; returns why it is refused, if it is one too many or the listener is draining.
+        """Registers a new connection; returns why it is refused, if it is one too many.
 
         A connection that is refused stays registered until ``remove``, so that it can still be told why; too many of
         those are cut off at once.
         """
         descriptor_limit = self.descriptor_limit()
-        if len(self._open) < self.limits.connection_count_max and descriptor < descriptor_limit and not self.draining:
+        if len(self._open) < self.limits.connection_count_max and descriptor < descriptor_limit:
             self._open.add(connection)
             return None
         self._over.add(connection)
         if len(self._over) > _REFUSED_COUNT_MAX or descriptor >= descriptor_limit + REFUSED:
             connection.abort()
-        why = "The server is shutting down."
-        if not self.draining:
-            why = f"The limit of {self.limits.connection_count_max} connections is reached; try again later."
-            if descriptor >= descriptor_limit:
-                why = "There are as many connections as the limit of open files allows; try again later."
+        why = f"The limit of {self.limits.connection_count_max} connections is reached; try again later."
+        if descriptor >= descriptor_limit:
+            why = "There are as many connections as the limit of open files allows; try again later."
         return OverloadedError(why, headers={"Retry-After": "1"})
 
     def remove(self, connection: Connection) -> None:
@@ -109,8 +109,15 @@ class Connections:
         if self._gone is not None and not self._gone.done() and not self._open and not self._over:
             self._gone.set_result(None)
 
+    def part(self) -> None:
+        """Has every answer from now on say that its connection is closed; idle connections stay, and new ones may come.
+
+        So clients that ask again soon learn that they have to connect anew, and lose nothing by it.
+        """
+        self.parting = True
+
     async def drain(self) -> None:
-        """Closes idle connections at once and busy ones after their answers; returns when all are gone.
+        """Closes idle connections and, after their answers, busy ones; returns when all are gone.
 
         Waits as long as that takes: give it a time with ``asyncio.wait_for`` and call ``abort`` after it.
         """
@@ -122,7 +129,7 @@ class Connections:
 
     def start_drain(self) -> None:
         """The first half of ``drain``: says so to every connection and returns."""
-        self.draining = True
+        self.parting = self.draining = True
         for connection in tuple(self._open):
             connection.drain()
 

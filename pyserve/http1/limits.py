@@ -28,8 +28,10 @@ class Http1Limits:
             connection is reset.
         write_stall_s: time in which a client must take ``body_rate_min`` bytes per second of a waiting answer.
         idle_timeout_s: a kept connection without a request is closed after this long.
+        quiet_s: how long a connection must have been idle before it is closed because the server stops.
         pipeline_max: requests of one connection that may await their answers; reading stops there.
         linger_timeout_s: after an early close, how long input is read and thrown away so that the answer arrives.
+        parting_linger_s: the same after the last answers of a server that stops, and for idle connections.
         linger_size_max: and how much of it (more if a refused body had announced more).
         connection_count_max: open connections of one listener; one more is answered 503 and closed.
         body_budget_size: bodies in flight of all connections that share a ``BodyBudget``; beyond it 503.
@@ -49,8 +51,10 @@ class Http1Limits:
     stream_backlog_max: int = 4 << 20
     write_stall_s: float = 30.0
     idle_timeout_s: float = 75.0
+    quiet_s: float = 0.25
     pipeline_max: int = 32
     linger_timeout_s: float = 2.0
+    parting_linger_s: float = 0.5
     linger_size_max: int = 256 * 1024
     connection_count_max: int = 10_000
     body_budget_size: int = 256 * 1024 * 1024

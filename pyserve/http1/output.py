@@ -19,7 +19,7 @@ class Output:
 
     Args:
         connections: the listener's register of connections.
-        has_input: whether more has been received than the requests that were taken; asked while the listener drains.
+        has_input: whether more has been received than the requests that were taken; asked while the listener goes away.
 
     Attributes:
         transport: the connection's; set before anything is answered.
@@ -50,13 +50,13 @@ class Output:
                 if not self._write_parts(exchange, response):
                     break
                 slots.popleft()
-                keep_alive = exchange.keep_alive
+                keep_alive = exchange.keep_alive and not self._ends_here(len(slots))
             elif response is None:
                 break
             else:
                 slots.popleft()
-                if keep_alive and connections.draining:
-                    keep_alive = bool(slots) or self._has_input()
+                if keep_alive and connections.parting:
+                    keep_alive = not self._ends_here(len(slots))
                 exchange.response = None
                 connections.on_answer(exchange.request, response.status, exchange.is_http11)
                 head, parts = connections.answers.encode(response, exchange.request, keep_alive)
@@ -67,13 +67,17 @@ class Output:
                 return False
         return True
 
+    def _ends_here(self, behind: int) -> bool:
+        """Whether an answer is the last one, as the listener goes away and no request is ``behind`` it."""
+        return self._connections.parting and not (behind or self._has_input())
+
     def _write_parts(self, exchange: Exchange, head: Response | None) -> bool:
         """Writes what there is of a streamed answer; returns whether it is complete."""
         is_chunked = exchange.is_http11
         if head is not None:
             exchange.response = None
             self._connections.on_answer(exchange.request, head.status, is_chunked)
-            if not is_chunked:
+            if not is_chunked or self._ends_here(len(self.slots) - 1):
                 exchange.keep_alive = False  # the end of the connection is the end of the answer
             written = self._connections.answers.stream_head(head, exchange.request, exchange.keep_alive, is_chunked)
             if written is None:

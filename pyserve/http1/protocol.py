@@ -93,6 +93,8 @@ class Http1Protocol(asyncio.Protocol):
         refusal = self._connections.add(self, descriptor_of(transport))
         if refusal is None:
             self._timer.set(self._loop.time() + self._limits.idle_timeout_s)
+            if self._connections.draining:
+                self.drain()
         elif not transport.is_closing():
             self._refuse(refusal)
 
@@ -139,12 +141,16 @@ class Http1Protocol(asyncio.Protocol):
     # the listener -> protocol
 
     def drain(self) -> None:
-        """Closes at once if idle, else after the answers to what has been received.
+        """Closes once idle for a moment, else after the answers to what has been received.
 
-        Received is what the kernel has, too: the loop may not have come to read it yet.
+        For a moment, since a client that has connected or was answered just now is likely to send a request.
         """
-        if self._phase == _HEAD and not (self._slots or self._partial or self._paused or unread_size(self._transport)):
-            self._close()
+        if self._is_idle():
+            last = self._timer.deadline - self._limits.idle_timeout_s
+            self._timer.set(max(self._loop.time(), last + self._limits.quiet_s))
+
+    def _is_idle(self) -> bool:
+        return self._phase == _HEAD and not (self._slots or self._partial or self._paused)
 
     def abort(self) -> None:
         """Closes at once, whatever is under way."""
@@ -406,7 +412,7 @@ class Http1Protocol(asyncio.Protocol):
             self._write_continue(self._incoming)
 
     def _has_input(self) -> bool:
-        return bool(self._partial or self._incoming or unread_size(self._transport))
+        return bool(self._partial or self._incoming or self._backlog or unread_size(self._transport))
 
     def _write_continue(self, incoming: Incoming) -> None:
         incoming.continue_owed = False
@@ -416,15 +422,21 @@ class Http1Protocol(asyncio.Protocol):
         """The last answer is written: closes so that the client can read it."""
         self._phase = _CLOSED
         self._forget_request()
-        if self._eof or self._discarded > self._discarded_max or not (self._linger or self._discarded):
+        lingers = self._linger or self._discarded or self._connections.parting
+        if self._eof or self._discarded > self._discarded_max or not lingers:
             self._close()
             return
+        self._half_close()
+
+    def _half_close(self) -> None:
         # Closing with unread input would reset the connection, and the client might lose the answer.
         if self._paused:
             self._paused = False
             self._transport.resume_reading()
         self._end_output()
-        self._timer.set(self._loop.time() + self._limits.linger_timeout_s)
+        limits = self._limits
+        linger_s = limits.parting_linger_s if self._connections.parting else limits.linger_timeout_s
+        self._timer.set(self._loop.time() + linger_s)
         self._stall.watch()
 
     def _end_output(self) -> None:
@@ -455,6 +467,11 @@ class Http1Protocol(asyncio.Protocol):
             ))  # fmt: skip
         elif self._partial and self._phase == _HEAD:
             self._refuse(SlowClientError(f"Request head took longer than {self._limits.head_timeout_s:g} s."))
+        elif self._phase == _HEAD and unread_size(self._transport):
+            self._timer.set(self._loop.time() + self._limits.quiet_s)  # the loop has not come to read it yet
+        elif self._phase == _HEAD and self._connections.draining:
+            self._phase = _CLOSED
+            self._half_close()
         else:
             self._close()
 

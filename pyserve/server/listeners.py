@@ -77,10 +77,14 @@ class Listeners:
         listener.setblocking(False)
         return listener
 
-    def close(self) -> None:
-        """Close all sockets and remove the socket files that are still ours."""
+    def release(self) -> None:
+        """Close our copies of all sockets. The files of unix sockets stay: another process may still listen."""
         for listener in set(self.sockets.values()):
             listener.close()
+
+    def close(self) -> None:
+        """Close all sockets and remove the socket files that are still ours."""
+        self.release()
         for path, identity in self._unix_files.items():
             try:
                 status = os.lstat(path)

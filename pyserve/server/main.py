@@ -126,7 +126,7 @@ async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int) -> i
         await server.open_ports()
         start.report.ready(**await server.report())
         await stop.first
-        return await _drain(server, stop, start.config.drain_timeout_s)
+        return await _drain(server, stop, start.config)
     finally:
         for tracing in tracings.values():
             tracing.stop()
@@ -146,8 +146,17 @@ def worker_environment(config: Config) -> dict[str, str]:
     return {name: "true" if is_set else "false" for name, is_set in values.items()}
 
 
-async def _drain(server: Server, stop: _StopSignals, timeout_s: int) -> int:
-    """Answers what was accepted, then stops. A second signal, or the timeout, ends it early."""
+async def _drain(server: Server, stop: _StopSignals, config: Config) -> int:
+    """Answers what was accepted, then stops. A second signal, or the timeout, ends it early.
+
+    SIGTERM comes from a machine that replaces the server, perhaps: for `drain_delay_s` all is answered as ever, while
+    load balancers see that the server is not ready, and clients that their connections are closed. SIGINT comes from
+    somebody who waits.
+    """
+    server.part()
+    timeout_s = config.drain_timeout_s
+    if stop.first.result() == signal.SIGTERM and config.drain_delay_s:
+        await asyncio.wait([stop.second], timeout=config.drain_delay_s)
     draining = asyncio.ensure_future(server.drain())
     await asyncio.wait([draining, stop.second], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     if draining.done():
@@ -219,19 +228,19 @@ def _sources_of(state: JsonObject) -> list[ModelSource]:
 
 
 class _StopSignals:
-    """The first and the second SIGTERM or SIGINT, as futures."""
+    """The first and the second SIGTERM or SIGINT, as futures of their numbers."""
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
-        self.first: asyncio.Future[None] = loop.create_future()
-        self.second: asyncio.Future[None] = loop.create_future()
+        self.first: asyncio.Future[Any] = loop.create_future()
+        self.second: asyncio.Future[Any] = loop.create_future()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_signal, number)
 
-    def _on_signal(self) -> None:
+    def _on_signal(self, number: int) -> None:
         future = self.second if self.first.done() else self.first
         if not future.done():
-            future.set_result(None)
+            future.set_result(number)
 
 
 if __name__ == "__main__":

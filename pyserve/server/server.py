@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import select
 import ssl
 import threading
 from collections.abc import Sequence
@@ -50,6 +49,7 @@ from pyserve.security.tls import restore as restore_certificate
 from pyserve.security.tls import server_context
 from pyserve.security.tokens import Tokens
 from pyserve.server.handover import ServerStart
+from pyserve.server.last_clients import accept_last, file_identities
 from pyserve.server.start_table import start_table
 from pyserve.telemetry.metrics import Metrics, MetricsOptions
 from pyserve.telemetry.metrics_config import MetricsConfig, MetricsConfigError, read_metrics_config
@@ -60,8 +60,6 @@ from pyserve.telemetry.system_metrics import SystemMetrics
 log = logging.getLogger("pyserve.site")
 
 ACCEPT_BACKLOG = 2048
-# Clients that connect without end must not keep the server from draining.
-ACCEPT_WAITING_MAX_S = 1.0
 TLS_HANDSHAKE_S = 10.0
 # Until a client that is slow to read has got its answer; Http1TlsProtocol hangs up on the others much sooner.
 TLS_SHUTDOWN_S = 120.0
@@ -130,6 +128,7 @@ class Server:
         )
         self.grpc = GrpcFrontEnd(config, start.restart)
         self._servers: list[asyncio.AbstractServer] = []
+        self._files = file_identities(start.sockets.values())
         self._connections: list[Connections] = []
         self._tls: ssl.SSLContext | None = None
         self._renewing: asyncio.Future[None] | None = None
@@ -265,27 +264,22 @@ class Server:
         """What the start-up table shows, see `start_table`."""
         return await start_table(self._start.config, self.registry, self.grpc, self._services.tokens)
 
+    def part(self) -> None:
+        """Says that the server goes: its health is off, and each answer is its connection's last. All is answered."""
+        self._inference.is_ready = False
+        for connections in self._connections:
+            connections.part()
+
     async def drain(self) -> None:
         """In this order: no new connections, answer what was accepted, stop the models."""
-        self._inference.is_ready = False
+        self.part()
         self.registry.stop_fetching()
-        await self._accept_waiting()
+        await accept_last(self._start.sockets.values(), self._files)
         for server in self._servers:
             server.close()
         await asyncio.gather(self.grpc.drain(), *(connections.drain() for connections in self._connections))
         await self.registry.drain()
         log.info("drained")
-
-    async def _accept_waiting(self) -> None:
-        """Accepts the connections that were made before, so that closing the listeners resets none of them."""
-        waiting = select.poll()
-        for sock in set(self._start.sockets.values()):
-            waiting.register(sock.fileno(), select.POLLIN)
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + ACCEPT_WAITING_MAX_S
-        while waiting.poll(0) and loop.time() < deadline:  # noqa: ASYNC110 - each turn of the loop accepts some
-            await asyncio.sleep(0)
-        await asyncio.sleep(0)  # the last one's connection_made
 
     async def cut_short(self) -> None:
         """Answers what waits with 503 and lets go of the rest."""

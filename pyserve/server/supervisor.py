@@ -9,8 +9,8 @@ for the next deadline. No torch here, and nothing else that could crash.
     waiting    none     the back-off is over -> starting
     stopping   runs     it exits -> the end; it is killed when it drains too long
 
-SIGTERM and SIGINT drain; a second one stops at once. In the background SIGHUP is ignored, in the foreground
-(the terminal is gone) it drains.
+SIGTERM and SIGINT drain, SIGTERM after `drain_delay_s`; a second one stops at once. In the background SIGHUP is
+ignored, in the foreground (the terminal is gone) it drains.
 """
 
 from __future__ import annotations
@@ -143,26 +143,32 @@ class Supervisor:
             return
         for number in numbers:
             if number in (signal.SIGTERM, signal.SIGINT) or (number == signal.SIGHUP and self._drains_on_hangup):
-                self._stop(signal.Signals(number).name)
+                self._stop(signal.Signals(number).name, number)
             elif number == signal.SIGHUP:
                 logger.info("SIGHUP is ignored; to read the configuration again, stop and start")
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, reason: str, number: int) -> None:
         self._stop_count += 1
         if self._child is None:
             self._exit_code = EXIT_STOPPED
             return
         now = time.monotonic()
         if self._stop_count == 1:
-            logger.info("%s: draining, for at most %d s", reason, self._config.drain_timeout_s)
+            config = self._config
+            if self._phase == "starting":
+                number = signal.SIGTERM  # ends it outright while it has no handler yet, and nobody waits for it later
+            delay_s = config.drain_delay_s if number == signal.SIGTERM and self._phase == "serving" else 0
+            logger.info("%s: draining, %sfor at most %d s", reason, f"in {delay_s} s, " if delay_s else "",
+                        config.drain_timeout_s)  # fmt: skip
             self._phase = "stopping"
-            self._deadline = now + self._config.drain_timeout_s + DRAIN_GRACE_S
+            self._deadline = now + delay_s + config.drain_timeout_s + DRAIN_GRACE_S
             # The server stops accepting; our copies of its sockets would let clients connect to nobody.
-            self._listeners.close()
+            self._listeners.release()
         else:
             logger.warning("%s again: stopping without waiting for requests", reason)
             self._deadline = min(self._deadline or now + SECOND_STOP_S, now + SECOND_STOP_S)
-        self._child.popen.send_signal(signal.SIGTERM)
+        # Of the two signals that it knows, the one that it waits after.
+        self._child.popen.send_signal(signal.SIGTERM if number == signal.SIGTERM else signal.SIGINT)
 
     def _deadline_reached(self) -> None:
         if self._phase == "waiting":
@@ -228,7 +234,7 @@ class Supervisor:
         self._on_event(event)
         if self._config.strict and any(row.get("state") == "FAILED" for row in event.get("models", [])):
             self._code_when_stopped = EXIT_MODEL_FAILED
-            self._stop("a model failed to load and strict is set")
+            self._stop("a model failed to load and strict is set", signal.SIGINT)
 
     def _take_grpc(self, addresses: dict[str, str]) -> None:
         """A server that takes this one's place is to have the same ports, also if the system chose them."""
@@ -333,9 +339,8 @@ def supervise(
         assert started is not None
         folder = Path.cwd()
         keys = str(key_file(config, folder) or "")
-        running = pid_file.RunningServer(
-            pid, started, addresses, log_file, float(config.drain_timeout_s), keys, config.model_store or ""
-        )
+        drain_s = float(config.drain_delay_s + config.drain_timeout_s)
+        running = pid_file.RunningServer(pid, started, addresses, log_file, drain_s, keys, config.model_store or "")
         notes += pid_files.write(running)
         tokens = Tokens.create(config, kept, folder)  # behind the pid file: another server's keys stay its own
         notes += notes_of(config, tokens)

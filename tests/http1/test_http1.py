@@ -699,7 +699,57 @@ def test_flood_behind_the_last_request_is_not_read_for_ever() -> None:
 # what connections share
 
 
-def test_drain_closes_idle_connections_at_once_and_busy_ones_after_their_answer() -> None:
+def test_a_parting_listener_answers_everything_and_says_that_each_connection_ends() -> None:
+    connections = Connections(Http1Limits())
+    idle, busy, streaming = (Wire(None, connections=connections) for _ in range(3))
+    idle.send(GET)
+    idle.exchanges[0].respond(Response())
+    busy.send(GET + GET)
+    streaming.send(GET)
+    connections.part()
+    fresh = Wire(None, connections=connections)
+    for wire in (idle, fresh):
+        wire.advance(60)
+        assert not wire.ended
+    for exchange in busy.exchanges:
+        exchange.respond(Response())
+    assert [answer.headers["connection"] for answer in busy.answers] == ["keep-alive", "close"]
+    streaming.exchanges[0].start_stream(Response(200, b"part"))
+    streaming.exchanges[0].end_stream()
+    assert b"connection: close" in streaming.transport.output
+    for wire in (idle, fresh):
+        wire.send(GET)
+        wire.exchanges[-1].respond(Response())
+        assert wire.answers[-1].headers["connection"] == "close"
+    for wire in (idle, fresh, busy, streaming):
+        assert wire.transport.eof_written and not wire.transport.closed
+        wire.send_eof()
+        assert wire.transport.closed
+    assert len(connections) == 0
+
+
+def test_a_streamed_answer_that_began_before_the_listener_parts_is_its_connection_s_last() -> None:
+    connections = Connections(Http1Limits())
+    wire = Wire(None, connections=connections).send(GET)
+    wire.exchanges[0].start_stream(Response(200, b"part"))
+    connections.part()
+    assert not wire.ended
+    wire.exchanges[0].end_stream()
+    assert wire.ended
+
+
+def test_a_full_pipeline_that_is_answered_at_once_loses_nothing_when_the_listener_parts() -> None:
+    connections = Connections(Http1Limits(pipeline_max=2))
+    wire = Wire(None, limits=Http1Limits(pipeline_max=2), connections=connections).send(GET * 3)
+    assert len(wire.exchanges) == 2 and not wire.transport.reading
+    connections.part()
+    wire.exchanges[1].respond(Response())
+    wire.exchanges[0].respond(Response())
+    wire.exchanges[2].respond(Response())
+    assert [answer.headers["connection"] for answer in wire.answers] == ["keep-alive", "keep-alive", "close"]
+
+
+def test_drain_closes_idle_connections_once_they_are_quiet_and_busy_ones_after_their_answer() -> None:
     async def scene() -> None:
         connections = Connections(Http1Limits())
         idle, busy, receiving, fresh = (Wire(None, connections=connections) for _ in range(4))
@@ -710,51 +760,80 @@ def test_drain_closes_idle_connections_at_once_and_busy_ones_after_their_answer(
         draining = asyncio.ensure_future(connections.drain())
         await asyncio.sleep(0)
         for wire in (idle, fresh):
-            wire.advance(0)
-            assert wire.transport.closed
+            wire.advance(wire.limits.quiet_s - 0.01)
+            assert not wire.ended
+            wire.advance(0.02)
+            assert wire.transport.eof_written and not wire.transport.closed
+            wire.send(GET)  # it crossed ours: not answered, and no reset either, so that the client sees an end
+            assert not wire.transport.closed and len(wire.answers) == (wire is idle)
+            wire.advance(wire.limits.parting_linger_s)
+            assert wire.transport.closed and not wire.transport.aborted
         assert not busy.ended
         busy.exchanges[0].respond(Response())
         busy.exchanges[1].respond(Response())
         assert [answer.headers["connection"] for answer in busy.answers] == ["keep-alive", "close"]
-        busy.advance(0)
+        busy.send_eof()
         await asyncio.sleep(0)
         assert not draining.done()
         receiving.send(b"c")
         receiving.exchanges[0].respond(Response())
         assert receiving.answer.headers["connection"] == "close"
-        receiving.advance(0)
+        receiving.send_eof()
         await draining
         assert len(connections) == 0
 
     asyncio.run(scene())
 
 
-def test_drain_leaves_an_idle_connection_open_whose_request_is_still_with_the_kernel() -> None:
+def test_drain_closes_a_connection_at_once_that_was_quiet_before() -> None:
+    connections = Connections(Http1Limits())
+    wire = Wire(connections=connections).send(GET)
+    wire.advance(10)
+    connections.start_drain()
+    wire.advance(0)
+    assert wire.ended
+
+
+def test_a_request_on_a_connection_that_is_about_to_be_closed_is_answered() -> None:
+    connections = Connections(Http1Limits())
+    wires = [Wire(connections=connections).send(GET), Wire(connections=connections)]
+    connections.start_drain()
+    for wire in wires:
+        wire.advance(wire.limits.quiet_s / 2)
+        wire.send(GET)
+        assert wire.answers[-1].headers["connection"] == "close" and wire.ended
+
+
+@pytest.mark.parametrize("drains", [False, True])
+def test_an_idle_connection_whose_request_is_still_with_the_kernel_is_not_closed(drains: bool) -> None:
     connections = Connections(Http1Limits())
     wire = Wire(None, connections=connections)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         wire.transport._extra["socket"] = ours
         theirs.sendall(GET)
-        connections.start_drain()
-        assert not wire.transport.closed
+        if drains:
+            connections.start_drain()
+        wire.advance(wire.limits.idle_timeout_s)
+        assert not wire.ended
         wire.send(ours.recv(1000))
         wire.exchanges[0].respond(Response())
-        assert wire.answer.headers["connection"] == "close"
-        assert wire.transport.closed
+        assert wire.answer.headers["connection"] == ("close" if drains else "keep-alive")
+        assert wire.ended == drains
 
 
 def test_drain_of_no_connection_returns() -> None:
     asyncio.run(Connections(Http1Limits()).drain())
 
 
-def test_connection_during_a_drain_is_refused() -> None:
+def test_a_connection_that_was_accepted_before_the_port_closed_is_served() -> None:
     connections = Connections(Http1Limits())
     connections.start_drain()
-    wire = Wire(connections=connections)
-    assert wire.statuses == [503]
-    assert wire.answer.json["message"] == "The server is shutting down."
-    assert wire.ended
+    wire = Wire(connections=connections).send(GET)
+    assert wire.statuses == [200] and wire.answer.headers["connection"] == "close"
+    late = Wire(connections=connections)
+    late.advance(late.limits.quiet_s)
+    assert late.ended
 
 
 def test_abort_cuts_off_busy_connections() -> None:

@@ -90,6 +90,7 @@ class Server:
             "LOG_LOCATION": str(folder / "logs"),
             "TMPDIR": str(folder),
             "XDG_STATE_HOME": str(folder / "state"),
+            "PYSERVE_DRAIN_DELAY_S": "0",  # no load balancer is there to notice
         }
         self.environment.pop("XDG_RUNTIME_DIR", None)
         self.environment.pop("TS_CONFIG_FILE", None)

@@ -7,7 +7,7 @@
     crash          ends with exit code 1 before it is ready
     failed_model   ready, with one model that did not load
     stubborn       takes the first SIGTERM for the begin of a drain that never ends; ends with 1 at the second
-    deaf           ignores SIGTERM
+    deaf           ignores SIGTERM and SIGINT
     slow           never becomes ready
 
 A restarted server waits until ``FAKE_SERVER_GATE``, a FIFO, is opened for writing, if there is one.
@@ -48,10 +48,10 @@ behaviour = os.environ.get("FAKE_SERVER", "")
 term_count = 0
 
 
-def on_term(*_: object) -> None:
+def on_stop(number: int, *_: object) -> None:
     global term_count
     term_count += 1
-    os.write(1, f"SIGTERM {term_count}\n".encode())  # a signal may come while `print` is at work
+    os.write(1, f"{signal.Signals(number).name} {term_count}\n".encode())  # a signal may come while `print` is at work
     if behaviour == "stubborn" and term_count == 1:
         return
     if behaviour != "deaf":
@@ -77,7 +77,8 @@ def answer(connection: socket.socket, start: ServerStart) -> None:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, on_term)
+    signal.signal(signal.SIGTERM, on_stop)
+    signal.signal(signal.SIGINT, on_stop)
     start = receive_server_start()
     gate = os.environ.get("FAKE_SERVER_GATE")
     if gate and start.restart:
