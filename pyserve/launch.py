@@ -22,9 +22,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from pyserve.cpu_budget import cpu_budget
 from pyserve.errors import JsonObject
@@ -129,6 +130,14 @@ def child_folder() -> str | None:
     except OSError:
         return "/"
     return None
+
+
+def stderr_file() -> BinaryIO:
+    """An empty file without a name, for what a child prints; in memory where the temporary folder is gone or full."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.memfd_create("stderr", os.MFD_CLOEXEC), "w+b")
 
 
 def receive(variable: str, environ: Mapping[str, str] | None = None) -> tuple[JsonObject, Reporter]:

@@ -16,7 +16,7 @@ _WORDS = {
     errno.EMFILE: "this process has no file descriptors left (ulimit -n)",
     errno.ENFILE: "the machine has no file descriptors left",
     errno.ENOMEM: "there is no memory left",
-    errno.ENOENT: "there is no such folder",
+    errno.ENOENT: "there is no such file or folder",
     errno.ESTALE: "the network file system has lost it",
 }
 

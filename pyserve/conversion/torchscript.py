@@ -16,7 +16,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from pyserve.conversion.record import (
 )
 from pyserve.errors import ModelLoadError
 from pyserve.handler import BUILT_IN
-from pyserve.launch import ROOT_DIR, child_folder
+from pyserve.launch import ROOT_DIR, child_folder, stderr_file
 
 __all__ = [
     "Conversion", "NeedsPythonError", "Progress", "Tracing", "check_packed", "conversion_of", "native_example",
@@ -55,8 +54,8 @@ class Tracing:
         folder = ROOT_DIR
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
         freezes = "frozen" if is_frozen(archive) else "unfrozen"
+        self._stderr = stderr_file()  # a pipe would have to be read too
         self._reports, for_child = os.pipe()
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop; a pipe would have to be read too
         try:
             self._process = subprocess.Popen(
                 [
@@ -76,6 +75,10 @@ class Tracing:
                 cwd=child_folder(),
                 env={**os.environ, "PYTHONPATH": path},
             )
+        except BaseException:
+            os.close(self._reports)
+            self._stderr.close()
+            raise
         finally:
             os.close(for_child)
         self._is_over = False

@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 from pyserve.errors import JsonObject, ModelLoadError
 from pyserve.lanes.restart_policy import Cause, RestartPolicy
 from pyserve.lanes.worker_handle import WorkerHandle
-from pyserve.launch import SAFE_PATH, child_environment, child_folder, describe_exit
+from pyserve.launch import SAFE_PATH, child_environment, child_folder, describe_exit, stderr_file
 from pyserve.worker.descendants import MARK, end_marked, mark_of, new_token
 from pyserve.worker.spec import WorkerSpec
 from pyserve.worker.zygote import MESSAGE_SIZE_MAX
@@ -162,7 +161,7 @@ class _Zygote:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             opened.callback(self._socket.close)
             with theirs:
-                self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+                self._stderr = stderr_file()
                 opened.callback(self._stderr.close)
                 self._socket.setblocking(False)
                 self._process = self._start(interpreter, theirs)

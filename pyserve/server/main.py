@@ -101,7 +101,8 @@ async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int) -> i
         open_files_max,
     )  # fmt: skip
     if any(isinstance(archive, Archive) and runs_in_python(archive) for archive in archives.values()):
-        spawner.prepare()
+        with contextlib.suppress(ServeError, OSError):  # what its models' workers meet too, and say
+            spawner.prepare()
 
     # Takes a second or two; what was begun above goes on meanwhile.
     from pyserve.models.placement import gpu_count
@@ -198,11 +199,12 @@ def _open(source: ModelSource, store_files: list[str]) -> Archive | ServeError:
 
 
 def _begin_tracing(archives: dict[str, Archive | ServeError]) -> dict[str, Tracing]:
-    return {
-        path: Tracing(archive)
-        for path, archive in archives.items()
-        if isinstance(archive, Archive) and needs_tracing(archive)
-    }
+    begun = {}
+    for path, archive in archives.items():
+        if isinstance(archive, Archive) and needs_tracing(archive):
+            with contextlib.suppress(OSError):  # no room for another process yet; loading the model tries again
+                begun[path] = Tracing(archive)
+    return begun
 
 
 def _state_to_restore(start: ServerStart) -> JsonObject | None:

@@ -58,7 +58,7 @@ def test_without_a_home_the_temporary_folder_serves_with_a_warning(
     monkeypatch.setenv("HOME", "/proc/nobody")
     folder = OwnFolder(environ={})
     assert base_of(folder) == tmp_path / "tmp"
-    assert "/proc/nobody/.local/state/pyserve: there is no such folder (ENOENT" in folder.problem
+    assert "/proc/nobody/.local/state/pyserve: there is no such file or folder (ENOENT" in folder.problem
     monkeypatch.setattr(tempfile, "tempdir", "/proc/none")
     monkeypatch.setattr(own_folder, "_SHARED_MEMORY", Path("/proc/none"))
     folder = OwnFolder(environ={})

@@ -17,10 +17,13 @@ from pathlib import Path
 import pytest
 
 from pyserve.config.config import Config, load_config
-from pyserve.errors import ConfigError
+from pyserve.errors import ConfigError, JsonObject
 from pyserve.server import pid_file
+from pyserve.server.kept_files import SharedMemory
 from pyserve.server.listeners import Listeners
 from pyserve.server.own_folder import PREFIX, OwnFolder
+from pyserve.server.restarts import BACKOFF_MAX_S, NAMED_CAUSE_MAX_S, NamedCauses
+from pyserve.server.supervisor import EXIT_FAILED, Supervisor
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -490,3 +493,32 @@ def test_damaged_pid_file_counts_as_stale(tmp_path: Path, content: str) -> None:
     assert pid_file.read(path) is None
     pid_file.write(path, pid_file.RunningServer(os.getpid(), pid_file.start_time(os.getpid()) or 0))
     assert pid_file.read(path) is not None
+
+
+@server
+def test_a_cause_that_passes_does_not_end_a_server_that_has_served(tree: Tree) -> None:
+    assert tree.run("start", FAKE_SERVER="fail_again").returncode == 0
+    first = tree.ask()
+    os.kill(int(str(first["pid"])), signal.SIGKILL)
+    assert tree.ask()["restart"] == 3
+    assert tree.log().count("m.mar: the weights do not fit the model file; restarting in") == 2
+    assert tree.run("stop").returncode == 0
+
+
+def test_a_cause_that_stays_ends_the_restarts_with_its_name(tmp_path: Path) -> None:
+    now, events = [0.0], list[JsonObject]()
+    supervisor = Supervisor(
+        config_with(tmp_path), Listeners(), OwnFolder(str(tmp_path)), SharedMemory(), events.append,
+        server_command=["/nowhere/python"], drains_on_hangup=False,
+    )  # fmt: skip
+    supervisor._named_causes = NamedCauses(lambda: now[0])
+    supervisor._has_served = True
+    while supervisor._exit_code is None:
+        assert now[0] <= NAMED_CAUSE_MAX_S
+        supervisor._start_server()
+        now[0] += BACKOFF_MAX_S
+    assert supervisor._exit_code == EXIT_FAILED
+    [event] = events
+    assert event["event"] == "failed"
+    assert "could not be started: there is no such file or folder (ENOENT: No such file or directory)" in event["reason"]
+    assert "300 s in vain" in event["reason"]

@@ -9,6 +9,7 @@
     stubborn       takes the first SIGTERM for the begin of a drain that never ends; ends with 1 at the second
     deaf           ignores SIGTERM and SIGINT
     slow           never becomes ready
+    fail_again     ready; the first two that follow it report ``failed``, the next is ready
 
 A restarted server waits until ``FAKE_SERVER_GATE``, a FIFO, is opened for writing, if there is one.
 """
@@ -85,7 +86,7 @@ def main() -> int:
         with open(gate, "rb") as fifo:
             fifo.read()
     start.report.progress("m", "reading weights 40/110 MB")
-    if behaviour == "fail":
+    if behaviour == "fail" or (behaviour == "fail_again" and start.restart in (1, 2)):
         start.report.failed("m.mar: the weights do not fit the model file")
         return launch.EXIT_WILL_FAIL_AGAIN
     if behaviour == "crash":
