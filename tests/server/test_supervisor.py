@@ -520,5 +520,5 @@ def test_a_cause_that_stays_ends_the_restarts_with_its_name(tmp_path: Path) -> N
     assert supervisor._exit_code == EXIT_FAILED
     [event] = events
     assert event["event"] == "failed"
-    assert "could not be started: there is no such file or folder (ENOENT: No such file or directory)" in event["reason"]
+    assert "there is no such file or folder (ENOENT: No such file or directory)" in event["reason"]
     assert "300 s in vain" in event["reason"]
