@@ -121,8 +121,9 @@ class Campaign:
         prober.take()
         sent = self._traffic.sent
         error = self._act(fault.inject)
-        self._traffic.wait_sent(sent + step.hold, HOLD_LIMIT_S)
-        error = self._act(fault.heal) or error
+        if fault.lasts:
+            self._traffic.wait_sent(sent + step.hold, HOLD_LIMIT_S)
+            error = self._act(fault.heal) or error
         healed_at = time.monotonic()
         problem = self._recovery.wait()
         window.over_at = time.monotonic()
@@ -169,7 +170,7 @@ class Campaign:
             entry.slowest_recovery_s, entry.slowest_step = recovery_s, step.number
         if told is not None and told.seconds > entry.longest_lie_s:
             entry.longest_lie_s, entry.longest_lie = told
-        entry.longest_silence_s = max(entry.longest_silence_s, longest_silence(probes))
+        entry.longest_silence_s = max(entry.longest_silence_s, longest_silence(probes, window.begun_at))
         with open(self._order.log, "a") as log:
             lie = f", {told.what} for {told.seconds * 1000:.0f} ms" if told else ""
             log.write(f"{window.begun_at:.3f} step {step.number} after {self._traffic.sent} requests: {step.fault} "

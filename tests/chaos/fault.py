@@ -65,6 +65,11 @@ class Fault(ABC):
         self.deaths: list[Death] = []
         self.provokes = ""
 
+    @property
+    def lasts(self) -> bool:
+        """Whether there is something to take back."""
+        return type(self).heal is not Fault.heal
+
     @classmethod
     def left_out(cls, site: Site) -> str:
         """Why it cannot be had here; empty if it can."""

@@ -146,7 +146,7 @@ def _longest(probes: list[Probe], start: float, is_lie: Callable[[Probe], bool])
     return longest
 
 
-def longest_silence(probes: list[Probe]) -> float:
-    """The longest time between two answers of ``/ping``, in seconds, beyond the pause between two questions."""
-    heard = [p.heard_at for p in probes if p.what == "/ping"]
+def longest_silence(probes: list[Probe], begun_at: float) -> float:
+    """The longest time without an answer of ``/ping`` since ``begun_at``, beyond the pause between two questions."""
+    heard = [begun_at, *(p.heard_at for p in probes if p.what == "/ping" and p.heard_at > begun_at)]
     return max((later - earlier - INTERVAL_S for earlier, later in pairwise(heard)), default=0.0)

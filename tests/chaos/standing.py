@@ -22,12 +22,12 @@ class ProcessStanding:
     """What one process holds.
 
     Attributes:
-        descriptors: count by what they are.
+        descriptors: count by what they are; threads: count by name.
         rss: resident bytes.
     """
 
     descriptors: Counter[str] = field(default_factory=Counter)
-    threads: int = 0
+    threads: Counter[str] = field(default_factory=Counter)
     children: int = 0
     rss: int = 0
 
@@ -38,7 +38,15 @@ class ProcessStanding:
         for name in os.listdir(folder):
             with contextlib.suppress(OSError):
                 descriptors[_kind_of(os.readlink(f"{folder}/{name}"))] += 1
-        return cls(descriptors, process.num_threads(), len(process.children()), process.memory_info().rss)
+        return cls(descriptors, _threads_of(process.pid), len(process.children()), process.memory_info().rss)
+
+
+def _threads_of(pid: int) -> Counter[str]:
+    threads: Counter[str] = Counter()
+    for path in Path(f"/proc/{pid}/task").glob("*/comm"):
+        with contextlib.suppress(OSError):
+            threads[re.sub(r"\d+", "*", path.read_text().strip())] += 1
+    return threads
 
 
 def _kind_of(link: str) -> str:
@@ -77,7 +85,7 @@ def shared_memory() -> Counter[str]:
 
 
 def differences(before: Standing, after: Standing, memory_growth: float = 0.05) -> list[str]:
-    """What ``after`` holds that ``before`` did not, and what it has lost; empty when nothing is left behind.
+    """What ``after`` holds that ``before`` did not, of descriptors and children also what it lost; empty if nothing.
 
     Memory counts when it has grown by more than ``memory_growth``, a share.
     """
@@ -85,12 +93,13 @@ def differences(before: Standing, after: Standing, memory_growth: float = 0.05) 
     for part in sorted(before.processes.keys() | after.processes.keys()):
         one, other = (s.processes.get(part, ProcessStanding()) for s in (before, after))
         found += [f"{part}: {line}" for line in _changes(one.descriptors, other.descriptors, "descriptor")]
-        for what in ("threads", "children"):
-            if getattr(one, what) != getattr(other, what):
-                found.append(f"{part}: {getattr(one, what)} {what} before, {getattr(other, what)} after")
+        # Pools start their threads when they have work.
+        found += [f"{part}: {line}" for line in _changes(one.threads, one.threads | other.threads, "thread")]
+        if one.children != other.children:
+            found.append(f"{part}: {one.children} children before, {other.children} after")
         if other.rss > one.rss * (1 + memory_growth):
             found.append(f"{part}: {one.rss / _MEGABYTE:.1f} MB resident before, {other.rss / _MEGABYTE:.1f} after")
-    found += _changes(before.files, after.files, "file")
+    found += _changes(before.files, before.files | after.files, "file")  # what is lost comes back when it is needed
     found += _changes(before.shared_memory, after.shared_memory, "shared memory")
     found += _changes(before.others, after.others, "process")
     return found

@@ -49,5 +49,6 @@ def test_a_complaint_is_a_lie_while_nobody_misses_anything() -> None:
 
 
 def test_silence_is_the_time_between_two_answers() -> None:
-    assert longest_silence([ping(1.0), ping(1.02), ping(2.0)]) == pytest.approx(0.98 - INTERVAL_S)
-    assert longest_silence([]) == 0.0
+    assert longest_silence([ping(1.0), ping(1.02), ping(2.0)], 1.0) == pytest.approx(0.98 - INTERVAL_S)
+    assert longest_silence([ping(3.0)], 1.0) == pytest.approx(2.001 - INTERVAL_S)
+    assert longest_silence([], 1.0) == 0.0

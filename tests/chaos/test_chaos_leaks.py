@@ -75,7 +75,7 @@ def test_nothing_is_found_where_nothing_was_left(planted: Planted) -> None:
     [
         ("descriptor", "server: descriptor /dev/null: 0 before, 1 after"),
         ("memfd", "server: descriptor /memfd:planted: 0 before, 1 after"),
-        ("thread", "server: 1 threads before, 2 after"),
+        ("thread", "server: thread python: 1 before, 2 after"),
         ("child", "server: 0 children before, 1 after"),
         ("memory", "MB resident before"),
     ],

@@ -67,10 +67,9 @@ class RegisterBroken(Fault):
     name, weight, is_harmless = "register-broken", 6, True
 
     def inject(self) -> None:
-        (self.site.store / "broken.mar").write_bytes(self.chance.randbytes(2000))
+        broken = self.site.store / "broken.mar"
+        if not broken.exists():  # once: the cache notes the hash of every file that it has seen
+            broken.write_bytes(bytes(2000))
         for archive in ("broken.mar", "absent.mar", "echo.mar"):
             answer = self.site.ask("POST", f"/models?url={archive}&{_SYNCHRONOUS}", port="management")
             assert 400 <= answer.status < 500, f"{archive} was answered with {answer.status} {answer.body!r}"
-
-    def heal(self) -> None:
-        (self.site.store / "broken.mar").unlink()
