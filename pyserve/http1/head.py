@@ -12,7 +12,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import httptools
 
-from pyserve.errors import ClientError, MethodNotAllowedError
+from pyserve.errors import ClientError, MethodNotAllowedError, ServeError
 from pyserve.http1.errors import (
     METHODS,
     HeadTooLargeError,
@@ -128,18 +128,20 @@ def check_head_size(data: bytes | bytearray, start: int, end: int, limits: Http1
     """
     line_end = data.find(b"\r\n", start, start + limits.line_size_max + 2)
     if line_end < 0 and len(data) - start >= limits.line_size_max + 2:
-        method = bytes(data[start : start + 33]).partition(b" ")[0]
-        if not _METHOD.match(method):
-            raise InvalidHttpError("the request does not begin with a method")
+        check_head_start(data[start : start + limits.line_size_max + 2])
         raise TargetTooLongError(f"Request line is over the limit of {limits.line_size_max} bytes.")
     if end < 0 and len(data) - start >= limits.head_size_max:
+        check_head_start(data[start : start + limits.line_size_max + 2])
         raise HeadTooLargeError(f"Request head is over the limit of {limits.head_size_max} bytes.")
 
 
 def check_head_start(data: bytes | bytearray) -> None:
-    """Refuses an unfinished head that can no longer become a request, such as a TLS handshake."""
+    """Refuses an unfinished head that can no longer become a request, such as a TLS handshake.
+
+    It does so as soon as the bytes are there; so whatever else is wrong with a head that came at once, this comes first.
+    """
     method, space, _ = bytes(data[:33]).partition(b" ")
-    if method != b"\r" and not _METHOD.match(method):
+    if not _METHOD.match(method) and data != b"\r":  # half an empty line
         raise InvalidHttpError("the request does not begin with a method")
     if not space and len(data) > 32:
         raise InvalidHttpError("the request does not begin with a method")
@@ -168,9 +170,13 @@ class HeadReader:
         """
         head = self._known.get(data)
         if head is None:
-            if data.count(b"\r\n") - 2 > self._limits.header_count_max:
-                raise HeadTooLargeError(f"Request has more than {self._limits.header_count_max} headers.")
-            head = _read_head(data)
+            try:
+                if data.count(b"\r\n") - 2 > self._limits.header_count_max:
+                    raise HeadTooLargeError(f"Request has more than {self._limits.header_count_max} headers.")
+                head = _read_head(data)
+            except ServeError:
+                check_head_start(data)
+                raise
             if not self._takes_ids:
                 head.id = ""
             if len(data) <= _CACHED_HEAD_SIZE_MAX:
@@ -314,9 +320,9 @@ def _read_target(target: bytes, method: str) -> tuple[str, str, str]:
     authority = ""
     absolute = _ABSOLUTE.match(local)
     if absolute:
-        authority = absolute[1].decode()
         if not _HOST.match(absolute[1]):
             raise InvalidHttpError("the target's host is not 'name' or 'name:port'")
+        authority = absolute[1].decode()
         local = absolute[2] or b"/"
         if local[:1] == b"?":
             local = b"/" + local

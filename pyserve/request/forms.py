@@ -198,11 +198,11 @@ def _read_parts(
 
 
 def _part_name(raw: bytes | None, lenient_disposition: str) -> str:
-    if not raw:
-        raise BadRequestError("a part of the multipart body has no name in its Content-Disposition header")
-    quoted = _QUOTED_NAME.findall(lenient_disposition)
+    quoted = _QUOTED_NAME.findall(lenient_disposition) if raw else ()
     if quoted:
         raw = quoted[-1].translate(_DIVIDERS).strip().encode("latin-1")
+    if not raw:
+        raise BadRequestError("a part of the multipart body has no name in its Content-Disposition header")
     return _name(raw)
 
 

@@ -175,6 +175,7 @@ TEST(one_request_at_a_time_never_waits_for_a_lost_wake_up) {
         for (int64_t i = 0; i < harness::scaled(30'000); ++i) {
             CHECK(life.try_push(never_ns));
             while (life.ended() < life.pushed()) life.drain(-1);
+            harness::step();
         }
         life.close_and_join();
     }
@@ -189,6 +190,7 @@ TEST(one_announcement_wakes_for_all_that_was_pushed_before_it) {
             for (int64_t count = 1 + i % 9; count > 0; --count) CHECK(life.try_push(never_ns, /*announces=*/false));
             life.announce();
             while (life.ended() < life.pushed()) life.drain(-1);
+            harness::step();
         }
         life.close_and_join();
     }
@@ -202,6 +204,7 @@ TEST(a_change_of_limits_reaches_workers_that_wait_inside_a_window) {
         CHECK(life.try_push(never_ns));
         life.set_limits({.batch_size_max = 8});  // ends the window; nothing else comes
         while (life.ended() < life.pushed()) life.drain(-1);
+        harness::step();
     }
     life.close_and_join();
 }

@@ -75,6 +75,7 @@ TEST(many_pushers_lose_nothing_keep_their_order_and_write_once_per_push) {
             CHECK_EQ(mark->number, next[mark->pusher]);
             ++next[mark->pusher];
             ++got;
+            harness::step();
         }
     }
     for (std::thread& thread : threads) thread.join();

@@ -1,24 +1,24 @@
 // A tiny test harness: registration, checks with file and line, seeds that replay, a watchdog.
 //
 // The first failed check ends the program: it may come from any thread, and there is nothing to unwind to.
-// Random tests take their seeds from `seeds(count)`; PYSERVE_TEST_SEED=n replays one. The only time limit is
-// the watchdog, which turns a hang into a message.
+// Random tests take their seeds from `for_each_seed`; PYSERVE_TEST_SEED=n replays one. There is no time limit: the
+// watchdog turns a hang into a message, and counts steps (watchdog.h).
 #pragma once
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <mutex>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
-// How much of the work of a random test is done, in percent; builds with a sanitizer do less.
+#include "watchdog.h"
+
+// How much of the work of a random test is done, in percent; builds with a sanitizer do less. The environment's
+// PYSERVE_TEST_SCALE is a factor on top, for a run that has a night.
 #ifndef PYSERVE_TEST_SCALE
 #define PYSERVE_TEST_SCALE 100
 #endif
@@ -38,6 +38,7 @@ inline std::vector<Test>& tests() {
 inline std::atomic<uint64_t> current_seed{0};  // 0: the test is not random
 inline std::atomic<const char*> current_test{""};
 inline std::atomic<int> passed{0};
+inline void (*end)() = [] { std::_Exit(1); };  // after a failure
 
 // Not inlined: checks are everywhere, and this is what would make them slow to compile.
 [[noreturn, gnu::noinline, gnu::cold]] inline void fail(const char* file, int line, const char* text) {
@@ -49,7 +50,8 @@ inline std::atomic<int> passed{0};
     }
     std::fprintf(stderr, "%d passed, 1 failed\n", passed.load());
     std::fflush(stderr);
-    std::_Exit(1);
+    end();
+    std::abort();
 }
 
 [[noreturn, gnu::noinline, gnu::cold]] inline void fail_unequal(const char* file, int line, const char* text,
@@ -67,8 +69,17 @@ struct Registration {
     Registration(const char* name, void (*run)()) { tests().push_back({name, run}); }
 };
 
-inline constexpr int64_t scaled(int64_t count) {
-    const int64_t part = count * PYSERVE_TEST_SCALE / 100;
+inline int64_t scale_factor() {
+    static const int64_t factor = [] {
+        const char* given = std::getenv("PYSERVE_TEST_SCALE");
+        const int64_t number = given != nullptr ? std::strtoll(given, nullptr, 10) : 1;
+        return number > 0 ? number : 1;
+    }();
+    return factor;
+}
+
+inline int64_t scaled(int64_t count) {
+    const int64_t part = count * PYSERVE_TEST_SCALE / 100 * scale_factor();
     return part > 0 ? part : 1;
 }
 
@@ -111,56 +122,18 @@ void for_each_seed(int64_t count, const Body& body) {
     for (int64_t i = 0; i < runs; ++i) {
         current_seed = first + static_cast<uint64_t>(i);
         body(current_seed.load());
+        step();
     }
     current_seed = 0;
 }
 
-// Ends the program with a message when one test takes longer than any machine needs.
-class Watchdog {
-  public:
-    Watchdog() : thread_([this] { watch(); }) {}
-    ~Watchdog() {
-        {
-            const std::lock_guard lock(mutex_);
-            over_ = true;
-        }
-        changed_.notify_all();
-        thread_.join();
-    }
-    void restart() {
-        {
-            const std::lock_guard lock(mutex_);
-            ++round_;
-        }
-        changed_.notify_all();
-    }
-
-  private:
-    void watch() {
-        constexpr auto limit = std::chrono::seconds(60);
-        std::unique_lock lock(mutex_);
-        while (!over_) {
-            const uint64_t round = round_;
-            if (!changed_.wait_for(lock, limit, [&] { return over_ || round_ != round; })) {
-                fail(__FILE__, __LINE__, "not over after 60 s: a thread sleeps or waits for ever");
-            }
-        }
-    }
-
-    std::mutex mutex_;
-    std::condition_variable changed_;
-    uint64_t round_ = 0;
-    bool over_ = false;
-    std::thread thread_;  // last: starts when the rest is there
-};
-
 inline int run_all(int argc, char** argv) {
     std::printf("seeds from %llu\n", static_cast<unsigned long long>(first_seed()));
-    Watchdog watchdog;
+    const Watchdog watchdog([](const char* problem) { fail(__FILE__, __LINE__, problem); });
     for (const Test& test : tests()) {
         if (argc > 1 && std::string_view(test.name).find(argv[1]) == std::string_view::npos) continue;
         current_test = test.name;
-        watchdog.restart();
+        step();
         const auto start = std::chrono::steady_clock::now();
         test.run();
         const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;

@@ -45,10 +45,12 @@ void run_producer_against(size_t consumers, size_t capacity, uint64_t start, uin
         });
     }
     for (uint64_t i = 0; i < count;) {
-        if (ring.try_push(i))
+        if (ring.try_push(i)) {
             ++i;
-        else
+            harness::step();
+        } else {
             std::this_thread::yield();
+        }
     }
     for (std::thread& thread : threads) thread.join();
     CHECK_EQ(claimed.load(), count);
@@ -182,6 +184,7 @@ TEST(the_size_seen_by_a_bystander_is_never_above_the_capacity) {
         for (int64_t i = 0; i < scaled(3'000'000); ++i) {
             CHECK(ring.try_push(static_cast<uint64_t>(i)));
             CHECK_EQ(ring.try_claim(&out, 1), size_t{1});
+            harness::step();
         }
         over = true;
         bystander.join();

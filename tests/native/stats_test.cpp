@@ -38,7 +38,10 @@ TEST(concurrent_observations_all_count) {
     std::vector<std::thread> threads;
     for (int w = 0; w < writers; ++w) {
         threads.emplace_back([&] {
-            for (int64_t i = 0; i < count; ++i) histogram.observe(static_cast<double>(i % 8 + 1));
+            for (int64_t i = 0; i < count; ++i) {
+                histogram.observe(static_cast<double>(i % 8 + 1));
+                harness::step();
+            }
         });
     }
     for (std::thread& thread : threads) thread.join();

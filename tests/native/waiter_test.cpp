@@ -55,6 +55,7 @@ TEST(two_threads_that_wake_each_other_never_lose_a_wake_up) {
             }
             turn.store(next + 1, std::memory_order_release);
             waiters[1 - self].notify();
+            harness::step();
         }
     };
     std::thread other([&] { play(1); });
@@ -94,6 +95,7 @@ TEST(one_notify_wakes_all_sleepers) {
             else
                 done.wait(key, never_ns);
         }
+        harness::step();
     }
     for (std::thread& thread : threads) thread.join();
     CHECK_EQ(go.sleepers() + done.sleepers(), 0u);

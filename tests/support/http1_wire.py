@@ -60,6 +60,11 @@ def parse_answers(output: bytes, *, bodyless: bool = False) -> list[Answer]:
 _REQUEST_ID = re.compile(rb'"request_id": "[^"]*"')  # drawn anew for each
 
 
+def without_request_id(body: bytes) -> bytes:
+    """The body of an error, without what is another one each time."""
+    return _REQUEST_ID.sub(b"", body)
+
+
 @dataclass
 class Wire:
     """A connection to an app.
@@ -127,7 +132,7 @@ class Wire:
     def verdict(self) -> tuple[Any, ...]:
         """All that must not depend on how the bytes were cut into segments."""
         answers = [
-            (answer.status, answer.headers.get("connection"), _REQUEST_ID.sub(b"", answer.body))
+            (answer.status, answer.headers.get("connection"), without_request_id(answer.body))
             for answer in self.answers
         ]
         requests = [
