@@ -218,13 +218,21 @@ class CleanupTimeoutError(ServerError):
 
 
 class ModelLoadError(ServerError, RuntimeError):
-    """A model cannot be loaded. A RuntimeError, which handlers expect of TorchServe's base handler."""
+    """A model cannot be loaded. A RuntimeError, which handlers expect of TorchServe's base handler.
+
+    Attributes:
+        may_pass: whether loading may work later without anybody's help.
+    """
 
     status = 500
+    may_pass = False
 
 
 class OutOfMemoryError(ServerError):
+    """Attributes as of `ModelLoadError`."""
+
     status = 507
+    may_pass = True
 
 
 class ConfigError(ServerError):

@@ -101,6 +101,8 @@ class Model:
     async def load(self, workers: int, progress: Progress, tracing: Tracing | None = None) -> None:
         """Loads the network and starts ``workers`` workers; returns when they are warm.
 
+        One that FAILED may be tried again.
+
         Raises:
             ServeError: it cannot be served; the state is FAILED then and ``error`` says why.
         """
@@ -122,11 +124,13 @@ class Model:
             if not isinstance(error, ServeError):
                 log.exception("loading %s %s failed", self.name, self.version)
             self.error = _reason(error)
-            if self.state == "LOADING":
+            if self.state in ("LOADING", "READY"):  # the latter while it was tried again
                 self._move("FAILED")
             await self._close_lane()
             raise
-        self._move("READY")
+        if self.state != "READY":
+            self._move("READY")
+        self.error = ""
         self._on_condition(lane.condition)  # it may have changed since
         progress("ready")
 
@@ -152,7 +156,7 @@ class Model:
             self._move("READY")
 
     def _check_still_loading(self) -> None:
-        if self.state != "LOADING":
+        if self.state == "DRAINING":
             raise ConflictError(f"Model {self.name} version {self.version} was unregistered while it was loading")
 
     async def loaded(self) -> None:
@@ -165,7 +169,7 @@ class Model:
 
         A load that is under way is waited for: it notices, and gives up; workers that are starting are ended.
         """
-        if self.state == "LOADING" and self._lane is not None:
+        if self._loading.locked() and self._lane is not None:
             self._lane.set_workers(0)
         if self.state != "DRAINING":
             self._move("DRAINING")
@@ -223,6 +227,8 @@ class Model:
                 await self._audit.stop()
             if failure:
                 error = self.starting_error(failure, lane.failure)
+                error.may_pass = not getattr(lane.failure, "repeats", False)
+                error.__cause__ = lane.failure
                 self.settings.workers_min, self.settings.workers_max = bounds_before
                 self.wanted_workers = wanted_before
                 if before < wanted:
@@ -236,7 +242,7 @@ class Model:
             return "no worker is ready within startup_timeout=0 s"
         return await lane.settled(timeout_s)
 
-    def starting_error(self, text: str, cause: ServeError | None = None) -> ServeError:
+    def starting_error(self, text: str, cause: ServeError | None = None) -> ModelLoadError | OutOfMemoryError:
         """In TorchServe's words, whatever the reason is that there is no worker."""
         message = f"Failed to start workers for model {self.name} version: {self.version}"
         detail = cause.detail if cause is not None and cause.detail else {"text": text}

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pyserve.archive.archive import Archive, open_archive
-from pyserve.archive.entries import MANIFEST_NAME
-from pyserve.archive.manifest import check_served_name, missing_manifest, name_of_file
 from pyserve.config.archive_url import is_url
 from pyserve.config.model_source import ModelSource
 from pyserve.conversion.torchscript import Tracing
@@ -27,12 +25,15 @@ from pyserve.errors import (  # fmt: skip
     ModelNotFoundError,
     ServeError,
     VersionNotFoundError,
+    is_of_machine,
 )
 from pyserve.fetch.sources import ArchiveSources, open_obtained
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import first_settings, first_workers
 from pyserve.models.model import Model
 from pyserve.models.placement import choose_device, gpu_count
+from pyserve.models.recovery import Recovery, may_pass
+from pyserve.models.served_names import served_name, without_manifest
 from pyserve.models.snapshot import CHANGE, SHUTDOWN, STARTUP, SnapshotFolder
 from pyserve.models.state_file import LoadFailure, StateKeeper, snapshot_of, state_of
 
@@ -62,6 +63,7 @@ class Registry:
         self._models: dict[str, dict[str, Model]] = {}
         self._defaults: dict[str, str] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._recovery = Recovery(self)
         self.failures: list[LoadFailure] = []
         # A server that is still loading, or is being stopped, has no state worth keeping.
         self._keeps_state = False
@@ -259,22 +261,47 @@ class Registry:
     async def _load_source(self, source: ModelSource, archive: Archive | ServeError, tracing: Tracing | None) -> None:
         file = source.shown
         if isinstance(archive, ServeError):
-            self._note_failure(source.name or file, file, archive)
+            failure = self._note_failure(source.name or file, file, archive)
+            if is_of_machine(archive):
+                self._open_again(
+                    failure, archive, source.path_or_file, lambda found: self._load_source(source, found, None)
+                )
             return
         try:
             model = self._add(archive, source.name, file, at_startup=True)
         except ServeError as error:
             self._note_failure(source.name or file, file, error)
             return
+        workers = model.workers_min
         try:
-            await model.load(model.workers_min, lambda text: self._progress(model.name, text), tracing)
+            await model.load(workers, lambda text: self._progress(model.name, text), tracing)
         except Exception as error:
             # The model stays in the table as FAILED, so that whoever asks for it reads why.
             log.error("%s", model.error or error)
+            if may_pass(error):
+                self._recovery.load_again(model, error, workers, model.workers_min)
 
-    def _note_failure(self, name: str, url: str, error: ServeError) -> None:
+    def _open_again(
+        self, failure: LoadFailure, error: ServeError, path: str, load: Callable[[Archive], Awaitable[object]]
+    ) -> None:
+        """Opens an archive again that could not be, until it is, or its failure is forgotten."""
+
+        async def open_and_load() -> None:
+            archive = await _opened(path)
+            if isinstance(archive, ServeError):
+                raise archive
+            self.failures = [each for each in self.failures if each is not failure]
+            await load(archive)
+            await self.changed()
+
+        self._recovery.begin(
+            failure.url, error, open_and_load, is_wanted=lambda: any(each is failure for each in self.failures)
+        )
+
+    def _note_failure(self, name: str, url: str, error: ServeError) -> LoadFailure:
         log.error("cannot be loaded: %s", error.message)  # the message names the file
         self.failures.append(LoadFailure(name, url, error.message))
+        return self.failures[-1]
 
     async def restore(
         self, state: JsonObject, archives: dict[str, Archive | ServeError] | None = None,
@@ -316,8 +343,10 @@ class Registry:
                 handler=entry["handler"], at_startup=entry["loaded_at_startup"],
             )  # fmt: skip
         except ServeError as error:
-            self._note_failure(entry["name"], entry["url"], error)
-            self.failures[-1].version, self.failures[-1].entry = entry["version"], entry.get("entry")
+            failure = self._note_failure(entry["name"], entry["url"], error)
+            failure.version, failure.entry = entry["version"], entry.get("entry")
+            if error is archive:  # which could be opened before: it will be there again
+                self._open_again(failure, error, entry["path"], lambda found: self._restore_model(entry, found, None))
             return None
         if model.version != entry["version"]:
             log.warning("%s: its archive has version %s, not %s", model.name, model.version, entry["version"])
@@ -328,6 +357,8 @@ class Registry:
             await model.load(entry["workers"], lambda text: self._progress(model.name, text), tracing)
         except Exception as error:
             log.error("%s", model.error or error)
+            if may_pass(error) or entry["workers"]:  # it has been served
+                self._recovery.load_again(model, error, entry["workers"], entry["settings"]["workers_min"])
         # It may have had more workers than its least, and loading took their number for that.
         model.settings.workers_min = entry["settings"]["workers_min"]
         return model.version
@@ -342,6 +373,7 @@ class Registry:
         self._keeps_state = False
         for task in list(self._tasks):
             task.cancel()
+        await self._recovery.stop()
         await asyncio.gather(*(model.drain() for model in self.all_models()))
 
     def _add(
@@ -361,10 +393,10 @@ class Registry:
         self, archive: Archive, name: str | None, url: str, *, at_startup: bool, handler: str | None,
         settings: dict[str, int], workers: int | None,
     ) -> Model:  # fmt: skip
-        name = _name_of(archive, name, is_named_by_file=at_startup)
+        name = served_name(archive, name, is_named_by_file=at_startup)
         archive.use_handler(handler or archive.manifest.handler or self._services.config.default_service_handler)
         if archive.manifest.raw is None and not archive.manifest.handler:
-            raise _without_manifest(archive)
+            raise without_manifest(archive)
         version = archive.manifest.model_version
         existing = self._models.get(name, {}).get(version)
         if existing is not None and existing.state != "FAILED":
@@ -399,8 +431,10 @@ class Registry:
         """``stays``: in the table, as FAILED, if it cannot be loaded."""
         try:
             await model.load(model.workers_min, lambda text: self._progress(model.name, text))
-        except BaseException:
+        except BaseException as error:
             if stays and model.state == "FAILED":
+                if isinstance(error, Exception) and may_pass(error):
+                    self._recovery.load_again(model, error, model.workers_min, model.workers_min)
                 raise
             if model in self.all_models():  # it may have been unregistered meanwhile
                 self._remove(model)
@@ -436,26 +470,6 @@ class Registry:
                 log.error("%s failed: %s", what, finished.exception())
 
         task.add_done_callback(done)
-
-
-def _name_of(archive: Archive, given: str | None, *, is_named_by_file: bool) -> str:
-    """What a model is to be called.
-
-    Raises:
-        InvalidModelError: nothing says so, or it cannot be used.
-    """
-    name = given or archive.manifest.model_name or (name_of_file(archive.name) if is_named_by_file else "")
-    if not name and archive.manifest.raw is None:
-        raise _without_manifest(archive)
-    if not name:
-        raise InvalidModelError(
-            f"{archive.name}: {MANIFEST_NAME} has no model.modelName; give model_name=, or pack again"
-        )
-    return check_served_name(name, archive.name)
-
-
-def _without_manifest(archive: Archive) -> InvalidModelError:
-    return InvalidModelError(f"{missing_manifest(archive.name).message}, or give model_name= and handler=")
 
 
 async def _taken(archives: dict[str, Archive | ServeError], path: str) -> Archive | ServeError:

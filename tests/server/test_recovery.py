@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,15 @@ class Site(Server):
 
     def wait_until_ready(self, model: str) -> None:
         self.wait_for(lambda: self.state(model) == "READY" and self.post(model).status == 200, f"{model} to recover")
+
+    def wait_for_server(self) -> None:
+        """After `kill_server_process`."""
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self.ask("GET", "/live")
+                return
+            assert time.monotonic() < deadline, "no server"
 
     @property
     def is_healthy(self) -> bool:
@@ -324,6 +335,25 @@ def test_what_a_handler_has_started_ends_with_its_worker(site: Site, end: str) -
         foreign.wait()
     site.manage("PUT", "/models/parent?min_worker=1&synchronous=true")
     site.wait_until_ready("parent")
+
+
+def test_a_server_that_is_started_again_while_faults_last_has_its_models_once_they_are_over(site: Site) -> None:
+    archive = site.store / "other.mar"
+    archive.rename(site.folder / "away.mar")
+    site.fault("faulty", "exit")
+    site.kill_server_process()
+    site.wait_for_server()
+    site.wait_for(lambda: "exit code 3" in site.describe("faulty").get("error", ""), "the error")
+    ready = site.ask("GET", "/ready")
+    assert ready.status == 503 and {"faulty", "other"} <= set(ready.json["models"])
+    assert "other.mar" in ready.json["models"]["other"]["error"]
+    site.fault("faulty", "")
+    shutil.copy(site.folder / "away.mar", archive)
+    for model in ("faulty", "other"):
+        site.wait_for(lambda model=model: site.post(model).body == f"of {model}".encode(), model)  # type: ignore[misc]
+    assert site.is_healthy
+    rows = site.describe("faulty")
+    assert (rows["state"], rows["minWorkers"], len(rows["workers"])) == ("READY", 1, 1)
 
 
 OPEN_FILES = 256

@@ -1,0 +1,29 @@
+"""What a model is called that is served from an archive."""
+
+from __future__ import annotations
+
+from pyserve.archive.archive import Archive
+from pyserve.archive.entries import MANIFEST_NAME
+from pyserve.archive.manifest import check_served_name, missing_manifest, name_of_file
+from pyserve.errors import InvalidModelError
+
+
+def served_name(archive: Archive, given: str | None, *, is_named_by_file: bool) -> str:
+    """What a model is to be called.
+
+    Raises:
+        InvalidModelError: nothing says so, or it cannot be used.
+    """
+    name = given or archive.manifest.model_name or (name_of_file(archive.name) if is_named_by_file else "")
+    if not name and archive.manifest.raw is None:
+        raise without_manifest(archive)
+    if not name:
+        raise InvalidModelError(
+            f"{archive.name}: {MANIFEST_NAME} has no model.modelName; give model_name=, or pack again"
+        )
+    return check_served_name(name, archive.name)
+
+
+def without_manifest(archive: Archive) -> InvalidModelError:
+    """Of an archive that cannot be served, because nothing says what it is."""
+    return InvalidModelError(f"{missing_manifest(archive.name).message}, or give model_name= and handler=")
