@@ -59,12 +59,14 @@ class Spawner:
         without: names of environment variables that workers do not get.
         environment: variables that they get beside the server's own.
         open_files_max: descriptors that each may have; None for as many as the server.
+        family: what the tokens of zygotes begin with, see `descendants`.
     """
 
     def __init__(
         self, without: Callable[[str], bool] = lambda name: False, environment: Mapping[str, str] | None = None,
-        open_files_max: int | None = None,
+        open_files_max: int | None = None, family: str = "",
     ):  # fmt: skip
+        self._family = family
         self._without = without
         self._environment = dict(environment or {})
         self._open_files_max = open_files_max
@@ -121,7 +123,7 @@ class Spawner:
         if zygote is None or zygote.is_gone:
             try:
                 zygote = self._zygotes[interpreter] = _Zygote(
-                    interpreter, self._without, self._environment, self._open_files_max
+                    interpreter, self._without, self._environment, self._open_files_max, self._family + new_token()
                 )
             except OSError as error:
                 raise ZygoteError(
@@ -140,12 +142,12 @@ class _Zygote:
 
     def __init__(
         self, interpreter: str, without: Callable[[str], bool], environment: Mapping[str, str],
-        open_files_max: int | None,
+        open_files_max: int | None, token: str,
     ):  # fmt: skip
         self._loop = asyncio.get_running_loop()
         self._environment = environment
         self._without = without
-        self._token = new_token()
+        self._token = token
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._ready.add_done_callback(lambda future: future.cancelled() or future.exception())
         self._next_number = 0

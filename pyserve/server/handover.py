@@ -25,6 +25,7 @@ class ServerStart:
         kept: where the server keeps what a restarted one has to know.
         report: the way back to the supervisor.
         like_torchserve: the console has all that TorchServe's has.
+        family: token of all servers of this supervisor, see `pyserve.worker.descendants`.
     """
 
     config: Config
@@ -34,6 +35,7 @@ class ServerStart:
     kept: KeptFiles
     report: Reporter
     like_torchserve: bool
+    family: str
 
 
 def receive_server_start() -> ServerStart:
@@ -65,6 +67,7 @@ def receive_server_start() -> ServerStart:
         kept=kept,
         report=report,
         like_torchserve=handover["like_torchserve"],
+        family=handover["family"],
     )
     _stand_in(start.folder, own_folder.path)
     return start

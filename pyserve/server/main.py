@@ -99,6 +99,7 @@ async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int) -> i
     spawner = Spawner(
         lambda name: hidden is not None and hidden.fullmatch(name) is not None, worker_environment(start.config),
         open_files_max,
+        start.family,
     )  # fmt: skip
     if any(isinstance(archive, Archive) and runs_in_python(archive) for archive in archives.values()):
         with contextlib.suppress(ServeError, OSError):  # what its models' workers meet too, and say

@@ -41,6 +41,7 @@ from pyserve.server.kept_files import KeptFiles, SharedMemory
 from pyserve.server.listeners import Listeners
 from pyserve.server.own_folder import OwnFolder
 from pyserve.server.restarts import NAMED_CAUSE_MAX_S, NamedCauses, ServerBackoff
+from pyserve.worker.descendants import end_marked, new_token
 
 FIRST_START_ATTEMPTS_MAX = 3
 """A server that has never served is not restarted endlessly: the command that started it waits for an answer."""
@@ -83,6 +84,7 @@ class Supervisor:
         self._drains_on_hangup = drains_on_hangup
         self._like_torchserve = like_torchserve
         self._on_grpc = on_grpc
+        self._family = new_token()
         self._selector = selectors.DefaultSelector()
         # Per supervisor.
         self._backoff = ServerBackoff(random.Random())
@@ -187,6 +189,7 @@ class Supervisor:
             "memory": self._memory.descriptors,
             "parent_pid": os.getpid(),
             "like_torchserve": self._like_torchserve,
+            "family": self._family,
         }
         self._phase = "starting"
         self._started_at = time.monotonic()
@@ -249,6 +252,7 @@ class Supervisor:
         code = self._child.popen.returncode
         self._child = None
         self._deadline = None
+        end_marked(self._family)  # what handlers started in sessions of its own, if the server could not see to it
         ended = f"{launch.describe_exit(code)} after {time.monotonic() - self._started_at:.0f} s"
         if self._phase == "stopping":
             self._exit_code = self._code_after_stop(code)

@@ -4,7 +4,7 @@ A process group ends what stayed in it. What began a session of its own, or was 
 child of something that carried the worker's mark: an exec takes it over from ``os.environ``, a fork with the memory of
 its parent. Only a process that was started with an environment of its own choice has none.
 
-    PYSERVE_WORKER=<zygote's token>.<number of the worker, 8 digits>
+    PYSERVE_WORKER=<token of the supervisor's servers><zygote's token>.<number of the worker, 8 digits>
 
 Needs no torch. Linux only.
 """
@@ -26,7 +26,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def new_token() -> str:
-    """Of a zygote; no other has it."""
+    """Of a zygote, or of all that one supervisor's servers start; no other has it."""
     return os.urandom(8).hex()
 
 
