@@ -35,9 +35,12 @@ from typing import Any
 
 from pyserve.archive.entries import Entry, SourceFile
 from pyserve.errors import ModelLoadError
+from pyserve.held_folder import make_held, remove_unheld
+from pyserve.os_errors import cause_of
 
 _log = logging.getLogger(__name__)
 
+_PRIVATE_PREFIX = "pyserve-cache-"
 _FORMAT = 2  # before, handlers worked in what was unpacked, and may have changed it
 # File systems keep times in steps; a file written within this time of being hashed may change without showing it.
 _SETTLED_NS = 2_000_000_000
@@ -228,7 +231,7 @@ def open_cache(cache_dir: Path | None = None) -> ArchiveCache:
     written, or others could write it, a private temporary folder serves until the process ends.
 
     Raises:
-        ModelLoadError: ``cache_dir`` was given and cannot be used.
+        ModelLoadError: ``cache_dir`` was given and cannot be used, or no folder can be made.
     """
     root = cache_dir or _default_root()
     problem = _prepare(root)
@@ -236,7 +239,14 @@ def open_cache(cache_dir: Path | None = None) -> ArchiveCache:
         return ArchiveCache(root)
     if cache_dir is not None:
         raise ModelLoadError(f"the cache folder cannot be used: {problem}; give one that only this user can write")
-    return ArchiveCache(_private_root(str(root), problem))
+    try:
+        private = _private_root(str(root), problem)
+        problem = _prepare(private)  # again, if it was cleared away
+    except OSError as error:
+        problem = cause_of(error)
+    if problem is not None:
+        raise ModelLoadError(f"no cache folder can be made: {problem}; set PYSERVE_CACHE to one that can be written")
+    return ArchiveCache(private)
 
 
 def _default_root() -> Path:
@@ -271,7 +281,9 @@ def _make_private(folder: Path) -> str | None:
 
 @functools.lru_cache(maxsize=8)
 def _private_root(wanted: str, problem: str) -> Path:
-    root = Path(tempfile.mkdtemp(prefix="pyserve-cache-"))
+    base = Path(tempfile.gettempdir())
+    remove_unheld(base, _PRIVATE_PREFIX)  # those of processes that were killed
+    root, _ = make_held(base, _PRIVATE_PREFIX)  # until the process ends
     owner = os.getpid()
 
     def remove() -> None:
@@ -279,7 +291,6 @@ def _private_root(wanted: str, problem: str) -> Path:
             shutil.rmtree(root, ignore_errors=True)
 
     atexit.register(remove)
-    _prepare(root)
     _log.warning(
         "cache folder %s cannot be used (%s); unpacking into %s until exit. Set PYSERVE_CACHE to a folder "
         "that only this user can write",

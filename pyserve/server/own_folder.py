@@ -5,36 +5,30 @@ For its owner only, with a name of its own, so that no two servers meet. In this
 that is full, ``/dev/shm``. Nobody clears the first three while a server runs; should the folder vanish all the same,
 `OwnFolder.look` makes another.
 
-Whoever uses it holds a lock on it for as long as it lives, however that ends. The next one to make such a folder
-removes those without a holder. Where homes are shared between machines whose locks do not reach each other, another
-machine's folder counts as held until it was not touched for an hour; `OwnFolder.look` touches ours.
+Whoever uses it holds it (`pyserve.held_folder`), and the next one to make such a folder removes those without a holder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
-import re
 import shutil
-import socket
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from pyserve.held_folder import hold, is_at, make_held, remove_unheld
 from pyserve.os_errors import cause_of
 
 log = logging.getLogger(__name__)
 
 PREFIX = "pyserve-server-"
 TOUCH_INTERVAL_S = 300.0
-LEFT_AFTER_S = 3600.0
 _SHARED_MEMORY = Path("/dev/shm")
-_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]")
 
 
 class Base(NamedTuple):
@@ -94,8 +88,7 @@ class OwnFolder:
             self._is_guest = True
             return
         for base in self._bases:
-            for left in _left_overs(base.path):
-                _remove_left_over(left)
+            remove_unheld(base.path, PREFIX)
         self._make()
 
     def look(self) -> bool:
@@ -124,12 +117,7 @@ class OwnFolder:
         self.path = None
 
     def _is_there(self) -> bool:
-        if self.path is None:
-            return False
-        try:
-            return os.path.samestat(os.lstat(self.path), os.fstat(self._descriptor))
-        except OSError:
-            return False
+        return self.path is not None and is_at(self._descriptor, self.path)
 
     def _make(self) -> None:
         """At the first place that takes it. None may."""
@@ -157,16 +145,16 @@ class OwnFolder:
         return problem
 
     def _make_new(self, base: Path) -> None:
-        while self.path is None:
-            path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{_host()}-", dir=base))
-            try:
-                probe = path / ".room"  # a full disk may still have room for a folder
-                probe.write_bytes(b"x" * 4096)
-                probe.unlink()
-            except OSError:
-                shutil.rmtree(path, ignore_errors=True)
-                raise
-            self._take(path)  # one that was looking for left-overs may have been quicker, and have removed it
+        path, descriptor = make_held(base, PREFIX)
+        try:
+            probe = path / ".room"  # a full disk may still have room for a folder
+            probe.write_bytes(b"x" * 4096)
+            probe.unlink()
+        except OSError:
+            os.close(descriptor)
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        self.path, self._descriptor = path, descriptor
 
     def _make_at(self, path: Path) -> bool:
         if any(base.path == path.parent and _prepare(base) for base in self._bases):
@@ -178,24 +166,12 @@ class OwnFolder:
         return self._take(path)
 
     def _take(self, path: Path) -> bool:
-        """Opens and locks it; whether it is there and nobody else could write to it."""
-        try:
-            descriptor = _opened(path)
-        except OSError:
-            return False
-        try:
-            if not _is_ours(os.fstat(descriptor)):
-                raise OSError
-            with contextlib.suppress(OSError):  # no locks on this file system; then others see none either
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if not os.path.samestat(os.lstat(path), os.fstat(descriptor)):
-                raise OSError
-        except OSError:
-            os.close(descriptor)
+        """Holds it; whether that can be."""
+        descriptor = hold(path)
+        if descriptor is None:
             return False
         self._let_go()
-        self._descriptor = descriptor
-        self.path = path
+        self.path, self._descriptor = path, descriptor
         return True
 
     def _let_go(self) -> None:
@@ -220,40 +196,3 @@ def _prepare(base: Base) -> str:
     except OSError as error:
         return cause_of(error)
     return ""
-
-
-def _left_overs(base: Path) -> Iterator[Path]:
-    try:
-        names = os.listdir(base)
-    except OSError:
-        return
-    yield from (base / name for name in names if name.startswith(PREFIX))
-
-
-def _remove_left_over(folder: Path) -> None:
-    try:
-        descriptor = _opened(folder)
-    except OSError:
-        return  # removed meanwhile, or no folder, or not for us
-    try:
-        status = os.fstat(descriptor)
-        is_here = folder.name.startswith(f"{PREFIX}{_host()}-")
-        if _is_ours(status) and (is_here or time.time() - status.st_mtime > LEFT_AFTER_S):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError:
-        pass  # its holder lives
-    finally:
-        os.close(descriptor)
-
-
-def _is_ours(status: os.stat_result) -> bool:
-    return status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == stat.S_IRWXU
-
-
-def _host() -> str:
-    return _NOT_IN_NAMES.sub("_", socket.gethostname())[:64] or "localhost"
-
-
-def _opened(folder: Path) -> int:
-    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

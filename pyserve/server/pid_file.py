@@ -69,7 +69,10 @@ class RunningServer:
 
 
 def default_path() -> Path:
-    return Path(tempfile.gettempdir(), ".pyserve.pid")
+    """In the temporary folder: the same one whether or not its disk is full, so that commands find each other's."""
+    wanted = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")] + ["/tmp"]
+    usable = (each for each in wanted if each and os.path.isdir(each) and os.access(each, os.W_OK | os.X_OK))
+    return Path(next(usable, None) or tempfile.gettempdir(), ".pyserve.pid").absolute()
 
 
 def torchserve_path() -> Path:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from pyserve.held_folder import LEFT_AFTER_S
 from pyserve.server import own_folder
-from pyserve.server.own_folder import LEFT_AFTER_S, PREFIX, OwnFolder
+from pyserve.server.own_folder import PREFIX, OwnFolder
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from pyserve.server.listeners import Listeners
 from pyserve.server.own_folder import PREFIX, OwnFolder
 from pyserve.server.restarts import BACKOFF_MAX_S, NAMED_CAUSE_MAX_S, NamedCauses
 from pyserve.server.supervisor import EXIT_FAILED, Supervisor
+from tests.support.full_disk import in_full_disk
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -484,6 +485,37 @@ def test_pid_file_is_given_to_one_starter_only(tmp_path: Path) -> None:
     assert path.exists()
     pid_file.remove(path, os.getpid())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pid_file_that_was_cleared_away_is_made_again_unless_another_server_has_it(tmp_path: Path) -> None:
+    started = pid_file.start_time(os.getpid())
+    assert started is not None
+    running = pid_file.RunningServer(os.getpid(), started, {"inference": "http://127.0.0.1:8080"})
+    path, plain = tmp_path / "pid", tmp_path / "plain"
+    files = pid_file.PidFiles(path, plain)
+    assert files.write(running) == []
+    path.unlink()
+    plain.unlink()
+    files.look()
+    assert pid_file.read(path) == running and plain.read_text() == f"{os.getpid()}\n"
+    os.unlink(path)
+    os.mkfifo(path)  # nothing of ours, and nothing to wait for
+    files.look()
+    files.remove(os.getpid())
+    assert [each.name for each in tmp_path.iterdir()] == ["pid"]
+    files.look()
+    with pytest.raises(ConfigError, match="it is not a regular file"):
+        pid_file.read(path)
+
+
+def test_pid_file_waits_for_room_on_a_full_disk(tmp_path: Path) -> None:
+    told = in_full_disk("tests.support.pid_file_on_full_disk", tmp_path)
+    [[kind, text]] = told["notes"]
+    assert kind == "warning" and "the disk is full (ENOSPC: No space left on device)" in text
+    assert "`pyserve stop` and `pyserve status` do not find this server (pid " in text
+    assert told["while full"] == ["full"]
+    assert told["after"] == ["pid"]
+    assert told["default"] == [".pyserve.pid"] * 2, "commands look in the same place, full or not"
 
 
 @pytest.mark.parametrize("content", ["", "x", "1\n", "1\n{", '1\n{"a": 2}\n', "\0" * 100])
