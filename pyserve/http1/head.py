@@ -7,6 +7,7 @@ All that it lets through though a server must not is checked here: target, versi
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -40,7 +41,12 @@ _ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)([/?].*)?\Z")
 _BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ASCII = "".join(map(chr, range(0x21, 0x7F)))
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
-_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::[0-9]*)?\Z")
+_HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|[A-Za-z0-9._~!$&'()*+;=%-]+)(?::([0-9]*))?\Z")
+_PORT_MAX = 65_535
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+# White space after a value, which httptools does not let stand behind 'chunked' if it has a tab. Not that of a line
+# with nothing else: without it the head would end there.
+_SPACE_AFTER = re.compile(rb"(?<=[^\s])[ \t]+\r\n")
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 
 # A dash and an underscore look the same once a proxy or a CGI-style environment has rewritten names, so a header
@@ -131,22 +137,26 @@ def check_head_size(data: bytes | bytearray, start: int, end: int, limits: Http1
         check_head_start(data[start : start + limits.line_size_max + 2])
         raise TargetTooLongError(f"Request line is over the limit of {limits.line_size_max} bytes.")
     if end < 0 and len(data) - start >= limits.head_size_max:
-        check_head_start(data[start : start + limits.line_size_max + 2])
+        check_head_start(data[start : start + limits.head_size_max])
         raise HeadTooLargeError(f"Request head is over the limit of {limits.head_size_max} bytes.")
 
 
-def check_head_start(data: bytes | bytearray) -> None:
+def check_head_start(data: bytes | bytearray, known: int = 0) -> None:
     """Refuses an unfinished head that can no longer become a request, such as a TLS handshake.
 
-    It does so as soon as the bytes are there; so whatever else is wrong with a head that came at once, this comes first.
+    It does so as soon as the bytes are there; so whatever else is wrong with a head that came at once, this comes
+    first.
+
+    Args:
+        known: bytes at its beginning that were looked at before.
     """
-    method, space, _ = bytes(data[:33]).partition(b" ")
-    if not _METHOD.match(method) and data != b"\r":  # half an empty line
-        raise InvalidHttpError("the request does not begin with a method")
-    if not space and len(data) > 32:
-        raise InvalidHttpError("the request does not begin with a method")
-    line_end = data.find(b"\n")
-    if line_end > 0 and data[line_end - 1] != 0x0D:
+    if known < 34:
+        method, space, _ = bytes(data[:33]).partition(b" ")
+        if not _METHOD.match(method) and data != b"\r":  # half an empty line
+            raise InvalidHttpError("the request does not begin with a method")
+        if not space and len(data) > 32:
+            raise InvalidHttpError("the request does not begin with a method")
+    if _BARE_LF.search(data, known):
         raise InvalidHttpError("a line ends with LF alone; it must end with CRLF")
 
 
@@ -204,9 +214,12 @@ def _read_head(data: bytes) -> RequestHead:
     if path == "*" and method != "OPTIONS":
         raise InvalidHttpError("only OPTIONS may have the target '*'")
     fields = _Fields()
+    rest = data[data.find(b"\r\n") :]
+    if b"\t" in rest:
+        rest = _SPACE_AFTER.sub(b"\r\n", rest)
     try:
         # It is asked about the header lines only: it knows fewer methods and targets.
-        httptools.HttpRequestParser(fields).feed_data(b"POST / %b%b" % (version, data[data.find(b"\r\n") :]))
+        httptools.HttpRequestParser(fields).feed_data(b"POST / %b%b" % (version, rest))
     except httptools.HttpParserUpgrade:
         pass  # no protocol to upgrade to: the request is served as HTTP/1.1 (RFC 9110, 7.8)
     except httptools.HttpParserError as error:
@@ -288,12 +301,26 @@ def _check_host(hosts: list[bytes]) -> None:
         return  # probes of load balancers send none
     if len(hosts) != 1:
         raise InvalidHttpError("more than one Host header")
-    if not _HOST.match(hosts[0]):
+    if not _is_host(hosts[0]):
         raise InvalidHttpError("Host is not 'name' or 'name:port'")
     if len(hosts[0]) <= _CACHED_SIZE_MAX:
         if len(_hosts) >= _CACHE_COUNT_MAX:
             _hosts.clear()
         _hosts.add(hosts[0])
+
+
+def _is_host(text: bytes) -> bool:
+    match = _HOST.match(text)
+    if not match:
+        return False
+    address, port = match.groups(b"")
+    try:
+        if address:
+            ipaddress.IPv6Address(address.decode())
+    except ValueError:
+        return False
+    port = port.lstrip(b"0")
+    return len(port) <= 5 and int(port or b"0") <= _PORT_MAX
 
 
 def _read_name(name: bytes) -> tuple[str, int]:
@@ -320,7 +347,7 @@ def _read_target(target: bytes, method: str) -> tuple[str, str, str]:
     authority = ""
     absolute = _ABSOLUTE.match(local)
     if absolute:
-        if not _HOST.match(absolute[1]):
+        if not _is_host(absolute[1]):
             raise InvalidHttpError("the target's host is not 'name' or 'name:port'")
         authority = absolute[1].decode()
         local = absolute[2] or b"/"

@@ -239,7 +239,7 @@ class Http1Protocol(asyncio.Protocol):
         end = partial.find(b"\r\n\r\n", max(known - 3, 0))
         check_head_size(partial, 0, end, self._limits)
         if end < 0:
-            check_head_start(partial)
+            check_head_start(partial, known)
             return len(data)
         end += 4
         head = self._connections.heads.read(bytes(memoryview(partial)[:end]))

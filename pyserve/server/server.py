@@ -254,10 +254,12 @@ class Server:
             management = Management(self.registry, config, tells_errors=tells_errors, neighbours=neighbours).routes()
             rows += protected(management, tokens, "management", guard)
             rows += protected(rotation, None, "api", guard)
+        # By DNS rebinding a page of any site could read them, too.
+        metrics = protected(metrics_routes(self._metrics), None, "inference", BrowserGuard(config.metrics_address))
         if names == ["metrics"]:
-            rows += metrics_routes(self._metrics)
+            rows += metrics
         elif "metrics" in names or (len(names) > 1 and config.enable_metrics_api):  # as SageMaker has them, on one port
-            rows += metrics_routes(self._metrics)[2:]
+            rows += metrics[2:]
         return rows
 
     async def report(self) -> dict[str, Any]:

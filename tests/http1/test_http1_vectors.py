@@ -70,9 +70,20 @@ REFUSED = {
     "control in a value": (GET + b"X: a\x01b\r\n\r\n", 400),
     "CR in a value": (GET + b"X: a\rb\r\n\r\n", 400),
     "bare LF in the head": (GET + b"X: a\nY: b\r\n\r\n", 400),
+    "bare LF at the end of the head": (GET + b"X: a\r\n\n", 400),
+    "bare LFs in a head that does not end": (GET + b"X: a\n\n", 400),
+    "bare LF after empty lines": (b"\r\n\r\n" + GET + b"\n", 400),
+    # Host
+    **{
+        f"Host {host!r}": (b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n", 400)
+        for host in (b"a:99999", b"a:65536", b"a:0065536", b"a:-1", b"a:b", b"[::1]:65536", b"[:::]", b"[1]", b"a b")
+    },
+    "URL with a port that is none": (line(b"GET http://h:65536/ HTTP/1.1"), 400),
     "NUL in a name": (GET + b"X\x00: a\r\n\r\n", 400),
     "DEL in a name": (GET + b"X\x7f: a\r\n\r\n", 400),
     "space before the colon": (GET + b"X : a\r\n\r\n", 400),
+    "folded line of white space": (GET + b"X: a\r\n\t\r\n\r\n", 400),
+    "line of white space": (GET + b"\t\r\n\r\n", 400),
     "folded line": (GET + b"X: a\r\n b\r\n\r\n", 400),
     "space before the first header": (b"GET / HTTP/1.1\r\n Host: a\r\n\r\n", 400),
     "empty name": (GET + b": a\r\n\r\n", 400),
@@ -95,6 +106,7 @@ REFUSED = {
             (b"chunked, gzip", 400), (b"chunked, chunked", 400), (b"identity", 400), (b"xchunked", 400),
             (b"chunkedx", 400), (b"", 400), (b"\x0bchunked", 400), (b"\x00chunked", 400), (b'"chunked"', 400),
             (b"chunked;a=b", 400), (b"gzip, chunked", 501), (b",chunked", 400),
+            (b"chunked\t,", 400), (b"chunked\x0b", 400), (b"chunked\x0c ", 400), (b"chun ked", 400),
         )
     },
     "two Transfer-Encodings": (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n" + LAST, 400),
@@ -154,6 +166,15 @@ SERVED = {
     "chunked": (CHUNKED + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n", ("POST", "/x", b"abcde")),
     "chunked with extensions": (CHUNKED + b'3;a;b=c;d="e\\"f"\r\nabc\r\n0;x\r\n\r\n', ("POST", "/x", b"abc")),
     "chunked with trailers": (CHUNKED + b"3\r\nabc\r\n0\r\nX: y\r\nAuthorization: z\r\n\r\n", ("POST", "/x", b"abc")),
+    **{
+        f"Transfer-Encoding in white space {value!r}": (
+            POST + b"Transfer-Encoding:" + value + b"\r\n\r\n3\r\nabc\r\n0\r\n\r\n", ("POST", "/x", b"abc")
+        )
+        for value in (b"chunked", b"chunked ", b" chunked\t", b"\tchunked \t ", b"  chunked \t \t")
+    },
+    "Host with the last port": (b"GET / HTTP/1.1\r\nHost: a:65535\r\n\r\n", ("GET", "/", b"")),
+    "Host with zeros in its port": (b"GET / HTTP/1.1\r\nHost: a:000080\r\n\r\n", ("GET", "/", b"")),
+    "Host with no port": (b"GET / HTTP/1.1\r\nHost: a:\r\n\r\n", ("GET", "/", b"")),
     "Chunked": (POST + b"Transfer-Encoding: Chunked\r\n\r\n0\r\n\r\n", ("POST", "/x", b"")),
     "chunk of CRLFs": (CHUNKED + b"8\r\n\r\n\r\n\r\n\r\n\r\n0\r\n\r\n", ("POST", "/x", b"\r\n\r\n\r\n\r\n")),
     "upgrade": (GET + b"Connection: upgrade\r\nUpgrade: h2c\r\n\r\n", ("GET", "/ping", b"")),

@@ -227,6 +227,29 @@ def test_old_protocols_are_refused(guarded: Server) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.parametrize(
+    ("ciphers", "is_served"),
+    [
+        ("ECDHE+AESGCM", True), ("ECDHE+CHACHA20", True),
+        ("ECDHE+AES:!AESGCM:!AESCCM", False), ("AES128-GCM-SHA256", False),
+    ],
+)  # fmt: skip
+def test_suites_of_tls_1_2_have_forward_secrecy_and_authenticated_encryption(
+    guarded: Server, ciphers: str, is_served: bool
+) -> None:
+    context = ssl._create_unverified_context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(ciphers)
+    with guarded.connect() as connection:
+        if is_served:
+            with context.wrap_socket(connection) as wrapped:
+                assert wrapped.version() == "TLSv1.2"
+        else:
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                context.wrap_socket(connection)
+
+
+@pytest.mark.server
 def test_idle_clients_do_not_keep_a_server_from_stopping(server: Server) -> None:
     started = server.start("--inference-address", "https://127.0.0.1:0")
     assert "curl needs -k" in started.stderr
@@ -314,6 +337,8 @@ def test_a_name_that_was_bound_to_this_machine_later_reads_nothing(site: Server)
         assert answer.status == 403 and b"linear" not in answer.body
     for host in ("localhost:1", "LOCALHOST", "[::1]:80", "127.0.0.1"):
         assert management(site, "GET", "/models", {"Host": host}).status == 200
+    assert site.ask("GET", "/metrics", headers={"Host": "evil.example"}, port="metrics").status == 403
+    assert site.ask("GET", "/metrics", headers={"Host": "localhost"}, port="metrics").status == 200
     # Predictions stand behind proxies, which pass on the names that clients use.
     headers = {"Host": "models.example", "Origin": "https://models.example"}
     assert site.ask("POST", "/predictions/linear", NUMBERS, JSON | headers).status == 200
