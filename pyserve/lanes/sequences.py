@@ -279,7 +279,9 @@ class SequenceLane(Lane):
             if len(self._sequences) >= self._count_max:
                 return None
             taken = [sequence.member for sequence in self._sequences.values()]
-            able = [member for member in self._members if member.ready_count or member.may_take]
+            # One whose worker is being started may turn out to be in trouble.
+            able = [member for member in self._members if member.ready_count]
+            able = able or [member for member in self._members if member.may_take]
             # Of those with equally many the one that has waited longest, as TorchServe's workers stand in line: a
             # sequence that is begun again is seldom where its state still lies, so that handlers see that it is over.
             member = min(able or self._members, key=lambda each: (taken.count(each), each.used_at))

@@ -104,7 +104,7 @@ class PythonWorkers:
     @property
     def failure(self) -> ServeError | None:
         """Why a worker could not be loaded; None if all could."""
-        late = (slot for slot in self._slots if slot.state == FAILED or slot.is_hopeless)
+        late = (slot for slot in self.slots() if slot.state == FAILED or slot.is_hopeless)
         return next((slot.failure for slot in late if slot.failure is not None), None)
 
     # --- what others do -------------------------------------------------------------------------------------------
@@ -164,7 +164,8 @@ class PythonWorkers:
                 late = next(slot for slot in self._slots if slot.is_wanted and not slot.is_settled)
                 because = f"; before that: {late.error}" if late.error else ""
                 return f"a worker was not ready within startup_timeout={timeout_s:g} s{because}"
-        return next((slot.error for slot in self._slots if slot.state == FAILED or slot.is_hopeless), "")
+        late_ones = (slot for slot in self.slots() if slot.state == FAILED or slot.is_hopeless)
+        return next((slot.error for slot in late_ones), "")
 
     def interrupt(self, core_id: int, batch_count: int) -> None:
         """Asks the handler call of a worker to end, once per batch."""
