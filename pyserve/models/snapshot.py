@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from pyserve.config.properties import format_properties, parse_properties
 from pyserve.errors import JsonObject
 from pyserve.models.snapshot_models import SavedModel, SnapshotError, check_complete, saved_models
 from pyserve.os_errors import cause_of
+from pyserve.regular_file import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -197,10 +197,7 @@ def read_snapshot(path: Path, store: str | None) -> list[SavedModel]:
         SnapshotError: it is damaged; the text says how.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise SnapshotError("it is not a regular file")
+        with open(open_regular(path), "rb") as file:
             content = file.read(SNAPSHOT_SIZE_MAX + 1)
         if len(content) > SNAPSHOT_SIZE_MAX:
             raise SnapshotError(f"it is larger than {SNAPSHOT_SIZE_MAX} bytes")

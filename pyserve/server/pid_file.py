@@ -12,7 +12,6 @@ import fcntl
 import json
 import logging
 import os
-import stat
 import tempfile
 import threading
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from pyserve.errors import ConfigError
 from pyserve.os_errors import cause_of
+from pyserve.regular_file import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def read(path: Path) -> RunningServer | None:
         ConfigError: the file cannot be read, or belongs to somebody else and so cannot be trusted.
     """
     try:
-        fd = _opened(path, os.O_NOFOLLOW)
+        fd = open_regular(path, os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -163,7 +163,7 @@ def _link(draft: Path, path: Path) -> None:
 
 def _remove_stale(path: Path) -> None:
     try:
-        fd = _opened(path, os.O_NOFOLLOW)
+        fd = open_regular(path, os.O_NOFOLLOW)
     except FileNotFoundError:
         return
     with open(fd, "rb") as file:
@@ -285,17 +285,8 @@ def _names_a_torchserve(path: Path) -> bool:
     return TORCHSERVE_WORD.encode() in words
 
 
-def _opened(path: Path, flags: int = 0) -> int:
-    """OSError for what is not a regular file: the folder may be everybody's, and a pipe would never be read."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "it is not a regular file")
-    return fd
-
-
 def _content(path: Path) -> bytes:
-    with open(_opened(path), "rb") as file:
+    with open(open_regular(path), "rb") as file:
         return file.read(_SIZE_MAX)
 
 

@@ -232,6 +232,22 @@ def test_instead_of_a_damaged_snapshot_the_one_before_is_restored(
     assert str(newest) in warning and "trying the one before" in warning
 
 
+def test_what_is_no_file_is_passed_over_and_holds_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    SnapshotFolder(tmp_path, Config()).write(CHANGE, models(7))
+    [whole] = snapshot_names(tmp_path)
+    os.mkfifo(tmp_path / "99991231235959001-snapshot.cfg")
+    (tmp_path / "99991231235959002-snapshot.cfg").mkdir()
+    (tmp_path / "99991231235959003-snapshot.cfg").symlink_to("99991231235959003-snapshot.cfg")
+    before = len(os.listdir("/proc/self/fd"))
+    assert restored_batch_size(tmp_path) == 7
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert caplog.text.count("cannot be used: it is not a regular file") == 2
+    assert caplog.text.count("cannot be used: Too many levels of symbolic links") == 1
+    for number in range(SNAPSHOT_COUNT_MAX):
+        assert SnapshotFolder(tmp_path, Config()).write(CHANGE, models(number + 1)) == ""
+    assert whole not in snapshot_names(tmp_path) and restored_batch_size(tmp_path) == SNAPSHOT_COUNT_MAX
+
+
 def test_without_a_whole_snapshot_the_configuration_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "20260101000000000-startup.cfg").write_text("garbage")
     assert models_to_restore(Config(restore=True), tmp_path) is None
