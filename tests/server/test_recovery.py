@@ -175,7 +175,7 @@ def has_gone(pid: int) -> bool:
     [("exit", "exit code 3"), ("boom", "RuntimeError: boom"), ("kill", "SIGKILL")],
     ids=["exit", "raise", "kill"],
 )
-def test_a_fault_in_initialize_is_shown_while_it_lasts_and_heals_by_itself(site: Site, fault: str, word: str) -> None:
+def test_a_fault_in_initialize_is_shown_and_heals_by_itself(site: Site, fault: str, word: str) -> None:
     site.fault("faulty", fault)
     os.kill(site.pid("faulty"), signal.SIGKILL)
     site.wait_for(lambda: word in site.describe("faulty").get("error", ""), "the last error")
