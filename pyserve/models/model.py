@@ -216,6 +216,8 @@ class Model:
             self.settings.workers_min, self.settings.workers_max = workers_min, workers_max
             self.wanted_workers = wanted
             lane.set_workers(wanted)
+            if not wanted:
+                lane.answer_waiting(lane.refusal("no worker"))
             self.starts_first_workers = not before
             try:
                 failure = await self._settled(lane, starts=wanted > before)

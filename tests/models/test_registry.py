@@ -36,9 +36,10 @@ from pyserve.lanes.worker_slot import DOWN, SERVING, Condition
 from pyserve.models import loader
 from pyserve.models.model import Model
 from pyserve.models.registry import Registry
-from pyserve.request.messages import ErrorFormat
+from pyserve.request.exchange import Exchange
+from pyserve.request.messages import ErrorFormat, Request
 from pyserve.telemetry.metrics import Metrics
-from tests.support.networks import Affine, Identity
+from tests.support.networks import Affine, Gate, Gated, Identity
 from tests.support.packing import EAGER, TENSOR_CONFIG, pack
 
 HANG_S = 120
@@ -170,6 +171,48 @@ def test_the_first_version_is_the_default_until_another_is_named(store: Path) ->
                 table.get("m")
 
     run(test())
+
+
+def test_what_waits_is_refused_when_the_last_thread_is_taken_away(store: Path) -> None:
+    gate = Gate(store.parent / "gate")
+    statuses: list[int] = []
+
+    def deliver(exchange: Exchange) -> None:
+        assert exchange.response is not None
+        statuses.append(exchange.response.status)
+
+    def post(model: Model) -> None:
+        request = Request("POST", "/predictions/m", headers=[("Content-Type", "application/json")],
+                          body=bytearray(b"[1, 2, 3, 4]"), id="r", arrived_at=time.monotonic_ns())  # fmt: skip
+        model.predict(Exchange(request, deliver))
+
+    async def until(is_done: Callable[[], bool]) -> None:
+        while not is_done():  # noqa: ASYNC110 - counts what a thread of C++ does
+            await asyncio.sleep(0.001)
+
+    async def test() -> None:
+        pack(store, network=Gated(str(gate.path)))
+        async with made(store) as table:
+            model = await register(table)
+            assert model.lane == "native"
+            gate.shut()
+            runs = gate.runs
+            post(model)
+            await until(lambda: gate.runs > runs)
+            for _ in range(5):
+                post(model)
+            scaling = asyncio.ensure_future(model.scale(0, 0))
+            await until(lambda: len(statuses) == 5)
+            assert statuses == [503] * 5
+            gate.open()
+            await until(lambda: len(statuses) == 6)
+            assert statuses[-1] == 200  # what runs is finished
+            await scaling
+
+    try:
+        run(test())
+    finally:
+        gate.open()
 
 
 def test_a_version_that_failed_does_not_become_the_default(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
