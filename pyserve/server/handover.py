@@ -25,6 +25,7 @@ class ServerStart:
         kept: where the server keeps what a restarted one has to know.
         report: the way back to the supervisor.
         like_torchserve: the console has all that TorchServe's has.
+        log_file: what this process prints to; ``""`` if that is a terminal.
         family: token of all servers of this supervisor, see `pyserve.worker.descendants`.
     """
 
@@ -35,6 +36,7 @@ class ServerStart:
     kept: KeptFiles
     report: Reporter
     like_torchserve: bool
+    log_file: str
     family: str
 
 
@@ -67,6 +69,7 @@ def receive_server_start() -> ServerStart:
         kept=kept,
         report=report,
         like_torchserve=handover["like_torchserve"],
+        log_file=handover["log_file"],
         family=handover["family"],
     )
     _stand_in(start.folder, own_folder.path)

@@ -1,4 +1,4 @@
-"""Looks every few seconds whether somebody has removed files of the supervisor's, and makes them again."""
+"""Looks every few seconds whether somebody has removed files of ours, and makes them again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Housekeeping:
     """A thread of its own: a disk that does not answer must not keep the supervisor from restarting a server.
 
     Args:
-        tasks: called one after the other.
+        tasks: called one after the other; without any there is no thread. What one cannot do it is asked to do again.
     """
 
     def __init__(self, tasks: Sequence[Callable[[], None]], interval_s: float = INTERVAL_S):
@@ -26,7 +26,8 @@ class Housekeeping:
         self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        if self._tasks:
+            self._thread.start()
 
     def stop(self) -> None:
         """Returns when nothing is made any more, or the disk does not answer."""
@@ -39,5 +40,7 @@ class Housekeeping:
             for task in self._tasks:
                 try:
                     task()
+                except OSError:
+                    continue  # a full disk, say; what it costs is said by those who need the file
                 except Exception:
-                    log.exception("looking after the supervisor's files failed")
+                    log.exception("looking after our own files failed")

@@ -38,7 +38,9 @@ from pyserve.models.snapshot_models import SnapshotError, restored_state
 from pyserve.models.state_file import STATE_NAME, read_state
 from pyserve.os_errors import cause_of
 from pyserve.request.descriptors import raise_open_files_max
+from pyserve.server.console_file import ConsoleFile
 from pyserve.server.handover import ServerStart, receive_server_start
+from pyserve.server.housekeeping import Housekeeping
 from pyserve.server.settings_report import settings_lines
 from pyserve.telemetry.server_logs import ServerLogs
 
@@ -61,6 +63,8 @@ def main() -> int:
     log_setup.print_lines_at_once()  # for handlers that run here
     console = log_setup.configure(as_json=start.config.log_format == "json")
     logs = ServerLogs(start.config, console=console.write_lines if start.like_torchserve else None)
+    housekeeping = Housekeeping([ConsoleFile(Path(start.log_file)).look] if start.log_file else [])
+    housekeeping.start()
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     try:
@@ -75,6 +79,7 @@ def main() -> int:
     finally:
         loop.close()
         logs.close()
+        housekeeping.stop()
         start.kept.folder.remove()
 
 

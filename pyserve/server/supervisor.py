@@ -36,6 +36,7 @@ from pyserve.security import tls
 from pyserve.security.exposure import exposure_notes
 from pyserve.security.tokens import Tokens, key_file, notes_of
 from pyserve.server import pid_file
+from pyserve.server.console_file import ConsoleFile
 from pyserve.server.housekeeping import Housekeeping
 from pyserve.server.kept_files import KeptFiles, SharedMemory
 from pyserve.server.listeners import Listeners
@@ -71,6 +72,7 @@ class Supervisor:
         server_command: list[str],
         drains_on_hangup: bool,
         like_torchserve: bool = False,
+        log_file: str = "",
         on_grpc: Callable[[dict[str, str]], None] = lambda addresses: None,
     ):
         # Constant after construction.
@@ -83,6 +85,7 @@ class Supervisor:
         self._server_command = server_command
         self._drains_on_hangup = drains_on_hangup
         self._like_torchserve = like_torchserve
+        self._log_file = log_file
         self._on_grpc = on_grpc
         self._family = new_token()
         self._selector = selectors.DefaultSelector()
@@ -189,6 +192,7 @@ class Supervisor:
             "memory": self._memory.descriptors,
             "parent_pid": os.getpid(),
             "like_torchserve": self._like_torchserve,
+            "log_file": self._log_file,
             "family": self._family,
         }
         self._phase = "starting"
@@ -330,7 +334,8 @@ def supervise(
     memory = SharedMemory()
     kept = KeptFiles(own_folder, memory)
     pid_files = pid_file.PidFiles(pid_path, plain_pid_path)
-    housekeeping = Housekeeping([kept.look, pid_files.look])
+    console = [ConsoleFile(Path(log_file)).look] if log_file else []
+    housekeeping = Housekeeping([*console, kept.look, pid_files.look])
     try:
         notes = own_folder_notes(own_folder) + exposure_notes(config) + tls.prepare(config, own_folder.path)
         for name, content in tls.made_files(config).items():
@@ -352,7 +357,7 @@ def supervise(
         supervisor = Supervisor(
             config, listeners, own_folder, memory, lambda event: on_event(_with_notes(event, notes)),
             server_command=server_command, drains_on_hangup=drains_on_hangup,
-            like_torchserve=plain_pid_path is not None,
+            like_torchserve=plain_pid_path is not None, log_file=log_file,
             on_grpc=lambda grpc: pid_files.update(replace(running, addresses={**addresses, **grpc})),
         )  # fmt: skip
         housekeeping.start()

@@ -66,6 +66,8 @@ def test_what_a_cleaner_takes_comes_back_and_a_crash_loses_nothing(secured: Serv
     told = register(secured)
     assert "warning" not in told and folder.is_dir(), "the change itself makes it again"
     wait_for(lambda: sorted(os.listdir(folder)) == files)
+    shutil.rmtree(secured.folder / "logs")
+    wait_for((secured.folder / "logs/pyserve.log").exists)
     running = secured.running
     secured.pid_path.unlink()
     wait_for(secured.pid_path.exists)
@@ -73,6 +75,7 @@ def test_what_a_cleaner_takes_comes_back_and_a_crash_loses_nothing(secured: Serv
     shutil.rmtree(secured.folder / "state")
     secured.kill_server_process()
     assert versions(secured) == ["1.0", "2.0"]
+    wait_for(lambda: "restarting (1)" in secured.log())  # in the new file
     assert (certificate(secured), secured.key()) == (before, key)
     assert secured.ask("GET", "/token?type=management", None, secured.key("API"), port="management").status == 200
     assert secured.key() != key
