@@ -80,6 +80,7 @@ class WorkerHandle:
         self._second, self._records, self._dropped = -1, 0, 0
         self._ending: str | None = None
         self._is_gone = False
+        self._ending_timer: asyncio.TimerHandle | None = None
         for name, level in (("stdout", logging.INFO), ("stderr", logging.WARNING)):
             fd = descriptors[name]
             self._streams[fd] = OutputReader(self._log, level, self._on_metric, about={**self._about, "stream": name})
@@ -140,7 +141,7 @@ class WorkerHandle:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         if self._ending is None:
-            self._loop.call_later(ENDING_S, self._go_without_ending)
+            self._ending_timer = self._loop.call_later(ENDING_S, self._go_without_ending)
         self._finish()
 
     def _go_without_ending(self) -> None:
@@ -152,6 +153,8 @@ class WorkerHandle:
     def _finish(self) -> None:
         if not self._is_gone or self._ending is None or self.exited.done():
             return
+        if self._ending_timer is not None:
+            self._ending_timer.cancel()  # it would keep us, and with us the lane of a model that is unregistered
         self._read_reports()
         for fd in list(self._streams):
             # What its children still print is nobody's: they were killed with it.
