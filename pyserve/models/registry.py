@@ -30,6 +30,7 @@ from pyserve.errors import (  # fmt: skip
 from pyserve.fetch.sources import ArchiveSources, open_obtained
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import first_settings, first_workers
+from pyserve.models.ending import end
 from pyserve.models.model import Model
 from pyserve.models.placement import choose_device, gpu_count
 from pyserve.models.recovery import Recovery, may_pass
@@ -178,7 +179,7 @@ class Registry:
         if model.version == self._defaults[name] and len(self._models[name]) > 1:
             raise DefaultVersionError(f"Cannot remove default version for model {name}")
         self._remove(model)
-        draining = asyncio.get_running_loop().create_task(model.drain())
+        draining = asyncio.get_running_loop().create_task(end(model))
         try:
             await self.changed()
         finally:
@@ -421,7 +422,7 @@ class Registry:
         for warning in archive.warnings:
             log.warning("%s", warning)
         if existing is not None:
-            removal = asyncio.get_running_loop().create_task(existing.drain())
+            removal = asyncio.get_running_loop().create_task(end(existing))
             self._keep(removal, f"removing the failed {name} {version}")
         self._models.setdefault(name, {})[version] = model
         self._defaults.setdefault(name, version)
@@ -438,7 +439,7 @@ class Registry:
                 raise
             if model in self.all_models():  # it may have been unregistered meanwhile
                 self._remove(model)
-            await model.drain()
+            await end(model)
             raise
 
     def _remove(self, model: Model) -> None:

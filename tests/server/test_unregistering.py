@@ -1,0 +1,50 @@
+"""What a model held is given back when it is unregistered, however often that happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.handler_archives import ECHO, write_handler
+from tests.support.serving import Server
+from tests.support.serving_models import write_pictures
+
+pytest_plugins = ["tests.support.serving_fixtures"]
+pytestmark = pytest.mark.server
+
+ROUNDS = 10
+PICTURES_HELD = 10 << 20
+"""At least, by one model of pictures: its buffers."""
+
+
+def descriptors(process: psutil.Process) -> int:
+    """All but those of connections, which come and go."""
+    links = []
+    for each in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(each))
+    return sum(not link.startswith("socket") for link in links)
+
+
+def register_again(server: Server, model: str) -> None:
+    server.manage("DELETE", f"/models/{model}")
+    server.manage("POST", f"/models?url={model}.mar&initial_workers=1&synchronous=true")
+
+
+def test_descriptors_and_memory_of_unregistered_models_are_given_back(server: Server) -> None:
+    write_handler(server.store, "echo", ECHO)
+    write_pictures(server.store)
+    server.start("--models", "echo.mar", "pictures.mar")
+    for model in ("echo", "pictures"):  # what is made once is there
+        register_again(server, model)
+    before, resident = descriptors(server.process), server.process.memory_info().rss
+    for _ in range(ROUNDS):
+        register_again(server, "echo")
+        register_again(server, "pictures")
+    server.wait_for(lambda: descriptors(server.process) <= before, f"the {before} descriptors of before")
+    server.wait_for(lambda: server.process.memory_info().rss - resident < ROUNDS * PICTURES_HELD / 2,
+                    f"memory near the {resident} bytes of before")  # fmt: skip
