@@ -12,7 +12,7 @@ from tests.chaos import clock_library, models
 from tests.chaos.fault import ALL_DOWN, Fault
 from tests.chaos.faults import ALL
 from tests.chaos.health import Prober, lies, longest_silence
-from tests.chaos.leaks import left_behind, standing_of
+from tests.chaos.leaks import left_behind, settled
 from tests.chaos.ledger import Ledger, Record, Window
 from tests.chaos.plan import Step, make_plan
 from tests.chaos.recovery import Recovery
@@ -77,7 +77,7 @@ class Campaign:
         for name in _WARMING:
             self._change(name)
         self._warm(self._order.warm_up)
-        before = standing_of(self._site)
+        before = settled(self._site)
         self._traffic.resume()
         started = self._traffic.sent
         target = self._site.target

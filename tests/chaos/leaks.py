@@ -11,7 +11,8 @@ import psutil
 from tests.chaos.site import DISKS, Site
 from tests.chaos.standing import ProcessStanding, Standing, differences, files_in, shared_memory
 
-SETTLE_S = 15.0
+SETTLE_S = 35.0
+_LOOK_S = 0.5
 
 
 def standing_of(site: Site) -> Standing:
@@ -43,6 +44,19 @@ def _together(processes: list[psutil.Process]) -> ProcessStanding:
     return total
 
 
+def settled(site: Site) -> Standing:
+    """The standing once nothing of it changes any more."""
+    deadline = time.monotonic() + SETTLE_S
+    last = standing_of(site)
+    while time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+        now = standing_of(site)
+        if not differences(last, now) and not differences(now, last):
+            return now
+        last = now
+    return last
+
+
 def left_behind(site: Site, before: Standing, memory_growth: float) -> list[str]:
     """What the site holds more, or less, than ``before``, once it has come to rest."""
     deadline = time.monotonic() + SETTLE_S
@@ -53,4 +67,4 @@ def left_behind(site: Site, before: Standing, memory_growth: float) -> list[str]
             found = [f"the processes cannot be looked at: {error!r}"]
         if not found or time.monotonic() > deadline:
             return found
-        time.sleep(0.2)
+        time.sleep(_LOOK_S)

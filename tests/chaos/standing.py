@@ -17,6 +17,10 @@ _MEGABYTE = 1 << 20
 _NAMES_ANEW = re.compile(r"(?<=[-_.])[a-z0-9_]{8}(?=$|[/.])|[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{16,}|\d+")
 
 
+# grpcio's pool has as many threads as it likes.
+_ELASTIC = {"event_engine", "grpc_global_tim"}
+
+
 @dataclass
 class ProcessStanding:
     """What one process holds.
@@ -45,7 +49,8 @@ def _threads_of(pid: int) -> Counter[str]:
     threads: Counter[str] = Counter()
     for path in Path(f"/proc/{pid}/task").glob("*/comm"):
         with contextlib.suppress(OSError):
-            threads[re.sub(r"\d+", "*", path.read_text().strip())] += 1
+            name = re.sub(r"\d+", "*", path.read_text().strip())
+            threads[name] += name not in _ELASTIC
     return threads
 
 
