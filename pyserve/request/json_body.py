@@ -64,6 +64,8 @@ def parse_json(
 
 def _parse_large(body: bytes | bytearray, *, lenient: bool, **arrays: Any) -> Any:
     """As `parse_json`. Raises UncutError, ImportError or AttributeError where it cannot."""
+    import torch  # noqa: F401 - see `json_slices.read`
+
     from pyserve import _core
 
     if body.count(b"[") + body.count(b"{") > DEPTH_MAX and _core.json_depth(body) > DEPTH_MAX:

@@ -11,10 +11,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pyserve.json_array import JsonArray
 from pyserve.request import quick_json
+
+if TYPE_CHECKING:
+    from pyserve.json_array import JsonArray
 
 # Texts below this are read in one piece: in a few milliseconds.
 SIZE_MIN = 64 << 10
@@ -49,7 +51,9 @@ def read(text: str, *, twice: Twice | None, takes_arrays: bool = False, array_me
         UncutError: see there.
         ImportError, AttributeError: the engine is not built, or an older one.
     """
-    from pyserve import _core  # only large bodies need it
+    import torch  # noqa: F401 - the engine needs it, and only large bodies need the engine
+
+    from pyserve import _core
 
     places, numbers = _core.json_plan(text, PIECE_SIZE, takes_arrays)
     return _Reader(text, twice, numbers, array_member).read(places)
@@ -215,6 +219,8 @@ class _Reader:
         return frame.value
 
     def _array(self, start: int, end: int) -> JsonArray | list[Any]:
+        from pyserve.json_array import JsonArray
+
         text, numbers = self._text[start:end], next(self._numbers)
 
         def values() -> list[Any]:
