@@ -1,5 +1,6 @@
 // The border to Python: the module, and the native lane's part of it.
 #include "bindings.h"
+#include "bindings_json.h"
 
 #include <cstdint>
 #include <cstring>
@@ -286,6 +287,7 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("running", &Lane::running);
 
     bind_process_lane(m);
+    bind_json(m);
 
     m.def("now_ns", &SteadyClock::now_ns, "The engine's clock: time.monotonic_ns().");
 }

@@ -46,6 +46,8 @@ from pyserve.handlers.loading import (
 from pyserve.handlers.plain import is_plain
 from pyserve.handlers.rows import found, row_value
 from pyserve.handlers.tensor_spec import TensorSpec
+from pyserve.json_array import JsonArray
+from pyserve.tensor_lists import to_lists
 
 # Handlers of others import these from here, as they do from TorchServe's module of this name.
 __all__ = [
@@ -204,6 +206,11 @@ class BaseHandler:
         """
         return TensorSpec.from_config(context.model_yaml_config).example()
 
+    @property
+    def takes_json_arrays(self) -> bool:
+        """Whether `preprocess` may be given large arrays of numbers as `JsonArray` in place of lists."""
+        return type(self) is BaseHandler
+
     def is_quick(self, size: int) -> bool:
         """Whether `preprocess` of a body of ``size`` bytes takes under 50 us and may run on the event loop."""
         return size <= QUICK_SIZE_MAX
@@ -224,6 +231,11 @@ class BaseHandler:
         values = [torch.as_tensor(value) if isinstance(value, np.ndarray) else value for value in values]
         if values and all(isinstance(value, torch.Tensor) for value in values):
             return torch.stack(values).to(self.get_device())
+        if len(values) == 1 and isinstance(values[0], JsonArray):
+            tensor = self._tensor_of_array(values[0])
+            if tensor is not None:
+                return tensor
+        values = [value.values() if isinstance(value, JsonArray) else value for value in values]
         for value in values:
             if not isinstance(value, (list, int, float)) or isinstance(value, bool):
                 raise InputError(f"expected numbers as JSON (Content-Type: application/json), got {found(value)}")
@@ -233,6 +245,13 @@ class BaseHandler:
             return torch.as_tensor(values, device=self.device)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise InputError(f"the input is not a regular array of numbers: {error}") from error
+
+    def _tensor_of_array(self, array: JsonArray) -> torch.Tensor | None:
+        """A tensor [1, *shape] on the handler's device; None if lists are to be asked instead."""
+        if self._spec is not None:
+            return self._spec.from_nested(array).to(self.get_device())
+        tensor = array.tensor(array.natural_dtype)
+        return None if tensor is None else tensor.unsqueeze(0).to(self.get_device())
 
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's output for ``data``, a batch from `preprocess`, without recording gradients."""
@@ -359,7 +378,7 @@ class BaseHandler:
             raise HandlerError(f"the model answered with a {type(output).__name__}; this handler expects one tensor")
         if output.is_complex():
             raise HandlerError(f"the model's output is {output.dtype}, which JSON cannot hold")
-        values: list[Any] = output.tolist()
+        values = to_lists(output)
         # The sum is finite only if every number is; it may overflow on its own, so look closely before acting.
         if output.is_floating_point() and not math.isfinite(_total(output, values)):
             values, not_finite_count = _nulls_for_not_finite(values)

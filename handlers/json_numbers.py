@@ -37,6 +37,7 @@ _ARRAY_DTYPES = {torch.float16: torch.float64, torch.bfloat16: torch.float32, to
 # The kinds that may call a number infinite which Python's floats can hold.
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 _FEW_MAX = 64
+_PIECE_MAX = 64 << 10
 
 
 class UnfitNumberError(ValueError):
@@ -61,7 +62,10 @@ def tensor_of_numbers(flat: list[Any], dtype: torch.dtype) -> torch.Tensor:
     """
     typecode = _KIND_OF[dtype]
     try:
-        numbers = array.array(typecode, flat)
+        numbers = array.array(typecode, flat if len(flat) <= _PIECE_MAX else ())
+        if not numbers:
+            for at in range(0, len(flat), _PIECE_MAX):  # others get the interpreter between two of them
+                numbers.extend(array.array(typecode, flat[at : at + _PIECE_MAX]))
     except (TypeError, OverflowError) as error:
         raise _unfit(flat, typecode) from error
     tensor = torch.frombuffer(numbers, dtype=_ARRAY_DTYPES.get(dtype, dtype))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyserve.handler import InputError
+from pyserve.json_array import JsonArray
 
 
 def row_value(row: Any) -> Any:
@@ -46,6 +47,6 @@ def found(value: Any) -> str:
     if isinstance(value, Mapping):
         names = ", ".join(repr(str(name)[:24]) for name in list(value)[:3])
         return f"a JSON object with {len(value)} members ({names})" if value else "an empty JSON object"
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, JsonArray)):
         return f"a list of {len(value)}"
     return f"a value of type {type(value).__name__}"

@@ -39,6 +39,7 @@ from pyserve.handlers.tensor_spec import (
     output_names,
     raw_bytes,
 )
+from pyserve.json_array import JsonArray
 
 RAW = "application/octet-stream"
 JSON = "application/json"
@@ -77,6 +78,10 @@ class TensorHandler(BaseHandler):
 
     def is_quick(self, size: int) -> bool:
         return size <= QUICK_SIZE_MAX
+
+    @property
+    def takes_json_arrays(self) -> bool:
+        return type(self) is TensorHandler
 
     @property
     def raw_item_size(self) -> int:
@@ -199,7 +204,7 @@ def _item(value: Any, spec: TensorSpec) -> torch.Tensor:
     """One input as it came, checked, not padded."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return spec.read_bytes(value)
-    if isinstance(value, (list, int, float)):
+    if isinstance(value, (list, int, float, JsonArray)):
         return spec.read_nested(value)
     raise InputError(f"{spec.wanted} as raw bytes ({RAW}) or as nested lists ({JSON}), got {found(value)}")
 

@@ -16,6 +16,7 @@ from pyserve.handler import InputError, ModelLoadError
 from pyserve.handlers.json_numbers import KINDS, UnfitNumberError, tensor_of_numbers
 from pyserve.handlers.rows import found
 from pyserve.input_config import InputConfigError, InputSpec, Sizes, range_text, read_inputs, sizes_of_shape
+from pyserve.json_array import JsonArray
 
 HOST_IS_BIG_ENDIAN = sys.byteorder == "big"
 
@@ -172,7 +173,7 @@ class TensorSpec:
         return f"{self._called()}expected {per} of little-endian {self}, got {found(body)}{fix}"
 
     def from_nested(self, value: Any) -> torch.Tensor:
-        """Nested lists of numbers, one list level per dimension -> tensor [1, *shape], padded.
+        """Nested lists of numbers, or a `JsonArray`, one level per dimension -> tensor [1, *shape], padded.
 
         Raises:
             InputError: levels, sizes or values do not fit.
@@ -181,6 +182,11 @@ class TensorSpec:
 
     def read_nested(self, value: Any) -> torch.Tensor:
         """As `from_nested`, but not padded."""
+        if isinstance(value, JsonArray):
+            tensor = self._read_array(value)
+            if tensor is not None:
+                return tensor
+            value = value.values()  # which say what does not fit, and where
         flat: Any = [value]
         sizes = []
         for depth, allowed in enumerate(self.sizes):
@@ -199,6 +205,22 @@ class TensorSpec:
         except UnfitNumberError as error:
             place = _place(error.position, sizes)
             raise InputError(f"{self.wanted}: {self._number_kind()}, got {error.text}{place}") from error
+        if self._has_equal_sizes:
+            self._check_equal_sizes(tensor)
+        self._check_values(tensor)
+        return tensor
+
+    def _read_array(self, array: JsonArray) -> torch.Tensor | None:
+        """None if the lists are needed to say what in it does not fit."""
+        for depth, (size, allowed) in enumerate(zip(array.shape, self.sizes, strict=False)):
+            if not is_allowed(size, allowed):
+                raise InputError(f"{self.wanted}, got a list of {self._refused_size(depth, size, _at(depth))}")
+        if len(array.shape) != len(self.sizes):
+            return None
+        tensor = array.tensor(self.torch_dtype)
+        if tensor is None:
+            return None
+        tensor = tensor.unsqueeze(0)
         if self._has_equal_sizes:
             self._check_equal_sizes(tensor)
         self._check_values(tensor)

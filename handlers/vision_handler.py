@@ -13,8 +13,10 @@ from pyserve.handler import InputError
 from pyserve.handlers.base_handler import BaseHandler
 from pyserve.handlers.explanation import integrated_gradients, require_gradients
 from pyserve.handlers.image import ImageNetTransform, open_picture, picture_from_base64
+from pyserve.handlers.row_check import is_built_in
 from pyserve.handlers.rows import found, row_value
 from pyserve.handlers.tensor_spec import TensorSpec
+from pyserve.json_array import JsonArray
 
 NESTED_PIXELS = TensorSpec("float32", (-1, -1, -1))
 
@@ -43,6 +45,10 @@ class VisionHandler(BaseHandler):
             return TensorSpec.from_config(context.model_yaml_config).example()
         return torch.randn((1, 3, 224, 224), generator=torch.Generator().manual_seed(0))
 
+    @property
+    def takes_json_arrays(self) -> bool:
+        return is_built_in(self)
+
     def is_quick(self, size: int) -> bool:
         """False: decoding takes milliseconds."""
         return False
@@ -70,7 +76,7 @@ class VisionHandler(BaseHandler):
             return self.image_processing(open_picture(value, limit_pixels=self._limit_pixels))
         if isinstance(value, str):
             return self.image_processing(picture_from_base64(value, limit_pixels=self._limit_pixels))
-        if isinstance(value, list):
+        if isinstance(value, (list, JsonArray)):
             return NESTED_PIXELS.from_nested(value)[0]
         raise InputError(f"expected a picture file, its base64 text or nested lists of numbers, got {found(value)}")
 

@@ -178,4 +178,22 @@ class WorkerChannel:
     def cancelled_tickets(self) -> list[int]: ...
     def fileno(self) -> int: ...
 
+class JsonNumbers:
+    """A regular array of numbers: a buffer of int64, or of float64 if one has a fraction or an exponent."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def is_float(self) -> bool: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def json_plan(text: str, piece: int, takes_numbers: bool) -> tuple[list[tuple[int, int, int]], list[JsonNumbers]]:
+    """Where to cut ``text``, as (step, begin, end), see csrc/json_plan.h, and the arrays of the steps ``numbers``.
+
+    Does not hold the interpreter meanwhile.
+    """
+
+def json_depth(body: bytes | bytearray | memoryview) -> int:
+    """How deep arrays and objects are nested; of something that is not JSON, some number."""
+
 def now_ns() -> int: ...

@@ -37,7 +37,9 @@ from pyserve.lanes.row_requests import ROW_COUNT_MAX, RowPending, RowsPending
 from pyserve.lanes.sequences import SequenceLane
 from pyserve.request.datatypes import BYTES, datatype_of
 from pyserve.request.exchange import Exchange
+from pyserve.request.json_pieces import dump_in_slices
 from pyserve.request.messages import Headers, Request, Response
+from pyserve.tensor_lists import to_lists
 
 JSON = "application/json"
 RAW = "application/octet-stream"
@@ -214,7 +216,7 @@ class HandlerRowsPending(AskedRowsPending):
         elif self._pixels is not None:
             (self._tensor,) = tensors_for([tensor], [self._pixels])
         else:
-            self.rows_to_ask = [(bytearray(json.dumps(row.tolist()).encode()), JSON) for row in tensor_of(tensor)]
+            self.rows_to_ask = [(bytearray(_as_json(row)), JSON) for row in tensor_of(tensor)]
         return count
 
     def row(self, index: int) -> RowPending:
@@ -323,6 +325,11 @@ def _check_fits(tensor: InferInput, spec: TensorSpec) -> None:
     if len(sizes) != len(spec.sizes) or not all(map(is_allowed, sizes, spec.sizes)):
         shape = ", ".join(["rows", *map(range_text, spec.sizes)])
         raise InputError(f"{tensor} must have the shape [{shape}]")
+
+
+def _as_json(row: torch.Tensor) -> bytes:
+    value = to_lists(row) if row.dim() else row.item()
+    return dump_in_slices(value, lambda each: json.dumps(each).encode())
 
 
 def element_rows(tensor: InferInput) -> list[tuple[bytearray, str]]:

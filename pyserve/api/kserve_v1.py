@@ -17,8 +17,10 @@ from pyserve.errors import InputError
 from pyserve.lanes.lane import Lane
 from pyserve.models.model import EXPLAIN_HEADER
 from pyserve.request.exchange import Exchange
-from pyserve.request.json_body import parse_json
-from pyserve.request.messages import Request, Response, json_response
+from pyserve.request.json_body import load, parse_json
+from pyserve.request.json_pieces import dump_in_slices
+from pyserve.request.json_slices import SIZE_MIN
+from pyserve.request.messages import Request, Response, dump_json, json_response
 
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
@@ -42,7 +44,7 @@ class InstancesPending(AskedRowsPending):
         self._explains = explains
 
     def read(self) -> int:
-        value = parse_json(self.exchange.request.body)
+        value = parse_json(self.exchange.request.body, in_slices=True)
         if not isinstance(value, dict) or not isinstance(value.get("instances"), list):
             raise InputError('the request needs {"instances": [...]}')
         unread = [name for name in value if name != "instances" and name not in _ABOUT_THE_REQUEST]
@@ -53,7 +55,11 @@ class InstancesPending(AskedRowsPending):
 
     def make_answer(self) -> Response:
         values = [_value_of(bytes(answer.body)) for answer in self.answers]
-        return json_response({"explanations" if self._explains else "predictions": values})
+        told = {"explanations" if self._explains else "predictions": values}
+        if sum(len(answer.body) for answer in self.answers) < SIZE_MIN:
+            return json_response(told)
+        body = dump_in_slices(told, lambda value: dump_json(value)[:-1], indent=2) + b"\n"
+        return Response(200, body, content_type=_JSON)
 
 
 def _row_of(instance: Any, position: int) -> tuple[bytearray, str]:
@@ -67,12 +73,16 @@ def _row_of(instance: Any, position: int) -> tuple[bytearray, str]:
             raise InputError(f"the 'b64' of instance {position} is not base64: {error}") from error
     if isinstance(value, str):
         return bytearray(value.encode("utf-8", "surrogatepass")), _TEXT
-    return bytearray(json.dumps(value).encode()), _JSON
+    return bytearray(dump_in_slices(value, _plain)), _JSON
+
+
+def _plain(value: Any) -> bytes:
+    return json.dumps(value).encode()
 
 
 def _value_of(body: bytes) -> Any:
     try:
-        return json.loads(body)
+        return load(body)
     except ValueError:
         pass
     try:

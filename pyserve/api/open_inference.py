@@ -17,7 +17,9 @@ import torch
 
 from pyserve.errors import InputError
 from pyserve.handlers.json_numbers import UnfitNumberError, tensor_of_numbers
+from pyserve.json_array import JsonArray
 from pyserve.request.datatypes import _DATATYPE_OF, _DATATYPES, BYTES, DATATYPES, dtype_of
+from pyserve.tensor_lists import to_lists
 
 Element = bytes | bytearray | memoryview | str
 
@@ -35,13 +37,13 @@ class InferInput:
     Attributes:
         datatype: one of DATATYPES.
         shape: with the batch dimension, which comes first.
-        data: raw, or values, flat or nested. Values of BYTES are text or bytes.
+        data: raw, or values, flat or nested (many numbers as `JsonArray`). Values of BYTES are text or bytes.
     """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
-    data: memoryview | list[Any]
+    data: memoryview | list[Any] | JsonArray
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -108,8 +110,7 @@ class InferOutput:
                 return [str(each, "utf-8") for each in self.data]
             except UnicodeDecodeError as error:
                 raise InputError(f"output {self.name!r} is not text; {_ASK_BINARY}") from error
-        flat: list[Any] = self.data.reshape(-1).tolist()
-        return flat
+        return to_lists(self.data.reshape(-1))
 
 
 _ASK_BINARY = 'ask for it with the parameter "binary_data": true'
@@ -185,6 +186,10 @@ def tensor_of(tensor: InferInput, *, is_for_engine: bool = False) -> torch.Tenso
         found = torch.frombuffer(memory, dtype=dtype).view(tensor.shape)
         # Where the JSON before it leaves the numbers at an odd address, they are moved: kernels may rely on it.
         return found if is_for_engine or found.data_ptr() % dtype.itemsize == 0 else found.clone()
+    if isinstance(tensor.data, JsonArray) and tensor.data.shape in (tensor.shape, (count,)):
+        array = tensor.data.tensor(dtype)
+        if array is not None:
+            return array.view(tensor.shape)
     flat = flat_values(tensor)
     try:
         return tensor_of_numbers(flat, dtype).view(tensor.shape)
@@ -201,8 +206,8 @@ def flat_values(tensor: InferInput) -> list[Any]:
     Raises:
         InputError: their number, or how they are nested, does not fit the shape.
     """
-    assert isinstance(tensor.data, list)
-    flat: list[Any] = tensor.data
+    assert isinstance(tensor.data, (list, JsonArray))
+    flat: list[Any] = tensor.data.values() if isinstance(tensor.data, JsonArray) else tensor.data
     if flat and isinstance(flat[0], list):
         if len(flat) != tensor.shape[0]:
             raise InputError(f"{tensor} has a list of {len(flat)} where its shape says {tensor.shape[0]}")
@@ -223,7 +228,7 @@ def elements_of(tensor: InferInput) -> list[Element]:
     Raises:
         InputError: the data is broken, or there are more or fewer elements than the shape says.
     """
-    if isinstance(tensor.data, list):
+    if isinstance(tensor.data, (list, JsonArray)):
         elements = flat_values(tensor)
         for position, element in enumerate(elements):
             if not isinstance(element, (str, bytes, bytearray, memoryview)):

@@ -22,8 +22,12 @@ from pyserve.api.open_inference import (
     tensor_of,
 )
 from pyserve.errors import HandlerError, InputError
+from pyserve.json_array import JsonArray
 from pyserve.request.datatypes import BYTES, DATATYPES
+from pyserve.request.json_body import load
+from pyserve.request.json_pieces import dump_in_slices
 from pyserve.request.messages import Response
+from pyserve.tensor_lists import to_lists
 
 
 def request_as_json(request: InferRequest, model_name: str, *, as_base64: bool) -> bytes:
@@ -39,10 +43,10 @@ def request_as_json(request: InferRequest, model_name: str, *, as_base64: bool) 
         if tensor.datatype == BYTES:
             values, is_base64 = _texts(elements_of(tensor), as_base64=as_base64)
             said = {"content_type": "base64"} if is_base64 and not as_base64 else said
-        elif isinstance(tensor.data, list):
+        elif isinstance(tensor.data, (list, JsonArray)):
             values = flat_values(tensor)
         else:
-            values = tensor_of(tensor).reshape(-1).tolist()
+            values = to_lists(tensor_of(tensor).reshape(-1))
         entry = {"name": tensor.name, "shape": list(tensor.shape), "datatype": tensor.datatype, "data": values}
         rest = {name: value for name, value in tensor.parameters.items() if name != "binary_data_size"} | said
         inputs.append({**entry, **({"parameters": rest} if rest else {})})
@@ -52,7 +56,11 @@ def request_as_json(request: InferRequest, model_name: str, *, as_base64: bool) 
         whole["parameters"] = dict(request.parameters)
     if request.outputs:
         whole["outputs"] = [{"name": output.name} for output in request.outputs]
-    return json.dumps(whole).encode()
+    return dump_in_slices(whole, _plain)
+
+
+def _plain(value: Any) -> bytes:
+    return json.dumps(value).encode()
 
 
 def _texts(elements: list[Any], *, as_base64: bool) -> tuple[list[str], bool]:
@@ -68,7 +76,7 @@ def _texts(elements: list[Any], *, as_base64: bool) -> tuple[list[str], bool]:
 def outputs_in_json(body: bytes | bytearray | memoryview) -> list[InferOutput] | None:
     """The outputs that a handler answered in the protocol's JSON; None if the answer is something else."""
     try:
-        told = json.loads(bytes(body))
+        told = load(body)
         entries = told["outputs"]
         return [_output_in_json(entry) for entry in entries]
     except (ValueError, TypeError, KeyError, AttributeError, InputError, RecursionError):
@@ -107,7 +115,7 @@ def outputs_of_answers(answers: list[Response], configured: tuple[str, ...] = ()
     values = []
     for answer in answers:
         try:
-            values.append(json.loads(bytes(answer.body)))
+            values.append(load(answer.body))
         except ValueError:
             break
     if len(values) == len(answers) and isinstance(values[0], (int, float, list)):

@@ -24,7 +24,9 @@ from pyserve.api.open_inference import (
 )
 from pyserve.api.transport import Transport
 from pyserve.errors import HandlerError, InputError
+from pyserve.json_array import JsonArray
 from pyserve.request.json_body import parse_json
+from pyserve.request.json_pieces import dump_in_slices
 from pyserve.request.messages import Request, Response
 
 JSON_SIZE_HEADER = "Inference-Header-Content-Length"
@@ -99,7 +101,8 @@ class RestTransport(Transport):
         if self._raw_input is not None:
             return InferRequest([self._raw_input(memoryview(body))])
         size = json_size(self._request)
-        value = parse_json(body if size == len(body) else body[:size])
+        told = body if size == len(body) else body[:size]
+        value = parse_json(told, in_slices=True, takes_arrays=True, array_member="data")
         if not isinstance(value, dict) or not isinstance(value.get("inputs"), list) or not value["inputs"]:
             raise InputError('the request needs {"inputs": [{"name", "shape", "datatype", "data"}, ...]}')
         _check_members(value, _REQUEST_MEMBERS, "the request")
@@ -151,7 +154,7 @@ class RestTransport(Transport):
             entries.append(entry)
         head: dict[str, Any] = {"id": response.id} if response.id else {}
         head |= {"model_name": response.model_name, "model_version": response.model_version, "outputs": entries}
-        parts[0] = json.dumps(head, separators=(",", ":")).encode()
+        parts[0] = dump_in_slices(head, _compact)
         size = sum(len(part) for part in parts)
         if size > self._size_max:
             raise HandlerError(
@@ -188,7 +191,7 @@ def _read_input(entry: Any, binary: memoryview, at: int) -> tuple[InferInput, in
             raise InputError(f'input {quoted(name)} has both "data" and "binary_data_size"')
         data = binary[at : at + size]
         at += size
-    elif not isinstance(data, list):
+    elif not isinstance(data, (list, JsonArray)):
         raise InputError(f'input {quoted(name)} needs "data", a list of values, or the parameter "binary_data_size"')
     tensor = InferInput(name, datatype, tuple(shape), data, parameters)
     check_input(tensor)
@@ -221,7 +224,7 @@ def _parameters(entry: Mapping[str, Any]) -> dict[str, Any]:
             if name.startswith("shared_memory"):
                 instead = ", shared memory; send the tensor in the body, as binary data"
             raise InputError(f"the parameter {name!r} is of an extension that this server does not have{instead}")
-    return parameters
+    return {name: each.values() if isinstance(each, JsonArray) else each for name, each in parameters.items()}
 
 
 def wants_binary(request: InferRequest, name: str) -> bool:
@@ -230,6 +233,10 @@ def wants_binary(request: InferRequest, name: str) -> bool:
         if output.name == name and "binary_data" in output.parameters:
             return output.parameters["binary_data"] is True
     return request.parameters.get("binary_data_output") is True
+
+
+def _compact(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _json_values(output: InferOutput) -> list[Any]:

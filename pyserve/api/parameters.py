@@ -189,12 +189,19 @@ def parsed(parameter: Parameter, value: str) -> Any:
         ) from None
 
 
+# It is read on the event loop.
+_JSON_SIZE_MAX = 64 << 10
+
+
 def json_pairs(body: bytes | bytearray) -> Pairs:
     """The members of a JSON object as a query would give them; those that are ``null`` are left out.
 
     Raises:
-        BadRequestError: not a JSON object, or a member that is neither text, number nor boolean.
+        BadRequestError: not a JSON object, a member that is neither text, number nor boolean, or very large.
     """
+    if len(body) > _JSON_SIZE_MAX:
+        raise BadRequestError(f"The JSON body has {len(body)} bytes; the parameters of a call have at most "
+                              f"{_JSON_SIZE_MAX}.")  # fmt: skip
     try:
         members = json.loads(body)
     except (ValueError, RecursionError) as error:

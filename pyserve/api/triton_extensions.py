@@ -108,9 +108,14 @@ class TritonExtensions:
         raise NotHereError(SHARED_MEMORY[kind], "send tensors in the body, as binary data")
 
 
+_ASKED_SIZE_MAX = 64 << 10
+
+
 def _asks_for_ready(request: Request) -> bool:
     if not request.body.strip():
         return False
+    if len(request.body) > _ASKED_SIZE_MAX:  # it is read on the loop
+        raise BadRequestError('the body of this call is empty or {"ready": true}')
     asked = parse_json(request.body)
     ready = asked.get("ready", False) if isinstance(asked, dict) else None
     if not isinstance(ready, bool):

@@ -11,13 +11,12 @@ Loop thread only, but for `_prepare`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import re
 import time
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,18 +24,22 @@ import torch
 from pyserve.answer_head import answer_head
 from pyserve.context import Batch
 from pyserve.errors import HandlerError, InputError, JsonObject, OutOfMemoryError, ServeError
+from pyserve.full_collections import put_off_during
 from pyserve.handlers import row_check
 from pyserve.handlers.outputs import named_outputs
 from pyserve.lanes.engine_lane import EngineLane, live, request_ids, ring_capacity
+from pyserve.lanes.large_answers import LargeAnswers, check_results, is_large
 from pyserve.lanes.network import Network
 from pyserve.lanes.pending import OVER, SUBMITTED, Pending
 from pyserve.lanes.raw_rows import RAW_TYPE, RawRows
+from pyserve.lanes.refusals import failed_run_error
 from pyserve.lanes.resources import Services
 from pyserve.lanes.row_requests import Row, runs_of_rows
 from pyserve.lanes.settings import ModelSettings
-from pyserve.lanes.worker_rows import READY, UNLOADING, WorkerRow
+from pyserve.lanes.worker_rows import READY, UNLOADING, WorkerRow, resident_size
 from pyserve.proof.native_proof import BUDGET_S, BatchProof
 from pyserve.request import codec
+from pyserve.request.json_slices import SIZE_MIN
 from pyserve.request.messages import Response
 from pyserve.telemetry.stage_times import StageTimes
 from pyserve.telemetry.worker_log import ERROR, SCALED_DOWN, STARTED
@@ -47,8 +50,6 @@ log = logging.getLogger(__name__)
 
 # The engine's first worker.
 FIRST_CORE_ID = 9000
-# What torch says of an index that a table does not have.
-_INDEX = re.compile(r"\bindex(es)? (\S+ )?(is )?out of (range|bounds)|\bindex out of bounds", re.IGNORECASE)
 _GOING = ("stopping", "stopped")
 _LOGGED_STATES = {"starting": STARTED, "warming": STARTED, "failed": ERROR, "stopped": SCALED_DOWN}
 
@@ -71,6 +72,7 @@ class NativeLane(EngineLane):
         self._has_warned_of_nan = False
         self._raw = RawRows.of(network.handler, network.example)
         self._is_built_in = row_check.is_built_in(network.handler)
+        self._takes_arrays = self._is_built_in and bool(getattr(network.handler, "takes_json_arrays", False))
         self._is_announcing = False
         self._preprocess_times, self._postprocess_times = StageTimes(), StageTimes()
         self._warn_of_batches()
@@ -114,7 +116,7 @@ class NativeLane(EngineLane):
 
     def worker_rows(self) -> list[WorkerRow]:
         """The workers, as the management API shows them; they are threads of this one process."""
-        memory = _resident_size()
+        memory = resident_size()
         rows = []
         for row in self.core.workers():
             if row["state"] in _GOING:
@@ -244,7 +246,10 @@ class NativeLane(EngineLane):
         if self.network.handler.is_quick(len(pending.exchange.request.body)):
             self._prepared(pending, self._prepare(pending))
             return
-        self.in_pool(lambda: self._prepare(pending), lambda prepared: self._prepared(pending, prepared), waits=True)
+        prepare = partial(self._prepare, pending)
+        if len(pending.exchange.request.body) >= SIZE_MIN:
+            prepare = partial(put_off_during, prepare)
+        self.in_pool(prepare, partial(self._prepared, pending), waits=True)
 
     def _prepare(self, pending: Pending) -> torch.Tensor | ServeError:
         """Body to input tensor. Any thread."""
@@ -281,7 +286,10 @@ class NativeLane(EngineLane):
         if pending.flags & codec.FIELDS:
             row = codec.split_fields(request.body, request.query)
         else:
-            row = codec.decode_request(request, decode=decodes, types=types, lenient=lenient, is_built_in=is_built_in)
+            row = codec.decode_request(
+                request, decode=decodes, types=types, lenient=lenient, is_built_in=is_built_in, in_slices=True,
+                takes_arrays=self._takes_arrays,
+            )  # fmt: skip
             if pending.query_is_input:
                 codec.add_query(row, request.query, types=types, lenient=lenient)
         if is_built_in:
@@ -343,6 +351,9 @@ class NativeLane(EngineLane):
             owners = self._give_tensors(owners, completion)
             if not any(owners):
                 return
+        if self._is_built_in and is_large(completion.output):
+            self._answer_in_pool(owners, completion)
+            return
         requests = [owner.exchange.request if owner is not None else None for owner in owners]
         batch = Batch(
             [request.id if request is not None else "" for request in requests],
@@ -364,7 +375,7 @@ class NativeLane(EngineLane):
         try:
             handler.context = context
             results = handler.postprocess(self.network.output(completion.output))
-            _check_results(results, len(owners))
+            check_results(results, len(owners))
         except Exception as error:
             self._complete_failed_postprocess(owners, error)
             return
@@ -382,6 +393,23 @@ class NativeLane(EngineLane):
             except Exception as error:
                 # The others' answers are not touched by this one's.
                 self._complete_failed_postprocess([owner], error)
+
+    def _answer_in_pool(self, owners: list[Pending | None], completion: Any) -> None:
+        """Answers a batch of many numbers: the loop waits neither for lists nor for JSON of them."""
+        network, respond = self.network, partial(self._response, is_large=True)
+        answers = LargeAnswers(network.handler, network.context, owners, respond)
+
+        def made(responses: list[Response | Exception]) -> None:
+            self._postprocess_times.observe(answers.duration_s)
+            for owner, response in zip(owners, responses, strict=True):
+                if owner is None:
+                    continue
+                if isinstance(response, Response):
+                    self.answer(owner, response)
+                else:
+                    self._complete_failed_postprocess([owner], response)
+
+        self.in_pool(partial(answers.make, network.output(completion.output)), made, waits=False)
 
     def _answer_rows(self, raw: RawRows, owners: list[Pending | None], completion: Any) -> bool:
         """Answers a batch of raw requests; returns whether it was one."""
@@ -418,8 +446,8 @@ class NativeLane(EngineLane):
             rows[0].whole.tensors_came(rows, completion.started_at, own, names)
         return others
 
-    def _response(self, result: Any, context: Any, index: int) -> Response:
-        body = codec.encode_result(result, None if self.is_strict else self._warn_of_nan)
+    def _response(self, result: Any, context: Any, index: int, *, is_large: bool = False) -> Response:
+        body = codec.encode_result(result, None if self.is_strict else self._warn_of_nan, in_slices=is_large)
         size_max = self.services.config.max_response_size
         if len(body) > size_max:
             raise HandlerError(
@@ -438,19 +466,7 @@ class NativeLane(EngineLane):
             log.warning("%s: %s", self.label, codec.NAN_WARNING)
 
     def _complete_failed(self, owners: list[Pending | None], completion: Any) -> None:
-        cause = cause_of(completion.message) or "no text"
-        error: ServeError
-        if completion.code == "out_of_memory":
-            error = OutOfMemoryError("Out of resources", detail={"exception": "OutOfMemoryError", "text": cause})
-        elif _INDEX.search(cause) and not self.is_strict:
-            # The model answers other inputs, and this one was alone when it failed.
-            error = InputError(
-                f"a number in the input stands for nothing that the model has: {cause}; send those that it has "
-                "('vocabulary' or 'values' under 'input' in model-config.yaml says which there are)"
-            )
-        else:
-            detail = {"exception": "RuntimeError", "text": cause, "where": "the model's forward"}
-            error = HandlerError("Prediction failed", detail=detail)
+        error = failed_run_error(completion.code, completion.message, is_strict=self.is_strict)
         waiting = live(owners)
         if waiting:
             ids = request_ids(waiting)
@@ -482,19 +498,3 @@ class NativeLane(EngineLane):
             told = HandlerError(failure.message, detail=failure.detail())
             told.status, told.type = failure.status, failure.type
         return told
-
-
-def _check_results(results: Any, count: int) -> None:
-    if not isinstance(results, list):
-        text = f"postprocess returned a {type(results).__name__}, not a list of {count}"
-        raise HandlerError("Invalid model predict output", detail={"text": text})
-    if len(results) != count:
-        text = f"postprocess returned a list of {len(results)} for a batch of {count}"
-        raise HandlerError("number of batch response mismatched", detail={"text": text})
-
-
-def _resident_size() -> int:
-    """Bytes of this process's memory that are in RAM."""
-    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 
-from pyserve.errors import HandlerError, JsonObject, OverloadedError, ServeError
+from pyserve.errors import HandlerError, InputError, JsonObject, OutOfMemoryError, OverloadedError, ServeError
+from pyserve.torch_error import cause_of
+
+# What torch says of an index that a table does not have.
+_INDEX = re.compile(r"\bindex(es)? (\S+ )?(is )?out of (range|bounds)|\bindex out of bounds", re.IGNORECASE)
 
 
 def no_worker_subjects(name: str, url_version: str) -> tuple[str, str]:
@@ -49,6 +54,21 @@ def worker_died_error(detail: JsonObject | None = None) -> HandlerError:
     error = HandlerError("Worker died.", detail=detail)
     error.status = 500
     return error
+
+
+def failed_run_error(code: str, message: str, *, is_strict: bool) -> ServeError:
+    """For a request that the network itself failed on, alone: what the engine says of it."""
+    cause = cause_of(message) or "no text"
+    if code == "out_of_memory":
+        return OutOfMemoryError("Out of resources", detail={"exception": "OutOfMemoryError", "text": cause})
+    if _INDEX.search(cause) and not is_strict:
+        # The model answers other inputs, and this one was alone when it failed.
+        return InputError(
+            f"a number in the input stands for nothing that the model has: {cause}; send those that it has "
+            "('vocabulary' or 'values' under 'input' in model-config.yaml says which there are)"
+        )
+    detail = {"exception": "RuntimeError", "text": cause, "where": "the model's forward"}
+    return HandlerError("Prediction failed", detail=detail)
 
 
 def retry_after() -> str:

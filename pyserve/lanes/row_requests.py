@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 
 from pyserve.errors import BadRequestError, OutOfMemoryError, ServeError, ServerError, is_memory_error
+from pyserve.full_collections import put_off_during
 from pyserve.lanes.engine_lane import EngineLane
 from pyserve.lanes.lane import Lane
 from pyserve.lanes.pending import OVER, SUBMITTED, Pending
@@ -149,7 +150,7 @@ class RowsPending(Pending):
         if self.is_quick:
             self._begin_rows(_outcome(self.read))
         else:
-            self.lane.in_pool(lambda: _outcome(self.read), self._begin_rows, waits=True)
+            self.lane.in_pool(lambda: put_off_during(lambda: _outcome(self.read)), self._begin_rows, waits=True)
 
     def _begin_rows(self, count: int | ServeError) -> None:
         if self.stage == OVER:
@@ -232,7 +233,7 @@ class RowsPending(Pending):
         elif self.is_answer_quick:
             self._answered(_outcome(self.make_answer))
         else:
-            self.lane.in_pool(lambda: _outcome(self.make_answer), self._answered, waits=False)
+            self.lane.in_pool(lambda: put_off_during(lambda: _outcome(self.make_answer)), self._answered, waits=False)
 
     def _answered(self, answer: Response | ServeError) -> None:
         if isinstance(answer, ServeError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -25,6 +27,13 @@ class WorkerRow:
     pid: int
     gpu: bool
     gpu_id: int | None = None
+
+
+def resident_size() -> int:
+    """Bytes of this process's memory that are in RAM."""
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def with_coming(rows: list[WorkerRow], count: int, *, first_id: int, since: datetime, gpu: bool) -> list[WorkerRow]:

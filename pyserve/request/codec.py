@@ -19,6 +19,7 @@ from pyserve.errors import BadRequestError, HandlerError, TooLargeError, is_memo
 from pyserve.request import json_encoding
 from pyserve.request.forms import PARTS_MAX, Field, boundary_of, read_multipart, read_query, read_urlencoded
 from pyserve.request.json_body import NAME_SHOWN_MAX, NotJsonError, parse_json
+from pyserve.request.json_pieces import dump_in_slices
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ def decode_request(
     types: dict[str, str] | None = None,
     lenient: bool = False,
     is_built_in: bool = False,
+    in_slices: bool = False,
+    takes_arrays: bool = False,
 ) -> dict[str, Any]:
     """The row a handler receives for one request.
 
@@ -61,6 +64,7 @@ def decode_request(
         lenient: as TorchServe 0.12 was measured: of fields, and of a JSON object's members, of one name the last one
             counts, else they are refused; media types count as they are spelled.
         is_built_in: for a handler of pyserve's own: a part without a file name is decoded too.
+        in_slices, takes_arrays: see `parse_json`.
 
     Raises:
         BadRequestError: a broken form, JSON nested too deeply or with an absurd number, or input that would be lost.
@@ -75,14 +79,20 @@ def decode_request(
         if types is not None:
             content_type = request.header("content-type")
             types["body"] = content_type if is_built_in else content_type.partition(";")[0]
-        return {"body": decode_value(request.body, media_type, lenient=lenient) if decode else request.body}
+        if not decode:
+            return {"body": request.body}
+        return {"body": decode_value(request.body, media_type, lenient=lenient, in_slices=in_slices,
+                                     takes_arrays=takes_arrays)}  # fmt: skip
     row: dict[str, Any] = {}
     for field in fields:
         if field.name in row and not lenient:
             raise _repeated(field.name)
         content_type = field.content_type or "" if is_built_in else _part_type(field)
         part_type = content_type if lenient else _media_type(content_type).lower()
-        row[field.name] = decode_value(field.value, part_type, lenient=lenient) if decode else field.value
+        row[field.name] = field.value
+        if decode:
+            row[field.name] = decode_value(field.value, part_type, lenient=lenient, in_slices=in_slices,
+                                           takes_arrays=takes_arrays)  # fmt: skip
         if types is not None:
             types[field.name] = content_type
     return row
@@ -164,15 +174,20 @@ def join_fields(fields: Mapping[str, bytes]) -> tuple[bytearray, str]:
     return bytearray().join(fields.values()), sizes
 
 
-def decode_value(body: bytearray, content_type: str, *, lenient: bool = False) -> Any:
+def decode_value(
+    body: bytearray, content_type: str, *, lenient: bool = False, in_slices: bool = False, takes_arrays: bool = False
+) -> Any:
     """``body`` as its content type says; the bytes themselves when they turn out not to be that.
+
+    Args:
+        lenient, in_slices, takes_arrays: see `parse_json`.
 
     Raises:
         InputError: JSON that is nested too deeply, has an absurd number, or, unless ``lenient``, a member twice.
     """
     if content_type == "application/json":
         try:
-            return parse_json(body, lenient=lenient)
+            return parse_json(body, lenient=lenient, in_slices=in_slices, takes_arrays=takes_arrays)
         except NotJsonError as error:
             log.warning("a body sent as application/json: %s; the handler receives its bytes", error)
             return body
@@ -184,11 +199,14 @@ def decode_value(body: bytearray, content_type: str, *, lenient: bool = False) -
     return body
 
 
-def encode_result(value: Any, on_nan: Callable[[], None] | None = None) -> bytes | bytearray | memoryview:
+def encode_result(
+    value: Any, on_nan: Callable[[], None] | None = None, *, in_slices: bool = False
+) -> bytes | bytearray | memoryview:
     """What a handler returned for one request, as the bytes of the answer (contract: section 1.6).
 
     Args:
         on_nan: see `json_encoding.dump`.
+        in_slices: JSON is written in pieces, so that the process's other threads get a turn meanwhile.
 
     Raises:
         HandlerError: the value is neither bytes, text, a tensor nor JSON; the text says where in it and how to fix it.
@@ -206,7 +224,11 @@ def encode_result(value: Any, on_nan: Callable[[], None] | None = None) -> bytes
         torch.save(value, file)
         return file.getvalue()
     try:
-        return value.encode() if isinstance(value, str) else json_encoding.dump(value, on_nan)
+        if isinstance(value, str):
+            return value.encode()
+        if in_slices:
+            return dump_in_slices(value, lambda piece: json_encoding.dump(piece, on_nan), indent=2)
+        return json_encoding.dump(value, on_nan)
     except Exception as error:  # of any kind: a `tolist` or a property of the handler's classes may run
         if is_memory_error(error):
             raise

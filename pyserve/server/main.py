@@ -56,6 +56,7 @@ GC_THRESHOLD = 20_000
 
 
 def main() -> int:
+    sys.setswitchinterval(0.001)
     gc.disable()  # imports and loading make a million objects, nearly all of which stay
     atexit.register(gc.freeze)  # even at the end: to look through them takes 0.4 s, and the memory goes back anyway
     start = receive_server_start()

@@ -51,6 +51,7 @@ from pyserve.security.tokens import Tokens
 from pyserve.server.handover import ServerStart
 from pyserve.server.last_clients import accept_last, file_identities
 from pyserve.server.start_table import start_table
+from pyserve.telemetry.loop_watch import LoopWatch
 from pyserve.telemetry.metrics import Metrics, MetricsOptions
 from pyserve.telemetry.metrics_config import MetricsConfig, MetricsConfigError, read_metrics_config
 from pyserve.telemetry.server_logs import ServerLogs, metrics_mode
@@ -132,6 +133,8 @@ class Server:
         self._connections: list[Connections] = []
         self._tls: ssl.SSLContext | None = None
         self._renewing: asyncio.Future[None] | None = None
+        self._watch = LoopWatch()
+        self._metrics.more.append(self._watch.families)
         log.info("%d CPUs for %d preprocessing threads and the workers of all models", budget,
                  config.preprocess_threads or budget)  # fmt: skip
 
@@ -183,6 +186,7 @@ class Server:
                 gpus=gpu_count(config.number_of_gpu),
             )  # fmt: skip
             self._measuring = asyncio.ensure_future(system.run())
+        self._watch.start()
         self._inference.is_ready = True
         await self.grpc.open(self._services, self.registry, self._inference, self._bodies, self._logs.access)
 
@@ -292,6 +296,7 @@ class Server:
             connections.abort()
 
     def close(self) -> None:
+        self._watch.stop()
         if self._renewing is not None:
             self._renewing.cancel()
         if self._measuring is not None:

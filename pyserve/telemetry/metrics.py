@@ -188,6 +188,7 @@ class Metrics(Collector):
         self.host = HostMetrics(self._hostname, options.config, log, is_strict=options.is_strict)
         self.models = models
         self.refused: list[Counter[int]] = []
+        self.more: list[Callable[[], Iterable[Metric]]] = []  # families of what counts for itself
         self._classes = [0, 0, 0]
         self._answer_lines = AnswerLines(self.host) if self.host.log is not None else None
         # per model
@@ -320,6 +321,8 @@ class Metrics(Collector):
         yield from _audit_families(models)
         yield from self._batch_families()
         yield from self._load_families(models)
+        for families in self.more:
+            yield from families()
         yield from self.host.collect()
         build = Metric("pyserve_build_info", "Versions of the server and of torch; always 1.", "gauge")
         build.add_sample("pyserve_build_info", {"version": __version__, "torch": self._torch_version}, 1)
