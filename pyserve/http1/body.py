@@ -32,12 +32,15 @@ _resize.restype = ctypes.c_int
 
 # Of an announced body, memory is asked for when bytes of it come: so much at first, then for so many times what came.
 # A kernel that gives out huge pages gives 2 MB where one byte is written, so less is asked for than was announced.
-FIRST_SIZE = 64 * 1024
+FIRST_SIZE_MIN = 64 * 1024
 GROWTH = 16
 
 
 class SizedBody:
     """A body announced by Content-Length.
+
+    Args:
+        first_size: bytes of memory to ask for when the first byte comes, if so many were announced.
 
     Attributes:
         content: the place for what has come, ``size`` bytes, and for some more; empty once ``discard`` was called.
@@ -46,9 +49,10 @@ class SizedBody:
         announced: the Content-Length.
     """
 
-    __slots__ = ("_keep", "announced", "complete", "content", "size")
+    __slots__ = ("_first_size", "_keep", "announced", "complete", "content", "size")
 
-    def __init__(self, announced: int):
+    def __init__(self, announced: int, first_size: int = FIRST_SIZE_MIN):
+        self._first_size = first_size
         self.announced = announced
         self.content = bytearray()
         self.size = 0
@@ -93,7 +97,7 @@ class SizedBody:
         self.content = bytearray()
 
     def _extend(self, size: int) -> None:
-        size = min(self.announced, max(FIRST_SIZE, GROWTH * size))
+        size = min(self.announced, max(self._first_size, GROWTH * size))
         if self.content:
             _resize(self.content, size)
         else:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pyserve.errors import OverloadedError, ServeError
-from pyserve.http1.body import ChunkedBody, SizedBody
+from pyserve.http1.body import FIRST_SIZE_MIN, ChunkedBody, SizedBody
 from pyserve.http1.errors import BodyTooLargeError, ExpectationError
 from pyserve.http1.head import RequestHead, asked_path
 from pyserve.http1.limits import Http1Limits
 from pyserve.request.body_budget import Account, body_budget_error
 from pyserve.request.ids import new_id
 from pyserve.request.messages import Request
+
+# While no more bodies than this are on their way, they get more memory at first: to let them grow costs time.
+FEW_COUNT = 64
+FIRST_SIZE_OF_FEW = 1024 * 1024
 
 
 class Incoming:
@@ -51,7 +55,12 @@ class Incoming:
         if head.expect not in ("", "100-continue"):
             raise ExpectationError("Expect other than '100-continue' cannot be met.")
         self.head = head
-        self.body: SizedBody | ChunkedBody = ChunkedBody(limits) if head.chunked else SizedBody(head.length)
+        self.body: SizedBody | ChunkedBody
+        if head.chunked:
+            self.body = ChunkedBody(limits)
+        else:
+            are_few = account.budget.coming_count < FEW_COUNT
+            self.body = SizedBody(head.length, FIRST_SIZE_OF_FEW if are_few else FIRST_SIZE_MIN)
         self.refusal: ServeError | None = None
         self.wire_size = head_size
         self.reserved = 0
@@ -69,7 +78,7 @@ class Incoming:
                 raise error
             self._refuse(error)
             return
-        account.coming.add(self)
+        account.begin(self)
 
     def feed(self, data: bytes, start: int) -> int:
         """Takes what belongs to the body from ``data[start:]``; returns where the rest begins.
@@ -149,10 +158,10 @@ class Incoming:
                 return
             self.reserved = body.size
         if body.complete:
-            self._account.coming.discard(self)
+            self._account.end(self)
 
     def _give_back(self) -> None:
-        self._account.coming.discard(self)
+        self._account.end(self)
         if self.reserved:
             self._account.release(self.reserved)
             self.reserved = 0

@@ -55,14 +55,18 @@ class BodyBudget:
         size_max: bytes that may be.
         quick_max: up to here ``size`` may grow without looking at shares: ``size_max``, or 0 while somebody waits.
         holder_count: accounts that hold bytes.
+        coming_count: bodies of which more is to come.
     """
 
-    __slots__ = ("_accounts", "_clock", "_unnamed", "_waiting", "holder_count", "quick_max", "size", "size_max")
+    __slots__ = (
+        "_accounts", "_clock", "_unnamed", "_waiting", "coming_count", "holder_count", "quick_max", "size", "size_max",
+    )  # fmt: skip
 
     def __init__(self, size_max: int, clock: Callable[[], float] = time.monotonic):
         self.size_max = self.quick_max = size_max
         self.size = 0
         self.holder_count = 0
+        self.coming_count = 0
         self._clock = clock
         self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
         self._waiting: dict[Account, float] = {}  # until when
@@ -158,7 +162,7 @@ class Account:
 
     Attributes:
         size: bytes.
-        coming: bodies of which more is to come.
+        coming: bodies of which more is to come; see `begin`.
         budget: that it is a part of.
     """
 
@@ -169,6 +173,17 @@ class Account:
         self._kept: dict[Hashable, int] = {}
         self.size = 0
         self.coming: set[Coming] = set()
+
+    def begin(self, body: Coming) -> None:
+        """More of ``body`` is to come."""
+        self.coming.add(body)
+        self.budget.coming_count += 1
+
+    def end(self, body: Coming) -> None:
+        """No more of ``body`` is to come, if that was not said before."""
+        if body in self.coming:
+            self.coming.discard(body)
+            self.budget.coming_count -= 1
 
     def will_have_room(self, size: int) -> bool:
         """Whether a body of ``size`` bytes has a chance. Nothing is taken."""

@@ -36,8 +36,8 @@ _PEM_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
 _JKS_MAGIC = (b"\xfe\xed\xfe\xed", b"\xce\xce\xce\xce")
 # X509_V_ERR_...
 _NOT_YET_VALID, _EXPIRED = 9, 10
-# Of TLS 1.2: forward secrecy and authenticated encryption, as all of TLS 1.3 have. Python's own choice has those with CBC
-# too, which are open to padding oracles wherever an implementation is careless.
+# Of TLS 1.2: forward secrecy and authenticated encryption, as all of TLS 1.3 have. Python's own choice has those with
+# CBC too, which are open to padding oracles wherever an implementation is careless.
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:!aNULL:!aDSS:!PSK:!SRP"
 # What OpenSSL's security level keeps out, by its reason.
 _WEAKNESSES = {

@@ -13,9 +13,10 @@ import pytest
 
 from pyserve.errors import ModelNotFoundError
 from pyserve.http1 import body
-from pyserve.http1.body import FIRST_SIZE
+from pyserve.http1.body import FIRST_SIZE_MIN
 from pyserve.http1.connections import Connections
 from pyserve.http1.direct import DIRECT_SIZE_MIN
+from pyserve.http1.incoming import FEW_COUNT, FIRST_SIZE_OF_FEW
 from pyserve.http1.limits import Http1Limits
 from pyserve.request.body_budget import BodyBudget
 from pyserve.request.exchange import Exchange
@@ -885,7 +886,7 @@ def test_bodies_that_are_announced_and_not_sent_cost_nothing() -> None:
     assert budget.size == 0 and not any(wire.protocol._incoming.body.content for wire in idle)
     assert Wire(connections=connections).send(post(bytes(1 << 20))).statuses == [200]
     idle[0].send(b"x")
-    assert budget.size == 1 and len(idle[0].protocol._incoming.body.content) == FIRST_SIZE
+    assert budget.size == 1 and len(idle[0].protocol._incoming.body.content) <= FIRST_SIZE_OF_FEW
     idle[0].send(bytes((1 << 20) - 1))
     assert budget.size == 1 << 20 and bytes(idle[0].exchanges[0].request.body[:2]) == b"x\0"
     assert len(idle[0].exchanges[0].request.body) == 1 << 20
@@ -918,6 +919,21 @@ def test_a_body_that_gives_way_to_another_address_is_refused_and_its_connection_
     assert len(fat.exchanges) == 1
 
 
+def test_many_bodies_on_their_way_get_little_memory_each() -> None:
+    connections = Connections(Http1Limits())
+    wires = [Wire(None, connections=connections).send(post(bytes(3 << 20))[: -3 << 20]) for _ in range(FEW_COUNT + 1)]
+    assert connections.budget.coming_count == FEW_COUNT + 1
+    for wire in wires:
+        wire.send(b"x")
+    sizes = [len(wire.protocol._incoming.body.content) for wire in wires]
+    assert sizes == [FIRST_SIZE_OF_FEW] * FEW_COUNT + [FIRST_SIZE_MIN]
+    wires[-1].send(bytes(FIRST_SIZE_MIN), bytes(3 * (1 << 20) - FIRST_SIZE_MIN - 1))
+    assert len(wires[-1].exchanges[0].request.body) == 3 << 20
+    for wire in wires:
+        wire.transport.lose()
+    assert (connections.budget.coming_count, connections.budget.size) == (0, 0)
+
+
 def test_a_body_for_which_there_is_no_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> None:
         raise MemoryError
@@ -925,7 +941,7 @@ def test_a_body_for_which_there_is_no_memory_is_refused(monkeypatch: pytest.Monk
     for name in ("_uncleared", "_resize"):
         with monkeypatch.context() as patch:
             wire = Wire()
-            sent = post(bytes(3 * FIRST_SIZE)) + GET
+            sent = post(bytes(3 * FIRST_SIZE_OF_FEW)) + GET
             patch.setattr(body, name, fail)
             wire.send(sent[:100], sent[100:])
             assert wire.statuses == [503, 200] and wire.answers[0].json["detail"]["reason"] == "memory"

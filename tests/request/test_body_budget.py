@@ -31,7 +31,7 @@ class Body:
     given_up: OverloadedError | None = None
 
     def __post_init__(self) -> None:
-        self.account.coming.add(self)
+        self.account.begin(self)
 
     def take(self, size: int) -> bool:
         if not self.account.take(size):
@@ -45,7 +45,7 @@ class Body:
     def give_up(self, error: OverloadedError) -> None:
         self.given_up = error
         self.account.release(self.reserved)
-        self.account.coming.discard(self)
+        self.account.end(self)
         self.reserved = 0
 
 
@@ -62,7 +62,9 @@ def test_one_address_alone_may_have_all_of_it_and_what_is_announced_takes_nothin
     assert not Body(lone).take(1) and body.given_up is None
     assert budget.quick_max == MAX  # nobody waits whom it would help
     lone.release(MAX)
-    assert (budget.size, budget.holder_count, lone.size) == (0, 0, 0)
+    body.account.end(body)
+    body.account.end(body)
+    assert (budget.size, budget.holder_count, budget.coming_count, lone.size) == (0, 0, 1, 0)
 
 
 def test_connections_of_one_address_have_one_account_that_lasts_as_long_as_they() -> None:
