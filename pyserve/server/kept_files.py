@@ -131,11 +131,11 @@ class KeptFiles:
             return problem
 
     def look(self) -> None:
-        """Makes the folder again if it is gone, and the copies that are. Blocks."""
+        """Makes the folder again if it is gone, and copies that are gone or for which there was no room. Blocks."""
         with self._changing:
             self.folder.look()
             for name, content in self._contents().items():
-                if self.folder.path is not None and not (self.folder.path / name).exists():
+                if self.folder.path is not None and _size(self.folder.path / name) != len(content):
                     with contextlib.suppress(OSError):
                         _replace(self.folder.path / name, content)
 
@@ -173,6 +173,13 @@ class KeptFiles:
 
 def _packed(contents: dict[str, bytes]) -> bytes:
     return json.dumps({name: base64.b64encode(content).decode() for name, content in contents.items()}).encode()
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return -1
 
 
 def _replace(path: Path, content: bytes) -> None:

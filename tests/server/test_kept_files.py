@@ -104,19 +104,20 @@ def test_memory_that_cannot_be_written_leaves_the_copy(
 
 
 def test_on_a_full_disk_it_is_kept_in_memory_and_heals(tmp_path: Path) -> None:
-    told = in_full_disk("tests.server.test_kept_files", tmp_path)
+    told = in_full_disk("tests.server.test_kept_files", tmp_path, "256k")
     assert (
         told["full"]
         == "the folder for it (state_dir) cannot be written: the disk is full (ENOSPC: No space left on device)"
     )
     assert told["kept"] == "x" * 100_000
     assert told["left"] == ["a"], "no draft is left"
+    assert told["copied"] == 100_000, "as soon as there is room"
     assert told["after"] == ""
     assert told["log"] == [logging.WARNING, logging.INFO]
 
 
 def on_full_disk(disk: Path) -> dict[str, object]:
-    """Runs with ``disk``, of 64 KiB, mounted."""
+    """Runs with ``disk``, of 256 KiB, mounted."""
     records: list[int] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.levelno)  # type: ignore[method-assign]
@@ -125,10 +126,15 @@ def on_full_disk(disk: Path) -> dict[str, object]:
     kept = KeptFiles(OwnFolder(str(disk), environ={}), SharedMemory())
     assert kept.folder.path is not None and kept.folder.path.parent == disk
     kept.put("a", b"small")
+    (disk / "other").write_bytes(b"x" * 200_000)
     full = [kept.put("a", b"x" * 100_000) for _ in range(3)][-1]
     found = (kept.get("a") or b"").decode()
     left = os.listdir(kept.folder.path)
-    return {"full": full, "kept": found, "left": left, "after": kept.put("a", b"small"), "log": records}
+    (disk / "other").unlink()
+    kept.look()
+    copied = (kept.folder.path / "a").stat().st_size
+    after = kept.put("a", b"small")
+    return {"full": full, "kept": found, "left": left, "copied": copied, "after": after, "log": records}
 
 
 if __name__ == "__main__":
