@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from tests.chaos import clock_library, models
 from tests.chaos.fault import ALL_DOWN, Fault
 from tests.chaos.faults import ALL
@@ -125,6 +127,7 @@ class Campaign:
             self._traffic.wait_sent(sent + step.hold, HOLD_LIMIT_S)
             error = self._act(fault.heal) or error
         healed_at = time.monotonic()
+        self._recovery.gone = {death.pid for death in fault.deaths}
         problem = self._recovery.wait()
         window.over_at = time.monotonic()
         time.sleep(CALM_S)
@@ -174,7 +177,15 @@ class Campaign:
         with open(self._order.log, "a") as log:
             lie = f", {told.what} for {told.seconds * 1000:.0f} ms" if told else ""
             log.write(f"{window.begun_at:.3f} step {step.number} after {self._traffic.sent} requests: {step.fault} "
-                      f"{fault.provokes}; recovered in {recovery_s:.2f} s{lie}\n")  # fmt: skip
+                      f"{fault.provokes}; recovered in {recovery_s:.2f} s{lie}; {self._resident()}\n")  # fmt: skip
+
+    def _resident(self) -> str:
+        """The server's memory, so that the log shows which fault it grows with."""
+        try:
+            process = self._site.process
+            return f"server {process.pid} has {process.memory_info().rss >> 20} MB"
+        except (LookupError, psutil.Error):
+            return "no server"
 
     def _judge(self, where: str | None) -> None:
         """Reports what no fault explains, of all that was recorded since the last time."""

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from tests.chaos import ledger
 from tests.chaos.ledger import Cost
-from tests.chaos.site import Site
+from tests.chaos.site import Site, kill
 
 PYTHON_MODELS = ("echo", "streamer", "adder")
 SEQUENCE_MODEL = "adder"
@@ -87,5 +87,13 @@ class Fault(ABC):
         """Takes it back; nothing to do where it happened once."""
         return
 
-    def noted_death(self, pid: int, model: str, was_last: bool) -> None:
-        self.deaths.append(Death(pid, model, time.monotonic(), was_last))
+    def kill_workers(self, model: str, count: int = 1) -> None:
+        """Kills so many ready workers of ``model``, and returns when they have ended."""
+        pids = self.site.worker_pids(model)
+        chosen = self.chance.sample(pids, min(count, len(pids)))
+        self.note_deaths(model, chosen, len(chosen) == len(pids))
+        kill(*chosen)
+
+    def note_deaths(self, model: str, pids: list[int], were_last: bool) -> None:
+        """REQUIRES: they are killed at once."""
+        self.deaths += [Death(pid, model, time.monotonic(), were_last) for pid in pids]

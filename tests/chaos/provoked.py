@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from typing import TYPE_CHECKING
 
 from tests.chaos.fault import PYTHON_MODELS, SERVER_DOWN, worker_down
 from tests.chaos.ledger import Cost
-from tests.chaos.site import send
+from tests.chaos.site import kill
 
 if TYPE_CHECKING:
     from tests.chaos.fault import Fault
@@ -41,10 +40,7 @@ class WorkerKilled(Nothing):
         self.costs = worker_down(self._model)
 
     def begin(self) -> None:
-        pids = self.site.worker_pids(self._model)
-        pid = self.fault.chance.choice(pids)
-        send(pid, signal.SIGKILL)
-        self.fault.noted_death(pid, self._model, was_last=len(pids) == 1)
+        self.fault.kill_workers(self._model)
 
 
 class Scaled(Nothing):
@@ -70,7 +66,7 @@ class ServerKilled(Nothing):
         self.costs = SERVER_DOWN
 
     def begin(self) -> None:
-        send(self.site.process, signal.SIGKILL)
+        kill(self.site.process.pid)
 
 
 PROVOKED: list[type[Nothing]] = [Nothing, WorkerKilled, WorkerKilled, Scaled, Scaled, ServerKilled]

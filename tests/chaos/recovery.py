@@ -24,6 +24,7 @@ class Recovery:
 
     Attributes:
         rows: what is to be served; empty for whatever is.
+        gone: processes that were killed; they must not be shown any more.
         well_from: all that was asked since then was answered right and without waiting, if `wait` found nothing wrong.
     """
 
@@ -32,6 +33,7 @@ class Recovery:
         self._limit_s = limit_s
         self._canaries: list[Asking] = [make() for make in site.target.askers(Expectations())]
         self._count = 0
+        self.gone: set[int] = set()
         self.rows: dict[str, Any] = {}
         self.well_from = self._asked_at = 0.0
 
@@ -78,4 +80,6 @@ class Recovery:
             changed = {name: (self.rows.get(name), rows.get(name)) for name in self.rows.keys() | rows.keys()
                        if self.rows.get(name) != rows.get(name)}  # fmt: skip
             return f"served otherwise than before (before, now): {changed}"
+        if self.gone & self._site.shown_pids:
+            return f"a killed worker is still shown: {sorted(self.gone & self._site.shown_pids)}"
         return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from tests.support.ports import free_port
 from tests.support.serving import Server
 
 START_LIMIT_S = 120.0
+_DEATH_LIMIT_S = 10.0
 DISKS = ("tmp", "state", "logs", "cache")
 """Folders with a disk of their own, where the kernel allows."""
 MODELS = ("linear", "pictures", "echo", "streamer", "adder")
@@ -36,6 +38,7 @@ class Site(Server):
     Attributes:
         has_disks: whether DISKS are small disks that may be filled up.
         init: the process that was started last.
+        shown_pids: of all workers, by the last `rows`.
         environment: of the server; faults that work from within add to it before the start.
     """
 
@@ -59,6 +62,7 @@ class Site(Server):
         self.init: subprocess.Popen[bytes] | None = None
         self._ports = [free_port() for _ in range(5)]
         self._is_first = True
+        self.shown_pids: set[int] = set()
         self._write_config()
 
     def _write_config(self) -> None:
@@ -182,11 +186,14 @@ class Site(Server):
         """What is served: name to version, limits and number of ready workers."""
         listed = self.manage("GET", "/models?limit=100")["models"]
         rows: dict[str, Any] = {}
+        shown: set[int] = set()
         for name in sorted({each["modelName"] for each in listed}):
             for row in self.manage("GET", f"/models/{name}/all"):
                 ready = sum(worker["status"] == "READY" for worker in row["workers"])
+                shown |= {worker["pid"] for worker in row["workers"]}
                 limits = {key: row[key] for key in ("minWorkers", "maxWorkers", "batchSize", "maxBatchDelay")}
                 rows[f"{name} {row['modelVersion']}"] = {**limits, "ready": ready}
+        self.shown_pids = shown
         return rows
 
     def log_tail(self, lines: int = 25) -> list[str]:
@@ -222,6 +229,18 @@ def send(process: psutil.Process | int, number: signal.Signals) -> None:
     """Sends a signal to a process that may have ended meanwhile."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process if isinstance(process, int) else process.pid, number)
+
+
+def kill(*pids: int) -> None:
+    """Sends SIGKILL to all and returns when they have ended, which for a large process takes a while."""
+    ends = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            ends.append(os.pidfd_open(pid))
+            os.kill(pid, signal.SIGKILL)
+    for end in ends:
+        select.select([end], [], [], _DEATH_LIMIT_S)
+        os.close(end)
 
 
 def clear(folder: Path) -> None:

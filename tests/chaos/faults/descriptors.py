@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import resource
-import signal
 import socket
 
 import psutil
@@ -12,7 +11,7 @@ import psutil
 from tests.chaos import ledger
 from tests.chaos.fault import PYTHON_MODELS, Fault, worker_down
 from tests.chaos.ledger import Cost
-from tests.chaos.site import send
+from tests.chaos.site import kill
 
 
 class FewDescriptors(Fault):
@@ -31,15 +30,15 @@ class FewDescriptors(Fault):
 
     def inject(self) -> None:
         self._process = self.site.process
-        pids = self.site.worker_pids(self._model)
+        pids = self.site.worker_pids(self._model)  # while it can still be asked
         self._before = self._process.rlimit(resource.RLIMIT_NOFILE)
         self._process.rlimit(resource.RLIMIT_NOFILE, (self._process.num_fds() + self._spare, self._before[1]))
         for _ in range(self.CONNECTIONS):
             with contextlib.suppress(OSError):
                 self._connections.append(socket.create_connection(self.site.address(), 1))
         pid = self.chance.choice(pids)
-        send(pid, signal.SIGKILL)
-        self.noted_death(pid, self._model, was_last=len(pids) == 1)
+        self.note_deaths(self._model, [pid], were_last=len(pids) == 1)
+        kill(pid)
 
     def heal(self) -> None:
         for connection in self._connections:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ from tests.chaos.ledger import Cost
 from tests.chaos.site import Site
 
 _GROUPS = Path("/sys/fs/cgroup/memory")
+_DEATH_S = 1.0
 _UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 _NO_MEMORY = Cost(ledger.REFUSED, statuses=(500, 503, 507))
 
@@ -79,6 +81,8 @@ class LittleMemory(Fault):
 
     def heal(self) -> None:
         (self._group / "memory.limit_in_bytes").write_text("-1")
+        if "oom_kill 0" not in (self._group / "memory.oom_control").read_text():
+            time.sleep(_DEATH_S)  # what was killed may take a while to end, and must not end after the recovery
         while pids := (self._group / "cgroup.procs").read_text().split():
             for pid in pids:
                 self._move(int(pid), self._own)

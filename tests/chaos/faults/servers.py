@@ -7,7 +7,7 @@ import signal
 from tests.chaos import ledger
 from tests.chaos.fault import ALL_DOWN, SERVER_DOWN, Fault
 from tests.chaos.ledger import Cost
-from tests.chaos.site import send
+from tests.chaos.site import kill, send
 
 
 class KillServer(Fault):
@@ -19,7 +19,7 @@ class KillServer(Fault):
         self.costs = SERVER_DOWN
 
     def inject(self) -> None:
-        send(self.site.process, signal.SIGKILL)
+        kill(self.site.process.pid)
 
 
 class StopServer(Fault):
@@ -44,7 +44,7 @@ class KillSupervisor(Fault):
         self.costs = ALL_DOWN
 
     def inject(self) -> None:
-        send(self.site.supervisor, signal.SIGKILL)
+        kill(self.site.supervisor.pid)
 
 
 class StopSupervisor(Fault):
@@ -71,7 +71,7 @@ class KillServerBehindStoppedSupervisor(Fault):
     def inject(self) -> None:
         self.pid = self.site.supervisor.pid
         send(self.pid, signal.SIGSTOP)
-        send(self.site.process, signal.SIGKILL)
+        kill(self.site.process.pid)
 
     def heal(self) -> None:
         send(self.pid, signal.SIGCONT)

@@ -19,10 +19,7 @@ class KillWorker(Fault):
         self.costs = worker_down(self.model)
 
     def inject(self) -> None:
-        pids = self.site.worker_pids(self.model)
-        pid = self.chance.choice(pids)
-        send(pid, signal.SIGKILL)
-        self.noted_death(pid, self.model, was_last=len(pids) == 1)
+        self.kill_workers(self.model)
 
 
 class KillWorkers(Fault):
@@ -35,11 +32,7 @@ class KillWorkers(Fault):
         self.costs = worker_down(self.model)
 
     def inject(self) -> None:
-        pids = self.site.worker_pids(self.model)
-        for pid in pids:
-            send(pid, signal.SIGKILL)
-        for pid in pids:
-            self.noted_death(pid, self.model, was_last=True)
+        self.kill_workers(self.model, count=10)
 
 
 class StopWorker(Fault):

@@ -6,8 +6,10 @@ import contextlib
 import signal
 import time
 
+import psutil
+
 from tests.chaos.fault import PYTHON_MODELS, Fault, worker_down
-from tests.chaos.site import send
+from tests.chaos.site import kill, send
 
 
 class KillZygote(Fault):
@@ -19,7 +21,12 @@ class KillZygote(Fault):
         self.costs = worker_down(*PYTHON_MODELS)
 
     def inject(self) -> None:
-        send(self.site.zygote, signal.SIGKILL)
+        zygote, workers = self.site.zygote, self.site.workers()
+        pids = {model: self.site.worker_pids(model) for model in PYTHON_MODELS}
+        for model in PYTHON_MODELS:
+            self.note_deaths(model, pids[model], were_last=True)
+        kill(zygote.pid)
+        psutil.wait_procs(workers, timeout=10)
 
 
 class KillZygotes(Fault):
@@ -35,10 +42,10 @@ class KillZygotes(Fault):
         killed: set[int] = set()
         deadline = time.monotonic() + 20
         while len(killed) < self.COUNT and time.monotonic() < deadline:
-            with contextlib.suppress(LookupError):
+            with contextlib.suppress(LookupError, psutil.Error):
                 zygote = self.site.zygote
                 if zygote.pid not in killed:
-                    send(zygote, signal.SIGKILL)
+                    kill(zygote.pid)
                     killed.add(zygote.pid)
             time.sleep(0.01)
         assert len(killed) == self.COUNT, f"only {len(killed)} zygotes came in 20 s"
@@ -54,12 +61,9 @@ class StopZygote(Fault):
         self.costs = worker_down(self.model)
 
     def inject(self) -> None:
-        pids = self.site.worker_pids(self.model)
         self.pid = self.site.zygote.pid
         send(self.pid, signal.SIGSTOP)
-        pid = self.chance.choice(pids)
-        send(pid, signal.SIGKILL)
-        self.noted_death(pid, self.model, was_last=len(pids) == 1)
+        self.kill_workers(self.model)
 
     def heal(self) -> None:
         send(self.pid, signal.SIGCONT)
