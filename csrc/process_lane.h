@@ -32,7 +32,8 @@ class ProcessLane : public Watched {
     ProcessLane(const ProcessLane&) = delete;
     ProcessLane& operator=(const ProcessLane&) = delete;
 
-    // Queues one request. nullptr when the ring is full even without its dead requests. `head`, and `body` up to
+    // Queues one request; with rerun_flag among those that are run a second time, which is the caller's to do once.
+    // nullptr when the ring is full even without its dead requests. `head`, and `body` up to
     // body_inline_max bytes, are copied; a larger body must stay where it is until the request is released.
     // REQUIRES: head.size() <= head_size_max and body.size() <= body_size_max.
     ProcessRequest* try_submit(std::string_view head, std::string_view body, uint32_t flags, void* owner,
@@ -62,7 +63,7 @@ class ProcessLane : public Watched {
     std::vector<ProcessWorkerRow> workers() const;
     // Workers that take batches now.
     size_t ready_count() const { return shared_.ready_count; }
-    size_t queue_size() const { return batcher_.queue_size(); }
+    size_t queue_size() const { return batcher_.queue_size() + shared_.reruns.size(); }
     size_t capacity() const { return batcher_.capacity(); }
     uint32_t running() const { return batcher_.running(); }
     const LaneStats& stats() const { return shared_.stats; }
