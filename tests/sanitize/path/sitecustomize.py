@@ -14,6 +14,8 @@ class _SanitizedCore(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         if fullname != "pyserve._core":
             return None
+        import torch  # noqa: F401 - whose libraries it needs; not every test that imports it has torch by then
+
         return importlib.util.spec_from_file_location(fullname, os.environ["PYSERVE_SANITIZED_CORE"])
 
 
