@@ -40,6 +40,7 @@ PROOFS = {
     "`sys.exit()` in": "field::what_must_happen_does",
     "what a handler says through": "serving_logs::what_workers_print_is_in_the_model_log_and_on_the_console",
     "`torch-model-archiver` and": "archiver::archive_command_prints_path_and_size",
+    "`SIGTERM`": "serving_lifecycle::for_a_while_after_sigterm_all_is_answered_and_health_is_off",
     "a signal to `torchserve": "torchserve_command::server_in_the_foreground_logs_to_stdout_and_stops",
     "`--log-config` of": "torchserve_command::every_flag_has_its_effect_or_says_that_it_has_none",
     "a `PredictionException` whose": "field::what_must_happen_does",
