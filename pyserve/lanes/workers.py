@@ -379,6 +379,7 @@ class PythonWorkers:
             handle.kill()  # what the handler started goes too
             await handle.exited
         finally:
+            handle.kill()  # also if we are told to go meanwhile
             handle.release()
 
     def _in_flight_max(self) -> int:
