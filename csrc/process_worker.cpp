@@ -388,6 +388,15 @@ void ProcessWorker::write_cancel(Waiting& waiting) {
     append(out_, ProcessPool::ticket_of(*waiting.request));
 }
 
+size_t ProcessWorker::batch_size_of(uint64_t ticket) const noexcept {
+    for (const Flight& flight : flights_) {
+        for (const Waiting& waiting : flight.requests) {
+            if (!waiting.is_over && ProcessPool::ticket_of(*waiting.request) == ticket) return flight.requests.size();
+        }
+    }
+    return 0;
+}
+
 void ProcessWorker::tell_cancelled(uint64_t ticket) noexcept {
     if (state_ != ProcessState::ready) return;
     try {
@@ -469,6 +478,7 @@ void ProcessWorker::end_if_done() noexcept {
 
 void ProcessWorker::die(std::string_view what, std::string_view why) noexcept {
     if (state_ != ProcessState::ready) return;
+    died_in_rerun_ = has_rerun_;
     try {
         fail(std::string(what).append(why));
     } catch (const std::exception&) {
@@ -497,7 +507,7 @@ void ProcessWorker::abandon() {
     WorkerNotes notes;
     if (pread(answer_memory_, &notes, sizeof notes, 0) != sizeof notes) notes.begun = UINT64_MAX;
     notes.taken = std::max(notes.taken, notes.begun);
-    // Those that may have been the cause: in multiplexed mode all that are not over; else only the batch that it was at,
+    // Those that may have been the cause: in multiplexed mode all that are not over; else those of the batch it was at,
     // since the answers of those before it may just not have left.
     size_t suspects = 0;
     for (const Flight& flight : flights_) {

@@ -68,7 +68,7 @@ class Config:
         server_timing: every answer tells its stages, not only those that are asked for them.
         preprocess_threads: 0 means as many as the CPU budget.
         cpu_budget: CPUs to use; 0 means what the cgroup allows.
-        isolate_errors: a batch of a handler that fails is called again item by item.
+        isolate_errors: a batch of a handler that fails, or that ends its worker, is called again item by item.
         debug: one worker for each model, and as much time as there is.
         ts_open_inference_protocol: the Open Inference Protocol's server endpoints are there, as TorchServe has them.
         watch: handler code is loaded anew when it changes.

@@ -80,6 +80,7 @@ PROOFS = {
     "a handler that yields": "contract_deviations::what_a_handler_yields_is_streamed",
     "metrics of a handler": "contract_deviations::metrics_of_handlers_need_no_declaration",
     "one bad item in a batch": "contract_responses::1_7_one_bad_item_fails_alone",
+    "a request that ends its worker, in a batch": "serving_crashes::only_the_request_that_ends_its_worker_fails",
     "a picture or tensor": "serving_bad_input::what_is_no_picture_is_a_400_that_says_so",
     "a batch changes answers": "serving_batches::every_answer_is_that_of_its_row_alone",
     "what a model file reads from": "trace::what_the_code_reads_from_elsewhere_is_read_once_unless_it_runs_in_python",
