@@ -66,7 +66,7 @@ class PythonLane(EngineLane):
         super().__init__(services, spec.name, label, core, settings)
         self.spec = spec
         self._is_multiplexed = spec.mode != BATCH
-        self._has_side_effects = spec.has_side_effects
+        self._has_side_effects = False  # as the handler says
         self._groups = GroupNumbers()
         self._raised_batch_note = ""  # the note once the batch size is raised above 1
         self.worker_log = self.new_worker_log(worker_number)
@@ -316,7 +316,7 @@ class PythonLane(EngineLane):
     @property
     def isolates(self) -> bool:
         """Whether requests that their handler has seen may be run a second time."""
-        return self.spec.isolate_errors and not self._has_side_effects
+        return self.spec.isolate_errors and not (self.spec.has_side_effects or self._has_side_effects)
 
     def _may_run_again(self, pending: Pending, completion: Any) -> bool:
         if pending.flags & RERUN or pending.progress_at or pending.exchange.is_streaming:
