@@ -141,7 +141,10 @@ class _Run:
         for numbers, text in _same_together(shown_answers):
             _print(f"\nanswer{numbers}:\n{text}")
         failed = sum(answer[1] == ERROR for answer in answers)
-        if failed and len(batch) > 1 and self._subject.config.isolate_errors:
+        runs_again = self._subject.config.isolate_errors and not (
+            entry.has_side_effects or self._subject.archive.config.side_effects
+        )
+        if failed and len(batch) > 1 and runs_again:
             _print("a server would now call the handler again with each request alone, so that the others get answers")
         return 1 if failed else 0
 

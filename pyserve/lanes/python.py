@@ -299,10 +299,12 @@ class PythonLane(EngineLane):
 
     def _complete_died(self, waiting: list[Pending], completion: Any) -> None:
         """Their worker died while it had them."""
-        again = [each for each in waiting if self._may_run_again(each, completion)]
+        again: list[Pending] = []
+        failed: list[Pending] = []
+        for owner in waiting:
+            (again if self._may_run_again(owner, completion) else failed).append(owner)
         if again:
             self._run_again(again, f"their worker died: {completion.message}")
-        failed = [each for each in waiting if each not in again] if again else waiting
         if not failed:
             return
         ids = request_ids(failed)
