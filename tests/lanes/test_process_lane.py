@@ -16,6 +16,7 @@ from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import pytest
+import torch  # noqa: F401 - brings the libraries that the engine needs
 
 from pyserve import _core
 from pyserve.lanes import reruns
