@@ -79,8 +79,8 @@ def opened_picture(
     pixel_count, per_pixel = picture.width * picture.height, pixel_size(picture.mode)
     if limit_pixels and pixel_count * per_pixel > MEMORY.size_max:
         raise InputError(
-            f"the picture is too large: {picture.width} x {picture.height} pixels, {pixel_count * per_pixel} bytes once "
-            f"decoded, the limit is max_image_memory={MEMORY.size_max}; send a smaller one"
+            f"the picture is too large: {picture.width} x {picture.height} pixels, {pixel_count * per_pixel} bytes "
+            f"once decoded, the limit is max_image_memory={MEMORY.size_max}; send a smaller one"
         )
     if made_of_it is not None:
         per_pixel += getattr(made_of_it, "working_size", _working_size)(picture.mode)
@@ -91,7 +91,11 @@ def opened_picture(
             raise
         except Exception as error:
             raise _refusal(picture, body, error) from error
-        yield picture
+        try:
+            yield picture
+        finally:
+            if hasattr(made_of_it, "working_size"):  # one of these transforms, none of which keeps the picture
+                picture.close()  # its memory is free before another one is decoded
 
 
 def _working_size(mode: str) -> int:
@@ -222,7 +226,7 @@ class ImageNetTransform:
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """One picture of any mode -> its tensor. InputError if its pixels cannot be used."""
         # Each channel is resized by itself, so of grey one is enough: the same numbers in a quarter of the memory.
-        plain = picture.convert("L") if picture.mode in ("1", "L") else to_rgb(picture)
+        plain = picture if picture.mode == "L" else picture.convert("L") if picture.mode == "1" else to_rgb(picture)
         square = to_rgb(center_cropped(resized(plain, self.resize), self.crop))
         # In numpy: torch would start a thread team of its own in every calling thread.
         channels = np.asarray(square).transpose(2, 0, 1)

@@ -7,6 +7,7 @@ first to wait goes first.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import threading
 from collections import deque
@@ -17,6 +18,11 @@ from pyserve.errors import OverloadedError
 SIZE_MAX_DEFAULT = 1 << 30
 # Others' pictures are decoded in seconds; who has waited for longer is refused.
 WAIT_MAX_S = 30.0
+
+# Bytes of a picture after which the allocator is asked to give back what it keeps: it would keep as much for each thread.
+# That takes milliseconds.
+TRIM_MIN = 32 << 20
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: 0)  # only glibc has it
 
 # Bytes of a pixel as Pillow keeps it; 4 in all other modes.
 _PIXEL_SIZES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
@@ -55,6 +61,8 @@ class PictureMemory:
         try:
             yield
         finally:
+            if size >= TRIM_MIN:
+                _trim(0)
             with self._changed:
                 self.size -= size
                 if self._waiting:
