@@ -74,11 +74,8 @@ class LoopWatch:
 
     def families(self) -> Iterator[Metric]:
         """For ``/metrics``."""
-        about = f"How late the event loop came to what was due, looked at {1 / BEAT_S:.0f} times a second."
-        lag = Metric("pyserve_event_loop_lag_seconds", about, "histogram")
+        lag, stalls = empty_families()
         add_histogram(lag, {}, BOUNDS_S, self._counts, self._total_s)
-        about = f"How often it came more than {LIMIT_S * 1000:.0f} ms late."
-        stalls = Metric("pyserve_event_loop_stalls", about, "counter")
         stalls.add_sample("pyserve_event_loop_stalls_total", {}, self.stalls)
         yield from (lag, stalls)
 
@@ -139,6 +136,14 @@ class LoopWatch:
             ]
             place = "; ".join(sorted(others)) or _ELSEWHERE
         self._seen = due, place
+
+
+def empty_families() -> tuple[Metric, Metric]:
+    """Those of `LoopWatch.families`, without numbers."""
+    about = f"How late the event loop came to what was due, looked at {1 / BEAT_S:.0f} times a second."
+    lag = Metric("pyserve_event_loop_lag_seconds", about, "histogram")
+    about = f"How often the event loop came more than {LIMIT_S * 1000:.0f} ms late."
+    return lag, Metric("pyserve_event_loop_stalls", about, "counter")
 
 
 def _place(frame: FrameType | None) -> str:
