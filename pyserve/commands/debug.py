@@ -39,7 +39,7 @@ _OUR_FRAMES = re.compile(r"^  \.\.\. \d+ frames? of pyserve\n", re.MULTILINE)
 # Whoever steps out of the handler's code does not want to walk through ours.
 _NOT_STEPPED_INTO = [
     "pyserve.commands.debug", "pyserve.worker.invoker", "pyserve.worker.entry_point", "pyserve.worker.imported_code",
-    "pyserve.commands.trial", "pyserve.commands.cli",
+    "pyserve.commands.trial", "pyserve.commands.cli", "pyserve.commands.terminal", "pyserve.visible",
 ]  # fmt: skip
 
 
