@@ -16,6 +16,7 @@ enum class Code : uint8_t {
     closed = 5,         // the lane was closed before it ran
     worker_died = 6,    // the process that ran it ended
     not_run = 7,        // the process that was to run it ended before it began
+    interrupted = 8,    // it ran for too long
 };
 
 struct Status {
