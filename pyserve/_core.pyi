@@ -82,7 +82,8 @@ class ThreadRuns:
     def __init__(self) -> None: ...
     def enter(self) -> None: ...  # the calling thread's are these from now on
     def leave(self) -> None: ...
-    def refuse(self) -> None: ...  # the one that goes on raises at its next operator, later ones at once; to be repeated
+    # The one that goes on raises at its next operator, later ones at once; to be repeated.
+    def refuse(self) -> None: ...
     @property
     def since(self) -> int: ...  # when the one that goes on began; 0 if none does
 

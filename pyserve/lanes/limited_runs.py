@@ -98,7 +98,7 @@ async def _watched(result: asyncio.Future[T], runs: Any, limit_s: float, label: 
         return result.result()
     error = EndlessError(
         f"{label}: its forward did not come to an end within startup_timeout={limit_s:g} s on an input that was made "
-        "up for it; fix the loop that does not end, or raise startupTimeout in its model-config.yaml if it only takes long"
+        "up for it; fix the loop that does not end, or raise startupTimeout in its model-config.yaml if it is only slow"
     )
     cause = result.exception() if result.done() else None
     if isinstance(cause, passes):
