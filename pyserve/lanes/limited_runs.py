@@ -72,11 +72,13 @@ async def limited_runs(call: Callable[[], T], *, limit_s: float, stuck: StuckThr
         return await _watched(result, runs, limit_s, label, passes)
     except EndlessError:
         if not result.done():
+            result.cancel()  # nobody waits for it any more
             stuck.add(marker, f"loading {label}")
         raise
     except asyncio.CancelledError:
         runs.refuse()
         if not result.done():
+            result.cancel()
             stuck.add_leaving(marker, f"loading {label}")
         raise
 

@@ -44,7 +44,6 @@ from pyserve.request import codec
 from pyserve.request.json_slices import SIZE_MIN
 from pyserve.request.messages import Response
 from pyserve.telemetry.stage_times import StageTimes
-from pyserve.torch_error import cause_of
 from pyserve.worker.failure import HandlerTimeout, describe_failure
 
 T = TypeVar("T")
