@@ -210,6 +210,7 @@ class NativeWorkers:
         return float(self._settings.startup_timeout_s if is_starting else self._settings.response_timeout_s)
 
     def _replace(self, row: dict[str, Any], ran_s: float) -> None:
+        self._lost += 1  # it may be back before the next look
         number = row["id"] - FIRST_CORE_ID
         is_replaced = row["state"] == "ready"
         log.error("%s: a batch has run for %.1f s and does not come to an end, so its worker %s is given up%s",
