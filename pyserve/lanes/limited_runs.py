@@ -29,11 +29,13 @@ class EndlessError(ModelLoadError):
 
 
 async def limited_runs(call: Callable[[], T], *, limit_s: float, stuck: StuckThreads, label: str,
-                       passes: tuple[type[Exception], ...] = ()) -> T:  # fmt: skip
+                       passes: tuple[type[Exception], ...] = (), is_served: bool = False) -> T:  # fmt: skip
     """Calls ``call`` in a thread of its own, where each run of a network may take ``limit_s`` seconds.
 
     Args:
         passes: errors of ``call`` that are raised even so.
+        is_served: the network is served whatever becomes of the call. Otherwise nobody has to do any more with a thread
+            that is stuck.
 
     Raises:
         EndlessError: one took longer. If it could not be made to end, its thread is among ``stuck``.
@@ -74,6 +76,8 @@ async def limited_runs(call: Callable[[], T], *, limit_s: float, stuck: StuckThr
         if not result.done():
             result.cancel()  # nobody waits for it any more
             stuck.add(marker, f"loading {label}")
+            if not is_served:
+                stuck.abandon(label)
         raise
     except asyncio.CancelledError:
         runs.refuse()

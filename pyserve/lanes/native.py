@@ -138,7 +138,8 @@ class NativeLane(EngineLane):
         try:
             while not (self.is_draining or proof.is_settled_for(self.settings.batch_size)):
                 await limited_runs(lambda: proof.extend(self.settings.batch_size, BUDGET_S), stuck=self.services.stuck,
-                                   limit_s=self.settings.startup_timeout_s, label=self.label)  # fmt: skip
+                                   limit_s=self.settings.startup_timeout_s, label=self.label,
+                                   is_served=True)  # fmt: skip
                 if not self.is_draining:
                     super().apply_limits()  # as far as has been shown by now
             await asyncio.to_thread(self.network.torch_model.settle)  # items with NaN need a second copy of the weights

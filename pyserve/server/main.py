@@ -183,7 +183,7 @@ async def _drain(server: Server, stop: _StopSignals, config: Config) -> int:
     is_replaced = not stop.first.done()
     if (is_replaced or stop.first.result() == signal.SIGTERM) and config.drain_delay_s:
         await asyncio.wait([stop.first if is_replaced else stop.second], timeout=config.drain_delay_s)
-    draining = asyncio.ensure_future(server.drain())
+    draining = asyncio.ensure_future(server.drain(keeps_sockets=not stop.first.done()))
     await asyncio.wait([draining, stop.second], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     if draining.done():
         draining.result()

@@ -281,11 +281,16 @@ class Server:
         for connections in self._connections:
             connections.part()
 
-    async def drain(self) -> None:
-        """In this order: no new connections, answer what was accepted, stop the models."""
+    async def drain(self, *, keeps_sockets: bool = False) -> None:
+        """In this order: no new connections, answer what was accepted, stop the models.
+
+        Args:
+            keeps_sockets: whoever connects from now on waits for the process that takes this one's place.
+        """
         self.part()
         self.registry.stop_fetching()
-        await accept_last(self._start.sockets.values(), self._files)
+        if not keeps_sockets:
+            await accept_last(self._start.sockets.values(), self._files)
         for server in self._servers:
             server.close()
         await asyncio.gather(self.grpc.drain(), *(connections.drain() for connections in self._connections))

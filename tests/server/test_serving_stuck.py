@@ -39,9 +39,9 @@ class AlwaysLooping(torch.nn.Module):
 
 
 def write(server: Server, network: torch.nn.Module, name: str, **config: Any) -> Path:
-    return write_torchscript(
-        server.store, network, name, config={"input": LINEAR_INPUT, "responseTimeout": 1, **config}
-    )  # fmt: skip
+    """Its requests may wait for longer than they may run."""
+    times = {"responseTimeout": 1, "clientTimeoutInMills": 60_000}
+    return write_torchscript(server.store, network, name, config={"input": LINEAR_INPUT, **times, **config})
 
 
 def is_ready(server: Server) -> bool:
