@@ -5,6 +5,8 @@
 # WEIGHTS=...  densenet161's official .pth file; without it the weights are random
 # LABELS=...   its index_to_name.json
 # JOBS=...     processes that run the tests side by side
+# FUZZ_SECONDS=...   of `make fuzz`, for each target;  FUZZ="zip frames": which, and further arguments
+# SANITIZE=...       parts of `make sanitize`, such as "python -- tests/test_core.py"
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
@@ -13,10 +15,11 @@ BIN := $(VENV)/bin
 STORE := model-store
 JOBS ?= $(shell expr $$(nproc) + 1)
 EXAMPLE_FLAGS := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(LABELS),--labels $(LABELS))
-CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/*.h tests/native/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/*.h tests/native/*.cpp tests/fuzz/*.cpp tests/sanitize/*.cpp)
+FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help build serve stop format lint fast test chaos compat newman wheel docs bench correctness clean
+.PHONY: help build serve stop format lint fast test chaos sanitize fuzz compat newman wheel docs bench correctness clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -70,9 +73,18 @@ test: lint ## lint, then all tests, the C++ ones under ThreadSanitizer and Addre
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=25
 
 # About 20 minutes; the next ones of other seeds. The same again: the second line of the report has the command.
-CHAOS ?= --requests 800000 --faults 2000
+CHAOS ?= --requests 700000 --faults 2000 --warm-up 30000
 chaos: build ## a server under faults and load, every answer compared; the report is in build/chaos
 	$(BIN)/python -m tests.chaos.run --summary build/chaos/summary.txt $(CHAOS)
+
+# The extension takes minutes to build for it, and the tests several times as long as without: for a night.
+sanitize: build ## the Python tests with the engine under AddressSanitizer and UBSan, and the C++ ones for longer
+	$(BIN)/python -m tests.sanitize.run $(SANITIZE)
+
+# Where atheris cannot be installed, inputs are mutated without being guided; without clang's libFuzzer, one target less.
+fuzz: build ## feed archives, HTTP, tensors, JSON, forms and frames with inputs guided by coverage
+	@$(BIN)/python -c "import atheris" 2> /dev/null || $(BIN)/pip install --quiet "atheris>=2.3,<4" || true
+	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS) $(FUZZ)
 
 # Needs Java 11 or later, and installs TorchServe below build/.
 compat: build ## ask TorchServe what pyserve's tests ask, record its answers, and compare

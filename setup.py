@@ -1,4 +1,9 @@
-"""Builds the one extension, pyserve._core, from csrc/ against the installed torch. Metadata is in pyproject.toml."""
+"""Builds the one extension, pyserve._core, from csrc/ against the installed torch. Metadata is in pyproject.toml.
+
+``PYSERVE_CXXFLAGS`` is added to the compiler's flags. ``PYSERVE_SANITIZE=address,undefined`` compiles for those
+sanitizers; the extension then holds faults to be found as well (tests/sanitize/planted.cpp), and is only loaded by a
+Python with their libraries preloaded. Give it a folder of its own, as tests/sanitize/run.py does.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +16,36 @@ from setuptools.command.build_py import build_py
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
+SANITIZERS = os.environ.get("PYSERVE_SANITIZE", "")
 
 # Written beside the extension, because an extension built for another torch may not even load, and then could
-# not say what it was built for.
-(ROOT / "pyserve" / "_build_info.py").write_text(
-    f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
-)
+# not say what it was built for. That for sanitizers goes elsewhere, and leaves the one of this folder alone.
+if not SANITIZERS:
+    (ROOT / "pyserve" / "_build_info.py").write_text(
+        f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
+    )
+
+
+def sources() -> list[str]:
+    """All of csrc/, and the planted faults if there is something to find them."""
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    return [*files, "tests/sanitize/planted.cpp"] if SANITIZERS else files
+
+
+def speed_or_sanitizers() -> list[str]:
+    if not SANITIZERS:
+        return ["-O2", "-g0"]
+    return [
+        f"-fsanitize={SANITIZERS}",
+        "-fno-sanitize=vptr",  # asks for type information that libtorch hides
+        # Its own library would write to stderr, of workers too; a trap is reported by AddressSanitizer, to a file.
+        "-fsanitize-undefined-trap-on-error",
+        "-fno-wrapv",  # Python's own flags have -fwrapv, with which no overflow is undefined
+        "-D_GLIBCXX_ASSERTIONS",  # bounds within a container's capacity, which AddressSanitizer does not see
+        "-fno-omit-frame-pointer",
+        "-O1",  # keeps functions apart, so that reports name them
+        "-g1",
+    ]
 
 
 class BuildPy(build_py):
@@ -35,19 +64,19 @@ setup(
     ext_modules=[
         CppExtension(
             "pyserve._core",
-            sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
+            sources(),
             include_dirs=[str(ROOT / "csrc")],
             define_macros=[("PYSERVE_TORCH_VERSION", f'"{torch.__version__}"')],
             extra_compile_args=[
                 "-std=c++20",
-                "-O2",
-                "-g0",
+                *speed_or_sanitizers(),
                 "-fvisibility=hidden",
                 "-Wall",
                 "-Wextra",
                 "-Wno-unused-parameter",
                 *os.environ.get("PYSERVE_CXXFLAGS", "").split(),
             ],
+            extra_link_args=[f"-fsanitize={SANITIZERS}"] if SANITIZERS else [],
         )
     ],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},

@@ -151,7 +151,7 @@ class Batcher {
         const size_t size_max = std::min<size_t>(batch_size_max(), at_most);
         take.requests.reserve(size_max);
         take.dropped.reserve(ring_.capacity());
-        if (!enter()) return closed_and_empty() ? Next::closed : Next::nothing;
+        if (!try_enter()) return closed_and_empty() ? Next::closed : Next::nothing;
         Probe::at(Point::batcher_holding_permit);
         collect(take, size_max, wake_at, full_only);
         if (!take.empty()) {
@@ -174,7 +174,19 @@ class Batcher {
         }
     }
 
-    // Gives back the run permit of a batch. REQUIRES: next_batch or try_next returned Next::batch before.
+    // A run permit for a batch from elsewhere. False if as many run as may.
+    bool try_enter() noexcept {
+        uint32_t running = running_.load(std::memory_order_relaxed);
+        while (running < running_max_.load(std::memory_order_acquire)) {
+            if (running_.compare_exchange_weak(running, running + 1, std::memory_order_acq_rel,
+                                               std::memory_order_relaxed))
+                return true;
+        }
+        return false;
+    }
+
+    // Gives back the run permit of a batch. REQUIRES: next_batch or try_next returned Next::batch before, or try_enter
+    // true.
     void leave() noexcept {
         running_.fetch_sub(1, std::memory_order_acq_rel);
         permits_.notify();
@@ -189,16 +201,6 @@ class Batcher {
     };
 
     News news() const noexcept { return {ring_.pushed(), changes_.load(std::memory_order_acquire)}; }
-
-    bool enter() noexcept {
-        uint32_t running = running_.load(std::memory_order_relaxed);
-        while (running < running_max_.load(std::memory_order_acquire)) {
-            if (running_.compare_exchange_weak(running, running + 1, std::memory_order_acq_rel,
-                                               std::memory_order_relaxed))
-                return true;
-        }
-        return false;
-    }
 
     bool gate_is_open() const noexcept {
         return running_.load(std::memory_order_acquire) < running_max_.load(std::memory_order_acquire);

@@ -270,7 +270,8 @@ PYBIND11_MODULE(_core, m) {
         .def_readonly("staged_at", &Completion::staged_at)
         .def_readonly("finished_at", &Completion::finished_at)
         .def_readonly("batch_size", &Completion::batch_size)
-        .def_readonly("release", &Completion::release);
+        .def_readonly("release", &Completion::release)
+        .def_readonly("was_alone", &Completion::was_alone);
 
     py::class_<Engine>(m, "Engine")
         .def(py::init<>())

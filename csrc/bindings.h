@@ -31,6 +31,7 @@ inline const char* name_of(Code code) {
         case Code::closed: return "closed";
         case Code::worker_died: return "worker_died";
         case Code::not_run: return "not_run";
+        case Code::not_begun: return "not_begun";
         case Code::interrupted: return "interrupted";
     }
     return "unknown";
@@ -74,6 +75,7 @@ struct Completion {
     int64_t started_at, staged_at, finished_at;
     uint32_t batch_size;  // of the batch that they were part of
     const char* release;  // why that batch left the queue
+    bool was_alone;       // of a worker that died: nothing else can have been the cause
 };
 
 // Every lane keeps its engine alive, so that what lanes leave behind is drained here at the latest.
@@ -118,12 +120,14 @@ class Engine : public Watched {
                               result.staged_at,
                               result.finished_at,
                               result.batch_size,
-                              name_of(result.release)};
+                              name_of(result.release),
+                              false};
         ProcessResult* of_process = nullptr;
         if (result.lane == Result::Lane::native) {
             completion.output = std::move(static_cast<BatchResult&>(result).output);
         } else {
             of_process = static_cast<ProcessResult*>(&result);
+            completion.was_alone = of_process->was_alone;
             for (AnswerPart& part : of_process->answers) {
                 completion.answers.append(py::make_tuple(static_cast<int>(part.kind), part.status, py::bytes(part.head),
                                                          body_object(std::move(part.body))));

@@ -85,6 +85,7 @@ static_assert(sizeof(AnswerHead) == 32);
 // believes it only as far as what to try again.
 struct WorkerNotes {
     uint64_t begun = 0;  // the last batch that was handed to the handler
+    uint64_t taken = 0;  // the last one that it came to: from here on a batch may be what ends the worker
 };
 
 // Appends the bytes of a trivially copyable value.

@@ -36,12 +36,16 @@ ProcessLane::~ProcessLane() {
 
 ProcessRequest* ProcessLane::try_submit(std::string_view head, std::string_view body, uint32_t flags, void* owner,
                                         int64_t arrived_at, int64_t deadline) {
-    if (batcher_.queue_size() >= batcher_.capacity()) purge();
-    if (batcher_.queue_size() >= batcher_.capacity()) return nullptr;
+    const bool is_rerun = (flags & rerun_flag) != 0;
+    if (!is_rerun && batcher_.queue_size() >= batcher_.capacity()) {
+        purge();
+        if (batcher_.queue_size() >= batcher_.capacity()) return nullptr;
+    }
     ProcessRequest* request = shared_.pool->allocate();
     const bool is_small = body.size() <= body_inline_max;
     try {
         request->text.reserve(head.size() + (is_small ? body.size() : 0));
+        if (is_rerun) shared_.reruns.push(request);  // nobody looks at it before it is fed
     } catch (...) {
         shared_.pool->release(request);
         throw;
@@ -63,10 +67,19 @@ ProcessRequest* ProcessLane::try_submit(std::string_view head, std::string_view 
     request->started_at.store(0, std::memory_order_relaxed);
     request->state.store(State::queued, std::memory_order_release);
     shared_.stats.submitted.fetch_add(1, std::memory_order_relaxed);
-    batcher_.try_push(request);  // cannot fail: this thread is the only producer and has looked
+    if (is_rerun)
+        shared_.stats.retried_singly.fetch_add(1, std::memory_order_relaxed);
+    else
+        batcher_.try_push(request);  // cannot fail: this thread is the only producer and has looked
     // Not ahead: when the next answers come, all that has gathered goes in one write.
     feed(false);
     return request;
+}
+
+size_t ProcessLane::batch_size_of(uint64_t ticket) const noexcept {
+    size_t size = 0;
+    for (const auto& worker : workers_) size = std::max(size, worker->batch_size_of(ticket));
+    return size;
 }
 
 bool ProcessLane::cancel(uint64_t ticket) {
@@ -89,7 +102,7 @@ void ProcessLane::feed(bool ahead) noexcept {
     is_feeding_ = true;
     int64_t wake_at = never_ns;
     for (const auto& worker : workers_) {
-        if (batcher_.queue_size() == 0 && !is_closed_) break;
+        if (queue_size() == 0 && !is_closed_) break;
         while (worker->take(wake_at)) {
         }
     }
@@ -160,6 +173,7 @@ void ProcessLane::join() {
 void ProcessLane::purge() {
     auto result = std::make_unique<ProcessResult>();
     batcher_.purge(result->requests);
+    shared_.reruns.purge(result->requests);
     if (result->requests.empty()) return;
     result->status.code = Code::cancelled;
     result->pool = shared_.pool;
@@ -172,7 +186,7 @@ std::vector<ProcessWorkerRow> ProcessLane::workers() const {
     for (const auto& worker : workers_) {
         const ProcessState state = worker->state();
         rows.push_back({worker->id(), state, worker->is_stopping(), worker->running_since(), worker->batches(),
-                        state == ProcessState::ready ? std::string() : worker->error()});
+                        worker->died_in_rerun(), state == ProcessState::ready ? std::string() : worker->error()});
     }
     return rows;
 }

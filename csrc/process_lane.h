@@ -21,6 +21,7 @@ struct ProcessWorkerRow {
     bool is_stopping;
     int64_t running_since;  // ns, 0 when idle
     uint64_t batches;
+    bool died_in_rerun;
     std::string error;
 };
 
@@ -32,7 +33,8 @@ class ProcessLane : public Watched {
     ProcessLane(const ProcessLane&) = delete;
     ProcessLane& operator=(const ProcessLane&) = delete;
 
-    // Queues one request. nullptr when the ring is full even without its dead requests. `head`, and `body` up to
+    // Queues one request; with rerun_flag among those that are run a second time, which is the caller's to do once.
+    // nullptr when the ring is full even without its dead requests. `head`, and `body` up to
     // body_inline_max bytes, are copied; a larger body must stay where it is until the request is released.
     // REQUIRES: head.size() <= head_size_max and body.size() <= body_size_max.
     ProcessRequest* try_submit(std::string_view head, std::string_view body, uint32_t flags, void* owner,
@@ -40,6 +42,9 @@ class ProcessLane : public Watched {
 
     // The request of a ticket, or nullptr if it has been freed.
     ProcessRequest* find(uint64_t ticket) { return shared_.pool->find(ticket); }
+
+    // How many requests a worker was given together with this one, itself included; 0 if none has it.
+    size_t batch_size_of(uint64_t ticket) const noexcept;
 
     // The client has gone. False if the request is over or not known.
     bool cancel(uint64_t ticket);
@@ -62,7 +67,7 @@ class ProcessLane : public Watched {
     std::vector<ProcessWorkerRow> workers() const;
     // Workers that take batches now.
     size_t ready_count() const { return shared_.ready_count; }
-    size_t queue_size() const { return batcher_.queue_size(); }
+    size_t queue_size() const { return batcher_.queue_size() + shared_.reruns.size(); }
     size_t capacity() const { return batcher_.capacity(); }
     uint32_t running() const { return batcher_.running(); }
     const LaneStats& stats() const { return shared_.stats; }

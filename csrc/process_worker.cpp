@@ -66,14 +66,20 @@ void ProcessWorker::on_ready(uint32_t events) noexcept {
 }
 
 bool ProcessWorker::take(int64_t& wake_at) noexcept {
-    if (!takes_batches() || (is_multiplexed() ? in_flight_count_ >= in_flight_max_ : !flights_.empty())) return false;
+    if (!takes_batches() || has_rerun_) return false;
+    if (is_multiplexed() ? in_flight_count_ >= in_flight_max_ : !flights_.empty()) return false;
     try {
+        if (!had_rerun_ && take_rerun()) return true;
         int64_t ripe_at = never_ns;
         const size_t room = is_multiplexed() ? in_flight_max_ - in_flight_count_ : SIZE_MAX;
         const Next next = shared_.batcher->try_next(take_, ripe_at, false, room);
         wake_at = std::min(wake_at, ripe_at);
-        if (next == Next::closed && flights_.empty()) stop();
-        if (next != Next::batch) return false;
+        if (next != Next::batch) {
+            if (had_rerun_ && take_rerun()) return true;
+            if (next == Next::closed && flights_.empty() && shared_.reruns.empty()) stop();
+            return false;
+        }
+        had_rerun_ = false;
         if (is_multiplexed()) shared_.batcher->leave();  // how many may run is this worker's own affair
         send_batch(take_);
         return true;
@@ -83,8 +89,32 @@ bool ProcessWorker::take(int64_t& wake_at) noexcept {
     }
 }
 
+// A group of the second runs, if it has nothing else. In multiplexed mode one after the other: a worker that has begun
+// with others may not be empty again for long.
+bool ProcessWorker::take_rerun() {
+    if (!flights_.empty() || !shared_.reruns.may_take()) return false;
+    if (!is_multiplexed() && !shared_.batcher->try_enter()) return false;
+    try {
+        if (!shared_.reruns.take(take_, SteadyClock::now_ns(), batch_bytes_max)) {
+            if (!is_multiplexed()) shared_.batcher->leave();
+            return false;
+        }
+    } catch (...) {
+        if (!is_multiplexed()) shared_.batcher->leave();
+        throw;
+    }
+    had_rerun_ = !is_multiplexed();
+    send_batch(take_, true);
+    return true;
+}
+
+void ProcessWorker::end_rerun() noexcept {
+    if (std::exchange(has_rerun_, false)) shared_.reruns.ended();
+}
+
 bool ProcessWorker::take_ahead() noexcept {
     if (!takes_batches() || is_multiplexed() || flights_.empty() || flights_.size() >= ahead_max()) return false;
+    if (has_rerun_ || shared_.reruns.may_take()) return false;  // a worker that never is empty would take none
     // What the others would take at once is left to them.
     const size_t others = shared_.ready_count - 1;
     if (shared_.batcher->queue_size() <= others * shared_.batcher->batch_size_max()) return false;
@@ -105,7 +135,7 @@ size_t ProcessWorker::ahead_max() const {
     return fit >= ahead_batches_max ? ahead_batches_max : std::max<size_t>(1, static_cast<size_t>(fit));
 }
 
-void ProcessWorker::send_batch(Take& take) {
+void ProcessWorker::send_batch(Take& take, bool is_rerun) {
     try {
         flights_.emplace_back();
     } catch (...) {
@@ -115,6 +145,7 @@ void ProcessWorker::send_batch(Take& take) {
     Flight& flight = flights_.back();
     flight.taken_at = flight.sent_at = SteadyClock::now_ns();
     flight.holds_permit = !is_multiplexed();
+    flight.is_rerun = is_rerun;
     flight.release = take.release;
     flight.id = next_batch_++;
     flight.requests.reserve(take.requests.size());
@@ -130,6 +161,10 @@ void ProcessWorker::send_batch(Take& take) {
         if (flight.holds_permit) shared_.batcher->leave();
         flights_.pop_back();
         return;
+    }
+    if (is_rerun) {
+        has_rerun_ = true;
+        shared_.reruns.began();
     }
     flight.open_count = flight.requests.size();
     in_flight_count_ += flight.open_count;
@@ -231,6 +266,7 @@ bool ProcessWorker::on_frame(const FrameHead& head, std::string_view content) {
     Flight ended = std::move(*flight);
     flights_.erase(flight);
     if (was_front || is_multiplexed()) observe(ended);
+    if (ended.is_rerun) end_rerun();
     if (ended.holds_permit) shared_.batcher->leave();
     shared_.stats.batches.fetch_add(1, std::memory_order_relaxed);
     ++batches_;
@@ -352,6 +388,15 @@ void ProcessWorker::write_cancel(Waiting& waiting) {
     append(out_, ProcessPool::ticket_of(*waiting.request));
 }
 
+size_t ProcessWorker::batch_size_of(uint64_t ticket) const noexcept {
+    for (const Flight& flight : flights_) {
+        for (const Waiting& waiting : flight.requests) {
+            if (!waiting.is_over && ProcessPool::ticket_of(*waiting.request) == ticket) return flight.requests.size();
+        }
+    }
+    return 0;
+}
+
 void ProcessWorker::tell_cancelled(uint64_t ticket) noexcept {
     if (state_ != ProcessState::ready) return;
     try {
@@ -433,6 +478,7 @@ void ProcessWorker::end_if_done() noexcept {
 
 void ProcessWorker::die(std::string_view what, std::string_view why) noexcept {
     if (state_ != ProcessState::ready) return;
+    died_in_rerun_ = has_rerun_;
     try {
         fail(std::string(what).append(why));
     } catch (const std::exception&) {
@@ -450,6 +496,7 @@ void ProcessWorker::die(std::string_view what, std::string_view why) noexcept {
 void ProcessWorker::end(ProcessState state) noexcept {
     state_ = state;
     running_since_ = 0;
+    end_rerun();
     shared_.poller->remove(socket_);
     shutdown(socket_, SHUT_RDWR);
     shared_.completions->signal();
@@ -459,6 +506,15 @@ void ProcessWorker::end(ProcessState state) noexcept {
 void ProcessWorker::abandon() {
     WorkerNotes notes;
     if (pread(answer_memory_, &notes, sizeof notes, 0) != sizeof notes) notes.begun = UINT64_MAX;
+    notes.taken = std::max(notes.taken, notes.begun);
+    // Those that may have been the cause: in multiplexed mode all that are not over; else those of the batch it was at,
+    // since the answers of those before it may just not have left.
+    size_t suspects = 0;
+    for (const Flight& flight : flights_) {
+        if (flight.id > notes.taken) continue;
+        if (is_multiplexed()) suspects += flight.open_count;
+        if (!is_multiplexed() && flight.id == notes.taken) suspects = flight.requests.size();
+    }
     while (!flights_.empty()) {
         const Flight& flight = flights_.front();
         std::vector<Request*> open;
@@ -466,7 +522,10 @@ void ProcessWorker::abandon() {
         for (const Waiting& waiting : flight.requests) {
             if (!waiting.is_over) open.push_back(waiting.request);
         }
-        hand_back(open, flight.id > notes.begun ? Code::not_run : Code::worker_died, flight);
+        const Code code = flight.id <= notes.begun   ? Code::worker_died
+                          : flight.id <= notes.taken ? Code::not_begun
+                                                     : Code::not_run;
+        hand_back(open, code, flight, suspects == 1 && (is_multiplexed() || flight.id == notes.taken));
         if (flight.holds_permit) shared_.batcher->leave();
         flights_.pop_front();
     }
@@ -474,11 +533,13 @@ void ProcessWorker::abandon() {
     if (!take_.dropped.empty()) drop(take_.dropped);
 }
 
-void ProcessWorker::hand_back(std::vector<Request*>& requests, Code code, const Flight& flight) {
+void ProcessWorker::hand_back(std::vector<Request*>& requests, Code code, const Flight& flight, bool was_alone) {
     if (requests.empty()) return;
     auto result = std::make_unique<ProcessResult>();
     result->status.message = error_;
     result->status.code = code;
+    result->was_alone = was_alone && code != Code::not_run;
+    result->batch_size = static_cast<uint32_t>(flight.requests.size());
     result->started_at = flight.started_at;
     result->staged_at = flight.sent_at;
     result->finished_at = SteadyClock::now_ns();

@@ -11,6 +11,10 @@
 // follows from the time that its batches take. Requests of a batch that the process has not come to yet do not count
 // as running: their started_at stays 0. In multiplexed mode all of them run.
 //
+// When the process dies, each of its requests comes back with what is known of its part in that: not_run (the process
+// had not come to it), not_begun, or worker_died. Those of a batch of several may be run again: see reruns.h. What has
+// been answered is over, whatever happens after it.
+//
 // Every request is at any moment in one place, `flights_` or `take_`; it leaves that place when the result that carries
 // it is complete. So when memory runs out half-way, what was taken still comes back.
 //
@@ -30,6 +34,7 @@
 #include "memory_file.h"
 #include "poller.h"
 #include "pool.h"
+#include "reruns.h"
 #include "result.h"
 #include "stats.h"
 
@@ -73,6 +78,7 @@ struct ProcessResult : Result {
     std::vector<AnswerPart> answers;  // as many as requests, or none if there is no answer
     uint64_t chunk_ticket = 0;        // of a streamed part: `requests` is empty
     bool is_chunk = false;
+    bool was_alone = false;  // of a worker that died: no other request can have been the cause
 };
 
 // What all workers of a lane share.
@@ -81,6 +87,7 @@ struct ProcessLaneShared {
     Completions<>* completions = nullptr;
     Poller* poller = nullptr;
     std::shared_ptr<ProcessPool> pool = std::make_shared<ProcessPool>();
+    Reruns<ProcessRequest> reruns;
     LaneStats stats;
     int intra_op_threads = 1;
     size_t ready_count = 0;      // workers that take batches
@@ -114,6 +121,8 @@ class ProcessWorker : public Watched {
     bool take(int64_t& wake_at) noexcept;
     // Takes a batch ahead of the one that runs. False if there is none for it.
     bool take_ahead() noexcept;
+    // How many requests it was given together with this one, itself included; 0 if it does not have it.
+    size_t batch_size_of(uint64_t ticket) const noexcept;
     // Tells the process that a client has gone, if it has that request.
     void tell_cancelled(uint64_t ticket) noexcept;
     // Sends what it was given, as far as the socket takes it.
@@ -125,6 +134,8 @@ class ProcessWorker : public Watched {
     bool takes_batches() const noexcept { return state_ == ProcessState::ready && !is_stopping_; }
     bool is_stopping() const noexcept { return is_stopping_; }
     bool is_multiplexed() const noexcept { return in_flight_max_ > 0; }
+    // Whether it died while it had a second run: what that may do to it was known.
+    bool died_in_rerun() const noexcept { return died_in_rerun_; }
     // Why it died; empty if it did not.
     const std::string& error() const { return error_; }
     // When the batch at the front began, or last gave an answer, ns; 0 when idle.
@@ -149,10 +160,13 @@ class ProcessWorker : public Watched {
         Release release = Release::none;
         bool uses_memory = false;
         bool holds_permit = false;
+        bool is_rerun = false;
     };
 
     size_t ahead_max() const;
-    void send_batch(Take& take);
+    bool take_rerun();
+    void end_rerun() noexcept;
+    void send_batch(Take& take, bool is_rerun = false);
     void write_item(const ProcessRequest& request, std::string& heads, std::string& rest, Flight& flight);
     void write_cancel(Waiting& waiting);
     void watch_writing(bool waits) noexcept;
@@ -171,7 +185,7 @@ class ProcessWorker : public Watched {
     void end(ProcessState state) noexcept;
     void die(std::string_view what, std::string_view why = {}) noexcept;
     void abandon();
-    void hand_back(std::vector<Request*>& requests, Code code, const Flight& flight);
+    void hand_back(std::vector<Request*>& requests, Code code, const Flight& flight, bool was_alone = false);
     bool fail(const std::string& text) {
         if (error_.empty()) error_ = text;
         return false;
@@ -183,6 +197,9 @@ class ProcessWorker : public Watched {
     const Descriptor socket_, request_memory_, answer_memory_;
     bool is_stopping_ = false;
     bool waits_to_write_ = false;  // as the poller was told
+    bool has_rerun_ = false;       // and nothing else
+    bool had_rerun_ = false;       // the last that it took, while others waited
+    bool died_in_rerun_ = false;
     ProcessState state_ = ProcessState::ready;
     int64_t running_since_ = 0;
     uint64_t batches_ = 0;

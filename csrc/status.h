@@ -15,8 +15,9 @@ enum class Code : uint8_t {
     cancelled = 4,      // its client went away, or it was answered already; the result is dropped
     closed = 5,         // the lane was closed before it ran
     worker_died = 6,    // the process that ran it ended
-    not_run = 7,        // the process that was to run it ended before it began
-    interrupted = 8,    // it ran for too long
+    not_run = 7,        // the process that was to run it ended before it came to it
+    not_begun = 8,      // it ended while it made the batch ready: the handler was not called
+    interrupted = 9,    // it ran for too long
 };
 
 struct Status {

@@ -45,6 +45,7 @@ WorkerChannel::Got WorkerChannel::receive(IncomingBatch& batch, int timeout_ms) 
         if (!batches_.empty()) {
             batch = std::move(batches_.front());
             batches_.pop_front();
+            __atomic_store_n(&notes_->taken, batch.id, __ATOMIC_RELEASE);
             return Got::batch;
         }
         if (told_to_stop_) {

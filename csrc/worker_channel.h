@@ -48,7 +48,8 @@ class WorkerChannel {
     WorkerChannel(const WorkerChannel&) = delete;
     WorkerChannel& operator=(const WorkerChannel&) = delete;
 
-    // The next batch; waits at most `timeout_ms`, for ever if negative. `interrupted`: a signal came.
+    // The next batch; waits at most `timeout_ms`, for ever if negative. `interrupted`: a signal came. Notes of a batch
+    // that the worker has come to it, whose bodies may be too much for it.
     // `closed`: told to stop and nothing is left, or the server is gone.
     Got receive(IncomingBatch& batch, int timeout_ms);
     // The batch is about to be handed to the handler.

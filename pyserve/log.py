@@ -23,12 +23,10 @@ from functools import lru_cache
 from typing import TextIO
 
 from pyserve.errors import repr_of
+from pyserve.visible import visible
 
 LOSS_REPORT_INTERVAL_S = 60.0
 _PIPE_ATOMIC_SIZE = 4096  # PIPE_BUF: what poll(2) promises to take without blocking
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) not in "\n\t"}
-
-
 # What a record may say of itself beside its text, see `about`.
 _FIELDS = ("model", "version", "worker", "request_id")
 
@@ -75,8 +73,9 @@ class LineFormatter(logging.Formatter):
             text = f"{text}\n{record.exc_text}"
         if record.stack_info:
             text = f"{text}\n{record.stack_info}"
-        text = text.rstrip("\n").translate(_CONTROL).replace("\n", "\n    ")
-        return f"{time_text(record.created)} [{record.levelname:<5}] {self.source(record)} - {text}"
+        text = text.rstrip("\n").replace("\n", "\n    ")
+        source = self.source(record).replace("\n", " ")
+        return visible(f"{time_text(record.created)} [{record.levelname:<5}] {source} - {text}")
 
     def source(self, record: logging.LogRecord) -> str:
         """Who says it; of what workers print, as TorchServe has it."""
@@ -136,7 +135,8 @@ class LossyHandler(logging.Handler):
         try:
             line = self.format(record) + "\n"
         except Exception as error:  # a record whose arguments do not fit its text is the caller's mistake
-            line = f"{record.name}: log record {repr_of(record.msg)} cannot be formatted: {repr_of(error)}\n"
+            line = f"{record.name}: log record {repr_of(record.msg)} cannot be formatted: {repr_of(error)}"
+            line = visible(line.replace("\n", " ")) + "\n"
         reports_loss = self.lost_count > 0 and self.clock() - self._reported_at >= LOSS_REPORT_INTERVAL_S
         if reports_loss:
             line = f"{self._loss_report()}\n{line}"

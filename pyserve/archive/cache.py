@@ -41,6 +41,8 @@ from pyserve.os_errors import cause_of
 _log = logging.getLogger(__name__)
 
 _PRIVATE_PREFIX = "pyserve-cache-"
+_PARTIAL_PREFIX = ".partial-"
+_DRAFT_AGE_MAX_S = 86_400.0
 _FORMAT = 2  # before, handlers worked in what was unpacked, and may have changed it
 # File systems keep times in steps; a file written within this time of being hashed may change without showing it.
 _SETTLED_NS = 2_000_000_000
@@ -144,7 +146,7 @@ class ArchiveCache:
     @contextlib.contextmanager
     def unpacking(self, key: str) -> Iterator[Path]:
         """A fresh folder to unpack into, for the holder of `lock`; put in place by `commit`, else removed."""
-        partial = self._archives / f".partial-{key}"
+        partial = self._archives / f"{_PARTIAL_PREFIX}{key}"
         if os.path.lexists(partial):  # its writer was killed: the lock is ours now
             _remove(partial)
         partial.mkdir(mode=0o700)
@@ -152,6 +154,31 @@ class ArchiveCache:
             yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def remove_drafts(self) -> None:
+        """What processes left that were killed while they unpacked or converted. Blocks; raises nothing."""
+        for name in _names_in(self._archives):
+            path = self._archives / name
+            if name.startswith(_PARTIAL_PREFIX):
+                self._remove_partial(path)
+                continue
+            for each in _names_in(path / "derived"):
+                if each.startswith(("tmp", ".")) or each.endswith((".part", ".partial")):
+                    _remove_if_old(path / "derived" / each)
+        for folder, mark in ((self.root / "digests", "."), (self.root / "weights", ".part")):
+            for name in _names_in(folder):
+                if mark in name:
+                    _remove_if_old(folder / name)
+
+    def _remove_partial(self, path: Path) -> None:
+        key = path.name.removeprefix(_PARTIAL_PREFIX)
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.root / "locks" / key[:2], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer is gone
+                _remove(path)
+            finally:
+                os.close(descriptor)
 
     def commit(self, key: str, partial: Path, contents: Contents) -> None:
         """Makes what was unpacked visible at once. An older, damaged folder of the same key goes away."""
@@ -165,7 +192,7 @@ class ArchiveCache:
         if os.path.lexists(target):
             if (target / "derived").is_dir():
                 (target / "derived").rename(partial / "derived")
-            discarded = self._archives / f".partial-{key}-{os.urandom(4).hex()}"
+            discarded = self._archives / f"{_PARTIAL_PREFIX}{key}-{os.urandom(4).hex()}"
             target.rename(discarded)
             with contextlib.suppress(OSError):
                 _remove(discarded)
@@ -299,6 +326,20 @@ def _private_root(wanted: str, problem: str) -> Path:
         root,
     )
     return root
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _remove_if_old(path: Path) -> None:
+    """Its writer may still be at work."""
+    with contextlib.suppress(OSError):
+        if time.time() - path.lstat().st_mtime > _DRAFT_AGE_MAX_S:
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -79,6 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(run: Callable[[], int], name: str) -> int:
     """Run a command called ``name``: its exit code, also of what it raises."""
+    from pyserve.commands.terminal import escaped_output
+
+    with escaped_output():
+        return _guarded(run, name)
+
+
+def _guarded(run: Callable[[], int], name: str) -> int:
     try:
         return run()
     except KeyboardInterrupt:

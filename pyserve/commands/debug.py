@@ -17,12 +17,13 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from pyserve.commands import terminal as console
 from pyserve.commands import trial as dry_run
 from pyserve.commands.trial import Input, Subject
 from pyserve.errors import HandlerError
+from pyserve.visible import visible
 
 STAGES = ("preprocess", "inference", "postprocess", "explain_handle", "handle")
 BODY_SHOWN_MAX = 4000
@@ -71,9 +72,15 @@ def debug_command(parsed: argparse.Namespace) -> int:
         os.execv(interpreter, [interpreter, "-m", "pyserve", *sys.argv[1:]])
     inputs = dry_run.read_inputs(parsed)
     try:
-        return _Run(subject).run(inputs, parsed.batch)
+        with console.unescaped_output():
+            return _Run(subject).run(inputs, parsed.batch)
     finally:
         subject.archive.close()
+
+
+def _print(text: str = "", *, file: TextIO | None = None, flush: bool = False) -> None:
+    """Prints what was made of a request, an answer or an error."""
+    print(visible(text), file=file, flush=flush)
 
 
 class _Run:
@@ -96,17 +103,17 @@ class _Run:
         context = make_context(self._spec)
         try:
             entry = load_entry_point(self._spec)
-            print(f"{self._subject.label}: {entry.name}, on {_device(self._spec.gpu_id)}")
+            _print(f"{self._subject.label}: {entry.name}, on {_device(self._spec.gpu_id)}")
             if not inputs and not dry_run.makes_samples(entry.handler):
                 raise dry_run.UsageError(dry_run.NO_INPUT)
             began = time.perf_counter()
             entry.initialize(context)
-            print(f"initialize   {_time(time.perf_counter() - began)}")
+            _print(f"initialize   {_time(time.perf_counter() - began)}")
         except (HandlerLoadError, HandlerMemoryError) as error:
             if isinstance(error.__cause__, bdb.BdbQuit):
                 return 1
-            print(f"\n{error.traceback}\n", file=sys.stderr)
-            print(f"pyserve: error: {self._subject.label} cannot be loaded: {error.reason()}", file=sys.stderr)
+            _print(f"\n{error.traceback}\n", file=sys.stderr)
+            _print(f"pyserve: error: {self._subject.label} cannot be loaded: {error.reason()}", file=sys.stderr)
             return 1
         inputs = inputs or [dry_run.sample_input(entry.handler, context)]
         return self._call(entry, context, dry_run.fill_batch(inputs, size or len(inputs)))
@@ -120,11 +127,11 @@ class _Run:
 
             def send(self, answer: Any) -> None:
                 """Shows one part."""
-                print(f"answer {answer[0] + 1}, a part: {shown(bytes(answer[4]))}", flush=True)
+                _print(f"answer {answer[0] + 1}, a part: {shown(bytes(answer[4]))}", flush=True)
 
         told = [f"{each.label}, {len(each.body)} bytes, content-type: {each.content_type or 'none'}" for each in batch]
         for numbers, text in _same_together(told):
-            print(f"request{numbers}: {text}")
+            _print(f"request{numbers}: {text}")
         _show_stages(entry)
         invoker = Invoker(self._spec, entry, context, parts=ShownParts(), log_failure=self._tell_failure)
         answers = invoker.run([each.item(number) for number, each in enumerate(batch)])
@@ -132,10 +139,13 @@ class _Run:
             return 1
         shown_answers = [self._answer_text(answer) for answer in sorted(answers, key=lambda answer: answer[0])]
         for numbers, text in _same_together(shown_answers):
-            print(f"\nanswer{numbers}:\n{text}")
+            _print(f"\nanswer{numbers}:\n{text}")
         failed = sum(answer[1] == ERROR for answer in answers)
-        if failed and len(batch) > 1 and self._subject.config.isolate_errors:
-            print("a server would now call the handler again with each request alone, so that the others get answers")
+        runs_again = self._subject.config.isolate_errors and not (
+            entry.has_side_effects or self._subject.archive.config.side_effects
+        )
+        if failed and len(batch) > 1 and runs_again:
+            _print("a server would now call the handler again with each request alone, so that the others get answers")
         return 1 if failed else 0
 
     def _tell_failure(self, ids: list[str], failure: Any) -> None:
@@ -144,13 +154,13 @@ class _Run:
             self._was_left = True
             return
         if failure.where and failure.where in failure.traceback:
-            print(f"\n{_OUR_FRAMES.sub('', failure.traceback)}", file=sys.stderr)
+            _print(f"\n{_OUR_FRAMES.sub('', failure.traceback)}", file=sys.stderr)
         else:  # what was returned is at fault, and only the server's own code was running
-            print(f"\n{f'  {failure.where}' if failure.where else ''}", file=sys.stderr)
-            print(f"{failure.exception}: {failure.text}", file=sys.stderr)
+            _print(f"\n{f'  {failure.where}' if failure.where else ''}", file=sys.stderr)
+            _print(f"{failure.exception}: {failure.text}", file=sys.stderr)
         if failure.fix:
-            print(f"fix: {failure.fix}", file=sys.stderr)
-        print(file=sys.stderr, flush=True)
+            _print(f"fix: {failure.fix}", file=sys.stderr)
+        _print(file=sys.stderr, flush=True)
 
     def _answer_text(self, answer: Any) -> str:
         from pyserve.http1.answer import AnswerWriter
@@ -224,16 +234,16 @@ def _shown_call(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     label = f"{name:<12} "
 
     def before(arguments: tuple[Any, ...]) -> float:
-        print(f"{label}received  {shown(arguments[0]) if arguments else 'nothing'}", flush=True)
+        _print(f"{label}received  {shown(arguments[0]) if arguments else 'nothing'}", flush=True)
         return time.perf_counter()
 
     def after(began: float, result: Any) -> Any:
-        print(f"{label}returned  {shown(result)}   {_time(time.perf_counter() - began)}", flush=True)
+        _print(f"{label}returned  {shown(result)}   {_time(time.perf_counter() - began)}", flush=True)
         return result
 
     def failed(began: float, error: BaseException) -> None:
         took = _time(time.perf_counter() - began)
-        print(f"{label}raised    {type(error).__name__}   {took}", flush=True)
+        _print(f"{label}raised    {type(error).__name__}   {took}", flush=True)
 
     def call(*arguments: Any, **named: Any) -> Any:
         began = before(arguments)

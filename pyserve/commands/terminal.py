@@ -6,13 +6,15 @@ second for each model, so that a log of a deployment stays readable.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pyserve.errors import JsonObject
+from pyserve.visible import visible
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -23,6 +25,55 @@ READY_LINE = "Model server started."
 
 _STATE_COLORS = {"READY": "32", "FAILED": "31"}
 _STATE_COLOR_OTHER = "33"
+
+
+class _Escaping:
+    """A stream that writes control characters as `visible` has them."""
+
+    def __init__(self, stream: TextIO):
+        self.unescaped = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unescaped, name)
+
+    def write(self, text: str) -> int:
+        self.unescaped.write(visible(text.replace("\r\n", "\n")))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+
+@contextlib.contextmanager
+def escaped_output() -> Iterator[None]:
+    """Meanwhile what is printed cannot control the terminal: most of it is, in part, what others have written."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_escaping, before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def unescaped_output() -> Iterator[None]:
+    """Meanwhile what is printed goes out as it is: a handler's own progress bars, in its author's terminal."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(unescaped, before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _escaping(stream: Any) -> Any:
+    return None if stream is None else _Escaping(stream)  # a process may have been started without
+
+
+def unescaped(stream: TextIO) -> TextIO:
+    """The stream itself, for what we have escaped and coloured."""
+    return stream.unescaped if isinstance(stream, _Escaping) else stream
 
 
 def table_lines(rows: Sequence[JsonObject], *, colored: bool = False) -> list[str]:
@@ -37,7 +88,7 @@ def table_lines(rows: Sequence[JsonObject], *, colored: bool = False) -> list[st
             padded[2] = f"\x1b[{color}m{padded[2]}\x1b[0m"
         lines.append("  ".join(padded).rstrip())
         if number and rows[number - 1].get("error"):
-            lines += [f"    {part}" for part in str(rows[number - 1]["error"]).splitlines()]
+            lines += [f"    {visible(part)}" for part in str(rows[number - 1]["error"]).split("\n")]
     return lines
 
 
@@ -62,13 +113,13 @@ def ready_lines(event: JsonObject, *, colored: bool = False) -> list[str]:
         lines.append("gRPC: " + ", ".join(f"{name.removeprefix('grpc_')} {at}" for name, at in event["grpc"].items()))
     lines.append(READY_LINE)
     if event.get("sample"):
-        lines.append(str(event["sample"]))
+        lines.append(visible(str(event["sample"])))
     return lines
 
 
 def print_ready(event: JsonObject, stream: TextIO | None = None) -> None:
     """Print ``ready_lines`` to ``stream``, stdout by default."""
-    stream = sys.stdout if stream is None else stream
+    stream = unescaped(sys.stdout if stream is None else stream)
     stream.write("\n".join(ready_lines(event, colored=stream.isatty())) + "\n")
     stream.flush()
 
@@ -83,7 +134,7 @@ class Progress:
     """Shows what the models are doing while they load. A context; ``update`` within it."""
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = unescaped(sys.stderr if stream is None else stream)  # rich moves the cursor
         self._clock = clock
         self._texts: dict[str, str] = {}
         self._printed_at: dict[str, float] = {}

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
 from pyserve.archive.archive import Archive, open_archive
+from pyserve.commands import terminal as console
 from pyserve.conversion.torchscript import runs_in_python
 from pyserve.cpu_budget import cpu_budget
 from pyserve.errors import ConfigError, JsonObject, ServeError
 from pyserve.server import pid_file
+from pyserve.visible import visible
 
 if TYPE_CHECKING:
     from pyserve.commands.tune_measure import Point, Setting
@@ -259,7 +261,7 @@ class _Bar:
             from rich.console import Console
             from rich.progress import Progress
 
-            self._progress = Progress(console=Console(file=sys.stderr), transient=True)
+            self._progress = Progress(console=Console(file=console.unescaped(sys.stderr)), transient=True)
             self._task = self._progress.add_task("starting", total=self._total)
             self._progress.start()
         return self
@@ -271,7 +273,7 @@ class _Bar:
     def show(self, text: str) -> None:
         self._text = text
         if self._progress is not None:
-            self._progress.update(self._task, description=text)
+            self._progress.update(self._task, description=visible(text))
         else:
             print(f"[{self._done + 1}/{self._total}] {text}", file=sys.stderr, flush=True)
 

@@ -70,7 +70,7 @@ class Config:
         cpu_budget: CPUs to use; 0 means what the cgroup allows.
         stuck_threads_max: with more threads than this that do not come to an end the server process is replaced; 0
             means half of the CPU budget, and at least one.
-        isolate_errors: a batch of a handler that fails is called again item by item.
+        isolate_errors: a batch of a handler that fails, or that ends its worker, is called again item by item.
         debug: one worker for each model, and as much time as there is.
         ts_open_inference_protocol: the Open Inference Protocol's server endpoints are there, as TorchServe has them.
         watch: handler code is loaded anew when it changes.

@@ -10,6 +10,7 @@ import atexit
 import gc
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from pyserve.archive.archive import Archive, open_archive
 from pyserve.archive.samples import archive_samples
 from pyserve.conversion.record import NeedsPythonError, conversion_file, conversion_text
 from pyserve.conversion.torchscript import native_example
-from pyserve.errors import ServeError
+from pyserve.errors import ModelLoadError, ServeError
 from pyserve.torch_error import cause_of
+
+CODE_SIZE = 1 << 20  # bytes; of TorchScript beside its weights
 
 
 def main(archive_path: str, out_path: str, freezes: str, handler: str, descriptor: str) -> int:
@@ -84,6 +87,7 @@ def _convert(archive: Archive, out: Path, progress: Callable[[str], None], *, fr
         cause = cause_of(str(error))
         raise NeedsPythonError(f"converting it failed: {type(error).__name__}{': ' if cause else ''}{cause}") from error
     progress("keeping the TorchScript")
+    check_room(archive.name, out.parent, _weights_size(model))
     _keep(conversion_file(out), lambda path: Path(path).write_text(conversion_text(conversion)))
     _keep(out, lambda path: torch.jit.save(program, path))
 
@@ -105,6 +109,28 @@ def _sample_probes(handler: Any, model_dir: Path, example: tuple[Any, ...]) -> l
         if len(inputs) == len(example) and all(isinstance(each, torch.Tensor) for each in inputs):
             probes.append(Probe(sample.name, inputs))
     return probes
+
+
+def check_room(name: str, folder: Path, size: int) -> None:
+    """That ``size`` bytes and a little more can be written to ``folder``: torch ends the process on a full disk.
+
+    Raises:
+        ModelLoadError: they cannot.
+    """
+    room = shutil.disk_usage(folder).free
+    if room < size + CODE_SIZE:
+        raise ModelLoadError(
+            f"{name}: its TorchScript, about {size + CODE_SIZE} bytes, cannot be kept: the disk of the cache folder is "
+            f"full ({room} bytes are free); free space, or set PYSERVE_CACHE to a folder on a larger disk"
+        )
+
+
+def _weights_size(model: Any) -> int:
+    """In bytes; 0 if it cannot be told."""
+    try:
+        return sum(tensor.nbytes for tensor in dict.fromkeys([*model.parameters(), *model.buffers()]))
+    except Exception:  # of tensors that have no such size, or no memory yet
+        return 0
 
 
 def _keep(path: Path, write: Callable[[str], object]) -> None:

@@ -73,6 +73,10 @@ class EngineLane(Lane):
         """Batches that may run at once."""
         raise NotImplementedError
 
+    def leaves_overrun(self, pending: Pending) -> bool:
+        """Whether a request that has run for too long is left to the end of its batch, to be run again by itself."""
+        return False
+
     def look_after_workers(self, now: int) -> bool:
         """Called with each sweep; returns whether another one is wanted although no request waits for an answer."""
         return False

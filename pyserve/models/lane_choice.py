@@ -182,6 +182,7 @@ async def _prepare_workers(options: LaneOptions) -> tuple[WorkerSpec, str | None
         lenient=config.compat == "strict",
         limit_max_image_pixels=config.limit_max_image_pixels,
         isolate_errors=config.isolate_errors and config.compat != "strict",
+        has_side_effects=bool(archive.config.side_effects),
         nan_as_null=config.compat != "strict",
         max_response_size=config.max_response_size,
         header_keys=(

@@ -110,7 +110,7 @@ async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int, stuc
         return EXIT_DRAINED
     sources, errors = fetching.result()
     # Models' folders of servers that were killed, the one before this one perhaps.
-    clearing = asyncio.ensure_future(asyncio.to_thread(remove_left_overs, open_cache().root / "models"))
+    clearing = asyncio.ensure_future(asyncio.to_thread(_clear_cache))
     archives = _open_all(sources, errors, start.config.store_files())
     tracings = _begin_tracing(archives)
     hidden = re.compile(start.config.blacklist_env_vars) if start.config.blacklist_env_vars else None
@@ -221,6 +221,13 @@ def _open(source: ModelSource, store_files: list[str]) -> Archive | ServeError:
     except Exception as error:  # one archive, whatever it is, does not keep the others from being served
         log.exception("%s cannot be opened", source.shown)
         return ModelLoadError(f"{source.shown}: cannot be opened: {type(error).__name__}: {error}")
+
+
+def _clear_cache() -> None:
+    with contextlib.suppress(ServeError, OSError):  # whoever needs it says why it cannot be used
+        cache = open_cache()
+        cache.remove_drafts()
+        remove_left_overs(cache.root / "models")
 
 
 def _begin_tracing(archives: dict[str, Archive | ServeError]) -> dict[str, Tracing]:

@@ -1,4 +1,4 @@
-"""The temporary folder that serves where the cache folder cannot be used: it is nobody's after its process."""
+"""What processes leave in caches, and in the temporary folder that serves where the cache folder cannot be used."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,32 @@ def test_a_digest_that_cannot_be_remembered_is_made_each_time(tmp_path: Path) ->
     note.mkdir()
     assert open_archive(archive, cache_dir=tmp_path / "cache").sha256 == first.sha256
     assert [path.name for path in note.parent.iterdir()] == [note.name]
+
+
+def test_drafts_of_killed_processes_are_removed_and_others_stay(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "cache")
+    archive = open_archive(write_mar(tmp_path / "m.mar"), cache_dir=cache.root)
+    derived, day_before = cache.derived(archive.sha256), time.time() - 90_000
+    (cache.root / "weights").mkdir()
+    drafts = [
+        derived / "tmpabc.pt",
+        derived / ".w.1.part",
+        cache.root / "digests/1-2.ab",
+        cache.root / "weights/x.part",
+    ]
+    kept = [derived / "traced.pt", cache.root / "digests/1-2", cache.root / "weights/x.weights"]
+    for path in [*drafts, *kept]:
+        path.write_bytes(b"x")
+        os.utime(path, (day_before, day_before))
+    being_written = derived / "tmpnew.pt"
+    being_written.write_bytes(b"x")
+    left, at_work = cache.root / "archives/.partial-aa1", cache.root / "archives/.partial-bb1"
+    left.mkdir()
+    at_work.mkdir()
+    (cache.root / "archives/.partial-cc1").symlink_to("nowhere")
+    with cache.lock("bb1"):
+        cache.remove_drafts()
+    assert not any(path.exists() for path in [*drafts, left])
+    assert all(path.exists() for path in [*kept, being_written, at_work])
+    assert not os.path.lexists(cache.root / "archives/.partial-cc1")
+    assert open_archive(tmp_path / "m.mar", cache_dir=cache.root).sha256 == archive.sha256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from pyserve.archive.archive import Archive, open_archive
 from pyserve.commands.inspect_archive import inspect_command
+from pyserve.conversion.child import CODE_SIZE, check_room
 from pyserve.conversion.record import conversion_file, conversion_of, python_reason
 from pyserve.conversion.torchscript import Tracing, needs_tracing, traced_file
 from pyserve.errors import ModelLoadError
@@ -202,3 +204,11 @@ def test_what_the_code_reads_from_elsewhere_is_read_once_unless_it_runs_in_pytho
     with open_archive(path) as other:
         assert not needs_tracing(other)
         assert "conversion: python" in python_reason(other)
+
+
+def test_a_disk_without_room_for_the_torchscript_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=CODE_SIZE + 99))
+    check_room("m.mar", tmp_path, 99)
+    with pytest.raises(ModelLoadError, match=r"^m\.mar: .*the disk of the cache folder is full .*PYSERVE_CACHE"):
+        check_room("m.mar", tmp_path, 100)

@@ -13,9 +13,11 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -77,8 +79,11 @@ struct Entry {
     State state{};  // when it came back
     AnswerPart answer;
     uint32_t batch_size = 0;
+    bool was_alone = false;
     Release release = Release::none;
     std::vector<std::string> chunks;
+    int64_t deadline = never_ns;
+    uint32_t flags = 0;
 };
 
 // What a worker answers: it tells the request and every byte of it.
@@ -94,6 +99,7 @@ class Loop : private Watched {
         lane = std::make_unique<ProcessLane>(completions, poller, capacity);
     }
     ~Loop() override {
+        runs_again = false;
         lane.reset();
         drain();
         for (const Entry& entry : entries) CHECK(entry.is_over);
@@ -115,15 +121,20 @@ class Loop : private Watched {
         Entry& entry = entries.emplace_back();
         entry.number = static_cast<int64_t>(entries.size()) - 1;
         entry.body = std::move(body);
-        const std::string head = std::to_string(entry.number);
-        const ProcessRequest* request =
-            lane->try_submit(head, entry.body, flags, &entry, SteadyClock::now_ns(), deadline);
-        if (request == nullptr) {
+        entry.deadline = deadline;
+        entry.flags = flags;
+        if (!submit(entry)) {
             entries.pop_back();
             return nullptr;
         }
-        entry.ticket = ProcessPool::ticket_of(*request);
         return &entry;
+    }
+    bool submit(Entry& entry) {
+        const std::string head = std::to_string(entry.number);
+        const ProcessRequest* request =
+            lane->try_submit(head, entry.body, entry.flags, &entry, SteadyClock::now_ns(), entry.deadline);
+        if (request != nullptr) entry.ticket = ProcessPool::ticket_of(*request);
+        return request != nullptr;
     }
 
     // What the event loop of Python does: waits, then takes what has come.
@@ -169,9 +180,25 @@ class Loop : private Watched {
     std::unique_ptr<ProcessLane> lane;
     std::deque<Entry> entries;
     size_t over_count = 0;
+    // Whether requests of a worker that died are submitted again, as the python lane does: once, those that may not
+    // have been the cause; the others as often as no worker came to them.
+    bool runs_again = false;
+    size_t group_size = 1;
 
   private:
     void on_ready(uint32_t) noexcept override {}
+
+    bool submit_again(Entry& entry, Code code) {
+        if (code == Code::ok || (code == Code::worker_died && entry.was_alone) ||
+            (code != Code::not_run && (entry.flags & rerun_flag) != 0))
+            return false;
+        if (code != Code::not_run)
+            entry.flags |= rerun_flag | static_cast<uint32_t>(next_rerun_++ / group_size) << rerun_group_shift;
+        CHECK(submit(entry));
+        return true;
+    }
+
+    size_t next_rerun_ = 0;
 
     void on_result(ProcessResult& result) {
         if (result.is_chunk) {
@@ -194,6 +221,8 @@ class Loop : private Watched {
             auto* entry = static_cast<Entry*>(result.pool->release(request));
             CHECK(entry != nullptr && !entry->is_over);
             CHECK_EQ(entry->ticket, ticket);
+            entry->was_alone = result.was_alone;
+            if (runs_again && state == State::done && submit_again(*entry, result.status.code)) continue;
             entry->is_over = true;
             entry->code = result.status.code;
             entry->state = state;
@@ -203,6 +232,39 @@ class Loop : private Watched {
             ++over_count;
         }
     }
+};
+
+inline std::string body_of(const WorkerChannel& channel, const IncomingItem& item) {
+    if (item.offset == in_frame) return item.body;
+    std::string body(item.body_size, '\0');
+    CHECK(channel.read_body(item, body.data()));
+    return body;
+}
+
+inline OutgoingAnswer answer(uint64_t ticket, std::string_view body, AnswerKind kind = AnswerKind::answer) {
+    return {ticket, kind, 200, "OK", body};
+}
+
+// One worker process, played by a thread. `handle` returns false to die there and then.
+class Peer {
+  public:
+    using Handle = std::function<bool(WorkerChannel&, const IncomingBatch&)>;
+
+    Peer(Loop& loop, Handle handle, size_t in_flight_max = 0, std::unique_ptr<Wire> wire = std::make_unique<Wire>())
+        : id(loop.add(*wire, in_flight_max)), thread_([channel = wire->channel(), on_batch = std::move(handle)] {
+              IncomingBatch batch;
+              for (;;) {
+                  const WorkerChannel::Got got = channel->receive(batch, -1);
+                  if (got == WorkerChannel::Got::closed) break;
+                  if (got == WorkerChannel::Got::batch && !on_batch(*channel, batch)) break;
+              }
+          }) {}
+    ~Peer() { thread_.join(); }
+
+    const uint32_t id;
+
+  private:
+    std::thread thread_;
 };
 
 }  // namespace peers

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,14 @@ def handle(data, context):
 """
 
 WAITING = """
-import time
+import pathlib, time
 
 
 def handle(data, context):
     if data is None:
         return None
-    time.sleep(0.2)
+    while not pathlib.Path("{gate}").exists():
+        time.sleep(0.001)
     return [1] * len(data)
 """
 
@@ -122,7 +124,8 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_handler(store, "doubler", TUTORIAL, network=Doubler(), config={"batchSize": 8, **ALL})
     write_handler(store, "counting", COUNTING, config={**PAIRS, **ALL})
     write_handler(store, "telling", TELLING, config=ALL)
-    write_handler(store, "waiting", WAITING, config={"jobQueueSize": 1, **ALL})
+    waiting = WAITING.replace("{gate}", str(server.folder / "gate"))
+    write_handler(store, "waiting", waiting, config={"jobQueueSize": 1, **ALL})
     write_handler(store, "streaming", STREAMING, config=ALL)
     with torch.random.fork_rng(devices=[]):
         state = {"linear.weight": torch.ones(3, 4), "linear.bias": torch.zeros(3)}
@@ -270,9 +273,17 @@ def test_model_without_audit_has_no_process_and_no_series(audited: Server) -> No
 
 
 def test_refusals_by_overload_are_not_audited(audited: Server) -> None:
-    answers = ask_at_once(audited, "waiting", [b"1"] * 12)
+    def ask() -> Answer:
+        return audited.ask("POST", "/predictions/waiting", b"1", JSON)
+
+    with ThreadPoolExecutor(12) as pool:
+        futures = [pool.submit(ask) for _ in range(12)]
+        # While nothing runs to its end, one runs, one waits, and all others are refused.
+        audited.wait_for(lambda: sum(future.done() for future in futures) == 10, "the refusals")
+        (audited.folder / "gate").touch()
+        answers = [future.result() for future in futures]
     served = sum(answer.status == 200 for answer in answers)
-    assert 0 < served < 12 and {answer.status for answer in answers} == {200, 503}
+    assert served == 2 and {answer.status for answer in answers} == {200, 503}
     wait_for_audits(audited, "waiting", 12)
     assert count(audited, "requests", "waiting") == served
     assert count(audited, "skipped", "waiting", reason="error") == 12 - served

@@ -236,19 +236,15 @@ def test_scaling_and_settings_change_under_load_without_a_wrong_answer(site: Ser
 
 def test_a_lone_client_does_not_wait_for_a_batch_to_fill(site: Server) -> None:
     count = 30
-    site.manage("PUT", "/models/linear?batch_size=8&max_batch_delay=1000")
-
-    def queued_s() -> float:
-        return site.metric("pyserve_queue_duration_seconds_sum", model="linear")
-
+    # One that waited for others would wait for an hour.
+    site.manage("PUT", "/models/linear?batch_size=8&max_batch_delay=3600000")
     try:
-        before, queued_before = batch_counts(site, "linear"), queued_s()
+        before = batch_counts(site, "linear")
         with site.client() as client:
             for number in range(count):
                 assert client.predict("linear", [number, 0, 0, 0]).status == 200
         after = batch_counts(site, "linear")
-        assert after["1"] - before["1"] == count
-        assert (queued_s() - queued_before) / count < 0.5
+        assert after["1"] - before.get("1", 0) == count
     finally:
         site.manage("PUT", "/models/linear?batch_size=1&max_batch_delay=100")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -213,6 +214,46 @@ def test_health_says_that_the_server_drains_and_a_second_sigterm_ends_it(server:
         assert (status, json.loads(body)["detail"]["reason"]) == (503, "draining")
         assert popen.wait(LIMIT_S) == 1
     assert "SIGTERM again: stopping without waiting for requests" in (server.folder / "foreground.log").read_text()
+
+
+def test_for_a_while_after_sigterm_all_is_answered_and_health_is_off(server: Server, session_store: Path) -> None:
+    shutil.copy(session_store / "linear.mar", server.store)
+    server.environment["PYSERVE_DRAIN_DELAY_S"] = "3600"
+    path = server.folder / "socket"
+    with (
+        server.foreground("--models", "linear.mar", "--metrics-address", f"unix:{path}") as popen,
+        server.client() as kept, server.connect() as idle,
+    ):  # fmt: skip
+        assert kept.predict("linear", [1, 2, 3, 4]).headers["connection"] == "keep-alive"
+        os.kill(popen.pid, signal.SIGTERM)
+        server.wait_for(lambda: server.ask("GET", "/ready").status == 503, "readiness to go off")
+        assert server.ask("GET", "/ping").status == 500
+        assert server.ask("GET", "/v2/health/ready").status == 503
+        assert server.ask("GET", "/live").status == 200
+        answer = kept.predict("linear", [1, 2, 3, 4])
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        with server.client() as fresh:
+            assert fresh.predict("linear", [1, 2, 3, 4]).headers["connection"] == "close"
+        with socket.socket(socket.AF_UNIX) as by_file:
+            by_file.connect(str(path))
+            by_file.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert read_answer(by_file, bytearray())[0] == 200
+        assert not select.select([idle], [], [], 0)[0]  # it is left open
+        idle.sendall(request_of("/predictions/linear", [1, 2, 3, 4]))
+        assert read_answer(idle, bytearray())[0] == 200
+        os.kill(popen.pid, signal.SIGTERM)  # a second one ends the wait
+        popen.wait(LIMIT_S)
+    assert "SIGTERM: draining, in 3600 s" in (server.folder / "foreground.log").read_text()
+    assert not path.exists()
+
+
+def test_somebody_who_presses_ctrl_c_does_not_wait_for_load_balancers(server: Server, session_store: Path) -> None:
+    shutil.copy(session_store / "linear.mar", server.store)
+    server.environment["PYSERVE_DRAIN_DELAY_S"] = "3600"
+    with server.foreground("--models", "linear.mar") as popen, server.connect() as idle:
+        os.kill(popen.pid, signal.SIGINT)
+        assert idle.recv(1) == b""
+        assert popen.wait(LIMIT_S) == 0
 
 
 # --- a killed server --------------------------------------------------------------------------------------------------

@@ -75,6 +75,11 @@ class Client:
         self._connection.close()
 
 
+def _sanitizers_path() -> list[str]:
+    """What makes servers load the engine that `make sanitize` built, under it."""
+    return os.environ["PYTHONPATH"].split(os.pathsep) if "PYSERVE_SANITIZED_CORE" in os.environ else []
+
+
 class Server:
     """One pyserve with its own folder, model store, cache, pid file and ports."""
 
@@ -85,7 +90,7 @@ class Server:
         self.pid_path = folder / "pyserve.pid"
         self.environment = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *_sanitizers_path()]),
             "PYSERVE_CACHE": str(cache or folder / "cache"),
             "LOG_LOCATION": str(folder / "logs"),
             "TMPDIR": str(folder),
