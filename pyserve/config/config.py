@@ -99,6 +99,8 @@ class Config:
     max_response_size: int = 6_553_500
     number_of_gpu: int | None = None
     limit_max_image_pixels: bool = True
+    max_image_pixels: int = 89_478_485
+    max_image_memory: int = 1 << 30
     decode_input_request: bool = True
     default_service_handler: str = ""
     allowed_urls: str = ""

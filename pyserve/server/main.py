@@ -51,12 +51,14 @@ log = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 EXIT_DRAIN_CUT_SHORT = 4
+# How long the loop waits for a thread of the pool that runs Python; its own number is 5 ms, for each time it asks.
+SWITCH_INTERVAL_S = 0.001
 # Objects that may be made, and not yet be gone, before the youngest are looked through; Python's own number is 700.
 GC_THRESHOLD = 20_000
 
 
 def main() -> int:
-    sys.setswitchinterval(0.001)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.disable()  # imports and loading make a million objects, nearly all of which stay
     atexit.register(gc.freeze)  # even at the end: to look through them takes 0.4 s, and the memory goes back anyway
     start = receive_server_start()
