@@ -256,6 +256,7 @@ KINDS: dict[str, Kind] = {
     "compat": _choice("default", "strict"),
     "strict": _BOOLEAN,
     "cpu_budget": _integer(0, 4096),
+    "stuck_threads_max": _integer(0, 4096),
     "connection_count_max": _integer(1, 1_000_000),
 }
 

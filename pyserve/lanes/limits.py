@@ -85,7 +85,7 @@ class Sweep:
                     continue
                 pending.drop()
                 pending.started_at = started_at
-                lane.answer_error(pending, _overrun_error(settings, pending, is_strict=lane.is_strict))
+                lane.answer_error(pending, overrun_error(settings, pending, is_strict=lane.is_strict))
             elif started_at == 0 and age_s >= queue_limit_s:
                 pending.drop()
                 lane.expire(pending)
@@ -145,7 +145,8 @@ def _client_limit_error(pending: Pending) -> DeadlineError:
     )
 
 
-def _overrun_error(settings: ModelSettings, pending: Pending, *, is_strict: bool) -> ServeError:
+def overrun_error(settings: ModelSettings, pending: Pending, *, is_strict: bool) -> ServeError:
+    """For a request that ran too long; its ``started_at`` is known."""
     if is_strict:
         return worker_died_error()
     queued_s, ran_s = pending.queue_s(), (time.monotonic_ns() - pending.started_at) / 1e9
@@ -153,4 +154,12 @@ def _overrun_error(settings: ModelSettings, pending: Pending, *, is_strict: bool
         f"the model did not answer in time: queued {queued_s:.3f} s, ran {ran_s:.3f} s, limit "
         f"response_timeout={settings.response_timeout_s} s",
         detail={"reason": "response_timeout"},
+    )
+
+
+def handler_overrun(stage: str, settings: ModelSettings) -> DeadlineError:
+    """For a request whose handler did not come to an end in ``stage``."""
+    return DeadlineError(
+        f"{stage} did not come to an end in time: limit response_timeout={settings.response_timeout_s} s",
+        detail={"reason": "response_timeout", "where": stage},
     )
