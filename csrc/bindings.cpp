@@ -12,6 +12,7 @@
 
 #include "clock.h"
 #include "input_rules.h"
+#include "interrupt.h"
 #include "torch_model.h"
 
 namespace pyserve {
@@ -146,7 +147,7 @@ py::list workers(const Lane& lane) {
     for (const WorkerRow& row : lane.workers()) {
         py::dict out;
         out["id"] = row.id;
-        out["state"] = is_leaving(row) ? "stopping" : name_of(row.state);
+        out["state"] = row.is_lost ? "lost" : is_leaving(row) ? "stopping" : name_of(row.state);
         out["running_since"] = row.running_since;
         out["batches"] = row.batches;
         out["error"] = row.error;
@@ -168,7 +169,7 @@ py::object run_model(TorchModel& model, const Inputs& inputs) {
     {
         const py::gil_scoped_release release;  // the forward needs no Python
         const c10::InferenceMode guard;
-        output = (model.*Run)(inputs);
+        output = interruptible([&] { return (model.*Run)(inputs); });
     }
     return torch::jit::toPyObject(std::move(output));
 }
@@ -193,6 +194,21 @@ std::shared_ptr<TorchModel> load_model(const std::string& path, const Inputs& ex
     return TorchModel::load(options, example, others);
 }
 
+// The runs of the Python thread that has entered it.
+class ThreadRuns {
+  public:
+    void enter() { runs_.bind(); }
+    void leave() { runs_.unbind(); }
+    int64_t since() const { return runs_.since(); }
+    void refuse() {
+        runs_.refuse();
+        runs_.interrupt(runs_.since());
+    }
+
+  private:
+    Runs runs_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -200,6 +216,14 @@ PYBIND11_MODULE(_core, m) {
     m.attr("torch_version") = PYSERVE_TORCH_VERSION;
 
     py::register_exception<InputRefused>(m, "InputRefused", PyExc_ValueError);
+
+    install_interrupts();
+    py::class_<ThreadRuns>(m, "ThreadRuns")
+        .def(py::init<>())
+        .def("enter", &ThreadRuns::enter)
+        .def("leave", &ThreadRuns::leave)
+        .def("refuse", &ThreadRuns::refuse)
+        .def_property_readonly("since", &ThreadRuns::since);
 
     py::class_<TorchModel, std::shared_ptr<TorchModel>>(m, "TorchModel")
         .def_static("load", &load_model, py::arg("path"), py::arg("example"), py::kw_only(), py::arg("offset") = 0,
@@ -253,11 +277,13 @@ PYBIND11_MODULE(_core, m) {
         .def(py::init<>())
         .def("fileno", [](const Engine& engine) { return engine.poller->fd(); })
         .def("drain", &Engine::drain)
-        .def_property_readonly("signals", [](const Engine& engine) { return engine.completions->signals(); });
+        .def_property_readonly("signals", [](const Engine& engine) { return engine.completions->signals(); })
+        .def_property_readonly("lost_count", [](const Engine& engine) { return engine.lost->load(); });
 
     py::class_<Lane>(m, "Lane")
         .def(py::init([](const Engine& engine, std::shared_ptr<TorchModel> model, Inputs example, size_t capacity) {
-                 return std::make_unique<Lane>(engine.completions, std::move(model), std::move(example), capacity);
+                 return std::make_unique<Lane>(engine.completions, std::move(model), std::move(example), capacity,
+                                               engine.lost);
              }),
              py::arg("engine"), py::arg("model"), py::arg("example"), py::arg("capacity"), py::keep_alive<1, 2>())
         .def("submit", &submit, py::arg("owner"), py::arg("inputs"), py::arg("arrived_at"), py::arg("deadline"),
@@ -276,6 +302,10 @@ PYBIND11_MODULE(_core, m) {
              // Reaping joins threads that have ended already; growing only starts threads.
              py::call_guard<py::gil_scoped_release>())
         .def("reap", &Lane::reap, py::call_guard<py::gil_scoped_release>())
+        .def("interrupt", &Lane::interrupt, py::arg("id"), py::arg("since"))
+        .def("lose", &Lane::lose, py::arg("id"))
+        .def_property_readonly("running_since", &Lane::running_since)
+        .def_property_readonly("lost_count", &Lane::lost_count)
         .def("purge", &Lane::purge)
         .def("close", &Lane::close)
         // A worker may take long to finish its batch.

@@ -32,6 +32,7 @@ inline const char* name_of(Code code) {
         case Code::worker_died: return "worker_died";
         case Code::not_run: return "not_run";
         case Code::not_begun: return "not_begun";
+        case Code::interrupted: return "interrupted";
     }
     return "unknown";
 }
@@ -89,6 +90,7 @@ class Engine : public Watched {
 
     std::shared_ptr<Completions<>> completions;
     std::shared_ptr<Poller> poller;
+    LostCount lost = std::make_shared<std::atomic<int>>(0);
 
     void on_ready(uint32_t) noexcept override {}  // the drain that follows takes what is there
 
@@ -206,6 +208,8 @@ py::dict stats(const L& lane) {
     out["expired"] = s.expired.load();
     out["cancelled"] = s.cancelled.load();
     out["retried_singly"] = s.retried_singly.load();
+    out["interrupted"] = s.interrupted.load();
+    out["lost"] = s.lost.load();
     out["staging_fallback"] = s.staging_fallback.load();
     return out;
 }

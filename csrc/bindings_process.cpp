@@ -45,6 +45,7 @@ py::list process_workers(const ProcessLane& lane) {
         out["state"] = row.is_stopping && row.state == ProcessState::ready ? "stopping" : name_of(row.state);
         out["running_since"] = row.running_since;
         out["batches"] = row.batches;
+        out["died_in_rerun"] = row.died_in_rerun;
         out["error"] = row.error;
         rows.append(out);
     }
@@ -136,6 +137,7 @@ void bind_process_lane(py::module_& m) {
         .def("has_room", &has_room<ProcessLane>, py::arg("waiting_max"))
         .def("cancel", &ProcessLane::cancel, py::arg("ticket"))
         .def("started_at", &started_at<ProcessLane>, py::arg("ticket"))
+        .def("batch_size_of", &ProcessLane::batch_size_of, py::arg("ticket"))
         .def("set_limits", &set_limits<ProcessLane>, py::kw_only(), py::arg("batch_size_max"),
              py::arg("batch_size_min"), py::arg("batch_delay_max_ns"), py::arg("running_max"))
         .def("set_intra_op_threads", &ProcessLane::set_intra_op_threads, py::arg("count"))

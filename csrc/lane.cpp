@@ -1,6 +1,9 @@
 #include "lane.h"
 
+#include <sys/resource.h>
+
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "clock.h"
@@ -21,20 +24,19 @@ int64_t size_of(const Inputs& inputs) {
 }  // namespace
 
 Lane::Lane(std::shared_ptr<Completions<>> completions, std::shared_ptr<TorchModel> model, Inputs example,
-           size_t capacity)
-    : completions_(std::move(completions)), batcher_(capacity) {
-    shared_.model = std::move(model);
-    shared_.example = std::move(example);
-    shared_.batcher = &batcher_;
-    shared_.completions = completions_.get();
+           size_t capacity, LostCount lost)
+    : shared_(std::make_shared<LaneShared>(capacity)), crew_(std::move(lost)) {
+    shared_->model = std::move(model);
+    shared_->example = std::move(example);
+    shared_->completions = std::move(completions);
 }
 
 Lane::~Lane() { join(); }
 
 TensorRequest* Lane::try_submit(Inputs inputs, void* owner, int64_t arrived_at, int64_t deadline) {
-    if (batcher_.queue_size() >= batcher_.capacity()) purge();
-    if (batcher_.queue_size() >= batcher_.capacity()) return nullptr;
-    TensorRequest* request = shared_.pool->allocate();
+    if (shared_->batcher.queue_size() >= shared_->batcher.capacity()) purge();
+    if (shared_->batcher.queue_size() >= shared_->batcher.capacity()) return nullptr;
+    TensorRequest* request = shared_->pool->allocate();
     request->inputs = std::move(inputs);
     request->owner = owner;
     request->arrived_at = arrived_at;
@@ -43,74 +45,113 @@ TensorRequest* Lane::try_submit(Inputs inputs, void* owner, int64_t arrived_at, 
     request->queued_at.store(SteadyClock::now_ns(), std::memory_order_relaxed);
     request->started_at.store(0, std::memory_order_relaxed);
     request->state.store(State::queued, std::memory_order_release);
-    shared_.stats.submitted.fetch_add(1, std::memory_order_relaxed);
-    batcher_.try_push_unannounced(request);  // cannot fail: this thread is the only producer and has looked
+    shared_->stats.submitted.fetch_add(1, std::memory_order_relaxed);
+    shared_->batcher.try_push_unannounced(request);  // cannot fail: this thread is the only producer and has looked
     return request;
 }
 
 void Lane::set_limits(const BatchLimits& limits) {
     const auto batch = static_cast<int64_t>(std::max(1u, limits.batch_size_max));
-    const int64_t item = size_of(shared_.example) + staging_padding * static_cast<int64_t>(shared_.example.size());
+    const int64_t item = size_of(shared_->example) + staging_padding * static_cast<int64_t>(shared_->example.size());
     // Multiplied only when it fits: both factors come from outside.
     const int64_t wanted = item > staging_size_max / batch ? staging_size_max : item * batch;
-    shared_.staging_size.store(std::max<int64_t>(wanted, staging_padding));
-    batcher_.set_limits(limits);
+    shared_->staging_size.store(std::max<int64_t>(wanted, staging_padding));
+    limits_ = limits;
+    lend_permits();
 }
 
-void Lane::set_intra_op_threads(int count) { shared_.intra_op_threads.store(std::max(1, count)); }
+// A lost worker holds the permit of its batch until it comes back; the others must not lack it.
+void Lane::lend_permits() {
+    BatchLimits lent = limits_;
+    lent_ = crew_.lost();
+    const auto lost = static_cast<uint32_t>(lent_);
+    lent.running_max += std::min(lost, std::numeric_limits<uint32_t>::max() - lent.running_max);
+    shared_->batcher.set_limits(lent);
+}
+
+void Lane::set_intra_op_threads(int count) { shared_->intra_op_threads.store(std::max(1, count)); }
 
 void Lane::set_workers(size_t count) {
     reap();
-    // Before the pointers are taken: a worker may fail at any moment.
-    std::erase_if(workers_, [](const auto& worker) { return worker->state() == WorkerState::failed; });
-    std::vector<Worker*> live;
-    for (const auto& worker : workers_) {
-        if (!worker->is_stopping() && !worker->is_over()) live.push_back(worker.get());
+    crew_.forget_failed();
+    for (size_t missing = crew_.shrink(count); missing > 0; --missing) {
+        crew_.add(std::make_shared<Worker>(shared_, next_worker_id_++));
     }
-    for (; live.size() > count; live.pop_back()) live.back()->stop();
-    for (size_t missing = count - live.size(); missing > 0; --missing) {
-        workers_.push_back(std::make_unique<Worker>(shared_, next_worker_id_++));
-    }
-    batcher_.wake_all();
+    shared_->batcher.wake_all();
 }
 
 void Lane::reap() {
-    std::erase_if(workers_, [](const auto& worker) { return worker->state() == WorkerState::stopped; });
+    crew_.reap();
+    if (crew_.lost() != lent_) lend_permits();
 }
 
-void Lane::close() { batcher_.close(); }
+int64_t Lane::running_since() const {
+    int64_t oldest = 0;
+    crew_.for_each([&](Worker& worker, bool is_lost) {
+        const int64_t since = worker.running_since();
+        if (!is_lost && since != 0 && (oldest == 0 || since < oldest)) oldest = since;
+    });
+    return oldest;
+}
+
+bool Lane::interrupt(uint32_t id, int64_t since) {
+    Worker* worker = crew_.worker(id);
+    return worker != nullptr && worker->interrupt(since);
+}
+
+bool Lane::lose(uint32_t id) {
+    Worker* worker = crew_.worker(id);
+    const int thread = worker == nullptr ? 0 : worker->thread();
+    if (!crew_.lose(id)) return false;
+    // What it does is of no use to anybody: the others' batches go first.
+    if (thread != 0) setpriority(PRIO_PROCESS, static_cast<id_t>(thread), 19);
+    shared_->stats.lost.fetch_add(1, std::memory_order_relaxed);
+    lend_permits();
+    shared_->batcher.wake_all();
+    shared_->completions->signal();  // whoever waits for the workers waits for one less
+    return true;
+}
+
+void Lane::close() { shared_->batcher.close(); }
 
 void Lane::join() {
-    for (const auto& worker : workers_) worker->stop();
-    batcher_.wake_all();
-    workers_.clear();
-    shared_.pool->cancel_queued();
+    crew_.stop();
+    shared_->batcher.wake_all();
+    crew_.join();
+    shared_->pool->cancel_queued();
     purge();
 }
 
 void Lane::purge() {
     auto result = std::make_unique<BatchResult>();
-    batcher_.purge(result->requests);
+    shared_->batcher.purge(result->requests);
     if (result->requests.empty()) return;
     result->status.code = Code::cancelled;
-    result->pool = shared_.pool;
-    shared_.stats.cancelled.fetch_add(result->requests.size(), std::memory_order_relaxed);
-    completions_->push(result.release());
+    result->pool = shared_->pool;
+    shared_->stats.cancelled.fetch_add(result->requests.size(), std::memory_order_relaxed);
+    shared_->completions->push(result.release());
+}
+
+uint32_t Lane::running() const {
+    const uint32_t running = shared_->batcher.running();
+    return running - std::min(running, static_cast<uint32_t>(crew_.lost()));
 }
 
 size_t Lane::ready_count() const {
-    return static_cast<size_t>(std::count_if(workers_.begin(), workers_.end(), [](const auto& worker) {
-        return worker->state() == WorkerState::ready && !worker->is_stopping();
-    }));
+    size_t count = 0;
+    crew_.for_each([&](const Worker& worker, bool) {
+        if (worker.state() == WorkerState::ready && !worker.is_stopping()) ++count;
+    });
+    return count;
 }
 
 std::vector<WorkerRow> Lane::workers() const {
     std::vector<WorkerRow> rows;
-    for (const auto& worker : workers_) {
-        const WorkerState state = worker->state();
-        rows.push_back({worker->id(), state, worker->is_stopping(), worker->running_since(), worker->batches(),
-                        state == WorkerState::failed ? worker->error() : std::string()});
-    }
+    crew_.for_each([&](const Worker& worker, bool is_lost) {
+        const WorkerState state = worker.state();
+        rows.push_back({worker.id(), state, worker.is_stopping(), is_lost, worker.running_since(), worker.batches(),
+                        state == WorkerState::failed ? worker.error() : std::string()});
+    });
     return rows;
 }
 

@@ -11,6 +11,7 @@
 
 #include "batcher.h"
 #include "completion.h"
+#include "crew.h"
 #include "input_rules.h"
 #include "worker.h"
 
@@ -20,6 +21,7 @@ struct WorkerRow {
     uint32_t id;
     WorkerState state;
     bool is_stopping;
+    bool is_lost;
     int64_t running_since;  // ns, 0 when idle
     uint64_t batches;
     std::string error;
@@ -28,9 +30,9 @@ struct WorkerRow {
 class Lane {
   public:
     // `capacity`, a power of two, is the size of the ring: more than may ever wait, see try_submit.
-    // `example` is one item, each input [1, ...]; empty means no warm-up.
+    // `example` is one item, each input [1, ...]; empty means no warm-up. `lost` counts the lost threads of all lanes.
     Lane(std::shared_ptr<Completions<>> completions, std::shared_ptr<TorchModel> model, Inputs example,
-         size_t capacity);
+         size_t capacity, LostCount lost = std::make_shared<std::atomic<int>>(0));
     ~Lane();  // joins
     Lane(const Lane&) = delete;
     Lane& operator=(const Lane&) = delete;
@@ -39,14 +41,14 @@ class Lane {
     // `announce`, so that one wake-up serves all requests of one turn of the loop.
     // REQUIRES: every input is on the host with dim() >= 1 and size(0) == 1.
     TensorRequest* try_submit(Inputs inputs, void* owner, int64_t arrived_at, int64_t deadline);
-    void announce() { batcher_.announce(); }
+    void announce() { shared_->batcher.announce(); }
 
     // What the program was compiled for; try_submit does not look at it.
     void set_input_rules(std::vector<InputRule> rules) { input_rules_ = std::move(rules); }
     const std::vector<InputRule>& input_rules() const { return input_rules_; }
 
     // The request of a ticket, or nullptr if it has been freed.
-    TensorRequest* find(uint64_t ticket) { return shared_.pool->find(ticket); }
+    TensorRequest* find(uint64_t ticket) { return shared_->pool->find(ticket); }
 
     void set_limits(const BatchLimits& limits);
     void set_intra_op_threads(int count);
@@ -54,9 +56,18 @@ class Lane {
     void set_workers(size_t count);
     // Joins workers that are over. Failed ones stay listed until set_workers.
     void reap();
+    // When the oldest batch that runs now began, ns, those of lost workers left out; 0 if none runs.
+    int64_t running_since() const;
+    // Makes the batch fail that a worker began at `since`, if it still runs and calls an operator; to be repeated. False
+    // if it has ended.
+    bool interrupt(uint32_t id, int64_t since);
+    // Gives a worker up whose batch does not come to an end: it counts no more, keeps its batch, and ends by itself if
+    // it ever comes back. set_workers starts another. False if it has ended meanwhile.
+    bool lose(uint32_t id);
     // No more submits; the workers finish what is queued, then stop.
     void close();
-    // Stops and joins all; blocks until their batches are done. What is still queued comes back as cancelled.
+    // Stops and joins all; blocks until their batches are done, but for those of lost workers, which are abandoned. What
+    // is still queued comes back as cancelled.
     void join();
     // Removes cancelled requests from the ring now.
     void purge();
@@ -64,19 +75,24 @@ class Lane {
     std::vector<WorkerRow> workers() const;
     // Workers that take batches now.
     size_t ready_count() const;
-    size_t queue_size() const { return batcher_.queue_size(); }
-    size_t capacity() const { return batcher_.capacity(); }
-    uint32_t running() const { return batcher_.running(); }
-    const LaneStats& stats() const { return shared_.stats; }
-    const std::shared_ptr<TorchModel>& model() const { return shared_.model; }
+    // Workers that were given up and have not come back.
+    size_t lost_count() const { return crew_.lost(); }
+    size_t queue_size() const { return shared_->batcher.queue_size(); }
+    size_t capacity() const { return shared_->batcher.capacity(); }
+    // Batches, those of lost workers left out.
+    uint32_t running() const;
+    const LaneStats& stats() const { return shared_->stats; }
+    const std::shared_ptr<TorchModel>& model() const { return shared_->model; }
     // One item, each input [1, ...].
-    const Inputs& example() const { return shared_.example; }
+    const Inputs& example() const { return shared_->example; }
 
   private:
-    std::shared_ptr<Completions<>> completions_;
-    Batcher<> batcher_;
-    LaneShared shared_;
-    std::vector<std::unique_ptr<Worker>> workers_;
+    void lend_permits();
+
+    const std::shared_ptr<LaneShared> shared_;
+    Crew<Worker> crew_;
+    BatchLimits limits_;  // as set; the batcher's have the permits that lost workers hold on top
+    size_t lent_ = 0;     // of such permits
     std::vector<InputRule> input_rules_;
     uint32_t next_worker_id_ = 9000;  // TorchServe's first worker id is the port 9000
 };

@@ -15,6 +15,8 @@ enum class Point {
     batcher_holding_permit,   // consumer holds a run permit and has not claimed
     completions_before_push,  // worker has linked its node and not yet published it
     completions_after_push,   // worker has published and not yet signalled
+    crew_before_end,          // worker has ended its last batch, and its thread is about to say so
+    crew_before_loss,         // loop has decided to give a worker up and has not yet done so
 };
 
 struct NoProbe {

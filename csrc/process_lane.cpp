@@ -76,6 +76,12 @@ ProcessRequest* ProcessLane::try_submit(std::string_view head, std::string_view 
     return request;
 }
 
+size_t ProcessLane::batch_size_of(uint64_t ticket) const noexcept {
+    size_t size = 0;
+    for (const auto& worker : workers_) size = std::max(size, worker->batch_size_of(ticket));
+    return size;
+}
+
 bool ProcessLane::cancel(uint64_t ticket) {
     ProcessRequest* request = find(ticket);
     if (request == nullptr || !request->try_cancel()) return false;
@@ -180,7 +186,7 @@ std::vector<ProcessWorkerRow> ProcessLane::workers() const {
     for (const auto& worker : workers_) {
         const ProcessState state = worker->state();
         rows.push_back({worker->id(), state, worker->is_stopping(), worker->running_since(), worker->batches(),
-                        state == ProcessState::ready ? std::string() : worker->error()});
+                        worker->died_in_rerun(), state == ProcessState::ready ? std::string() : worker->error()});
     }
     return rows;
 }

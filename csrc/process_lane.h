@@ -21,6 +21,7 @@ struct ProcessWorkerRow {
     bool is_stopping;
     int64_t running_since;  // ns, 0 when idle
     uint64_t batches;
+    bool died_in_rerun;
     std::string error;
 };
 
@@ -41,6 +42,9 @@ class ProcessLane : public Watched {
 
     // The request of a ticket, or nullptr if it has been freed.
     ProcessRequest* find(uint64_t ticket) { return shared_.pool->find(ticket); }
+
+    // How many requests a worker was given together with this one, itself included; 0 if none has it.
+    size_t batch_size_of(uint64_t ticket) const noexcept;
 
     // The client has gone. False if the request is over or not known.
     bool cancel(uint64_t ticket);

@@ -121,6 +121,8 @@ class ProcessWorker : public Watched {
     bool take(int64_t& wake_at) noexcept;
     // Takes a batch ahead of the one that runs. False if there is none for it.
     bool take_ahead() noexcept;
+    // How many requests it was given together with this one, itself included; 0 if it does not have it.
+    size_t batch_size_of(uint64_t ticket) const noexcept;
     // Tells the process that a client has gone, if it has that request.
     void tell_cancelled(uint64_t ticket) noexcept;
     // Sends what it was given, as far as the socket takes it.
@@ -132,6 +134,8 @@ class ProcessWorker : public Watched {
     bool takes_batches() const noexcept { return state_ == ProcessState::ready && !is_stopping_; }
     bool is_stopping() const noexcept { return is_stopping_; }
     bool is_multiplexed() const noexcept { return in_flight_max_ > 0; }
+    // Whether it died while it had a second run: what that may do to it was known.
+    bool died_in_rerun() const noexcept { return died_in_rerun_; }
     // Why it died; empty if it did not.
     const std::string& error() const { return error_; }
     // When the batch at the front began, or last gave an answer, ns; 0 when idle.
@@ -195,6 +199,7 @@ class ProcessWorker : public Watched {
     bool waits_to_write_ = false;  // as the poller was told
     bool has_rerun_ = false;       // and nothing else
     bool had_rerun_ = false;       // the last that it took, while others waited
+    bool died_in_rerun_ = false;
     ProcessState state_ = ProcessState::ready;
     int64_t running_since_ = 0;
     uint64_t batches_ = 0;

@@ -12,6 +12,7 @@
 
 #include "finite_flow.h"
 #include "graph_state.h"
+#include "interrupt.h"
 #include "magnitude.h"
 
 namespace pyserve {
@@ -271,7 +272,7 @@ void ScriptModel::measure(const std::vector<at::Tensor>& example) {
             for (size_t i = 0; i < batches.size(); ++i) {
                 std::vector<at::Tensor> inputs;
                 for (const at::Tensor& input : batches[i]) inputs.push_back(on_device_copy(input));
-                const double error = relative_difference(references[i], run(inputs));
+                const double error = relative_difference(references[i], interruptible([&] { return run(inputs); }));
                 if (!(error <= precision_error_)) precision_error_ = error;  // what is no number is larger than any
             }
             break;
@@ -321,7 +322,7 @@ void ScriptModel::optimize(const std::vector<at::Tensor>& example) {
 c10::IValue ScriptModel::forward_copies(const std::vector<at::Tensor>& example) {
     std::vector<c10::IValue> stack;
     for (const at::Tensor& input : example) stack.emplace_back(on_device_copy(input));
-    return module_.forward(std::move(stack));
+    return interruptible([&] { return module_.forward(std::move(stack)); });
 }
 
 c10::IValue ScriptModel::forward(std::vector<c10::IValue> stack) {

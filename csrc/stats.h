@@ -60,6 +60,8 @@ struct LaneStats {
     std::atomic<uint64_t> expired{0};           // dropped in the queue, deadline passed
     std::atomic<uint64_t> cancelled{0};         // dropped in the queue, or result dropped
     std::atomic<uint64_t> retried_singly{0};    // requests run alone because their batch failed
+    std::atomic<uint64_t> lost{0};              // workers given up because their batch did not come to an end
+    std::atomic<uint64_t> interrupted{0};       // runs of the model that were ended because they took too long
     std::atomic<uint64_t> staging_fallback{0};  // batches larger than the staging slot
 };
 

@@ -17,6 +17,7 @@ enum class Code : uint8_t {
     worker_died = 6,    // the process that ran it ended
     not_run = 7,        // the process that was to run it ended before it came to it
     not_begun = 8,      // it ended while it made the batch ready: the handler was not called
+    interrupted = 9,    // it ran for too long
 };
 
 struct Status {

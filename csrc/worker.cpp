@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "clock.h"
+#include "interrupt.h"
 
 namespace pyserve {
 namespace {
@@ -81,15 +82,11 @@ void check_rows(const c10::IValue& output, size_t count) {
 
 }  // namespace
 
-Worker::Worker(LaneShared& shared, uint32_t id) : shared_(shared), id_(id), thread_([this] { main(); }) {}
+Worker::Worker(std::shared_ptr<LaneShared> shared, uint32_t id)
+    : keeps_(std::move(shared)), shared_(*keeps_), id_(id) {}
 
-Worker::~Worker() {
-    stop();
-    shared_.batcher->wake_all();
-    if (thread_.joinable()) thread_.join();
-}
-
-void Worker::main() noexcept {
+void Worker::run() noexcept {
+    runs_.bind();
     pthread_setname_np(pthread_self(), ("worker-" + std::to_string(id_)).c_str());
     WorkerState end = WorkerState::stopped;
     const Status status = guarded([this] {
@@ -99,6 +96,7 @@ void Worker::main() noexcept {
         state_.store(WorkerState::warming, std::memory_order_release);
         model_ = shared_.model->instance();
         const Status warm = warm_up();
+        if (warm.code == Code::interrupted) throw Interrupted();
         if (!warm.ok()) throw std::runtime_error(warm.message);
         if (shared_.model->has_state()) model_ = shared_.model->instance();  // as it was before the warm-up
         state_.store(WorkerState::ready, std::memory_order_release);
@@ -109,6 +107,7 @@ void Worker::main() noexcept {
         error_ = status.message;
         end = WorkerState::failed;
     }
+    runs_.unbind();
     state_.store(end, std::memory_order_release);
     shared_.completions->signal();
 }
@@ -121,11 +120,12 @@ Status Worker::warm_up() {
     // A copy of its own: a model that changes its input in place would change every worker's example.
     Inputs example;
     for (const at::Tensor& input : shared_.example) example.push_back(input.clone());
-    const size_t largest = shared_.batcher->batch_size_max();
+    const size_t largest = shared_.batcher.batch_size_max();
     for (size_t size = 1; size <= largest; size = size == largest ? largest + 1 : largest) {
         const std::vector<const Inputs*> items(size, &example);
         for (int run = 0; run < runs && !is_stopping(); ++run) {
-            const Status status = guarded([&] {
+            runs_.begin(SteadyClock::now_ns());
+            const Status status = forwarded([&] {
                 const Staging::ComputeScope scope(*staging_);
                 Staged staged = staging_->gather(items);
                 staged.output = model_->run(staged.inputs);
@@ -133,6 +133,7 @@ Status Worker::warm_up() {
                 Staging::wait(staged);
                 check_rows(staged.output, size);
             });
+            runs_.end();
             if (!status.ok()) return status;
         }
     }
@@ -181,9 +182,9 @@ bool Worker::step() {
     // taken when there is something to be done between two batches.
     Next next = Next::nothing;
     if (in_flight_.empty()) {
-        next = shared_.batcher->next_batch(take_, stop_);
+        next = shared_.batcher.next_batch(take_, stop_);
     } else if (!is_stopping() && has_settings()) {
-        next = shared_.batcher->try_next(take_, wake_at, /*full_only=*/true);
+        next = shared_.batcher.try_next(take_, wake_at, /*full_only=*/true);
     }
     if (next == Next::batch) {
         holds_permit_ = true;
@@ -194,16 +195,33 @@ bool Worker::step() {
     if (in_flight_.empty()) return next != Next::closed;
     finish(in_flight_.front());
     in_flight_.erase(in_flight_.begin());
+    end_run();
     return true;
+}
+
+// A batch has ended; the next one may run already.
+void Worker::end_run() noexcept {
+    runs_.end();
+    if (!in_flight_.empty()) runs_.begin(in_flight_.front().started_at);
+}
+
+// As `guarded`, for what runs the model: it may be interrupted.
+template <class Body>
+Status Worker::forwarded(const Body& body) noexcept {
+    Status status = guarded(body);
+    if (!runs_.is_interrupted()) return status;
+    runs_.forgive();
+    shared_.stats.interrupted.fetch_add(1, std::memory_order_relaxed);
+    return {Code::interrupted, {}};
 }
 
 void Worker::begin() {
     const int64_t now = SteadyClock::now_ns();
-    running_since_.store(now, std::memory_order_relaxed);
+    if (in_flight_.empty()) runs_.begin(now);
     if (!take_.dropped.empty()) drop(take_.dropped);
     auto groups = group_by_shape(take_.requests);
     if (groups.empty()) {
-        running_since_.store(0, std::memory_order_relaxed);
+        end_run();
         leave(holds_permit_);
         return;
     }
@@ -239,7 +257,7 @@ void Worker::launch(Flight& flight) {
     if (!take_.dropped.empty()) drop(take_.dropped);
     flight.staged_at = flight.started_at;
     if (flight.requests.empty()) return;
-    flight.status = guarded([&] {
+    flight.status = forwarded([&] {
         const Staging::ComputeScope scope(*staging_);
         std::vector<const Inputs*> items;
         items.reserve(flight.requests.size());
@@ -255,16 +273,13 @@ void Worker::launch(Flight& flight) {
 void Worker::finish(Flight& flight) {
     if (!flight.requests.empty()) {
         if (flight.status.ok()) flight.status = guarded([&] { Staging::wait(flight.staged); });
-        if (flight.status.ok() || flight.requests.size() == 1) {
+        if (flight.status.ok() || flight.requests.size() == 1 || flight.status.code == Code::interrupted) {
             complete(flight);
         } else {
             run_singly(flight);
         }
     }
-    if (flight.holds_permit) {
-        running_since_.store(0, std::memory_order_relaxed);
-        leave(flight.holds_permit);
-    }
+    leave(flight.holds_permit);
 }
 
 // A batch is a set of independent outcomes: when it fails, each request is run alone, once, so that only the one
@@ -276,9 +291,14 @@ void Worker::run_singly(Flight& flight) {
         single.started_at = flight.started_at;
         single.release = flight.release;
         shared_.stats.retried_singly.fetch_add(1, std::memory_order_relaxed);
-        // Its state is running already; launch would take it for cancelled.
         single.staged_at = SteadyClock::now_ns();
-        single.status = guarded([&] {
+        if (single.requests.front()->state.load(std::memory_order_acquire) != State::running) {
+            single.status.code = Code::cancelled;  // nobody waits for it any more
+            complete(single);
+            continue;
+        }
+        // Its state is running already; launch would take it for cancelled.
+        single.status = forwarded([&] {
             const Staging::ComputeScope scope(*staging_);
             single.staged = staging_->gather({&inputs_of(single.requests.front())});
             single.staged.output = model_->run(single.staged.inputs);
@@ -314,11 +334,11 @@ void Worker::give_back(const Status& status) noexcept {
         });
         if (!given.ok()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
-    running_since_.store(0, std::memory_order_relaxed);
+    end_run();
 }
 
 void Worker::leave(bool& holds_permit) noexcept {
-    if (std::exchange(holds_permit, false)) shared_.batcher->leave();
+    if (std::exchange(holds_permit, false)) shared_.batcher.leave();
 }
 
 void Worker::complete(Flight& flight) {

@@ -3,21 +3,24 @@
 //     starting ──> warming ──> ready ──> stopped
 //                     └──> failed            (the warm-up raised; `error` says what)
 //
-// Threads: construction, stop and join from the loop; the rest is its own.
+// Its thread is started, joined and given up by the crew (crew.h), which shares it with the thread.
+//
+// Threads: construction, stop and what is const from the loop; the rest is its own thread's.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "batcher.h"
 #include "completion.h"
+#include "crew.h"
 #include "request.h"
 #include "request_pool.h"
 #include "result.h"
+#include "runs.h"
 #include "staging.h"
 #include "stats.h"
 #include "status.h"
@@ -32,14 +35,15 @@ struct BatchResult : Result {
     c10::IValue output;  // of the whole batch, on the host; none unless status is ok
 };
 
-enum class WorkerState : uint8_t { starting, warming, ready, failed, stopped };
-
-// What all workers of a lane share. Constant after construction, or thread-safe by itself.
+// What all workers of a lane share, and keep alive: a worker that was given up may outlive its lane. Constant after
+// construction, or thread-safe by itself.
 struct LaneShared {
+    explicit LaneShared(size_t capacity) : batcher(capacity) {}
+
     std::shared_ptr<TorchModel> model;
     Inputs example;  // one item, each [1, ...]
-    Batcher<>* batcher = nullptr;
-    Completions<>* completions = nullptr;
+    Batcher<> batcher;
+    std::shared_ptr<Completions<>> completions;
     std::shared_ptr<RequestPool> pool = std::make_shared<RequestPool>();
     LaneStats stats;
     std::atomic<int> intra_op_threads{1};
@@ -48,24 +52,26 @@ struct LaneShared {
 
 class Worker {
   public:
-    Worker(LaneShared& shared, uint32_t id);
-    ~Worker();  // stops and joins
+    Worker(std::shared_ptr<LaneShared> shared, uint32_t id);
     Worker(const Worker&) = delete;
     Worker& operator=(const Worker&) = delete;
+
+    // The body of its thread.
+    void run() noexcept;
 
     void stop() noexcept { stop_.store(true, std::memory_order_release); }
     bool is_stopping() const noexcept { return stop_.load(std::memory_order_acquire); }
 
     uint32_t id() const { return id_; }
     WorkerState state() const noexcept { return state_.load(std::memory_order_acquire); }
-    bool is_over() const noexcept {
-        const WorkerState seen = state();
-        return seen == WorkerState::failed || seen == WorkerState::stopped;
-    }
     // REQUIRES: state() == failed.
     const std::string& error() const { return error_; }
-    // When the batch that runs now began, ns; 0 when idle.
-    int64_t running_since() const noexcept { return running_since_.load(std::memory_order_relaxed); }
+    // When the oldest batch that runs now began, ns; 0 when idle. A run of the warm-up counts too.
+    int64_t running_since() const noexcept { return runs_.since(); }
+    // Makes the batch that began then fail, if it runs and calls an operator.
+    bool interrupt(int64_t since) noexcept { return runs_.interrupt(since); }
+    // The kernel's number of its thread; 0 when it has none.
+    int thread() noexcept { return runs_.thread(); }
     uint64_t batches() const noexcept { return batches_.load(std::memory_order_relaxed); }
 
   private:
@@ -80,7 +86,6 @@ class Worker {
         bool holds_permit = false;  // the last group of its take gives the permit back
     };
 
-    void main() noexcept;
     Status warm_up();
     void serve();
     bool has_settings() const;
@@ -92,15 +97,19 @@ class Worker {
     void run_singly(Flight& flight);
     void give_back(const Status& status) noexcept;
     void leave(bool& holds_permit) noexcept;
+    void end_run() noexcept;
+    template <class Body>
+    Status forwarded(const Body& body) noexcept;
     void drop(std::vector<Request*>& requests);
     void complete(Flight& flight);
     void push(std::unique_ptr<BatchResult> result);
 
+    const std::shared_ptr<LaneShared> keeps_;
     LaneShared& shared_;
     const uint32_t id_;
     std::atomic<bool> stop_{false};
     std::atomic<WorkerState> state_{WorkerState::starting};
-    std::atomic<int64_t> running_since_{0};
+    Runs runs_;
     std::atomic<uint64_t> batches_{0};
     std::string error_;
     // Its own thread only. Every request that the worker holds is at any moment in one place, `take_` or `in_flight_`;
@@ -113,7 +122,6 @@ class Worker {
     std::vector<Flight> in_flight_;  // at most one on a CPU, two on an accelerator
     int threads_ = 0;
     int64_t staging_size_ = 0;
-    std::thread thread_;  // last: starts when the rest is there
 };
 
 }  // namespace pyserve

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from pyserve.handler import InputError
+from pyserve.handlers.picture_memory import MEMORY, pixel_count_max, pixel_size
 from pyserve.handlers.rows import found
 
 # What a picture may be (JPEG's opener also takes MPO). Formats that Pillow hands to another program, such as
@@ -29,8 +33,9 @@ FORMATS = tuple(
     if name in Image.OPEN
 )
 
-# Pillow only warns between this number of pixels and twice of it; here it is a limit.
-PIXEL_COUNT_MAX: int = Image.MAX_IMAGE_PIXELS or 89_478_485
+# Pillow only warns between this number of pixels and twice of it; here it is a limit, unless `max_image_pixels` says
+# another one. Pillow's own, twice as many, holds beside it.
+PIXEL_COUNT_MAX: int = pixel_count_max(Image.MAX_IMAGE_PIXELS or 89_478_485)
 
 # Its warnings quote the client's file: a line in the log, and an entry in a table that never shrinks, for each.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -52,7 +57,54 @@ def open_picture(body: bytes | bytearray | memoryview, *, limit_pixels: bool = T
     Raises:
         InputError: it is not a picture, is damaged, or is too large.
     """
-    picture: Image.Image | None = None
+    with opened_picture(body, None, limit_pixels=limit_pixels) as picture:
+        return picture
+
+
+@contextlib.contextmanager
+def opened_picture(
+    body: bytes | bytearray | memoryview, made_of_it: Any, *, limit_pixels: bool = True
+) -> Iterator[Image.Image]:
+    """As `open_picture`, for a block: as long as it runs the picture counts in the memory of decoded pictures.
+
+    Args:
+        made_of_it: what the block makes a tensor with; its ``working_size(mode)`` says how many bytes per pixel that
+            takes beside the picture.
+
+    Raises:
+        InputError: as `open_picture`.
+        OverloadedError: there was no room for it.
+    """
+    picture = _opened(body, limit_pixels=limit_pixels)
+    pixel_count, per_pixel = picture.width * picture.height, pixel_size(picture.mode)
+    if limit_pixels and pixel_count * per_pixel > MEMORY.size_max:
+        raise InputError(
+            f"the picture is too large: {picture.width} x {picture.height} pixels, {pixel_count * per_pixel} bytes "
+            f"once decoded, the limit is max_image_memory={MEMORY.size_max}; send a smaller one"
+        )
+    if made_of_it is not None:
+        per_pixel += getattr(made_of_it, "working_size", _working_size)(picture.mode)
+    with MEMORY.taken(pixel_count * per_pixel):
+        try:
+            picture.load()
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise _refusal(picture, body, error) from error
+        try:
+            yield picture
+        finally:
+            if hasattr(made_of_it, "working_size"):  # one of these transforms, none of which keeps the picture
+                picture.close()  # its memory is free before another one is decoded
+
+
+def _working_size(mode: str) -> int:
+    """Bytes per pixel that making something of a picture takes, if nothing says how many: one more copy."""
+    return 4
+
+
+def _opened(body: bytes | bytearray | memoryview, *, limit_pixels: bool) -> Image.Image:
+    """Not decoded yet."""
     try:
         picture = Image.open(io.BytesIO(body), formats=FORMATS)
         pixel_count = picture.width * picture.height
@@ -61,19 +113,22 @@ def open_picture(body: bytes | bytearray | memoryview, *, limit_pixels: bool = T
                 f"the picture is too large: {picture.width} x {picture.height} = {pixel_count} pixels, "
                 f"the limit is {PIXEL_COUNT_MAX}; send a smaller one"
             )
-        picture.load()
     except (InputError, MemoryError):
         raise
-    except UnidentifiedImageError as error:
-        raise InputError(f"not a picture: {_kind_found(body)}") from error
-    except Image.DecompressionBombError as error:
+    except Exception as error:
+        raise _refusal(None, body, error) from error
+    return picture
+
+
+def _refusal(picture: Image.Image | None, body: bytes | bytearray | memoryview, error: Exception) -> InputError:
+    """Pillow's decoders raise errors of many classes on damaged files; whatever it was, the file is at fault."""
+    if isinstance(error, UnidentifiedImageError):
+        return InputError(f"not a picture: {_kind_found(body)}")
+    if isinstance(error, Image.DecompressionBombError):
         numbers = re.findall(r"\d+", str(error))
         sizes = f"{numbers[0]} pixels, the limit is {PIXEL_COUNT_MAX}" if numbers else str(error)
-        raise InputError(f"the picture is too large: {sizes}; send a smaller one") from error
-    except Exception as error:
-        # Pillow's decoders raise errors of many classes on damaged files; whatever it was, the file is at fault.
-        raise InputError(_damage(picture, body, error)) from error
-    return picture
+        return InputError(f"the picture is too large: {sizes}; send a smaller one")
+    return InputError(_damage(picture, body, error))
 
 
 def picture_from_base64(text: str, *, limit_pixels: bool = True) -> Image.Image:
@@ -82,14 +137,22 @@ def picture_from_base64(text: str, *, limit_pixels: bool = True) -> Image.Image:
     Raises:
         InputError: it is not base64, or not a picture.
     """
+    return open_picture(picture_file(text), limit_pixels=limit_pixels)
+
+
+def picture_file(text: str) -> bytes:
+    """What the base64 text of a picture holds.
+
+    Raises:
+        InputError: it is not base64.
+    """
     encoded = text
     if text.startswith("data:"):
         encoded = text.partition(",")[2]
     try:
-        body = base64.b64decode("".join(encoded.split()), validate=True)
+        return base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError(f"not a picture: expected base64, got {found(text)}") from error
-    return open_picture(body, limit_pixels=limit_pixels)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -156,9 +219,15 @@ class ImageNetTransform:
         self._mean = np.array(mean, np.float32).reshape(3, 1, 1)
         self._std = np.array(std, np.float32).reshape(3, 1, 1)
 
+    def working_size(self, mode: str) -> int:
+        """Bytes per pixel that a call needs beside the picture."""
+        return {"RGB": 0, "L": 0, "1": 1}.get(mode, 8 if mode in _WIDE_MODES else 4)
+
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """One picture of any mode -> its tensor. InputError if its pixels cannot be used."""
-        square = center_cropped(resized(to_rgb(picture), self.resize), self.crop)
+        # Each channel is resized by itself, so of grey one is enough: the same numbers in a quarter of the memory.
+        plain = picture if picture.mode == "L" else picture.convert("L") if picture.mode == "1" else to_rgb(picture)
+        square = to_rgb(center_cropped(resized(plain, self.resize), self.crop))
         # In numpy: torch would start a thread team of its own in every calling thread.
         channels = np.asarray(square).transpose(2, 0, 1)
         pixels = np.empty((3, self.crop, self.crop), np.float32)
@@ -170,6 +239,10 @@ class ImageNetTransform:
 
 class RgbTransform:
     """Picture -> float32 tensor [3, height, width] of its red, green and blue, 0 to 1; sizes stay as they are."""
+
+    def working_size(self, mode: str) -> int:
+        """Bytes per pixel that a call needs beside the picture: RGB, its bytes and its numbers."""
+        return (0 if mode == "RGB" else 4) + 3 + 12
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """One picture of any mode -> its tensor. InputError if its pixels cannot be used."""

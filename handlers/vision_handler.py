@@ -12,7 +12,7 @@ from pyserve.context import Context
 from pyserve.handler import InputError
 from pyserve.handlers.base_handler import BaseHandler
 from pyserve.handlers.explanation import integrated_gradients, require_gradients
-from pyserve.handlers.image import ImageNetTransform, open_picture, picture_from_base64
+from pyserve.handlers.image import ImageNetTransform, opened_picture, picture_file
 from pyserve.handlers.row_check import is_built_in
 from pyserve.handlers.rows import found, row_value
 from pyserve.handlers.tensor_spec import TensorSpec
@@ -73,12 +73,16 @@ class VisionHandler(BaseHandler):
 
     def _pixels(self, value: Any) -> torch.Tensor:
         if isinstance(value, (bytes, bytearray, memoryview)):
-            return self.image_processing(open_picture(value, limit_pixels=self._limit_pixels))
+            return self._processed(value)
         if isinstance(value, str):
-            return self.image_processing(picture_from_base64(value, limit_pixels=self._limit_pixels))
+            return self._processed(picture_file(value))
         if isinstance(value, (list, JsonArray)):
             return NESTED_PIXELS.from_nested(value)[0]
         raise InputError(f"expected a picture file, its base64 text or nested lists of numbers, got {found(value)}")
+
+    def _processed(self, file: bytes | bytearray | memoryview) -> torch.Tensor:
+        with opened_picture(file, self.image_processing, limit_pixels=self._limit_pixels) as picture:
+            return self.image_processing(picture)
 
     def get_insights(self, tensor_data: Any, raw_data: Sequence[Any], target: int = 0) -> list[Any]:
         """Per row nested lists of the shape of its pixels: how much each speaks for class ``target``.

@@ -93,6 +93,11 @@ class Engine:
         """Batches of one lane that may run on the CPU at once, so that its threads fit the budget."""
         return max(1, self.cpu_budget // self.intra_op_threads)
 
+    @property
+    def lost_count(self) -> int:
+        """Native workers that were given up and have not come back."""
+        return int(self._engine.lost_count)
+
     async def wait_for_workers(self, is_settled: Callable[[], bool]) -> None:
         """Returns once ``is_settled()``, which is asked after each change of a worker's state."""
         if is_settled():

@@ -46,6 +46,9 @@ EXIT_DRAINED = 0
 EXIT_WILL_FAIL_AGAIN = 3
 """Exit code of a server whose start failed for a reason that will repeat; it has reported ``failed``."""
 
+EXIT_REPLACED = 5
+"""Exit code of a server that was drained because another process is to take its place."""
+
 REPORT_SIZE_MAX = 4 << 20
 """Bytes; a longer line is no report of ours and is dropped."""
 

@@ -57,8 +57,7 @@ FUNCTION_LINES_MAX = 80
 PLAIN_CPP = [
     "status.h", "clock.h", "probe.h", "ring.h", "waiter.h", "request.h", "completion.h", "batcher.h", "stats.h",
     "pool.h", "release_reason.h", "result.h", "frame.h", "poller.h", "memory_file.h", "process_worker.h",
-    "process_worker.cpp",
-    "process_lane.h", "process_lane.cpp",
+    "process_worker.cpp", "process_worker_end.cpp", "reruns.h", "process_lane.h", "process_lane.cpp",
     "worker_channel.h", "worker_channel.cpp",
 ]  # fmt: skip
 

@@ -12,6 +12,7 @@ from pyserve import log
 from pyserve.visible import visible
 from tests.support.control_characters import HOSTILE, SHOWN
 
+
 def test_what_a_terminal_obeys_is_shown_and_all_else_is_kept() -> None:
     assert visible(HOSTILE) == SHOWN
     assert visible("two\nlines\tand a tab") == "two\nlines\tand a tab"

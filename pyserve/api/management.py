@@ -391,6 +391,8 @@ def _own_description(model: Model, *, tells_errors: bool) -> JsonObject:
         "checks": model.checks(),
     }
     stats = model.stats()
+    if stats.get("stuck"):
+        own["stuckWorkers"] = stats["stuck"]
     if "batch_size" in stats:
         bounds, counts, _ = stats["batch_size"]
         names = [*(f"{bound:g}" for bound in bounds), "more"]

@@ -59,7 +59,7 @@ _WORKER = record(
     gpu=FLAG, gpuUsage=TEXT,
 )  # fmt: skip
 MODEL = record(
-    "deviceIds", "customizedMetadata", "error", "batchSizeHistogram", "meanQueueMs",
+    "deviceIds", "customizedMetadata", "error", "batchSizeHistogram", "meanQueueMs", "stuckWorkers",
     modelName=TEXT, modelVersion=TEXT, modelUrl=TEXT, runtime=TEXT, minWorkers=_setting("workers_min"),
     maxWorkers=_setting("workers_max"), batchSize=_setting("batch_size"), maxBatchDelay=_setting("max_batch_delay_ms"),
     responseTimeout=_setting("response_timeout_s"), startupTimeout=_setting("startup_timeout_s"),
@@ -74,6 +74,7 @@ MODEL = record(
     copies=COUNT, weightsSize=COUNT, minBatch=_setting("min_batch"), precision=TEXT,
     checks={**OBJECT, "description": "What was found out about the model at load."},
     batchSizeHistogram=table(COUNT), meanQueueMs={"type": "number", "minimum": 0},
+    stuckWorkers={"type": "integer", "minimum": 1},
 )  # fmt: skip
 
 

@@ -51,8 +51,9 @@ _KEY_SIZE_MAX = 64
 
 # Of pyserve's own; TorchServe leaves them to handlers.
 _OWN_KEYS = frozenset(
-    {"minBatch", "precision", "memoryFormat", "input", "batchDependent", "precisionErrorMax", "audit", "conversion"}
-)
+    {"minBatch", "precision", "memoryFormat", "input", "batchDependent", "precisionErrorMax", "audit", "conversion",
+     "sideEffects"}
+)  # fmt: skip
 # Keys of handlers and libraries that TorchServe's documentation uses at the top level: never a misspelling.
 _HANDLER_KEYS = frozenset({"handler", "pt2", "micro_batching", "pippy", "deepspeed", "profile"})
 
@@ -67,6 +68,7 @@ class ModelConfig:
         audit_share: share, 0 to 1, of the requests whose answers are computed again and compared.
         conversion: how an eager model gets to the native lane; ``"trace"`` and ``"script"`` also where it could not be
             proven right, ``"python"`` never.
+        side_effects: a handler's call changes something outside: no request is run twice.
         raw: the whole yaml, as `yaml.safe_load` gives it and handlers see it.
         text: of the file, from which `read_yaml` makes the same.
         needed: what is wrong with keys of pyserve's own, where they are followed.
@@ -106,6 +108,7 @@ class ModelConfig:
     precision_error_max: float | None = None
     audit_share: float | None = None
     conversion: str | None = None
+    side_effects: bool | None = None
     raw: dict[Any, Any] = field(default_factory=dict)
     text: str = ""
     needed: tuple[str, ...] = ()
@@ -311,6 +314,7 @@ _KEYS: dict[str, tuple[str, _Read]] = {
     "precisionErrorMax": ("precision_error_max", _positive),
     "audit": ("audit_share", _share),
     "conversion": ("conversion", _one_of(*CONVERSIONS)),
+    "sideEffects": ("side_effects", _boolean),
 }
 
 

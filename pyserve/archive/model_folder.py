@@ -23,6 +23,7 @@ import uuid
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from pyserve.archive.room import room_in
 
@@ -154,21 +155,33 @@ def _remove(path: Path, lock: Path, descriptor: int, owner: int) -> None:
 
 
 def _copy(original: Path, copy: Path) -> None:
-    """OSError, before anything is written, if a file of some size would leave the disk no room."""
+    """OSError if the disk is full or the like; then there is no file, since half of one would be taken for all of it.
+
+    Nothing is written if a file of some size would leave the disk no room.
+    """
     with original.open("rb") as source, copy.open("xb") as target:
-        size = os.fstat(source.fileno()).st_size
-        with contextlib.suppress(OSError):  # not on this file system, or not between these two
-            fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
-            return
-        if size >= ORIGINAL_SIZE_MIN and size > room_in(copy.parent):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
-            while size > 0 and (copied := os.copy_file_range(source.fileno(), target.fileno(), min(size, _COPY_SIZE))):
-                size -= copied
-        except OSError:
-            pass  # not in this container; if the disk is full, the next try says so
-        if size > 0:
-            source.seek(0)
-            target.seek(0)
-            target.truncate()
-            shutil.copyfileobj(source, target, 1 << 20)
+            _copy_content(source, target, copy.parent)
+            target.flush()
+        except BaseException:
+            copy.unlink(missing_ok=True)
+            raise
+
+
+def _copy_content(source: BinaryIO, target: BinaryIO, folder: Path) -> None:
+    size = os.fstat(source.fileno()).st_size
+    with contextlib.suppress(OSError):  # not on this file system, or not between these two
+        fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+        return
+    if size >= ORIGINAL_SIZE_MIN and size > room_in(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    try:
+        while size > 0 and (copied := os.copy_file_range(source.fileno(), target.fileno(), min(size, _COPY_SIZE))):
+            size -= copied
+    except OSError:
+        pass  # not in this container; if the disk is full, the next try says so
+    if size > 0:
+        source.seek(0)
+        target.seek(0)
+        target.truncate()
+        shutil.copyfileobj(source, target, 1 << 20)

@@ -39,7 +39,7 @@ _OUR_FRAMES = re.compile(r"^  \.\.\. \d+ frames? of pyserve\n", re.MULTILINE)
 # Whoever steps out of the handler's code does not want to walk through ours.
 _NOT_STEPPED_INTO = [
     "pyserve.commands.debug", "pyserve.worker.invoker", "pyserve.worker.entry_point", "pyserve.worker.imported_code",
-    "pyserve.commands.trial", "pyserve.commands.cli",
+    "pyserve.commands.trial", "pyserve.commands.cli", "pyserve.commands.terminal", "pyserve.visible",
 ]  # fmt: skip
 
 
@@ -141,7 +141,10 @@ class _Run:
         for numbers, text in _same_together(shown_answers):
             _print(f"\nanswer{numbers}:\n{text}")
         failed = sum(answer[1] == ERROR for answer in answers)
-        if failed and len(batch) > 1 and self._subject.config.isolate_errors:
+        runs_again = self._subject.config.isolate_errors and not (
+            entry.has_side_effects or self._subject.archive.config.side_effects
+        )
+        if failed and len(batch) > 1 and runs_again:
             _print("a server would now call the handler again with each request alone, so that the others get answers")
         return 1 if failed else 0
 

@@ -68,7 +68,9 @@ class Config:
         server_timing: every answer tells its stages, not only those that are asked for them.
         preprocess_threads: 0 means as many as the CPU budget.
         cpu_budget: CPUs to use; 0 means what the cgroup allows.
-        isolate_errors: a batch of a handler that fails is called again item by item.
+        stuck_threads_max: with more threads than this that do not come to an end the server process is replaced; 0
+            means half of the CPU budget, and at least one.
+        isolate_errors: a batch of a handler that fails, or that ends its worker, is called again item by item.
         debug: one worker for each model, and as much time as there is.
         ts_open_inference_protocol: the Open Inference Protocol's server endpoints are there, as TorchServe has them.
         watch: handler code is loaded anew when it changes.
@@ -97,6 +99,8 @@ class Config:
     max_response_size: int = 6_553_500
     number_of_gpu: int | None = None
     limit_max_image_pixels: bool = True
+    max_image_pixels: int = 89_478_485
+    max_image_memory: int = 1 << 30
     decode_input_request: bool = True
     default_service_handler: str = ""
     allowed_urls: str = ""
@@ -163,6 +167,7 @@ class Config:
     compat: str = "default"
     strict: bool = False
     cpu_budget: int = 0
+    stuck_threads_max: int = 0
     connection_count_max: int = 10_000
     self_signed_dir: str = ""
     origin: dict[str, str] = field(default_factory=dict)

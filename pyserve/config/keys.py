@@ -188,6 +188,8 @@ KINDS: dict[str, Kind] = {
     "max_response_size": _SIZE,
     "number_of_gpu": _integer(0, 1024),
     "limit_max_image_pixels": _BOOLEAN,
+    "max_image_pixels": _integer(1, 178_956_970),
+    "max_image_memory": _SIZE,
     "decode_input_request": _BOOLEAN,
     "default_service_handler": _TEXT,
     "allowed_urls": Kind(_parse_allowed_urls, r"patterns such as https://models\.example\.com/.*, joined by commas"),
@@ -254,6 +256,7 @@ KINDS: dict[str, Kind] = {
     "compat": _choice("default", "strict"),
     "strict": _BOOLEAN,
     "cpu_budget": _integer(0, 4096),
+    "stuck_threads_max": _integer(0, 4096),
     "connection_count_max": _integer(1, 1_000_000),
 }
 

@@ -16,6 +16,7 @@ from pyserve.errors import JsonObject, OverloadedError, ServerError
 from pyserve.lanes.lane import Lane
 from pyserve.lanes.limits import Sweep, start_client_limit
 from pyserve.lanes.pending import OVER, Pending
+from pyserve.lanes.preprocess_pool import LimitedCall
 from pyserve.lanes.refusals import no_worker_error
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import ModelSettings
@@ -71,6 +72,10 @@ class EngineLane(Lane):
     def running_max(self) -> int:
         """Batches that may run at once."""
         raise NotImplementedError
+
+    def leaves_overrun(self, pending: Pending) -> bool:
+        """Whether a request that has run for too long is left to the end of its batch, to be run again by itself."""
+        return False
 
     def look_after_workers(self, now: int) -> bool:
         """Called with each sweep; returns whether another one is wanted although no request waits for an answer."""
@@ -143,7 +148,8 @@ class EngineLane(Lane):
             self.preparing_count -= waits
             then(future.result())
 
-        future = self.services.preprocess_pool.submit(call)
+        limited = LimitedCall(call, self.settings.response_timeout_s, self.label)
+        future = self.services.preprocess_pool.submit(limited)
         future.add_done_callback(lambda each: self.loop.call_soon_threadsafe(done, each))
 
     @property

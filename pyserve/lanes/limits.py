@@ -16,6 +16,7 @@ from typing import Protocol
 from pyserve.errors import DeadlineError, ExpiredError, ServeError
 from pyserve.lanes.pending import OVER, Pending
 from pyserve.lanes.refusals import retry_after, worker_died_error
+from pyserve.lanes.reruns import RERUN
 from pyserve.lanes.settings import ModelSettings
 from pyserve.request.messages import TIMEOUT_HEADER
 
@@ -35,6 +36,9 @@ class SweptLane(Protocol):
 
     def answer_error(self, pending: Pending, error: ServeError) -> None:
         """Answers a request."""
+
+    def leaves_overrun(self, pending: Pending) -> bool:
+        """Whether a request that has run for too long is left to the end of its batch, to be run again by itself."""
 
     def look_after_workers(self, now: int) -> bool:
         """Called with each sweep; returns whether another one is wanted although no request waits for an answer."""
@@ -77,9 +81,11 @@ class Sweep:
             # A stream is over its time when it has stood still for as long.
             running_since = max(started_at, pending.progress_at)
             if started_at > 0 and (now - running_since) / 1e9 >= run_limit_s:
+                if lane.leaves_overrun(pending):
+                    continue
                 pending.drop()
                 pending.started_at = started_at
-                lane.answer_error(pending, _overrun_error(settings, pending, is_strict=lane.is_strict))
+                lane.answer_error(pending, overrun_error(settings, pending, is_strict=lane.is_strict))
             elif started_at == 0 and age_s >= queue_limit_s:
                 pending.drop()
                 lane.expire(pending)
@@ -118,12 +124,14 @@ def _reach_client_limit(pending: Pending) -> None:
 def expired_error(name: str, settings: ModelSettings, pending: Pending) -> ExpiredError:
     """For a request that no worker of the model ``name`` took in time."""
     age_s, limit_ms = pending.age_s(), pending.client_limit_ms()
+    again = {"text": "it ran with others until their worker ended; no time was left to run it again"}
     limit = f"{settings.queue_limit_source}={settings.queue_limit_s:g} s"
     if limit_ms and age_s * 1e3 >= limit_ms and limit_ms < settings.queue_limit_s * 1e3:
         limit = f"{TIMEOUT_HEADER}={limit_ms}"
     return ExpiredError(
         f'Model "{name}" did not come to this request in time',
-        detail={"reason": "expired", "queued_s": round(age_s, 3), "limit": limit},
+        detail={"reason": "expired", "queued_s": round(age_s, 3), "limit": limit}
+        | (again if pending.flags & RERUN else {}),
         headers={"Retry-After": retry_after()},
     )
 
@@ -137,7 +145,8 @@ def _client_limit_error(pending: Pending) -> DeadlineError:
     )
 
 
-def _overrun_error(settings: ModelSettings, pending: Pending, *, is_strict: bool) -> ServeError:
+def overrun_error(settings: ModelSettings, pending: Pending, *, is_strict: bool) -> ServeError:
+    """For a request that ran too long; its ``started_at`` is known."""
     if is_strict:
         return worker_died_error()
     queued_s, ran_s = pending.queue_s(), (time.monotonic_ns() - pending.started_at) / 1e9
@@ -145,4 +154,12 @@ def _overrun_error(settings: ModelSettings, pending: Pending, *, is_strict: bool
         f"the model did not answer in time: queued {queued_s:.3f} s, ran {ran_s:.3f} s, limit "
         f"response_timeout={settings.response_timeout_s} s",
         detail={"reason": "response_timeout"},
+    )
+
+
+def handler_overrun(stage: str, settings: ModelSettings) -> DeadlineError:
+    """For a request whose handler did not come to an end in ``stage``."""
+    return DeadlineError(
+        f"{stage} did not come to an end in time: limit response_timeout={settings.response_timeout_s} s",
+        detail={"reason": "response_timeout", "where": stage},
     )

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +28,9 @@ from pyserve.handlers import row_check
 from pyserve.handlers.outputs import named_outputs
 from pyserve.lanes.engine_lane import EngineLane, live, request_ids, ring_capacity
 from pyserve.lanes.large_answers import LargeAnswers, check_results, is_large
+from pyserve.lanes.limited_runs import EndlessError, limited_runs
+from pyserve.lanes.limits import handler_overrun, overrun_error
+from pyserve.lanes.native_workers import NativeWorkers
 from pyserve.lanes.network import Network
 from pyserve.lanes.pending import OVER, SUBMITTED, Pending
 from pyserve.lanes.raw_rows import RAW_TYPE, RawRows
@@ -36,22 +38,18 @@ from pyserve.lanes.refusals import failed_run_error
 from pyserve.lanes.resources import Services
 from pyserve.lanes.row_requests import Row, runs_of_rows
 from pyserve.lanes.settings import ModelSettings
-from pyserve.lanes.worker_rows import READY, UNLOADING, WorkerRow, resident_size
+from pyserve.lanes.worker_rows import WorkerRow
 from pyserve.proof.native_proof import BUDGET_S, BatchProof
 from pyserve.request import codec
 from pyserve.request.json_slices import SIZE_MIN
 from pyserve.request.messages import Response
 from pyserve.telemetry.stage_times import StageTimes
-from pyserve.telemetry.worker_log import ERROR, SCALED_DOWN, STARTED
-from pyserve.torch_error import cause_of
-from pyserve.worker.failure import describe_failure
+from pyserve.worker.failure import HandlerTimeout, describe_failure
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-# The engine's first worker.
-FIRST_CORE_ID = 9000
-_GOING = ("stopping", "stopped")
-_LOGGED_STATES = {"starting": STARTED, "warming": STARTED, "failed": ERROR, "stopped": SCALED_DOWN}
 
 
 class NativeLane(EngineLane):
@@ -66,9 +64,11 @@ class NativeLane(EngineLane):
         core.set_input_rules(network.rules)
         self._proving: asyncio.Task[None] | None = None  # tries batches
         self._warned_note = ""
-        self._started: dict[int, datetime] = {}
         self.worker_log = self.new_worker_log()
-        self._noted: dict[int, str] = {}  # worker's number -> state, as it was logged
+        self.workers = NativeWorkers(
+            services.engine, services.stuck, core, settings=settings, label=label, worker_log=self.worker_log,
+            is_on_gpu=self.is_on_gpu,
+        )  # fmt: skip
         self._has_warned_of_nan = False
         self._raw = RawRows.of(network.handler, network.example)
         self._is_built_in = row_check.is_built_in(network.handler)
@@ -87,47 +87,28 @@ class NativeLane(EngineLane):
     @property
     def wanted_count(self) -> int:
         """Workers that are there or coming."""
-        return sum(1 for row in self.core.workers() if row["state"] in ("starting", "warming", "ready"))
+        return self.workers.wanted_count
 
     def set_workers(self, count: int) -> None:
         if not self.is_on_gpu:
             self.services.engine.share_cpus(self.core, count)
         self.apply_limits()
-        self.core.set_workers(count)
-        for row in self.core.workers():
-            self._started.setdefault(row["id"], datetime.now())
-        self._note_states()
+        self.workers.set_count(count)
+        if not self.is_draining:
+            self._sweep.start(self)
 
-    def _note_states(self) -> None:
-        """Logs what has changed among the workers since the last time."""
-        rows = {row["id"] - FIRST_CORE_ID: row["state"] for row in self.core.workers()}
-        for number in [*self._noted.keys() - rows.keys()]:
-            del self._noted[number]
-            self.worker_log.move(number, SCALED_DOWN)
-        for number, state in rows.items():
-            if self._noted.get(number) == state:
-                continue
-            self._noted[number] = state
-            if state == "ready":
-                started_at = self._started.get(number + FIRST_CORE_ID) or datetime.now()
-                self.worker_log.loaded(number, (datetime.now() - started_at).total_seconds())
-            elif state in _LOGGED_STATES:
-                self.worker_log.move(number, _LOGGED_STATES[state])
+    @property
+    def may_take(self) -> bool:
+        """Whether requests are admitted although no worker is ready: one that was lost is being replaced."""
+        return self.workers.is_replacing
+
+    def look_after_workers(self, now: int) -> bool:
+        """Ends batches that are over their time."""
+        return self.workers.look(now)
 
     def worker_rows(self) -> list[WorkerRow]:
-        """The workers, as the management API shows them; they are threads of this one process."""
-        memory = resident_size()
-        rows = []
-        for row in self.core.workers():
-            if row["state"] in _GOING:
-                continue
-            is_ready = row["state"] == "ready"
-            rows.append(WorkerRow(
-                id=str(self.worker_log.id(row["id"] - FIRST_CORE_ID)),
-                start_time=self._started.get(row["id"], datetime.now()), status=READY if is_ready else UNLOADING,
-                memory_usage=memory if is_ready else 0, pid=os.getpid() if is_ready else -1, gpu=self.is_on_gpu,
-            ))  # fmt: skip
-        return rows
+        """The workers, as the management API shows them."""
+        return self.workers.rows()
 
     @property
     def weights_size(self) -> int:
@@ -136,20 +117,7 @@ class NativeLane(EngineLane):
 
     async def settled(self, timeout_s: float) -> str:
         """Waits until every worker is ready or gone. Returns why one is not, or ``""``."""
-
-        def is_settled() -> bool:
-            self.core.reap()
-            self._note_states()
-            return all(row["state"] in ("ready", "failed") for row in self.core.workers())
-
-        try:
-            await asyncio.wait_for(self.services.engine.wait_for_workers(is_settled), timeout_s)
-        except TimeoutError:
-            # One that is stopping finishes its batch first, however long that takes; that is no failure.
-            if any(row["state"] in ("starting", "warming") for row in self.core.workers()):
-                return f"a worker was not ready within startup_timeout={timeout_s:g} s"
-        errors = [str(row["error"]) for row in self.core.workers() if row["state"] == "failed"]
-        return (cause_of(errors[0]) or "no text") if errors else ""
+        return await self.workers.settled(timeout_s)
 
     def apply_limits(self) -> None:
         """Brings the settings to the engine; they hold from the next batch on."""
@@ -169,10 +137,15 @@ class NativeLane(EngineLane):
         """Tries batches beside the requests, which have smaller ones meanwhile."""
         try:
             while not (self.is_draining or proof.is_settled_for(self.settings.batch_size)):
-                await asyncio.to_thread(proof.extend, self.settings.batch_size, BUDGET_S)
+                await limited_runs(lambda: proof.extend(self.settings.batch_size, BUDGET_S), stuck=self.services.stuck,
+                                   limit_s=self.settings.startup_timeout_s, label=self.label,
+                                   is_served=True)  # fmt: skip
                 if not self.is_draining:
                     super().apply_limits()  # as far as has been shown by now
             await asyncio.to_thread(self.network.torch_model.settle)  # items with NaN need a second copy of the weights
+        except EndlessError as error:
+            log.error("%s; its batches stay at %d", error.message, proof.size_max)
+            proof.note = proof.note or "trying larger batches did not come to an end"
         except Exception:
             log.exception("%s: trying batches failed; they stay at %d", self.label, proof.size_max)
             proof.note = proof.note or "trying larger batches failed, see the log"
@@ -210,16 +183,12 @@ class NativeLane(EngineLane):
         """Finishes what was admitted, then stops the workers."""
         await self.finish_requests()
         self.services.engine.forget_lane(self.core)
-        self.core.set_workers(0)
-        await self.services.engine.wait_for_workers(
-            lambda: all(row["state"] in ("stopped", "failed") for row in self.core.workers())
-        )
-        self._note_states()
-        self.core.join()  # at once: their threads have ended
+        await self.workers.ended()
 
     def stats(self) -> JsonObject:
         """As a lane's, and the histograms of the stages before and after the engine."""
-        own = {"preprocess": self._preprocess_times.histogram(), "postprocess": self._postprocess_times.histogram()}
+        own: JsonObject = {"stuck": self.core.lost_count}
+        own |= {"preprocess": self._preprocess_times.histogram(), "postprocess": self._postprocess_times.histogram()}
         return {**super().stats(), **own}
 
     # --- the way in -----------------------------------------------------------------------------------------------
@@ -244,7 +213,7 @@ class NativeLane(EngineLane):
                 self._announce_soon()
                 return
         if self.network.handler.is_quick(len(pending.exchange.request.body)):
-            self._prepared(pending, self._prepare(pending))
+            self._prepared(pending, self._prepare(pending) if self._is_built_in else self._prepare_guarded(pending))
             return
         prepare = partial(self._prepare, pending)
         if len(pending.exchange.request.body) >= SIZE_MIN:
@@ -261,6 +230,17 @@ class NativeLane(EngineLane):
             pending.stages.times["admission"] = (pending.arrived_at, began)
             pending.stages.times["preprocess"] = (began, ended)
         return prepared
+
+    def _prepare_guarded(self, pending: Pending) -> torch.Tensor | ServeError:
+        """As `_prepare`, on the loop, by an archive's own code."""
+        try:
+            return self._guarded(lambda: self._prepare(pending))
+        except HandlerTimeout:
+            return handler_overrun("preprocess", self.settings)
+
+    def _guarded(self, call: Callable[[], T]) -> T:
+        """An archive's own code on the loop. Raises HandlerTimeout if it does not come to an end."""
+        return self.services.loop_guard.run(call, self.settings.response_timeout_s, self.label)
 
     def _preprocess(self, pending: Pending) -> torch.Tensor | ServeError:
         request = pending.exchange.request
@@ -374,8 +354,15 @@ class NativeLane(EngineLane):
         began = time.monotonic_ns()
         try:
             handler.context = context
-            results = handler.postprocess(self.network.output(completion.output))
+            output = self.network.output(completion.output)
+            if self._is_built_in:
+                results = handler.postprocess(output)
+            else:
+                results = self._guarded(lambda: handler.postprocess(output))
             check_results(results, len(owners))
+        except HandlerTimeout:
+            self._complete_failed_postprocess(owners, handler_overrun("postprocess", self.settings))
+            return
         except Exception as error:
             self._complete_failed_postprocess(owners, error)
             return
@@ -466,6 +453,10 @@ class NativeLane(EngineLane):
             log.warning("%s: %s", self.label, codec.NAN_WARNING)
 
     def _complete_failed(self, owners: list[Pending | None], completion: Any) -> None:
+        if completion.code == "interrupted":
+            for owner in live(owners):
+                self.answer_error(owner, overrun_error(self.settings, owner, is_strict=self.is_strict))
+            return
         error = failed_run_error(completion.code, completion.message, is_strict=self.is_strict)
         waiting = live(owners)
         if waiting:

@@ -21,6 +21,7 @@ from pyserve.errors import HandlerError, JsonObject, OverloadedError, ServeError
 from pyserve.lanes.engine_lane import EngineLane, live, request_ids, ring_capacity
 from pyserve.lanes.pending import OVER, SUBMITTED, Pending
 from pyserve.lanes.refusals import down_error, worker_died_error
+from pyserve.lanes.reruns import OVERRUN, RERUN, GroupNumbers, death_detail
 from pyserve.lanes.resources import Services
 from pyserve.lanes.restart_policy import RETRY_DEFAULT_S
 from pyserve.lanes.settings import ModelSettings
@@ -65,6 +66,8 @@ class PythonLane(EngineLane):
         super().__init__(services, spec.name, label, core, settings)
         self.spec = spec
         self._is_multiplexed = spec.mode != BATCH
+        self._has_side_effects = False  # as the handler says
+        self._groups = GroupNumbers()
         self._raised_batch_note = ""  # the note once the batch size is raised above 1
         self.worker_log = self.new_worker_log(worker_number)
         self._tell_condition = on_condition
@@ -182,6 +185,8 @@ class PythonLane(EngineLane):
 
     def _on_loaded(self, event: JsonObject) -> None:
         """A worker is about to take batches; it has tried what they do to answers, if it is among the first."""
+        if event.get("has_side_effects") is True:
+            self._has_side_effects = True
         found = event.get("batch")
         if not isinstance(found, dict) or not found.get("probe") or self.batch_note:
             return
@@ -258,10 +263,13 @@ class PythonLane(EngineLane):
             for owner in live(owners):
                 self._submit_again(owner)
         else:
-            self._complete_died(owners, completion.message)
+            self._complete_died(live(owners), completion)
 
     def _finish(self, pending: Pending, kind: int, status: int, head: bytes, body: Any) -> None:
         if kind == ERROR:
+            if pending.flags & OVERRUN and status == 504:  # its handler was asked to end
+                self._run_again([pending], "it ran past response_timeout")
+                return
             self.answer_error(pending, _handler_error(body))
         elif kind == LAST and pending.exchange.is_streaming:
             self.forget(pending)
@@ -289,17 +297,53 @@ class PythonLane(EngineLane):
         else:
             self.answer_error(pending, self.refusal("no worker"))
 
-    def _complete_died(self, owners: list[Pending | None], message: str) -> None:
-        waiting = live(owners)
-        if not waiting:
+    def _complete_died(self, waiting: list[Pending], completion: Any) -> None:
+        """Their worker died while it had them."""
+        again: list[Pending] = []
+        failed: list[Pending] = []
+        for owner in waiting:
+            (again if self._may_run_again(owner, completion) else failed).append(owner)
+        if again:
+            self._run_again(again, f"their worker died: {completion.message}")
+        if not failed:
             return
-        ids = request_ids(waiting)
-        log.error("request %s failed in %s: its worker died: %s", ids, self.label, message,
+        ids = request_ids(failed)
+        details = [death_detail(each, completion) for each in failed]
+        log.error("request %s failed in %s: its worker died: %s", ids, self.label, details[0]["text"],
                   extra=self.worker_log.about_requests(ids))  # fmt: skip
         # How it ended is not known yet: the socket's end is seen before the process's.
-        error = worker_died_error({"exception": "WorkerDied", "text": message or "the worker process ended"})
+        for owner, detail in zip(failed, details, strict=True):
+            self.answer_error(owner, worker_died_error(detail))
+
+    @property
+    def isolates(self) -> bool:
+        """Whether requests that their handler has seen may be run a second time."""
+        return self.spec.isolate_errors and not (self.spec.has_side_effects or self._has_side_effects)
+
+    def _may_run_again(self, pending: Pending, completion: Any) -> bool:
+        if pending.flags & RERUN or pending.progress_at or pending.exchange.is_streaming:
+            return False
+        return completion.code == "not_begun" or (self.isolates and not completion.was_alone)
+
+    def _run_again(self, waiting: list[Pending], reason: str) -> None:
+        ids = request_ids(waiting)
+        log.warning("request %s of %s: run again, apart from others: %s", ids, self.label, reason,
+                    extra=self.worker_log.about_requests(ids))  # fmt: skip
+        self._groups.mark(waiting, is_alone=not self._is_multiplexed)
         for owner in waiting:
-            self.answer_error(owner, error)
+            self._submit_again(owner)
+
+    def leaves_overrun(self, pending: Pending) -> bool:
+        """Whether a request over its time waits for the end of its batch, which is near, to be run again."""
+        if pending.flags & OVERRUN:
+            return self.deadline(pending) > time.monotonic_ns()
+        if (
+            not self.isolates or self._is_multiplexed or pending.flags & RERUN or pending.progress_at
+            or self.deadline(pending) <= time.monotonic_ns() or self.core.batch_size_of(pending.ticket) < 2
+        ):  # fmt: skip
+            return False
+        pending.flags |= OVERRUN
+        return True
 
 
 def _response(status: int, head: bytes, body: Any) -> Response:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from pyserve.config.config import Config
 from pyserve.engine import Engine
+from pyserve.lanes.loop_guard import LoopGuard
 from pyserve.lanes.spawner import Spawner
+from pyserve.lanes.stuck import StuckThreads
 from pyserve.request.descriptors import DescriptorLimit
 from pyserve.request.messages import ErrorFormat
 from pyserve.security.tokens import Tokens
@@ -20,6 +22,8 @@ class Services:
     """Constant while the server runs.
 
     Attributes:
+        stuck: threads that do not come to an end.
+        loop_guard: interrupts archives' own code on the loop.
         tokens: None if no call needs a key.
         tracer: None if nobody wants spans.
         descriptors: of this process.
@@ -34,3 +38,5 @@ class Services:
     tokens: Tokens | None = None
     tracer: Tracer | None = None
     descriptors: DescriptorLimit = field(default_factory=DescriptorLimit)
+    stuck: StuckThreads = field(default_factory=StuckThreads)
+    loop_guard: LoopGuard = field(default_factory=LoopGuard)

@@ -133,13 +133,17 @@ class RestartPolicy:
             pause_s = PAUSE_SLOW_S
         return self._after(now, pause_s, reason, is_hopeless=is_hopeless)
 
-    def died(self, now: float, cause: Cause = Cause.MODEL) -> Decision:
-        """A worker that had loaded has ended by itself."""
+    def died(self, now: float, cause: Cause = Cause.MODEL, *, is_known: bool = False) -> Decision:
+        """A worker that had loaded has ended by itself.
+
+        Args:
+            is_known: in the second run of a request that may have ended another one: no further sign of a crash loop.
+        """
         if cause is Cause.LOST:
             return Decision(True, 0.0, "the process that workers are forked from ended")
         if self._ready_at is not None and now - self._ready_at >= SERVED_S:
             self._deaths = 0
-        self._deaths += 1
+        self._deaths += not (is_known and self._deaths)
         reason = f"{self._deaths} workers ended in a row"
         pause_s = _pause(PAUSES_S, self._deaths - 1)
         if cause is Cause.KILLED:

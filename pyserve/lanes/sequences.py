@@ -83,6 +83,11 @@ class _Member(PythonLane):
         rows = self.core.workers()
         return next((int(row["id"]) for row in rows if row["state"] in ("ready", "stopping")), None)
 
+    @property
+    def isolates(self) -> bool:
+        """Never: what a second run would find of its sequence's state is not what the first one did."""
+        return False
+
     def answer(self, pending: Pending, response: Response) -> None:
         if pending.stage != OVER:
             self._on_answer(response)

@@ -58,6 +58,11 @@ class ModelSettings:
         return self.client_timeout_ms / 1e3 or float(self.response_timeout_s)
 
     @property
+    def least_limit_s(self) -> float:
+        """No run of the network is too long that is shorter."""
+        return float(min(self.response_timeout_s, self.startup_timeout_s))
+
+    @property
     def queue_limit_source(self) -> str:
         return "clientTimeoutInMills" if self.client_timeout_ms else "response_timeout"
 

@@ -34,6 +34,7 @@ class Slot:
         is_hopeless: whoever asked for it need not wait any longer.
         kill_reason: why we ended the process.
         interrupted_batch: the batch whose handler call was asked to end.
+        died_in_rerun: the last process ended in the second run of a request that may have ended another one.
         is_wanted: False once it was told to go.
         hurry: set to end the pause before its next process.
     """
@@ -51,6 +52,7 @@ class Slot:
         self.next_start_at = 0.0
         self.is_down = self.is_hopeless = False
         self.kill_reason = ""
+        self.died_in_rerun = False
         self.interrupted_batch = -1
         self.task: asyncio.Task[None] | None = None
         self.hurry = asyncio.Event()

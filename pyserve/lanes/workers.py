@@ -232,7 +232,7 @@ class PythonWorkers:
             return
         ending, cause = await self._serve(slot, core_id)
         if slot.is_wanted:
-            slot.ended(ending, None, self._policy.died(time.monotonic(), cause))
+            slot.ended(ending, None, self._policy.died(time.monotonic(), cause, is_known=slot.died_in_rerun))
             self._last = slot
 
     async def _note_failure(self, slot: Slot, error: Exception, started_at: float) -> None:
@@ -349,6 +349,7 @@ class PythonWorkers:
         await self._services.engine.wait_for_workers(has_ended)
         slot.core_id = None
         last = row()
+        slot.died_in_rerun = last is not None and last["died_in_rerun"]
         self._core.remove_worker(core_id)
         if slot.is_wanted:
             slot.lost(last["error"] if last is not None else "")
@@ -379,6 +380,7 @@ class PythonWorkers:
             handle.kill()  # what the handler started goes too
             await handle.exited
         finally:
+            handle.kill()  # also if we are told to go meanwhile
             handle.release()
 
     def _in_flight_max(self) -> int:

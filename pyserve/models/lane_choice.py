@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from pyserve.conversion.torchscript import NeedsPythonError, Progress, Tracing
 from pyserve.errors import ModelLoadError
 from pyserve.lanes.audit import AuditLane
 from pyserve.lanes.lane import Lane
+from pyserve.lanes.limited_runs import limited_runs
 from pyserve.lanes.native import NativeLane
 from pyserve.lanes.python import PythonLane
 from pyserve.lanes.resources import Services
@@ -89,7 +92,7 @@ async def open_lane(options: LaneOptions) -> Lane:
 
 async def _open_native_lane(options: LaneOptions) -> NativeLane:
     services = options.services
-    network = await asyncio.to_thread(
+    load = functools.partial(
         load_network,
         options.archive,
         name=options.name,
@@ -101,6 +104,10 @@ async def _open_native_lane(options: LaneOptions) -> NativeLane:
         progress=options.progress,
         tracing=options.tracing,
     )
+    network = await limited_runs(
+        load, limit_s=options.settings.startup_timeout_s or math.inf, stuck=services.stuck, label=options.label,
+        passes=(NeedsPythonError,),
+    )  # fmt: skip
     return NativeLane(services, options.name, options.label, network, options.settings)
 
 
@@ -175,6 +182,7 @@ async def _prepare_workers(options: LaneOptions) -> tuple[WorkerSpec, str | None
         lenient=config.compat == "strict",
         limit_max_image_pixels=config.limit_max_image_pixels,
         isolate_errors=config.isolate_errors and config.compat != "strict",
+        has_side_effects=bool(archive.config.side_effects),
         nan_as_null=config.compat != "strict",
         max_response_size=config.max_response_size,
         header_keys=(

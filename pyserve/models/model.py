@@ -22,6 +22,7 @@ from pyserve.lanes.audit import Repetition
 from pyserve.lanes.describe import SelfDescription, ask_handler
 from pyserve.lanes.engine_lane import RING_CAPACITY_MIN
 from pyserve.lanes.lane import Lane
+from pyserve.lanes.limited_runs import EndlessError
 from pyserve.lanes.native import NativeLane
 from pyserve.lanes.network import Network
 from pyserve.lanes.pending import Pending
@@ -58,6 +59,8 @@ class Model:
         device: ``cpu`` or ``cuda:0``.
         state: a key of STATES.
         error: why it FAILED.
+        endless: that a forward did not come to an end while it was loaded; ``""`` else. Loading it again would get
+            another thread stuck.
         wanted_workers: how many it is to have.
         starts_first_workers: it has had none, and some are being started.
     """
@@ -80,7 +83,7 @@ class Model:
         # Changes while it runs.
         self.settings = settings
         self.state = "LOADING"
-        self.error = ""
+        self.error = self.endless = ""
         self.wanted_workers = settings.workers_min
         self.starts_first_workers = False
         # Its name, if the server may speak protocols for it; None of a handler that answers for itself.
@@ -124,6 +127,8 @@ class Model:
             if not isinstance(error, ServeError):
                 log.exception("loading %s %s failed", self.name, self.version)
             self.error = _reason(error)
+            if isinstance(error, EndlessError):
+                self.endless = error.message
             if self.state in ("LOADING", "READY"):  # the latter while it was tried again
                 self._move("FAILED")
             await self._close_lane()
@@ -133,6 +138,11 @@ class Model:
         self.error = ""
         self._on_condition(lane.condition)  # it may have changed since
         progress("ready")
+
+    def fail(self, endless: str) -> None:
+        """It is not to be loaded, since that did not come to an end in another process."""
+        self.error = self.endless = endless
+        self._move("FAILED")
 
     def _lane_options(self, progress: Progress, tracing: Tracing | None = None) -> LaneOptions:
         return LaneOptions(

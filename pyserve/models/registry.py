@@ -354,11 +354,14 @@ class Registry:
         for attribute, value in entry["settings"].items():
             setattr(model.settings, attribute, value)
         model.wanted_workers = entry["workers"]
+        if entry.get("endless"):
+            model.fail(entry["endless"])
+            return model.version
         try:
             await model.load(entry["workers"], lambda text: self._progress(model.name, text), tracing)
         except Exception as error:
             log.error("%s", model.error or error)
-            if may_pass(error) or entry["workers"]:  # it has been served
+            if not model.endless and (may_pass(error) or entry["workers"]):  # it has been served
                 self._recovery.load_again(model, error, entry["workers"], entry["settings"]["workers_min"])
         # It may have had more workers than its least, and loading took their number for that.
         model.settings.workers_min = entry["settings"]["workers_min"]

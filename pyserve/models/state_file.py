@@ -60,6 +60,7 @@ def state_of(models: Iterable[Model], defaults: Mapping[str, str], failures: Ite
                 "loaded_at_startup": model.loaded_at_startup,
                 "workers": model.wanted_workers,
                 "settings": asdict(model.settings),
+                "endless": model.endless,
             }
             for model in models
         ],

@@ -32,7 +32,7 @@ from pyserve.conversion.torchscript import Tracing, needs_tracing, runs_in_pytho
 from pyserve.errors import ConfigError, JsonObject, ModelLoadError, ModelNotFoundError, ServeError
 from pyserve.fetch.sources import obtain_at_start
 from pyserve.lanes.spawner import Spawner
-from pyserve.launch import EXIT_DRAINED, EXIT_WILL_FAIL_AGAIN
+from pyserve.launch import EXIT_DRAINED, EXIT_REPLACED, EXIT_WILL_FAIL_AGAIN
 from pyserve.models.snapshot import models_to_restore, snapshot_folder
 from pyserve.models.snapshot_models import SnapshotError, restored_state
 from pyserve.models.state_file import STATE_NAME, read_state
@@ -51,12 +51,14 @@ log = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 EXIT_DRAIN_CUT_SHORT = 4
+# How long the loop waits for a thread of the pool that runs Python; its own number is 5 ms, for each time it asks.
+SWITCH_INTERVAL_S = 0.001
 # Objects that may be made, and not yet be gone, before the youngest are looked through; Python's own number is 700.
 GC_THRESHOLD = 20_000
 
 
 def main() -> int:
-    sys.setswitchinterval(0.001)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.disable()  # imports and loading make a million objects, nearly all of which stay
     atexit.register(gc.freeze)  # even at the end: to look through them takes 0.4 s, and the memory goes back anyway
     start = receive_server_start()
@@ -68,8 +70,9 @@ def main() -> int:
     housekeeping.start()
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
+    code, stuck = EXIT_FAILED, list[str]()
     try:
-        return loop.run_until_complete(_serve(start, logs, open_files_max))
+        code = loop.run_until_complete(_serve(start, logs, open_files_max, stuck))
     except ConfigError as error:
         start.report.failed(error.message)
         return EXIT_WILL_FAIL_AGAIN
@@ -82,10 +85,21 @@ def main() -> int:
         logs.close()
         housekeeping.stop()
         start.kept.folder.remove()
+    if stuck:
+        # They cannot be ended nor waited for, and must not find the interpreter gone.
+        log.warning("the process ends although threads of it are stuck: %s", "; ".join(stuck))
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
-async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int) -> int:
-    """``open_files_max``: what worker processes have for a limit, as any process of ours would."""
+async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int, stuck: list[str]) -> int:
+    """The exit code.
+
+    Args:
+        open_files_max: what worker processes have for a limit, as any process of ours would.
+        stuck: is given what runs in threads that are still there.
+    """
     use_limits(start.config)
     stop = _StopSignals()
     state = _state_to_restore(start)
@@ -133,7 +147,10 @@ async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int) -> i
         gc.enable()
         await server.open_ports()
         start.report.ready(**await server.report())
-        await stop.first
+        await asyncio.wait([stop.first, server.stuck.replacement], return_when=asyncio.FIRST_COMPLETED)
+        if not stop.first.done():
+            log.error("another process takes this one's place, on the same sockets and with the same models: %s",
+                      server.stuck.replacement.result())  # fmt: skip
         return await _drain(server, stop, start.config)
     finally:
         for tracing in tracings.values():
@@ -142,6 +159,7 @@ async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int) -> i
         await spawner.close()
         await server.grpc.close()
         server.close()
+        stuck += server.stuck.what
 
 
 def worker_environment(config: Config) -> dict[str, str]:
@@ -155,7 +173,8 @@ def worker_environment(config: Config) -> dict[str, str]:
 
 
 async def _drain(server: Server, stop: _StopSignals, config: Config) -> int:
-    """Answers what was accepted, then stops. A second signal, or the timeout, ends it early.
+    """Answers what was accepted, then stops. A second signal, or the timeout, ends it early. Without a signal another
+    process takes over, unless there is one meanwhile.
 
     SIGTERM comes from a machine that replaces the server, perhaps: for `drain_delay_s` all is answered as ever, while
     load balancers see that the server is not ready, and clients that their connections are closed. SIGINT comes from
@@ -163,19 +182,20 @@ async def _drain(server: Server, stop: _StopSignals, config: Config) -> int:
     """
     server.part()
     timeout_s = config.drain_timeout_s
-    if stop.first.result() == signal.SIGTERM and config.drain_delay_s:
-        await asyncio.wait([stop.second], timeout=config.drain_delay_s)
-    draining = asyncio.ensure_future(server.drain())
+    is_replaced = not stop.first.done()
+    if (is_replaced or stop.first.result() == signal.SIGTERM) and config.drain_delay_s:
+        await asyncio.wait([stop.first if is_replaced else stop.second], timeout=config.drain_delay_s)
+    draining = asyncio.ensure_future(server.drain(keeps_sockets=not stop.first.done()))
     await asyncio.wait([draining, stop.second], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     if draining.done():
         draining.result()
-        return EXIT_DRAINED
+        return EXIT_DRAINED if stop.first.done() else EXIT_REPLACED
     log.warning("stopping before everything was answered: %s",
                 "told twice" if stop.second.done() else f"drain_timeout_s={timeout_s} is over")  # fmt: skip
     await server.cut_short()
     # Native threads may be in the middle of a batch and cannot be stopped; the process goes without them.
     logging.shutdown()
-    os._exit(EXIT_DRAIN_CUT_SHORT)
+    os._exit(EXIT_DRAIN_CUT_SHORT if stop.first.done() else EXIT_REPLACED)
 
 
 def _open_all(

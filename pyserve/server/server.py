@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +31,10 @@ from pyserve.http1.connections import Connections
 from pyserve.http1.limits import Http1Limits
 from pyserve.http1.protocol import Http1Protocol
 from pyserve.http1.tls import Http1TlsProtocol
+from pyserve.lanes.preprocess_pool import PreprocessPool
 from pyserve.lanes.resources import Services
 from pyserve.lanes.spawner import Spawner
+from pyserve.lanes.stuck import StuckThreads, stuck_max
 from pyserve.models.placement import gpu_count
 from pyserve.models.registry import Registry
 from pyserve.models.snapshot import SnapshotFolder, snapshot_folder
@@ -90,7 +90,10 @@ class Server:
         self._metrics = Metrics(torch_version=torch.__version__, options=_metrics_options(config), log=logs.metrics)
         self._measuring: asyncio.Task[None] | None = None
         self._engine = Engine(asyncio.get_running_loop(), budget)
-        self._pool = _single_threaded_pool(config.preprocess_threads or budget)
+        stuck = StuckThreads(stuck_max(config.stuck_threads_max, budget), lambda: self._engine.lost_count)
+        # A thread takes over torch's number of threads when it first asks for it, and the workers will change that
+        # number for all who ask later; so every thread of the pool asks now.
+        self._pool = PreprocessPool(config.preprocess_threads or budget, stuck, torch.get_num_threads)
         self._services = services = Services(
             config=config,
             engine=self._engine,
@@ -100,6 +103,7 @@ class Server:
             tokens=Tokens.open(config, start.kept, Path.cwd()),
             tracer=open_tracer(),
             descriptors=DescriptorLimit(open_files_max()),
+            stuck=stuck,
             error_format=ErrorFormat(
                 with_detail=config.compat != "strict" and config.error_detail != "none",
                 kserve_versions=("v2",) if config.compat == "strict" else ("v1", "v2"),
@@ -112,6 +116,7 @@ class Server:
                 ),
             ),
         )
+        self.stuck = stuck
         self.registry = Registry(
             services,
             keep_state=lambda content: start.kept.put(STATE_NAME, content),
@@ -276,11 +281,16 @@ class Server:
         for connections in self._connections:
             connections.part()
 
-    async def drain(self) -> None:
-        """In this order: no new connections, answer what was accepted, stop the models."""
+    async def drain(self, *, keeps_sockets: bool = False) -> None:
+        """In this order: no new connections, answer what was accepted, stop the models.
+
+        Args:
+            keeps_sockets: whoever connects from now on waits for the process that takes this one's place.
+        """
         self.part()
         self.registry.stop_fetching()
-        await accept_last(self._start.sockets.values(), self._files)
+        if not keeps_sockets:
+            await accept_last(self._start.sockets.values(), self._files)
         for server in self._servers:
             server.close()
         await asyncio.gather(self.grpc.drain(), *(connections.drain() for connections in self._connections))
@@ -325,21 +335,3 @@ def _metrics_options(config: Config) -> MetricsOptions:
         declared, metrics_mode(config), is_strict=config.compat == "strict",
         takes_undeclared=config.model_metrics_auto_detect,
     )  # fmt: skip
-
-
-def _single_threaded_pool(count: int) -> ThreadPoolExecutor:
-    """Threads that run torch's operations alone.
-
-    A thread takes over torch's number of threads when it first asks for it, and the workers will change that number
-    for all who ask later; so every thread of the pool asks now.
-    """
-    pool = ThreadPoolExecutor(count, thread_name_prefix="preprocess")
-    all_there = threading.Barrier(count)
-
-    def ask() -> int:
-        all_there.wait()
-        return torch.get_num_threads()
-
-    counts = [pool.submit(ask) for _ in range(count)]
-    assert all(each.result() == 1 for each in counts)
-    return pool

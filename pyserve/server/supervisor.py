@@ -261,14 +261,23 @@ class Supervisor:
         if self._phase == "stopping":
             self._exit_code = self._code_after_stop(code)
             logger.info("server %s", ended)
+        elif code == launch.EXIT_REPLACED:
+            self._replace(ended)
         elif not self._has_served and (self._failure or code == launch.EXIT_WILL_FAIL_AGAIN):
             self._fail(self._failure or f"the server {ended} and gave no reason")
         else:
             self._restart_or_end(ended)
 
+    def _replace(self, ended: str) -> None:
+        """It was healthy, and drained itself because it wants to be started again: at once, however often."""
+        self._backoff.count += 1
+        logger.warning("server %s: it asked for another process in its place (%d)", ended, self._backoff.count)
+        self._start_server()
+
     def _code_after_stop(self, code: int) -> int:
         # SIGTERM ends a server outright while it is still too young to have a handler for it.
-        stopped = code == launch.EXIT_DRAINED or (code == -signal.SIGTERM and self._ready_at is None)
+        stopped = code in (launch.EXIT_DRAINED, launch.EXIT_REPLACED)
+        stopped = stopped or (code == -signal.SIGTERM and self._ready_at is None)
         return self._code_when_stopped if stopped else EXIT_FAILED
 
     def _restart_or_end(self, ended: str) -> None:

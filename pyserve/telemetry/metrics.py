@@ -52,11 +52,14 @@ _COUNTERS = {
     "expired": ("pyserve_expired", "Requests dropped from the queue because their time had passed."),
     "cancelled": ("pyserve_cancelled", "Requests whose client went away before the answer."),
     "retried_singly": ("pyserve_retried_singly", "Requests run alone because their batch had failed."),
+    "interrupted": ("pyserve_batches_interrupted", "Runs of the network that were ended because they took too long."),
+    "lost": ("pyserve_workers_lost", "Workers given up because their batch did not come to an end."),
     "staging_fallback": ("pyserve_staging_fallback", "Batches too large for the staging buffer."),
 }
 _GAUGES = {
     "queue_size": ("pyserve_queue_size", "Requests that wait."),
     "running": ("pyserve_batches_running", "Batches that run."),
+    "stuck": ("pyserve_workers_stuck", "Workers that were given up and still run."),
 }
 
 

@@ -229,7 +229,7 @@ class _RunningBatch:
         failure = describe_failure(outcome.error, invoker.model_dir)
         may_retry = not (
             outcome.is_shape or len(streamed) > sent_before or isinstance(outcome.error, HandlerTimeout)
-        ) and (failure.status == 507 or invoker._spec.isolate_errors)
+        ) and invoker.may_run_again(failure)
         if len(jobs) > 1 and may_retry:
             self._try_again(jobs, saved, failure)
         else:

@@ -56,6 +56,8 @@ def end_marked(mark: str) -> int:
 
     Waits for them, a tenth of a second at most.
     """
+    if not mark:
+        return 0  # it would be everybody's
     ended: set[int] = set()
     for _ in range(_ROUNDS_MAX):
         found = [pid for pid in _own_processes() if _has_mark(pid, mark)]

@@ -134,6 +134,12 @@ class EntryPoint:
         return not is_own and str(getattr(method, "__module__", "")).startswith("pyserve.handlers.")
 
     @property
+    def has_side_effects(self) -> bool:
+        """Whether no request may be run twice: ``has_side_effects = True`` in the class, or a function's module."""
+        owner = self.handler if self.handler is not None else self.code.module
+        return getattr(owner, "has_side_effects", False) is True
+
+    @property
     def place(self) -> str:
         """``handler.py:12 in handle``: where what is called is defined."""
         function = self.code.function if self.code.function is not None else getattr(self.handler, "handle", None)

@@ -188,11 +188,15 @@ class Invoker:
         may_retry = len(requests) > 1 and not (
             outcome.is_shape or call.has_streamed or isinstance(outcome.error, HandlerTimeout)
         )
-        if may_retry and failure.status == 507:
+        if not (may_retry and self.may_run_again(failure)):
+            return self.fail(requests, failure)
+        if failure.status == 507:
             return self._retry_halves(requests)
-        if may_retry and self._spec.isolate_errors:
-            return [answer for request in requests for answer in self._run_again([request])]
-        return self.fail(requests, failure)
+        return [answer for request in requests for answer in self._run_again([request])]
+
+    def may_run_again(self, failure: Failure) -> bool:
+        """Whether requests that failed together are called again with fewer others."""
+        return not self._spec.has_side_effects and (failure.status == 507 or self._spec.isolate_errors)
 
     def _run_again(self, requests: list[WorkerRequest]) -> list[Answer]:
         for request in requests:

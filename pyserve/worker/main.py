@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any
 
@@ -56,6 +56,8 @@ def run_worker(spec: WorkerSpec, descriptors: tuple[int, int, int], reports: Rep
         if spec.mode == ASYNC:  # `initialize` finds the loop that its `handle` will run in
             asyncio.set_event_loop(entry.loop)
         entry.initialize(context)
+        if entry.has_side_effects:
+            spec = replace(spec, has_side_effects=True)
         verdict = _rehearse(spec, entry, context, reports, began)
     except (HandlerLoadError, HandlerMemoryError) as error:
         _report_failed(reports, error)
@@ -70,7 +72,7 @@ def run_worker(spec: WorkerSpec, descriptors: tuple[int, int, int], reports: Rep
         gc.freeze()  # not what a handler of one's own made, which may want to replace it and have the memory back
     channel = load_core().WorkerChannel(*descriptors)
     reports.send("loaded", load_s=round(time.monotonic() - began, 3), handler=entry.name, pid=os.getpid(),
-                 batch=asdict(verdict))  # fmt: skip
+                 batch=asdict(verdict), has_side_effects=spec.has_side_effects)  # fmt: skip
     try:
         _serve(spec, entry, context, channel, reports)
     except EOFError:

@@ -36,6 +36,7 @@ class WorkerSpec:
         lenient: whether input that a handler cannot be given is left out, as in TorchServe; else it is refused.
         limit_max_image_pixels: whether pictures above Pillow's pixel limit are refused.
         isolate_errors: whether a batch that failed is retried item by item.
+        has_side_effects: nothing that the handler has seen is run a second time.
         mode: BATCH, CONTINUOUS or ASYNC.
         nan_as_null: whether NaN in a result is answered as null; else as NaN, which is no JSON.
         max_response_size: bytes; a larger answer is an error.
@@ -64,6 +65,7 @@ class WorkerSpec:
     lenient: bool = False
     limit_max_image_pixels: bool = True
     isolate_errors: bool = True
+    has_side_effects: bool = False
     mode: str = BATCH
     nan_as_null: bool = True
     max_response_size: int = 6_553_500

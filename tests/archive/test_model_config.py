@@ -57,6 +57,7 @@ batchDependent: allowed
 precisionErrorMax: 0.05
 audit: 0.1%
 conversion: script
+sideEffects: true
 handler: {profile: true}
 """)
     assert dataclasses.asdict(config) | {"raw": {}, "text": ""} == {
@@ -100,6 +101,7 @@ handler: {profile: true}
         "precision_error_max": 0.05,
         "audit_share": 0.001,
         "conversion": "script",
+        "side_effects": True,
         "raw": {},
         "text": "",
         "needed": (),
@@ -221,6 +223,7 @@ def test_bad_value_is_left_out_and_its_key_named(line: str) -> None:
     # Of pyserve's own keys a built-in handler is told; TorchServe's are left out, as it does.
     is_own = key in {
         "minBatch", "precision", "memoryFormat", "input", "batchDependent", "precisionErrorMax", "audit", "conversion",
+        "sideEffects",
     }  # fmt: skip
     assert [f"{text}; it is left out" for text in config.needed] == (config.warnings if is_own else [])
     unset = dataclasses.replace(config, raw={}, text="", needed=(), quoted=(), warnings=[], has_file=False)

@@ -176,8 +176,33 @@ def test_a_disk_without_room_is_refused_before_it_is_full(tmp_path: Path, monkey
     folder = ModelFolder(tmp_path)
     with pytest.raises(OSError, match="No space left"):
         folder.add(source, ["w.bin"])
-    assert (folder.path / "w.bin").stat().st_size == 0
+    assert not (folder.path / "w.bin").exists()
     folder.remove()
+
+
+def test_a_file_that_could_not_be_copied_is_none_and_comes_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one would be taken for the handler, again and again."""
+
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    archive = open_archive(write_plain_mar(tmp_path / "m.mar", good_files()), cache_dir=tmp_path / "cache")
+    with archive:
+        folder = archive.own_folder(with_weights=True)
+        shutil.rmtree(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "copy_file_range", full)
+            patch.setattr(shutil, "copyfileobj", full)
+            with pytest.raises(ModelLoadError, match="No space left"):
+                archive.own_folder(with_weights=True, completes=True)
+            assert not [path for path in folder.rglob("*") if path.is_file()]
+        archive.own_folder(with_weights=True, completes=True)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                assert path.read_bytes() == (archive.model_dir / path.relative_to(folder)).read_bytes()
+        assert (folder / "handler.py").stat().st_size
 
 
 def test_links_stay_links(tmp_path: Path) -> None:

@@ -76,9 +76,7 @@ class Campaign:
             self._report.violate(f"before the first fault: {problem}")
             return
         self._recovery.rows = self._site.rows()
-        for name in _WARMING:
-            self._change(name)
-        self._warm(self._order.warm_up)
+        self._warm()
         before = settled(self._site)
         self._traffic.resume()
         started = self._traffic.sent
@@ -92,19 +90,19 @@ class Campaign:
             else:
                 self._traffic.wait_sent(started + self._order.requests, self._order.requests)
         self._traffic.pause()
-        for name in _WARMING:  # the server may be another one now
-            self._change(name)
-        self._warm(self._order.warm_up)
+        self._warm()  # the server may be another one now
         for line in left_behind(self._site, before, self._order.memory_growth):
             self._report.violate(f"left behind: {line}")
         self._judge(None)
 
-    def _warm(self, count: int) -> None:
-        """``count`` requests without a fault; all connections are closed afterwards."""
+    def _warm(self) -> None:
+        """Requests without a fault, then changes, which have garbage collected; all connections are closed."""
         sent = self._traffic.sent
         self._traffic.resume()
-        self._traffic.wait_sent(sent + count, _STALL_LIMIT_S)
+        self._traffic.wait_sent(sent + self._order.warm_up, _STALL_LIMIT_S)
         self._traffic.pause()
+        for name in _WARMING:
+            self._change(name)
         self._recovery.close()
 
     def _change(self, name: str) -> None:

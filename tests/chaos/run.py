@@ -29,7 +29,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--recovery", type=float, default=70, metavar="SECONDS", help="a fault that is not forgiven by then is a "
         "violation (70: a model whose workers end too often waits for a minute)")  # fmt: skip
     add("--memory-growth", type=float, default=0.05, help="how much resident memory may have grown in the end (0.05)")
-    add("--warm-up", type=int, default=2000, help="requests before what is held is measured (2000)")
+    add("--warm-up", type=int, default=15_000, help="requests before what is held is measured (15000)")
     add("--summary", type=Path, help="file for the report; its JSON and the log of steps are written beside it")
     add("--list", action="store_true", help="prints the classes of faults")
     add("--no-namespaces", action="store_true", help="stays in the namespaces that it was started in")

@@ -40,7 +40,7 @@ class Place:
         (folder / "my.properties").write_text(PROPERTIES + "enable_grpc=false\n")
         self.environment = {
             **os.environ, "PYTHONPATH": f"{ROOT}:{COMPAT}", "TMPDIR": str(folder),
-            "PYSERVE_CACHE": str(folder / "cache"),
+            "PYSERVE_CACHE": str(folder / "cache"), "XDG_STATE_HOME": str(folder / "state"),
         }  # fmt: skip
         for name in ("TS_CONFIG_FILE", "LOG_LOCATION", "METRICS_LOCATION"):
             self.environment.pop(name, None)

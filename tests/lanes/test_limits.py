@@ -46,6 +46,7 @@ class Lane:
         self.expired: list[Pending] = []
         self.errors: dict[Pending, ServeError] = {}
         self.looks = looks
+        self.left: list[Pending] = []
 
     def add(self, age_s: float, began: int | None, *, limit_ms: int = 0, kind: type[Pending] = Pending) -> Pending:
         """A request of that age. ``began``: as in `Core`; None for one that is not submitted."""
@@ -72,6 +73,9 @@ class Lane:
     def answer_error(self, pending: Pending, error: ServeError) -> None:
         self._end(pending)
         self.errors[pending] = error
+
+    def leaves_overrun(self, pending: Pending) -> bool:
+        return pending in self.left
 
     def look_after_workers(self, now: int) -> bool:
         self.looks -= 1
@@ -112,6 +116,15 @@ def test_what_runs_over_its_time_is_answered_and_not_used(is_strict: bool, statu
     if not is_strict:
         ran = re.search(r"queued 1\.000 s, ran ([0-9.]+) s", error.message)
         assert ran is not None and float(ran[1]) >= 9 and "response_timeout=2 s" in error.message
+
+
+def test_what_is_left_to_the_end_of_its_batch_is_not_answered() -> None:
+    lane = Lane(response_timeout_s=2, client_timeout_ms=100_000)
+    began = time.monotonic_ns() - 9 * S
+    left, late = lane.add(10, began), lane.add(10, began)
+    lane.left.append(left)
+    swept(lane, lambda: bool(lane.errors))
+    assert list(lane.errors) == [late] and list(lane.in_flight) == [left] and lane.core.cancelled == [late.ticket]
 
 
 def test_requests_that_are_young_are_not_looked_at_one_by_one() -> None:

@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import pytest
+import torch  # noqa: F401 - brings the libraries that the engine needs
 
 from pyserve import _core
+from pyserve.lanes import reruns
 
 HANG_S = 60
 NEVER = 2**63 - 1
@@ -289,6 +292,7 @@ def test_a_worker_that_hangs_up_answers_for_what_it_began() -> None:
         came = rig.until(lambda: bool(rig.row(worker)["state"] == "died"))
         ended = [(completion.code, completion.message) for completion in came]
         assert ended == [("worker_died", "its connection ended")]
+        assert came[0].was_alone == (len(batch.items) == 1)
         assert came[0].owners == owners[: len(batch.items)] and came[0].answers == []
         assert rig.row(worker)["error"] == "its connection ended" and rig.lane.ready_count == rig.lane.running == 0
 
@@ -299,7 +303,8 @@ def test_a_worker_that_hangs_up_answers_for_what_it_began() -> None:
         left = len(channel.receive().items)
         del channel
         came = rig.until(lambda: bool(rig.row(idle)["state"] == "died"))
-        assert [completion.code for completion in came] == ["not_run"] and len(came[0].owners) == left
+        assert [completion.code for completion in came] == ["not_begun"] and len(came[0].owners) == left
+        assert came[0].batch_size == left and not rig.row(idle)["died_in_rerun"]
 
 
 def test_a_stopped_worker_finishes_and_its_channel_ends() -> None:
@@ -416,3 +421,44 @@ def test_a_lane_that_is_forgotten_with_requests_lets_go_of_them() -> None:
     with pytest.raises(EOFError):
         while channel.receive(HANG_S * 1000) is not None:  # what had been sent
             pass
+
+
+def test_a_request_that_is_run_again_is_given_to_a_worker_by_itself() -> None:
+    again = 1 << 15
+    with Rig(batch_size=8) as rig:
+        first = [rig.submit(Owner(), flags=again | group << 16 | 4) for group in (0, 1)]
+        ordinary = rig.submit(Owner())
+        worker, channel = rig.wire()
+        batch = channel.receive()
+        assert [item[:2] for item in batch.items] == [(first[0], again | 4)]
+        assert rig.lane.batch_size_of(first[0]) == 1
+        assert rig.lane.batch_size_of(first[1]) == rig.lane.batch_size_of(ordinary) == 0
+        echo(channel, batch)
+        assert channel.receive(0) is None
+        rig.until(lambda: rig.lane.started_at(first[0]) == -1)
+        assert [item[0] for item in channel.receive().items] == [ordinary]  # in turn
+        assert rig.lane.batch_size_of(ordinary) == 1 and rig.lane.stats()["retried_singly"] == 2
+        assert rig.lane.queue_size == 1
+        del channel
+        rig.until(lambda: bool(rig.row(worker)["state"] == "died"))
+        assert not rig.row(worker)["died_in_rerun"]
+        worker, channel = rig.wire()
+        assert [item[0] for item in channel.receive().items] == [first[1]]
+        del channel
+        rig.until(lambda: bool(rig.row(worker)["state"] == "died"))
+        assert rig.row(worker)["died_in_rerun"]
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 1000])
+def test_marks_divide_requests_into_groups(count: int) -> None:
+    numbers = reruns.GroupNumbers()
+    for is_alone in (True, False, True):
+        waiting: list[Any] = [SimpleNamespace(flags=4 | reruns.OVERRUN) for _ in range(count)]
+        numbers.mark(waiting, is_alone=is_alone)
+        groups = [pending.flags >> 16 for pending in waiting]
+        assert groups == sorted(groups) and {pending.flags & 0xFFFF for pending in waiting} == {4 | reruns.RERUN}
+        sizes = Counter(groups)
+        assert len(sizes) == count if is_alone else len(sizes) <= reruns.GROUPS_MAX
+        if not is_alone:
+            assert max(sizes.values()) == -(-count // reruns.GROUPS_MAX)
+    assert groups[0] > 0  # none has the number of one before

@@ -166,3 +166,14 @@ def test_pauses_are_spread_by_at_most_a_quarter() -> None:
         policy.died(0.0)
         pauses.add(policy.died(0.0).delay_s)
     assert len(pauses) > 10 and all(PAUSES_S[1] <= each <= 1.25 * PAUSES_S[1] for each in pauses)
+
+
+def test_a_death_in_a_second_run_is_no_further_sign_of_a_crash_loop() -> None:
+    policy = RestartPolicy()
+    assert policy.died(0.0).delay_s == 0
+    for number in range(1, 4):  # of the requests of that batch
+        assert policy.died(number / 10, is_known=True).delay_s == 0
+    assert policy.died(1.0).delay_s > 0
+    for number in range(10):
+        decision = policy.died(2.0 + number, is_known=True)
+    assert decision.is_hopeless and decision.delay_s > 30  # they count among the starts of a minute

@@ -99,6 +99,7 @@ class Loop : private Watched {
         lane = std::make_unique<ProcessLane>(completions, poller, capacity);
     }
     ~Loop() override {
+        runs_again = false;
         lane.reset();
         drain();
         for (const Entry& entry : entries) CHECK(entry.is_over);

@@ -242,51 +242,62 @@ TEST(whenever_workers_die_and_clients_leave_each_request_ends_once_and_runs_at_m
 }
 
 TEST(the_last_batch_begun_is_the_one_at_fault_and_those_before_it_run_again) {
-    forget_runs();
-    std::deque<Peer> peers;
-    Loop loop;
-    loop.runs_again = true;
-    Wire wire;
-    loop.add(wire);
-    const auto channel = wire.channel();
-    IncomingBatch batch;
-    for (int i = 0; i < 40; ++i) {  // until several go ahead
-        loop.submit("warm");
-        CHECK(channel->receive(batch, 0) == WorkerChannel::Got::batch);
-        echo(*channel, batch);
-        CHECK(channel->receive(batch, 0) == WorkerChannel::Got::timeout);  // sends
+    // How much goes ahead follows from how quick the worker is, so it is tried until all three went.
+    for (bool went_ahead = false; !went_ahead;) {
+        forget_runs();
+        std::deque<Peer> peers;
+        Loop loop;
+        loop.runs_again = true;
+        Wire wire;
+        loop.add(wire);
+        auto channel = wire.channel();
+        IncomingBatch batch;
+        const auto answer_next = [&] {
+            CHECK(channel->receive(batch, -1) == WorkerChannel::Got::batch);
+            echo(*channel, batch);
+        };
+        for (int i = 0; i < 40; ++i) {
+            loop.submit("warm");
+            answer_next();
+            CHECK(channel->receive(batch, 0) == WorkerChannel::Got::timeout);  // what was sent leaves
+            loop.until_over();
+        }
+        loop.submit("front");
+        Entry* lost = loop.submit("answer lost");
+        Entry* fatal = loop.submit("fatal");
+        Entry* behind = loop.submit("behind");
+        answer_next();
+        CHECK(channel->receive(batch, 0) == WorkerChannel::Got::timeout);
+        loop.until([&] { return loop.lane->queue_size() < 3; });  // at least the next is sent when that answer comes
+        went_ahead = loop.lane->queue_size() == 0;
+        if (went_ahead) {
+            // Its answers wait in the worker for those of the next batch, and die with it.
+            for (const Entry* each : {lost, fatal}) {
+                CHECK(channel->receive(batch, -1) == WorkerChannel::Got::batch);
+                CHECK_EQ(number_in(batch.items[0].head), each->number);
+                ++runs[static_cast<size_t>(each->number)];
+                channel->begin(batch.id);
+            }
+        }
+        channel.reset();
+        loop.until([&] { return loop.lane->ready_count() == 0; });
+        loop.drain();
+        if (went_ahead) {
+            CHECK(fatal->is_over && fatal->code == Code::worker_died && fatal->was_alone);
+            CHECK(!lost->is_over && !lost->was_alone && (lost->flags & rerun_flag) != 0);
+            CHECK(!behind->is_over && (behind->flags & rerun_flag) == 0);
+        }
+        bury(loop);
+        peers.emplace_back(loop, echo);
         loop.until_over();
+        check_answer(*behind);
+        if (went_ahead) {
+            check_answer(*lost);
+            CHECK_EQ(runs[static_cast<size_t>(lost->number)].load(), 2);
+        }
+        loop.check_at_rest();
+        loop.lane->close();
     }
-    Entry* front = loop.submit("front");
-    Entry* lost = loop.submit("answer lost");
-    Entry* fatal = loop.submit("fatal");
-    Entry* behind = loop.submit("behind");
-    CHECK(channel->receive(batch, 0) == WorkerChannel::Got::batch);
-    echo(*channel, batch);
-    CHECK(channel->receive(batch, 0) == WorkerChannel::Got::timeout);
-    loop.until([&] { return front->is_over; });  // the others went ahead as the answer came, if there was time
-    if (loop.lane->queue_size() > 0) return;     // a slow machine
-    // Its answers wait in the worker for those of the next batch, and die with it.
-    CHECK(channel->receive(batch, -1) == WorkerChannel::Got::batch);
-    ++runs[static_cast<size_t>(lost->number)];
-    channel->begin(batch.id);
-    CHECK(channel->receive(batch, -1) == WorkerChannel::Got::batch);
-    ++runs[static_cast<size_t>(fatal->number)];
-    channel->begin(batch.id);
-    shutdown(channel->fd(), SHUT_RDWR);
-    loop.until([&] { return loop.lane->ready_count() == 0; });
-    loop.drain();
-    CHECK(fatal->is_over && fatal->code == Code::worker_died && fatal->was_alone);
-    CHECK(!lost->is_over && !lost->was_alone && (lost->flags & rerun_flag) != 0);
-    CHECK(!behind->is_over && (behind->flags & rerun_flag) == 0);
-    bury(loop);
-    peers.emplace_back(loop, echo);
-    loop.until_over();
-    check_answer(*lost);
-    check_answer(*behind);
-    CHECK_EQ(runs[static_cast<size_t>(lost->number)].load(), 2);
-    loop.check_at_rest();
-    loop.lane->close();
 }
 
 TEST(second_runs_go_one_at_a_time_while_others_are_served) {

@@ -25,6 +25,7 @@ from pyserve.lanes.pending import Pending
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import ModelSettings
 from pyserve.lanes.spawner import Spawner
+from pyserve.lanes.stuck import StuckThreads
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import ErrorFormat, Headers, Request, Response
 from pyserve.telemetry.metrics import Metrics
@@ -60,21 +61,24 @@ class Stand:
 
     def __init__(
         self, path: Path, settings: ModelSettings, config: Config, *, private: bool,
-        handler: TensorHandler | None = None,
+        handler: TensorHandler | None = None, example: float = 0.0,
     ):  # fmt: skip
         loop = asyncio.get_running_loop()
         self.engine = Engine(loop, cpu_budget=2)
         self.metrics = Metrics(torch_version=torch.__version__)
         self.pool = ThreadPoolExecutor(2)
-        self.services = Services(config, self.engine, self.metrics, self.pool, Spawner(), ErrorFormat(True, private))
+        self.services = Services(
+            config, self.engine, self.metrics, self.pool, Spawner(), ErrorFormat(True, private),
+            stuck=StuckThreads(1, lambda: self.engine.lost_count),
+        )  # fmt: skip
         self.handler: Any = handler or Probe()
         folder = str(path.parent / "archive")
         context = ThreadContext(
             "m", folder, {}, model_yaml_config={"input": {"dtype": "float32", "shape": list(SHAPE)}}
         )
         self.handler.prepare(context)
-        example = [torch.zeros(1, *SHAPE)]
-        network = Network(self.handler, context, _core.TorchModel.load(str(path), example), example, "cpu")
+        item = [torch.full((1, *SHAPE), example)]
+        network = Network(self.handler, context, _core.TorchModel.load(str(path), item), item, "cpu")
         self.lane = NativeLane(self.services, "m", "m 1.0", network, settings)
         self.answers: dict[str, Response] = {}
 
@@ -95,6 +99,11 @@ class Stand:
         exchange = Exchange(request, deliver)
         self.lane.predict(Pending(self.lane, exchange, "1.0", "default"))
         return exchange
+
+    async def end(self) -> None:
+        await self.lane.close()
+        self.pool.shutdown()
+        self.engine.close()
 
     async def until(self, is_done: Callable[[], bool]) -> None:
         end = time.monotonic() + HANG_S
@@ -120,9 +129,7 @@ async def standing(
     try:
         yield stand
     finally:
-        await stand.lane.close()
-        stand.pool.shutdown()
-        stand.engine.close()
+        await stand.end()
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
