@@ -309,11 +309,10 @@ TEST(an_interruption_ends_the_run_it_is_meant_for_and_no_other) {
     });
     Stand::until([&] { return runs.since() != 0; });
     int64_t hits = 0;
-    for (int64_t i = 0; i < harness::scaled(20'000); ++i) {
+    for (int64_t i = 0; i < harness::scaled(20'000) || hits == 0; ++i) {  // whether one is met is chance
         if (runs.interrupt(runs.since())) ++hits;  // whatever it meets: most often a run that is about to end
         CHECK(!runs.interrupt(0));
     }
-    CHECK(hits > 0);
     is_endless = true;
     int64_t stuck = 0;
     while (stuck == 0) stuck = runs.since();
