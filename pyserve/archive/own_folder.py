@@ -4,6 +4,7 @@ and put back when it vanishes.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -31,6 +32,7 @@ class OwnFolder:
         self._lock = threading.Lock()
         self._folder: ModelFolder | None = None
         self._has_weights = False
+        self._is_over = False
 
     @property
     def originals(self) -> Originals:
@@ -51,12 +53,14 @@ class OwnFolder:
             completes: single files that are gone are put back too.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written, or was removed for good: nobody would remove another one.
         """
         weights = archive.weights
         mapped = weights.name if weights is not None and weights.is_mapped else None
         names = [name for name in archive.files if name != mapped]
         with self._lock:
+            if self._is_over:
+                raise FileNotFoundError(errno.ENOENT, "the model was unregistered")
             folder = self._folder
             if folder is None or not folder.path.is_dir():
                 folder = self._made(cache, folder)
@@ -87,7 +91,9 @@ class OwnFolder:
         return before
 
     def remove(self) -> None:
+        """For good. A thread that is about to fill it, though nobody waits for it any more, makes no other one."""
         with self._lock:
+            self._is_over = True
             folder, self._folder, self._has_weights = self._folder, None, False
         if folder is not None:
             folder.remove()

@@ -64,6 +64,7 @@ class Sweep:
     def stop(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
+            self.timer = None
 
     def _look(self, lane: SweptLane) -> None:
         """Nothing younger than the shorter limit can be over its time, so the scan is short."""

@@ -148,7 +148,11 @@ class PythonLane(EngineLane):
         """Finishes what was admitted, then stops the workers."""
         await self.finish_requests()
         self.services.engine.forget_lane(self.core)
-        await self.workers.close()
+        self._sweep.start(self)  # a call that nobody waits for any more still has its limit
+        try:
+            await self.workers.close()
+        finally:
+            self._sweep.stop()
         self.core.join()
 
     def look_after_workers(self, now: int) -> bool:

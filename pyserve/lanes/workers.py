@@ -286,6 +286,8 @@ class PythonWorkers:
             about=self._log.about(slot.index),
         )  # fmt: skip
         self._log.move(slot.index, STARTED)
+        if not slot.is_wanted:  # told so in the moment in which the process came, which asyncio does not pass on
+            handle.kill()
         try:
             loaded = await asyncio.wait_for(asyncio.shield(handle.loaded), timeout_s)
             self._log.loaded(slot.index, float(loaded.get("load_s") or 0))

@@ -81,6 +81,15 @@ def test_closing_removes_it_and_nothing_else(tmp_path: Path) -> None:
     assert not list(second.parent.iterdir())
 
 
+def test_none_is_made_after_closing(tmp_path: Path) -> None:
+    archive = opened(tmp_path)
+    root = archive.own_folder().parent
+    archive.close()
+    with pytest.raises(ModelLoadError, match="unregistered"):
+        archive.own_folder(completes=True)
+    assert not list(root.iterdir())
+
+
 def test_weights_come_into_it_only_when_they_are_asked_for(tmp_path: Path) -> None:
     with opened(tmp_path) as archive:
         folder = archive.own_folder()

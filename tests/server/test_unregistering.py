@@ -20,6 +20,21 @@ ROUNDS = 10
 PICTURES_HELD = 10 << 20
 """At least, by one model of pictures: its buffers."""
 
+ENDLESS = """
+import time
+
+class Endless:
+    def initialize(self, context):
+        pass
+
+    def handle(self, data, context):
+        while True:
+            try:
+                time.sleep(1)
+            except BaseException:  # also what asks it to end
+                pass
+"""
+
 
 def descriptors(process: psutil.Process) -> int:
     """All but those of connections, which come and go."""
@@ -48,3 +63,16 @@ def test_descriptors_and_memory_of_unregistered_models_are_given_back(server: Se
     server.wait_for(lambda: descriptors(server.process) <= before, f"the {before} descriptors of before")
     server.wait_for(lambda: server.process.memory_info().rss - resident < ROUNDS * PICTURES_HELD / 2,
                     f"memory near the {resident} bytes of before")  # fmt: skip
+
+
+def test_a_call_that_does_not_end_holds_up_the_end_of_its_model_for_no_longer_than_its_limit(server: Server) -> None:
+    write_handler(server.store, "endless", ENDLESS)
+    server.start()
+    server.manage("POST", "/models?url=endless.mar&initial_workers=1&synchronous=true&response_timeout=2")
+    worker = psutil.Process(int(server.describe("endless")["workers"][0]["pid"]))
+    with server.connect() as connection:
+        connection.sendall(b"POST /predictions/endless HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx")
+        server.wait_for(lambda: server.metric("pyserve_batches_running", model="endless") == 1, "a call that runs")
+    # Its answer comes when the worker is gone; before, only unregister_model_timeout would have ended the wait.
+    server.manage("DELETE", "/models/endless")
+    assert not worker.is_running()
