@@ -59,8 +59,9 @@ def test_a_process_that_comes_when_it_is_not_wanted_any_more_is_ended_and_not_wa
         spawner = LateSpawner()
         services = MagicMock(Services, spawner=spawner, descriptors=MagicMock(), engine=MagicMock(intra_op_threads=1))
         workers = PythonWorkers(
-            services, MagicMock(), WorkerSpec(**FIELDS), ModelSettings(startup_timeout_s=3600), label="m 1.0", worker_log=MagicMock(),
-            device_ids=[], interpreter=None, on_event=MagicMock(), on_condition=MagicMock(), on_loaded=MagicMock(),
+            services, MagicMock(), WorkerSpec(**FIELDS), ModelSettings(startup_timeout_s=3600), label="m 1.0",
+            worker_log=MagicMock(), device_ids=[], interpreter=None, on_event=MagicMock(), on_condition=MagicMock(),
+            on_loaded=MagicMock(),
         )  # fmt: skip
         workers.set_count(1)
         await spawner.is_asked.wait()
