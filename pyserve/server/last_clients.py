@@ -21,7 +21,7 @@ HANDSHAKE_S = 0.03
 # Clients that connect without end must not keep the server from draining.
 ACCEPT_WAITING_MAX_S = 1.0
 
-_SO_ATTACH_FILTER = 26
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 # Classic BPF, on the TCP header: drop what has SYN and not ACK.
 _FLAGS_OFFSET, _SYN, _ACK = 13, 0x02, 0x10
 _DROP_FIRST_PACKETS = (
@@ -72,6 +72,12 @@ async def accept_last(sockets: Iterable[socket.socket], files: dict[str, FileIde
     while waiting.poll(0) and loop.time() < deadline:  # noqa: ASYNC110 - each turn of the loop accepts some
         await asyncio.sleep(0)
     await asyncio.sleep(0)  # the last one's connection_made
+
+
+def let_in_again(listener: socket.socket) -> None:
+    """Undoes for a TCP socket what `accept_last` did, maybe in a process that has ended: the next one listens to it."""
+    with contextlib.suppress(OSError):  # nothing was done
+        listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
 def _drop_first_packets(sock: socket.socket) -> None:

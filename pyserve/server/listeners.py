@@ -6,6 +6,7 @@ A client that connects while no server is running waits in the backlog instead o
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import stat
@@ -16,6 +17,9 @@ from typing import Any
 from pyserve.config.address import Address, port_owner
 from pyserve.config.config import Config
 from pyserve.errors import ConfigError
+from pyserve.server.last_clients import let_in_again
+
+log = logging.getLogger(__name__)
 
 BACKLOG = 4096  # the kernel lowers it to net.core.somaxconn
 UNIX_SOCKET_UMASK = 0o117  # owner and group may connect
@@ -76,6 +80,29 @@ class Listeners:
         self._unix_files[address.path] = (status.st_dev, status.st_ino)
         listener.setblocking(False)
         return listener
+
+    def reopen(self) -> None:
+        """Lets clients in again, if a server had stopped listening for good: one that was told to stop by somebody else
+        than the supervisor, which starts another one. Port and path stay the same.
+        """  # fmt: skip
+        for listener in set(self.sockets.values()):
+            if listener.family == socket.AF_UNIX:
+                self._reopen_unix(listener)
+            else:
+                let_in_again(listener)
+
+    def _reopen_unix(self, listener: socket.socket) -> None:
+        path = listener.getsockname()
+        if os.path.lexists(path):
+            return
+        names = [name for name, each in self.sockets.items() if each is listener]
+        try:
+            made = self._listen_unix(self.addresses[names[0]], f"{names[0]}_address")
+        except (ConfigError, OSError) as error:
+            log.warning("the file of the socket %s is gone and cannot be made again: %s", path, error)
+            return
+        self.sockets.update(dict.fromkeys(names, made))
+        listener.close()
 
     def release(self) -> None:
         """Close our copies of all sockets. The files of unix sockets stay: another process may still listen."""

@@ -183,6 +183,7 @@ class Supervisor:
             self._child.popen.kill()
 
     def _start_server(self) -> None:
+        self._listeners.reopen()
         handover = {
             "config": self._config.to_json(),
             "sockets": {name: each.fileno() for name, each in self._listeners.sockets.items()},

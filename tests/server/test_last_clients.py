@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pyserve.config.address import Address
 from pyserve.server.last_clients import FileIdentity, accept_last, file_identities
+from pyserve.server.listeners import Listeners
 
 LIMIT_S = 60.0
 
@@ -91,3 +93,33 @@ def test_the_file_of_another_server_s_socket_stays(tmp_path: Path) -> None:
     assert (count, error) == (0, 0) and path.exists()
     for sock in (late, other):
         sock.close()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_the_next_server_on_the_same_sockets_is_reached(kind: str, tmp_path: Path) -> None:
+    address = Address.parse("http://127.0.0.1:0" if kind == "tcp" else f"unix:{tmp_path}/socket", 0)
+    listeners = Listeners()
+    listeners._add("inference", address, "")
+    listeners._add("management", listeners.addresses["inference"], "")
+    listener = listeners.sockets["inference"]
+    name = listener.getsockname()
+
+    async def stop_listening() -> None:
+        server = await asyncio.get_running_loop().create_server(asyncio.Protocol, sock=listener.dup())
+        await accept_last([listener], file_identities([listener]))
+        server.close()
+
+    asyncio.run(asyncio.wait_for(stop_listening(), LIMIT_S))
+    client = socket.socket(listener.family)
+    client.setblocking(False)
+    assert client.connect_ex(name) == (errno.EINPROGRESS if kind == "tcp" else errno.ENOENT)
+    client.close()
+    listeners.reopen()
+    with socket.socket(listener.family) as client:
+        client.settimeout(LIMIT_S)
+        client.connect(name)
+        accepted, _ = listeners.sockets["management"].accept()
+        accepted.close()
+    assert len(set(listeners.sockets.values())) == 1 and listeners.sockets["inference"].getsockname() == name
+    listeners.close()
+    assert kind == "tcp" or not (tmp_path / "socket").exists()
