@@ -100,7 +100,9 @@ def _guarded(run: Callable[[], int], name: str) -> int:
         if not isinstance(error, ServeError | OSError):
             raise
         text = " ".join(str(error).split())
-        if isinstance(error, FileNotFoundError) and not error.filename:
+        if "temporary directory" in text:
+            text += "; set TMPDIR to a folder that can be written"
+        elif isinstance(error, FileNotFoundError) and not error.filename:
             text += "; does the current folder still exist? If not, cd to one that does"
         print(f"{name}: error: {text}", file=sys.stderr)
         return int(getattr(error, "exit_code", EXIT_ERROR))

@@ -43,6 +43,7 @@ class Explanations:
         self._no_worker = no_worker
         self._starting_error = starting_error
         self.lane: Lane | None = None
+        self._coming: Lane | None = None  # whose worker is being started
         self._opening = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -96,16 +97,22 @@ class Explanations:
             options = replace(self._options(), on_condition=lambda condition: None)
             log.info("%s: starting a worker process for explanations", options.label)
             lane = await open_python_lane(options)
+            if not self._is_served():
+                await lane.close()
+                return
+            self._coming = lane
             lane.set_workers(1)
             failure = await lane.settled(options.settings.startup_timeout_s)
-            if failure or not self._is_served():
+            if self._coming is not lane:
+                return  # taken, and closed, with its worker
+            self._coming = None
+            if failure:
                 await lane.close()
-                if failure:
-                    raise self._starting_error(failure)
-                return
+                raise self._starting_error(failure)
             self.lane = lane
 
     def take_lane(self) -> Lane | None:
-        """The lane, to be closed by the caller."""
-        lane, self.lane = self.lane, None
+        """The lane, also one whose worker is being started; to be closed by the caller."""
+        lane = self.lane or self._coming
+        self.lane = self._coming = None
         return lane
