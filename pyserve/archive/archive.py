@@ -8,6 +8,7 @@ inflate to, and only then write; what is written appears by one rename.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -40,6 +41,7 @@ from pyserve.archive.own_folder import OwnFolder
 from pyserve.archive.room import room_in
 from pyserve.archive.weights import FileIdentity, Weights, check_inflation
 from pyserve.errors import ModelLoadError, ModelNotFoundError
+from pyserve.os_errors import cause_of
 
 __all__ = [
     "Archive",
@@ -189,9 +191,12 @@ class Archive:
                 self, self._cache, self._unpack_again, with_weights=with_weights, completes=completes
             )
         except OSError as error:
+            fix = (
+                "raise that limit, or allow fewer connections" if error.errno in (errno.EMFILE, errno.ENFILE)
+                else "free space, or set PYSERVE_CACHE to a folder with enough"
+            )  # fmt: skip
             raise ModelLoadError(
-                f"{self.name}: its files cannot be copied to a folder of its own: "
-                f"{error.strerror or type(error).__name__}; free space, or set PYSERVE_CACHE to a folder with enough"
+                f"{self.name}: its files cannot be copied to a folder of its own: {cause_of(error)}; {fix}"
             ) from error
 
     def _unpack_again(self) -> None:

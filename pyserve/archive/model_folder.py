@@ -123,8 +123,7 @@ def remove_left_overs(root: Path) -> None:
                 continue  # removed by its owner meanwhile
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-                lock.unlink(missing_ok=True)
+                _remove_with_lock(lock.with_suffix(""), lock)
             except OSError:
                 pass  # its process lives
             finally:
@@ -149,9 +148,17 @@ def _locked(lock: Path) -> int:
 def _remove(path: Path, lock: Path, descriptor: int, owner: int) -> None:
     if os.getpid() != owner:  # a forked child ends
         return
+    try:
+        _remove_with_lock(path, lock)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_with_lock(path: Path, lock: Path) -> None:
+    """Without descriptors, say, a folder cannot be removed: then the lock stays, by which it is found the next time."""
     shutil.rmtree(path, ignore_errors=True)
-    lock.unlink(missing_ok=True)
-    os.close(descriptor)
+    if not os.path.lexists(path):
+        lock.unlink(missing_ok=True)
 
 
 def _copy(original: Path, copy: Path) -> None:

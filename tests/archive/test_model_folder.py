@@ -259,3 +259,17 @@ def test_a_forked_child_that_ends_removes_nothing(tmp_path: Path) -> None:
     assert folder.path.is_dir()
     folder.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_removed_is_removed_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ModelFolder(tmp_path)
+    (folder.path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", lambda *args: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files")))
+        patch.setattr(os, "open", lambda *args, **more: (_ for _ in ()).throw(OSError(errno.EMFILE, "no descriptors")))
+        folder.remove()
+    assert folder.path.is_dir()
+    remove_left_overs(tmp_path)
+    assert not list(tmp_path.iterdir())
