@@ -36,6 +36,10 @@ COMPAT_DIR = str(ROOT_DIR / "pyserve" / "compat")  # what `import ts` finds in a
 # Ends the handler call that runs in a worker. None of those with a name, which handlers take for themselves.
 INTERRUPT = signal.SIGRTMIN + 7
 
+# A service manager such as systemd signals all processes of a service at once, and the supervisor, which is one of
+# them, hands on to the server what it gets. What comes within this time is one signal.
+SAME_SIGNAL_S = 0.25
+
 SERVER_VARIABLE = "PYSERVE_SERVER"
 SUPERVISOR_VARIABLE = "PYSERVE_SUPERVISOR"
 SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # the current folder's files are no modules of ours

@@ -32,7 +32,7 @@ from pyserve.conversion.torchscript import Tracing, needs_tracing, runs_in_pytho
 from pyserve.errors import ConfigError, JsonObject, ModelLoadError, ModelNotFoundError, ServeError
 from pyserve.fetch.sources import obtain_at_start
 from pyserve.lanes.spawner import Spawner
-from pyserve.launch import EXIT_DRAINED, EXIT_REPLACED, EXIT_WILL_FAIL_AGAIN
+from pyserve.launch import EXIT_DRAINED, EXIT_REPLACED, EXIT_WILL_FAIL_AGAIN, SAME_SIGNAL_S
 from pyserve.models.snapshot import models_to_restore, snapshot_folder
 from pyserve.models.snapshot_models import SnapshotError, restored_state
 from pyserve.models.state_file import STATE_NAME, read_state
@@ -267,16 +267,19 @@ class _StopSignals:
     """The first and the second SIGTERM or SIGINT, as futures of their numbers."""
 
     def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
+        self._first_at = 0.0
         self.first: asyncio.Future[Any] = loop.create_future()
         self.second: asyncio.Future[Any] = loop.create_future()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: int) -> None:
-        future = self.second if self.first.done() else self.first
-        if not future.done():
-            future.set_result(number)
+        if not self.first.done():
+            self._first_at = self._loop.time()
+            self.first.set_result(number)
+        elif not self.second.done() and self._loop.time() - self._first_at > SAME_SIGNAL_S:
+            self.second.set_result(number)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ class Supervisor:
         self._child: launch.Child | None = None
         self._reports: launch.ReportReader | None = None
         self._started_at = 0.0
+        self._stopped_at = 0.0
         self._ready_at: float | None = None
         self._failure = ""
 
@@ -166,12 +167,15 @@ class Supervisor:
             logger.info("%s: draining, %sfor at most %d s", reason, f"in {delay_s} s, " if delay_s else "",
                         config.drain_timeout_s)  # fmt: skip
             self._phase = "stopping"
+            self._stopped_at = now
             self._deadline = now + delay_s + config.drain_timeout_s + DRAIN_GRACE_S
             # The server stops accepting; our copies of its sockets would let clients connect to nobody.
             self._listeners.release()
         else:
             logger.warning("%s again: stopping without waiting for requests", reason)
             self._deadline = min(self._deadline or now + SECOND_STOP_S, now + SECOND_STOP_S)
+            # So that it counts as another one.
+            time.sleep(max(0.0, self._stopped_at + 1.2 * launch.SAME_SIGNAL_S - now))
         # Of the two signals that it knows, the one that it waits after.
         self._child.popen.send_signal(signal.SIGTERM if number == signal.SIGTERM else signal.SIGINT)
 

@@ -247,6 +247,17 @@ def test_for_a_while_after_sigterm_all_is_answered_and_health_is_off(server: Ser
     assert not path.exists()
 
 
+def test_a_signal_to_all_processes_of_a_service_is_one(server: Server, session_store: Path) -> None:
+    shutil.copy(session_store / "linear.mar", server.store)
+    server.environment["PYSERVE_DRAIN_DELAY_S"] = "1"
+    with server.foreground("--models", "linear.mar") as popen, server.client() as kept:
+        os.kill(server.process.pid, signal.SIGTERM)
+        os.kill(popen.pid, signal.SIGTERM)
+        answer = kept.predict("linear", [1, 2, 3, 4])
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert popen.wait(LIMIT_S) == 0
+
+
 def test_somebody_who_presses_ctrl_c_does_not_wait_for_load_balancers(server: Server, session_store: Path) -> None:
     shutil.copy(session_store / "linear.mar", server.store)
     server.environment["PYSERVE_DRAIN_DELAY_S"] = "3600"
