@@ -258,6 +258,8 @@ class PidFiles:
 
     def _look(self, running: RunningServer) -> None:
         if not os.path.lexists(self._path):
+            with contextlib.suppress(OSError):  # the temporary folder of a session may go as a whole
+                self._path.parent.mkdir(mode=0o700)
             try:
                 write(self._path, running)
             except ConfigError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -492,6 +493,14 @@ def test_pid_file_that_was_cleared_away_is_made_again_unless_another_server_has_
     assert started is not None
     running = pid_file.RunningServer(os.getpid(), started, {"inference": "http://127.0.0.1:8080"})
     path, plain = tmp_path / "pid", tmp_path / "plain"
+    inner = tmp_path / "session" / "pid"
+    inner.parent.mkdir()
+    inside = pid_file.PidFiles(inner, None)
+    assert inside.write(running) == []
+    shutil.rmtree(inner.parent)
+    inside.look()
+    assert pid_file.read(inner) == running, "with its folder"
+    shutil.rmtree(inner.parent)
     files = pid_file.PidFiles(path, plain)
     assert files.write(running) == []
     path.unlink()
