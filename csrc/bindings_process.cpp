@@ -164,6 +164,7 @@ void bind_process_lane(py::module_& m) {
         .def(py::init<int, int, int>(), py::arg("socket_fd"), py::arg("request_memory_fd"), py::arg("answer_memory_fd"))
         .def("receive", &receive, py::arg("timeout_ms") = -1)
         .def("begin", &WorkerChannel::begin, py::arg("batch_id"))
+        .def("begin_alone", &WorkerChannel::begin_alone, py::arg("ticket"))
         .def("send", &send_answers, py::arg("batch_id"), py::arg("answers"))
         .def("is_cancelled", &WorkerChannel::is_cancelled, py::arg("ticket"))
         .def("cancelled_tickets", &WorkerChannel::cancelled_tickets)

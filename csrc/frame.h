@@ -86,6 +86,8 @@ static_assert(sizeof(AnswerHead) == 32);
 struct WorkerNotes {
     uint64_t begun = 0;  // the last batch that was handed to the handler
     uint64_t taken = 0;  // the last one that it came to: from here on a batch may be what ends the worker
+    // Its call has failed, and its requests are run one by one: 1 + the ticket of the one that is run; else 0.
+    uint64_t alone = 0;
 };
 
 // Appends the bytes of a trivially copyable value.

@@ -68,14 +68,22 @@ void ProcessWorker::abandon() {
     }
     while (!flights_.empty()) {
         const Flight& flight = flights_.front();
+        const Code code = flight.id <= notes.begun   ? Code::worker_died
+                          : flight.id <= notes.taken ? Code::not_begun
+                                                     : Code::not_run;
+        // One that was run by itself, after its batch had failed, has had its second run.
+        const uint64_t alone = !is_multiplexed() && flight.id == notes.begun ? notes.alone : 0;
+        for (Waiting& waiting : flights_.front().requests) {
+            if (alone == 0 || waiting.is_over || ProcessPool::ticket_of(*waiting.request) != alone - 1) continue;
+            std::vector<Request*> second{waiting.request};
+            hand_back(second, code, flight, true);
+            waiting.is_over = true;
+        }
         std::vector<Request*> open;
         open.reserve(flight.requests.size());
         for (const Waiting& waiting : flight.requests) {
             if (!waiting.is_over) open.push_back(waiting.request);
         }
-        const Code code = flight.id <= notes.begun   ? Code::worker_died
-                          : flight.id <= notes.taken ? Code::not_begun
-                                                     : Code::not_run;
         hand_back(open, code, flight, suspects == 1 && (is_multiplexed() || flight.id == notes.taken));
         if (flight.holds_permit) shared_.batcher->leave();
         flights_.pop_front();

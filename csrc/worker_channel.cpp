@@ -67,7 +67,16 @@ WorkerChannel::Got WorkerChannel::receive(IncomingBatch& batch, int timeout_ms) 
     }
 }
 
-void WorkerChannel::begin(uint64_t batch) noexcept { __atomic_store_n(&notes_->begun, batch, __ATOMIC_RELEASE); }
+void WorkerChannel::begin(uint64_t batch) noexcept {
+    __atomic_store_n(&notes_->alone, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&notes_->begun, batch, __ATOMIC_RELEASE);
+}
+
+bool WorkerChannel::begin_alone(uint64_t ticket) {
+    if (!flush()) return false;
+    __atomic_store_n(&notes_->alone, ticket + 1, __ATOMIC_RELEASE);
+    return true;
+}
 
 bool WorkerChannel::send(uint64_t batch, const std::vector<OutgoingAnswer>& answers) {
     if (is_closed_) return false;

@@ -54,6 +54,9 @@ class WorkerChannel {
     Got receive(IncomingBatch& batch, int timeout_ms);
     // The batch is about to be handed to the handler.
     void begin(uint64_t batch) noexcept;
+    // So is one request of it by itself, a second time. All that was sent leaves first: answers of requests that need
+    // not be run again, should this one end the worker. False when the server is gone.
+    bool begin_alone(uint64_t ticket);
     // False when the server is gone. Answers of cheap batches may leave together, at the latest with `receive`.
     // Throws std::length_error if they do not fit a frame; none of them is sent then.
     bool send(uint64_t batch, const std::vector<OutgoingAnswer>& answers);

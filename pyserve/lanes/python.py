@@ -68,6 +68,7 @@ class PythonLane(EngineLane):
         self._is_multiplexed = spec.mode != BATCH
         self._has_side_effects = False  # as the handler says
         self._groups = GroupNumbers()
+        self._noted_at = 0  # when the last batch began that was counted
         self._raised_batch_note = ""  # the note once the batch size is raised above 1
         self.worker_log = self.new_worker_log(worker_number)
         self._tell_condition = on_condition
@@ -248,8 +249,11 @@ class PythonLane(EngineLane):
         owners: list[Pending | None] = completion.owners
         if code == "ok":
             self.finished_at = completion.finished_at
-            self.note_batch(completion, owners)
             started_at = completion.started_at
+            # Of a batch whose answers come one after the other the first is enough.
+            if len(owners) == completion.batch_size or started_at != self._noted_at:
+                self._noted_at = started_at
+                self.note_batch(completion, owners)
             for owner, answer in zip(owners, completion.answers, strict=True):
                 if owner is not None and owner.stage != OVER:
                     owner.started_at = started_at
@@ -271,7 +275,7 @@ class PythonLane(EngineLane):
 
     def _finish(self, pending: Pending, kind: int, status: int, head: bytes, body: Any) -> None:
         if kind == ERROR:
-            if pending.flags & OVERRUN and status == 504:  # its handler was asked to end
+            if pending.flags & OVERRUN and status == 504 and not head:  # its handler was asked to end
                 self._run_again([pending], "it ran past response_timeout")
                 return
             self.answer_error(pending, _handler_error(body))

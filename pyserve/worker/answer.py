@@ -17,6 +17,9 @@ HEAD_SIZE_MAX = 1 << 20
 
 Answer = tuple[int, int, int, bytes, Any]  # ticket, kind, status, head, body
 
+# Head of the error of a request that was run a second time in this process: it is not to be run a third time.
+RAN_TWICE = b"ran twice"
+
 LogFailure = Callable[[list[str], Failure], None]
 
 
@@ -29,6 +32,13 @@ class Parts:
 
     def is_cancelled(self, ticket: int) -> bool:
         """Whether nobody waits for the answer any more."""
+        return False
+
+    def begin_alone(self, ticket: int, answers: list[Answer]) -> bool:
+        """A request is run a second time, by itself. Sends what is answered already, since it may end the process.
+
+        Returns whether it did, so that ``answers`` need not be sent any more.
+        """
         return False
 
 
@@ -82,6 +92,13 @@ class ChannelParts(Parts):
     def send(self, answer: Answer) -> None:
         """Sends one part."""
         self._channel.send(self.batch, [answer])
+
+    def begin_alone(self, ticket: int, answers: list[Answer]) -> bool:
+        """As said there."""
+        for answer in answers:
+            self._channel.send(self.batch, [answer])
+        self._channel.begin_alone(ticket)
+        return True
 
     def is_cancelled(self, ticket: int) -> bool:
         """Whether its client has gone."""

@@ -25,7 +25,9 @@ from pyserve.request.stages import TIMED, worker_note
 from pyserve.worker.answer import (
     ANSWER,
     CHUNK,
+    ERROR,
     LAST,
+    RAN_TWICE,
     Answer,
     LogFailure,
     Parts,
@@ -70,6 +72,8 @@ class Invoker:
         is_calling: whether the handler runs; read by the signal handler that interrupts it.
         called_at: when `run` began, ``time.monotonic()``.
         call_began_at, call_ended_at: of the last call of the handler, ``time.monotonic_ns()``.
+        has_answered: whether some request of the last batch was answered otherwise than with an error.
+        sent: tickets of the last batch whose answers have been sent.
     """
 
     def __init__(
@@ -85,11 +89,20 @@ class Invoker:
         self.is_calling = False
         self.called_at = 0.0
         self.call_began_at = self.call_ended_at = 0
+        self.has_answered = False
+        self.sent: set[int] = set()
+        self._timed: frozenset[int] = frozenset()
+        self._began_at = 0
 
     def run(self, items: list[Item]) -> list[Answer]:
-        """One final answer per item. Parts of streamed answers are sent meanwhile."""
-        began_at = time.monotonic_ns()
+        """One final answer per item, but for those that have been sent: parts of streamed answers are sent meanwhile,
+        and, where requests are run again one by one, the answers of those before.
+        """  # fmt: skip
+        began_at = self._began_at = time.monotonic_ns()
         self.called_at = began_at / 1e9
+        self.has_answered = False
+        self.sent.clear()
+        self._timed = frozenset()
         answers: list[Answer] = []
         requests: list[WorkerRequest] = []
         for item in items:
@@ -103,17 +116,26 @@ class Invoker:
                 requests.append(request)
         if requests:
             first, *more = self._split(requests)
-            answers += settled(self._run_batch(first)) if more else self._run_batch(first)
-            for together in more:
-                answers += settled(self._run_batch(together))
-            timed = {request.ticket for request in requests if request.flags & TIMED}
-            if timed:
-                times = (began_at, self.call_began_at, self.call_ended_at, time.monotonic_ns())
-                return [
-                    (ticket, kind, status, worker_note(head, *times) if ticket in timed else head, body)
-                    for ticket, kind, status, head, body in answers
-                ]
-        return answers
+            self._timed = frozenset(request.ticket for request in requests if request.flags & TIMED)
+            if more:
+                answers += settled(self._run_batch(first))
+                for together in more:
+                    answers += settled(self._run_batch(together))
+            else:
+                answers = self._run_batch(first, before=answers)
+        return self._noted(answers)
+
+    def _noted(self, answers: list[Answer]) -> list[Answer]:
+        """With the times that some requests ask for."""
+        if not self.has_answered:
+            self.has_answered = any(answer[1] != ERROR for answer in answers)
+        if not self._timed:
+            return answers
+        times = (self._began_at, self.call_began_at, self.call_ended_at, time.monotonic_ns())
+        return [
+            (ticket, kind, status, worker_note(head, *times) if ticket in self._timed else head, body)
+            for ticket, kind, status, head, body in answers
+        ]
 
     def _split(self, requests: list[WorkerRequest]) -> list[list[WorkerRequest]]:
         """Those that one call may answer. Handlers look at the first request only to see whether an explanation is
@@ -173,7 +195,8 @@ class Invoker:
 
     # --- the call -------------------------------------------------------------------------------------------------
 
-    def _run_batch(self, requests: list[WorkerRequest]) -> list[Answer]:
+    def _run_batch(self, requests: list[WorkerRequest], before: list[Answer] | None = None) -> list[Answer]:
+        """Args: ``before``: answers that go with these, if there is nothing else to be run."""
         call = Call(self, requests)
         if len(requests) > 1:
             for request in requests:
@@ -181,7 +204,8 @@ class Invoker:
         outcome = call.invoke()
         try:
             if outcome.error is None:
-                return call.answers(outcome.results)
+                answers = call.answers(outcome.results)
+                return before + answers if before else answers
         finally:
             call.close()
         failure = self._described(outcome.error)
@@ -189,10 +213,24 @@ class Invoker:
             outcome.is_shape or call.has_streamed or isinstance(outcome.error, HandlerTimeout)
         )
         if not (may_retry and self.may_run_again(failure)):
-            return self.fail(requests, failure)
+            return (before or []) + self.fail(requests, failure)
         if failure.status == 507:
-            return self._retry_halves(requests)
-        return [answer for request in requests for answer in self._run_again([request])]
+            return (before or []) + self._retry_halves(requests)
+        return self._run_each_again(requests, before)
+
+    def _run_each_again(self, requests: list[WorkerRequest], before: list[Answer] | None) -> list[Answer]:
+        """One by one. Should one of them end this process, those before it are answered, those after it have run once.
+        ``before`` is None where there are others in the batch of which that is not known.
+        """  # fmt: skip
+        answers = before or []
+        for request in requests:
+            is_sent = before is not None and self._parts.begin_alone(request.ticket, self._noted(answers))
+            if is_sent:
+                self.sent.update(ticket for ticket, *_ in answers)
+                answers = []
+            for ticket, kind, status, head, body in self._run_again([request]):
+                answers.append((ticket, kind, status, RAN_TWICE if is_sent and kind == ERROR else head, body))
+        return answers
 
     def may_run_again(self, failure: Failure) -> bool:
         """Whether requests that failed together are called again with fewer others."""

@@ -210,9 +210,10 @@ def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, 
         try:
             answers = invoker.run(batch.items)
         except HandlerTimeout:  # it came just after the call had ended; the requests are answered already
-            answers = [(item[0], ERROR, 504, b"", b"{}") for item in batch.items]
+            answers = [(item[0], ERROR, 504, b"", b"{}") for item in batch.items
+                       if item[0] not in invoker.sent]  # fmt: skip
         _send(channel, batch.id, answers)
-        if any(kind != ERROR for _, kind, *_ in answers):  # as in TorchServe, what failed has no times
+        if invoker.has_answered:  # as in TorchServe, what failed has no times
             handler_s = (invoker.call_ended_at - invoker.call_began_at) / 1e9 if has_handler_time else -1.0
             report.note_prediction(time.perf_counter() - began, handler_s)
 

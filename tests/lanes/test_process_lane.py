@@ -307,6 +307,25 @@ def test_a_worker_that_hangs_up_answers_for_what_it_began() -> None:
         assert came[0].batch_size == left and not rig.row(idle)["died_in_rerun"]
 
 
+def test_one_that_was_run_by_itself_is_told_from_those_of_its_batch() -> None:
+    with Rig(batch_size=4) as rig:
+        owners = [Owner() for _ in range(4)]
+        for owner in owners:
+            rig.submit(owner)
+        worker, channel = rig.wire()
+        batch = channel.receive()
+        channel.begin(batch.id)
+        channel.send(batch.id, [(batch.items[0][0], 0, 200, b"", b"first")])
+        assert channel.begin_alone(batch.items[1][0])  # what was sent has left
+        del channel
+        came = rig.until(lambda: bool(rig.row(worker)["state"] == "died"))
+    assert [(each.code, each.was_alone, each.owners) for each in came] == [
+        ("ok", False, owners[:1]),
+        ("worker_died", True, owners[1:2]),
+        ("worker_died", False, owners[2:]),
+    ]
+
+
 def test_a_stopped_worker_finishes_and_its_channel_ends() -> None:
     with Rig() as rig:
         worker, channel = rig.wire()

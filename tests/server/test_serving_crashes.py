@@ -38,6 +38,14 @@ STREAMING = NOTING.replace(
         send_intermediate_predict_response(["part"] * len(data), context.request_ids, "OK", 200, context)
 """,
 )
+# Ends its worker where it is by itself.
+SINGLY = NOTING.replace(
+    "        for index, row in enumerate(data):\n",
+    """        if len(data) == 1 and data[0]["body"].get("exit_alone"):
+            os._exit(1)
+        for index, row in enumerate(data):
+""",
+)
 COROUTINE = """
 import asyncio
 import os
@@ -94,6 +102,7 @@ class Stand:
 def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     stand = Stand(tmp_path_factory.mktemp("crashes"))
     stand.add("eight", NOTING, EIGHT)
+    stand.add("singly", SINGLY, EIGHT)
     stand.add("declared", NOTING, {**EIGHT, "sideEffects": True})
     stand.add("effects", SIDE_EFFECTS, EIGHT)
     stand.add("short", NOTING, {**EIGHT, "responseTimeout": 1})
@@ -130,6 +139,16 @@ def test_several_of_one_batch_fail_each_by_itself(stand: Stand) -> None:
     check_others(answers, guilty)
     assert {answers[number].status for number in guilty} == {500}
     assert set(stand.runs("eight").values()) == {2}
+
+
+def test_one_that_ends_its_worker_when_its_batch_is_run_one_by_one_is_not_run_a_third_time(stand: Stand) -> None:
+    # The batch fails first, because of number 1, which costs the others a second run.
+    answers = stand.ask("singly", {1: {"raise": "wrong"}, 3: {"exit_alone": 1}})
+    check_others(answers, {1, 3})
+    assert (answers[1].status, answers[1].json["message"]) == (503, "Prediction failed")
+    assert (answers[3].status, answers[3].json["message"]) == (500, "Worker died.")
+    assert "this request and no other" in answers[3].detail["text"]
+    assert stand.runs("singly") == dict.fromkeys(ALL, 2)
 
 
 def test_one_that_is_alone_is_told_so_and_not_run_again(stand: Stand) -> None:

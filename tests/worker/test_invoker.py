@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pyserve.request import codec
-from pyserve.worker.answer import ANSWER
+from pyserve.worker.answer import ANSWER, ERROR, RAN_TWICE
 from tests.support.loaded_handlers import ECHO, JSON, Load, load, request, warnings_in
 
 __all__ = ["load"]
@@ -202,6 +202,30 @@ def test_a_batch_that_raises_is_called_again_item_by_item_once(load: Load) -> No
         "exception": "ValueError", "text": "by the handler", "where": "handler.py:12 in act"
     }  # fmt: skip
     assert [ids for ids, _ in acts.failures] == [["r1"]]
+
+
+def test_whatever_is_answered_leaves_before_a_request_is_called_again(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acts = load(ACTS)
+    begun: list[tuple[int, list[tuple[Any, ...]]]] = []
+
+    def begin_alone(ticket: int, answers: list[Any]) -> bool:
+        begun.append((ticket, list(answers)))
+        return True
+
+    monkeypatch.setattr(acts.invoker._parts, "begin_alone", begin_alone)
+    items = [request(body, kind) for body, kind in [(b'"a"', JSON), (b"--B\r\n", BOUNDARY), (b'"raise value"', JSON)]]
+    items = [(ticket, *rest) for ticket, (_, *rest) in zip((7, 8, 9), items, strict=True)]
+    last = acts.invoker.run(items)
+    assert [(ticket, [answer[:3] for answer in answers]) for ticket, answers in begun] == [
+        (7, [(8, ERROR, 400)]),
+        (9, [(7, ANSWER, 200)]),
+    ]
+    assert [answer[:4] for answer in last] == [(9, ERROR, 503, RAN_TWICE)] and acts.invoker.sent == {7, 8}
+    assert acts.invoker.has_answered
+    assert [answer[1] for answer in acts.invoker.run(items[1:2])] == [ERROR]
+    assert not acts.invoker.has_answered and not acts.invoker.sent
 
 
 def test_nothing_is_called_again_where_that_is_switched_off(load: Load) -> None:
