@@ -155,8 +155,8 @@ class Model:
 
     def _on_condition(self, condition: Condition) -> None:
         """The lane has no worker, or has one again."""
-        if self.state not in ("READY", "FAILED"):
-            return
+        if self._lane is None or self.state not in ("READY", "FAILED"):
+            return  # also of a lane that is being closed: it has no workers because it could not be loaded
         if condition.error:
             self.error = condition.error
             if self.state == "READY":

@@ -39,6 +39,7 @@ from pyserve.models.registry import Registry
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import ErrorFormat, Request
 from pyserve.telemetry.metrics import Metrics
+from tests.support.handler_archives import write_handler
 from tests.support.networks import Affine, Gate, Gated, Identity
 from tests.support.packing import EAGER, TENSOR_CONFIG, pack
 
@@ -331,6 +332,44 @@ def test_at_start_what_fails_is_kept_with_its_reason_and_the_rest_is_served(stor
             assert sorted(failure.url for failure in table.failures) == ["junk.mar", "m-1.0.mar", "state-1.0.mar"]
             await table.unregister("eager", None)  # what failed can be removed
             assert {entry["name"] for entry in state(store)["models"]} == {"m", "shape", "handler"}
+
+    run(test())
+
+
+# Does not come to an end while the file is there.
+ENDLESS = """
+import os
+import time
+
+
+def handle(data, context):
+    return [b"x"] * len(data or [])
+
+
+while os.path.exists(FILE):
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_load_in_time_has_failed_until_it_does(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyserve.models.recovery.CRASH_PAUSES_S", (0.01,))
+    blocker = store / "blocker"
+    write_handler(store, "late", f"FILE = {str(blocker)!r}\n{ENDLESS}", config={"startupTimeout": 1})
+    path = str(store / "late.mar")
+
+    async def test() -> None:
+        blocker.touch()
+        async with made(store, started=False) as table:
+            await table.load_at_start([ModelSource(None, path)], {path: open_archive(path)}, {})
+            model = table.get("late")
+            assert model.state == "FAILED" and "startup_timeout=1" in model.error
+            blocker.unlink()
+            while model.state != "READY":  # noqa: ASYNC110 - tried again by a timer, which reports nothing
+                await asyncio.sleep(0.01)
+            assert model.has_ready_worker and model.wanted_workers == 1 and not model.error
 
     run(test())
 
