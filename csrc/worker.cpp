@@ -211,8 +211,17 @@ Status Worker::forwarded(const Body& body) noexcept {
     Status status = guarded(body);
     if (!runs_.is_interrupted()) return status;
     runs_.forgive();
+    is_half_changed_ = model_->has_state();
     shared_.stats.interrupted.fetch_add(1, std::memory_order_relaxed);
     return {Code::interrupted, {}};
+}
+
+// A run that was interrupted may have changed a part of what its model keeps, and not the rest: later answers would be
+// wrong, for ever. Its worker has the model as it was loaded then, as one that was given up and replaced.
+void Worker::renew_model() {
+    if (!is_half_changed_) return;
+    model_ = shared_.model->instance();
+    is_half_changed_ = false;
 }
 
 void Worker::begin() {
@@ -241,6 +250,9 @@ void Worker::begin() {
         if (at + 1 == in_flight_.size()) return;
         finish(in_flight_[at]);
         in_flight_.erase(in_flight_.begin() + static_cast<std::ptrdiff_t>(at));
+        // Has waited for the one before, whose time is not its own.
+        in_flight_[at].started_at = SteadyClock::now_ns();
+        if (at == 0) end_run();
     }
 }
 
@@ -258,6 +270,7 @@ void Worker::launch(Flight& flight) {
     flight.staged_at = flight.started_at;
     if (flight.requests.empty()) return;
     flight.status = forwarded([&] {
+        renew_model();
         const Staging::ComputeScope scope(*staging_);
         std::vector<const Inputs*> items;
         items.reserve(flight.requests.size());
@@ -299,6 +312,7 @@ void Worker::run_singly(Flight& flight) {
         }
         // Its state is running already; launch would take it for cancelled.
         single.status = forwarded([&] {
+            renew_model();
             const Staging::ComputeScope scope(*staging_);
             single.staged = staging_->gather({&inputs_of(single.requests.front())});
             single.staged.output = model_->run(single.staged.inputs);

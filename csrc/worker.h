@@ -100,6 +100,7 @@ class Worker {
     void end_run() noexcept;
     template <class Body>
     Status forwarded(const Body& body) noexcept;
+    void renew_model();
     void drop(std::vector<Request*>& requests);
     void complete(Flight& flight);
     void push(std::unique_ptr<BatchResult> result);
@@ -118,6 +119,7 @@ class Worker {
     Take take_;
     bool holds_permit_ = false;          // of what is in take_; later the last of its flights holds it
     std::shared_ptr<TorchModel> model_;  // shared with the other workers, unless calls leave traces in it
+    bool is_half_changed_ = false;       // by a run that was interrupted; what it keeps is not to be used any more
     std::unique_ptr<Staging> staging_;
     std::vector<Flight> in_flight_;  // at most one on a CPU, two on an accelerator
     int threads_ = 0;

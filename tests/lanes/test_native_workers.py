@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from pyserve.config.config import Config
 from pyserve.lanes import native_workers
 from pyserve.lanes.settings import ModelSettings
 from pyserve.lanes.worker_rows import READY, UNLOADING
-from tests.support.held import ENDLESS, Endless, EndlessAtOnce, Held, Hold, new_hold
+from tests.support.held import ENDLESS, Endless, EndlessAtOnce, EndlessHalfWay, EndlessOrHeld, Held, Hold, new_hold
 from tests.support.lane_stand import HANG_S, Stand, error, run, standing
 from tests.support.networks import save_script
 
@@ -19,6 +21,12 @@ from tests.support.networks import save_script
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_workers, "GRACE_S", 0.01)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none is to be given up, however slow the machine is."""
+    monkeypatch.setattr(native_workers, "GRACE_S", HANG_S)
 
 
 @pytest.fixture
@@ -32,7 +40,7 @@ def states(stand: Stand) -> list[str]:
     return [row["state"] for row in stand.lane.core.workers()]
 
 
-def test_an_endless_loop_of_operators_is_ended_and_its_worker_goes_on(tmp_path: Path) -> None:
+def test_an_endless_loop_of_operators_is_ended_and_its_worker_goes_on(tmp_path: Path, patient: None) -> None:
     async def test() -> None:
         async with standing(tmp_path, Endless(), response_timeout_s=1) as stand:
             worker = stand.lane.core.workers()[0]["id"]
@@ -44,6 +52,41 @@ def test_an_endless_loop_of_operators_is_ended_and_its_worker_goes_on(tmp_path: 
             stats = stand.lane.stats()
             assert (stats["interrupted"], stats["lost"], stats["stuck"], stats["running"]) == (2, 0, 0, 0)
             assert stand.engine.lost_count == 0 and not stand.services.stuck.replacement.done()
+
+    run(test())
+
+
+def test_what_an_ended_batch_left_half_changed_answers_nobody(tmp_path: Path, patient: None) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, EndlessHalfWay(), response_timeout_s=1) as stand:
+            expected = bytes((await stand.answer(1)).body)
+            for _ in range(2):
+                assert (await stand.answer(ENDLESS)).status == 504
+                assert bytes((await stand.answer(1)).body) == expected
+            assert stand.lane.stats()["interrupted"] == 2 and states(stand) == ["ready"]
+
+    run(test())
+
+
+def test_what_an_ended_run_took_is_not_counted_to_the_requests_of_another_shape(
+    tmp_path: Path, hold: Hold, patient: None
+) -> None:
+    async def test() -> None:
+        async with standing(
+            tmp_path, EndlessOrHeld(), batch_size=2, response_timeout_s=1, client_timeout_ms=60_000
+        ) as stand:
+            stand.handler.preprocessed = torch.full((1, 4), 667.0)
+            arrived_at = time.monotonic_ns()
+            first = stand.post()
+            stand.handler.preprocessed = torch.full((1, 6), ENDLESS)
+            second = stand.post()
+            await stand.until(lambda: first.answered)
+            stand.lane.settings.response_timeout_s = 3600
+            await stand.until(lambda: hold.begun.acquire(blocking=False))
+            assert stand.lane.core.workers()[0]["running_since"] >= arrived_at + 1e9
+            hold.release()
+            await stand.until(lambda: second.answered)
+            assert [answer.status for answer in stand.answers.values()] == [504, 200]
 
     run(test())
 
@@ -106,7 +149,7 @@ def test_closing_and_scaling_do_not_wait_for_what_does_not_end(tmp_path: Path, h
     run(test())
 
 
-def test_a_batch_that_nobody_waits_for_does_not_hold_up_the_end(tmp_path: Path) -> None:
+def test_a_batch_that_nobody_waits_for_does_not_hold_up_the_end(tmp_path: Path, patient: None) -> None:
     async def test() -> None:
         async with standing(tmp_path, Endless(), response_timeout_s=3600) as stand:
             left = stand.post(ENDLESS)

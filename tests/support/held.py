@@ -51,6 +51,17 @@ class Held(nn.Module):
         return x * 2
 
 
+class EndlessOrHeld(nn.Module):
+    """As `Held`; loops for ever, with operators in the loop, for another number."""
+
+    def forward(self, x):
+        while bool((x == 667.0).any()):
+            x = x.abs()
+        if bool((x == 666.0).any()):
+            x = torch.ops.pyserve_tests.hold(x)
+        return x * 2
+
+
 class Endless(nn.Module):
     """Loops for ever for one number, with operators in the loop."""
 
@@ -58,6 +69,22 @@ class Endless(nn.Module):
         while bool((x == 666.0).any()):
             x = x.abs()
         return x * 2
+
+
+class EndlessHalfWay(nn.Module):
+    """Loops for ever for one number, when it has changed what it keeps and not yet changed it back."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.ones(1))
+
+    def forward(self, x):
+        self.factor.mul_(2)
+        while bool((x == 666.0).any()):
+            x = x.abs()
+        y = x * self.factor
+        self.factor.div_(2)
+        return y
 
 
 class EndlessNumbers(nn.Module):
