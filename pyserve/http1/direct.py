@@ -97,3 +97,5 @@ class DirectBody(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._owner.connection_lost(exc)
+        # The transport keeps this object's methods for good.
+        del self._owner, self._transport, self._incoming, self._place

@@ -36,6 +36,11 @@ class Output:
         self.slots: deque[Exchange] = deque()
         self.is_writable = True
 
+    def close(self) -> None:
+        """Nothing is written any more."""
+        self.slots.clear()
+        self._has_input = bool  # False; what was here holds the connection that holds this
+
     def flush(self) -> bool:
         """Writes the answers at the front of the queue, as far as they are there.
 

@@ -128,6 +128,7 @@ class Http1Protocol(asyncio.Protocol):
         self._stall.cancel()
         self._connections.remove(self)
         self._abandon()
+        self._output.close()
 
     def _abandon(self) -> None:
         """Nobody can be answered any more."""

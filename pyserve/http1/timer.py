@@ -7,6 +7,10 @@ import math
 from collections.abc import Callable
 
 
+def _ignore() -> None:
+    """Of a timer that is no more."""
+
+
 class LazyTimer:
     """Calls ``expired`` once ``deadline`` has passed.
 
@@ -41,6 +45,7 @@ class LazyTimer:
             self._handle.cancel()
             self._handle = None
         self._handle_at = -math.inf
+        self._expired = _ignore  # which holds the connection that holds this timer
 
     def _fire(self) -> None:
         self._handle = None
