@@ -239,15 +239,16 @@ class PythonWorkers:
         """A worker could not be loaded."""
         self._note_rehearsal(slot)
         cause = slot.cause(error)
-        if cause is Cause.MODEL and is_of_machine(error):
-            cause = Cause.MACHINE
+        repeats = bool(getattr(error, "repeats", False))
+        if cause is Cause.MODEL and (is_of_machine(error) or not _are_there(self._spec.model_dir, self._interpreter)):
+            cause, repeats = Cause.MACHINE, False  # also where its files were cleared away while it read them
         await self._bury(slot)
         self._log.failed_to_load(slot.index)
         if not slot.is_wanted:
             return
         failure = self._failure_of(error)
         decision = self._policy.failed_to_load(
-            time.monotonic(), repeats=bool(getattr(error, "repeats", False)), cause=cause, started_at=started_at
+            time.monotonic(), repeats=repeats, cause=cause, started_at=started_at
         )
         slot.ended(failure.reason(), failure, decision)
         self._last = slot
