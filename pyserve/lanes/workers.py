@@ -247,9 +247,7 @@ class PythonWorkers:
         if not slot.is_wanted:
             return
         failure = self._failure_of(error)
-        decision = self._policy.failed_to_load(
-            time.monotonic(), repeats=repeats, cause=cause, started_at=started_at
-        )
+        decision = self._policy.failed_to_load(time.monotonic(), repeats=repeats, cause=cause, started_at=started_at)
         slot.ended(failure.reason(), failure, decision)
         self._last = slot
         self._is_suspect = self._policy.has_served
