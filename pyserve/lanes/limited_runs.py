@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -18,10 +19,14 @@ from pyserve.lanes.stuck import StuckThreads
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 # How often a run's age is looked at; slack of the limit.
 LOOK_S = 0.1
 # From the first request to end until the thread is given up. One operator may take a while.
 GRACE_S = 2.0
+# The log says then that one run goes on: until its limit somebody would only see that the model does not come.
+LONG_S = 10.0
 
 
 class EndlessError(ModelLoadError):
@@ -90,6 +95,7 @@ async def limited_runs(call: Callable[[], T], *, limit_s: float, stuck: StuckThr
 async def _watched(result: asyncio.Future[T], runs: Any, limit_s: float, label: str,
                    passes: tuple[type[Exception], ...]) -> T:  # fmt: skip
     refused_at: float | None = None
+    noted = 0.0  # the run that the log has named
     while not result.done():
         await asyncio.wait([result], timeout=LOOK_S)
         now, since = time.monotonic(), runs.since / 1e9
@@ -100,11 +106,16 @@ async def _watched(result: asyncio.Future[T], runs: Any, limit_s: float, label: 
         elif since and now - since >= limit_s:
             refused_at = now
             runs.refuse()
+        elif since and since != noted and now - since >= LONG_S:
+            noted = since
+            log.warning("%s: its forward has run for %.0f s on an input that was made up for it; startup_timeout=%g s "
+                        "ends it", label, now - since, limit_s)  # fmt: skip
     if refused_at is None:
         return result.result()
     error = EndlessError(
         f"{label}: its forward did not come to an end within startup_timeout={limit_s:g} s on an input that was made "
-        "up for it; fix the loop that does not end, or raise startupTimeout in its model-config.yaml if it is only slow"
+        "up for it; fix the loop that does not end, say in input: of its model-config.yaml which values it takes, or "
+        "raise startupTimeout there if it is only slow"
     )
     cause = result.exception() if result.done() else None
     if isinstance(cause, passes):

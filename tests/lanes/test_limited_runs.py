@@ -103,6 +103,22 @@ def test_a_thread_that_cannot_be_ended_is_counted_until_it_ends(
     run(test())
 
 
+def test_the_log_says_that_a_run_takes_long_before_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "LONG_S", 0.0)
+
+    async def test() -> None:
+        model, stuck, hold = loaded(Held(), tmp_path), StuckThreads(), new_hold()
+        call = asyncio.ensure_future(limited_runs(lambda: model.run(POISON), limit_s=3600, stuck=stuck, label="m 1.0"))
+        while "m 1.0: its forward has run for" not in caplog.text:  # noqa: ASYNC110 - the log is nobody's to wait for
+            await asyncio.sleep(0.01)
+        hold.release()
+        await call
+
+    run(test())
+
+
 def test_whoever_gives_up_waiting_leaves_a_thread_that_is_told_to_end(tmp_path: Path) -> None:
     async def test() -> None:
         model, stuck = loaded(Endless(), tmp_path), StuckThreads()
