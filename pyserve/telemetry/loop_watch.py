@@ -125,7 +125,15 @@ class LoopWatch:
 
     def look(self) -> None:
         """Notes what holds the loop now. Any thread."""
-        due, frames = self._due, self._frames()
+        due, frames = self._due, dict(self._frames())
+        try:
+            self._seen = due, self._holder(frames)
+        finally:
+            # This call's own is among them: that is a circle, which would keep what all threads had in hand, pictures
+            # and bodies, until the collector of garbage comes.
+            frames.clear()
+
+    def _holder(self, frames: dict[int, FrameType]) -> str:
         place = _place(frames.get(self._loop_thread))
         # In the loop itself, or about to go on: somebody else has the interpreter, or had it just now.
         if not place or place.startswith(_LOOP):
@@ -136,7 +144,7 @@ class LoopWatch:
                 if thread not in (self._loop_thread, threading.get_ident()) and (found := _place(frame))
             ]
             place = "; ".join(sorted(others)) or _ELSEWHERE
-        self._seen = due, place
+        return place
 
 
 def empty_families() -> tuple[Metric, Metric]:

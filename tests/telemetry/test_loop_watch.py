@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from types import FrameType
 
@@ -119,3 +121,32 @@ def test_it_runs_beside_a_loop_and_ends(caplog: pytest.LogCaptureFixture) -> Non
             thread.join(30)
             assert not thread.is_alive()
     assert watch._has_ended.is_set()
+
+
+class Picture:
+    """Something large."""
+
+
+def test_nothing_that_threads_had_in_hand_is_kept(watch: tuple[LoopWatch, Clock]) -> None:
+    has_it, may_end = threading.Event(), threading.Event()
+    pictures: list[weakref.ref[Picture]] = []
+
+    def work() -> None:
+        picture = Picture()
+        pictures.append(weakref.ref(picture))
+        has_it.set()
+        may_end.wait()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    has_it.wait()
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        watch[0].look()
+        may_end.set()
+        worker.join()
+        assert pictures[0]() is None
+    finally:
+        if is_enabled:
+            gc.enable()
