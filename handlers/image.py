@@ -12,6 +12,7 @@ import binascii
 import contextlib
 import io
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -78,6 +79,7 @@ def opened_picture(
     picture = _opened(body, limit_pixels=limit_pixels)
     pixel_count, per_pixel = picture.width * picture.height, pixel_size(picture.mode)
     if limit_pixels and pixel_count * per_pixel > MEMORY.size_max:
+        picture.close()
         raise InputError(
             f"the picture is too large: {picture.width} x {picture.height} pixels, {pixel_count * per_pixel} bytes "
             f"once decoded, the limit is max_image_memory={MEMORY.size_max}; send a smaller one"
@@ -87,10 +89,15 @@ def opened_picture(
     with MEMORY.taken(pixel_count * per_pixel):
         try:
             picture.load()
-        except MemoryError:
-            raise
         except Exception as error:
-            raise _refusal(picture, body, error) from error
+            try:
+                if isinstance(error, MemoryError):
+                    raise
+                raise _refusal(picture, body, error) from error
+            finally:
+                # The error's frames hold the decoder with all that is decoded, as long as anybody has the error.
+                traceback.clear_frames(error.__traceback__)
+                picture.close()
         try:
             yield picture
         finally:
@@ -109,6 +116,7 @@ def _opened(body: bytes | bytearray | memoryview, *, limit_pixels: bool) -> Imag
         picture = Image.open(io.BytesIO(body), formats=FORMATS)
         pixel_count = picture.width * picture.height
         if limit_pixels and pixel_count > PIXEL_COUNT_MAX:
+            picture.close()
             raise InputError(
                 f"the picture is too large: {picture.width} x {picture.height} = {pixel_count} pixels, "
                 f"the limit is {PIXEL_COUNT_MAX}; send a smaller one"

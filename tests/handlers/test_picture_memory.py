@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from pyserve.errors import InputError, OverloadedError
 from pyserve.handlers import image, picture_memory
-from pyserve.handlers.image import ImageNetTransform, RgbTransform, opened_picture, to_rgb
+from pyserve.handlers.image import ImageNetTransform, RgbTransform, open_picture, opened_picture, to_rgb
 from pyserve.handlers.picture_memory import PictureMemory, limits_as_environment
 from pyserve.handlers.vision_handler import VisionHandler
 
@@ -131,3 +132,21 @@ def test_limits_come_from_the_configuration(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, value)
     assert picture_memory.pixel_count_max(7) == 123
     assert picture_memory._from_environment("PYSERVE_MAX_IMAGE_MEMORY", 7) == 456
+
+
+def test_a_damaged_picture_is_not_kept() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (500, 500), 7).save(file, "PNG")
+    opened: list[Image.Image] = []
+    open_file = Image.open
+
+    def noting(*args: Any, **options: Any) -> Image.Image:
+        opened.append(open_file(*args, **options))
+        return opened[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "open", noting)
+        with pytest.raises(InputError, match="truncated"):
+            open_picture(file.getvalue()[:-200])
+    with pytest.raises(ValueError, match="closed"):
+        opened[0].getpixel((0, 0))
