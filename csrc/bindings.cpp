@@ -1,6 +1,5 @@
 // The border to Python: the module, and the native lane's part of it.
 #include "bindings.h"
-#include "bindings_json.h"
 
 #include <cstdint>
 #include <cstring>
@@ -10,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings_json.h"
 #include "clock.h"
 #include "input_rules.h"
 #include "interrupt.h"

@@ -30,7 +30,9 @@ namespace pyserve {
 
 enum class WorkerState : uint8_t { starting, warming, ready, failed, stopped };
 
-inline bool is_over(WorkerState state) noexcept { return state == WorkerState::failed || state == WorkerState::stopped; }
+inline bool is_over(WorkerState state) noexcept {
+    return state == WorkerState::failed || state == WorkerState::stopped;
+}
 
 // Threads of a process that were lost and have not come back, of all crews.
 using LostCount = std::shared_ptr<std::atomic<int>>;
@@ -38,7 +40,8 @@ using LostCount = std::shared_ptr<std::atomic<int>>;
 template <class W, class Probe = NoProbe>
 class Crew {
   public:
-    explicit Crew(LostCount lost_of_all = std::make_shared<std::atomic<int>>(0)) : lost_of_all_(std::move(lost_of_all)) {}
+    explicit Crew(LostCount lost_of_all = std::make_shared<std::atomic<int>>(0))
+        : lost_of_all_(std::move(lost_of_all)) {}
     ~Crew() { join(); }
     Crew(const Crew&) = delete;
     Crew& operator=(const Crew&) = delete;
@@ -105,9 +108,7 @@ class Crew {
     }
 
     // Workers that were given up and have not come back.
-    size_t lost() const {
-        return static_cast<size_t>(std::count_if(members_.begin(), members_.end(), is_lost));
-    }
+    size_t lost() const { return static_cast<size_t>(std::count_if(members_.begin(), members_.end(), is_lost)); }
 
     // Calls `visit(worker, is_lost)` for each.
     template <class Visit>

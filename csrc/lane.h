@@ -31,8 +31,8 @@ class Lane {
   public:
     // `capacity`, a power of two, is the size of the ring: more than may ever wait, see try_submit.
     // `example` is one item, each input [1, ...]; empty means no warm-up. `lost` counts the lost threads of all lanes.
-    Lane(std::shared_ptr<Completions<>> completions, std::shared_ptr<TorchModel> model, Inputs example,
-         size_t capacity, LostCount lost = std::make_shared<std::atomic<int>>(0));
+    Lane(std::shared_ptr<Completions<>> completions, std::shared_ptr<TorchModel> model, Inputs example, size_t capacity,
+         LostCount lost = std::make_shared<std::atomic<int>>(0));
     ~Lane();  // joins
     Lane(const Lane&) = delete;
     Lane& operator=(const Lane&) = delete;

@@ -37,7 +37,7 @@ class Runs {
     static void install(int signal_number, const Effect& effect) noexcept {
         signal_ = signal_number;
         effect_ = effect;
-        struct sigaction action {};
+        struct sigaction action{};
         action.sa_handler = handle;
         action.sa_flags = SA_RESTART;
         sigaction(signal_number, &action, nullptr);

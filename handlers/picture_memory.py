@@ -19,8 +19,8 @@ SIZE_MAX_DEFAULT = 1 << 30
 # Others' pictures are decoded in seconds; who has waited for longer is refused.
 WAIT_MAX_S = 30.0
 
-# Bytes of a picture after which the allocator is asked to give back what it keeps: it would keep as much for each thread.
-# That takes milliseconds.
+# Bytes of a picture after which the allocator is asked to give back what it keeps, which takes milliseconds: it would
+# keep as much for each thread.
 TRIM_MIN = 32 << 20
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: 0)  # only glibc has it
 

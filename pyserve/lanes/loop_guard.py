@@ -1,7 +1,7 @@
 """An archive's own code on the event loop (``isolation: thread``): while it runs, nothing else in the process does.
 
-    limit reached   a signal raises HandlerTimeout in it, if it is in Python
-    GRACE_S later   the process ends, and the supervisor starts another: nobody is answered by this one any more
+limit reached   a signal raises HandlerTimeout in it, if it is in Python
+GRACE_S later   the process ends, and the supervisor starts another: nobody is answered by this one any more
 """
 
 from __future__ import annotations

@@ -51,7 +51,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-
 class NativeLane(EngineLane):
     """Requests of one model between admission and answer; the network runs in native threads."""
 

@@ -1,5 +1,7 @@
 // A worker that does not come back is given up: nothing waits for it, nothing is taken from it, and whenever it comes
 // back, also at that very moment, its batch is completed once, its permit given back once, and nothing is left of it.
+#include "crew.h"
+
 #include <poll.h>
 
 #include <deque>
@@ -9,7 +11,6 @@
 
 #include "batcher.h"
 #include "completion.h"
-#include "crew.h"
 #include "harness.h"
 #include "parking.h"
 #include "runs.h"
@@ -92,7 +93,8 @@ class Worker {
 // This thread is the loop.
 class Stand {
   public:
-    explicit Stand(uint32_t running_max) : shared_(std::make_shared<Shared>(64)), crew_(lost_), running_max_(running_max) {
+    explicit Stand(uint32_t running_max)
+        : shared_(std::make_shared<Shared>(64)), crew_(lost_), running_max_(running_max) {
         lend();
     }
     ~Stand() { join(); }
@@ -138,7 +140,8 @@ class Stand {
         lend();
     }
     void lend() {
-        shared_->batcher.set_limits({.batch_size_max = 1, .running_max = running_max_ + static_cast<uint32_t>(crew_.lost())});
+        shared_->batcher.set_limits(
+            {.batch_size_max = 1, .running_max = running_max_ + static_cast<uint32_t>(crew_.lost())});
     }
     void join() {
         crew_.stop();

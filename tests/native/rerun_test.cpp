@@ -116,8 +116,8 @@ TEST(wherever_a_worker_dies_its_batch_is_answered_once_and_each_runs_at_most_twi
             if (moment <= Moment::read_in_part)
                 loop.add(silent, in_flight_max);
             else
-                peers.emplace_back(loop, [=](auto& channel, auto& batch) { return die_at(moment, channel, batch); },
-                                   in_flight_max);
+                peers.emplace_back(
+                    loop, [=](auto& channel, auto& batch) { return die_at(moment, channel, batch); }, in_flight_max);
             for (size_t i = 0; i < count; ++i) loop.submit(std::string(i == 0 ? 6000 : 10, 'x'));
             if (moment == Moment::read_in_part) {
                 char bytes[100];
@@ -203,10 +203,11 @@ TEST(whenever_workers_die_and_clients_leave_each_request_ends_once_and_runs_at_m
             const bool is_multiplexed = random.chance(40);
             const size_t workers = 1 + random.below(3), count = 500;
             loop.limit(1 + static_cast<uint32_t>(random.below(9)), 1 + static_cast<uint32_t>(random.below(4)),
-                       random.between(0, 200'000), random.chance(50) ? UINT32_MAX : 1 + static_cast<uint32_t>(random.below(2)));
+                       random.between(0, 200'000),
+                       random.chance(50) ? UINT32_MAX : 1 + static_cast<uint32_t>(random.below(2)));
             const auto hire = [&] {
                 const auto handle = [own = Random(random.next())](WorkerChannel& channel,
-                                                                 const IncomingBatch& batch) mutable {
+                                                                  const IncomingBatch& batch) mutable {
                     if (own.chance(8)) return die_at(static_cast<Moment>(2 + own.below(6)), channel, batch);
                     return echo(channel, batch);
                 };
