@@ -129,7 +129,11 @@ inline int64_t worked_ns() {
 class Watchdog {
   public:
     explicit Watchdog(std::function<void(const char*)> on_stall, const StallLimits& limits = {})
-        : on_stall_(std::move(on_stall)), limits_(limits), thread_([this] { watch(); }) {}
+        : on_stall_(std::move(on_stall)), limits_(limits), thread_([this] { watch(); }) {
+        // Only then may a test open descriptors: its thread would keep copies of them, and no peer would see an end.
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [this] { return has_own_table_; });
+    }
     ~Watchdog() {
         {
             const std::lock_guard lock(mutex_);
@@ -145,6 +149,8 @@ class Watchdog {
         StallRule rule(limits_);
         const Sleepers sleepers;
         std::unique_lock lock(mutex_);
+        has_own_table_ = true;
+        changed_.notify_all();
         while (!changed_.wait_for(lock, limits_.look_interval, [&] { return over_; })) {
             const char* problem = rule.look(steps.load(std::memory_order_relaxed), sleepers.are_all(), worked_ns());
             ++looks_;
@@ -158,6 +164,7 @@ class Watchdog {
     StallLimits limits_;
     std::mutex mutex_;
     std::condition_variable changed_;
+    bool has_own_table_ = false;
     bool over_ = false;
     std::atomic<int64_t> looks_{0};
     std::thread thread_;  // last: starts when the rest is there
