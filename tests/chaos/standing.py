@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+_NOISE = 2 << 20  # bytes; the allocator of a small process takes as much at a time
 _MEGABYTE = 1 << 20
 # Names of mkdtemp, UUIDs and hashes, numbers.
 _NAMES_ANEW = re.compile(r"(?<=[-_.])[a-z0-9_]{8}(?=$|[/.])|[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{16,}|\d+")
@@ -92,7 +93,7 @@ def shared_memory() -> Counter[str]:
 def differences(before: Standing, after: Standing, memory_growth: float = 0.05) -> list[str]:
     """What ``after`` holds that ``before`` did not, of descriptors and children also what it lost; empty if nothing.
 
-    Memory counts when it has grown by more than ``memory_growth``, a share.
+    Memory counts when it has grown by more than ``memory_growth``, a share, and by more than 2 MB.
     """
     found = []
     for part in sorted(before.processes.keys() | after.processes.keys()):
@@ -102,7 +103,7 @@ def differences(before: Standing, after: Standing, memory_growth: float = 0.05) 
         found += [f"{part}: {line}" for line in _changes(one.threads, one.threads | other.threads, "thread")]
         if one.children != other.children:
             found.append(f"{part}: {one.children} children before, {other.children} after")
-        if other.rss > one.rss * (1 + memory_growth):
+        if other.rss > one.rss + max(one.rss * memory_growth, _NOISE):
             found.append(f"{part}: {one.rss / _MEGABYTE:.1f} MB resident before, {other.rss / _MEGABYTE:.1f} after")
     found += _changes(before.files, before.files | after.files, "file")  # what is lost comes back when it is needed
     found += _changes(before.shared_memory, after.shared_memory, "shared memory")
