@@ -27,8 +27,8 @@ BEAT_S = 0.2
 # What counts as standing still.
 LIMIT_S = 0.02
 # What is worth a line in the log, and how often at most.
-TOLD_S = 0.1
-TOLD_EVERY_S = 60.0
+REPORTED_S = 0.1
+REPORT_INTERVAL_S = 60.0
 BOUNDS_S = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 _PACKAGE = Path(__file__).parents[1]
@@ -60,8 +60,8 @@ class LoopWatch:
         self.stalls = 0
         self._counts = [0] * (len(BOUNDS_S) + 1)
         self._total_s = 0.0
-        self._longest: tuple[float, str] = (0.0, "")  # that was not told yet
-        self._told_at = -TOLD_EVERY_S
+        self._longest: tuple[float, str] = (0.0, "")  # that was not reported yet
+        self._reported_at = -REPORT_INTERVAL_S
 
     def start(self) -> None:
         """From now on."""
@@ -91,7 +91,7 @@ class LoopWatch:
         if late_s > LIMIT_S:
             self._note(late_s)
         elif self._longest[0]:
-            self._tell()
+            self._report()
         self._set_next()
 
     def _note(self, late_s: float) -> None:
@@ -99,18 +99,18 @@ class LoopWatch:
         due, holder = self._seen
         if late_s > self._longest[0]:
             self._longest = late_s, holder if due == self._due else _ELSEWHERE
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         late_s, holder = self._longest
         now = self._clock()
-        if late_s < TOLD_S or now - self._told_at < TOLD_EVERY_S:
+        if late_s < REPORTED_S or now - self._reported_at < REPORT_INTERVAL_S:
             return
-        self._told_at = now
+        self._reported_at = now
         self._longest = 0.0, ""
         log.warning("the event loop stood still for %.0f ms, and every request with it; it was in %s. Reported at most "
                     "once in %.0f s, the longest of them; all are counted in pyserve_event_loop_stalls_total",
-                    late_s * 1000, holder, TOLD_EVERY_S)  # fmt: skip
+                    late_s * 1000, holder, REPORT_INTERVAL_S)  # fmt: skip
 
     # --- the thread -----------------------------------------------------------------------------------------------
 
