@@ -274,7 +274,9 @@ _PASSING = frozenset({
 def is_of_machine(error: BaseException) -> bool:
     """Whether ``error``, or what it was raised from, is a fault of the machine: the same may work in a while."""
     cause: BaseException | None = error
-    while cause is not None:
+    seen = set()
+    while cause is not None and id(cause) not in seen:  # a handler can make a circle of them
+        seen.add(id(cause))
         if isinstance(cause, OSError) and cause.errno in _PASSING:
             return True
         if is_memory_error(cause) or getattr(cause, "is_of_machine", False) is True:
