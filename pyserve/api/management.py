@@ -391,8 +391,6 @@ def _own_description(model: Model, *, tells_errors: bool) -> JsonObject:
         "checks": model.checks(),
     }
     stats = model.stats()
-    if stats.get("stuck"):
-        own["stuckWorkers"] = stats["stuck"]
     if "batch_size" in stats:
         bounds, counts, _ = stats["batch_size"]
         names = [*(f"{bound:g}" for bound in bounds), "more"]
@@ -401,6 +399,8 @@ def _own_description(model: Model, *, tells_errors: bool) -> JsonObject:
         _, counts, total_s = stats["queue"]
         if sum(counts):
             own["meanQueueMs"] = round(total_s / sum(counts) * 1e3, 3)
+    if stats.get("stuck"):
+        own["stuckWorkers"] = stats["stuck"]
     return own
 
 

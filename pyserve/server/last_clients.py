@@ -7,7 +7,6 @@ packet is dropped sends it again a second later, when the port is closed: it is 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import os
@@ -54,6 +53,8 @@ async def accept_last(sockets: Iterable[socket.socket], files: dict[str, FileIde
     Args:
         files: see `file_identities`; made when nobody else could have taken their paths.
     """
+    import asyncio  # here: the supervisor, which has no loop, takes `let_in_again`
+
     every = set(sockets)
     for sock in every:
         if sock.family != socket.AF_UNIX:

@@ -821,7 +821,7 @@ def test_described_parameters_are_those_that_are_read() -> None:
 def test_description_of_a_model_is_described_in_full() -> None:
     model = FakeModel()
     model.device_type, model.device_ids, model.error = "gpu", [0], "x"
-    model.measured = {"batch_size": ([1.0], [1, 0], 1.0), "queue": ([1.0], [1, 0], 1.0)}
+    model.measured = {"batch_size": ([1.0], [1, 0], 1.0), "queue": ([1.0], [1, 0], 1.0), "stuck": 1}
     [described] = Api(model).ask("GET", "/models/m?customized=true").json
     properties = Api().ask("OPTIONS", "/").json["components"]["schemas"]["Model"]["properties"]
     assert list(described) == list(properties)

@@ -13,6 +13,7 @@ lies in ``build/fuzz/failures``, and the command that replays it is printed.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import re
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ def _run_here(name: str, parsed: argparse.Namespace) -> int:
     # What the server runs, not the libraries under it, nor torch.
     with atheris.instrument_imports(include=["pyserve", "tests.fuzz"], enable_loader_override=False):
         check = TARGETS[name].load()
-    _be_quiet()
+    logging.disable(logging.WARNING)  # as in `run_plain`; this process ends with it
     atheris.Setup([sys.argv[0], *_libfuzzer_arguments(name, TARGETS[name].size_max, parsed)], check)
     atheris.Fuzz()  # ends the process
     return 1
@@ -140,15 +142,18 @@ def run_plain(name: str, seconds: float, seed: int, count_max: int | None = None
     """
     target = TARGETS[name]
     check = target.load()
-    _be_quiet()
     corpus = [path.read_bytes() for path in target.corpus]
     end = time.monotonic() + seconds
     count = 0
-    for data in (each for part in (corpus, mutations(corpus, target.words, target.size_max, seed)) for each in part):
-        if time.monotonic() > end or (count_max is not None and count == count_max):
-            break
-        run_input(name, check, data)
-        count += 1
+    logging.disable(logging.WARNING)  # a line for each odd input; errors are looked at by targets
+    try:
+        for data in chain(corpus, mutations(corpus, target.words, target.size_max, seed)):
+            if time.monotonic() > end or (count_max is not None and count == count_max):
+                break
+            run_input(name, check, data)
+            count += 1
+    finally:
+        logging.disable(logging.NOTSET)
     print(f"Done {count} inputs, seed {seed}")
     return 0
 
@@ -162,12 +167,6 @@ def run_input(name: str, check: Any, data: bytes) -> None:
         path.write_bytes(data)
         command = f"{sys.executable} -m tests.fuzz.run {name} --replay {path.relative_to(ROOT)}"
         raise AssertionError(f"{type(error).__name__}: {error}\nreplay: {command}") from error
-
-
-def _be_quiet() -> None:
-    import logging
-
-    logging.disable(logging.WARNING)  # a line for each odd input; errors are looked at by targets
 
 
 def _replay(name: str, path: Path) -> int:

@@ -238,8 +238,9 @@ def test_one_worker_in_trouble_is_none_of_the_models(server: Server) -> None:
     broken.unlink()
     server.wait_for(lambda: server.describe("fragile")["state"] == "READY", "one of them")
     assert ask(server, model="fragile").status == 200
-    server.manage("PUT", "/models/fragile?min_worker=2&synchronous=true")
-    assert {row["status"] for row in server.describe("fragile")["workers"]} == {"READY"}
+    server.wait_for(
+        lambda: [row["status"] for row in server.describe("fragile")["workers"]] == ["READY", "READY"], "the other one"
+    )
 
 
 def test_what_waits_in_a_sequence_is_answered_when_draining_is_cut_short(tmp_path: Path, id: str) -> None:

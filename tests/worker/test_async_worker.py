@@ -214,13 +214,21 @@ def test_a_call_that_holds_up_the_loop_is_ended_and_the_model_stays_loaded(serve
 
 
 def test_a_worker_that_dies_costs_what_was_in_flight_an_answer_each(server: Server) -> None:
-    pid = seen(server)["pid"]
+    """Once they have been run again, as a group, and have ended another worker."""
     waiting = [{"wait": "never"}] * 5
-    killer = threading.Thread(
-        target=lambda: (server.wait_for(lambda: seen(server)["running"] == 6, "all"), os.kill(pid, signal.SIGKILL))
-    )
+    over = threading.Event()
+
+    def kill() -> None:
+        server.wait_for(lambda: seen(server)["running"] == 6, "all")
+        while not over.wait(0.2):
+            for row in server.describe("handler")["workers"]:
+                if row["status"] == "READY":
+                    os.kill(row["pid"], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
     killer.start()
     answers = at_once([asking(server, order) for order in waiting])
+    over.set()
     killer.join(LIMIT_S)
     assert [(answer.status, answer.json["message"]) for answer in answers] == [(500, "Worker died.")] * 5
     server.wait_for(lambda: ask(server, {}).status == 200, "another worker")
