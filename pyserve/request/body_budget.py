@@ -104,33 +104,31 @@ class BodyBudget:
 
     def has_room(self, account: Account, size: int) -> bool:
         """Whether ``account`` may take ``size`` bytes more. Makes room for them if that is just; else it waits."""
-        now = self._clock()
-        self._forget_waiting(now)
-        share = self._share(account)
-        is_within = account.size + size <= share
-        missing = self.size + size - self.size_max
+        share, is_within, missing = self._wanted(account, size)
         if missing > 0 and is_within:
             self._make_room(account, share, missing + self.size_max // _SPARE_FRACTION)
-        return self._settle(account, self.size + size <= self.size_max, is_within, share, now)
+        return self._settle(account, self.size + size <= self.size_max, is_within, share)
 
     def will_have_room(self, account: Account, size: int) -> bool:
         """The same of bytes that are only announced: nothing is made free yet."""
-        now = self._clock()
-        self._forget_waiting(now)
-        share = self._share(account)
-        is_within = account.size + size <= share
-        missing = self.size + size - self.size_max
+        share, is_within, missing = self._wanted(account, size)
         if missing > 0 and is_within:
             missing -= sum(each.excess(share) for each in self._accounts.values() if each is not account)
-        return self._settle(account, missing <= 0, is_within, share, now)
+        return self._settle(account, missing <= 0, is_within, share)
 
-    def _settle(self, account: Account, is_free: bool, is_within: bool, share: int, now: float) -> bool:
+    def _wanted(self, account: Account, size: int) -> tuple[int, bool, int]:
+        """The share of ``account``, whether ``size`` bytes more are within it, and bytes of room that are missing."""
+        self._forget_waiting()
+        share = self._share(account)
+        return share, account.size + size <= share, self.size + size - self.size_max
+
+    def _settle(self, account: Account, is_free: bool, is_within: bool, share: int) -> bool:
         others_wait = len(self._waiting) > (account in self._waiting)
         has_room = is_free and (is_within or not others_wait)
         if has_room:
             self._waiting.pop(account, None)
         elif account.size <= share and self._others_hold(account) and len(self._waiting) < WAITING_COUNT_MAX:
-            self._waiting[account] = now + WAIT_S
+            self._waiting[account] = self._clock() + WAIT_S
         self.quick_max = 0 if self._waiting else self.size_max
         return has_room
 
@@ -141,8 +139,9 @@ class BodyBudget:
         empty = sum(not each.size for each in self._waiting if each is not account)
         return self.size_max // (self.holder_count + (account.size == 0) + empty)
 
-    def _forget_waiting(self, now: float) -> None:
+    def _forget_waiting(self) -> None:
         if self._waiting:
+            now = self._clock()
             self._waiting = {account: until for account, until in self._waiting.items() if until > now}
 
     def _make_room(self, account: Account, share: int, wanted: int) -> None:
