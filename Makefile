@@ -6,6 +6,7 @@
 # LABELS=...   its index_to_name.json
 # JOBS=...     processes that run the tests side by side
 # FUZZ_SECONDS=...   of `make fuzz`, for each target;  FUZZ="zip frames": which, and further arguments
+# MUTANTS=...        bugs of `make mutants`, by name
 # SANITIZE=...       parts of `make sanitize`, such as "python -- tests/test_core.py"
 
 TORCH ?= torch==2.13.0
@@ -15,11 +16,12 @@ BIN := $(VENV)/bin
 STORE := model-store
 JOBS ?= $(shell expr $$(nproc) + 1)
 EXAMPLE_FLAGS := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(LABELS),--labels $(LABELS))
-CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/*.h tests/native/*.cpp tests/fuzz/*.cpp tests/sanitize/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/*.h tests/native/*.cpp tests/fuzz/*.cpp tests/sanitize/*.cpp \
+  tests/simdev/*.h tests/simdev/*.cpp)
 FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help build serve stop format lint fast test chaos sanitize fuzz compat newman wheel docs bench correctness clean
+.PHONY: help build serve stop format lint fast test chaos sanitize mutants fuzz compat newman wheel docs bench correctness clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -66,10 +68,12 @@ lint: build ## check style, format and types
 
 # Also at work: what needs a server process or a compiler is left to `make test`.
 fast: build ## the tests that start no server and compile nothing
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not server and not compiles and not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not server and not compiles and not slow and not accelerator"
 
-# A third process on two processors: it works while the others wait for a server or a time limit.
+# A third process on two processors: it works while the others wait for a server or a time limit. The simulated
+# accelerator is compiled, if it has changed, while tests are collected and run that need none.
 test: lint ## lint, then all tests, the C++ ones under ThreadSanitizer and AddressSanitizer
+	@$(BIN)/python -m tests.simdev.build > /dev/null &
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=25
 
 # About 20 minutes; the next ones of other seeds. The same again: the second line of the report has the command.
@@ -80,6 +84,10 @@ chaos: build ## a server under faults and load, every answer compared; the repor
 # The extension takes minutes to build for it, and the tests several times as long as without: for a night.
 sanitize: build ## the Python tests with the engine under AddressSanitizer and UBSan, and the C++ ones for longer
 	$(BIN)/python -m tests.sanitize.run $(SANITIZE)
+
+# Each bug is a compilation and some tests: minutes, for a night.
+mutants: build ## plant bugs in how the engine uses accelerators: for each a test must fail; writes docs/mutants.md
+	$(BIN)/python -m tests.simdev.mutants $(MUTANTS)
 
 # Where atheris cannot be installed, inputs are mutated without being guided; without clang's libFuzzer, one target less.
 fuzz: build ## feed archives, HTTP, tensors, JSON, forms and frames with inputs guided by coverage

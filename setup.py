@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from setuptools import setup
 from setuptools.command.build_py import build_py
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
 SANITIZERS = os.environ.get("PYSERVE_SANITIZE", "")
+# Of these, the first comes with torch's wheels; the second may have to be installed.
+CUDA_HEADERS = ("cuda_runtime_api.h", "crt/host_defines.h")
 
 # Written beside the extension, because an extension built for another torch may not even load, and then could
 # not say what it was built for. That for sanitizers goes elsewhere, and leaves the one of this folder alone.
@@ -26,9 +28,28 @@ if not SANITIZERS:
     )
 
 
+def cuda_include_dirs() -> list[str]:
+    """Where CUDA's headers are, if torch was built for CUDA; the first folder that has them, of a toolkit or of the
+    packages that pip installs."""  # fmt: skip
+    if getattr(torch.version, "cuda", None) is None:
+        return []
+    site = Path(torch.__file__).parents[1] / "nvidia"
+    folders = [Path(CUDA_HOME, "include")] if CUDA_HOME else []
+    for folder in [*folders, *sorted(site.glob("cu[0-9]*/include")), site / "cuda_runtime" / "include"]:
+        # Packages of CUDA 12 and before have a folder each.
+        parts = [folder, *(part for part in [site / "cuda_nvcc" / "include"] if folder.is_relative_to(site))]
+        if all(any((part / name).is_file() for part in parts) for name in CUDA_HEADERS):
+            return [str(part) for part in parts if part.is_dir()]
+    print("pyserve: built without CUDA graphs, since CUDA's headers are not there "
+          "(pip install nvidia-cuda-runtime nvidia-cuda-crt, of torch's CUDA version)")  # fmt: skip
+    return []
+
+
 def sources() -> list[str]:
-    """All of csrc/, and the planted faults if there is something to find them."""
+    """All of csrc/ that this torch has headers for, and the planted faults if there is something to find them."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    if not CUDA_INCLUDE_DIRS:
+        files.remove("csrc/graph_cuda.cpp")
     return [*files, "tests/sanitize/planted.cpp"] if SANITIZERS else files
 
 
@@ -48,6 +69,9 @@ def speed_or_sanitizers() -> list[str]:
     ]
 
 
+CUDA_INCLUDE_DIRS = cuda_include_dirs()
+
+
 class BuildPy(build_py):
     """Adds what makes `import ts` and `import model_archiver` find ours where TorchServe's are not installed.
 
@@ -65,7 +89,8 @@ setup(
         CppExtension(
             "pyserve._core",
             sources(),
-            include_dirs=[str(ROOT / "csrc")],
+            include_dirs=[str(ROOT / "csrc"), *CUDA_INCLUDE_DIRS],
+            libraries=["c10_cuda", "torch_cuda"] if CUDA_INCLUDE_DIRS else [],
             define_macros=[("PYSERVE_TORCH_VERSION", f'"{torch.__version__}"')],
             extra_compile_args=[
                 "-std=c++20",

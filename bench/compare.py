@@ -4,10 +4,12 @@
     python bench/compare.py nothing resnet18 --rounds 2 --duration 8
     python bench/compare.py nothing --peers mosec
     python bench/compare.py --all                             # beside PyTriton, Ray Serve, BentoML and MLServer, too
+    python bench/compare.py resnet18 densenet161 bert memory first_start --peers --rounds 2 --duration 4
 
 Each round starts every side in turn, every other round backwards, drives it with the same load generator, and stops
-it; only one server runs at a time. Beside the servers stand two limits: the same work called directly in one process
-(bench/direct.py) and, for the model that costs nothing, a bare echo (bench/echo.py). The method is in bench/README.md.
+it; only one server runs at a time. Beside the servers stand two limits: the same work called directly in one process,
+by each engine that is installed (bench/direct.py, bench/engines.py), and, for the model that costs nothing, a bare echo
+(bench/echo.py). The method is in bench/README.md.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -31,9 +34,13 @@ if __package__ in (None, ""):  # run as a file: its folder is on the path, the r
 
 import numpy as np
 
+from bench import wrk
+from bench.backend_costs import measure_first_start, measure_memory
+from bench.direct_sides import DirectSides
+from bench.engines import ENGINES
 from bench.more_sides import MORE_SIDES
 from bench.report import machine
-from bench.servers import ROOT, Server, free_ports, pyserve
+from bench.servers import Server, free_ports, pyserve
 from bench.sides import (
     Side,
     binary_side,
@@ -53,7 +60,12 @@ DEFAULT_PEERS = ("torchserve", "litserve", "mosec")
 PEER_SIDES = {"torchserve": torchserve_side, "litserve": litserve_side, "mosec": mosec_side, **MORE_SIDES}
 WORKERS = (1, 2)
 MIX = {"nothing": "8", "resnet18": "4", "encoder": "8"}  # -> clients
-NAMES = (*WORKLOADS, "mix")
+COSTS = {"memory": measure_memory, "first_start": measure_first_start}
+NAMES = (*WORKLOADS, "mix", *COSTS)
+WARM_UP_S = 2.0
+# Where a backend makes kernels for sizes that it meets, and is compiled anew beside the requests for another number of
+# workers.
+BACKEND_WARM_UP_S = 15.0
 OPEN_LOOP_SHARES = (0.5, 0.8, 0.95)
 
 
@@ -68,9 +80,12 @@ class Run:
         for name in peers_of(options):
             try:
                 self.peers[name] = environment_of(options.environments, name, options.torch)
-            except (RuntimeError, subprocess.CalledProcessError) as error:
+            except (RuntimeError, subprocess.SubprocessError) as error:
                 print(f"{name} could not be installed and is left out: {error}", file=sys.stderr)
         self.results: Results = {}
+        self.chosen: dict[str, str] = {}
+        self.failures: list[str] = []
+        self.generator = options.generator or ("wrk" if wrk.is_installed() else "python")
 
     def sides(self, load: Workload) -> list[Side]:
         if load.name == "megabyte":
@@ -81,6 +96,8 @@ class Run:
         if load.kind == "floats":
             sides.append(pyserve_side(self.folder, load, "fp32", 1, wants_json=True))
         sides += [pyserve_side(self.folder, load, name, 2) for name in load.archives if name != "fp32"]
+        if load.name == "bert":
+            return sides  # it is measured beside engines
         for name, bin_folder in self.peers.items():
             if load.kind == "tokens" and name == "litserve":
                 continue  # its numbers go as JSON, which is another comparison
@@ -99,26 +116,32 @@ class Run:
 
     def measure(self, load: Workload) -> None:
         sides = self.sides(load)
+        direct = None
+        if load.network is not None:
+            kept, only = self.options.out / "engines", tuple(self.options.engines)
+            direct = DirectSides(
+                load, self.folder, kept.absolute(), cores=self.cores, duration_s=self.options.duration, only=only
+            )
         for number in range(self.options.rounds):
             for side in sides if number % 2 == 0 else list(reversed(sides)):
                 try:
                     with side.start() as url:
                         for clients in self.clients(load):
                             self.drive(load, side, url, clients)
-                except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-                    if side.name.startswith("pyserve"):
-                        raise
+                except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                     # The other sides' figures are not worth less for it.
                     print(f"{load.name}: {side.label} could not be measured: {error}", file=sys.stderr)
+                    if side.name.startswith("pyserve"):
+                        self.failures.append(f"{load.name}: {side.label}: {error}")
             if load.name == "megabyte":
                 self.measure_copying(load)
             if load.kind == "floats":
                 self.measure_echo(load)
-            if load.kind == "picture":
-                self.measure_direct(load)
+            if direct is not None:
+                self.measure_direct(load, direct)
         if load.kind == "picture":
             self.compare_classes(load)
-        if load.name == "resnet18":
+        if load.name == "resnet18" and self.options.open_loop:
             self.open_loop(load)
 
     def clients(self, load: Workload) -> list[int]:
@@ -127,9 +150,9 @@ class Run:
 
     def drive(self, load: Workload, side: Side, url: str, clients: int) -> None:
         label = side.label
-        report = self.latency(
-            url, side.content_type, side.bodies, "--concurrency", str(clients), "--warmup", "2s", *side.flags
-        )
+        report = self.closed_loop(side, url, clients)
+        if side.chosen:
+            self.chosen[f"{load.name}, {label}"] = side.chosen
         row = self.results.setdefault(load.name, {}).setdefault(label, {}).setdefault(str(clients), {})
         row.setdefault("rate", []).append(report["rates"]["requests_per_s"])
         row.setdefault("p50_ms", []).append(report["latency_ms"]["p50"])
@@ -140,6 +163,19 @@ class Run:
             f"p50 {report['latency_ms']['p50']:.3f} ms, failed {report['requests']['failed']}",
             file=sys.stderr,
         )
+
+    def closed_loop(self, side: Side, url: str, clients: int) -> dict[str, Any]:
+        """By wrk where it is installed and sends what the side wants, as a report of ``latency.py``."""
+        warm_up_s = WARM_UP_S if side.chosen in ("", "torchscript") else BACKEND_WARM_UP_S
+        if self.generator == "wrk":
+            headers = dict(text.split(": ", 1) for text in side.flags[1::2])
+            if side.content_type:
+                headers["Content-Type"] = side.content_type
+            return wrk.measure(
+                url, side.bodies, headers, clients=clients, duration_s=self.options.duration, warm_up_s=warm_up_s
+            )
+        flags = ("--concurrency", str(clients), "--warmup", f"{warm_up_s:g}s", *side.flags)
+        return self.latency(url, side.content_type, side.bodies, *flags)
 
     def latency(self, url: str, content_type: str, bodies: list[bytes], *flags: str) -> dict[str, Any]:
         """One load test: its report."""
@@ -178,7 +214,7 @@ class Run:
         rows = self.results.setdefault("mix", {})
         with pyserve(
             self.folder / "mix", [load.archives["fp32"] for load in loads], "--ts-config", str(config),
-            cache=self.folder / "cache",
+            cache=self.folder.parent / "cache",
         ) as server:  # fmt: skip
             for load in loads:
                 server.first_answer_s(load.name, load.bodies[0])
@@ -212,24 +248,12 @@ class Run:
             for clients in self.clients(load):
                 self.drive(load, side, url, clients)
 
-    def measure_direct(self, load: Workload) -> None:
-        """The same work in one process, at its best split of the threads."""
-        out = self.folder / "direct.json"
-        body = self.folder / "direct-body"
-        body.write_bytes(load.bodies[0])
-        splits = [f"{workers}x{max(1, self.cores // workers)}" for workers in WORKERS]
-        for archive in load.archives.values():
-            if archive.stem != load.name:
-                continue
-            subprocess.run(
-                [sys.executable, str(BENCH / "direct.py"), "--archive", str(archive), "--data", str(body), "--threads",
-                 *splits, "--rounds", "1", "--duration", str(self.options.duration), "--json", str(out)],
-                check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
-            best = json.loads(out.read_text())["splits"][0]
-            row = self.results[load.name].setdefault("called directly", {}).setdefault(str(load.clients[0]), {})
-            row.setdefault("rate", []).append(best["items_per_s"])
-            print(f"{load.name}: called directly, {best['split']}: {best['items_per_s']:.2f}/s", file=sys.stderr)
+    def measure_direct(self, load: Workload, direct: DirectSides) -> None:
+        """The same work in one process, by every engine at its best split of the threads."""
+        for label, rate, remark in direct.measure():
+            row = self.results.setdefault(load.name, {}).setdefault(label, {}).setdefault(str(load.clients[0]), {})
+            row.setdefault("rate", []).append(rate)
+            print(f"{load.name}: {label}: {rate:.2f}/s ({remark})", file=sys.stderr)
 
     def measure_copying(self, load: Workload) -> None:
         """How many requests a core could copy: into the server, into a batch or an answer, and out of the server."""
@@ -253,21 +277,27 @@ class Run:
             print(f"{load.name}: {label}, {clients} clients: {rate:.2f}/s", file=sys.stderr)
 
     def compare_classes(self, load: Workload) -> None:
-        """On how many pictures the most probable class is the same in bf16 as in fp32."""
+        """On how many pictures the most probable class is the same in each precision as in fp32."""
         found: dict[str, list[str]] = {}
         pictures = test_pictures(self.folder)
-        for name in ("fp32", "bf16"):
+        for name in load.precisions:
             side = pyserve_side(self.folder, load, name, 1)
-            with side.start() as url:
-                parts = urlsplit(url)
-                server = Server(parts.port or 80, 0, 0.0)
-                answers = [server.ask("POST", server.inference_port, parts.path, picture) for picture in pictures]
-                found[name] = [next(iter(json.loads(body))) for _, body in answers]
-        equal = sum(one == other for one, other in zip(found["fp32"], found["bf16"], strict=True))
-        self.results.setdefault(f"{load.name}, classes", {})["bf16 as fp32"] = {"": {"rate": [equal / len(pictures)]}}
-        print(
-            f"{load.name}: the most probable class is the same on {equal} of {len(pictures)} pictures", file=sys.stderr
-        )
+            try:
+                with side.start() as url:
+                    parts = urlsplit(url)
+                    server = Server(parts.port or 80, 0, 0.0)
+                    answers = [server.ask("POST", server.inference_port, parts.path, picture) for picture in pictures]
+                    found[name] = [next(iter(json.loads(body))) for _, body in answers]
+            except (RuntimeError, OSError) as error:
+                self.failures.append(f"{load.name}: classes of {name}: {error}")
+        for name in found.keys() - {"fp32"}:
+            equal = sum(one == other for one, other in zip(found["fp32"], found[name], strict=True))
+            rows = self.results.setdefault(f"{load.name}, classes", {})
+            rows[f"{name} as fp32"] = {"": {"share": [equal / len(pictures)]}}
+            print(
+                f"{load.name}: the most probable class is the same in {name} on {equal} of {len(pictures)} pictures",
+                file=sys.stderr,
+            )
 
     def open_loop(self, load: Workload) -> None:
         """At shares of the peak that the closed loop has just measured."""
@@ -301,11 +331,24 @@ def echo() -> Iterator[str]:
     (port,) = free_ports(1)
     process = subprocess.Popen([sys.executable, str(BENCH / "echo.py"), "--port", str(port)], stdout=subprocess.DEVNULL)
     try:
-        time.sleep(1)
+        wait_for_port(port)
         yield f"http://127.0.0.1:{port}/"
     finally:
         process.terminate()
         process.wait()
+
+
+def wait_for_port(port: int, limit_s: float = 60) -> None:
+    """Returns once somebody accepts there. Raises OSError if nobody does within ``limit_s`` seconds."""
+    end = time.monotonic() + limit_s
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=limit_s).close()
+            return
+        except OSError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.05)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -327,6 +370,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the peers' virtual environments are kept (default: %(default)s)",
     )
     parser.add_argument("--torch", default="torch==2.13.0", metavar="SPEC", help="the peers' (default: %(default)s)")
+    parser.add_argument(
+        "--engines", nargs="*", default=[], choices=ENGINES, metavar="ENGINE",
+        help=f"called directly, any of {', '.join(ENGINES)}; default: all that are installed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--generator", choices=("wrk", "python"), help="of the closed loop; default: wrk where it is installed"
+    )
+    parser.add_argument(
+        "--open-loop", action=argparse.BooleanOptionalAction, default=True, help="resnet18 at shares of its peak, too"
+    )
     parser.add_argument("--clients", type=int, nargs="+", metavar="N", help="only these numbers of clients")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--duration", type=float, default=10, help="seconds of one load test (default: 10)")
@@ -368,13 +421,21 @@ def main() -> int:
             run.folder = work
             if name == "mix":
                 run.measure_mix()
+            elif name in COSTS:
+                try:
+                    COSTS[name](run)
+                except RuntimeError as error:
+                    run.failures.append(f"{name}: {error}")
             else:
                 run.measure(WORKLOADS[name](work))
+    told |= {"generator": run.generator, "chosen": run.chosen, "failures": run.failures}
     print_tables(told, run.results)
+    for failure in run.failures:
+        print(f"\nfailed: {failure}", file=sys.stderr)
     (options.out / "compare.json").write_text(json.dumps({**told, "results": run.results}, indent=1) + "\n")
     save_plot(run.results, options.out / "compare.png")
     print(f"\nwritten: {options.out / 'compare.json'}, {options.out / 'compare.png'}", file=sys.stderr)
-    return 0
+    return 1 if run.failures else 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def load(path: Path, batch_size: int) -> Network:
     """The network of an archive, as a server loads it."""
     with open_archive(path) as archive:
         return load_network(
-            archive, name=archive.manifest.model_name, device="cpu", batch_size=batch_size,
+            archive, name=archive.manifest.model_name, devices=["cpu"], batch_size=batch_size,
             cpu_budget=1, limit_max_image_pixels=True, startup_timeout_s=600, progress=lambda text: None,
         )  # fmt: skip
 

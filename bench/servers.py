@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.005
@@ -35,12 +37,14 @@ class Server:
 
     Attributes:
         started_at: ``time.perf_counter()`` just before its command was run.
+        pid: of that command; 0 if it is not ours.
     """
 
-    def __init__(self, inference_port: int, management_port: int, started_at: float):
+    def __init__(self, inference_port: int, management_port: int, started_at: float, pid: int = 0):
         self.inference_port = inference_port
         self.management_port = management_port
         self.started_at = started_at
+        self.pid = pid
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.inference_port}{path}"
@@ -65,6 +69,26 @@ class Server:
         if status != 200:
             raise RuntimeError(f"PUT {model}?{query}: {status} {body.decode(errors='replace')}")
 
+    def describe(self, model: str) -> dict[str, Any]:
+        """What ``GET /models/{model}`` says of its only version."""
+        status, body = self.ask("GET", self.management_port, f"/models/{model}")
+        if status != 200:
+            raise RuntimeError(f"GET {model}: {status} {body.decode(errors='replace')}")
+        [found] = json.loads(body)
+        return dict(found)
+
+    def chosen_backend(self, model: str, timeout_s: float = 600) -> str:
+        """The backend that a model runs on once nothing more is made or tried for it; "" for a server without any."""
+        deadline = time.perf_counter() + timeout_s
+        while time.perf_counter() < deadline:
+            told = self.describe(model).get("checks", {}).get("backend")
+            if not told:
+                return ""
+            if told.get("state", "settled") == "settled":
+                return str(told.get("chosen", ""))
+            time.sleep(0.2)
+        raise RuntimeError(f"{model}: its backend was not settled within {timeout_s} s: {told}")
+
     def first_answer_s(self, model: str, body: bytes, timeout_s: float = 300) -> float:
         """Seconds from the start of the command to the first 200 of a prediction."""
         while time.perf_counter() - self.started_at < timeout_s:
@@ -86,9 +110,16 @@ def resident_mb(command_part: str) -> float:
     return total / 1e6
 
 
+def python_path() -> str:
+    """The source first, then what this process was given."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+
+
 @contextmanager
-def pyserve(folder: Path, models: list[Path], *flags: str, cache: Path | None = None) -> Iterator[Server]:
-    """pyserve with ``models``; not waited for: ask it."""
+def pyserve(
+    folder: Path, models: list[Path], *flags: str, cache: Path | None = None, variables: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """pyserve with ``models`` and further ``variables`` in its environment; not waited for: ask it."""
     inference, management, metrics = free_ports(3)
     folder.mkdir(parents=True, exist_ok=True)
     command = [
@@ -98,14 +129,14 @@ def pyserve(folder: Path, models: list[Path], *flags: str, cache: Path | None = 
         "--grpc", "false", "--models", *map(str, models), *flags,
     ]  # fmt: skip
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "PYSERVE_CACHE": str(cache or folder / "cache"),
-        "LOG_LOCATION": str(folder / "logs"),
+        **os.environ, "PYTHONPATH": python_path(), "PYSERVE_CACHE": str(cache or folder / "cache"),
+        "LOG_LOCATION": str(folder / "logs"), **(variables or {}),
     }  # fmt: skip
     with open(folder / "pyserve.log", "ab") as log:
         started_at = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
     try:
-        yield Server(inference, management, started_at)
+        yield Server(inference, management, started_at, process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
@@ -132,7 +163,7 @@ def torchserve(folder: Path, bin_folder: Path, archive: Path) -> Iterator[Server
         started_at = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
-        yield Server(inference, management, started_at)
+        yield Server(inference, management, started_at, process.pid)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:

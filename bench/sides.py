@@ -50,7 +50,8 @@ class Side:
         start: a context that gives the address to post to; the server answers when it is entered.
         content_type: of the requests; "" for none.
         bodies: what is posted, in turn.
-        flags: further ones of bench/latency.py.
+        flags: further ones of bench/latency.py: ``--header`` and its value, any number of times.
+        chosen: the backend that pyserve runs the model on; known once the server answers.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Side:
     content_type: str
     bodies: list[bytes]
     flags: tuple[str, ...] = ()
+    chosen: str = ""
 
     @property
     def label(self) -> str:
@@ -120,16 +122,19 @@ def pyserve_side(folder: Path, load: Workload, archive: str, workers: int, *, wa
     def start() -> Iterator[str]:
         config = folder / "config.properties"
         config.write_text(f"job_queue_size={QUEUE_SIZE}\n")
-        with pyserve(folder / "pyserve", [path], "--ts-config", str(config), cache=folder / "cache") as server:
+        with pyserve(folder / "pyserve", [path], "--ts-config", str(config), cache=folder.parent / "cache") as server:
             server.first_answer_s(model, load.bodies[0])
+            side.chosen = server.chosen_backend(model)
             server.set(model, f"min_worker={workers}&max_worker={workers}")
             yield server.url(f"/predictions/{model}")
 
     name = "pyserve" if archive == "fp32" else f"pyserve, {archive}"
     if wants_json:
         bodies = [body[len(b'{"input": ') : -1] for body in load.json_bodies()]
-        return Side(f"{name}, JSON", workers, start, JSON_TYPE, bodies)
-    return Side(name, workers, start, RAW_TYPE if load.kind != "picture" else "", load.bodies)
+        side = Side(f"{name}, JSON", workers, start, JSON_TYPE, bodies)
+    else:
+        side = Side(name, workers, start, RAW_TYPE if load.kind != "picture" else "", load.bodies)
+    return side
 
 
 def binary_side(folder: Path, load: Workload) -> Side:

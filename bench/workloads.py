@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor, nn
 
+from bench.encoders import BERT_POSITIONS, BERT_VOCABULARY, VOCABULARY, BertEncoder, TextEncoder
 from bench.fitting import fit_head
 from pyserve.archive.packing import ArchiverConfig, write_archive
 from pyserve.models.sample import write_sample_picture
@@ -25,45 +26,10 @@ JSON_TYPE = "application/json"
 TOKENS_MAX = 256
 # Of the padded length; the reader of --help and README sees the same numbers.
 TOKEN_BUCKETS = (32, 64, 128, 256)
-VOCABULARY = 1000
+BATCH_SIZE_MAX = 64  # that engines are made for
+BERT_LENGTHS = (16, 256)
+BERT_BODIES = 32  # every length is met in the warm-up of each engine and split
 BINARY_HEAD_SIZE = 192  # more than the JSON of any binary request here
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention and a feed-forward network, each with its residual and its norm (Vaswani et al., 2017)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.inputs, self.outputs = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, features: Tensor, is_token: Tensor) -> Tensor:
-        count, length, width = features.shape
-        parts = self.inputs(features).view(count, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], is_token)
-        features = self.norm1(features + self.outputs(mixed.transpose(1, 2).reshape(count, length, width)))
-        return self.norm2(features + self.narrow(torch.relu(self.wide(features))))
-
-
-class TextEncoder(nn.Module):
-    """A small transformer encoder: token ids int64 [n, length], 0 for no token -> float [n, 64]."""
-
-    def __init__(self, width: int = 256, layers: int = 4):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, width)
-        self.layers = nn.ModuleList(EncoderLayer(width, 4) for _ in range(layers))
-        self.head = nn.Linear(width, 64)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        is_token = ids != 0
-        mask = is_token.unsqueeze(1).unsqueeze(1)
-        features = self.embedding(ids)
-        for layer in self.layers:
-            features = layer(features, mask)
-        kept = is_token.unsqueeze(2).to(features.dtype)
-        return self.head((features * kept).sum(1) / kept.sum(1))
 
 
 @dataclass
@@ -76,7 +42,12 @@ class Workload:
         bodies: raw request bodies, sent in turn.
         clients: numbers of clients of the closed loop.
         batch_size: the most requests of one batch, on every server.
-        archive: for pyserve: key such as ``fp32`` to archive.
+        archives: for pyserve: key such as ``fp32`` to archive.
+        network: what engines are called with directly; None if they are not measured.
+        example: an input of it, of two items.
+        free: its free dimensions and the smallest and largest size of each.
+        precisions: that engines are called directly in, and archives are compared in.
+        samples: bodies that int8 is calibrated with.
     """
 
     name: str
@@ -86,6 +57,24 @@ class Workload:
     clients: tuple[int, ...]
     batch_size: int
     archives: dict[str, Path] = field(default_factory=dict)
+    network: nn.Module | None = None
+    example: Tensor | None = None
+    free: dict[int, tuple[int, int]] = field(default_factory=dict)
+    precisions: tuple[str, ...] = ("fp32",)
+    samples: list[bytes] = field(default_factory=list)
+
+    def program(self) -> Path:
+        """Its network by ``torch.export.save``, made when it is first asked for; one that is compared has one."""
+        assert self.network is not None and self.example is not None
+        file = self.model.with_suffix(".program.pt2")
+        if not file.exists():
+            sizes = {
+                index: torch.export.Dim(f"size_{index}", min=low, max=high) for index, (low, high) in self.free.items()
+            }
+            with torch.no_grad():
+                exported = torch.export.export(self.network.eval(), (self.example,), dynamic_shapes=(sizes,))
+            torch.export.save(exported, str(file))
+        return file
 
     def numbers(self) -> list[list[float]]:
         """The same inputs as lists."""
@@ -116,20 +105,55 @@ def free_model(folder: Path) -> Workload:
     return load
 
 
-def pictures(name: str, folder: Path) -> Workload:
-    """(b), (c): resnet18 or densenet161, a JPEG in, the five most probable classes out."""
-    network: nn.Module = {"resnet18": lambda: ResNet(18), "densenet161": lambda: DenseNet(161)}[name]()
+AUTO = "backend: auto\n"
+# Of pictures' archives: key to further lines of model-config.yaml.
+PICTURE_SETTINGS = {
+    "fp32": AUTO,
+    "torchscript": "backend: torchscript\n",  # as it was before there were other backends
+    "bf16": f"precision: bf16\n{AUTO}",
+    "int8": f"precision: int8\n{AUTO}",
+}
+BACKENDS = ("torchscript", "aotinductor", "openvino")
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"resnet18": lambda: ResNet(18), "densenet161": lambda: DenseNet(161)}
+
+
+def pictures(name: str, folder: Path, precisions: tuple[str, ...] = ("fp32", "bf16", "int8")) -> Workload:
+    """(b), (c): resnet18 or densenet161, a JPEG in, the five most probable classes out.
+
+    Without bf16 where the CPU has no instructions for it: torch would take seconds for a picture.
+    """
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        precisions = tuple(each for each in precisions if each != "bf16")
+    network = NETWORKS[name]()
     seed_weights(network)
     fit_head(network.eval(), test_pictures(folder))
     model = _traced(network, torch.zeros(1, 3, 224, 224), folder / f"{name}.pt")
     picture = write_sample_picture(folder / "picture.jpg").read_bytes()
-    load = Workload(name, "picture", model, [picture], (8,), 8)
-    load.archives["fp32"] = _archive(load, folder, "image_classifier", "batchSize: 8\nmaxBatchDelay: 0\n")
-    load.archives["bf16"] = _archive(
-        load, folder, "image_classifier",
-        "batchSize: 8\nmaxBatchDelay: 0\nprecision: bf16\nmemoryFormat: channels_last\n", "_bf16",
+    load = Workload(
+        name, "picture", model, [picture], (8,), 8, network=network, example=torch.rand(2, 3, 224, 224),
+        free={0: (1, BATCH_SIZE_MAX)}, precisions=precisions, samples=calibration_pictures(folder),
     )  # fmt: skip
+    calibration = folder / "calibration"
+    calibration.mkdir(exist_ok=True)
+    for number, body in enumerate(load.samples):
+        (calibration / f"{number:03}.jpg").write_bytes(body)
+    for key, lines in PICTURE_SETTINGS.items():
+        if key in ("fp32", "torchscript", *precisions):
+            load.archives[key] = _archive(
+                load, folder, "image_classifier", f"batchSize: 8\nmaxBatchDelay: 0\n{lines}",
+                "" if key == "fp32" else f"_{key}", calibration=str(calibration) if key == "int8" else None,
+            )  # fmt: skip
     return load
+
+
+def backend_archives(load: Workload, folder: Path) -> dict[str, Path]:
+    """A picture's archive for each backend that is named, by its name."""
+    return {
+        name: _archive(
+            load, folder, "image_classifier", f"batchSize: 8\nmaxBatchDelay: 0\nbackend: {name}\n", f"_{name}"
+        )
+        for name in BACKENDS
+    }  # fmt: skip
 
 
 def tokens(folder: Path, seed: int = 0) -> Workload:
@@ -145,6 +169,34 @@ def tokens(folder: Path, seed: int = 0) -> Workload:
     load.archives["fp32"] = _archive(load, folder, "tensor", f"{spec}, pad_to: {list(TOKEN_BUCKETS)}}}\n")
     load.archives["one length"] = _archive(load, folder, "tensor", f"{spec}, pad_to: [{TOKENS_MAX}]}}\n", "_one_length")
     load.archives["unpadded"] = _archive(load, folder, "tensor", f"{spec}}}\n", "_unpadded")
+    return load
+
+
+def bert(folder: Path, seed: int = 0, layers: int = 12, width: int = 384) -> Workload:
+    """(g): an encoder of BERT's form, 16 to 256 token ids in."""
+    torch.manual_seed(seed)
+    network = BertEncoder(width, layers).eval()
+    model = folder / "bert.pt"
+    torch.jit.save(torch.jit.script(network), str(model))
+    chance = random.Random(seed)
+    lengths = [chance.randint(*BERT_LENGTHS) for _ in range(BERT_BODIES)]
+    bodies = [torch.randint(1, BERT_VOCABULARY, (length,)).numpy().tobytes() for length in lengths]
+    load = Workload(
+        "bert", "tokens", model, bodies, (8,), 8, network=network,
+        example=torch.randint(1, BERT_VOCABULARY, (2, 24)), free={0: (1, BATCH_SIZE_MAX), 1: (2, BERT_POSITIONS)},
+    )  # fmt: skip
+    spec, padded = (
+        f"input: {{dtype: int64, shape: [2..{longest}], vocabulary: {BERT_VOCABULARY}"
+        for longest in (BERT_POSITIONS, TOKENS_MAX)
+    )
+    lines = "batchSize: 8\nmaxBatchDelay: 0\n"
+    load.archives["fp32"] = _archive(load, folder, "tensor", f"{lines}{spec}}}\n{AUTO}")
+    load.archives["torchscript"] = _archive(
+        load, folder, "tensor", f"{lines}{spec}}}\n{PICTURE_SETTINGS['torchscript']}", "_torchscript"
+    )
+    load.archives["padded"] = _archive(
+        load, folder, "tensor", f"{lines}{padded}, pad_to: {list(TOKEN_BUCKETS)}}}\n{AUTO}", "_padded"
+    )
     return load
 
 
@@ -222,11 +274,24 @@ def test_pictures(folder: Path) -> list[bytes]:
     return bodies
 
 
+def calibration_pictures(folder: Path) -> list[bytes]:
+    """The test pictures, and each of them mirrored and somewhat darker."""
+    bodies = test_pictures(folder)
+    for body in list(bodies):
+        picture = Image.open(io.BytesIO(body))
+        for each in (ImageOps.mirror(picture), ImageEnhance.Brightness(picture).enhance(0.8)):
+            file = io.BytesIO()
+            each.save(file, "JPEG", quality=92)
+            bodies.append(file.getvalue())
+    return bodies
+
+
 WORKLOADS: dict[str, Callable[[Path], Workload]] = {
     "nothing": free_model,
     "resnet18": lambda folder: pictures("resnet18", folder),
-    "densenet161": lambda folder: pictures("densenet161", folder),
+    "densenet161": lambda folder: pictures("densenet161", folder, ("fp32", "bf16")),
     "encoder": tokens,
+    "bert": bert,
     "handler": handler,
     "megabyte": megabyte,
 }
@@ -238,10 +303,12 @@ def _traced(network: nn.Module, example: Tensor, path: Path) -> Path:
     return path
 
 
-def _archive(load: Workload, folder: Path, handler: str, yaml: str, suffix: str = "") -> Path:
+def _archive(
+    load: Workload, folder: Path, handler: str, yaml: str, suffix: str = "", *, calibration: str | None = None
+) -> Path:
     config = folder / f"{load.name}{suffix}.yaml"
     config.write_text(yaml)
     return write_archive(ArchiverConfig(
         model_name=f"{load.name}{suffix}", version="1.0", handler=handler, serialized_file=str(load.model),
-        config_file=str(config), export_path=str(folder / "store"), force=True,
+        config_file=str(config), export_path=str(folder / "store"), force=True, calibration=calibration,
     ))  # fmt: skip

@@ -58,6 +58,7 @@ struct Take {
 enum class Next {
     batch,    // there is a batch (perhaps only of dropped requests); the caller holds a run permit and must leave()
     nothing,  // nothing to take now
+    larger,   // batches may be larger than the caller has run any; it holds a run permit and must leave()
     closed,   // closed and empty, or the worker was told to stop
 };
 
@@ -162,11 +163,13 @@ class Batcher {
         return closed_and_empty() ? Next::closed : Next::nothing;
     }
 
-    // Sleeps until there is a batch, or `stop` is set, or the batcher is closed and empty.
-    Next next_batch(Take& take, const std::atomic<bool>& stop) {
+    // Sleeps until there is a batch, or `stop` is set, or the batcher is closed and empty, or batches may have more than
+    // `size_known` requests.
+    Next next_batch(Take& take, const std::atomic<bool>& stop, size_t size_known = SIZE_MAX) {
         for (;;) {
             if (stop.load(std::memory_order_acquire)) return Next::closed;
             const News seen = news();  // before the look: what comes during it must not be missed
+            if (batch_size_max() > size_known && try_enter()) return Next::larger;
             int64_t wake_at = never_ns;
             const Next next = try_next(take, wake_at);
             if (next != Next::nothing) return next;

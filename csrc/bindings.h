@@ -33,6 +33,7 @@ inline const char* name_of(Code code) {
         case Code::not_run: return "not_run";
         case Code::not_begun: return "not_begun";
         case Code::interrupted: return "interrupted";
+        case Code::device_lost: return "device_lost";
     }
     return "unknown";
 }
@@ -71,7 +72,7 @@ struct Completion {
     py::list answers;  // (kind, status, head, body) per entry of owners; python lane only
     const char* code;
     std::string message;
-    c10::IValue output;
+    c10::IValue output, finished;
     int64_t started_at, staged_at, finished_at;
     uint32_t batch_size;  // of the batch that they were part of
     const char* release;  // why that batch left the queue
@@ -116,6 +117,7 @@ class Engine : public Watched {
                               name_of(result.status.code),
                               std::move(result.status.message),
                               {},
+                              {},
                               result.started_at,
                               result.staged_at,
                               result.finished_at,
@@ -124,7 +126,9 @@ class Engine : public Watched {
                               false};
         ProcessResult* of_process = nullptr;
         if (result.lane == Result::Lane::native) {
-            completion.output = std::move(static_cast<BatchResult&>(result).output);
+            auto& batch = static_cast<BatchResult&>(result);
+            completion.output = std::move(batch.output);
+            completion.finished = std::move(batch.finished);
         } else {
             of_process = static_cast<ProcessResult*>(&result);
             completion.was_alone = of_process->was_alone;
@@ -211,6 +215,16 @@ py::dict stats(const L& lane) {
     out["interrupted"] = s.interrupted.load();
     out["lost"] = s.lost.load();
     out["staging_fallback"] = s.staging_fallback.load();
+    out["h2d"] = histogram(s.h2d);
+    out["compute"] = histogram(s.compute);
+    out["d2h"] = histogram(s.d2h);
+    out["gap"] = histogram(s.gap);
+    out["overlapped"] = s.overlapped.load();
+    out["pageable_copies"] = s.pageable_copies.load();
+    out["pinned_refused"] = s.pinned_refused.load();
+    out["slots_grown"] = s.slots_grown.load();
+    out["pinned_bytes"] = s.pinned_bytes.load();
+    out["slot_bytes"] = s.slot_bytes.load();
     return out;
 }
 

@@ -1,5 +1,6 @@
 #include "input_rules.h"
 
+#include <limits>
 #include <map>
 #include <sstream>
 
@@ -15,6 +16,7 @@ template <class... Parts>
 
 std::string limits_of(const SizeRule& rule) {
     if (rule.min == rule.max) return std::to_string(rule.min);
+    if (rule.max == std::numeric_limits<int64_t>::max()) return std::to_string(rule.min) + " or more";
     return std::to_string(rule.min) + " to " + std::to_string(rule.max);
 }
 
@@ -35,16 +37,16 @@ void check_inputs(const std::vector<InputRule>& rules, const std::vector<at::Ten
         const InputRule& rule = rules[i];
         const at::Tensor& input = inputs[i];
         if (input.scalar_type() != rule.dtype) {
-            refuse(rule.name, ": the model was compiled for ", rule.dtype, ", got ", input.scalar_type());
+            refuse(rule.name, ": the model takes ", rule.dtype, ", got ", input.scalar_type());
         }
         if (static_cast<size_t>(input.dim()) != rule.sizes.size() + 1) {
-            refuse(rule.name, ": the model was compiled for ", rule.sizes.size(), " dimensions, got ", input.dim() - 1);
+            refuse(rule.name, ": the model takes ", rule.sizes.size(), " dimensions, got ", input.dim() - 1);
         }
         for (size_t d = 0; d < rule.sizes.size(); ++d) {
             const SizeRule& limit = rule.sizes[d];
             const int64_t size = input.size(static_cast<int64_t>(d) + 1);
             if (size < limit.min || size > limit.max) {
-                refuse(rule.name, ": dimension ", d + 1, " has size ", size, "; the model was compiled for ",
+                refuse(rule.name, ": dimension ", d + 1, " has size ", size, "; the model was made for ",
                        limits_of(limit));
             }
             if (limit.symbol.empty()) continue;

@@ -22,7 +22,7 @@ struct InputRule {
     std::vector<SizeRule> sizes;  // without the batch
 };
 
-// An input that the program was not compiled for. The text is for the client.
+// An input that the program was not made for. The text is for the client.
 class InputRefused : public std::invalid_argument {
   public:
     using std::invalid_argument::invalid_argument;

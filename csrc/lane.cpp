@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <stdexcept>
 #include <utility>
 
 #include "clock.h"
@@ -25,20 +26,22 @@ int64_t size_of(const Inputs& inputs) {
 
 Lane::Lane(std::shared_ptr<Completions<>> completions, std::shared_ptr<TorchModel> model, Inputs example,
            size_t capacity, LostCount lost)
-    : shared_(std::make_shared<LaneShared>(capacity)), crew_(std::move(lost)) {
-    shared_->model = std::move(model);
+    : shared_(std::make_shared<LaneShared>(capacity)), models_{std::move(model)}, crew_(std::move(lost)) {
     shared_->example = std::move(example);
     shared_->completions = std::move(completions);
 }
 
 Lane::~Lane() { join(); }
 
-TensorRequest* Lane::try_submit(Inputs inputs, void* owner, int64_t arrived_at, int64_t deadline) {
+TensorRequest* Lane::try_submit(Inputs inputs, void* owner, int64_t arrived_at, int64_t deadline, bool wants_output,
+                                std::optional<c10::Event> made) {
     if (shared_->batcher.queue_size() >= shared_->batcher.capacity()) purge();
     if (shared_->batcher.queue_size() >= shared_->batcher.capacity()) return nullptr;
     TensorRequest* request = shared_->pool->allocate();
     request->inputs = std::move(inputs);
     request->owner = owner;
+    request->wants_output = wants_output;
+    request->made = std::move(made);
     request->arrived_at = arrived_at;
     request->deadline.store(deadline, std::memory_order_relaxed);
     request->input_size.store(size_of(request->inputs), std::memory_order_relaxed);
@@ -75,9 +78,51 @@ void Lane::set_workers(size_t count) {
     reap();
     crew_.forget_failed();
     for (size_t missing = crew_.shrink(count); missing > 0; --missing) {
-        crew_.add(std::make_shared<Worker>(shared_, next_worker_id_++));
+        auto worker = std::make_shared<Worker>(shared_, least_used(), next_worker_id_++);
+        if (offered_) worker->offer(offered_, exchanges_);
+        crew_.add(std::move(worker));
     }
     shared_->batcher.wake_all();
+}
+
+// With workers of its own on every device, so that two devices get the same share whatever was lost or failed before.
+const std::shared_ptr<TorchModel>& Lane::least_used() const {
+    const auto workers_of = [this](const std::shared_ptr<TorchModel>& model) {
+        size_t count = 0;
+        crew_.for_each([&](const Worker& worker, bool is_lost) {
+            if (!is_lost && !worker.is_stopping() && worker.device() == model->device()) ++count;
+        });
+        return count;
+    };
+    return *std::min_element(models_.begin(), models_.end(),
+                             [&](const auto& left, const auto& right) { return workers_of(left) < workers_of(right); });
+}
+
+void Lane::exchange_model(std::shared_ptr<TorchModel> model) {
+    if (!model->device().is_cpu() || models_.empty() || !models_.front()->device().is_cpu()) {
+        throw std::invalid_argument("a model is exchanged on a CPU only");
+    }
+    offered_ = std::move(model);
+    ++exchanges_;
+    crew_.for_each([&](Worker& worker, bool is_lost) {
+        if (!is_lost && !is_over(worker.state())) worker.offer(offered_, exchanges_);
+    });
+    shared_->batcher.wake_all();
+}
+
+ExchangeState Lane::exchange_state() const {
+    ExchangeState found;
+    crew_.for_each([&](const Worker& worker, bool is_lost) {
+        // Also of one that was lost, and perhaps by that run.
+        if (worker.was_offered(exchanges_) && worker.is_considering(exchanges_)) {
+            if (is_lost)
+                found.refusal = "a run did not come to an end";
+            else if (!worker.is_stopping() && !is_over(worker.state()))
+                ++found.pending;
+        }
+        if (std::string refusal = worker.refusal(exchanges_); !refusal.empty()) found.refusal = std::move(refusal);
+    });
+    return found;
 }
 
 void Lane::reap() {
@@ -112,6 +157,17 @@ bool Lane::lose(uint32_t id) {
     return true;
 }
 
+bool Lane::takes_from(at::Device device) const {
+    const auto is_there = [device](const auto& model) { return model->device() == device; };
+    return device.is_cpu() || std::any_of(models_.begin(), models_.end(), is_there);
+}
+
+std::string Lane::places() const {
+    std::string text;
+    for (const auto& model : models_) text += (text.empty() ? "" : " or ") + model->device().str();
+    return text;
+}
+
 void Lane::close() { shared_->batcher.close(); }
 
 void Lane::join() {
@@ -120,6 +176,8 @@ void Lane::join() {
     crew_.join();
     shared_->pool->cancel_queued();
     purge();
+    offered_.reset();
+    models_.clear();  // whoever holds the lane holds no weights
 }
 
 void Lane::purge() {
@@ -149,8 +207,8 @@ std::vector<WorkerRow> Lane::workers() const {
     std::vector<WorkerRow> rows;
     crew_.for_each([&](const Worker& worker, bool is_lost) {
         const WorkerState state = worker.state();
-        rows.push_back({worker.id(), state, worker.is_stopping(), is_lost, worker.running_since(), worker.batches(),
-                        state == WorkerState::failed ? worker.error() : std::string()});
+        rows.push_back({worker.id(), worker.device(), state, worker.is_stopping(), is_lost, worker.running_since(),
+                        worker.batches(), state == WorkerState::failed ? worker.error() : std::string()});
     });
     return rows;
 }

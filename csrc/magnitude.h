@@ -13,12 +13,13 @@ namespace pyserve {
 // What probes at load go up to, and what no picture, sound or measurement in sensible units comes near.
 constexpr float ordinary_max = 1e6f;
 
-inline bool is_ordinary(const float* numbers, size_t count) {
+// Whether no number, without its sign, is above `max`; one that is none, or an infinity, is.
+inline bool is_below(const float* numbers, size_t count, float max) {
     // The bits of a float without its sign grow with its magnitude; infinities and what is no number come last. One
     // maximum over whole numbers needs no branch and is a vector instruction per eight of them.
     constexpr size_t block = 64;
     int32_t limit, largest = 0;
-    std::memcpy(&limit, &ordinary_max, sizeof limit);
+    std::memcpy(&limit, &max, sizeof limit);
     size_t at = 0;
     int32_t bits[block];
     for (; at + block <= count; at += block) {
@@ -37,6 +38,8 @@ inline bool is_ordinary(const float* numbers, size_t count) {
     }
     return largest <= limit;
 }
+
+inline bool is_ordinary(const float* numbers, size_t count) { return is_below(numbers, count, ordinary_max); }
 
 // Inputs on the host. Whole numbers are ordinary.
 inline bool is_ordinary(const std::vector<at::Tensor>& inputs) {

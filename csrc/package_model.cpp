@@ -25,8 +25,7 @@ PackageModel::PackageModel(const ModelOptions& options) : TorchModel(options) {
     }
     if (options.offset != 0) throw std::invalid_argument("a .pt2 package must be a file of its own");
     loader_ = std::make_unique<torch::inductor::AOTIModelPackageLoader>(
-        options.path, "model", /*run_single_threaded=*/false,
-        static_cast<size_t>(std::max(1, options.package_runners_max)),
+        options.path, "model", /*run_single_threaded=*/false, static_cast<size_t>(std::max(1, options.runners_max)),
         options.device.has_index() ? options.device.index() : c10::DeviceIndex(-1));
 }
 
@@ -34,11 +33,12 @@ c10::IValue PackageModel::run(const std::vector<at::Tensor>& inputs) {
     const int64_t rows = inputs.front().size(0);
     std::vector<at::Tensor> laid_out;
     laid_out.reserve(inputs.size());
-    for (const at::Tensor& input : inputs) {
+    for (const at::Tensor& given : inputs) {
+        const at::Tensor input = numbers_of(given);
         // Compiled code reads memory with the strides that it was compiled for, and does not look at the tensor's.
         at::Tensor each = rows < options_.rows_min ? filled_up(input, options_.rows_min) : input;
-        laid_out.push_back(options_.channels_last && each.dim() == 4 ? each.contiguous(at::MemoryFormat::ChannelsLast)
-                                                                     : each.contiguous());
+        laid_out.push_back(is_channels_last_ && each.dim() == 4 ? each.contiguous(at::MemoryFormat::ChannelsLast)
+                                                                : each.contiguous());
     }
     std::vector<at::Tensor> outputs = loader_->run(laid_out);
     for (at::Tensor& output : outputs) {
@@ -53,9 +53,10 @@ c10::IValue PackageModel::run(const std::vector<at::Tensor>& inputs) {
     return c10::ivalue::Tuple::create(std::move(elements));
 }
 
-std::shared_ptr<TorchModel> PackageModel::load_again() {
+std::shared_ptr<TorchModel> PackageModel::load_again(at::Device device) {
     ModelOptions options = options_;
-    options.package_runners_max = 1;
+    options.device = device;
+    if (has_state()) options.runners_max = 1;  // it is one worker's
     auto model = std::make_shared<PackageModel>(options);
     model->note_state(state());
     return model;

@@ -19,7 +19,7 @@ class PackageModel final : public TorchModel {
     std::vector<std::string> call_spec() const override { return loader_->get_call_spec(); }
 
   protected:
-    std::shared_ptr<TorchModel> load_again() override;
+    std::shared_ptr<TorchModel> load_again(at::Device device) override;
 
   private:
     std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader_;

@@ -9,11 +9,19 @@ namespace pyserve {
 // `inputs` and `owner` belong to the loop thread; workers only read `inputs`.
 struct TensorRequest : Request {
     Inputs inputs;
-    void* owner = nullptr;   // a Python object, opaque here
-    void* buffer = nullptr;  // of Python's, what `inputs` lie in; nullptr if they have memory of their own
+    void* owner = nullptr;      // a Python object, opaque here
+    void* buffer = nullptr;     // of Python's, what `inputs` lie in; nullptr if they have memory of their own
+    bool wants_output = false;  // the model's own, not what a Finish makes of it
 
-    void clear() { inputs.clear(); }
+    std::optional<c10::Event> made;  // behind what makes `inputs` that lie on a device
+
+    void clear() {
+        inputs.clear();
+        made.reset();
+    }
 };
+
+inline const Inputs& inputs_of(const Request* request) { return static_cast<const TensorRequest*>(request)->inputs; }
 
 using RequestPool = Pool<TensorRequest>;
 

@@ -10,8 +10,11 @@
 #include <string>
 #include <utility>
 
+#include "comparison.h"
+#include "device_constants.h"
 #include "finite_flow.h"
 #include "graph_state.h"
+#include "guarded.h"
 #include "interrupt.h"
 #include "magnitude.h"
 
@@ -22,6 +25,9 @@ using torch::jit::Module;
 
 // Relative to the largest output, or to 1 if that is smaller.
 constexpr double optimized_error_max = 1e-5;
+// The same network on two kinds of devices, which may multiply numbers of fp32 as shorter ones. What was computed from
+// other numbers is further away.
+constexpr double other_device_error_max = 2e-2;
 
 // torch.jit.freeze removes the attribute; such a file's weights are constants of its graph.
 bool is_frozen(const Module& module) { return !module.hasattr("training"); }
@@ -83,42 +89,6 @@ void make_resizable(const Module& module) {
     }
 }
 
-double largest_difference(const at::Tensor& left, const at::Tensor& right) {
-    const at::Tensor a = left.to(at::kCPU, at::kFloat), b = right.to(at::kCPU, at::kFloat);
-    return a.sizes() == b.sizes() && a.numel() > 0 ? (a - b).abs().max().item<double>() : 0;
-}
-
-double largest_number(const at::Tensor& tensor) {
-    return tensor.numel() > 0 ? tensor.to(at::kCPU, at::kFloat).abs().max().item<double>() : 0;
-}
-
-// Of all tensors in both, each relative to its largest number. Infinite where they do not correspond.
-double relative_difference(const c10::IValue& expected, const c10::IValue& got) {
-    std::vector<at::Tensor> left, right;
-    map_tensors(expected, [&](const at::Tensor& tensor) { return left.emplace_back(tensor); });
-    map_tensors(got, [&](const at::Tensor& tensor) { return right.emplace_back(tensor); });
-    if (left.size() != right.size()) return std::numeric_limits<double>::infinity();
-    double largest = 0;
-    for (size_t i = 0; i < left.size(); ++i) {
-        if (left[i].sizes() != right[i].sizes()) return std::numeric_limits<double>::infinity();
-        if (!left[i].is_floating_point()) continue;
-        const double scale = std::max(largest_number(left[i]), 1e-12);
-        const double difference = largest_difference(left[i], right[i]) / scale;
-        // Not a number is larger than any.
-        if (!(difference <= largest)) largest = difference;
-    }
-    return largest;
-}
-
-// TorchScript turns every exception of an operator into std::runtime_error; only the text tells then that memory ran
-// out. These are the words of torch's allocators.
-bool is_out_of_memory(const std::string& text) {
-    for (const char* words : {" out of memory. Tried to allocate", "can't allocate memory: you tried to allocate"}) {
-        if (text.find(words) != std::string::npos) return true;
-    }
-    return false;
-}
-
 bool has_convolution(const torch::jit::Block* block) {
     for (const torch::jit::Node* node : block->nodes()) {
         const std::string name = node->kind().toUnqualString();
@@ -128,6 +98,11 @@ bool has_convolution(const torch::jit::Block* block) {
         }
     }
     return false;
+}
+
+ModelOptions on_device(ModelOptions options, at::Device device) {
+    options.device = device;
+    return options;
 }
 
 // Makes torch's autocast the thread's while it lives.
@@ -146,16 +121,25 @@ class AutocastScope {
 
 ScriptModel::ScriptModel(const ModelOptions& options, const std::vector<at::Tensor>& example,
                          const std::vector<std::vector<at::Tensor>>& others)
-    : TorchModel(options), others_(others),
-      file_(std::make_shared<FileWindow>(options.path, options.offset, options.size)) {
+    : ScriptModel(options, std::make_shared<FileWindow>(options.path, options.offset, options.size), example, others) {}
+
+ScriptModel::ScriptModel(const ModelOptions& options, std::shared_ptr<FileWindow> file,
+                         const std::vector<at::Tensor>& example, const std::vector<std::vector<at::Tensor>>& others)
+    : TorchModel(options), others_(others), file_(std::move(file)) {
+    file_->check_unchanged();
     load(example);
     others_.clear();
     if (state_.empty() && options.optimizes) optimize(example);
 }
 
-ScriptModel::ScriptModel(const ScriptModel& like, bool optimizes) : TorchModel(like.options_), file_(like.file_) {
+ScriptModel::ScriptModel(const ScriptModel& like, at::Device device, bool optimizes)
+    : TorchModel(on_device(like.options_, device)), file_(like.file_) {
     is_autocast_ = like.is_autocast_;
+    is_channels_last_ = like.is_channels_last_;
     precision_error_ = like.precision_error_;
+    renames_devices_ = like.renames_devices_;
+    device_note_ = like.device_note_;
+    if (device != like.device()) copied_from_ = like.device();
     file_->check_unchanged();
     load({});
     state_ = like.state_;
@@ -169,10 +153,8 @@ c10::IValue ScriptModel::run(const std::vector<at::Tensor>& inputs) {
     stack.reserve(inputs.size());
     for (const at::Tensor& input : inputs) stack.emplace_back(convert_input(input));
     c10::IValue output = forward(std::move(stack));
-    if (options_.precision == at::kFloat) return own(output);
-    return map_tensors(own(output), [this](const at::Tensor& tensor) {
-        return tensor.scalar_type() == options_.precision ? tensor.to(at::kFloat) : tensor;
-    });
+    // From a device they come as they are, in half the bytes, and become float on the host: see restored.
+    return device().is_cpu() ? restored(own(output)) : own(output);
 }
 
 c10::IValue ScriptModel::run_plain(const std::vector<at::Tensor>& inputs) {
@@ -182,7 +164,7 @@ c10::IValue ScriptModel::run_plain(const std::vector<at::Tensor>& inputs) {
 // Whoever runs it keeps it: `settle` may let go of it meanwhile.
 std::shared_ptr<ScriptModel> ScriptModel::plain() {
     const std::lock_guard lock(plain_mutex_);
-    if (!plain_) plain_ = std::make_shared<ScriptModel>(*this, /*optimizes=*/false);
+    if (!plain_) plain_ = std::make_shared<ScriptModel>(*this, device(), /*optimizes=*/false);
     return plain_;
 }
 
@@ -194,8 +176,8 @@ void ScriptModel::forget_optimization() {
     is_optimized_ = false;
 }
 
-std::shared_ptr<TorchModel> ScriptModel::load_again() {
-    return std::make_shared<ScriptModel>(*this, /*optimizes=*/false);
+std::shared_ptr<TorchModel> ScriptModel::load_again(at::Device device) {
+    return std::make_shared<ScriptModel>(*this, device, /*optimizes=*/false);
 }
 
 // The answers must not change when the model is called again, nor the model when a handler changes its answers.
@@ -205,6 +187,8 @@ c10::IValue ScriptModel::own(const c10::IValue& output) const {
         return is_shared ? tensor.clone() : tensor;
     });
 }
+
+std::string ScriptModel::may_hide_nan() const { return pyserve::may_hide_nan(module_); }
 
 uint64_t ScriptModel::checksum() const {
     uint64_t sum = 0;
@@ -222,15 +206,70 @@ uint64_t ScriptModel::checksum() const {
     return sum;
 }
 
-Module ScriptModel::read() const {
-    Module module = torch::jit::load(file_, options_.device, /*load_debug_files=*/false);
+Module ScriptModel::read() const { return read_for(options_.device, renames_devices_); }
+
+Module ScriptModel::read_for(at::Device device, bool renames) const {
+    Module module = torch::jit::load(file_, device, /*load_debug_files=*/false);
+    if (renames || copied_from_) rename_devices(module, renames ? std::nullopt : copied_from_, device);
     if (!is_frozen(module)) module.eval();
     return module;
 }
 
+// Lets go of what there was first: the device may have no room for both.
+void ScriptModel::read_again() {
+    module_ = Module();
+    module_ = read();
+}
+
+// Reads the module. Returns whether it can be used, since it has not run.
+// Of a trace that was made on another device the model's own takes the place; of other code only where it would fail as
+// it is, since it may name a device for a reason. Either way it is shown that the answers are those of the CPU.
+bool ScriptModel::choose_devices(const std::vector<at::Tensor>& example) {
+    module_ = Module();
+    module_ = read_for(options_.device, false);
+    if (!names_other_devices(module_, options_.device)) return true;
+    bool runs = true;
+    try {
+        forward_copies(example);
+    } catch (const Interrupted&) {
+        throw;
+    } catch (const std::exception&) {
+        runs = false;
+    }
+    if (runs && (options_.device.is_cpu() || has_branches(module_))) return false;
+    renames_devices_ = answers_as_on_the_cpu(example);
+    if (renames_devices_) device_note_ = "the devices that its code names became " + options_.device.str();
+    return false;
+}
+
+// Whether it does so when the devices that it names have become the one that it is on.
+bool ScriptModel::answers_as_on_the_cpu(const std::vector<at::Tensor>& example) {
+    try {
+        std::vector<std::vector<at::Tensor>> batches{example};
+        batches.insert(batches.end(), others_.begin(), others_.end());
+        Module on_the_cpu = read_for(at::kCPU, true);
+        module_ = Module();
+        module_ = read_for(options_.device, true);
+        for (const auto& batch : batches) {
+            const c10::IValue got = forward_copies(batch);
+            std::vector<c10::IValue> stack;
+            for (const at::Tensor& input : batch)
+                stack.emplace_back(input.to(at::kCPU, input.scalar_type(), false, true));
+            const c10::IValue expected = interruptible([&] { return on_the_cpu.forward(std::move(stack)); });
+            if (!(relative_difference(expected, got) <= other_device_error_max)) return false;
+        }
+        return true;
+    } catch (const Interrupted&) {
+        throw;
+    } catch (const std::exception&) {
+        return false;  // what is wrong with it shows when it runs as it is
+    }
+}
+
 void ScriptModel::load(const std::vector<at::Tensor>& example) {
     const c10::InferenceMode guard;
-    module_ = read();
+    if (example.empty() || renames_devices_ || !choose_devices(example)) read_again();
+    has_forks_ = pyserve::has_forks(module_);
     const bool was_frozen = is_frozen(module_);
     if (was_frozen && options_.precision != at::kFloat) {
         throw std::invalid_argument(
@@ -251,7 +290,14 @@ void ScriptModel::load(const std::vector<at::Tensor>& example) {
     });
 }
 
-// What the lower precision costs, and whether the model runs at it or needs autocast. Leaves the module as it is in the
+// Whether there are convolutions in it.
+bool ScriptModel::convolves() const {
+    const auto graph = module_.get_method("forward").graph()->copy();
+    torch::jit::Inline(*graph);
+    return has_convolution(graph->block());
+}
+
+// What the lower precision costs, whether the model runs at it or needs autocast, and its layout on a device. Leaves the module as it is in the
 // file: one that has run is compiled, and may have changed.
 void ScriptModel::measure(const std::vector<at::Tensor>& example) {
     std::vector<std::vector<at::Tensor>> batches{example};
@@ -264,8 +310,11 @@ void ScriptModel::measure(const std::vector<at::Tensor>& example) {
             // Numbers that this model does not take.
         }
     }
+    // Tensor cores want convolutions so: with the other layout there is a conversion around each of them.
+    const bool chooses = options_.chooses_layout && !options_.device.is_cpu() && convolves();
+    if (chooses) is_channels_last_ = true;
     for (;;) {
-        module_ = read();
+        read_again();
         prepare();
         precision_error_ = 0;
         try {
@@ -275,19 +324,27 @@ void ScriptModel::measure(const std::vector<at::Tensor>& example) {
                 const double error = relative_difference(references[i], interruptible([&] { return run(inputs); }));
                 if (!(error <= precision_error_)) precision_error_ = error;  // what is no number is larger than any
             }
-            break;
+            // A network may read memory as if it were in the order of its indices.
+            if (!chooses || !is_channels_last_ || precision_error_ <= other_device_error_max) break;
+            is_channels_last_ = false;
+        } catch (const Interrupted&) {
+            throw;
         } catch (const std::exception&) {
+            if (chooses && is_channels_last_) {  // not every network can be called so: `view` wants that order
+                is_channels_last_ = false;
+                continue;
+            }
             // Most often numbers of two precisions meet: some that are made within, and a weight.
             if (is_autocast_ || !options_.device.is_cpu()) throw;
             is_autocast_ = true;
         }
     }
-    module_ = read();
+    read_again();
 }
 
 void ScriptModel::prepare() {
     if (options_.precision != at::kFloat) lower();
-    if (options_.channels_last) to_channels_last(module_);
+    if (is_channels_last_) to_channels_last(module_);
 }
 
 // oneDNN's operators keep their weights, and what flows between convolutions, in the layout its kernels like. That
@@ -297,9 +354,9 @@ void ScriptModel::prepare() {
 // The frozen graph is changed in place. What it gives is compared on the example, and by the caller on harder ones; if
 // that is not the same within rounding, or fails, the model is loaded again and stays as it is.
 void ScriptModel::optimize(const std::vector<at::Tensor>& example) {
-    if (!options_.device.is_cpu() || options_.precision != at::kFloat || options_.channels_last) return;
+    if (!options_.device.is_cpu() || options_.precision != at::kFloat || is_channels_last_) return;
     if (example.empty() || !has_convolution(module_.get_method("forward").graph()->block())) return;
-    const std::string odd = may_hide_nan(module_);
+    const std::string odd = may_hide_nan();
     if (!odd.empty()) {
         optimization_note_ = "left out, since NaN may come up within the model (" + odd + "), which oneDNN would hide";
         return;

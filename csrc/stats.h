@@ -63,6 +63,18 @@ struct LaneStats {
     std::atomic<uint64_t> lost{0};              // workers given up because their batch did not come to an end
     std::atomic<uint64_t> interrupted{0};       // runs of the model that were ended because they took too long
     std::atomic<uint64_t> staging_fallback{0};  // batches larger than the staging slot
+
+    // Of accelerators; what a batch took there is by the device's own clock, or by the host's if it has none.
+    DurationHistogram h2d{duration_bounds_s};
+    DurationHistogram compute{duration_bounds_s};
+    DurationHistogram d2h{duration_bounds_s};
+    DurationHistogram gap{duration_bounds_s};  // between two batches, the second of which was waiting
+    std::atomic<uint64_t> overlapped{0};       // batches that were launched while another one was on the device
+    std::atomic<uint64_t> pageable_copies{0};  // copies from or to memory that is not page-locked
+    std::atomic<uint64_t> pinned_refused{0};   // page-locked memory that could not be had
+    std::atomic<uint64_t> slots_grown{0};      // slots that were made larger for a batch
+    std::atomic<int64_t> pinned_bytes{0};      // page-locked memory of all slots now
+    std::atomic<int64_t> slot_bytes{0};        // device memory of all slots now
 };
 
 }  // namespace pyserve

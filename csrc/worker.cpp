@@ -4,86 +4,28 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
 #include <pthread.h>
+#include <sys/prctl.h>
 
-#include <chrono>
 #include <cstddef>
-#include <exception>
-#include <new>
 #include <stdexcept>
-#include <thread>
 #include <utility>
 
+#include "affinity.h"
 #include "clock.h"
+#include "guarded.h"
 #include "interrupt.h"
+#include "shape_groups.h"
 
 namespace pyserve {
 namespace {
 
 constexpr double seconds_per_ns = 1e-9;
-
-// Runs `body` and turns whatever it throws into a Status, by type.
-template <class Body>
-Status guarded(const Body& body) noexcept {
-    try {
-        try {
-            body();
-            return {};
-        } catch (const c10::OutOfMemoryError& error) {
-            return Status::out_of_memory(error.what_without_backtrace());
-        } catch (const std::bad_alloc&) {
-            return Status::out_of_memory("the host has no memory left");
-        } catch (const c10::Error& error) {
-            return Status::model_error(error.what_without_backtrace());
-        } catch (const std::exception& error) {
-            return Status::model_error(error.what());
-        } catch (...) {
-            return Status::model_error("an exception of an unknown type");
-        }
-    } catch (...) {
-        return {Code::out_of_memory, {}};  // building the text above failed
-    }
-}
-
-bool same_kind(const Inputs& left, const Inputs& right) {
-    if (left.size() != right.size()) return false;
-    for (size_t i = 0; i < left.size(); ++i) {
-        if (left[i].scalar_type() != right[i].scalar_type() || left[i].sizes() != right[i].sizes()) return false;
-    }
-    return true;
-}
-
-const Inputs& inputs_of(const Request* request) { return static_cast<const TensorRequest*>(request)->inputs; }
-
-// Splits requests into groups that fit one tensor, keeping the order inside a group.
-std::vector<std::vector<Request*>> group_by_shape(const std::vector<Request*>& requests) {
-    std::vector<std::vector<Request*>> groups;
-    for (Request* request : requests) {
-        bool placed = false;
-        for (auto& group : groups) {
-            if (!same_kind(inputs_of(group.front()), inputs_of(request))) continue;
-            group.push_back(request);
-            placed = true;
-            break;
-        }
-        if (!placed) groups.push_back({request});
-    }
-    return groups;
-}
-
-// A batch output must have one row per request, or answers would go to the wrong clients.
-void check_rows(const c10::IValue& output, size_t count) {
-    map_tensors(output, [count](const at::Tensor& tensor) {
-        TORCH_CHECK(tensor.dim() > 0 && static_cast<size_t>(tensor.size(0)) == count,
-                    "the model returned a tensor of shape ", tensor.sizes(), " for a batch of ", count,
-                    "; its first dimension must be the batch");
-        return tensor;
-    });
-}
+constexpr unsigned long timer_slack_ns = 1'000;
 
 }  // namespace
 
-Worker::Worker(std::shared_ptr<LaneShared> shared, uint32_t id)
-    : keeps_(std::move(shared)), shared_(*keeps_), id_(id) {}
+Worker::Worker(std::shared_ptr<LaneShared> shared, std::shared_ptr<TorchModel> model, uint32_t id)
+    : keeps_(std::move(shared)), shared_(*keeps_), device_(model->device()), id_(id), loaded_(std::move(model)) {}
 
 void Worker::run() noexcept {
     runs_.bind();
@@ -91,14 +33,19 @@ void Worker::run() noexcept {
     WorkerState end = WorkerState::stopped;
     const Status status = guarded([this] {
         const c10::InferenceMode inference;
-        const c10::DeviceGuard device(shared_.model->device());
+        const c10::DeviceGuard device(loaded_->device());
+        const auto near = shared_.cpus.find(loaded_->device().str());
+        if (near != shared_.cpus.end()) keep_to(near->second);  // first: what it allocates is near its thread
         apply_settings();
+        // It looks at the device in pauses that are shorter than what the kernel rounds them up to.
+        if (staging_->is_async()) prctl(PR_SET_TIMERSLACK, timer_slack_ns);
         state_.store(WorkerState::warming, std::memory_order_release);
-        model_ = shared_.model->instance();
-        const Status warm = warm_up();
+        take_model();
+        const Status warm = judged(warm_up());
+        if (warm.code == Code::device_lost) end_on_lost_device();
         if (warm.code == Code::interrupted) throw Interrupted();
         if (!warm.ok()) throw std::runtime_error(warm.message);
-        if (shared_.model->has_state()) model_ = shared_.model->instance();  // as it was before the warm-up
+        if (loaded_->has_state()) take_model();  // as it was before the warm-up
         state_.store(WorkerState::ready, std::memory_order_release);
         shared_.completions->signal();
         serve();
@@ -107,58 +54,38 @@ void Worker::run() noexcept {
         error_ = status.message;
         end = WorkerState::failed;
     }
+    // Here, as whoever joins it is to call nothing of the device.
+    if (has_lost_device()) {
+        leak(std::move(runner_));
+        leak(std::move(staging_));
+    }
+    guarded([this] { incoming_.reset(); });
+    guarded([this] { runner_.reset(); });
+    guarded([this] { staging_.reset(); });
     runs_.unbind();
     state_.store(end, std::memory_order_release);
     shared_.completions->signal();
 }
 
-// At batch size 1 and the maximum: TorchScript's executor specialises per shape and the first run of a shape
-// compiles kernels, which would otherwise be paid by the first clients.
-Status Worker::warm_up() {
-    if (shared_.example.empty()) return {};
-    const int runs = TorchModel::warm_up_runs();
-    // A copy of its own: a model that changes its input in place would change every worker's example.
-    Inputs example;
-    for (const at::Tensor& input : shared_.example) example.push_back(input.clone());
-    const size_t largest = shared_.batcher.batch_size_max();
-    for (size_t size = 1; size <= largest; size = size == largest ? largest + 1 : largest) {
-        const std::vector<const Inputs*> items(size, &example);
-        for (int run = 0; run < runs && !is_stopping(); ++run) {
-            runs_.begin(SteadyClock::now_ns());
-            const Status status = forwarded([&] {
-                const Staging::ComputeScope scope(*staging_);
-                Staged staged = staging_->gather(items);
-                staged.output = model_->run(staged.inputs);
-                staging_->fetch(staged);
-                Staging::wait(staged);
-                check_rows(staged.output, size);
-            });
-            runs_.end();
-            if (!status.ok()) return status;
-        }
-    }
-    return {};
-}
-
-// Whether the settings in force are the ones wanted.
-bool Worker::has_settings() const {
-    return threads_ == shared_.intra_op_threads.load(std::memory_order_relaxed) &&
-           staging_size_ == shared_.staging_size.load(std::memory_order_relaxed);
-}
-
-// What was set from outside since the last batch. REQUIRES: nothing is in flight.
+// What was set from outside since the last batch.
 void Worker::apply_settings() {
     const int threads = shared_.intra_op_threads.load(std::memory_order_relaxed);
     if (threads != threads_) {
         // torch gives a thread the process-wide count at its first look; let it look now, not after this setting.
         at::get_num_threads();
-        at::set_num_threads(threads);  // OpenMP keeps this per thread
+        at::set_num_threads(threads);   // OpenMP keeps this per thread
+        loaded_->use_threads(threads);  // where they are compiled in
         threads_ = threads;
     }
     const int64_t staging_size = shared_.staging_size.load(std::memory_order_relaxed);
     if (staging_size != staging_size_) {
-        const Status status =
-            guarded([&] { staging_ = std::make_unique<Staging>(shared_.model->device(), staging_size); });
+        const Status status = guarded([&] {
+            if (staging_)
+                staging_->resize(staging_size);
+            else
+                staging_ = std::make_unique<Staging>(loaded_->device(), staging_size, shared_.stats,
+                                                     loaded_->options().precision, loaded_->has_forks());
+        });
         // A batch may be in hand already. It does without a larger slot: what does not fit is gathered elsewhere.
         if (!status.ok() && !staging_) throw std::runtime_error(status.message);
         staging_size_ = staging_size;
@@ -167,7 +94,11 @@ void Worker::apply_settings() {
 
 void Worker::serve() {
     for (bool goes_on = true; goes_on;) {
-        const Status status = guarded([&] { goes_on = step(); });
+        const Status status = guarded([&] { goes_on = staging_->is_async() ? step_on_device() : step(); });
+        if (has_lost_device()) {
+            end_on_lost_device();
+            throw std::runtime_error("the device is lost");
+        }
         if (status.ok()) continue;
         // Not for one request's sake, as those are guarded by themselves. Without any it would happen again at once.
         if (!holds_permit_ && in_flight_.empty() && take_.empty()) throw std::runtime_error(status.message);
@@ -175,28 +106,26 @@ void Worker::serve() {
     }
 }
 
-// Takes a batch, or finishes one. False when there is nothing more to do.
+// Takes a batch and runs it. False when there is nothing more to do. REQUIRES: it runs on the host, else step_on_device.
 bool Worker::step() {
-    int64_t wake_at = never_ns;
-    // With one batch on the device only a full one is worth taking early: a smaller one may still grow. None is
-    // taken when there is something to be done between two batches.
-    Next next = Next::nothing;
-    if (in_flight_.empty()) {
-        next = shared_.batcher.next_batch(take_, stop_);
-    } else if (!is_stopping() && has_settings()) {
-        next = shared_.batcher.try_next(take_, wake_at, /*full_only=*/true);
+    const Next next = next_batch();
+    if (next == Next::larger) {
+        warm_up_larger();
+        return true;
     }
-    if (next == Next::batch) {
-        holds_permit_ = true;
-        if (in_flight_.empty()) apply_settings();
-        begin();
-        if (staging_->is_async() && in_flight_.size() < 2) return true;
-    }
-    if (in_flight_.empty()) return next != Next::closed;
+    if (next != Next::batch) return next != Next::closed;
+    holds_permit_ = true;
+    apply_settings();
+    begin();
+    if (in_flight_.empty()) return true;
+    finish_oldest();
+    return true;
+}
+
+void Worker::finish_oldest() {
     finish(in_flight_.front());
     in_flight_.erase(in_flight_.begin());
     end_run();
-    return true;
 }
 
 // A batch has ended; the next one may run already.
@@ -205,22 +134,11 @@ void Worker::end_run() noexcept {
     if (!in_flight_.empty()) runs_.begin(in_flight_.front().started_at);
 }
 
-// As `guarded`, for what runs the model: it may be interrupted.
-template <class Body>
-Status Worker::forwarded(const Body& body) noexcept {
-    Status status = guarded(body);
-    if (!runs_.is_interrupted()) return status;
-    runs_.forgive();
-    is_half_changed_ = model_->has_state();
-    shared_.stats.interrupted.fetch_add(1, std::memory_order_relaxed);
-    return {Code::interrupted, {}};
-}
-
 // A run that was interrupted may have changed a part of what its model keeps, and not the rest: later answers would be
 // wrong, for ever. Its worker has the model as it was loaded then, as one that was given up and replaced.
 void Worker::renew_model() {
     if (!is_half_changed_) return;
-    model_ = shared_.model->instance();
+    take_model();
     is_half_changed_ = false;
 }
 
@@ -269,86 +187,56 @@ void Worker::launch(Flight& flight) {
     if (!take_.dropped.empty()) drop(take_.dropped);
     flight.staged_at = flight.started_at;
     if (flight.requests.empty()) return;
+    fly(flight);
+}
+
+// REQUIRES: its requests' state is running.
+void Worker::fly(Flight& flight) {
     flight.status = forwarded([&] {
         renew_model();
         const Staging::ComputeScope scope(*staging_);
         std::vector<const Inputs*> items;
         items.reserve(flight.requests.size());
         for (const Request* request : flight.requests) items.push_back(&inputs_of(request));
+        await_inputs(flight.requests);
         flight.staged = staging_->gather(items);
         flight.staged_at = SteadyClock::now_ns();
-        flight.staged.output = model_->run(flight.staged.inputs);
+        if (staging_->is_async() && model_->has_state()) {
+            // It may keep its input, and the slot is filled again.
+            for (at::Tensor& input : flight.staged.inputs) input = input.clone();
+        }
+        flight.staged.output = runner_->run(flight.staged.inputs);
         check_rows(flight.staged.output, flight.requests.size());
+        shrink_output(flight);
         staging_->fetch(flight.staged);
     });
+    if (!staging_->is_async()) return;
+    const int64_t now = SteadyClock::now_ns();
+    pace_.launched(flight.requests.size(), now, now - flight.started_at);
 }
 
 void Worker::finish(Flight& flight) {
     if (!flight.requests.empty()) {
-        if (flight.status.ok()) flight.status = guarded([&] { Staging::wait(flight.staged); });
-        if (flight.status.ok() || flight.requests.size() == 1 || flight.status.code == Code::interrupted) {
+        if (flight.status.ok()) {
+            flight.status = guarded([&] {
+                staging_->wait(flight.staged);
+                // On the device nothing can be ended, and now it has ended.
+                if (staging_->is_async() && runs_.is_interrupted()) runs_.forgive();
+                staging_->collect(flight.staged);
+            });
+            if (flight.status.ok() && staging_->is_async()) note_times(flight);
+        }
+        flight.status = judged(std::move(flight.status));
+        const bool is_lost = flight.status.code == Code::device_lost;
+        if (is_lost) leak(std::move(flight.staged));
+        if (flight.status.ok() || flight.requests.size() == 1 || flight.status.code == Code::interrupted || is_lost) {
             complete(flight);
         } else {
-            run_singly(flight);
+            flight.staged = {};  // its slot is needed
+            run_again(flight);
         }
     }
     leave(flight.holds_permit);
-}
-
-// A batch is a set of independent outcomes: when it fails, each request is run alone, once, so that only the one
-// at fault fails.
-void Worker::run_singly(Flight& flight) {
-    for (; !flight.requests.empty(); flight.requests.erase(flight.requests.begin())) {
-        Flight single;
-        single.requests = {flight.requests.front()};
-        single.started_at = flight.started_at;
-        single.release = flight.release;
-        shared_.stats.retried_singly.fetch_add(1, std::memory_order_relaxed);
-        single.staged_at = SteadyClock::now_ns();
-        if (single.requests.front()->state.load(std::memory_order_acquire) != State::running) {
-            single.status.code = Code::cancelled;  // nobody waits for it any more
-            complete(single);
-            continue;
-        }
-        // Its state is running already; launch would take it for cancelled.
-        single.status = forwarded([&] {
-            renew_model();
-            const Staging::ComputeScope scope(*staging_);
-            single.staged = staging_->gather({&inputs_of(single.requests.front())});
-            single.staged.output = model_->run(single.staged.inputs);
-            check_rows(single.staged.output, 1);
-            staging_->fetch(single.staged);
-            Staging::wait(single.staged);
-        });
-        complete(single);
-    }
-}
-
-// Ends whatever the worker holds with one outcome, and waits for the memory that this takes.
-void Worker::give_back(const Status& status) noexcept {
-    const auto end = [&](Flight& flight) {
-        if (!flight.requests.empty()) {
-            guarded([&] { Staging::wait(flight.staged); });  // the device may still read what the loop will free
-            for (Request* request : flight.requests) request->try_move(State::batched, State::running);
-            flight.status = status;
-            complete(flight);
-        }
-        leave(flight.holds_permit);
-    };
-    while (holds_permit_ || !in_flight_.empty() || !take_.empty()) {
-        const Status given = guarded([&] {
-            if (!take_.dropped.empty()) drop(take_.dropped);
-            for (; !in_flight_.empty(); in_flight_.erase(in_flight_.begin())) end(in_flight_.front());
-            Flight taken;
-            taken.started_at = taken.staged_at = SteadyClock::now_ns();
-            taken.requests = take_.requests;
-            end(taken);
-            take_.requests.clear();
-            leave(holds_permit_);
-        });
-        if (!given.ok()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
-    }
-    end_run();
 }
 
 void Worker::leave(bool& holds_permit) noexcept {
@@ -359,10 +247,13 @@ void Worker::complete(Flight& flight) {
     LaneStats& stats = shared_.stats;
     auto result = std::make_unique<BatchResult>();
     result->started_at = flight.started_at;
-    result->staged_at = flight.staged_at;
     result->finished_at = SteadyClock::now_ns();
+    // Two batches are on a device at once: what each took there is not the time between its begin and its end.
+    const int64_t on_device = flight.on_device_ns;
+    result->staged_at =
+        on_device == 0 ? flight.staged_at : std::max(flight.started_at, result->finished_at - on_device);
     result->status = std::move(flight.status);
-    if (result->status.ok()) result->output = std::move(flight.staged.output);
+    if (result->status.ok()) finish_output(flight, *result);
     const size_t count = flight.requests.size();
     result->batch_size = static_cast<uint32_t>(count);
     result->release = flight.release;
@@ -374,14 +265,19 @@ void Worker::complete(Flight& flight) {
             stats.failed.fetch_add(1, std::memory_order_relaxed);
         }
     }
-    stats.staging.observe(static_cast<double>(flight.staged_at - flight.started_at) * seconds_per_ns);
-    stats.inference.observe(static_cast<double>(result->finished_at - flight.staged_at) * seconds_per_ns);
+    const int64_t staging_ns = flight.staged_at - flight.started_at + flight.upload_ns;
+    stats.staging.observe(static_cast<double>(staging_ns) * seconds_per_ns);
+    stats.inference.observe(static_cast<double>(on_device == 0 ? result->finished_at - flight.staged_at : on_device) *
+                            seconds_per_ns);
     stats.batch_size.observe(static_cast<double>(count));
     stats.batches.fetch_add(1, std::memory_order_relaxed);
     if (flight.staged.is_fallback) stats.staging_fallback.fetch_add(1, std::memory_order_relaxed);
     batches_.fetch_add(1, std::memory_order_relaxed);
     result->requests = std::move(flight.requests);
-    flight.staged = {};  // lets go of the slot's memory and of the request's inputs before the loop frees them
+    // The request's inputs are let go before the loop frees them. Nothing on a device looks into those, and to let its
+    // memory go may end the process when the device is lost: answers first.
+    Staged staged = std::move(flight.staged);
+    if (!staging_ || !staging_->is_async()) staged = {};
     push(std::move(result));
 }
 

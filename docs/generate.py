@@ -175,14 +175,16 @@ def model_config_allowed(key: str) -> str:
     choices = inspect.getclosurevars(read).nonlocals.get("choices")
     if choices:
         return " or ".join(choices)
+    if "example" in inspect.getclosurevars(read).nonlocals:
+        return "0% to 100%, or 0 to 1"
     others: dict[Any, str] = {
         model_config._boolean: "true or false",
         model_config._device_type: " or ".join(model_config.DEVICE_TYPES),
         model_config._device_ids: "a list of device numbers",
+        model_config._buckets: "true, false or a list of batch sizes",
         model_config._mapping: "a mapping",
         model_config._inputs: "a mapping, or a list of them",
         model_config._positive: "a number above 0",
-        model_config._share: "0% to 100%, or 0 to 1",
     }
     return others[read]
 
@@ -284,11 +286,12 @@ def metrics_page() -> str:
 
 def own_metrics() -> Iterator[tuple[str, str, str]]:
     """(name as it is scraped, kind, text) of what the server shows beside TorchServe's metrics."""
+    from pyserve.telemetry.device_metrics import loss_family
     from pyserve.telemetry.loop_watch import empty_families
     from pyserve.telemetry.metrics import Metrics
 
     declared = {each.name.removesuffix("_total") for each in torchserve_metrics()}
-    for family in (*Metrics().collect(), *empty_families()):
+    for family in (*Metrics().collect(), *empty_families(), loss_family({})):
         if family.name.removesuffix("_total") not in declared:
             yield family.name + ("_total" if family.type == "counter" else ""), family.type, family.documentation
 

@@ -40,6 +40,7 @@ from pyserve.handlers.loading import (
     load_library,
     load_package,
     load_torchscript,
+    package_device,
     run_ort_session,
     setup_ort_session,
 )
@@ -80,7 +81,7 @@ class BaseHandler:
         context: the model's; while a stage runs it is about the requests at hand.
         model_pt_path: path of the weights, None if the archive has none.
         manifest, model_yaml_config: the archive's MANIFEST.json and model-config.yaml as dicts.
-        map_location: kind of the device weights are read to: "cuda", "xpu", "mps" or "cpu".
+        map_location: kind of the device weights are read to: "cpu", "cuda" or another accelerator's.
         explain: whether the request at hand asks for an explanation.
         target: class to explain.
         profiler_args: arguments of torch.profiler.profile, used when ENABLE_TORCH_PROFILER is set.
@@ -124,7 +125,7 @@ class BaseHandler:
         self.model_yaml_config = getattr(context, "model_yaml_config", None) or {}
         properties = context.system_properties
         self.device = choose_device(properties.get("gpu_id"))
-        self.map_location = self.device.type if self.device.type in ("cuda", "xpu", "mps") else "cpu"
+        self.map_location = self.device.type if self.device.type != "xla" else "cpu"
         model_dir = Path(properties["model_dir"])
         serialized = self.manifest.get("model", {}).get("serializedFile")
         self.model_pt_path = str(model_dir / serialized) if serialized else None
@@ -174,7 +175,8 @@ class BaseHandler:
             return setup_ort_session(model_pt_path, self.map_location or "cpu")
         if kind == "library":
             return self._load_torch_export_aot_compile(model_pt_path)
-        return load_package(Path(model_pt_path), self.get_device())
+        self.device = package_device(Path(model_pt_path), self.get_device())
+        return load_package(Path(model_pt_path), self.device)
 
     def _made_ready(self, model: Any) -> Any:
         """``model`` on the handler's device and in eval mode: a subclass's own way of loading need not see to it."""

@@ -22,6 +22,8 @@ import torch
 
 from pyserve.handler import ModelLoadError
 from pyserve.handlers.mapped_load import mapped_file
+from pyserve.handlers.safetensors_file import SUFFIX, looks_like_safetensors, read_safetensors
+from pyserve.handlers.shared_weights import share_weights
 from pyserve.handlers.skipped_init import SkipRandomFill, StaleMemory, StaleNumberUsedError
 from pyserve.handlers.source_file import import_file
 from pyserve.torch_error import cause_of
@@ -36,8 +38,10 @@ def load_eager_model(
     device: torch.device | str = "cpu",
     *,
     plain: bool = False,
+    name: str = "",
 ) -> torch.nn.Module:
-    """The model of ``model_file`` with ``weights`` (a state dict saved by torch.save), on ``device``, in eval mode.
+    """The model of ``model_file`` with ``weights`` (a state dict, of torch.save or as safetensors), on ``device``, in
+    eval mode.
 
     It is the one that building the class and copying the weights into it makes. Random initialisation is left out, and
     the file's tensors are used in place of the model's, where that makes the very same model.
@@ -47,6 +51,7 @@ def load_eager_model(
         model_file: name of the Python file.
         weights: the state dict's file; None keeps the model as its class builds it.
         plain: take no short way.
+        name: of the weights' file, if ``weights`` is an open one.
 
     Raises:
         ModelLoadError: the file holds not exactly one class, the class cannot be built, or the weights do not fit.
@@ -54,7 +59,7 @@ def load_eager_model(
     cls = _model_class(model_dir, model_file)
     if weights is None:
         return _built(cls, model_file).to(device).eval()
-    name = weights.name if isinstance(weights, Path) else "the weights"
+    name = weights.name if isinstance(weights, Path) else name or "the weights"
     state = read_state_dict(weights, name)
     target = f"{cls.__name__} in {model_file}"
     model = None if plain else _built_the_short_way(cls, state)
@@ -88,6 +93,7 @@ def _built_the_short_way(cls: type, state: Mapping[str, torch.Tensor]) -> torch.
         with SkipRandomFill(stale):
             model = cls()
         if isinstance(model, torch.nn.Module):
+            state = _completed(model, state)
             assign = _all_become_stale(model, state, stale)
             with SkipRandomFill(stale):
                 model.load_state_dict(_copied(state), assign=assign)
@@ -157,6 +163,8 @@ def read_state_dict(weights: Path | BinaryIO, name: str) -> Mapping[str, torch.T
         ModelLoadError: the file is missing, damaged, or holds anything but named tensors.
     """
     try:
+        if name.lower().endswith(SUFFIX) or looks_like_safetensors(weights):
+            return _shared_state(read_safetensors(weights, name), weights)
         original = mapped_file(weights) if isinstance(weights, Path) else None
         state = torch.load(original or weights, map_location="cpu", weights_only=True, mmap=original is not None)
     except FileNotFoundError as error:
@@ -166,7 +174,7 @@ def read_state_dict(weights: Path | BinaryIO, name: str) -> Mapping[str, torch.T
             f"{name} is not a file of weights only: {cause_of(str(error))}. "
             "Save the model's weights with torch.save(model.state_dict(), path)."
         ) from error
-    except MemoryError:
+    except (MemoryError, ModelLoadError):
         raise
     except Exception as error:
         # torch's unpickler raises errors of many classes on damaged files; whatever it was, the file is at fault.
@@ -184,9 +192,41 @@ def read_state_dict(weights: Path | BinaryIO, name: str) -> Mapping[str, torch.T
     return state
 
 
+def _shared_state(state: dict[str, torch.Tensor], weights: Path | BinaryIO) -> Mapping[str, torch.Tensor]:
+    """``state``, in memory that worker processes of one model share."""
+    if isinstance(weights, Path):
+        holder = torch.nn.Module()
+        for number, tensor in enumerate(state.values()):
+            holder.register_buffer(str(number), tensor)
+        share_weights(holder, weights)
+    return SharedNames(state)
+
+
+class SharedNames(OrderedDict[str, torch.Tensor]):
+    """A state dict without the further names of tensors that have several: safetensors files have none of them."""
+
+
+def _completed(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """``state`` with the names that safetensors leave out: of tensors that are, in the model, one with a given one."""
+    if not isinstance(state, SharedNames):
+        return state
+    own = model.state_dict()
+    given = {_place(own[key]): value for key, value in state.items() if key in own}
+    left_out = {key: _place(tensor) for key, tensor in own.items() if key not in state}
+    missing = {key: given[place] for key, place in left_out.items() if place in given}
+    return OrderedDict({**state, **missing}) if missing else state
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    """The same for two tensors that are one; by the memory of its own for one without numbers."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.numel():
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
 def _fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], target: str, name: str) -> None:
     try:
-        model.load_state_dict(_copied(state))
+        model.load_state_dict(_copied(_completed(model, state)))
     except RuntimeError as error:
         own = model.state_dict()
         lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]

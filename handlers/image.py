@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pyserve.handler import InputError
 from pyserve.handlers.picture_memory import MEMORY, pixel_count_max, pixel_size
+from pyserve.handlers.pixels import IDENTITY, Normalization
 from pyserve.handlers.rows import found
 
 # What a picture may be (JPEG's opener also takes MPO). Formats that Pillow hands to another program, such as
@@ -76,7 +77,7 @@ def opened_picture(
         InputError: as `open_picture`.
         OverloadedError: there was no room for it.
     """
-    picture = _opened(body, limit_pixels=limit_pixels)
+    picture = picture_header(body, limit_pixels=limit_pixels)
     pixel_count, per_pixel = picture.width * picture.height, pixel_size(picture.mode)
     if limit_pixels and pixel_count * per_pixel > MEMORY.size_max:
         picture.close()
@@ -110,8 +111,8 @@ def _working_size(mode: str) -> int:
     return 4
 
 
-def _opened(body: bytes | bytearray | memoryview, *, limit_pixels: bool) -> Image.Image:
-    """Not decoded yet."""
+def picture_header(body: bytes | bytearray | memoryview, *, limit_pixels: bool) -> Image.Image:
+    """A picture that is not decoded yet. InputError as of `open_picture`."""
     try:
         picture = Image.open(io.BytesIO(body), formats=FORMATS)
         pixel_count = picture.width * picture.height
@@ -181,27 +182,33 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
+def size_resized(width: int, height: int, size: int) -> tuple[int, int]:
+    """Width and height of a picture whose shorter side becomes ``size``, as `resized` has them. InputError as there."""
+    short, long = sorted((width, height))
+    new_long = int(size * long / short)
+    if size * new_long > PIXEL_COUNT_MAX:
+        raise InputError(f"the picture is too long and thin: {width} x {height} pixels; crop it first")
+    return (size, new_long) if width <= height else (new_long, size)
+
+
 def resized(picture: Image.Image, size: int) -> Image.Image:
     """Bilinear (antialiased) to ``size`` pixels on the shorter side, the longer one in proportion, rounded down.
 
     Raises:
         InputError: the picture is so long and thin that the result would be too large.
     """
-    short, long = sorted(picture.size)
-    new_long = int(size * long / short)
-    if size * new_long > PIXEL_COUNT_MAX:
-        raise InputError(f"the picture is too long and thin: {picture.width} x {picture.height} pixels; crop it first")
-    new_size = (size, new_long) if picture.width <= picture.height else (new_long, size)
+    new_size = size_resized(picture.width, picture.height, size)
     return picture if picture.size == new_size else picture.resize(new_size, Image.Resampling.BILINEAR)
 
 
 def center_cropped(picture: Image.Image, size: int) -> Image.Image:
     """The ``size`` x ``size`` pixels at the centre; a side that is shorter is filled up with black."""
-    left, top = (_crop_start(length, size) for length in picture.size)
+    left, top = (crop_start(length, size) for length in picture.size)
     return picture.crop((left, top, left + size, top + size))
 
 
-def _crop_start(length: int, size: int) -> int:
+def crop_start(length: int, size: int) -> int:
+    """Where the ``size`` pixels at the centre of ``length`` begin; negative if there are not as many."""
     # Python's round is to even, as torchvision's; padding puts the odd pixel at the far side.
     return round((length - size) / 2.0) if length >= size else -((size - length) // 2)
 
@@ -224,6 +231,7 @@ class ImageNetTransform:
     ):
         self.resize = resize
         self.crop = crop
+        self.normalization = Normalization.of(mean, std)
         self._mean = np.array(mean, np.float32).reshape(3, 1, 1)
         self._std = np.array(std, np.float32).reshape(3, 1, 1)
 
@@ -233,20 +241,28 @@ class ImageNetTransform:
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """One picture of any mode -> its tensor. InputError if its pixels cannot be used."""
-        # Each channel is resized by itself, so of grey one is enough: the same numbers in a quarter of the memory.
-        plain = picture if picture.mode == "L" else picture.convert("L") if picture.mode == "1" else to_rgb(picture)
-        square = to_rgb(center_cropped(resized(plain, self.resize), self.crop))
         # In numpy: torch would start a thread team of its own in every calling thread.
-        channels = np.asarray(square).transpose(2, 0, 1)
+        channels = np.asarray(self._square(picture)).transpose(2, 0, 1)
         pixels = np.empty((3, self.crop, self.crop), np.float32)
         np.divide(channels, np.float32(255), out=pixels)
         pixels -= self._mean
         pixels /= self._std
         return torch.from_numpy(pixels)
 
+    def pixels(self, picture: Image.Image) -> torch.Tensor:
+        """As a call, but the bytes [crop, crop, 3] that are not normalised yet."""
+        return torch.from_numpy(np.array(self._square(picture)))
+
+    def _square(self, picture: Image.Image) -> Image.Image:
+        # Each channel is resized by itself, so of grey one is enough: the same numbers in a quarter of the memory.
+        plain = picture if picture.mode == "L" else picture.convert("L") if picture.mode == "1" else to_rgb(picture)
+        return to_rgb(center_cropped(resized(plain, self.resize), self.crop))
+
 
 class RgbTransform:
     """Picture -> float32 tensor [3, height, width] of its red, green and blue, 0 to 1; sizes stay as they are."""
+
+    normalization = IDENTITY
 
     def working_size(self, mode: str) -> int:
         """Bytes per pixel that a call needs beside the picture: RGB, its bytes and its numbers."""
@@ -256,6 +272,10 @@ class RgbTransform:
         """One picture of any mode -> its tensor. InputError if its pixels cannot be used."""
         channels = np.asarray(to_rgb(picture)).transpose(2, 0, 1)
         return torch.from_numpy(np.divide(channels, np.float32(255), order="C", dtype=np.float32))
+
+    def pixels(self, picture: Image.Image) -> torch.Tensor:
+        """As a call, but bytes [height, width, 3]."""
+        return torch.from_numpy(np.array(to_rgb(picture)))
 
 
 def _kind_found(body: bytes | bytearray | memoryview) -> str:

@@ -41,6 +41,15 @@ class ImageClassifier(VisionHandler):
             shape = f"shape {list(data.shape)}" if isinstance(data, torch.Tensor) else f"a {type(data).__name__}"
             raise HandlerError(f"image_classifier needs scores [batch, classes] from the model, got {shape}")
         probabilities, classes = torch.softmax(data.float(), dim=1).topk(min(self.topk, data.shape[1]), dim=1)
+        return self.finished(probabilities, classes)
+
+    @property
+    def finish(self) -> tuple[str, int]:
+        """What a worker may do of `postprocess` in its place; `finished` does the rest."""
+        return "ranked", self.topk
+
+    def finished(self, probabilities: torch.Tensor, classes: torch.Tensor) -> list[Any]:
+        """Answers from the most probable classes of each row [n, k], the most probable first."""
         return [
             labelled(row, indices, self.mapping)
             for row, indices in zip(self.json_values(probabilities), classes.tolist(), strict=True)

@@ -14,8 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyserve import devices
 from pyserve.handler import ModelLoadError
+from pyserve.handlers.safetensors_file import SUFFIX as SAFETENSORS
 from pyserve.handlers.shared_weights import share_weights
+from pyserve.proof.export_rules import read_exported
+from pyserve.proof.package_machine import check_machine, compiled_for
 from pyserve.proof.package_rules import CheckedPackage, check_filling, read_program
 
 log = logging.getLogger(__name__)
@@ -37,10 +41,8 @@ _TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 def choose_device(gpu_id: int | None) -> torch.device:
     """The accelerator a worker was given, by the kind this machine has; the CPU without one."""
     if gpu_id is not None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", gpu_id)
-        if os.environ.get("TS_IPEX_GPU_ENABLE", "false").lower() == "true" and torch.xpu.is_available():
-            return torch.device("xpu", gpu_id)
+        if devices.count():
+            return torch.device(devices.name_of(gpu_id))
         if torch.backends.mps.is_available():
             return torch.device("mps")
     if XLA_AVAILABLE:
@@ -59,12 +61,19 @@ def kind_of(path: Path) -> str:
     kind = {".onnx": "onnx", ".so": "library", ".pt2": "package"}.get(suffix)
     if suffix in _TORCHSCRIPT_SUFFIXES:
         kind = "torchscript"
+    if suffix == SAFETENSORS:
+        raise ModelLoadError(without_model_file(path.name))
     if kind is None:
         raise ModelLoadError(
             f"{path.name}: this handler loads TorchScript (.pt), ONNX (.onnx), what torch.export compiled (.pt2, .so), "
-            "or a state dict (.pth) together with a --model-file"
+            "or a state dict (.pth, .safetensors) together with a --model-file"
         )
     return kind
+
+
+def without_model_file(name: str) -> str:
+    """What to say of a file of weights only that came without a model file."""
+    return f"{name} holds weights only; pack the file with the model's class too, with --model-file"
 
 
 def load_torchscript(path: Path, device: torch.device | None) -> torch.jit.ScriptModule:
@@ -105,6 +114,25 @@ def _make_resizable(model: torch.jit.ScriptModule) -> None:
             buffer.data = buffer.clone()
 
 
+def package_device(path: Path, device: torch.device) -> torch.device:
+    """Where the network of a ``.pt2`` file runs: on ``device``, or on the CPU if it was compiled for that.
+
+    Raises:
+        ModelLoadError: it is damaged, or was compiled for another kind of device.
+    """
+    _check_exists(path)
+    kind = compiled_for(path)
+    if kind in ("", device.type):
+        return device
+    if kind != "cpu":
+        raise ModelLoadError(
+            f"{path.name} was compiled for {kind}, but the worker has {device}; compile it again for {device.type}, or "
+            f"serve it where there is {kind}"
+        )
+    log.info("%s was compiled for the CPU and runs there, not on %s", path.name, device)
+    return torch.device("cpu")
+
+
 def load_package(path: Path, device: torch.device) -> Any:
     """The network of a ``.pt2`` file: compiled by AOTInductor, or exported by torch.export and run as it is.
 
@@ -116,14 +144,15 @@ def load_package(path: Path, device: torch.device) -> Any:
         with zipfile.ZipFile(path) as file:
             is_compiled = any("aotinductor" in name for name in file.namelist())
         if is_compiled:
+            check_machine(path, path.name)
             inductor = importlib.import_module("torch._inductor")
             call = inductor.aoti_load_package(str(path), device_index=-1 if device.index is None else device.index)
-            return _checked(call, path)
+            return _checked(call, path, device)
         program = torch.export.load(str(path))
         if device.type != "cpu":
             program = importlib.import_module("torch.export.passes").move_to_device_pass(program, device)
-        return program.module()
-    except (torch.OutOfMemoryError, MemoryError):
+        return _checked(program.module(), path, device, is_compiled=False)
+    except (torch.OutOfMemoryError, MemoryError, ModelLoadError):
         raise
     except Exception as error:
         # The reader raises errors of many classes on damaged files; whatever it was, the file is at fault.
@@ -133,18 +162,18 @@ def load_package(path: Path, device: torch.device) -> Any:
         ) from error
 
 
-def _checked(call: Any, path: Path) -> Any:
-    """A compiled program that runs only what it was compiled for, if it says what that is.
+def _checked(call: Any, path: Path, device: torch.device, *, is_compiled: bool = True) -> Any:
+    """A compiled or exported program that runs only what it was made for, if it says what that is.
 
     Raises:
         ModelLoadError: it takes no item alone, and cannot be given one in a batch either.
     """
     try:
-        program = read_program(path, path.name)
+        program = (read_program if is_compiled else read_exported)(path, path.name)
     except ModelLoadError as error:
         log.warning("requests cannot be checked: %s", error.message)
         return call
-    check_filling(lambda inputs: call(*inputs), program, path.name)
+    check_filling(lambda inputs: call(*(each.to(device) for each in inputs)), program, path.name)
     return CheckedPackage(call, program)
 
 

@@ -9,7 +9,6 @@ import torch
 
 from pyserve.handler import HandlerError
 from pyserve.handlers.image import RgbTransform
-from pyserve.handlers.rows import row_value
 from pyserve.handlers.vision_handler import VisionHandler
 
 
@@ -32,7 +31,7 @@ class ObjectDetector(VisionHandler):
         Raises:
             InputError: a row is no picture.
         """
-        pictures = [self._pixels(row_value(row)).to(self.get_device()) for row in data]
+        pictures = [self._uploaded(picture.unsqueeze(0))[0] for picture in self._pictures(data)]
         return torch.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else pictures
 
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:

@@ -26,9 +26,7 @@ def profiler(arguments: Mapping[str, Any], model_name: str) -> torch.profiler.pr
     """
     chosen = dict(arguments)
     if "activities" not in chosen:
-        chosen["activities"] = [torch.profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            chosen["activities"].append(torch.profiler.ProfilerActivity.CUDA)
+        chosen["activities"] = sorted(torch.profiler.supported_activities(), key=lambda each: each.value)
     chosen.setdefault("record_shapes", True)
     if "on_trace_ready" not in chosen:
         folder = os.path.join(TRACE_FOLDER, os.path.basename(model_name) or "model")

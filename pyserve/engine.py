@@ -62,9 +62,15 @@ class Engine:
         self._signals = 0
         loop.add_reader(self._engine.fileno(), self._on_readable)
 
-    def add_lane(self, model: _core.TorchModel, example: list[torch.Tensor], capacity: int) -> _core.Lane:
-        """A lane without workers. ``capacity``: a power of two, more requests than may ever wait."""
-        lane: _core.Lane = self.core.Lane(self._engine, model, example, capacity)
+    def add_lane(self, models: list[_core.TorchModel], example: list[torch.Tensor], capacity: int) -> _core.Lane:
+        """A lane without workers.
+
+        Args:
+            models: one and the same, loaded on each device.
+            capacity: a power of two, more requests than may ever wait.
+        """
+        lane: _core.Lane = self.core.Lane(self._engine, models[0], example, capacity)
+        lane.set_models(models)
         return lane
 
     def add_process_lane(self, capacity: int) -> _core.ProcessLane:
@@ -113,6 +119,10 @@ class Engine:
             await future
         finally:
             self._watchers.remove(look)
+
+    def watch(self, look: Callable[[], None]) -> None:
+        """Has ``look`` called after each change of a worker's state, from now on."""
+        self._watchers.append(look)
 
     def close(self) -> None:
         """Stops listening. Lanes are closed by their models."""

@@ -247,12 +247,18 @@ def shown(name: str) -> str:
 TEXT_SIZE_MAX = 2000
 
 
-# What the CPU's allocators of torch say; the class is RuntimeError.
-_ALLOCATION = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
+# What torch's allocators, and the drivers and libraries of devices, say where the class is RuntimeError: also within
+# TorchScript, which makes that of all exceptions.
+_ALLOCATION = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory| out of memory\. Tried to allocate|error: out of memory"
+    r"|_STATUS_ALLOC_FAILED|UR_RESULT_ERROR_OUT_OF"
+)
+# Of a driver: cudaErrorMemoryAllocation, hipErrorOutOfMemory.
+_DRIVER_OUT_OF_MEMORY = 2
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether memory ran out, of the machine or of a GPU; recognised by type, not by words such as CUDA."""
+    """Whether memory ran out, of the machine or of a GPU; recognised by type where there is one."""
     if isinstance(error, MemoryError):
         return True
     torch = sys.modules.get("torch")
@@ -261,7 +267,13 @@ def is_memory_error(error: BaseException) -> bool:
     of_torch = getattr(torch, "OutOfMemoryError", None) or torch.cuda.OutOfMemoryError
     if isinstance(error, of_torch):
         return True
-    return type(error) is RuntimeError and _ALLOCATION.search(text_of(error)) is not None
+    of_driver = getattr(torch, "AcceleratorError", None)
+    if of_driver is not None and isinstance(error, of_driver):
+        if getattr(error, "error_code", None) == _DRIVER_OUT_OF_MEMORY:
+            return True
+    elif type(error) is not RuntimeError:
+        return False
+    return _ALLOCATION.search(text_of(error)) is not None
 
 
 # What the machine may lack for a while: descriptors, memory, processes, room on a disk.

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from pyserve.cpu_budget import cpu_budget
+from pyserve.cuda_environment import server_variables, without_own
 from pyserve.errors import JsonObject
 
 ROOT_DIR = Path(__file__).resolve().parent.parent  # where the package lies
@@ -52,6 +53,9 @@ EXIT_WILL_FAIL_AGAIN = 3
 
 EXIT_REPLACED = 5
 """Exit code of a server that was drained because another process is to take its place."""
+
+EXIT_DEVICE_LOST = 6
+"""Exit code of a server that cannot use a device any more, and has answered whoever waited for it."""
 
 REPORT_SIZE_MAX = 4 << 20
 """Bytes; a longer line is no report of ours and is dropped."""
@@ -85,6 +89,9 @@ def spawn(
     Raises:
         OSError: the command cannot be started.
     """
+    environment = child_environment()
+    if variable == SERVER_VARIABLE:
+        environment |= server_variables(environment)
     reports_fd, report_fd = os.pipe2(os.O_CLOEXEC)
     handover_fd = os.memfd_create("pyserve-handover", os.MFD_CLOEXEC)
     try:
@@ -97,7 +104,7 @@ def spawn(
             stdout=output_fd,
             stderr=output_fd,
             cwd=child_folder(),
-            env=child_environment() | {variable: json.dumps({"config_fd": handover_fd, "report_fd": report_fd})},
+            env=environment | {variable: json.dumps({"config_fd": handover_fd, "report_fd": report_fd})},
             pass_fds=[handover_fd, report_fd, *files, *(each.fileno() for each in sockets)],
             # Away from the terminal's process group: Ctrl-C reaches the starter only, which passes it on once.
             start_new_session=True,
@@ -114,7 +121,10 @@ def spawn(
 
 def child_environment() -> dict[str, str]:
     """Our environment; a checkout that is found through the current folder only is named to the child."""
-    environment = {k: v for k, v in os.environ.items() if k not in (SERVER_VARIABLE, SUPERVISOR_VARIABLE)}
+    environment = {
+        name: value for name, value in without_own(os.environ).items()
+        if name not in (SERVER_VARIABLE, SUPERVISOR_VARIABLE)
+    }  # fmt: skip
     # How long threads of one operation spin while they wait for each other. GNU OpenMP's default is milliseconds:
     # as soon as anything else wants a core, whole time slices are spun away (bench/README.md has the figures).
     # Not spinning at all makes a network of many small operations slower than one thread would be.

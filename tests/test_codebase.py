@@ -23,6 +23,7 @@ FLOORS = [
     "archive telemetry security http1 handlers",
     "fetch worker",
     "conversion lanes",
+    "backends",
     "models",
     "api",
     "grpc_api",
@@ -41,11 +42,17 @@ MODULES |= {
     for room, folder in ROOM_PATHS.items()
     for path in sorted(folder.glob("*.py"))
 }
-SOURCES = [*MODULES.values(), *sorted((ROOT / "bench").glob("*.py")), ROOT / "setup.py"]
+SOURCES = [
+    *MODULES.values(),
+    *sorted((ROOT / "bench").glob("*.py")),
+    *sorted((ROOT / "bench/gpu_steps").glob("*.py")),
+    ROOT / "setup.py",
+]
 
 # Import no torch: the supervisor, the command line, and the server until its archives are open.
 NO_TORCH = [
-    "archive.archive", "archive.packing", "commands.check", "commands.cli", "commands.config", "commands.debug",
+    "archive.archive", "archive.packing", "backends.kept", "backends.making", "backends.table", "commands.check",
+    "commands.cli", "commands.config", "commands.debug",
     "commands.deploy", "commands.dev", "commands.start", "commands.status", "commands.stop", "commands.trial",
     "commands.tune", "config.config", "conversion.torchscript", "handler", "lanes.spawner", "launch",
     "models.state_file", "server.main", "server.supervisor", "worker.failure", "worker.zygote",
@@ -58,7 +65,7 @@ PLAIN_CPP = [
     "status.h", "clock.h", "probe.h", "ring.h", "waiter.h", "request.h", "completion.h", "batcher.h", "stats.h",
     "pool.h", "release_reason.h", "result.h", "frame.h", "poller.h", "memory_file.h", "process_worker.h",
     "process_worker.cpp", "process_worker_end.cpp", "reruns.h", "process_lane.h", "process_lane.cpp",
-    "worker_channel.h", "worker_channel.cpp",
+    "worker_channel.h", "worker_channel.cpp", "buckets.h", "batch_report.h",
 ]  # fmt: skip
 
 

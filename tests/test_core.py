@@ -165,9 +165,9 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, dict[str, object]]]:
     rows["window elsewhere"] = (good, {"offset": 100})
     rows["unknown device"] = (good, {"device": "abacus"})
     rows["unknown precision"] = (good, {"precision": "int8"})
-    rows["package in a window"] = (good, {"is_package": True, "offset": 8})
-    rows["package with a precision"] = (good, {"is_package": True, "precision": "bf16"})
-    rows["no package"] = (good, {"is_package": True})
+    rows["package in a window"] = (good, {"backend": "aotinductor", "offset": 8})
+    rows["package with a precision"] = (good, {"backend": "aotinductor", "precision": "bf16"})
+    rows["no package"] = (good, {"backend": "aotinductor"})
     return rows
 
 
@@ -226,7 +226,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.compiles
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
 def test_a_package_answers_as_torch_does(package: Path, batch_size: int) -> None:
-    model = _core.TorchModel.load(str(package), EXAMPLE, is_package=True, package_runners_max=2)
+    model = _core.TorchModel.load(str(package), EXAMPLE, backend="aotinductor", runners_max=2)
     x = torch.randn(batch_size, 16)
     torch.testing.assert_close(model.run([x]), Affine()(x), atol=1e-5, rtol=1e-5)
 

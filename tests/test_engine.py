@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pyserve import _core
-from tests.support.lane_bench import FAR, LaneBench, worker_thread_count
+from tests.support.lane_bench import LaneBench, worker_thread_count
 from tests.support.networks import (
     POISON,
     Affine,
@@ -38,14 +38,20 @@ EXAMPLE = [torch.zeros(1, 16)]
 MakeBench = Callable[..., LaneBench]
 
 
+@pytest.fixture(params=["cpu", pytest.param("accelerator", marks=pytest.mark.accelerator)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every test runs on both; ``accelerator`` is a simulated one where there is no other."""
+    return "cpu" if request.param == "cpu" else request.getfixturevalue("accelerator")
+
+
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[MakeBench]:
+def bench(tmp_path: Path, device: str) -> Iterator[MakeBench]:
     """Makes benches and closes them."""
     made: list[LaneBench] = []
 
     def make(network: nn.Module, example: list[torch.Tensor] | None = None, **options: Any) -> LaneBench:
         path = save_script(network, tmp_path / f"{len(made)}.pt")
-        made.append(LaneBench(path, EXAMPLE if example is None else example, **options))
+        made.append(LaneBench(path, EXAMPLE if example is None else example, device=device, **options))
         return made[-1]
 
     yield make
@@ -162,7 +168,7 @@ def test_outputs_share_no_memory_with_staging_or_requests(bench: MakeBench, netw
     for i, x in enumerate(first):
         lane.submit(i, x)
     lane.wait_for(size)
-    outputs = dict(lane.answers)
+    outputs = dict(lane.views)
     for i, x in enumerate(second):
         lane.submit(size + i, x)
     lane.wait_for(2 * size)
@@ -362,7 +368,9 @@ def test_never_more_batches_run_than_allowed(gated: Callable[..., LaneBench], ga
     lane, x = gated(workers=4, running=2), torch.ones(1, 16)
     gate.shut()
     runs = gate.runs
-    for i in range(40):
+    lane.submit(0, x)
+    lane.wait(lambda: gate.runs == runs + 1)  # two that begin at the same moment may count as one
+    for i in range(1, 40):
         lane.submit(i, x)
     lane.wait(lambda: gate.runs == runs + 2)
     most = 0
@@ -420,8 +428,8 @@ class Owner:
 
 
 @pytest.mark.parametrize("way", ["answered", "queued at join", "answered but not drained", "dropped lane"])
-def test_owners_are_released(bench: MakeBench, tmp_path: Path, way: str) -> None:
-    lane = LaneBench(save_script(Identity(), tmp_path / "m.pt"), EXAMPLE)
+def test_owners_are_released(device: str, tmp_path: Path, way: str) -> None:
+    lane = LaneBench(save_script(Identity(), tmp_path / "m.pt"), EXAMPLE, device=device)
     if way == "queued at join":
         lane.lane.set_workers(0)
     owners = [Owner() for _ in range(50)]
@@ -447,8 +455,8 @@ def test_owners_are_released(bench: MakeBench, tmp_path: Path, way: str) -> None
     assert [watch for watch in watches if watch() is not None] == []
 
 
-def test_a_completion_may_be_drained_after_its_lane_has_gone(tmp_path: Path) -> None:
-    lane = LaneBench(save_script(Identity(), tmp_path / "m.pt"), EXAMPLE)
+def test_a_completion_may_be_drained_after_its_lane_has_gone(device: str, tmp_path: Path) -> None:
+    lane = LaneBench(save_script(Identity(), tmp_path / "m.pt"), EXAMPLE, device=device)
     for i in range(20):
         lane.submit(i, torch.full((1, 16), float(i)))
     while sum(lane.lane.stats()["batch_size"][1]) < 20:
@@ -469,34 +477,11 @@ def test_a_hundred_thousand_requests_leave_no_memory_behind(bench: MakeBench) ->
             if i % 500 == 499:
                 lane.wait_for(i + 1)
                 lane.completions.clear()
+                lane.views.clear()
         lane.wait_for(count)
-        lane.answers.clear()
-        lane.completions.clear()
+        lane.forget()
 
     push(10_000)
     before = process.memory_info().rss
     push(100_000)
     assert process.memory_info().rss - before < 64 << 20
-
-
-@pytest.mark.gpu
-def test_answers_on_the_accelerator_are_those_of_the_cpu(bench: MakeBench) -> None:
-    network, xs = Affine(), items(400)
-    expected = [network(x)[0] for x in xs]
-    lane = bench(network, batch=8, workers=2, device="cuda:0")
-    for i, x in enumerate(xs):
-        lane.submit(i, x)
-    lane.wait_for(len(xs))
-    for i, answer in lane.answers.items():
-        assert answer.device.type == "cpu"
-        torch.testing.assert_close(answer, expected[i], atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.gpu
-def test_staging_buffers_are_reused_only_when_their_copy_is_over(bench: MakeBench) -> None:
-    lane = bench(Identity(), [torch.zeros(1, 1 << 16)], batch=4, device="cuda:0")
-    for i in range(200):
-        lane.submit(i, torch.full((1, 1 << 16), float(i)))
-    lane.wait_for(200)
-    assert all(bool((lane.answers[i] == i).all()) for i in range(200))
-    assert FAR > lane.completions[-1].finished_at > 0

@@ -46,6 +46,8 @@ PAGE_SIZE_MAX = 100
 RETRY_TIMEOUT_DEFAULT_S = 300
 ALL_VERSIONS = "all"
 SCALING = "Processing worker updates..."
+PAGEABLE = ("the host refused page-locked memory, so that batches are copied through other memory, which is slower; "
+            "raise its limit (ulimit -l) or lower batchSize")  # fmt: skip
 _UNUSED_NAMES = ("number_gpu", "timeout")
 
 
@@ -384,13 +386,19 @@ def _own_description(model: Model, *, tells_errors: bool) -> JsonObject:
     own |= {
         "device": model.device,
         "weightsShared": model.lane == "native",
-        "copies": 1 if model.lane == "native" else len(model.worker_rows()),
+        "copies": model.copies,
         "weightsSize": model.weights_size,
         "minBatch": model.min_batch,
         "precision": model.precision,
         "checks": model.checks(),
     }
     stats = model.stats()
+    if model.native_devices:  # the rest of what is special there is among the checks
+        own["devices"] = [*model.native_devices]
+        if stats.get("batch_ceiling"):
+            own["batchCeiling"] = stats["batch_ceiling"]
+        if stats.get("pinned_refused"):
+            own["stagingNote"] = PAGEABLE
     if "batch_size" in stats:
         bounds, counts, _ = stats["batch_size"]
         names = [*(f"{bound:g}" for bound in bounds), "more"]

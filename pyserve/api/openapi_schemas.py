@@ -59,7 +59,8 @@ _WORKER = record(
     gpu=FLAG, gpuUsage=TEXT,
 )  # fmt: skip
 MODEL = record(
-    "deviceIds", "customizedMetadata", "error", "batchSizeHistogram", "meanQueueMs", "stuckWorkers",
+    "deviceIds", "customizedMetadata", "error", "batchSizeHistogram", "meanQueueMs", "stuckWorkers", "devices",
+    "batchCeiling", "stagingNote",
     modelName=TEXT, modelVersion=TEXT, modelUrl=TEXT, runtime=TEXT, minWorkers=_setting("workers_min"),
     maxWorkers=_setting("workers_max"), batchSize=_setting("batch_size"), maxBatchDelay=_setting("max_batch_delay_ms"),
     responseTimeout=_setting("response_timeout_s"), startupTimeout=_setting("startup_timeout_s"),
@@ -73,6 +74,9 @@ MODEL = record(
     state={**TEXT, "enum": ["LOADING", "READY", "FAILED", "DRAINING"]}, error=TEXT, device=TEXT, weightsShared=FLAG,
     copies=COUNT, weightsSize=COUNT, minBatch=_setting("min_batch"), precision=TEXT,
     checks={**OBJECT, "description": "What was found out about the model at load."},
+    devices={**array(TEXT), "description": "Accelerators that a native model's workers run on."},
+    batchCeiling={"type": "integer", "minimum": 1, "description": "Largest batch that fits the device's memory."},
+    stagingNote={"type": "string", "description": "Why copies to the device are slower than they could be."},
     batchSizeHistogram=table(COUNT), meanQueueMs={"type": "number", "minimum": 0},
     stuckWorkers={"type": "integer", "minimum": 1},
 )  # fmt: skip

@@ -19,6 +19,7 @@ from pyserve.archive.manifest import DEFAULT_VERSION
 from pyserve.errors import InvalidModelError
 
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".pt2", ".onnx")
+SAFETENSORS = ".safetensors"
 HANDLER_FILE = "handler.py"
 MODEL_FILE = "model.py"
 CONFIG_FILE = "model-config.yaml"
@@ -108,6 +109,9 @@ def _is_handle(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 def _weights(folder: Path, files: list[str]) -> str | None:
     found = [name for name in files if name.endswith(WEIGHTS_SUFFIXES)]
+    safetensors = [name for name in files if name.endswith(SAFETENSORS)]
+    if not found and len(safetensors) == 1:  # several are parts of one model, which a handler reads
+        found = safetensors
     if len(found) <= 1:
         return found[0] if found else None
     preferred = [name for name in found if Path(name).stem == "model"]

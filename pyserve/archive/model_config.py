@@ -34,11 +34,14 @@ except ImportError:  # PyYAML built without libyaml
 # tabs where that does not, and refuses a few things that it takes, such as lone surrogates.
 _EXACT_SIZE_MAX = 32 << 10
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+BACKENDS = ("auto", "torchscript", "aotinductor", "openvino")
 MEMORY_FORMATS = ("contiguous", "channels_last")
+JPEG_DECODERS = ("pillow", "torchvision")
 DEVICE_TYPES = ("cpu", "gpu")
 PARALLEL_TYPES = ("pp", "tp", "pptp", "custom")
 BATCH_DEPENDENCES = ("allowed",)
+BUCKET_COUNT_MAX = 64  # each is warmed up on each worker
 CONVERSIONS = ("auto", "trace", "script", "python")
 
 _NODE_COUNT_MAX = 1_000_000  # values in the yaml, aliases counted as often as they are used; read in about 10 s
@@ -52,7 +55,7 @@ _KEY_SIZE_MAX = 64
 # Of pyserve's own; TorchServe leaves them to handlers.
 _OWN_KEYS = frozenset(
     {"minBatch", "precision", "memoryFormat", "input", "batchDependent", "precisionErrorMax", "audit", "conversion",
-     "sideEffects"}
+     "sideEffects", "jpegDecoder", "graphs", "batchBuckets", "backend", "backendTrialSeconds", "precisionAgreementMin"}
 )  # fmt: skip
 # Keys of handlers and libraries that TorchServe's documentation uses at the top level: never a misspelling.
 _HANDLER_KEYS = frozenset({"handler", "pt2", "micro_batching", "pippy", "deepspeed", "profile"})
@@ -65,9 +68,15 @@ class ModelConfig:
     Attributes:
         batch_dependent: ``"allowed"``: answers may depend on what else is in the batch.
         precision_error_max: largest error of a lowered precision, relative to the largest number of an output.
+        precision_agreement_min: share, 0 to 1, of the calibration inputs on which int8 must name the same class first
+            as fp32.
+        backend: what runs the model in the native lane; ``"auto"`` the fastest that gives the same answers.
+        backend_trial_s: how long backends may be compared and measured for that.
         audit_share: share, 0 to 1, of the requests whose answers are computed again and compared.
         conversion: how an eager model gets to the native lane; ``"trace"`` and ``"script"`` also where it could not be
             proven right, ``"python"`` never.
+        graphs: False: calls of the model are not recorded and replayed on an accelerator.
+        batch_buckets: sizes that batches are filled up to there, in order; False: never.
         side_effects: a handler's call changes something outside: no request is run twice.
         raw: the whole yaml, as `yaml.safe_load` gives it and handlers see it.
         text: of the file, from which `read_yaml` makes the same.
@@ -89,6 +98,7 @@ class ModelConfig:
     queue_size: int | None = None
     precision: str | None = None
     memory_format: str | None = None
+    jpeg_decoder: str | None = None
     input: InputSpec | list[InputSpec] | None = None
     retry_timeout_max_s: int | None = None
     client_timeout_ms: int | None = None
@@ -106,9 +116,14 @@ class ModelConfig:
     use_venv: bool | None = None
     batch_dependent: str | None = None
     precision_error_max: float | None = None
+    precision_agreement_min: float | None = None
+    backend: str | None = None
+    backend_trial_s: int | None = None
     audit_share: float | None = None
     conversion: str | None = None
     side_effects: bool | None = None
+    graphs: bool | None = None
+    batch_buckets: list[int] | bool | None = None
     raw: dict[Any, Any] = field(default_factory=dict)
     text: str = ""
     needed: tuple[str, ...] = ()
@@ -249,6 +264,20 @@ def _device_ids(label: str, _: str, value: Any, warnings: list[str]) -> list[int
     return [validate_setting("device_id", _unquoted(label, item, warnings), label=label) for item in value]
 
 
+def _buckets(label: str, _: str, value: Any, warnings: list[str]) -> list[int] | bool:
+    """``false``, or sizes of batches."""
+    value = _unquoted(label, value, warnings)
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, list) or not 1 <= len(value) <= BUCKET_COUNT_MAX:
+        found = f"a list of {len(value)}" if isinstance(value, list) else shown(str(value))
+        raise InvalidModelError(
+            f"{label} must be true, false or a list of 1 to {BUCKET_COUNT_MAX} batch sizes such as [1, 8, 32], "
+            f"not {found}"
+        )
+    return sorted({validate_setting("batch_size", _unquoted(label, item, warnings), label=label) for item in value})
+
+
 def _mapping(label: str, _: str, value: Any, __: list[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidModelError(f"{label} must be a mapping, not {shown(str(value))}")
@@ -270,16 +299,20 @@ def _positive(label: str, _: str, value: Any, __: list[str]) -> float:
     return float(value)
 
 
-def _share(label: str, _: str, value: Any, __: list[str]) -> float:
+def _share(of: str, example: str) -> _Read:
     """``"0.1%"`` or 0.001."""
-    found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
-    share = float(found[1]) / 100 if found else value
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise InvalidModelError(
-            f"{label} must be a share of the requests, from 0% to 100% or from 0 to 1, such as 0.1%, not "
-            f"{shown(str(value))}"
-        )
-    return float(share)
+
+    def read(label: str, _: str, value: Any, __: list[str]) -> float:
+        found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+        share = float(found[1]) / 100 if found else value
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise InvalidModelError(
+                f"{label} must be a share of {of}, from 0% to 100% or from 0 to 1, such as {example}, not "
+                f"{shown(str(value))}"
+            )
+        return float(share)
+
+    return read
 
 
 _KEYS: dict[str, tuple[str, _Read]] = {
@@ -295,6 +328,7 @@ _KEYS: dict[str, tuple[str, _Read]] = {
     "jobQueueSize": ("queue_size", _integer),
     "precision": ("precision", _one_of(*PRECISIONS)),
     "memoryFormat": ("memory_format", _one_of(*MEMORY_FORMATS)),
+    "jpegDecoder": ("jpeg_decoder", _one_of(*JPEG_DECODERS)),
     "input": ("input", _inputs),
     "maxRetryTimeoutInSec": ("retry_timeout_max_s", _integer),
     "clientTimeoutInMills": ("client_timeout_ms", _integer),
@@ -312,9 +346,14 @@ _KEYS: dict[str, tuple[str, _Read]] = {
     "useVenv": ("use_venv", _boolean),
     "batchDependent": ("batch_dependent", _one_of(*BATCH_DEPENDENCES)),
     "precisionErrorMax": ("precision_error_max", _positive),
-    "audit": ("audit_share", _share),
+    "precisionAgreementMin": ("precision_agreement_min", _share("the calibration inputs", "0.99")),
+    "backend": ("backend", _one_of(*BACKENDS)),
+    "backendTrialSeconds": ("backend_trial_s", _integer),
+    "audit": ("audit_share", _share("the requests", "0.1%")),
     "conversion": ("conversion", _one_of(*CONVERSIONS)),
     "sideEffects": ("side_effects", _boolean),
+    "graphs": ("graphs", _boolean),
+    "batchBuckets": ("batch_buckets", _buckets),
 }
 
 

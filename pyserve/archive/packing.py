@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +31,7 @@ from pyserve.archive.manifest import (
     split_handler,
 )
 from pyserve.archive.model_config import ModelConfig
+from pyserve.archive.samples import CALIBRATION_FOLDER, WARM_UP_FOLDER
 from pyserve.errors import InvalidModelError, JsonObject, shown
 
 FORMATS = ("default", "zip-store", "tgz", "no-archive")
@@ -52,6 +53,8 @@ class ArchiverConfig:
         extra_files: comma-separated files, wildcards, and folders, whose content goes to the archive's root.
         archive_format: one of `FORMATS`.
         force: replace an archive that exists.
+        calibration: a folder of inputs to calibrate an int8 model with; it goes to ``calibration/``.
+        warmup: a folder of bodies that a model is run with before it is ready; it goes to ``warmup/``.
     """
 
     model_name: str
@@ -66,6 +69,9 @@ class ArchiverConfig:
     force: bool = False
     requirements_file: str | None = None
     config_file: str | None = None
+    # Ours: what is printed of TorchServe's class has the fields above.
+    calibration: str | None = field(default=None, repr=False)
+    warmup: str | None = field(default=None, repr=False)
 
 
 def write_archive(config: ArchiverConfig) -> Path:
@@ -143,6 +149,17 @@ class _Files:
             else:
                 self.add_file("extra file", path)
 
+    def add_folder_as(self, what: str, name: str, path: str) -> None:
+        """Adds the files in a folder, and in those below it, under ``name/`` instead of the root."""
+        folder = Path(path)
+        if not folder.is_dir():
+            text = f"{what} folder not found: {path}; give a folder, relative to the current one"
+            raise InvalidModelError(text) from FileNotFoundError(path)
+        for source in sorted(folder.rglob("*")):
+            inside = source.relative_to(folder)
+            if source.is_file() and not any(part in _SKIPPED_FOLDERS or part.startswith(".") for part in inside.parts):
+                self.add(f"{name}/{inside.as_posix()}", source)
+
     def entries(self) -> list[Entry]:
         return [Entry(name, source.stat().st_size, source.stat().st_size) for name, source in self.sources.items()]
 
@@ -184,6 +201,10 @@ def _collect(config: ArchiverConfig, files: _Files) -> bytes:
     for pattern in (config.extra_files or "").split(","):
         if pattern.strip():
             files.add_extra(pattern.strip())
+    if config.calibration:
+        files.add_folder_as("calibration", CALIBRATION_FOLDER, config.calibration)
+    if config.warmup:
+        files.add_folder_as("warm-up", WARM_UP_FOLDER, config.warmup)
     now = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     manifest: JsonObject = {
         "createdOn": time.strftime("%d/%m/%Y %H:%M:%S", time.gmtime(now)),

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any, TextIO, cast
 
+from pyserve import devices
 from pyserve.commands import terminal as console
 from pyserve.commands import trial as dry_run
 from pyserve.commands.trial import Input, Subject
@@ -344,4 +345,4 @@ def _time(seconds: float) -> str:
 
 
 def _device(gpu_id: int | None) -> str:
-    return "the CPU" if gpu_id is None else f"cuda:{gpu_id}"
+    return "the CPU" if gpu_id is None else devices.name_of(gpu_id)

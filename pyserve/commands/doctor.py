@@ -12,42 +12,35 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from pyserve.archive import versions
 from pyserve.archive.archive import Archive
 from pyserve.archive.cache import open_cache
 from pyserve.cgroup import groups_around
+from pyserve.commands.backend_lines import archive_lines, backend_checks
+from pyserve.commands.doctor_check import FAIL, LEVELS, NOTE, PASS, WARN, Check
+from pyserve.commands.doctor_devices import device_checks
 from pyserve.config.address import Address
 from pyserve.config.config import Config, read_config
+from pyserve.conversion.torchscript import runs_in_python
 from pyserve.cpu_budget import cpu_budget
 from pyserve.errors import ConfigError, ServeError
 from pyserve.security import tls
 from pyserve.security.tokens import KEY_FILE, guarded_scopes, read_keys
 from pyserve.server import pid_file
 
-PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 OPTIONAL = {
     "torchvision": "models and transforms of many handlers",
     "captum": "explanations of pictures and text",
     "grpcio": "gRPC (pip install 'pyserve[grpc]')",
     "onnxruntime": ".onnx models",
     "transformers": "handlers of Hugging Face models",
+    "nvidia-ml-py": "the usage of NVIDIA GPUs (pip install 'pyserve[gpu]'); else nvidia-smi is run",
 }
 _FREE_SIZE_MIN = 1 << 30
 _MEMORY_SIZE_MIN = 1 << 30
 _FILES_MIN = 4096
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the list; ``fix`` says how to fix it."""
-
-    level: str
-    name: str
-    text: str
-    fix: str = ""
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +51,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def doctor_command(parsed: argparse.Namespace) -> int:
     """Prints the list. Exit code: 1 if anything FAILs, else 0."""
-    counts = {PASS: 0, WARN: 0, FAIL: 0}
+    counts = dict.fromkeys(LEVELS, 0)
     for check in all_checks(parsed.archive, parsed.ts_config):
         first, *more = check.text.splitlines() or [""]
         print(f"{check.level}  {check.name:<14} {first}", flush=True)
@@ -92,6 +85,7 @@ def all_checks(archive: Path | None, ts_config: str | None) -> Iterator[Check]:
     yield from _addresses(config)
     yield from _strangers(config)
     yield from _packages()
+    yield from backend_checks()
     if archive is not None:
         yield from _archive(archive, ts_config)
 
@@ -119,16 +113,7 @@ def _torch() -> Iterator[Check]:
         yield Check(FAIL, "native engine", str(error))
     else:
         yield Check(PASS, "native engine", f"built for torch {torch.__version__}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    names = [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(count)]
-    if names:
-        yield Check(PASS, "devices", ", ".join(names))
-    elif shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists():
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
-        yield Check(WARN, "devices", f"there is a GPU, but torch, built for {built}, cannot use it",
-                    "install the torch that fits the driver which `nvidia-smi` names")  # fmt: skip
-    else:
-        yield Check(PASS, "devices", "CPU")
+    yield from device_checks()
 
 
 def _surroundings() -> Iterator[Check]:
@@ -319,7 +304,7 @@ def is_container() -> bool:
 def _packages() -> Iterator[Check]:
     for name, purpose in OPTIONAL.items():
         found = versions.installed(name)
-        yield Check(PASS, name, found or f"not installed; needed for {purpose}")
+        yield Check(PASS if found else NOTE, name, found or f"not installed; needed for {purpose}")
 
 
 # --- an archive -------------------------------------------------------------------------------------------------------
@@ -339,6 +324,9 @@ def _archive(path: Path, ts_config: str | None) -> Iterator[Check]:
         for text in (*subject.notes, *archive.warnings):
             yield Check(WARN, "archive", text)
         yield from _recorded(archive)
+        if not runs_in_python(archive):
+            for line in archive_lines(archive):
+                yield Check(NOTE, "backend", line)
         yield from _requirements(archive, subject.config)
         try:
             report = check.examine(subject, [], calls=False)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from pyserve.archive.archive import Survey, is_unpacked, open_archive, survey
 from pyserve.archive.entries import Entry
-from pyserve.conversion.record import conversion_of, python_reason
+from pyserve.commands.backend_lines import archive_lines
+from pyserve.conversion.record import conversion_of, is_converted, python_reason
+from pyserve.conversion.torchscript import runs_in_python
 from pyserve.errors import ServeError
 
 
@@ -45,8 +47,10 @@ def _print_survey(path: Path, found: Survey) -> None:
         if not entry.is_folder:
             print(f"{entry.size:>14} {entry.packed_size:>14}  {_how(found.kind, entry):<8}  {entry.name}")
     print(f"\n{_weights_line(found)}")
-    if found.manifest.model_file is not None:
-        print(f"conversion: {_conversion_line(path)}")
+    line = _conversion_line(path, found)
+    if line:
+        print(f"conversion: {line}")
+    _print_backends(path)
     for text in dict.fromkeys([*found.warnings, *found.needed]):
         print(f"warning: {text}")
 
@@ -72,18 +76,38 @@ def _weights_line(found: Survey) -> str:
     )
 
 
-def _conversion_line(path: Path) -> str:
-    """How the model file's model got to the native lane, or why it did not, as far as this machine knows."""
+def _conversion_line(path: Path, survey: Survey) -> str:
+    """How a model file's model, or an exported program, got to the native lane, or why it did not, as far as this
+    machine knows; ``""`` for others."""
+    is_eager = survey.manifest.model_file is not None
+    if not is_eager and (survey.weights is None or not survey.weights.name.lower().endswith(".pt2")):
+        return ""
     if is_unpacked(path):
         with open_archive(path) as archive:
+            if not is_converted(archive):
+                return ""
             found, reason = conversion_of(archive), python_reason(archive)
         if reason:
             return f"none, it runs in worker processes: {reason}"
         if found is not None:
+            model = "eager model" if is_eager else "exported program"
             said = ", as model-config.yaml says though it is not proven" if found.override else ""
-            return (f"{found.how}{said}; {found.reason}; largest difference to the eager model {found.difference:.1e} "
+            return (f"{found.how}{said}; {found.reason}; largest difference to the {model} {found.difference:.1e} "
                     f"(relative) on {found.probes} inputs")  # fmt: skip
+    if not is_eager:
+        return ""  # it may be compiled
     return "none kept on this machine; packing or starting it here makes one if its handler runs in the native lane"
+
+
+def _print_backends(path: Path) -> None:
+    """What is known of them, of an archive that runs in the native lane and was unpacked on this machine."""
+    if not is_unpacked(path):
+        return
+    with open_archive(path) as archive:
+        if not (archive.manifest.handler and archive.weights is not None) or runs_in_python(archive):
+            return
+        for line in archive_lines(archive):
+            print(f"backend: {line}")
 
 
 def size_on_disk(path: Path) -> int:

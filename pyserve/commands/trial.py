@@ -274,10 +274,11 @@ def on_device(subject: Subject) -> WorkerSpec:
     """The spec with the GPU that a first worker would get. Needs torch."""
     from dataclasses import replace
 
-    from pyserve.models.placement import choose_device, gpu_count
+    from pyserve.devices import index_of
+    from pyserve.models.placement import first_device, gpu_count
 
-    device = choose_device(subject.archive.config, gpu_count(subject.config.number_of_gpu), [])
-    return replace(subject.spec, gpu_id=None if device == "cpu" else int(device.partition(":")[2]))
+    gpus = gpu_count(subject.config.number_of_gpu)
+    return replace(subject.spec, gpu_id=index_of(first_device(subject.archive.config, gpus, subject.archive.name)))
 
 
 def makes_samples(handler: Any) -> bool:

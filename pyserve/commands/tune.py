@@ -1,9 +1,12 @@
 """``pyserve tune``: measures a model at many settings on this machine, and writes down the best one.
 
-    workers x threads of each  *  batch size  *  precision  ->  items/s, p50, p95  ->  model-config.yaml
+    backend  *  precision  *  workers x threads of each  *  batch size  ->  items/s, p50, p95  ->  model-config.yaml
 
-The threads follow from the workers as they do in the server: CPUs / workers. A lower precision changes answers, so it
-is measured and told, but only chosen with ``--lower-precision``.
+On CPUs, the threads follow from the workers as they do in the server: CPUs / workers. Other numbers (``--threads``) are
+measured and reported, and never chosen, since the server has no setting for them. On an accelerator, one device is
+measured with a few workers, and what is written down is for all devices that the model may have. A lower precision
+changes answers, so it is measured and reported, but only chosen with ``--lower-precision``. A backend that is not
+installed, or that cannot run the model, is reported with the reason.
 """
 
 from __future__ import annotations
@@ -13,30 +16,38 @@ import copy
 import http.client
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
 from pyserve.archive.archive import Archive, open_archive
+from pyserve.archive.model_config import PRECISIONS as ALL_PRECISIONS
+from pyserve.archive.samples import CALIBRATION_FOLDER
+from pyserve.backends.table import BACKENDS, TORCHSCRIPT
 from pyserve.commands import terminal as console
-from pyserve.conversion.torchscript import runs_in_python
+from pyserve.conversion.torchscript import Progress, runs_in_python
 from pyserve.cpu_budget import cpu_budget
-from pyserve.errors import ConfigError, JsonObject, ServeError
+from pyserve.errors import ConfigError, JsonObject, ModelLoadError, ServeError
 from pyserve.server import pid_file
 from pyserve.visible import visible
 
 if TYPE_CHECKING:
     from pyserve.commands.tune_measure import Point, Setting
+    from pyserve.lanes.network import Network
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 PRECISIONS = ("fp32", "bf16")
+# On an accelerator: a worker has two batches on their way, and the host does little for each of them.
+DEVICE_WORKERS = (1, 2, 4)
+DEVICE_BATCH_SIZES = (1, 8, 32, 128)
 SECONDS_DEFAULT = 2.0
 # Settings this close to the best count as equal; the one with fewer workers and smaller batches is then chosen.
 EQUAL_SHARE = 0.03
 OUT_DEFAULT = "model-config.yaml"
 APPLY_TIMEOUT_S = 300.0
+STARTUP_TIMEOUT_S = 600.0
 
 
 def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,11 +55,16 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("archive", metavar="ARCHIVE", help="with a built-in handler")
     add("--slo-ms", type=_positive, metavar="MS", help="95 %% of requests must be done in this time, at full load")
-    add("--batch-sizes", type=_count, nargs="+", metavar="N", default=list(BATCH_SIZES),
-        help=f"default: {' '.join(map(str, BATCH_SIZES))}")  # fmt: skip
-    add("--workers", type=_count, nargs="+", metavar="N", help="default: 1, 2, 4 ... up to the number of CPUs")
-    add("--precisions", nargs="+", choices=("fp32", "bf16", "fp16"), default=list(PRECISIONS),
-        help=f"default: {' '.join(PRECISIONS)}")  # fmt: skip
+    add("--batch-sizes", type=_count, nargs="+", metavar="N",
+        help=f"default: {_listed(BATCH_SIZES)}; on an accelerator {_listed(DEVICE_BATCH_SIZES)}")  # fmt: skip
+    add("--workers", type=_count, nargs="+", metavar="N",
+        help=f"default: 1, 2, 4 ... up to the number of CPUs; on an accelerator {_listed(DEVICE_WORKERS)}")  # fmt: skip
+    add("--threads", type=_count, nargs="+", metavar="N",
+        help="of each worker, as far as there are CPUs; default: CPUs / workers, as the server has it")  # fmt: skip
+    add("--backends", nargs="+", choices=tuple(BACKENDS), help="default: all that are installed; on an accelerator "
+        "torchscript")  # fmt: skip
+    add("--precisions", nargs="+", choices=ALL_PRECISIONS,
+        help=f"default: {_listed(PRECISIONS)}; on an accelerator {_listed(ALL_PRECISIONS)}")  # fmt: skip
     add("--lower-precision", action="store_true", help="let a lower precision be chosen: answers change a little")
     add("--seconds", type=_positive, metavar="S", default=SECONDS_DEFAULT,
         help=f"of each setting (default {SECONDS_DEFAULT:g})")  # fmt: skip
@@ -57,6 +73,10 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     add("-f", "--force", action="store_true", help="write over FILE")
     add("--apply", action="store_true", help="give the running server's model these workers and this batch size, too")
     add("--name", metavar="NAME", help="the model of --apply; default: the one in the archive's manifest")
+
+
+def _listed(values: Iterable[object]) -> str:
+    return " ".join(map(str, values))
 
 
 def _positive(text: str) -> float:
@@ -89,70 +109,129 @@ def tune_command(parsed: argparse.Namespace, pid_path: Path) -> int:
                 f"{archive.name} runs handler code of its own in worker processes; tune measures networks with "
                 "built-in handlers. Load-test the server instead, for instance with bench/latency.py"
             )
-        points = _measure_all(archive, parsed, budget)
-        best = choose(points, slo_ms=parsed.slo_ms, lower_precision=parsed.lower_precision)
-        _print_curve(points, best, parsed.slo_ms)
+        device, device_count = _devices(archive)
+        points = _measure_all(archive, _completed(archive, parsed, budget, device), budget, device)
+        usual = [each for each in points if each.setting.threads == usual_threads(each.setting.workers, budget, device)]
+        best = choose(usual, slo_ms=parsed.slo_ms, lower_precision=parsed.lower_precision)
+        print_curve(points, best, parsed.slo_ms)
         if best is None:
             return 1
-        _hint_at_precision(points, best, parsed)
-        text = configuration(archive.config.raw, best)
+        _hint_at_precision(usual, best, parsed)
+        backends = {each.setting.backend for each in points}
+        text = configuration(archive.config.raw, best, device_count, chooses_backend=len(backends) > 1)
+        if device_count > 1:
+            print(f"measured on {device}; with {device_count} devices {best.setting.workers} workers each")
         name = parsed.name or archive.manifest.model_name
     out.write_text(text)
     print(f"written: {out}; pack it with `pyserve archive --config-file {out} ...`")
     if parsed.apply:
-        _apply(name, best.setting, pid_path)
+        _apply(name, best.setting, pid_path, device_count)
     return 0
 
 
-def settings_of(parsed: argparse.Namespace, budget: int, precision: str) -> Iterator[Setting]:
-    """What is tried at one precision."""
+def _devices(archive: Archive) -> tuple[str, int]:
+    """The device to measure on, and how many of its kind the model may have when it is served."""
+    from pyserve.models.placement import allowed_devices, gpu_count, ordered_devices
+
+    allowed = allowed_devices(archive.config, gpu_count(None), label=archive.name)
+    return ordered_devices(allowed)[0], max(1, len(allowed))
+
+
+def _completed(archive: Archive, parsed: argparse.Namespace, budget: int, device: str) -> argparse.Namespace:
+    """With what is tried where nothing was said."""
+    is_cpu = device == "cpu"
+    usual = (*PRECISIONS, *(["int8"] if (archive.model_dir / CALIBRATION_FOLDER).is_dir() else []))
+    completed = copy.copy(parsed)
+    completed.batch_sizes = parsed.batch_sizes or (BATCH_SIZES if is_cpu else DEVICE_BATCH_SIZES)
+    completed.precisions = parsed.precisions or [each for each in ALL_PRECISIONS if not is_cpu or each in usual]
+    completed.backends = parsed.backends or _usual_backends(archive, device)
+    powers = (1 << i for i in range(budget.bit_length()) if 1 << i <= budget)
+    completed.workers = parsed.workers or ({*powers, budget} if is_cpu else DEVICE_WORKERS)
+    return completed
+
+
+def settings_of(
+    parsed: argparse.Namespace, budget: int, precision: str, device: str = "cpu", backend: str = "torchscript"
+) -> Iterator[Setting]:
+    """What is tried of one backend at one precision."""
     from pyserve.commands.tune_measure import Setting
 
-    wanted = parsed.workers or sorted({*(1 << i for i in range(budget.bit_length()) if 1 << i <= budget), budget})
-    for workers in sorted(set(wanted)):
-        for batch_size in sorted(set(parsed.batch_sizes)):
-            yield Setting(workers, max(1, budget // workers), batch_size, precision)
+    for workers in sorted(set(parsed.workers)):
+        usual = usual_threads(workers, budget, device)
+        for threads in sorted({each for each in parsed.threads or (usual,) if each <= usual} or {usual}):
+            for batch_size in sorted(set(parsed.batch_sizes)):
+                yield Setting(workers, threads, batch_size, precision, backend)
 
 
-def _measure_all(archive: Archive, parsed: argparse.Namespace, budget: int) -> list[Point]:
+def usual_threads(workers: int, budget: int, device: str) -> int:
+    """Of each worker, as the server has it."""
+    return max(1, budget // workers) if device == "cpu" else 1
+
+
+def _usual_backends(archive: Archive, device: str) -> list[str]:
+    """All that are installed, where there is something to choose."""
+    weights = archive.weights
+    is_compiled = archive.manifest.model_file is None and weights is not None and weights.suffix == ".pt2"
+    if device != "cpu" or is_compiled:
+        return [TORCHSCRIPT]
+    return [name for name, backend in BACKENDS.items() if not backend.missing()]
+
+
+def _measure_all(archive: Archive, parsed: argparse.Namespace, budget: int, device: str) -> list[Point]:
     from pyserve.commands.tune_measure import Point, Rig
-    from pyserve.models.placement import choose_device, gpu_count
 
-    device = choose_device(archive.config, gpu_count(None), [])
     points: list[Point] = []
-    total = sum(1 for precision in parsed.precisions for _ in settings_of(parsed, budget, precision))
-    with _Bar(total) as bar:
-        for precision in dict.fromkeys(parsed.precisions):
-            wanted = list(settings_of(parsed, budget, precision))
-            bar.show(f"loading {archive.name} as {precision}")
+    pairs = [
+        (backend, precision)
+        for backend in dict.fromkeys(parsed.backends) for precision in dict.fromkeys(parsed.precisions)
+        if precision in BACKENDS[backend].precisions
+    ]  # fmt: skip
+    wanted_of = {pair: list(settings_of(parsed, budget, pair[1], device, pair[0])) for pair in pairs}
+    with _Bar(sum(map(len, wanted_of.values()))) as bar:
+        for (backend, precision), wanted in wanted_of.items():
+            bar.show(f"loading {archive.name} as {precision} on {BACKENDS[backend].label}")
             try:
-                network = _load(archive, precision, device, budget)
+                network = _load(archive, backend, precision, device=device, budget=budget,
+                                batch_size=max(parsed.batch_sizes), show=bar.show)  # fmt: skip
             except ServeError as error:
-                if precision == "fp32":
+                if precision == "fp32" and backend == TORCHSCRIPT:
                     raise
                 points += [Point(setting, error=error.message) for setting in wanted]
                 bar.advance(len(wanted))
                 continue
-            capacity = max(setting.workers * setting.batch_size for setting in wanted)
             running_max = budget if device == "cpu" else 1 << 31
-            with Rig(network, running_max, capacity) as rig:
+            with Rig(network, running_max, wanted) as rig:
                 for setting in wanted:
-                    bar.show(f"{precision}, {setting.workers} x {setting.threads}, batch size {setting.batch_size}")
+                    bar.show(f"{backend}, {precision}, {setting.workers} x {setting.threads}, batch size "
+                             f"{setting.batch_size}")  # fmt: skip
                     points.append(rig.measure(setting, parsed.seconds))
                     bar.advance(1)
     return points
 
 
-def _load(archive: Archive, precision: str, device: str, budget: int) -> Any:
+def _load(
+    archive: Archive, backend: str, precision: str, *, device: str, budget: int, batch_size: int, show: Progress
+) -> Network:
+    """The network as a backend runs it, shown to answer like the plain one.
+
+    Raises:
+        ServeError: it cannot be made, or answers otherwise.
+    """
     from pyserve.models.loader import load_network
 
     subject = copy.copy(archive)
-    layout = "channels_last" if precision != "fp32" else archive.config.memory_format
-    subject.config = replace(archive.config, precision=precision, memory_format=layout)
-    return load_network(
-        subject, name=archive.manifest.model_name, device=device, batch_size=1, cpu_budget=budget,
-        limit_max_image_pixels=True, startup_timeout_s=600.0, progress=lambda text: None,
+    is_plain = backend == TORCHSCRIPT
+    layout = "channels_last" if precision != "fp32" and is_plain else archive.config.memory_format
+    subject.config = replace(archive.config, precision=precision, memory_format=layout, backend=backend)
+    network = load_network(
+        subject, name=archive.manifest.model_name, devices=[device], batch_size=1 if is_plain else batch_size,
+        cpu_budget=budget, limit_max_image_pixels=True, startup_timeout_s=STARTUP_TIMEOUT_S, progress=show,
     )  # fmt: skip
+    found = network.findings.get("backend", {})
+    if not is_plain and found.get("chosen") != backend:
+        network.release()
+        raise ModelLoadError(str(found.get("reason") or f"it cannot run on {BACKENDS[backend].label}"))
+    return network
 
 
 def choose(points: list[Point], *, slo_ms: float | None, lower_precision: bool) -> Point | None:
@@ -168,32 +247,60 @@ def choose(points: list[Point], *, slo_ms: float | None, lower_precision: bool) 
         return None
     best_rate = max(point.rate for point in allowed)
     equal = [point for point in allowed if point.rate >= best_rate * (1 - EQUAL_SHARE)]
-    return min(
-        equal, key=lambda each: (each.setting.precision != "fp32", each.setting.batch_size, each.setting.workers)
-    )
+    return min(equal, key=lambda each: _plainness(each.setting))
 
 
-def configuration(raw: JsonObject, best: Point) -> str:
-    """The archive's model-config.yaml with the best setting in it."""
+def _plainness(setting: Setting) -> tuple[bool, bool, int, int]:
+    return setting.precision != "fp32", setting.backend != TORCHSCRIPT, setting.batch_size, setting.workers
+
+
+def frontier(points: Iterable[Point]) -> list[Point]:
+    """Those that none of ``points`` beats: no other has as many items per second and as short a p95, and more of one;
+    the most items per second come first."""
+    found: list[Point] = []
+    worked = [point for point in points if not point.error]
+    for point in sorted(worked, key=lambda each: (-each.rate, each.p95_ms, _plainness(each.setting))):
+        if not found or point.p95_ms < found[-1].p95_ms:
+            found.append(point)
+    return found
+
+
+def configuration(raw: JsonObject, best: Point, device_count: int = 1, *, chooses_backend: bool = False) -> str:
+    """The archive's model-config.yaml with the best setting in it.
+
+    Args:
+        device_count: devices with as many workers each.
+        chooses_backend: whether several were measured.
+    """
     import yaml
 
     setting = best.setting
-    tuned = {**raw, "minWorkers": setting.workers, "maxWorkers": setting.workers, "batchSize": setting.batch_size}
+    workers = setting.workers * device_count
+    tuned = {**raw, "minWorkers": workers, "maxWorkers": workers, "batchSize": setting.batch_size}
     if setting.precision != "fp32":
-        tuned |= {"precision": setting.precision, "memoryFormat": "channels_last"}
+        tuned["precision"] = setting.precision
+        if setting.backend == TORCHSCRIPT:
+            tuned["memoryFormat"] = "channels_last"
+    if chooses_backend:
+        tuned["backend"] = setting.backend
     about = (
         f"# measured by `pyserve tune`: {best.rate:.1f} items/s, p50 {best.p50_ms:.2f} ms, p95 {best.p95_ms:.2f} ms "
-        f"with {setting.workers} x {setting.threads} threads\n"
+        f"with {setting.workers} x {setting.threads} threads{' on each device' if device_count > 1 else ''}\n"
     )
     return about + yaml.safe_dump(tuned, sort_keys=False)
 
 
-def _print_curve(points: list[Point], best: Point | None, slo_ms: float | None) -> None:
-    print(f"{'PRECISION':<10} {'WORKERS':>7} {'THREADS':>7} {'BATCH':>5} {'ITEMS/S':>10} {'P50 MS':>9} {'P95 MS':>9}")
+def print_curve(points: list[Point], best: Point | None, slo_ms: float | None) -> None:
+    """Every setting with what it gave; ``*`` stands before those of the `frontier`."""
+    print(f"  {'BACKEND':<11} {'PRECISION':<9} {'WORKERS':>7} {'THREADS':>7} {'BATCH':>5} {'ITEMS/S':>10} "
+          f"{'P50 MS':>9} {'P95 MS':>9}")  # fmt: skip
     top = max((point.rate for point in points), default=0.0)
+    unbeaten = frontier(points)
     for point in points:
         setting = point.setting
-        row = f"{setting.precision:<10} {setting.workers:>7} {setting.threads:>7} {setting.batch_size:>5}"
+        star = "*" if any(point is each for each in unbeaten) else " "
+        row = f"{star} {setting.backend:<11} {setting.precision:<9} {setting.workers:>7} {setting.threads:>7} "
+        row += f"{setting.batch_size:>5}"
         if point.error:
             print(f"{row}  {point.error}")
             continue
@@ -201,6 +308,8 @@ def _print_curve(points: list[Point], best: Point | None, slo_ms: float | None) 
         bar = "#" * round(20 * point.rate / top)
         mark = "  <- best" if point is best else late
         print(f"{row} {point.rate:>10.1f} {point.p50_ms:>9.3f} {point.p95_ms:>9.3f}  {bar}{mark}")
+    if unbeaten:
+        print("* no other setting gives more items/s at as short a p95")
     if best is None:
         worked = [point for point in points if not point.error and point.setting.precision == "fp32"]
         if slo_ms is None or not worked:
@@ -220,7 +329,7 @@ def _hint_at_precision(points: list[Point], best: Point, parsed: argparse.Namesp
         )
 
 
-def _apply(name: str, setting: Setting, pid_path: Path) -> None:
+def _apply(name: str, setting: Setting, pid_path: Path, device_count: int) -> None:
     from pyserve.commands.client import Connection, local_address, management_key
 
     running = pid_file.read(pid_path)
@@ -228,8 +337,9 @@ def _apply(name: str, setting: Setting, pid_path: Path) -> None:
         raise ConfigError("--apply: pyserve is not currently running")
     address = local_address(running.addresses["management"])
     key = os.environ.get("PYSERVE_TOKEN", "") or management_key(running.key_file)
+    workers = setting.workers * device_count
     query = urlencode({
-        "min_worker": setting.workers, "max_worker": setting.workers, "batch_size": setting.batch_size,
+        "min_worker": workers, "max_worker": workers, "batch_size": setting.batch_size,
         "synchronous": "true",
     })  # fmt: skip
     connection = Connection(address, key, timeout_s=APPLY_TIMEOUT_S)
@@ -241,9 +351,10 @@ def _apply(name: str, setting: Setting, pid_path: Path) -> None:
         connection.close()
     if answer.status != 200:
         raise ConfigError(f"--apply: {answer.text}")
-    print(f"applied to {name}: {setting.workers} workers, batch size {setting.batch_size}")
-    if setting.precision != "fp32":
-        print(f"its precision cannot change while it runs: deploy an archive with precision: {setting.precision}")
+    print(f"applied to {name}: {workers} workers, batch size {setting.batch_size}")
+    if setting.precision != "fp32" or setting.backend != TORCHSCRIPT:
+        print(f"its precision and backend cannot be set while it runs: deploy an archive with precision: "
+              f"{setting.precision}, backend: {setting.backend}")  # fmt: skip
 
 
 class _Bar:

@@ -1,13 +1,15 @@
 """Measures one network at one setting after another: throughput, and how long a request takes at that load.
 
 No HTTP and no preprocessing: the engine's own lane, driven with the archive's example input, with as many requests in
-flight as the workers can hold (workers x batch size), each replaced as soon as it is answered.
+flight as the workers can hold (workers x batch size, twice that on an accelerator), each replaced as soon as it is
+answered.
 """
 
 from __future__ import annotations
 
 import select
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
@@ -26,12 +28,13 @@ _CAPACITY_MIN = 4096
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tried. ``threads``: intra-op, of each worker."""
+    """What is tried. ``threads``: intra-op, of each worker; ``backend``: a key of `pyserve.backends.table.BACKENDS`."""
 
     workers: int
     threads: int
     batch_size: int
     precision: str = "fp32"
+    backend: str = "torchscript"
 
 
 @dataclass
@@ -65,19 +68,27 @@ class Rig:
     """One loaded network in a lane of its own. A context.
 
     Args:
-        network: loaded once; all settings but its precision can be tried on it.
+        network: loaded once; all settings but its precision and backend can be tried on it.
         running_max: batches that may run at once.
+        wanted: what will be measured.
     """
 
-    def __init__(self, network: Network, running_max: int, capacity: int):
+    def __init__(self, network: Network, running_max: int, wanted: Iterable[Setting]):
         core = load_core()
+        # There, one batch is copied while another is computed.
+        self._flights = 1 if network.device == "cpu" else 2
+        capacity = max(map(self._held, wanted))
         self._network = network
         self._running_max = running_max
         self._engine = core.Engine()
         size = 1 << (max(_CAPACITY_MIN, 2 * capacity) - 1).bit_length()
-        self._lane = core.Lane(self._engine, network.torch_model, network.example, size)
+        self._lane = core.Lane(self._engine, network.torch_model, network.usual_item, size)
         self._poll = select.poll()
         self._poll.register(self._engine.fileno(), select.POLLIN)
+
+    def _held(self, setting: Setting) -> int:
+        """Requests that the workers hold at once."""
+        return setting.workers * setting.batch_size * self._flights
 
     def __enter__(self) -> Rig:
         return self
@@ -114,6 +125,7 @@ class Rig:
             batch_size_max=setting.batch_size, batch_size_min=1, batch_delay_max_ns=0, running_max=self._running_max
         )
         self._lane.set_intra_op_threads(setting.threads)
+        self._network.torch_model.prepare_threads(setting.threads)  # where they are compiled in
         self._lane.set_workers(setting.workers)
         self._wait(lambda rows: all(row["state"] in ("ready", "failed") for row in rows), "be ready")
         failed = next((row["error"] for row in self._lane.workers() if row["state"] == "failed"), None)
@@ -133,8 +145,8 @@ class Rig:
             self._engine.drain()
 
     def _drive(self, setting: Setting, seconds: float) -> _Tally:
-        example = self._network.example
-        in_flight = setting.workers * setting.batch_size
+        example = self._network.usual_item
+        in_flight = self._held(setting)
         for _ in range(in_flight):
             self._submit(example)
         self._lane.announce()

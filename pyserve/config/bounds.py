@@ -30,6 +30,7 @@ BOUNDS: dict[str, Bounds] = {
     "max_batch_delay_ms": Bounds(0, _HOUR_MS, "ms"),
     "response_timeout_s": Bounds(1, _DAY_S, "s"),
     "startup_timeout_s": Bounds(1, _DAY_S, "s"),
+    "backend_trial_s": Bounds(0, 3600, "s"),
     "queue_size": Bounds(1, 1_000_000, "requests"),
     "retry_timeout_max_s": Bounds(0, _DAY_S, "s"),
     "client_timeout_ms": Bounds(0, _HOUR_MS, "ms"),

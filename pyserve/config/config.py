@@ -50,6 +50,8 @@ class Config:
         model_store: absolute path of the folder with archives; ``None`` if none is configured.
         models: defaults per model and version, keys as in the file (``minWorkers`` ...).
         default_workers_per_model: 0 means one on a CPU, one per GPU.
+        default_backend: what runs models in the native lane that do not say; ``auto`` the fastest that gives the same
+            answers. TorchScript, which needs no such comparison, until that has been in use for longer.
         number_of_gpu: the most GPUs to use; ``None`` means all.
         allowed_urls: comma-joined patterns; empty means that no URL is fetched.
         enable_model_api: ``None`` means on exactly when management listens on loopback, and off in strict mode.
@@ -70,6 +72,7 @@ class Config:
         cpu_budget: CPUs to use; 0 means what the cgroup allows.
         stuck_threads_max: with more threads than this that do not come to an end the server process is replaced; 0
             means half of the CPU budget, and at least one.
+        device_losses_max: how often in a row a device may be lost before its models are left out for a while.
         isolate_errors: a batch of a handler that fails, or that ends its worker, is called again item by item.
         debug: one worker for each model, and as much time as there is.
         ts_open_inference_protocol: the Open Inference Protocol's server endpoints are there, as TorchServe has them.
@@ -93,6 +96,7 @@ class Config:
     default_workers_per_model: int = 0
     default_response_timeout: int = 120
     default_startup_timeout: int = 120
+    default_backend: str = "torchscript"
     unregister_model_timeout: int = 120
     job_queue_size: int = 100
     max_request_size: int = 6_553_500
@@ -168,6 +172,7 @@ class Config:
     strict: bool = False
     cpu_budget: int = 0
     stuck_threads_max: int = 0
+    device_losses_max: int = 2
     connection_count_max: int = 10_000
     self_signed_dir: str = ""
     origin: dict[str, str] = field(default_factory=dict)

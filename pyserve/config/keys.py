@@ -182,6 +182,7 @@ KINDS: dict[str, Kind] = {
     "default_workers_per_model": _integer(0, 1024),
     "default_response_timeout": _SECONDS,
     "default_startup_timeout": _SECONDS,
+    "default_backend": _choice("auto", "torchscript", "aotinductor", "openvino"),
     "unregister_model_timeout": _SECONDS,
     "job_queue_size": _integer(1, 1_000_000),
     "max_request_size": _SIZE,
@@ -257,6 +258,7 @@ KINDS: dict[str, Kind] = {
     "strict": _BOOLEAN,
     "cpu_budget": _integer(0, 4096),
     "stuck_threads_max": _integer(0, 4096),
+    "device_losses_max": _integer(0, 1_000_000),
     "connection_count_max": _integer(1, 1_000_000),
 }
 

@@ -1,4 +1,4 @@
-"""The process that converts one eager archive's model: builds it, makes TorchScript of it, and keeps that.
+"""The process that converts one archive's model, eager or exported: builds it, makes TorchScript of it, and keeps that.
 
 What it finds goes to the parent (pyserve/trace.py) as JSON lines, so that what the model file prints is nobody's
 business.
@@ -7,13 +7,14 @@ business.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,45 +55,80 @@ def _convert(archive: Archive, out: Path, progress: Callable[[str], None], *, fr
     import torch
 
     from pyserve.context import Context
-    from pyserve.conversion.convert import convert
-    from pyserve.handlers.eager import load_eager_model
-    from pyserve.proof.probe_inputs import InputDomain
     from pyserve.worker.handler_choice import load_handler
 
-    manifest = archive.manifest
-    assert manifest.model_file is not None
     handler = load_handler(archive)
     archive.check_complete()
     folder = archive.own_folder()  # the model file is code of the archive, which may write
+    manifest = archive.manifest
     context = Context(manifest.model_name, str(folder), manifest.raw, model_yaml_config=archive.config.raw)
     handler.prepare(context)
     example = native_example(handler, context)
-    samples = _sample_probes(handler, archive.model_dir, example)
-    progress("building the model and reading its weights")
+    samples = sample_probes(handler, archive.model_dir, example)
     os.chdir(folder)
-    weights = archive.weights.open() if archive.weights is not None else None
-    model = load_eager_model(folder, manifest.model_file, weights)
+    program, conversion, size = (_exported if manifest.model_file is None else _eager)(
+        archive, handler, example, samples, progress, folder=folder, freezes=freezes
+    )
+    progress("keeping the TorchScript")
+    check_room(archive.name, out.parent, size)
+    _keep(conversion_file(out), lambda path: Path(path).write_text(conversion_text(conversion)))
+    _keep(out, lambda path: torch.jit.save(program, path))
+
+
+def _eager(
+    archive: Archive, handler: Any, example: tuple[Any, ...], samples: list[Any], progress: Callable[[str], None], *,
+    folder: Path, freezes: bool,
+) -> tuple[Any, Any, int]:  # fmt: skip
+    """TorchScript of the model file's model, how it came about, and the size of the weights in bytes."""
+    from pyserve.conversion.convert import convert
+    from pyserve.handlers.eager import load_eager_model
+    from pyserve.proof.probe_inputs import InputDomain
+
+    model_file, weights = archive.manifest.model_file, archive.weights
+    assert model_file is not None
+    progress("building the model and reading its weights")
+    name = weights.name if weights is not None else ""
+    model = load_eager_model(folder, model_file, weights.open() if weights is not None else None, name=name)
     progress("tracing")
+    with _converting():
+        domains = InputDomain.of(handler, example)
+        how = archive.config.conversion
+        program, conversion = convert(model, example, domains, samples, how=how, freezes=freezes)
+    return program, conversion, weights_size(model)
+
+
+def _exported(
+    archive: Archive, handler: Any, example: tuple[Any, ...], samples: list[Any], progress: Callable[[str], None], *,
+    folder: Path, freezes: bool,
+) -> tuple[Any, Any, int]:  # fmt: skip
+    """As `_eager`, of a program that torch.export saved."""
+    from pyserve.conversion.exported import script_exported
+
+    progress("reading the exported program")
+    with _converting():
+        program, conversion = script_exported(archive, handler, example, samples, freezes=freezes)
+    return program, conversion, archive.weights.size if archive.weights is not None else 0
+
+
+@contextlib.contextmanager
+def _converting() -> Iterator[None]:
+    """No gradients inside of it; whatever fails there and is no error of ours is left to worker processes."""
+    import torch
+
     # A network runs only a few times here; the profiling executor would spend those on measuring it.
     torch._C._jit_set_profiling_mode(False)
     try:
         with torch.inference_mode(False), torch.no_grad():
-            domains = InputDomain.of(handler, example)
-            how = archive.config.conversion
-            program, conversion = convert(model, example, domains, samples, how=how, freezes=freezes)
+            yield
     except ServeError:
         raise
     except Exception as error:
         # Models are copied to be tried, which not all survive. A worker process tries the one that was built.
         cause = cause_of(str(error))
         raise NeedsPythonError(f"converting it failed: {type(error).__name__}{': ' if cause else ''}{cause}") from error
-    progress("keeping the TorchScript")
-    check_room(archive.name, out.parent, _weights_size(model))
-    _keep(conversion_file(out), lambda path: Path(path).write_text(conversion_text(conversion)))
-    _keep(out, lambda path: torch.jit.save(program, path))
 
 
-def _sample_probes(handler: Any, model_dir: Path, example: tuple[Any, ...]) -> list[Any]:
+def sample_probes(handler: Any, model_dir: Path, example: tuple[Any, ...]) -> list[Any]:
     """What the handler makes of the archive's own samples; those that it cannot read, or not alone, are left out."""
     import torch
 
@@ -125,8 +161,8 @@ def check_room(name: str, folder: Path, size: int) -> None:
         )
 
 
-def _weights_size(model: Any) -> int:
-    """In bytes; 0 if it cannot be told."""
+def weights_size(model: Any) -> int:
+    """In bytes; 0 if its tensors do not say."""
     try:
         return sum(tensor.nbytes for tensor in dict.fromkeys([*model.parameters(), *model.buffers()]))
     except Exception:  # of tensors that have no such size, or no memory yet

@@ -17,8 +17,9 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -233,11 +234,7 @@ def convert(
     """
     truth = EagerAnswers(model)
     watch = truth.examine(example)
-    domains = [
-        dataclasses.replace(domain, values=(0, watch.vocabularies[position] - 1))
-        if domain.values is None and position in watch.vocabularies else domain
-        for position, domain in enumerate(domains)
-    ]  # fmt: skip
+    domains = _with_vocabularies(domains, watch.vocabularies)
     probes = [*samples, *probe_inputs(example, domains)]
     reads = ", ".join(watch.data_reads)
     converter = _Converter(
@@ -247,6 +244,49 @@ def convert(
     if how in ("trace", "script"):
         return _as_told(converter, how)
     return converter.convert()
+
+
+def convert_exported(
+    program: Any,
+    model: torch.nn.Module,
+    example: Sequence[torch.Tensor],
+    domains: Sequence[InputDomain],
+    samples: Sequence[Probe] = (),
+    *,
+    rows_max: int | None = None,
+    freezes: bool = True,
+) -> tuple[Module, Conversion]:
+    """TorchScript of the ``torch.export.ExportedProgram`` that ``model`` is the module of. Call it without gradients.
+
+    Args:
+        example, domains, samples, freezes: see `convert`.
+        rows_max: of a batch; None if any is taken.
+
+    Raises:
+        NeedsPythonError: TorchScript has no word for something in it, or does not agree with it.
+        Exception: whatever the program raises for the example.
+    """
+    truth = EagerAnswers(model)
+    watch = truth.examine(example)
+    probes = [*samples, *probe_inputs(example, _with_vocabularies(domains, watch.vocabularies))]
+    probes = [dataclasses.replace(each, inputs=tuple(tensor[:rows_max] for tensor in each.inputs)) for each in probes]
+    converter = _Converter(
+        model, tuple(example), domains, probes, truth, freezes, _tolerance(model), ", ".join(watch.data_reads),
+        len(samples),
+    )  # fmt: skip
+    with _without_fast_path():
+        found = converter._accepted("exported", lambda: script_of(program), "it is the graph of the exported program")
+    if found is None:
+        raise NeedsPythonError("; ".join(converter.objections))
+    return found
+
+
+def _with_vocabularies(domains: Sequence[InputDomain], vocabularies: Mapping[int, int]) -> list[InputDomain]:
+    return [
+        dataclasses.replace(domain, values=(0, vocabularies[position] - 1))
+        if domain.values is None and position in vocabularies else domain
+        for position, domain in enumerate(domains)
+    ]  # fmt: skip
 
 
 def _as_told(converter: _Converter, how: str) -> tuple[Module, Conversion]:

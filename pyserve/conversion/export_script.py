@@ -43,6 +43,16 @@ def exported(model: torch.nn.Module, example: Sequence[torch.Tensor], domains: S
     Raises:
         Exception: torch's, if the model depends on data or sizes, or cannot be exported.
     """
+    inputs, shapes = export_inputs(example, domains)
+    for name in ("torch.fx.experimental.symbolic_shapes", "torch.export"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+
+
+def export_inputs(
+    example: Sequence[torch.Tensor], domains: Sequence[InputDomain]
+) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:
+    """What to export with: inputs [3, ...] of unlike sizes, and of each the ``torch.export.Dim`` of its free ones."""
     sizes = _free_sizes(example, domains)
     shapes, inputs = [], []
     batch = torch.export.Dim("batch", min=1)
@@ -50,7 +60,7 @@ def exported(model: torch.nn.Module, example: Sequence[torch.Tensor], domains: S
     for each, domain in zip(example, domains, strict=True):
         shape = list(each.shape[1:])
         dynamic: dict[int, Any] = {0: batch}
-        for axis, name in _free_names(domain):
+        for axis, name in free_names(domain):
             low, high = domain.sizes[axis]
             if name not in dimensions:
                 dimensions[name] = torch.export.Dim(name, min=low, max=high)
@@ -58,12 +68,10 @@ def exported(model: torch.nn.Module, example: Sequence[torch.Tensor], domains: S
         item = each.new_empty([1, *shape])
         inputs.append(torch.cat([row[0] for row in batch_rows([item], [domain], _BATCH)]))
         shapes.append(dynamic)
-    for name in ("torch.fx.experimental.symbolic_shapes", "torch.export"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    return torch.export.export(model, tuple(inputs), dynamic_shapes=tuple(shapes), strict=False)
+    return tuple(inputs), tuple(shapes)
 
 
-def _free_names(domain: InputDomain) -> Iterator[tuple[int, str]]:
+def free_names(domain: InputDomain) -> Iterator[tuple[int, str]]:
     """The free dimensions with a name each; those of one name have one size."""
     for position, axis in enumerate(domain.free):
         name = domain.same[position] if position < len(domain.same) else ""
@@ -74,7 +82,7 @@ def _free_sizes(example: Sequence[torch.Tensor], domains: Sequence[InputDomain])
     """A size for each free dimension, within its range."""
     ranges: dict[str, tuple[int, int]] = {}
     for domain in domains:
-        for axis, name in _free_names(domain):
+        for axis, name in free_names(domain):
             low, high = domain.sizes[axis]
             before = ranges.get(name, (1, 1 << 30))
             ranges[name] = max(low, before[0]), min(high if high is not None else 1 << 30, before[1])

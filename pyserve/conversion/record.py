@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from pyserve.archive.archive import Archive
 from pyserve.errors import ModelLoadError
+from pyserve.handlers.compile_arguments import compile_arguments
 
+# Of weights that are TorchScript already.
+TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 # Part of the kept files' names: what an earlier proof accepted is proven again.
 PROOF = 3
 
@@ -30,7 +34,7 @@ class Conversion:
     """How a TorchScript came about.
 
     Attributes:
-        how: ``traced``, ``scripted`` or ``exported`` (by torch.export, its graph made TorchScript).
+        how: ``traced``, ``scripted`` or ``exported`` (by torch.export, here or before, its graph made TorchScript).
         reason: why it is believed, or what is against it; one line.
         probes: how many inputs it was compared with the eager model on.
         difference: the largest one, relative.
@@ -47,10 +51,28 @@ class Conversion:
     reads: str = ""
 
 
+def is_exported(archive: Archive) -> bool:
+    """Whether its weights are a program of torch.export (``.pt2``) that was not compiled; False for a damaged one."""
+    weights = archive.weights
+    if weights is None or archive.manifest.model_file is not None or weights.suffix != ".pt2":
+        return False
+    try:
+        with weights.open() as file, zipfile.ZipFile(file) as members:
+            return not any("/aotinductor/" in name for name in members.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+
+
+def is_converted(archive: Archive) -> bool:
+    """Whether TorchScript has to be made of what is in it: it has a model file, or an exported program."""
+    return archive.manifest.model_file is not None or is_exported(archive)
+
+
 def is_frozen(archive: Archive) -> bool:
     """Whether the kept TorchScript is frozen already."""
     config = archive.config
-    return (config.precision or "fp32", config.memory_format or "contiguous") == _FROZEN_AS
+    precision = config.precision if config.precision != "int8" else None  # which is made of the model in fp32
+    return (precision or "fp32", config.memory_format or "contiguous") == _FROZEN_AS
 
 
 def traced_file(archive: Archive) -> Path:
@@ -79,10 +101,27 @@ def python_reason(archive: Archive) -> str:
     """Why the archive's model file runs in worker processes, as far as is known; ``""`` if nothing says so."""
     if archive.config.conversion == "python":
         return "model-config.yaml says 'conversion: python'"
+    compiled = compile_reason(archive)
+    if compiled and archive.manifest.model_file is not None and archive.config.backend is None:
+        return f"{compiled}; 'backend: aotinductor' in its place has it compiled for the native lane"
     try:
         return untraceable_note(archive).read_text()
     except FileNotFoundError:
         return ""
+
+
+def compile_reason(archive: Archive) -> str:
+    """What ``pt2`` in model-config.yaml asks for that is done in worker processes; ``""`` if it asks for nothing.
+
+    What cannot be understood is left to the worker, which refuses it with the reason.
+    """
+    try:
+        arguments = compile_arguments(archive.config.raw)
+    except ModelLoadError as error:
+        return error.message
+    if arguments is None:
+        return ""
+    return f"'pt2' in model-config.yaml asks for torch.compile ({arguments.get('backend', 'inductor')})"
 
 
 def conversion_of(archive: Archive) -> Conversion | None:

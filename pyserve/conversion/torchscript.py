@@ -1,8 +1,8 @@
-"""Turns an eager model (model file and state dict) into TorchScript, in a process of its own.
+"""Turns an eager model (model file and state dict), or an exported program, into TorchScript, in a process of its own.
 
 A process of its own because the model file is somebody's code: it may import its neighbours under names another
-archive uses too, change globals or crash. What comes out is data, kept in the archive's cache, so that the second
-start does not trace again.
+archive uses too, change globals or crash; and reading an exported program may run what is in it. What comes out is
+data, kept in the archive's cache, so that the second start does not trace again.
 
 The parent side needs no torch, so that a server can begin tracing before it imports torch itself.
 """
@@ -12,20 +12,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from pyserve.archive.archive import Archive, open_archive
 from pyserve.archive.manifest import handler_file, split_handler
+from pyserve.child_reports import report_lines
 from pyserve.conversion.record import (
     Conversion,
     NeedsPythonError,
     conversion_of,
+    is_converted,
     is_frozen,
     python_reason,
     traced_file,
@@ -36,8 +37,8 @@ from pyserve.handler import BUILT_IN
 from pyserve.launch import ROOT_DIR, child_folder, stderr_file
 
 __all__ = [
-    "Conversion", "NeedsPythonError", "Progress", "Tracing", "check_packed", "conversion_of", "native_example",
-    "needs_tracing", "python_reason", "runs_in_python", "traced_file", "untraceable_note",
+    "Conversion", "NeedsPythonError", "Progress", "Tracing", "check_packed", "conversion_of", "is_converted",
+    "native_example", "needs_tracing", "python_reason", "runs_in_python", "traced_file", "untraceable_note",
 ]  # fmt: skip
 
 Progress = Callable[[str], None]
@@ -94,7 +95,7 @@ class Tracing:
         problem: str | None = None
         works = False
         try:
-            for line in self._lines(deadline):
+            for line in report_lines(self._reports, deadline, lambda: self._process.poll() is not None):
                 report = json.loads(line)
                 problem = report.get("error", problem)
                 works = report.get("works", works)
@@ -102,7 +103,7 @@ class Tracing:
                     progress(report["progress"])
             status = self._process.wait(max(0.0, deadline - time.monotonic()))
             last = self._last_error_line()
-        except (TimeoutError, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired:
             raise ModelLoadError(
                 f"tracing {self._archive.name} took longer than startup_timeout={timeout_s} s; raise startupTimeout in "
                 "its model-config.yaml"
@@ -115,23 +116,6 @@ class Tracing:
             untraceable_note(self._archive).write_text(problem)
             raise NeedsPythonError(problem)
         raise ModelLoadError(problem or f"tracing {self._archive.name} failed: {_ending(status)}{last}")
-
-    def _lines(self, deadline: float) -> Iterator[bytes]:
-        """The child's reports until it ends.
-
-        Raises:
-            TimeoutError: it has not by ``deadline``.
-        """
-        rest = b""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._reports, selectors.EVENT_READ)
-            while selector.select(max(0.0, deadline - time.monotonic())):
-                chunk = os.read(self._reports, 1 << 16)
-                if not chunk:
-                    return
-                *lines, rest = (rest + chunk).split(b"\n")
-                yield from lines
-        raise TimeoutError
 
     def _last_error_line(self) -> str:
         self._stderr.seek(0)
@@ -154,9 +138,9 @@ def _ending(status: int) -> str:
 
 
 def needs_tracing(archive: Archive) -> bool:
-    """Whether there is a model file that can be converted, a handler that runs in the native lane, and no conversion
-    kept."""  # fmt: skip
-    if archive.manifest.model_file is None or archive.needed or archive.config.needed or runs_in_python(archive):
+    """Whether there is a model file or an exported program that can be converted, a handler that runs in the native
+    lane, and no conversion kept."""  # fmt: skip
+    if archive.needed or archive.config.needed or runs_in_python(archive) or not is_converted(archive):
         return False
     return not traced_file(archive).exists() and not python_reason(archive)
 
@@ -199,7 +183,7 @@ def check_packed(path: Path, progress: Progress, timeout_s: float = 600.0) -> st
     if importlib.util.find_spec("torch") is None:
         return ""
     with open_archive(path) as archive:
-        if archive.config.conversion == "python" and archive.manifest.model_file is not None:
+        if archive.config.conversion == "python" and is_converted(archive):
             return python_reason(archive)
         if needs_tracing(archive):
             try:

@@ -32,7 +32,7 @@ class Http1Limits:
         pipeline_max: requests of one connection that may await their answers; reading stops there.
         linger_timeout_s: after an early close, how long input is read and thrown away so that the answer arrives.
         parting_linger_s: the same after the last answers of a server that stops, and for idle connections.
-        linger_size_max: and how much of it (more if a refused body had announced more).
+        linger_size_max: and how much of it; as much as a refused body has, if it was refused for its size.
         connection_count_max: open connections of one listener; one more is answered 503 and closed.
         body_budget_size: bodies in flight of all connections that share a ``BodyBudget``; beyond it 503.
     """

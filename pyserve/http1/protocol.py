@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import sys
 from collections.abc import Callable
 from typing import cast
 
@@ -325,8 +326,8 @@ class Http1Protocol(asyncio.Protocol):
         """
         self._connections.refused[error.status] += 1
         if isinstance(error, BodyTooLargeError):
-            # An honest client sends all it announced before it reads; let it, as far as the time goes.
-            self._discarded_max = max(self._discarded_max, error.announced)
+            # An honest client sends all of it before it reads; let it, as far as the time goes. Chunks tell no end.
+            self._discarded_max = max(self._discarded_max, error.announced or sys.maxsize)
         request = unread_request(self._head, self._client, bytes(self._partial[:_BEGIN_SIZE_MAX]) or begin)
         self._forget_request()
         self._phase = _CLOSED

@@ -88,6 +88,11 @@ class EngineLane(Lane):
         """Workers that take batches now."""
         return int(self.core.ready_count)
 
+    def watch_workers(self) -> None:
+        """Sees to runs of theirs that take too long, although no request may wait."""
+        if not self.is_draining:
+            self._sweep.start(self)
+
     @property
     def capacity(self) -> int:
         """More requests than this can never wait, whatever the settings say."""

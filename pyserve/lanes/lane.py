@@ -15,8 +15,9 @@ import asyncio
 
 from pyserve.errors import JsonObject, OverloadedError, ServeError
 from pyserve.lanes.limits import expired_error
+from pyserve.lanes.lost_devices import DeviceLoss
 from pyserve.lanes.pending import OVER, Pending
-from pyserve.lanes.refusals import no_worker_error, no_worker_subjects
+from pyserve.lanes.refusals import device_lost_error, no_worker_error, no_worker_subjects
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import ModelSettings
 from pyserve.lanes.worker_rows import WorkerRow
@@ -60,6 +61,7 @@ class Lane:
         # Changes while it runs.
         self.settings = settings
         self.is_draining = False
+        self.loss: DeviceLoss | None = None  # of what it runs on
         self.in_flight: dict[Pending, None] = {}
         self.idle = asyncio.Event()  # set while none is in flight
         self.idle.set()
@@ -75,6 +77,13 @@ class Lane:
         """Begins to start or stop workers until there are ``count``."""
         raise NotImplementedError
 
+    async def prepare_workers(self, count: int) -> None:
+        """Gets ready what ``count`` workers need, before they are started.
+
+        Raises:
+            ServeError: it cannot be had.
+        """
+
     async def settled(self, timeout_s: float) -> str:
         """Waits until every worker is ready or gone. Returns why one is not, or ``""``."""
         raise NotImplementedError
@@ -86,6 +95,10 @@ class Lane:
     def apply_limits(self) -> None:
         """Brings the settings to the engine; they hold from the next batch on."""
         raise NotImplementedError
+
+    def runs_on(self, device: str) -> bool:
+        """Whether this process computes its answers on the device; worker processes have their own way to it."""
+        return False
 
     @property
     def failure(self) -> ServeError | None:
@@ -146,8 +159,17 @@ class Lane:
         """Requests admitted and not answered."""
         return len(self.in_flight)
 
+    def lose_device(self, loss: DeviceLoss) -> None:
+        """A device is lost. A lane that runs on it answers whoever waits, and takes no more requests."""
+        if self.loss is None and self.runs_on(loss.device):
+            self.loss = loss
+            self.is_draining = True
+            self.answer_all(self.refusal("device lost"))
+
     def refusal(self, reason: str) -> OverloadedError:
         """Why a request is not admitted: TorchServe's one message, and a ``detail`` that distinguishes the causes."""
+        if self.loss is not None:
+            return device_lost_error(self.name, self.loss.reason)
         return no_worker_error(self.name, {"reason": reason})
 
     # --- the end of a request -------------------------------------------------------------------------------------

@@ -75,11 +75,11 @@ class LargeAnswers:
         self._respond = respond
         self.duration_s = 0.0
 
-    def make(self, output: Any) -> list[Response | Exception]:
-        """One per owner. Any thread."""
+    def make(self, answers: Callable[[Any], Any]) -> list[Response | Exception]:
+        """One per owner, of what ``answers`` has the handler make. Any thread."""
         began = time.monotonic_ns()
         with put_off():
-            responses = self._responses(output)
+            responses = self._responses(answers)
         ended = time.monotonic_ns()
         self.duration_s = (ended - began) / 1e9
         for owner in self._owners:
@@ -87,11 +87,11 @@ class LargeAnswers:
                 owner.stages.times["postprocess"] = (began, ended)
         return responses
 
-    def _responses(self, output: Any) -> list[Response | Exception]:
+    def _responses(self, answers: Callable[[Any], Any]) -> list[Response | Exception]:
         twin = copy.copy(self._handler)
         twin.context = self._context
         try:
-            results = twin.postprocess(output)
+            results = answers(twin)
             check_results(results, len(self._owners))
         except Exception as error:
             return [error] * len(self._owners)

@@ -22,24 +22,30 @@ import torch
 
 from pyserve.answer_head import answer_head
 from pyserve.context import Batch
+from pyserve.devices import CPU, give_back
 from pyserve.errors import HandlerError, InputError, JsonObject, OutOfMemoryError, ServeError
 from pyserve.full_collections import put_off_during
 from pyserve.handlers import row_check
 from pyserve.handlers.outputs import named_outputs
+from pyserve.lanes.batch_ceiling import BatchCeiling
+from pyserve.lanes.batch_trials import try_batches
+from pyserve.lanes.device_batching import DeviceBatching
+from pyserve.lanes.device_copies import forget_unused, is_spread, spread
 from pyserve.lanes.engine_lane import EngineLane, live, request_ids, ring_capacity
 from pyserve.lanes.large_answers import LargeAnswers, check_results, is_large
-from pyserve.lanes.limited_runs import EndlessError, limited_runs
+from pyserve.lanes.limited_runs import limited_runs
 from pyserve.lanes.limits import handler_overrun, overrun_error
 from pyserve.lanes.native_workers import NativeWorkers
 from pyserve.lanes.network import Network
 from pyserve.lanes.pending import OVER, SUBMITTED, Pending
 from pyserve.lanes.raw_rows import RAW_TYPE, RawRows
-from pyserve.lanes.refusals import failed_run_error
+from pyserve.lanes.refusals import failed_run_error, handler_error
 from pyserve.lanes.resources import Services
 from pyserve.lanes.row_requests import Row, runs_of_rows
 from pyserve.lanes.settings import ModelSettings
+from pyserve.lanes.warm_up import set_warm_up
 from pyserve.lanes.worker_rows import WorkerRow
-from pyserve.proof.native_proof import BUDGET_S, BatchProof
+from pyserve.proof.native_proof import BatchProof
 from pyserve.request import codec
 from pyserve.request.json_slices import SIZE_MIN
 from pyserve.request.messages import Response
@@ -57,22 +63,26 @@ class NativeLane(EngineLane):
     is_native = True
 
     def __init__(self, services: Services, name: str, label: str, network: Network, settings: ModelSettings):
-        core = services.engine.add_lane(network.torch_model, network.example, ring_capacity(settings))
+        core = services.engine.add_lane(network.models, network.usual_item, ring_capacity(settings))
         super().__init__(services, name, label, core, settings)
         self.network = network
         core.set_input_rules(network.rules)
-        self._proving: asyncio.Task[None] | None = None  # tries batches
+        core.set_finish(*(network.finish or ("none", 0)))
+        self.ceiling, self.batching = BatchCeiling(core, label), DeviceBatching(core, label, network)
+        set_warm_up(core, network.warm_up, settings.startup_timeout_s)
+        for device, cpus in network.near_cpus.items():
+            core.set_cpus(device, cpus)
+        self.proving: asyncio.Task[None] | None = None  # tries batches, while it does
         self._warned_note = ""
         self.worker_log = self.new_worker_log()
         self.workers = NativeWorkers(
             services.engine, services.stuck, core, settings=settings, label=label, worker_log=self.worker_log,
-            is_on_gpu=self.is_on_gpu,
+            lost_devices=services.lost_devices,
         )  # fmt: skip
-        self._has_warned_of_nan = False
+        self._has_warned_of_nan = self._is_announcing = False
         self._raw = RawRows.of(network.handler, network.example)
         self._is_built_in = row_check.is_built_in(network.handler)
         self._takes_arrays = self._is_built_in and bool(getattr(network.handler, "takes_json_arrays", False))
-        self._is_announcing = False
         self._preprocess_times, self._postprocess_times = StageTimes(), StageTimes()
         self._warn_of_batches()
         self.apply_limits()
@@ -81,7 +91,7 @@ class NativeLane(EngineLane):
 
     @property
     def is_on_gpu(self) -> bool:
-        return self.network.device != "cpu"
+        return self.network.device != CPU
 
     @property
     def wanted_count(self) -> int:
@@ -93,8 +103,15 @@ class NativeLane(EngineLane):
             self.services.engine.share_cpus(self.core, count)
         self.apply_limits()
         self.workers.set_count(count)
-        if not self.is_draining:
-            self._sweep.start(self)
+        self.watch_workers()
+
+    async def prepare_workers(self, count: int) -> None:
+        """Has the weights on every device that ``count`` workers are to use."""
+        if not is_spread(self.network, count):
+            await limited_runs(partial(spread, self.network, count, self.label), stuck=self.services.stuck,
+                               limit_s=self.settings.startup_timeout_s, label=self.label, is_served=True,
+                               passes=(OutOfMemoryError,))  # fmt: skip
+            self.core.set_models(self.network.models)
 
     @property
     def may_take(self) -> bool:
@@ -102,8 +119,14 @@ class NativeLane(EngineLane):
         return self.workers.is_replacing
 
     def look_after_workers(self, now: int) -> bool:
-        """Ends batches that are over their time."""
+        """Ends batches that are over their time, and sees which sizes fit the device."""
+        if self.ceiling.look(now, self.settings.batch_size):
+            self.apply_limits()
+        self.batching.look()
         return self.workers.look(now)
+
+    def runs_on(self, device: str) -> bool:
+        return device == self.network.device or device in self.network.copies
 
     def worker_rows(self) -> list[WorkerRow]:
         """The workers, as the management API shows them."""
@@ -111,44 +134,34 @@ class NativeLane(EngineLane):
 
     @property
     def weights_size(self) -> int:
-        """Bytes of the one copy of the weights."""
+        """Bytes of one copy of the weights."""
         return int(self.network.torch_model.weights_size)
 
     async def settled(self, timeout_s: float) -> str:
         """Waits until every worker is ready or gone. Returns why one is not, or ``""``."""
-        return await self.workers.settled(timeout_s)
+        failure = await self.workers.settled(timeout_s)
+        if forget_unused(self.network, self.core, self.wanted_count):
+            await asyncio.to_thread(give_back)
+        return failure
 
     def apply_limits(self) -> None:
         """Brings the settings to the engine; they hold from the next batch on."""
         super().apply_limits()
         self.network.context.system_properties["batch_size"] = self.settings.batch_size
         proof = self.network.batches
-        if proof is not None and self._proving is None and not proof.is_settled_for(self.settings.batch_size):
-            self._proving = self.loop.create_task(self._prove_batches(proof))
+        if proof is not None and self.proving is None and not proof.is_settled_for(self.settings.batch_size):
+            self.proving = self.loop.create_task(self._prove_batches(proof))
 
     @property
     def batch_size_max(self) -> int:
-        """The settings' number, as far as batches of it were shown to change no answer."""
-        proof = self.network.batches
-        return self.settings.batch_size if proof is None else min(self.settings.batch_size, proof.size_max)
+        """The settings' number, as far as batches of it were shown to change no answer, and fit the device."""
+        proof, wanted = self.network.batches, self.ceiling.limited(self.settings.batch_size)
+        return wanted if proof is None else min(wanted, proof.size_max)
 
     async def _prove_batches(self, proof: BatchProof) -> None:
-        """Tries batches beside the requests, which have smaller ones meanwhile."""
-        try:
-            while not (self.is_draining or proof.is_settled_for(self.settings.batch_size)):
-                await limited_runs(lambda: proof.extend(self.settings.batch_size, BUDGET_S), stuck=self.services.stuck,
-                                   limit_s=self.settings.startup_timeout_s, label=self.label,
-                                   is_served=True)  # fmt: skip
-                if not self.is_draining:
-                    super().apply_limits()  # as far as has been shown by now
-            await asyncio.to_thread(self.network.torch_model.settle)  # items with NaN need a second copy of the weights
-        except EndlessError as error:
-            log.error("%s; its batches stay at %d", error.message, proof.size_max)
-            proof.note = proof.note or "trying larger batches did not come to an end"
-        except Exception:
-            log.exception("%s: trying batches failed; they stay at %d", self.label, proof.size_max)
-            proof.note = proof.note or "trying larger batches failed, see the log"
-        self._proving = None
+        await try_batches(self, proof, super().apply_limits)
+        await asyncio.to_thread(self.network.torch_model.settle)  # items with NaN need a second copy of the weights
+        self.proving = None
         self._warn_of_batches()
         if not self.is_draining:
             self.apply_limits()
@@ -161,8 +174,8 @@ class NativeLane(EngineLane):
     @property
     def batch_note(self) -> str:  # type: ignore[override]
         """Why its batches are smaller than the settings ask for."""
-        proof = self.network.batches
-        return "" if proof is None or self.settings.batch_size <= proof.size_max else proof.note
+        proof, size = self.network.batches, self.settings.batch_size
+        return self.ceiling.note(size) if proof is None or size <= proof.size_max else proof.note
 
     @property
     def batch_probe(self) -> str:  # type: ignore[override]
@@ -183,10 +196,13 @@ class NativeLane(EngineLane):
         await self.finish_requests()
         self.services.engine.forget_lane(self.core)
         await self.workers.ended()
+        if self.proving is None and not self.core.lost_count:
+            self.network.release()
+        await asyncio.to_thread(give_back)
 
     def stats(self) -> JsonObject:
         """As a lane's, and the histograms of the stages before and after the engine."""
-        own: JsonObject = {"stuck": self.core.lost_count}
+        own: JsonObject = {"stuck": self.core.lost_count, "batch_ceiling": self.core.ceiling}
         own |= {"preprocess": self._preprocess_times.histogram(), "postprocess": self._postprocess_times.histogram()}
         return {**super().stats(), **own}
 
@@ -288,7 +304,9 @@ class NativeLane(EngineLane):
             self.answer_error(pending, prepared)
             return
         try:
-            pending.ticket = self.core.submit(pending, prepared, pending.arrived_at, self.deadline(pending), False)
+            pending.ticket = self.core.submit(
+                pending, prepared, pending.arrived_at, self.deadline(pending), False, pending.wants_tensors
+            )
             pending.stage = SUBMITTED
             self._announce_soon()
         except OverflowError:
@@ -330,7 +348,7 @@ class NativeLane(EngineLane):
             owners = self._give_tensors(owners, completion)
             if not any(owners):
                 return
-        if self._is_built_in and is_large(completion.output):
+        if self._is_built_in and is_large(completion.output if completion.finished is None else completion.finished):
             self._answer_in_pool(owners, completion)
             return
         requests = [owner.exchange.request if owner is not None else None for owner in owners]
@@ -353,11 +371,8 @@ class NativeLane(EngineLane):
         began = time.monotonic_ns()
         try:
             handler.context = context
-            output = self.network.output(completion.output)
-            if self._is_built_in:
-                results = handler.postprocess(output)
-            else:
-                results = self._guarded(lambda: handler.postprocess(output))
+            answers = partial(self.network.answers, handler, completion)
+            results = answers() if self._is_built_in else self._guarded(answers)
             check_results(results, len(owners))
         except HandlerTimeout:
             self._complete_failed_postprocess(owners, handler_overrun("postprocess", self.settings))
@@ -395,7 +410,7 @@ class NativeLane(EngineLane):
                 else:
                     self._complete_failed_postprocess([owner], response)
 
-        self.in_pool(partial(answers.make, network.output(completion.output)), made, waits=False)
+        self.in_pool(partial(answers.make, lambda twin: network.answers(twin, completion)), made, waits=False)
 
     def _answer_rows(self, raw: RawRows, owners: list[Pending | None], completion: Any) -> bool:
         """Answers a batch of raw requests; returns whether it was one."""
@@ -456,9 +471,9 @@ class NativeLane(EngineLane):
             for owner in live(owners):
                 self.answer_error(owner, overrun_error(self.settings, owner, is_strict=self.is_strict))
             return
-        error = failed_run_error(completion.code, completion.message, is_strict=self.is_strict)
+        error = failed_run_error(self.name, completion.code, completion.message, is_strict=self.is_strict)
         waiting = live(owners)
-        if waiting:
+        if waiting and completion.code != "device_lost":  # which is logged once, not for each request
             ids = request_ids(waiting)
             log.error("request %s failed in %s: %s", ids, self.label, completion.message.strip(),
                       extra=self.worker_log.about_requests(ids))  # fmt: skip
@@ -481,10 +496,4 @@ class NativeLane(EngineLane):
         if not failure.is_expected:
             log.error("request %s failed in %s of %s: %s\n%s", ids, stage, self.label, failure.line(),
                       failure.traceback, extra=self.worker_log.about_requests(ids))  # fmt: skip
-        told: ServeError
-        if failure.status == 507:
-            told = OutOfMemoryError(failure.message, detail=failure.detail())
-        else:
-            told = HandlerError(failure.message, detail=failure.detail())
-            told.status, told.type = failure.status, failure.type
-        return told
+        return handler_error(failure)

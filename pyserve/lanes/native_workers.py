@@ -4,6 +4,9 @@
     GRACE_S later   it is given up: told to stop, never waited for, another one takes its place
     later, or never it ends its batch, whose answers nobody wants, and its thread
 
+On an accelerator the device does not answer, whatever call of the driver the worker is in: the device is lost, see
+`lost_devices`.
+
 Loop thread only.
 """
 
@@ -17,8 +20,10 @@ import time
 from datetime import datetime
 from typing import Any
 
+from pyserve.devices import CPU, index_of
 from pyserve.engine import Engine
 from pyserve.lanes.limits import SWEEP_INTERVAL_S
+from pyserve.lanes.lost_devices import LostDevices
 from pyserve.lanes.settings import ModelSettings
 from pyserve.lanes.stuck import StuckThreads
 from pyserve.lanes.worker_rows import READY, UNLOADING, WorkerRow, resident_size
@@ -48,7 +53,7 @@ class NativeWorkers:
 
     def __init__(
         self, engine: Engine, stuck: StuckThreads, core: Any, *, settings: ModelSettings, label: str,
-        worker_log: WorkerLog, is_on_gpu: bool,
+        worker_log: WorkerLog, lost_devices: LostDevices,
     ):  # fmt: skip
         self._engine = engine
         self._stuck = stuck
@@ -56,7 +61,7 @@ class NativeWorkers:
         self._settings = settings
         self._label = label
         self._worker_log = worker_log
-        self._is_on_gpu = is_on_gpu
+        self._lost_devices = lost_devices
         self._wanted = 0
         self._started: dict[int, datetime] = {}
         self._noted: dict[int, str] = {}  # worker's number -> state, as it was logged
@@ -84,6 +89,10 @@ class NativeWorkers:
         for row in self._core.workers():
             self._started.setdefault(row["id"], datetime.now())
         self.note_states()
+
+    def restore(self) -> None:
+        """Begins to start those that are missing of what `set_count` asked for."""
+        self.set_count(self._wanted)
 
     def note_states(self) -> None:
         """Logs what has changed among the workers since the last time."""
@@ -114,7 +123,8 @@ class NativeWorkers:
             rows.append(WorkerRow(
                 id=str(self._worker_log.id(row["id"] - FIRST_CORE_ID)),
                 start_time=self._started.get(row["id"], datetime.now()), status=READY if is_ready else UNLOADING,
-                memory_usage=memory if is_ready else 0, pid=os.getpid() if is_ready else -1, gpu=self._is_on_gpu,
+                memory_usage=memory if is_ready else 0, pid=os.getpid() if is_ready else -1, gpu=row["device"] != CPU,
+                gpu_id=index_of(row["device"]),
             ))  # fmt: skip
         return rows
 
@@ -202,12 +212,23 @@ class NativeWorkers:
             self._core.interrupt(id, since)  # again and again: see csrc/runs.h
             is_over = now - since >= limit_s * 1e9 and now - asked_at >= GRACE_S * 1e9
             if is_over and row["state"] != "lost" and self._core.lose(id):
-                self._replace(row, (now - since) / 1e9)
+                if row["device"] != CPU:
+                    self._lose_device(row["device"], (now - since) / 1e9, self._limit_s(row["state"]))
+                else:
+                    self._replace(row, (now - since) / 1e9)
 
     def _limit_s(self, state: str) -> float:
         """How long a batch may run, or a trial of a worker that starts."""
         is_starting = state in _STARTING
         return float(self._settings.startup_timeout_s if is_starting else self._settings.response_timeout_s)
+
+    def _lose_device(self, device: str, ran_s: float, limit_s: float) -> None:
+        self._lost += 1
+        reason = (
+            f"it does not answer: a batch of {self._label} has run for {ran_s:.1f} s, and the limit is {limit_s:g} s"
+        )
+        self._engine.core.note_lost_device(device, reason)
+        self._lost_devices.note(device, reason)
 
     def _replace(self, row: dict[str, Any], ran_s: float) -> None:
         self._lost += 1  # it may be back before the next look

@@ -69,6 +69,7 @@ class PythonLane(EngineLane):
         self._has_side_effects = False  # as the handler says
         self._groups = GroupNumbers()
         self._noted_at = 0  # when the last batch began that was counted
+        self._warm_up: JsonObject = {}
         self._raised_batch_note = ""  # the note once the batch size is raised above 1
         self.worker_log = self.new_worker_log(worker_number)
         self._tell_condition = on_condition
@@ -193,6 +194,8 @@ class PythonLane(EngineLane):
         if event.get("has_side_effects") is True:
             self._has_side_effects = True
         found = event.get("batch")
+        if isinstance(found, dict) and isinstance(found.get("warm_up"), dict) and found["warm_up"]:
+            self._warm_up = found["warm_up"]
         if not isinstance(found, dict) or not found.get("probe") or self.batch_note:
             return
         self.batch_probe = str(found["probe"])
@@ -200,6 +203,10 @@ class PythonLane(EngineLane):
         self._raised_batch_note = str(found.get("raised_note") or "")
         self._take_batch_note(str(found.get("note") or ""))
         self.apply_limits()
+
+    def warm_up_findings(self) -> JsonObject:
+        """What a worker has run before it was loaded, for the model's description."""
+        return self._warm_up
 
     def _take_batch_note(self, note: str) -> None:
         if note and not self.batch_note:

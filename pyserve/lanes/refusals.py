@@ -7,6 +7,7 @@ import time
 
 from pyserve.errors import HandlerError, InputError, JsonObject, OutOfMemoryError, OverloadedError, ServeError
 from pyserve.torch_error import cause_of
+from pyserve.worker.failure import Failure
 
 # What torch says of an index that a table does not have.
 _INDEX = re.compile(r"\bindex(es)? (\S+ )?(is )?out of (range|bounds)|\bindex out of bounds", re.IGNORECASE)
@@ -49,6 +50,28 @@ def down_error(name: str, text: str, failure: ServeError | None, retry_after_s: 
     return no_worker_error(name, detail, retry_after_s)
 
 
+def device_lost_error(name: str, reason: str) -> OverloadedError:
+    """For a request of a model whose device is lost, as `pyserve.lanes.lost_devices` has it.
+
+    Args:
+        reason: why, in the driver's words.
+    """
+    return OverloadedError(
+        f'The device that model "{name}" runs on is lost; the server starts again by itself',
+        detail={"reason": "device lost", "text": cause_of(reason) or "no text", "fix": "retry in a few seconds"},
+        headers={"Retry-After": retry_after()},
+    )
+
+
+def handler_error(failure: Failure) -> HandlerError | OutOfMemoryError:
+    """What an exception of a handler means for its client."""
+    if failure.status == OutOfMemoryError.status:
+        return OutOfMemoryError(failure.message, detail=failure.detail())
+    error = HandlerError(failure.message, detail=failure.detail())
+    error.status, error.type = failure.status, failure.type
+    return error
+
+
 def worker_died_error(detail: JsonObject | None = None) -> HandlerError:
     """TorchServe's text for a worker that is gone, with status 500."""
     error = HandlerError("Worker died.", detail=detail)
@@ -56,8 +79,10 @@ def worker_died_error(detail: JsonObject | None = None) -> HandlerError:
     return error
 
 
-def failed_run_error(code: str, message: str, *, is_strict: bool) -> ServeError:
+def failed_run_error(name: str, code: str, message: str, *, is_strict: bool) -> ServeError:
     """For a request that the network itself failed on, alone: what the engine says of it."""
+    if code == "device_lost":
+        return device_lost_error(name, message)
     cause = cause_of(message) or "no text"
     if code == "out_of_memory":
         return OutOfMemoryError("Out of resources", detail={"exception": "OutOfMemoryError", "text": cause})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from pyserve.config.config import Config
 from pyserve.engine import Engine
 from pyserve.lanes.loop_guard import LoopGuard
+from pyserve.lanes.lost_devices import LostDevices
 from pyserve.lanes.spawner import Spawner
 from pyserve.lanes.stuck import StuckThreads
 from pyserve.request.descriptors import DescriptorLimit
@@ -23,10 +25,12 @@ class Services:
 
     Attributes:
         stuck: threads that do not come to an end.
+        lost_devices: devices that answer nobody any more.
         loop_guard: interrupts archives' own code on the loop.
         tokens: None if no call needs a key.
         tracer: None if nobody wants spans.
         descriptors: of this process.
+        choosing: held by the model for which backends are being made and tried.
     """
 
     config: Config
@@ -39,4 +43,6 @@ class Services:
     tracer: Tracer | None = None
     descriptors: DescriptorLimit = field(default_factory=DescriptorLimit)
     stuck: StuckThreads = field(default_factory=StuckThreads)
+    lost_devices: LostDevices = field(default_factory=LostDevices)
     loop_guard: LoopGuard = field(default_factory=LoopGuard)
+    choosing: asyncio.Lock = field(default_factory=asyncio.Lock)

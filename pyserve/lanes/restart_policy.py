@@ -4,6 +4,7 @@ What ended it decides:
 
     LOST      its zygote went, which is none of the model's: at once, and not counted
     KILLED    SIGKILL from outside, such as the kernel's out-of-memory killer: within a second each time
+    DEVICE    its way to a GPU broke, which another process has anew: as KILLED
     MACHINE   no process could be had: descriptors, memory, room on a disk
     MODEL     its own code: an exception, an exit, a crash
 
@@ -47,11 +48,12 @@ class Cause(Enum):
     MACHINE = "machine"
     KILLED = "killed"
     LOST = "lost"
+    DEVICE = "device"
 
 
 # Failures in a row while loading after which callers do not wait any longer, and a model that never had a worker is
 # given up.
-TRIES = {Cause.MODEL: 3, Cause.KILLED: 3, Cause.MACHINE: 5}
+TRIES = {Cause.MODEL: 3, Cause.KILLED: 3, Cause.DEVICE: 3, Cause.MACHINE: 5}
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class RestartPolicy:
         self._deaths += not (is_known and self._deaths)
         reason = f"{self._deaths} workers ended in a row"
         pause_s = _pause(PAUSES_S, self._deaths - 1)
-        if cause is Cause.KILLED:
+        if cause in (Cause.KILLED, Cause.DEVICE):
             return Decision(True, self._spread(min(pause_s, KILLED_PAUSE_MAX_S)), reason)
         return self._after(now, pause_s, reason)
 

@@ -133,11 +133,11 @@ def first_workers(
 ) -> tuple[int, int]:
     """(workers_min, workers_max) to start with; ``asked`` is None at start-up.
 
-    One by default: on a CPU its threads take all cores, and on a GPU it takes the GPU. Under ``compat=strict`` one per
-    GPU, or per CPU if there are none.
+    One by default, as its threads take all cores, or one per GPU. Under ``compat=strict`` one per GPU, or per CPU if
+    there are none.
 
     Args:
-        gpus: how many there are.
+        gpus: how many the model may use; under ``compat=strict`` how many there are.
     """
     if config.debug:
         return 1, 1
@@ -146,7 +146,7 @@ def first_workers(
         low, high = block.get("minWorkers"), block.get("maxWorkers")
     if isinstance(low, int) and isinstance(high, int) and 0 < low <= high:
         return low, high
-    default = config.default_workers_per_model or 1
+    default = config.default_workers_per_model or gpus or 1
     if config.compat == "strict" and not config.default_workers_per_model:
         default = gpus or cpu_budget(config.cpu_budget)
     count = default if asked is None else max(0, asked)

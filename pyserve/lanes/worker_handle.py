@@ -51,6 +51,7 @@ class WorkerHandle:
         loaded: its ``loaded`` report; raises WorkerLoadError or WorkerMemoryError.
         is_lost: it ended because its zygote did.
         was_killed: it ended by a SIGKILL that was none of ours.
+        has_lost_device: it ended because it could not use its device any more.
         is_rehearsing: whether it tries code of the archive's own with samples, the last step of loading.
         exited: how it ended, such as ``was killed by SIGSEGV``; done once it is gone and its output has been read.
     """
@@ -67,7 +68,7 @@ class WorkerHandle:
         self.answer_memory_fd = descriptors["answer_memory"]
         self.loaded: asyncio.Future[JsonObject] = loop.create_future()
         self.exited: asyncio.Future[str] = loop.create_future()
-        self.is_rehearsing = self.is_lost = self.was_killed = False
+        self.is_rehearsing = self.is_lost = self.was_killed = self.has_lost_device = False
         self._was_ended = False  # by us
         self._loop = loop
         self._pidfd = pidfd
@@ -211,6 +212,10 @@ class WorkerHandle:
         kind = event["event"]
         if kind == "log":
             self._write_record(event)
+        elif kind == "device_lost":
+            self.has_lost_device = True
+            self._log.error("%s: the device is lost for this worker, which ends: %s", self._label,
+                            str(event.get("text", ""))[:TEXT_SIZE_MAX], extra=self._about)  # fmt: skip
         elif kind == "rehearsing":
             self.is_rehearsing = bool(event.get("is_own_code"))
         elif kind == "loaded":

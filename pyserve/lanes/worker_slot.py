@@ -95,6 +95,8 @@ class Slot:
         if handle is not None and handle.exited.done():
             if handle.is_lost:
                 return Cause.LOST
+            if handle.has_lost_device:
+                return Cause.DEVICE
             if handle.was_killed and not self.kill_reason:
                 return Cause.KILLED
         told = getattr(error, "cause", None)

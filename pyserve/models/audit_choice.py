@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from pyserve.devices import CPU
 from pyserve.lanes.lane import Lane
+from pyserve.lanes.native import NativeLane
 from pyserve.models.audit import Audit
 from pyserve.models.lane_choice import LaneOptions, open_audit_lane
 from pyserve.models.loader import PRECISION_ERROR_MAX
@@ -22,15 +24,15 @@ def audit_of(options: LaneOptions, lane: Lane) -> Audit | None:
     if config.sequence_batching:
         log.warning("%s: audit is left out, since a request of a sequence cannot be run alone", options.label)
         return None
-    precision = (config.precision or "fp32") if lane.is_native else "fp32"
+    precision = lane.network.precision if isinstance(lane, NativeLane) else "fp32"
     causes = ["batches", "the native lane's optimisations and threads" if lane.is_native else "shared weights"]
     if precision != "fp32":
         causes.append(f"precision {precision}")
     return Audit(
         options.label,
         share=config.audit_share,
-        tolerance=tolerance_of(precision, config.precision_error_max, is_on_gpu=options.device != "cpu"),
-        open_lane=lambda: open_audit_lane(replace(options, device="cpu", progress=lambda text: None)),
+        tolerance=tolerance_of(precision, config.precision_error_max, is_on_gpu=options.devices != [CPU]),
+        open_lane=lambda: open_audit_lane(replace(options, devices=[CPU], progress=lambda text: None)),
         causes=", ".join(causes),
     )
 

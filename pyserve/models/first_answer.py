@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pyserve.archive.samples import Sample, archive_samples
+from pyserve.archive.samples import Sample, archive_samples, warm_up_samples
 from pyserve.context import Batch, Context
 from pyserve.errors import HandlerError, ModelLoadError, ServeError
 from pyserve.handler import Handler
@@ -28,8 +28,8 @@ Run = Callable[[list[torch.Tensor]], Any]
 
 def rehearse(
     label: str, handler: Handler, context: Context, example: Sequence[torch.Tensor], run: Run, *, is_built_in: bool
-) -> None:
-    """Answers the example, a sample made of it, and the samples that the archive brings along.
+) -> dict[str, list[torch.Tensor]]:
+    """Answers the example, a sample made of it, the samples that the archive brings along and those in its ``warmup/``.
 
     Args:
         label: the archive's name, for messages.
@@ -38,12 +38,15 @@ def rehearse(
         is_built_in: the handler is one of pyserve's. Of others only the example's way out is tried, and what fails is
             a warning: they may want more than an example knows.
 
+    Returns:
+        the inputs, as the handler made them, of the samples that were answered, by the names of their files.
+
     Raises:
         ModelLoadError: a stage failed; the text says which and why.
     """
     kept = KeptAttributes(context, handler)
     try:
-        _rehearse(label, handler, context, example, run, is_built_in=is_built_in)
+        return _rehearse(label, handler, context, example, run, is_built_in=is_built_in)
     finally:
         context.bind(None)
         kept.restore()
@@ -51,7 +54,7 @@ def rehearse(
 
 def _rehearse(
     label: str, handler: Handler, context: Context, example: Sequence[torch.Tensor], run: Run, *, is_built_in: bool
-) -> None:
+) -> dict[str, list[torch.Tensor]]:
     failures = []
     for attempt in _attempts(handler, context, example, run, is_built_in=is_built_in):
         try:
@@ -63,16 +66,19 @@ def _rehearse(
         if is_built_in:
             raise ModelLoadError(f"{label} cannot be answered: {failures[0]}") from failures[0]
         log.warning("%s: an example could not be answered: %s", label, failures[0])
-    for sample in archive_samples(context.system_properties["model_dir"]):
+    answered = {}
+    model_dir = context.system_properties["model_dir"]
+    for sample in (*archive_samples(model_dir), *warm_up_samples(model_dir)):
         try:
-            _from_body(handler, context, run, sample)
+            answered[sample.name] = _from_body(handler, context, run, sample)
         except _StageError as error:
             log.warning("%s: its %s could not be answered: %s", label, sample.name, error)
+    return answered
 
 
 def _attempts(
     handler: Handler, context: Context, example: Sequence[torch.Tensor], run: Run, *, is_built_in: bool
-) -> Iterator[Callable[[], None]]:
+) -> Iterator[Callable[[], object]]:
     """Ways to ask the model, the usual one first; one of them has to be answered."""
     if not is_built_in:
         _bind(context, "application/json")
@@ -86,11 +92,13 @@ class _StageError(Exception):
     pass
 
 
-def _from_body(handler: Handler, context: Context, run: Run, sample: Sample) -> None:
+def _from_body(handler: Handler, context: Context, run: Run, sample: Sample) -> list[torch.Tensor]:
+    """Returns the inputs that it became."""
     _bind(context, sample.content_type)
     prepared = _stage(f"preprocess of {sample.name}", lambda: handler.preprocess([_row(sample)]), context)
     inputs = list(prepared) if isinstance(prepared, (tuple, list)) else [prepared]
     _answer(handler, context, _run(run, inputs))
+    return inputs
 
 
 def _bind(context: Context, content_type: str) -> None:

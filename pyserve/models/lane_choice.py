@@ -16,10 +16,12 @@ from pyserve.archive.cache import open_cache
 from pyserve.archive.manifest import missing_handler
 from pyserve.archive.model_config import ModelConfig
 from pyserve.conversion.torchscript import NeedsPythonError, Progress, Tracing
+from pyserve.devices import index_of
 from pyserve.errors import ModelLoadError
 from pyserve.lanes.audit import AuditLane
 from pyserve.lanes.lane import Lane
 from pyserve.lanes.limited_runs import limited_runs
+from pyserve.lanes.lost_devices import DeviceLostError
 from pyserve.lanes.native import NativeLane
 from pyserve.lanes.python import PythonLane
 from pyserve.lanes.resources import Services
@@ -28,7 +30,6 @@ from pyserve.lanes.sequences import SequenceLane
 from pyserve.lanes.settings import ModelSettings
 from pyserve.lanes.worker_slot import Condition
 from pyserve.models.loader import load_network
-from pyserve.models.placement import gpu_count
 from pyserve.models.requirements import prepare_environment
 from pyserve.telemetry.server_logs import writes_metrics
 from pyserve.worker.handler_choice import built_in_name, python_lane_reason
@@ -42,7 +43,8 @@ class LaneOptions:
     """Everything needed to open a model's lane.
 
     Attributes:
-        device: ``cpu`` or ``cuda:0``.
+        devices: where its workers are to run, in turn: ``["cpu"]`` or names such as ``cuda:0``.
+        workers: how many it is to have at first.
         tracing: a conversion of the archive that was started already.
         on_condition: told how the lane's worker processes are, at every change.
     """
@@ -50,9 +52,10 @@ class LaneOptions:
     services: Services
     archive: Archive
     name: str
-    device: str
+    devices: list[str]
     settings: ModelSettings
     progress: Progress
+    workers: int = 1
     tracing: Tracing | None = None
     on_condition: Callable[[Condition], None] = lambda condition: None
 
@@ -96,13 +99,15 @@ async def _open_native_lane(options: LaneOptions) -> NativeLane:
         load_network,
         options.archive,
         name=options.name,
-        device=options.device,
+        devices=await _working_devices(options),
+        workers=options.workers,
         batch_size=options.settings.batch_size,
         cpu_budget=services.engine.cpu_budget,
         limit_max_image_pixels=services.config.limit_max_image_pixels,
         startup_timeout_s=options.settings.startup_timeout_s,
         progress=options.progress,
         tracing=options.tracing,
+        backend=services.config.default_backend,
     )
     network = await limited_runs(
         load, limit_s=options.settings.startup_timeout_s or math.inf, stuck=services.stuck, label=options.label,
@@ -111,13 +116,31 @@ async def _open_native_lane(options: LaneOptions) -> NativeLane:
     return NativeLane(services, options.name, options.label, network, options.settings)
 
 
+async def _working_devices(options: LaneOptions) -> list[str]:
+    """Those that the model may use, without the ones that are lost or do not answer.
+
+    Raises:
+        DeviceLostError: none is left, or it is one that model-config.yaml names.
+    """
+    working = list(options.devices)
+    for device in options.devices[: max(1, options.workers)]:
+        try:
+            await options.services.lost_devices.check(
+                device, options.label, float(options.settings.startup_timeout_s or 1)
+            )
+        except DeviceLostError as error:
+            if options.archive.config.device_ids or len(working) == 1:
+                raise
+            log.warning("%s; the others are used", error.message)
+            working.remove(device)
+    return working
+
+
 async def open_python_lane(options: LaneOptions) -> PythonLane | SequenceLane:
     """The python lane of a model, whatever its handler would allow."""
     spec, interpreter = await _prepare_workers(options)
     config = options.archive.config
-    device_ids: list[int] = []
-    if spec.gpu_id is not None:
-        device_ids = config.device_ids or list(range(gpu_count(options.services.config.number_of_gpu)))
+    device_ids = [index for each in options.devices if (index := index_of(each)) is not None]
     retry_s = config.retry_timeout_max_s
     named: dict[str, Any] = {
         "device_ids": device_ids,
@@ -176,7 +199,7 @@ async def _prepare_workers(options: LaneOptions) -> tuple[WorkerSpec, str | None
         archive,
         name=options.name,
         batch_size=options.settings.batch_size,
-        gpu_id=None if options.device == "cpu" else int(options.device.partition(":")[2]),
+        gpu_id=index_of(options.devices[0]),
         decode_input=config.decode_input_request,
         envelope=config.service_envelope or None,
         lenient=config.compat == "strict",

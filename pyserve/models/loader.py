@@ -6,6 +6,7 @@ Runs in a thread of its own; nothing here touches the event loop.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,33 +15,49 @@ import torch
 
 from pyserve import TORCHSERVE_VERSION
 from pyserve.archive.archive import Archive
+from pyserve.backends.precision import INT8, plain_precision, precision_note
+from pyserve.backends.table import TORCHSCRIPT
 from pyserve.context import ThreadContext
+from pyserve.conversion.exported import exported_rules, fit_inputs
+from pyserve.conversion.record import TORCHSCRIPT_SUFFIXES, compile_reason
 from pyserve.conversion.torchscript import (
     NeedsPythonError,
     Progress,
     Tracing,
     conversion_of,
+    is_converted,
     native_example,
     needs_tracing,
     python_reason,
     traced_file,
 )
+from pyserve.devices import CPU, count, give_back, index_of
 from pyserve.engine import load_core
-from pyserve.errors import ModelLoadError
+from pyserve.errors import ModelLoadError, is_memory_error
 from pyserve.handler import Handler
+from pyserve.handlers.loading import without_model_file
+from pyserve.handlers.pixels import Normalization
+from pyserve.handlers.safetensors_file import SUFFIX as SAFETENSORS
+from pyserve.lanes.device_batching import batching_options
+from pyserve.lanes.device_copies import no_room, spread
 from pyserve.lanes.network import Network
+from pyserve.lanes.numa import cpus_near_devices
+from pyserve.lanes.warm_up import warm_up_items
+from pyserve.models.backend_network import Split, on_named_backend
 from pyserve.models.first_answer import rehearse
+from pyserve.models.fitting import fitting_devices
+from pyserve.models.int8_network import on_int8_backend, refuse_off_cpu
+from pyserve.models.kept_backend import on_kept_backend
+from pyserve.models.pixels import choose_jpeg_decoder, choose_pixels, prove_pixels
 from pyserve.proof.batch_probe import rows_are_independent
 from pyserve.proof.comparison import ROUNDING
 from pyserve.proof.graph_reads import program_reads
 from pyserve.proof.native_proof import BUDGET_S, BatchProof, find_state, prove_optimization, single_row_differs
+from pyserve.proof.package_machine import check_machine
 from pyserve.proof.package_rules import (
     SPECIALIZED_MIN,
     Program,
-    check_against,
     check_filling,
-    fitted_domains,
-    fitted_example,
     is_compiled,
     out_structure,
     read_program,
@@ -61,31 +78,37 @@ NOT_IN_THREADS = {
 }
 # Relative to fp32; model-config.yaml's precisionErrorMax sets another limit.
 PRECISION_ERROR_MAX = 0.05
-TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 
 
 def load_network(
     archive: Archive,
     *,
     name: str,
-    device: str,
+    devices: Sequence[str],
     batch_size: int,
     cpu_budget: int,
     limit_max_image_pixels: bool,
     startup_timeout_s: float,
     progress: Progress,
+    workers: int = 1,
     tracing: Tracing | None = None,
+    backend: str = "auto",
 ) -> Network:
-    """Loads the network of ``archive`` onto ``device``.
+    """Loads the network of ``archive`` onto the first of ``devices``.
 
     Args:
+        devices: where its workers are to run, in turn.
+        workers: how many there are to be at first; as many of ``devices`` get the weights.
         tracing: a conversion of this archive that was started already.
+        backend: what it is to run on where model-config.yaml does not say; one that is named is made first.
 
     Raises:
         ServeError: of any kind; the text names what is wrong with the archive and how to fix it.
     """
     handler = load_handler(archive)
     archive.check_complete()
+    devices = fitting_devices(archive, devices)
+    device = devices[0]
     # Ours writes nothing.
     folder = archive.model_dir if handler_is_built_in(handler) else archive.own_folder()
     context = ThreadContext(
@@ -93,7 +116,7 @@ def load_network(
         str(folder),
         archive.manifest.raw,
         batch_size,
-        torch.device(device).index,
+        index_of(device),
         TORCHSERVE_VERSION,
         limit_max_image_pixels,
         model_yaml_config=archive.config.raw,
@@ -101,25 +124,48 @@ def load_network(
     handler.prepare(context)
     handler.device = torch.device("cpu")  # the engine brings inputs to the model's device and outputs back
     example = list(native_example(handler, context))
-    network = Network(handler, context, None, example, device)
-    domains = InputDomain.of(handler, example)
+    network = Network(handler, context, None, example, device, list(devices))
+    network.is_bound = bool(archive.config.device_ids)
+    refuse_off_cpu(archive, devices)
+    network.precision = plain_precision(archive.config.precision)
+    network.tolerance = ROUNDING[network.precision]
+    domains = network.domains = InputDomain.of(handler, example)
     program = _read_package(archive, network, domains)
+    choose_pixels(network)
     random_state = torch.get_rng_state()
     network.torch_model = _load_weights(
-        archive,
-        network.example,
-        device,
-        domains=domains,
-        program=program,
-        package_runners_max=cpu_budget,
-        timeout_s=startup_timeout_s,
-        progress=progress,
-        tracing=tracing,
-    )
+        archive, network.example, device, pixels=network.pixels, domains=domains, program=program,
+        package_runners_max=cpu_budget, timeout_s=startup_timeout_s, progress=progress, tracing=tracing,
+    )  # fmt: skip
+    _note_compilation(archive, network)
+    if device != "cpu":
+        network.near_cpus = cpus_near_devices(torch.device(device).type, count())
     progress("trying it")
     _prove(archive, network, domains, program, batch_size, is_built_in=handler_is_built_in(handler))
+    network = _on_backend(
+        archive, network, archive.config.backend or backend, batch_size=batch_size,
+        split=Split.of(workers, cpu_budget), timeout_s=startup_timeout_s, progress=progress,
+    )  # fmt: skip
+    spread(network, workers, archive.name)
     torch.set_rng_state(random_state)
+    network.torch_model.settle()
+    give_back()  # what trying it took, and is in no stream's reach that its workers have
     return network
+
+
+def _on_backend(
+    archive: Archive, network: Network, backend: str, *, batch_size: int, split: Split, timeout_s: float,
+    progress: Progress,
+) -> Network:  # fmt: skip
+    """``network`` on the backend that it is to begin on."""
+    given: dict[str, Any] = {"batch_size": batch_size, "split": split}
+    if archive.config.precision == INT8:
+        if archive.config.backend is None and backend == TORCHSCRIPT:
+            backend = "auto"  # int8 is the model's own word, which goes before the server's
+        return on_int8_backend(archive, network, backend, timeout_s=timeout_s, progress=progress, **given)
+    if backend == "auto":
+        return on_kept_backend(archive, network, **given)
+    return on_named_backend(archive, network, backend, timeout_s=timeout_s, progress=progress, **given)
 
 
 def handler_is_built_in(handler: Handler) -> bool:
@@ -128,33 +174,37 @@ def handler_is_built_in(handler: Handler) -> bool:
 
 
 def _read_package(archive: Archive, network: Network, domains: list[InputDomain]) -> Program | None:
-    """What the archive's package was compiled for; None if it has none. Fits the example and ``domains`` to it.
+    """What the archive's ``.pt2`` file was compiled or exported for; None if it has none. Fits the example and
+    ``domains`` to it.
 
     Raises:
-        ModelLoadError: requests cannot be checked, or the package does not go with what model-config.yaml says.
+        ModelLoadError: requests cannot be checked, or it does not go with what model-config.yaml says.
     """
     weights = archive.weights
     if weights is None or archive.manifest.model_file is not None or weights.suffix != ".pt2":
         return None
-    path = weights.as_file()
-    if not is_compiled(path):
-        raise NeedsPythonError(
-            f"{weights.name} was exported, but not compiled; torch._inductor.aoti_compile_and_package does that"
-        )
-    program = read_program(path, f"{archive.name}: {weights.name}")
-    names = _input_names(network.handler, len(network.example))
-    check_against(program, network.example, names, archive.name)
-    domains[:] = fitted_domains(program, domains, names, archive.name)
-    network.example = fitted_example(network.example, domains)
+    if is_converted(archive):
+        program = exported_rules(archive)
+    else:
+        path = weights.as_file()
+        is_compiled(path)  # for its error, of a damaged file
+        check_machine(path, f"{archive.name}: {weights.name}")
+        program = read_program(path, f"{archive.name}: {weights.name}")
+    network.example, domains[:], names = fit_inputs(program, network.handler, network.example, domains, archive.name)
     network.rules = program.rules(names, domains)
     return program
 
 
-def _input_names(handler: Handler, count: int) -> list[str]:
-    names = [spec.name for spec in getattr(handler, "specs", ())]
-    if len(names) == count and all(names):
-        return names
-    return [f"input {number}" for number in range(1, count + 1)] if count > 1 else ["input"]
+def _note_compilation(archive: Archive, network: Network) -> None:
+    """Says why ``pt2`` in model-config.yaml changes nothing, where it does not."""
+    reason = compile_reason(archive)
+    if not reason:
+        return
+    said = f"{reason}, which compiles eager models; this one runs as it is"
+    if archive.manifest.model_file is not None:
+        said = f"{reason}; 'backend: {archive.config.backend}' there is followed in its place"
+    network.findings["pt2"] = said
+    log.warning("%s: %s", archive.name, said)
 
 
 def _prove(
@@ -168,13 +218,16 @@ def _prove(
     """
     model, config = network.torch_model, archive.config
     example = network.on_device(network.example)
-    conversion = conversion_of(archive) if archive.manifest.model_file is not None else None
+    conversion = conversion_of(archive) if is_converted(archive) else None
+    rows_max = program.rows_max if program is not None else None
+    if program is not None and not program.is_compiled:
+        program = None  # it is TorchScript by now
     if conversion is not None:
         network.findings["conversion"] = f"{conversion.how}: {conversion.reason}"
         log.info("%s: its model is %s: %s", network.context.model_name, conversion.how, conversion.reason)
     if program is not None:
         network.restored = out_structure(model.call_spec())
-    precision = config.precision or "fp32"
+    precision = network.precision
     _check_precision(archive, network, precision)
     if program is not None and program.written:
         model.note_state(f"the package writes to its buffer {program.written[0]}, or gives it away")
@@ -184,6 +237,13 @@ def _prove(
             raise NeedsPythonError(f"{model.state}, {NOT_IN_THREADS[model.state]}")
         network.findings["state"] = model.state
         log.info("%s: each worker has a model of its own, since %s", network.context.model_name, model.state)
+    prove_pixels(network)
+    choose_jpeg_decoder(network, config.jpeg_decoder)
+    if model.is_channels_last and program is None:
+        chosen = f", as suits convolutions at {precision} on {network.device}" if config.memory_format is None else ""
+        network.findings["memoryFormat"] = f"channels_last{chosen}"
+    if model.device_note:
+        network.findings["devices"] = model.device_note
     odd = prove_optimization(model, network.example, domains)
     if odd:
         model.forget_optimization()
@@ -195,42 +255,46 @@ def _prove(
     elif model.optimization_note:
         network.findings["optimization"] = model.optimization_note
     try:
-        rehearse(archive.name, network.handler, network.context, network.example, network.run, is_built_in=is_built_in)
+        answered = rehearse(
+            archive.name, network.handler, network.context, network.example, network.run, is_built_in=is_built_in
+        )
     except ModelLoadError as error:
-        if archive.manifest.model_file is None:
+        if not is_converted(archive):
             raise
         raise NeedsPythonError(error.message) from error  # the model itself may do better; worker processes try it too
+    network.warm_up = warm_up_items(network.example, domains, answered, network.usual_item)
+    network.batching = batching_options(config, batch_rows(network.example, domains, ITEMS_MAX))
     own = model.instance()
     network.batches = BatchProof(
         lambda inputs: network.run_on(own, inputs),
         _rows_to_try(network, domains),
         ROUNDING[precision],
-        program.rows_max if program is not None else None,
+        rows_max,
         config.batch_dependent == "allowed",
         lambda: _looks_at_numbers(archive) if program is None else "",
         [probe_rows(each, domains) for each in other_examples(network.example, domains, OTHER_SHAPES)],
     )
     network.batches.extend(batch_size, BUDGET_S)
-    model.settle()
 
 
 def _rows_to_try(network: Network, domains: list[InputDomain]) -> ProbeRows:
     rows = probe_rows(network.example, domains)
     # An index made of what is no number ends an accelerator for the whole process.
-    return rows if network.device == "cpu" else replace(rows, not_finite=[])
+    return rows if network.device == CPU else replace(rows, not_finite=[])
 
 
 def _looks_at_numbers(archive: Archive) -> str:
     """Why items of one batch may depend on each other, though no trial shows it: a branch may be taken for one number
     in a million only. ``""`` if the model's code never looks at numbers.
     """
-    conversion = conversion_of(archive) if archive.manifest.model_file is not None else None
+    made = is_converted(archive)
+    conversion = conversion_of(archive) if made else None
     reads = conversion.reads if conversion is not None else ""
     try:
         if not reads and conversion is not None:
             with open(traced_file(archive), "rb") as file:
                 reads = program_reads(file)
-        elif archive.weights is not None and archive.manifest.model_file is None:
+        elif archive.weights is not None and not made:
             with archive.weights.open() as file:
                 reads = program_reads(file)
     except Exception as error:  # torch's, of many classes
@@ -247,6 +311,9 @@ def _check_precision(archive: Archive, network: Network, precision: str) -> None
     network.findings["precisionError"] = error
     if network.torch_model.is_autocast:
         network.findings["precision"] = f"torch's autocast to {precision}: the model does not run at it throughout"
+    if network.device == CPU and (note := precision_note("torchscript", precision)):
+        network.findings["precision"] = "; ".join(filter(None, [network.findings.get("precision"), note]))
+        log.warning("%s: %s", archive.name, note)
     if not error <= limit:
         raise ModelLoadError(
             f"{archive.name}: with 'precision: {precision}' an answer differs from fp32's by "
@@ -260,6 +327,7 @@ def _load_weights(
     example: list[torch.Tensor],
     device: str,
     *,
+    pixels: Normalization | None,
     package_runners_max: int,
     domains: list[InputDomain],
     program: Program | None,
@@ -270,15 +338,17 @@ def _load_weights(
     weights = archive.weights
     options: dict[str, Any] = {
         "device": device,
-        "precision": archive.config.precision or "fp32",
+        "precision": plain_precision(archive.config.precision),
         "channels_last": archive.config.memory_format == "channels_last",
+        "chooses_layout": archive.config.memory_format is None,
+        "pixels": pixels,
     }
-    if options["precision"] != "fp32":
+    if options["precision"] != "fp32" or device != CPU:
         options["others"] = [list(item) for item in batch_rows(example, domains, ITEMS_MAX)]
     reason = python_reason(archive)
     if reason:
         raise NeedsPythonError(reason)
-    if archive.manifest.model_file is not None:
+    if is_converted(archive):
         if needs_tracing(archive):
             (tracing or Tracing(archive)).wait(progress, timeout_s)
         progress("loading the TorchScript")
@@ -294,9 +364,11 @@ def _load_weights(
     progress(f"reading {weights.name} ({weights.size / 1e6:.0f} MB)")
     if program is not None:
         return _load_package(archive.name, weights.as_file(), example, program,
-                             {**options, "is_package": True, "package_runners_max": package_runners_max})  # fmt: skip
+                             {**options, "backend": "aotinductor", "runners_max": package_runners_max})  # fmt: skip
     if weights.suffix in PYTHON_SUFFIXES:
         raise NeedsPythonError(f"{weights.name} is loaded by libraries that are called from Python")
+    if weights.suffix == SAFETENSORS:
+        raise ModelLoadError(f"{archive.name}: {without_model_file(weights.name)}")
     if weights.suffix not in TORCHSCRIPT_SUFFIXES:
         raise ModelLoadError(
             f"{archive.name}: {weights.name} is neither TorchScript ({', '.join(TORCHSCRIPT_SUFFIXES)}) nor a .pt2 "
@@ -333,6 +405,8 @@ def _load(label: str, path: Path, example: list[torch.Tensor], options: dict[str
     try:
         return load_core().TorchModel.load(str(path), example, **options)
     except (RuntimeError, ValueError) as error:
+        if is_memory_error(error) and options["device"] != CPU:
+            raise no_room(label, options["device"]) from error
         reason = cause_of(str(error)) or type(error).__name__
         fix = ""
         if "constants.pkl" in reason or "PytorchStreamReader" in reason:
@@ -340,4 +414,6 @@ def _load(label: str, path: Path, example: list[torch.Tensor], options: dict[str
                 ". It looks like a state dict or a damaged file: pack a TorchScript file (torch.jit.save), or pack "
                 "the model's class too with --model-file"
             )
+        if options.get("backend") == "aotinductor":
+            fix = f". Compile it again with this torch ({torch.__version__}) on this kind of machine"
         raise ModelLoadError(f"{label}: its weights cannot be loaded: {reason}{fix}") from error

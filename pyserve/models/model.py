@@ -12,17 +12,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from pyserve.archive.archive import Archive
 from pyserve.conversion.torchscript import Progress, Tracing
+from pyserve.devices import CPU, is_used
 from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemoryError, ServeError
 from pyserve.lanes.audit import Repetition
 from pyserve.lanes.describe import SelfDescription, ask_handler
 from pyserve.lanes.engine_lane import RING_CAPACITY_MIN
 from pyserve.lanes.lane import Lane
 from pyserve.lanes.limited_runs import EndlessError
+from pyserve.lanes.lost_devices import DeviceLoss
 from pyserve.lanes.native import NativeLane
 from pyserve.lanes.network import Network
 from pyserve.lanes.pending import Pending
@@ -34,8 +37,10 @@ from pyserve.lanes.worker_slot import IDLE, SERVING, Condition
 from pyserve.models.audit import Audit
 from pyserve.models.audit_choice import audit_of
 from pyserve.models.checks import checks_of
+from pyserve.models.engine_choice import EngineChoice
 from pyserve.models.explanations import Explanations
 from pyserve.models.lane_choice import LaneOptions, open_lane
+from pyserve.models.model_devices import ModelDevices
 from pyserve.models.sample import sample_arguments
 from pyserve.request.exchange import Exchange
 from pyserve.worker.handler_choice import built_in_name
@@ -51,12 +56,11 @@ STATES = {
 EXPLAIN_HEADER = ("explain", "True")
 
 
-class Model:
+class Model(ModelDevices):
     """One version.
 
     Attributes:
         url: the archive's file name.
-        device: ``cpu`` or ``cuda:0``.
         state: a key of STATES.
         error: why it FAILED.
         endless: that a forward did not come to an end while it was loaded; ``""`` else. Loading it again would get
@@ -66,8 +70,8 @@ class Model:
     """
 
     def __init__(
-        self, services: Services, archive: Archive, *, name: str, url: str, settings: ModelSettings, device: str,
-        handler_name: str | None = None, loaded_at_startup: bool = False,
+        self, services: Services, archive: Archive, *, name: str, url: str, settings: ModelSettings,
+        devices: list[str], handler_name: str | None = None, loaded_at_startup: bool = False,
     ):  # fmt: skip
         # Constant.
         self.name = name
@@ -76,7 +80,7 @@ class Model:
         self.runtime = archive.manifest.runtime
         self.archive = archive
         self.handler_name = handler_name
-        self.device = device
+        self.devices = devices
         self.loaded_at_startup = loaded_at_startup
         self._services = services
         self._registered_at = datetime.now()
@@ -96,6 +100,7 @@ class Model:
             starting_error=self.starting_error,
         )
         self._audit: Audit | None = None  # most models have none
+        self._engine_choice: EngineChoice | None = None  # of a native lane
         self._scaling = asyncio.Lock()
         self._loading = asyncio.Lock()
 
@@ -114,8 +119,10 @@ class Model:
 
     async def _load(self, workers: int, progress: Progress, tracing: Tracing | None) -> None:
         try:
-            lane = await open_lane(self._lane_options(progress, tracing))
-            self.built_in_handler = self._find_built_in_handler()
+            lane = await open_lane(replace(self._lane_options(progress, tracing), workers=workers))
+            if isinstance(lane, NativeLane):
+                self.devices = lane.network.devices
+            self.built_in_handler = None if self._services.config.service_envelope else built_in_name(self.archive)
             self._lane = lane
             self._audit = audit_of(self._lane_options(lambda text: None), lane)
             self._check_still_loading()
@@ -127,8 +134,10 @@ class Model:
             if not isinstance(error, ServeError):
                 log.exception("loading %s %s failed", self.name, self.version)
             self.error = _reason(error)
-            if isinstance(error, EndlessError):
+            if isinstance(error, EndlessError) and self.device == CPU:
                 self.endless = error.message
+            for device in self.resident.devices if is_used() else ():
+                await self._services.lost_devices.look(device, f"{self.name} {self.version}", error, self.error)
             if self.state in ("LOADING", "READY"):  # the latter while it was tried again
                 self._move("FAILED")
             await self._close_lane()
@@ -136,8 +145,19 @@ class Model:
         if self.state != "READY":
             self._move("READY")
         self.error = ""
+        self._choose_engine(lane)
         self._on_condition(lane.condition)  # it may have changed since
         progress("ready")
+
+    def _choose_engine(self, lane: Lane) -> None:
+        """Behind its first requests. A model that has no worker waits with it until it has one."""
+        if isinstance(lane, NativeLane) and lane.wanted_count and self.state == "READY":
+            self._engine_choice = self._engine_choice or EngineChoice(self._services, self.archive, lane)
+            self._engine_choice.start()
+
+    @property
+    def is_loading(self) -> bool:
+        return self._loading.locked()
 
     def fail(self, endless: str) -> None:
         """It is not to be loaded, since that did not come to an end in another process."""
@@ -146,12 +166,9 @@ class Model:
 
     def _lane_options(self, progress: Progress, tracing: Tracing | None = None) -> LaneOptions:
         return LaneOptions(
-            self._services, self.archive, self.name, self.device, self.settings, progress,
+            self._services, self.archive, self.name, self.devices, self.settings, progress,
             tracing=tracing, on_condition=self._on_condition,
         )  # fmt: skip
-
-    def _find_built_in_handler(self) -> str | None:
-        return None if self._services.config.service_envelope else built_in_name(self.archive)
 
     def _on_condition(self, condition: Condition) -> None:
         """The lane has no worker, or has one again."""
@@ -187,6 +204,12 @@ class Model:
             await self._close_lane()
             await asyncio.to_thread(self.archive.close)  # which removes its folder
 
+    def lose_device(self, loss: DeviceLoss) -> None:
+        """A device is lost: whoever waits for it is answered."""
+        for lane in (self._lane, self._explanations.lane):
+            if lane is not None:
+                lane.lose_device(loss)
+
     def cut_short(self) -> None:
         """Answers what waits with 503; nothing waits for the model any more."""
         for lane in (self._lane, self._explanations.lane):
@@ -194,6 +217,9 @@ class Model:
                 lane.answer_all(lane.refusal("draining"))
 
     async def _close_lane(self) -> None:
+        choice, self._engine_choice = self._engine_choice, None
+        if choice is not None:
+            await choice.stop()
         lanes = (self._lane, self._explanations.take_lane())
         self._lane = None
         closing = [lane.close() for lane in lanes if lane is not None]
@@ -223,6 +249,7 @@ class Model:
             before, wanted_before = lane.wanted_count, self.wanted_workers
             bounds_before = self.settings.workers_min, self.settings.workers_max
             wanted = min(max(before, workers_min), max(workers_min, workers_max))
+            await self._prepare(lane, wanted)
             self.settings.workers_min, self.settings.workers_max = workers_min, workers_max
             self.wanted_workers = wanted
             lane.set_workers(wanted)
@@ -246,7 +273,16 @@ class Model:
                 if before < wanted:
                     lane.set_workers(before)
                 raise error
+            self._choose_engine(lane)
             return wanted
+
+    async def _prepare(self, lane: Lane, workers: int) -> None:
+        try:
+            await lane.prepare_workers(workers)
+        except (ModelLoadError, OutOfMemoryError) as error:
+            raise self.starting_error(error.message, error) from error
+        if self._lane is not lane:
+            raise self.starting_error("it is being unregistered")
 
     async def _settled(self, lane: Lane, *, starts: bool) -> str:
         timeout_s = self.settings.startup_timeout_s
@@ -272,6 +308,8 @@ class Model:
         for attribute, value in wanted.items():
             setattr(self.settings, attribute, value)
         if self._lane is not None:
+            if isinstance(self._lane, NativeLane) and "batch_size" in changes:
+                self._lane.ceiling.forget()
             self._lane.apply_limits()
         return changed
 
@@ -406,23 +444,15 @@ class Model:
         return self.settings.queue_size
 
     @property
-    def device_type(self) -> str:
-        return "cpu" if self.device == "cpu" else "gpu"
-
-    @property
-    def device_ids(self) -> list[int] | None:
-        return self.archive.config.device_ids
-
-    @property
     def precision(self) -> str:
-        return self.archive.config.precision or "fp32"
+        """Fp32 where what model-config.yaml asks for cannot be had."""
+        return self.network.precision if self.network is not None else self.archive.config.precision or "fp32"
 
     @property
     def weights_size(self) -> int:
         """Bytes; of one copy."""
-        if isinstance(self._lane, NativeLane):
-            return self._lane.weights_size
-        return self.archive.weights.size if self.archive.weights is not None else 0
+        in_file = self.archive.weights.size if self.archive.weights is not None else 0
+        return self._lane.weights_size if isinstance(self._lane, NativeLane) else in_file
 
     @property
     def has_ready_worker(self) -> bool:
@@ -437,7 +467,7 @@ class Model:
         rows = self._lane.worker_rows() if self._lane is not None else []
         if self.state != "LOADING":
             return rows
-        first_id, on_gpu = self._services.config.initial_worker_port, self.device != "cpu"
+        first_id, on_gpu = self._services.config.initial_worker_port, self.device != CPU
         return with_coming(rows, self.wanted_workers, first_id=first_id, since=self._registered_at, gpu=on_gpu)
 
     def queue_status(self) -> tuple[int, int]:

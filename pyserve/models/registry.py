@@ -32,7 +32,7 @@ from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import first_settings, first_workers
 from pyserve.models.ending import end
 from pyserve.models.model import Model
-from pyserve.models.placement import choose_device, gpu_count
+from pyserve.models.placement import allowed_devices, gpu_count, ordered_devices
 from pyserve.models.recovery import Recovery, may_pass
 from pyserve.models.served_names import served_name, without_manifest
 from pyserve.models.snapshot import CHANGE, SHUTDOWN, STARTUP, SnapshotFolder
@@ -411,14 +411,17 @@ class Registry:
         block = config.models.get(name, {}).get(version, {})
         first = first_settings(config, archive.config, block, settings, archive.name)
         gpus = gpu_count(config.number_of_gpu)
-        first.workers_min, first.workers_max = first_workers(config, archive.config, block, workers, gpus=gpus)
+        allowed = allowed_devices(archive.config, gpus, label=archive.name, is_lenient=config.compat == "strict")
+        count = gpus if config.compat == "strict" else len(allowed)
+        first.workers_min, first.workers_max = first_workers(config, archive.config, block, workers, gpus=count)
+        residents = [other.resident for other in self.all_models()]
         model = Model(
             self._services,
             archive,
             name=name,
             url=url,
             settings=first,
-            device=choose_device(archive.config, gpus, [other.device for other in self.all_models()]),
+            devices=ordered_devices(allowed, residents, workers=first.workers_min),
             handler_name=handler,
             loaded_at_startup=at_startup,
         )

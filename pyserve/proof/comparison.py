@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 # What two ways to compute one thing may differ by, as `difference` counts. Sums of a network are some hundred
-# roundings long, in fp32 of 6e-8 each, in fp16 of 5e-4 and in bf16 of 4e-3, most of which cancel.
-ROUNDING: dict[str, float] = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
+# roundings long, in fp32 of 6e-8 each, in tf32 and fp16 of 5e-4 and in bf16 of 4e-3, most of which cancel. In int8
+# a number just beside the middle between two whole ones becomes the other one: a step of 4e-3 or, with 7 bits, 8e-3.
+ROUNDING: dict[str, float] = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 3e-2, "fp16": 5e-3, "int8": 5e-2}
 
 # Magnitude below which numbers count as if they were of this one. Small, because a model may answer in seconds
 # or metres; not zero, because noise around a sum of exactly 0 has no scale.

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyserve import devices
+
 PARAMETER_SIZE_MAX = 1 << 20
 DEPTH_MAX = 6
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
@@ -148,15 +150,14 @@ class KeptRandomness:
 
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self._devices = devices.random_states()
         self._numpy = np.random.get_state()
         self._python = random.getstate()
 
     def restore(self) -> None:
         """Makes them continue from there."""
         torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
+        devices.set_random_states(self._devices)
         np.random.set_state(self._numpy)
         random.setstate(self._python)
 

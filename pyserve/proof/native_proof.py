@@ -18,7 +18,7 @@ import torch
 
 from pyserve.proof.batch_probe import BatchProbe, Run, Step, outcome, size_step, steps
 from pyserve.proof.comparison import ROUNDING, difference, rows
-from pyserve.proof.probe_inputs import InputDomain, ProbeRows, probe_inputs
+from pyserve.proof.probe_inputs import ITEMS_MAX, InputDomain, ProbeRows, batch_rows, probe_inputs
 from pyserve.torch_error import cause_of
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class BatchProof:
         if self.rows_max is not None and size > self.rows_max:
             self._settle(min(size, self.rows_max), budget_s)
             if self.size_max == self.rows_max:
-                self.note = f"the program was compiled for batches of at most {self.rows_max}"
+                self.note = f"the program takes batches of at most {self.rows_max}"
             return
         self._settle(size, budget_s)
 
@@ -187,6 +187,37 @@ def _finite(output: Any) -> list[list[bool]]:
     if isinstance(output, (list, tuple)):
         return [part for each in output for part in _finite(each)]
     return []
+
+
+def hides_overflow(truth: Run, candidate: Run, example: Sequence[torch.Tensor], domains: Sequence[InputDomain]) -> bool:
+    """Whether ``candidate`` gives numbers where ``truth`` gives NaN or infinity, or the other way round, on numbers as
+    large as the engine leaves to it. What overflows within a model may not show in its answer any more.
+    """
+    if not any(_takes_any(domain) for domain in domains):
+        return False
+    items = batch_rows(example, domains, ITEMS_MAX)
+    for item, sign in ((items[0], 1), (items[2], 1), (items[4], -1)):  # all positive, of both signs, all negative
+        inputs = [_enlarged(each, sign) if _takes_any(domain) else each
+                  for each, domain in zip(item, domains, strict=True)]  # fmt: skip
+        expected, got = outcome(truth, inputs), outcome(candidate, inputs)
+        if isinstance(expected, type) or isinstance(got, type):
+            if expected is not got:
+                return True
+        elif _finite(expected) != _finite(got):
+            return True
+    return False
+
+
+def _takes_any(domain: InputDomain) -> bool:
+    return domain.dtype.is_floating_point and domain.values is None
+
+
+def _enlarged(numbers: torch.Tensor, sign: int) -> torch.Tensor:
+    """``numbers`` whose largest is just below `ORDINARY_MAX`, above which the engine asks nothing of a candidate."""
+    if not numbers.numel():
+        return numbers
+    limit = 0.99 * min(ORDINARY_MAX, torch.finfo(numbers.dtype).max)
+    return numbers * (sign * limit / max(float(numbers.abs().max()), 1e-30))
 
 
 def find_state(model: Any, example: Sequence[torch.Tensor], *, is_package: bool) -> None:

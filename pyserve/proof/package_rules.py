@@ -34,6 +34,8 @@ _DTYPE = re.compile(r"int32_t (\w+)_expected_dtype = aoti_torch_dtype_(\w+)\(\);
 _STATIC = re.compile(r"if \((\d+) != (\w+)_(size|stride)\[(\d+)\]\)")
 _BOUND = re.compile(r"if \((\w+)_size\[(\d+)\] ([<>]) (\d+)\)")
 _LAYOUT = re.compile(r'assert_size_stride\((\w+), \{([^}]*)\}, \{([^}]*)\}, "input"\)')
+# Where nothing says how large a dimension may be.
+_SIZE_MAX = (1 << 63) - 1
 # torch compiles no dynamic dimension for sizes 0 and 1; the code is right for 1 where the export allowed it, which the
 # package does not say, so a batch of one is tried.
 SPECIALIZED_MIN = 2
@@ -64,17 +66,29 @@ class ProgramInput:
 
 @dataclass(frozen=True)
 class Program:
-    """What a compiled program takes.
+    """What a compiled or exported program takes.
 
     Attributes:
         rows_min, rows_max: sizes of its batch; rows_max is None if any is taken.
         written: the constants that a call may write to or give away, as the package's source names them.
+        is_compiled: by AOTInductor; else it is what torch.export saved.
     """
 
     inputs: tuple[ProgramInput, ...]
     rows_min: int
     rows_max: int | None
     written: tuple[str, ...] = ()
+    is_compiled: bool = True
+
+    @property
+    def noun(self) -> str:
+        """What to call it in messages."""
+        return "package" if self.is_compiled else "program"
+
+    @property
+    def made(self) -> str:
+        """How it came about, for messages."""
+        return "compiled" if self.is_compiled else "exported"
 
     @property
     def takes_one_row_unsaid(self) -> bool:
@@ -86,7 +100,7 @@ class Program:
     ) -> list[tuple[str, torch.dtype, list[tuple[int, int, str]]]]:
         """As ``_core.Lane.set_input_rules`` takes them; ``domains`` are those of `fitted_domains`."""
         return [
-            (name, each.dtype, [(low, high or low, size.symbol)
+            (name, each.dtype, [(low, _SIZE_MAX if high is None else high, size.symbol)
                                 for (low, high), size in zip(domain.sizes, each.dimensions[1:], strict=True)])
             for name, each, domain in zip(names, self.inputs, domains, strict=True)
         ]  # fmt: skip
@@ -139,14 +153,28 @@ def _program_of(source: str, label: str) -> Program:
         _input(source, handles[index], dtypes, layouts, f"{label}: input {index} of the package")
         for index in range(len(handles))
     ]
+    return program_taking(inputs, label, written_constants(source))
+
+
+def program_taking(
+    inputs: Sequence[ProgramInput], label: str, written: tuple[str, ...] = (), *, is_compiled: bool = True
+) -> Program:
+    """The program with these inputs.
+
+    Raises:
+        ModelLoadError: they do not share their batch.
+    """
     batches = {(each.dimensions[0].min, each.dimensions[0].max, each.dimensions[0].symbol) for each in inputs}
     if len(batches) != 1:
+        what = "package" if is_compiled else "program"
         raise ModelLoadError(
-            f"{label}: the inputs of the package do not share their first dimension, the batch; export it with one "
+            f"{label}: the inputs of the {what} do not share their first dimension, the batch; export it with one "
             "torch.export.Dim for dimension 0 of all inputs"
         )
     ((low, high, _),) = batches
-    return Program(tuple(inputs), 1 if low <= SPECIALIZED_MIN and low != high else low, high, written_constants(source))
+    # A compiled one does not say whether it takes one row; an exported one does.
+    rows_min = 1 if is_compiled and low <= SPECIALIZED_MIN and low != high else low
+    return Program(tuple(inputs), rows_min, high, written, is_compiled)
 
 
 def _input(
@@ -208,22 +236,23 @@ def check_against(program: Program, example: Sequence[torch.Tensor], names: Sequ
     """Checks what a handler feeds the program, by one item [1, ...] per input.
 
     Raises:
-        ModelLoadError: the program was compiled for something else.
+        ModelLoadError: the program was made for something else.
     """
+    made = f"{program.noun} was {program.made}"
     if len(example) != len(program.inputs):
         raise ModelLoadError(
-            f"{label}: the package takes {len(program.inputs)} inputs, model-config.yaml's 'input' describes "
+            f"{label}: the {program.noun} takes {len(program.inputs)} inputs, model-config.yaml's 'input' describes "
             f"{len(example)}"
         )
     for name, each, wanted in zip(names, example, program.inputs, strict=True):
         if each.dtype != wanted.dtype:
             raise ModelLoadError(
-                f"{label}: {name} is {_dtype(each.dtype)}, but the package was compiled for {_dtype(wanted.dtype)}; "
+                f"{label}: {name} is {_dtype(each.dtype)}, but the {made} for {_dtype(wanted.dtype)}; "
                 f"write 'dtype: {_dtype(wanted.dtype)}' in model-config.yaml's 'input'"
             )
         if each.dim() != len(wanted.dimensions):
             raise ModelLoadError(
-                f"{label}: {name} has {each.dim() - 1} dimensions without the batch, but the package was compiled for "
+                f"{label}: {name} has {each.dim() - 1} dimensions without the batch, but the {made} for "
                 f"{len(wanted.dimensions) - 1}; correct 'shape' in model-config.yaml's 'input'"
             )
 
@@ -234,28 +263,30 @@ def fitted_domains(
     """What both the program and model-config.yaml allow.
 
     Raises:
-        ModelLoadError: that is nothing, or a dimension has no known largest size.
+        ModelLoadError: that is nothing, or a dimension of a compiled one has no known largest size.
     """
     fitted = []
     for name, domain, wanted in zip(names, domains, program.inputs, strict=True):
-        sizes = []
+        sizes: list[tuple[int, int | None]] = []
         for axis, ((low, high), limit) in enumerate(zip(domain.sizes, wanted.dimensions[1:], strict=True), 1):
             highest = limit.max if high is None else high if limit.max is None else min(high, limit.max)
             lowest = max(low, limit.min)
-            if highest is None:
+            if highest is None and program.is_compiled:
                 raise ModelLoadError(
                     f"{label}: dimension {axis} of {name} was compiled for any size, so that nothing keeps a request "
                     "from having the program read beyond its tables; give it a range in model-config.yaml, such as "
                     f"'shape: [{lowest}..512]' (or pad_to), or {EXPORT_FIX}"
                 )
-            if lowest > highest:
+            if highest is not None and lowest > highest:
                 compiled = f"{limit.min}" if limit.min == limit.max else f"{limit.min} to {limit.max}"
                 raise ModelLoadError(
                     f"{label}: dimension {axis} of {name} is {low if low == high else f'{low} to {high}'} in "
-                    f"model-config.yaml, but the package was compiled for {compiled}; correct 'shape' there"
+                    f"model-config.yaml, but the {program.noun} was {program.made} for {compiled}; correct 'shape' "
+                    "there"
                 )
             sizes.append((lowest, highest))
-        pad_to = tuple(size for size in domain.pad_to if any(low <= size <= high for low, high in sizes if low != high))
+        free = [(low, _SIZE_MAX if high is None else high) for low, high in sizes if low != high]
+        pad_to = tuple(size for size in domain.pad_to if any(low <= size <= high for low, high in free))
         symbols = [limit.symbol for (low, high), limit in zip(sizes, wanted.dimensions[1:], strict=True) if low != high]
         fitted.append(replace(domain, sizes=tuple(sizes), pad_to=pad_to, same=domain.same or tuple(symbols)))
     return fitted
@@ -330,13 +361,13 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 class CheckedPackage:
-    """A package as torch loads it, which runs only what it was compiled for; in a worker process.
+    """A package, or an exported program, as torch loads it, which runs only what it was made for; in a worker process.
 
     A batch of another size than it takes is run in pieces, or filled up with copies of its last row. Outputs of one
     that writes to its constants are copies, since the next call would change the constants.
 
     Raises (when it is called):
-        InputError: a size or dtype that it was not compiled for.
+        InputError: a size or dtype that it was not made for.
     """
 
     def __init__(self, call: Callable[..., Any], program: Program):
@@ -372,18 +403,18 @@ class CheckedPackage:
         return _pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
 
     def _checked(self, index: int, tensor: torch.Tensor, seen: dict[str, int]) -> torch.Tensor:
-        wanted = self._program.inputs[index]
+        wanted, made = self._program.inputs[index], self._program.made
         label = f"input {index + 1}"
         if tensor.dtype != wanted.dtype or tensor.dim() != len(wanted.dimensions):
             raise InputError(
-                f"{label}: the model was compiled for {_dtype(wanted.dtype)} with {len(wanted.dimensions) - 1} "
+                f"{label}: the model was {made} for {_dtype(wanted.dtype)} with {len(wanted.dimensions) - 1} "
                 f"dimensions, got {_dtype(tensor.dtype)} with {tensor.dim() - 1}"
             )
         for axis, (size, limit) in enumerate(zip(tensor.shape[1:], wanted.dimensions[1:], strict=True), 1):
             if size < limit.min or (limit.max is not None and size > limit.max):
                 high = "any" if limit.max is None else limit.max
                 allowed = f"{limit.min}" if limit.min == limit.max else f"{limit.min} to {high}"
-                raise InputError(f"{label}: dimension {axis} has size {size}; the model was compiled for {allowed}")
+                raise InputError(f"{label}: dimension {axis} has size {size}; the model was {made} for {allowed}")
             if limit.symbol and seen.setdefault(limit.symbol, size) != size:
                 raise InputError(f"{label}: dimension {axis} has size {size}, but must have {seen[limit.symbol]}")
         if wanted.is_channels_last:

@@ -201,6 +201,55 @@ def other_examples(
     ]
 
 
+def largest_example(example: Sequence[torch.Tensor], domains: Sequence[InputDomain]) -> list[torch.Tensor] | None:
+    """An example like this one with its free dimensions at their largest size, as far as that is tried; None if it has
+    none that is larger. All numbers of an input are the example's first."""  # fmt: skip
+    own = [tuple(each.shape[1:]) for each in example]
+    largest = max([own, *_free_sizes(example, domains)], key=lambda shapes: sum(map(math.prod, shapes)))
+    if largest == own:
+        return None
+    return [_resized(each, shape) for each, shape in zip(example, largest, strict=True)]
+
+
+def padded_examples(
+    example: Sequence[torch.Tensor], domains: Sequence[InputDomain]
+) -> list[tuple[list[torch.Tensor], str]]:
+    """Examples like this one of every size that items are filled up to, but for its own, and what each is called.
+
+    Inputs that are filled up together have their n-th size together. All numbers of an input are the example's first,
+    since an item of nothing but padding is none.
+    """
+    own = [tuple(each.shape[1:]) for each in example]
+    longest = max((len(domain.pad_to) for domain in domains), default=0)
+    found: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for step in range(longest):
+        sizes = [domain.pad_to[min(step, len(domain.pad_to) - 1)] if domain.pad_to else 0 for domain in domains]
+        shapes = tuple(_with_size(domain, shape, size) for domain, shape, size in zip(domains, own, sizes, strict=True))
+        if list(shapes) != own:
+            found.setdefault(shapes, [size for size in sizes if size])
+    return [
+        (
+            [_resized(each, shape) for each, shape in zip(example, shapes, strict=True)],
+            f"pad_to {', '.join(map(str, dict.fromkeys(sizes)))}",
+        )
+        for shapes, sizes in found.items()
+    ]
+
+
+def _with_size(domain: InputDomain, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """``shape`` with ``size`` for what is filled up."""
+    if not domain.pad_to:
+        return shape
+    resized = list(shape)
+    for axis in domain.free:
+        resized[axis] = size
+    return tuple(resized)
+
+
+def _resized(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return tensor.flatten()[:1].expand((1, *shape)).clone() if tensor.numel() else tensor.new_zeros((1, *shape))
+
+
 def _nearly(tensor: torch.Tensor, domain: InputDomain, share: float) -> torch.Tensor:
     """``tensor``, a little off: each number by ``share`` of it, or one whole number by one; inside the domain."""
     if domain.dtype.is_floating_point or domain.dtype.is_complex:

@@ -17,7 +17,7 @@ import signal
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvloop
 
@@ -32,7 +32,7 @@ from pyserve.conversion.torchscript import Tracing, needs_tracing, runs_in_pytho
 from pyserve.errors import ConfigError, JsonObject, ModelLoadError, ModelNotFoundError, ServeError
 from pyserve.fetch.sources import obtain_at_start
 from pyserve.lanes.spawner import Spawner
-from pyserve.launch import EXIT_DRAINED, EXIT_REPLACED, EXIT_WILL_FAIL_AGAIN, SAME_SIGNAL_S
+from pyserve.launch import EXIT_DEVICE_LOST, EXIT_DRAINED, EXIT_REPLACED, EXIT_WILL_FAIL_AGAIN, SAME_SIGNAL_S
 from pyserve.models.snapshot import models_to_restore, snapshot_folder
 from pyserve.models.snapshot_models import SnapshotError, restored_state
 from pyserve.models.state_file import STATE_NAME, read_state
@@ -134,7 +134,10 @@ async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int, stuc
     server = Server(start, spawner, logs)
     try:
         loading = asyncio.ensure_future(server.load(sources, archives, tracings, state))
-        await asyncio.wait([loading, stop.first], return_when=asyncio.FIRST_COMPLETED)
+        lost = server.lost_devices.loss
+        await asyncio.wait([loading, stop.first, lost], return_when=asyncio.FIRST_COMPLETED)
+        if lost.done():
+            await _leave(server, logs)
         if not loading.done():
             loading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -147,11 +150,13 @@ async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int, stuc
         gc.enable()
         await server.open_ports()
         start.report.ready(**await server.report())
-        await asyncio.wait([stop.first, server.stuck.replacement], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([stop.first, server.stuck.replacement, lost], return_when=asyncio.FIRST_COMPLETED)
+        if lost.done():
+            await _leave(server, logs)
         if not stop.first.done():
             log.error("another process takes this one's place, on the same sockets and with the same models: %s",
                       server.stuck.replacement.result())  # fmt: skip
-        return await _drain(server, stop, start.config)
+        return await _drain(server, stop, start.config, logs)
     finally:
         for tracing in tracings.values():
             tracing.stop()
@@ -172,7 +177,15 @@ def worker_environment(config: Config) -> dict[str, str]:
     return {name: "true" if is_set else "false" for name, is_set in values.items()}
 
 
-async def _drain(server: Server, stop: _StopSignals, config: Config) -> int:
+async def _leave(server: Server, logs: ServerLogs) -> NoReturn:
+    """A device is lost: ends the process, since nothing else makes it work again, or lets go of its memory."""
+    await server.leave(server.lost_devices.loss.result())
+    logs.close()
+    logging.shutdown()
+    os._exit(EXIT_DEVICE_LOST)
+
+
+async def _drain(server: Server, stop: _StopSignals, config: Config, logs: ServerLogs) -> int:
     """Answers what was accepted, then stops. A second signal, or the timeout, ends it early. Without a signal another
     process takes over, unless there is one meanwhile.
 
@@ -184,9 +197,13 @@ async def _drain(server: Server, stop: _StopSignals, config: Config) -> int:
     timeout_s = config.drain_timeout_s
     is_replaced = not stop.first.done()
     if (is_replaced or stop.first.result() == signal.SIGTERM) and config.drain_delay_s:
-        await asyncio.wait([stop.first if is_replaced else stop.second], timeout=config.drain_delay_s)
+        ends = [stop.first if is_replaced else stop.second, server.lost_devices.loss]
+        await asyncio.wait(ends, timeout=config.drain_delay_s, return_when=asyncio.FIRST_COMPLETED)
     draining = asyncio.ensure_future(server.drain(keeps_sockets=not stop.first.done()))
-    await asyncio.wait([draining, stop.second], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    ends = [draining, stop.second, server.lost_devices.loss]
+    await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    if server.lost_devices.loss.done():
+        await _leave(server, logs)
     if draining.done():
         draining.result()
         return EXIT_DRAINED if stop.first.done() else EXIT_REPLACED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from pyserve.http1.connections import Connections
 from pyserve.http1.limits import Http1Limits
 from pyserve.http1.protocol import Http1Protocol
 from pyserve.http1.tls import Http1TlsProtocol
+from pyserve.lanes.lost_devices import LOSSES_NAME, DeviceLoss, LostDevices
 from pyserve.lanes.preprocess_pool import PreprocessPool
 from pyserve.lanes.resources import Services
 from pyserve.lanes.spawner import Spawner
@@ -51,6 +53,7 @@ from pyserve.security.tokens import Tokens
 from pyserve.server.handover import ServerStart
 from pyserve.server.last_clients import accept_last, file_identities
 from pyserve.server.start_table import start_table
+from pyserve.telemetry.device_metrics import loss_family
 from pyserve.telemetry.loop_watch import LoopWatch
 from pyserve.telemetry.metrics import Metrics, MetricsOptions
 from pyserve.telemetry.metrics_config import MetricsConfig, MetricsConfigError, read_metrics_config
@@ -64,6 +67,8 @@ ACCEPT_BACKLOG = 2048
 TLS_HANDSHAKE_S = 10.0
 # Until a client that is slow to read has got its answer; Http1TlsProtocol hangs up on the others much sooner.
 TLS_SHUTDOWN_S = 120.0
+# How long requests of models on other devices may take when one is lost. Nobody is to wait longer for the next process.
+OTHERS_S = 0.7
 # Time for the last answers to leave when draining is cut short.
 CUT_SHORT_WRITE_S = 0.1
 
@@ -94,6 +99,10 @@ class Server:
         # A thread takes over torch's number of threads when it first asks for it, and the workers will change that
         # number for all who ask later; so every thread of the pool asks now.
         self._pool = PreprocessPool(config.preprocess_threads or budget, stuck, torch.get_num_threads)
+        self.lost_devices = LostDevices(
+            start.kept.get(LOSSES_NAME), self._engine.core.probe_device, losses_max=config.device_losses_max
+        )
+        self._engine.watch(self._look_at_devices)
         self._services = services = Services(
             config=config,
             engine=self._engine,
@@ -104,6 +113,7 @@ class Server:
             tracer=open_tracer(),
             descriptors=DescriptorLimit(open_files_max()),
             stuck=stuck,
+            lost_devices=self.lost_devices,
             error_format=ErrorFormat(
                 with_detail=config.compat != "strict" and config.error_detail != "none",
                 kserve_versions=("v2",) if config.compat == "strict" else ("v1", "v2"),
@@ -140,6 +150,7 @@ class Server:
         self._renewing: asyncio.Future[None] | None = None
         self._watch = LoopWatch()
         self._metrics.more.append(self._watch.families)
+        self._metrics.more.append(lambda: [loss_family(services.lost_devices.counts())])
         log.info("%d CPUs for %d preprocessing threads and the workers of all models", budget,
                  config.preprocess_threads or budget)  # fmt: skip
 
@@ -296,6 +307,32 @@ class Server:
         await asyncio.gather(self.grpc.drain(), *(connections.drain() for connections in self._connections))
         await self.registry.drain()
         log.info("drained")
+
+    def _look_at_devices(self) -> None:
+        for device, reason in self._engine.core.lost_devices():
+            self.lost_devices.note(device, reason)
+
+    async def leave(self, loss: DeviceLoss) -> None:
+        """A device is lost: answers whoever waits, so that the process can end; see `LostDevices`.
+
+        Its models' requests are answered at once. The others' have OTHERS_S to come to their answers; whoever connects
+        from now on waits for the next process. Nothing of the device is let go.
+        """
+        self.part()
+        models = self.registry.all_models()
+        of_device = [model for model in models if loss.device in model.resident.devices]
+        loading = [f"{model.name} {model.version}" for model in of_device if model.is_loading]
+        is_in_use = any(model.state == "READY" for model in of_device)
+        for model in models:
+            model.lose_device(loss)
+        for server in self._servers:
+            server.close()
+        with contextlib.suppress(OSError):  # the next server tries the device, then
+            self._start.kept.put(LOSSES_NAME, self.lost_devices.record(loading, is_in_use=is_in_use))
+        answering = asyncio.gather(self.grpc.drain(), *(connections.drain() for connections in self._connections))
+        await asyncio.wait([answering], timeout=OTHERS_S)
+        if not answering.done():
+            await self.cut_short()
 
     async def cut_short(self) -> None:
         """Answers what waits with 503 and lets go of the rest."""

@@ -24,7 +24,7 @@ def settings_lines(config: Config, *, gpus: int) -> list[str]:
     places = (place.rpartition(":") for place in config.origin.values())
     file = next((file for file, _, line in places if line.isdigit()), "")
     cpus = cpu_budget(config.cpu_budget)
-    default_workers = config.default_workers_per_model or ((gpus or cpus) if config.compat == "strict" else 1)
+    default_workers = config.default_workers_per_model or gpus or (cpus if config.compat == "strict" else 1)
     rows = {
         "Torchserve version": f"{TORCHSERVE_VERSION} (pyserve {__version__})",
         "TS Home": ROOT_DIR,

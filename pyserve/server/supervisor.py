@@ -267,21 +267,24 @@ class Supervisor:
             self._exit_code = self._code_after_stop(code)
             logger.info("server %s", ended)
         elif code == launch.EXIT_REPLACED:
-            self._replace(ended)
+            self._replace(ended, "it asked for another process in its place")
+        elif code == launch.EXIT_DEVICE_LOST:
+            # The server itself sees to it that a device is not tried again and again, see `lanes.lost_devices`.
+            self._replace(ended, "a device is lost")
         elif not self._has_served and (self._failure or code == launch.EXIT_WILL_FAIL_AGAIN):
             self._fail(self._failure or f"the server {ended} and gave no reason")
         else:
             self._restart_or_end(ended)
 
-    def _replace(self, ended: str) -> None:
-        """It was healthy, and drained itself because it wants to be started again: at once, however often."""
+    def _replace(self, ended: str, why: str) -> None:
+        """It was healthy, and answered everybody because it wants to be started again: at once, however often."""
         self._backoff.count += 1
-        logger.warning("server %s: it asked for another process in its place (%d)", ended, self._backoff.count)
+        logger.warning("server %s: %s (%d)", ended, why, self._backoff.count)
         self._start_server()
 
     def _code_after_stop(self, code: int) -> int:
         # SIGTERM ends a server outright while it is still too young to have a handler for it.
-        stopped = code in (launch.EXIT_DRAINED, launch.EXIT_REPLACED)
+        stopped = code in (launch.EXIT_DRAINED, launch.EXIT_REPLACED, launch.EXIT_DEVICE_LOST)
         stopped = stopped or (code == -signal.SIGTERM and self._ready_at is None)
         return self._code_when_stopped if stopped else EXIT_FAILED
 

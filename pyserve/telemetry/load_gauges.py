@@ -31,7 +31,9 @@ class LoadGauges:
             workers: that may run batches at once.
         """
         now = self._clock()
-        busy_s = stats["staging"][2] + stats["inference"][2]
+        # On an accelerator the stages of two batches overlap: there, what counts is that it computes.
+        computed_s = stats["compute"][2] if "compute" in stats else 0.0
+        busy_s = computed_s or stats["staging"][2] + stats["inference"][2]
         batches, requests = stats["batches"], stats["batch_size"][2]
         while len(self._marks) > 1 and now - self._marks[1][0] >= WINDOW_S:
             self._marks.popleft()

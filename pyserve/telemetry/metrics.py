@@ -25,6 +25,7 @@ from pyserve import __version__
 from pyserve.errors import JsonObject
 from pyserve.request.messages import Request, Response
 from pyserve.telemetry.custom_sums import CustomMetrics
+from pyserve.telemetry.device_metrics import DeviceMemory, engine_families, memory_family
 from pyserve.telemetry.exposition import CONTENT_TYPE, add_histogram, render
 from pyserve.telemetry.host_metrics import FILL_BOUNDS, BatchRecorder, HostMetrics
 from pyserve.telemetry.load_gauges import LoadGauges
@@ -78,6 +79,10 @@ class MeasuredModel(Protocol):
     @property
     def lane(self) -> str:
         """``native`` or ``python``."""
+
+    @property
+    def native_devices(self) -> Sequence[str]:
+        """Accelerators that it runs on in this process; none on a CPU, or in worker processes."""
 
     @property
     def requests_in_flight(self) -> int:
@@ -200,6 +205,7 @@ class Metrics(Collector):
         drops = options.is_strict and not options.takes_undeclared
         self._custom = CustomMetrics(options.config.model, drops_undeclared=drops, log=self.host.log)
         self._batches: dict[tuple[str, str], BatchRecorder] = {}
+        self._memory = DeviceMemory()
         self._loads: dict[tuple[str, str], LoadGauges] = {}
         self._torchserve: dict[tuple[str, str], list[float]] = {}
         self._rejected: dict[tuple[str, str], int] = {}  # (model, reason) ->
@@ -321,6 +327,7 @@ class Metrics(Collector):
         yield from self._request_families()
         yield self._rejected_family()
         yield from _model_families(models)
+        yield from self._device_families(models)
         yield from _audit_families(models)
         yield from self._batch_families()
         yield from self._load_families(models)
@@ -412,6 +419,13 @@ class Metrics(Collector):
             busy.add_sample(busy.name, labels, share)
             wait.add_sample(wait.name, labels, wait_s)
         yield from (busy, wait)
+
+    def _device_families(self, models: list[MeasuredModel]) -> Iterator[Metric]:
+        there = [model for model in models if model.native_devices]
+        yield memory_family(self._memory.look(device for model in there for device in model.native_devices))
+        yield from engine_families([
+            ({"model": model.name, "version": model.version}, model.stats()) for model in there
+        ])  # fmt: skip
 
     def _rejected_family(self) -> Metric:
         rejected = Metric("pyserve_requests_rejected", "Requests refused, by reason.", "counter")

@@ -7,11 +7,10 @@ import contextlib
 import logging
 import re
 import shlex
-from collections.abc import Awaitable, Callable
 
 import psutil
 
-from pyserve.telemetry.gpu_usage import ask_driver
+from pyserve.telemetry.gpu_usage import Ask, ask_usage
 from pyserve.telemetry.host_metrics import HostMetrics
 from pyserve.telemetry.metrics_config import SERVER_METRICS
 
@@ -59,12 +58,13 @@ class SystemMetrics:
 
     Args:
         command: run instead of measuring, split into words as a shell does but without one.
-        gpus: how many there are.
+        gpus: how many accelerators there are.
+        ask: see `ask_usage`.
     """
 
     def __init__(
         self, host: HostMetrics, interval_s: float, *, command: str = "", gpus: int = 0,
-        ask: Callable[[int], Awaitable[str]] = ask_driver,
+        ask: Ask = ask_usage,
     ):  # fmt: skip
         self._host = host
         self._interval_s = max(1.0, interval_s)
@@ -91,21 +91,21 @@ class SystemMetrics:
             return
         for name, value in (await asyncio.to_thread(measure)).items():
             self._host.set(name, value)
-        for index in range(self._gpus):
-            await self._measure_gpu(index)
+        if self._gpus:
+            await self._measure_gpus()
 
-    async def _measure_gpu(self, index: int) -> None:
-        import torch
-
+    async def _measure_gpus(self) -> None:
         try:
-            gpu, _, used_mib = (float(each) for each in (await self._ask(index)).split(","))
-            total_mib = torch.cuda.get_device_properties(index).total_memory / _MIB
-        except (OSError, ValueError, RuntimeError, AssertionError, TimeoutError) as error:
-            log.debug("the usage of GPU %d cannot be had: %s", index, error)
+            usages = await self._ask(range(self._gpus))
+        except (OSError, ValueError, LookupError, RuntimeError, TimeoutError) as error:
+            log.debug("the usage of GPUs cannot be had: %s", error)
             return
-        self._host.set_gpu("GPUUtilization", gpu, index)
-        self._host.set_gpu("GPUMemoryUsed", used_mib, index)
-        self._host.set_gpu("GPUMemoryUtilization", used_mib / total_mib * 100, index)
+        for index, usage in usages.items():
+            if usage.busy is not None:
+                self._host.set_gpu("GPUUtilization", usage.busy, index)
+            self._host.set_gpu("GPUMemoryUsed", usage.used_size / _MIB, index)
+            if usage.total_size:
+                self._host.set_gpu("GPUMemoryUtilization", usage.used_size / usage.total_size * 100, index)
 
     async def _run_command(self) -> str:
         process = await asyncio.create_subprocess_exec(

@@ -12,12 +12,13 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from pyserve.errors import is_memory_error
+from pyserve import devices
+from pyserve.errors import JsonObject, is_memory_error
 from pyserve.proof.batch_probe import RowNumbers, Step, probe_sizes, size_step, special_steps
 from pyserve.proof.comparison import ROUNDING, difference, dtypes, rows
 from pyserve.proof.graph_reads import graph_reads
@@ -62,11 +63,13 @@ class Verdict:
         note: why batches hold one request; ``""`` if they need not.
         probe: ``passed``, or why nothing is known, or what differed.
         raised_note: the note to be once the batch size is raised above 1, which was not tried.
+        warm_up: what else was run, see `warm_up.WarmUp.findings`.
     """
 
     note: str = ""
     probe: str = ""
     raised_note: str = ""
+    warm_up: JsonObject = field(default_factory=dict, compare=False)
 
     @classmethod
     def untried(cls, spec: WorkerSpec, why: str, *, is_built_in: bool) -> Verdict:
@@ -339,7 +342,8 @@ def precision_of(spec: WorkerSpec, handler: Any) -> str:
     if named == "bf16" or torch.bfloat16 in types:
         return "bf16"
     # TF32, which GPUs use for fp32 where that is allowed, has as many digits as fp16.
-    is_tf32 = torch.cuda.is_initialized() and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    is_cuda = devices.kind() == "cuda" and devices.is_used()
+    is_tf32 = is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
     return "fp16" if named == "fp16" or torch.float16 in types or is_tf32 else "fp32"
 
 

@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from pyserve import devices
 from pyserve.context import Context
 from pyserve.errors import HandlerError
 from pyserve.telemetry.custom_metrics import MetricsReport
@@ -239,6 +240,7 @@ class _RunningBatch:
         answers = self._invoker.fail([job.request for job in jobs], failure)
         for job, answer in zip(jobs, answers, strict=True):
             self._end(job, answer)
+        self._invoker.leave_if_lost()
 
     def _try_again(self, jobs: list[Job], saved: list[_Saved], failure: Failure) -> None:
         """Calls the handler for fewer requests at a time."""
@@ -316,10 +318,7 @@ def _groups(old: list[Job], new: list[Job], *, is_memory: bool) -> list[list[Job
     """How a step that failed is divided."""
     jobs = [*old, *new]
     if is_memory:  # what did not fit at once may fit in two goes
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            with contextlib.suppress(RuntimeError):  # a GPU that has failed; the next call tells
-                torch.cuda.empty_cache()
+        devices.give_back()
         middle = (len(jobs) + 1) // 2
         return [group for group in (jobs[:middle], jobs[middle:]) if group]
     if old and new:

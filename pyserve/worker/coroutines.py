@@ -16,7 +16,7 @@ from typing import Any
 
 from pyserve.launch import INTERRUPT
 from pyserve.telemetry.custom_metrics import MetricsReport
-from pyserve.worker.answer import ANSWER, LAST, Answer, Parts
+from pyserve.worker.answer import ANSWER, ERROR, LAST, Answer, Parts
 from pyserve.worker.entry_point import EntryPoint
 from pyserve.worker.failure import HandlerTimeout
 from pyserve.worker.invoker import Call, Invoker
@@ -134,6 +134,8 @@ class _Server:
             answer = task.result() if error is None else self._invoker.fail_element(request, error)
         with contextlib.suppress(EOFError):  # `_take` sees that too
             self._channel.send(batch, [answer])
+        if answer[1] == ERROR:
+            self._invoker.leave_if_lost()
 
     # --- a request ------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ import inspect
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
+from pyserve import devices
 from pyserve.answer_head import AnswerHead, answer_head
 from pyserve.context import Batch, Context
 from pyserve.errors import HandlerError, InputError, ServeError
@@ -37,26 +38,15 @@ from pyserve.worker.answer import (
 )
 from pyserve.worker.entry_point import EntryPoint
 from pyserve.worker.failure import PREDICTION_FAILED, Failure, HandlerTimeout, describe_failure
+from pyserve.worker.lost_device import DeviceLostError, lost_device
 from pyserve.worker.request import DESCRIBE, Item, WorkerRequest
-from pyserve.worker.result_check import ShapeProblem, explain_shape
+from pyserve.worker.result_check import Outcome, ShapeProblem, explain_shape
 from pyserve.worker.spec import WorkerSpec
 from pyserve.worker.streaming import STREAM_HEADER
 
 
 class _ShapeError(HandlerError):
     """A handler returned something else than a list with one element per request."""
-
-
-class Outcome(NamedTuple):
-    """What a call of the handler gave: results, one per request, or what it raised.
-
-    Attributes:
-        is_shape: it raised nothing, but returned something else than a list of as many.
-    """
-
-    results: list[Any]
-    error: BaseException | None
-    is_shape: bool = False
 
 
 class Invoker:
@@ -74,6 +64,7 @@ class Invoker:
         call_began_at, call_ended_at: of the last call of the handler, ``time.monotonic_ns()``.
         has_answered: whether some request of the last batch was answered otherwise than with an error.
         sent: tickets of the last batch whose answers have been sent.
+        device_loss: what is wrong with the device, once a failure has broken it; `leave` ends the process for that.
     """
 
     def __init__(
@@ -91,6 +82,8 @@ class Invoker:
         self.call_began_at = self.call_ended_at = 0
         self.has_answered = False
         self.sent: set[int] = set()
+        self.device_loss = ""
+        self.leave: Callable[[str], object] = lambda loss: None
         self._timed: frozenset[int] = frozenset()
         self._began_at = 0
 
@@ -209,11 +202,15 @@ class Invoker:
         finally:
             call.close()
         failure = self._described(outcome.error)
+        if not failure.is_expected and failure.status not in (504, 507) and not outcome.is_shape:
+            self.device_loss = lost_device()
         may_retry = len(requests) > 1 and not (
             outcome.is_shape or call.has_streamed or isinstance(outcome.error, HandlerTimeout)
         )
         if not (may_retry and self.may_run_again(failure)):
             return (before or []) + self.fail(requests, failure)
+        if self.device_loss:
+            raise DeviceLostError(self.device_loss)
         if failure.status == 507:
             return (before or []) + self._retry_halves(requests)
         return self._run_each_again(requests, before)
@@ -230,6 +227,8 @@ class Invoker:
                 answers = []
             for ticket, kind, status, head, body in self._run_again([request]):
                 answers.append((ticket, kind, status, RAN_TWICE if is_sent and kind == ERROR else head, body))
+            if self.device_loss:  # the others are another worker's
+                break
         return answers
 
     def may_run_again(self, failure: Failure) -> bool:
@@ -245,12 +244,10 @@ class Invoker:
 
     def _retry_halves(self, requests: list[WorkerRequest]) -> list[Answer]:
         """Memory ran out: what did not fit at once may fit in two goes."""
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            with contextlib.suppress(RuntimeError):  # a GPU that has failed; the next call tells
-                torch.cuda.empty_cache()
+        devices.give_back()
         middle = len(requests) // 2
-        return self._run_again(requests[:middle]) + self._run_again(requests[middle:])
+        first = self._run_again(requests[:middle])
+        return first if self.device_loss else first + self._run_again(requests[middle:])
 
     def fail_element(self, request: WorkerRequest, error: BaseException) -> Answer:
         """The answer of a request whose result cannot be used."""
@@ -269,6 +266,11 @@ class Invoker:
             self._log_failure([request.id for request in requests], failure)
         body = {"status": failure.status, "type": failure.type, "message": failure.message, "detail": failure.detail()}
         return [error_answer(request.ticket, body) for request in requests]
+
+    def leave_if_lost(self) -> None:
+        """Where calls overlap: to be called when a failure has been answered, which may have broken the device."""
+        if loss := lost_device():
+            self.leave(loss)
 
     def encode(self, value: Any, request: WorkerRequest, context: Context, index: int, *, kind: int) -> Answer:
         """A result as an answer.

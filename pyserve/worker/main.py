@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -24,13 +25,14 @@ from pyserve.context import Context
 from pyserve.engine import load_core
 from pyserve.errors import repr_of
 from pyserve.handlers.mapped_load import map_loads
-from pyserve.launch import INTERRUPT, Reporter
+from pyserve.launch import EXIT_DEVICE_LOST, INTERRUPT, Reporter
 from pyserve.telemetry.custom_metrics import MetricsCache, MetricsCachePyYamlError, MetricsReport
 from pyserve.worker.answer import ERROR, Answer, ChannelParts, report_failure
 from pyserve.worker.batch_trial import Verdict
 from pyserve.worker.entry_point import EntryPoint, HandlerLoadError, HandlerMemoryError, load_entry_point, load_error
 from pyserve.worker.failure import HandlerTimeout
 from pyserve.worker.invoker import Invoker
+from pyserve.worker.lost_device import DeviceLostError
 from pyserve.worker.rehearsal import rehearse
 from pyserve.worker.reload import Reloader
 from pyserve.worker.spec import ASYNC, BATCH, CONTINUOUS, WorkerSpec
@@ -177,6 +179,7 @@ def _report_failed(reports: Reporter, error: HandlerLoadError | HandlerMemoryErr
 def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, reports: Reporter) -> None:
     parts = ChannelParts(channel)
     invoker = Invoker(spec, entry, context, parts=parts, log_failure=report_failure(reports.send))
+    invoker.leave = partial(_leave, reports)
     report = MetricsReport(context.metrics, lambda values: reports.send("metrics", values=values))
     if spec.mode == CONTINUOUS:
         from pyserve.worker.continuous import serve_continuously
@@ -209,10 +212,14 @@ def _serve(spec: WorkerSpec, entry: EntryPoint, context: Context, channel: Any, 
         began = time.perf_counter()
         try:
             answers = invoker.run(batch.items)
+        except DeviceLostError:  # its requests are run again, each by itself
+            _leave(reports, invoker.device_loss)
         except HandlerTimeout:  # it came just after the call had ended; the requests are answered already
             answers = [(item[0], ERROR, 504, b"", b"{}") for item in batch.items
                        if item[0] not in invoker.sent]  # fmt: skip
         _send(channel, batch.id, answers)
+        if invoker.device_loss:
+            _leave(reports, invoker.device_loss)
         if invoker.has_answered:  # as in TorchServe, what failed has no times
             handler_s = (invoker.call_ended_at - invoker.call_began_at) / 1e9 if has_handler_time else -1.0
             report.note_prediction(time.perf_counter() - began, handler_s)
@@ -224,6 +231,13 @@ def _send(channel: Any, batch: int, answers: list[Answer]) -> None:
     except ValueError:  # together they are too large for a frame
         for answer in answers:
             channel.send(batch, [answer])
+
+
+def _leave(reports: Reporter, loss: str) -> NoReturn:
+    """Ends the process without letting go of anything: what is freed on a lost device may hang, or abort."""
+    reports.send("device_lost", text=loss)
+    sys.stdout.flush()
+    os._exit(EXIT_DEVICE_LOST)
 
 
 def _let_calls_be_interrupted(invoker: Invoker) -> None:

@@ -4,7 +4,8 @@ postprocess, encode. What cannot be answered is found when a model is loaded, no
 A built-in handler is sent a request made up from what it says of its input, and the archive's own samples. If none of
 the ways to ask it is answered, the model cannot be served. Handlers of the archive's own are sent its samples only,
 since nobody else knows what they take; one that is not answered is worth a warning, no more. Without samples batches of
-the network alone are tried, if everything before it is inherited.
+the network alone are tried, if everything before it is inherited. What was answered, what the archive has in
+``warmup/`` and, for a built-in handler, every size of ``pad_to`` is then run in batches of all sizes (`warm_up`).
 
 Nothing of it stays: no metric, no request id, no state of the model, no random number drawn.
 """
@@ -14,22 +15,27 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from pyserve.archive.samples import Sample, archive_samples
+from pyserve.archive.samples import Sample, archive_samples, warm_up_samples
 from pyserve.context import Context
+from pyserve.errors import JsonObject
 from pyserve.proof.model_state import KeptRandomness, KeptState, models_in
+from pyserve.proof.probe_inputs import InputDomain, padded_examples
 from pyserve.worker.answer import ERROR, Answer, Parts
 from pyserve.worker.batch_trial import AnswerTrial, BuiltInTrial, Verdict, try_batches
 from pyserve.worker.entry_point import EntryPoint, HandlerLoadError, HandlerMemoryError
 from pyserve.worker.failure import Failure, HandlerTimeout
 from pyserve.worker.invoker import Invoker
 from pyserve.worker.request import Item
-from pyserve.worker.sample_requests import MadeUp, has_input, made_up_requests, makes_samples
+from pyserve.worker.sample_requests import MadeUp, example_of, has_input, made_up_requests, makes_samples, ways
 from pyserve.worker.spec import BATCH, WorkerSpec
 from pyserve.worker.time_limit import TimeLimit, time_limit
+from pyserve.worker.warm_up import Tried, WarmUp, sizes_up_to
 
 log = logging.getLogger("pyserve.worker")
 
@@ -97,7 +103,8 @@ def rehearse(spec: WorkerSpec, entry: EntryPoint, context: Context, *, began: fl
     try:
         with nothing_stays(entry, context), time_limit(max(limit_s, 1.0)) as limit:
             rehearsal = _Rehearsal(spec, entry, context, limit, notes)
-            return rehearsal.run_built_in() if entry.is_built_in else rehearsal.run_own()
+            verdict = rehearsal.run_built_in() if entry.is_built_in else rehearsal.run_own()
+            return replace(verdict, warm_up=rehearsal.warm_up(verdict, began + TIME_SHARE_MAX * spec.startup_timeout_s))
     except HandlerTimeout:
         notes.append(f"the model was not tried out to the end within half of startup_timeout={spec.startup_timeout_s:g}"
                      " s: its first requests may take long. Raise startupTimeout in model-config.yaml")  # fmt: skip
@@ -121,6 +128,7 @@ class _Rehearsal:
         self._limit = limit
         self._notes = notes
         self._failures: list[Failure] = []
+        self._answered: list[tuple[Sample, float]] = []  # and the seconds it took, alone
         self._invoker = Invoker(
             spec, entry, context, parts=_DroppedParts(), log_failure=lambda ids, failure: self._failures.append(failure)
         )
@@ -128,9 +136,58 @@ class _Rehearsal:
     def ask(self, sample: Sample) -> Outcome:
         """Sends one."""
         self._failures.clear()
+        began = time.monotonic()
         (answer,) = self._invoker.run([item_of(sample, 0)])
         self._limit.check()
-        return Outcome(sample, answer, self._failures[0] if self._failures else None)
+        outcome = Outcome(sample, answer, self._failures[0] if self._failures else None)
+        if outcome.is_answered:
+            self._answered.append((sample, time.monotonic() - began))
+        return outcome
+
+    # --- before the first request -----------------------------------------------------------------------------------
+
+    def warm_up(self, verdict: Verdict, until: float) -> JsonObject:
+        """Runs what requests may be like, in batches of the sizes that they may come in. Returns what was run.
+
+        Args:
+            verdict: on batches.
+            until: when no run begins any more, ``time.monotonic()``.
+        """
+        spec = self._spec
+        warm_up = WarmUp(self._run_batch, until, self._notes)
+        for sample, seconds in self._answered:
+            warm_up.note_answered(sample, seconds)
+        samples = [sample for sample, _ in self._answered] + warm_up_samples(spec.model_dir) + self._padded()
+        # What an own handler does with a request beside answering it is not to happen more often than it has to.
+        largest = 1 if verdict.note or spec.has_side_effects else spec.batch_size
+        warm_up.run_all(samples, sizes_up_to(largest, spec.config.get("batchBuckets")))
+        return warm_up.findings()
+
+    def _run_batch(self, sample: Sample, size: int) -> Tried:
+        self._failures.clear()
+        began = time.monotonic()
+        answers = self._invoker.run([item_of(sample, number) for number in range(size)])
+        self._limit.check()
+        seconds = time.monotonic() - began
+        refused = next((answer for answer in answers if answer[1] == ERROR), None)
+        if refused is None:
+            return Tried(seconds)
+        return Tried(seconds, Outcome(sample, refused, self._failures[0] if self._failures else None).reason())
+
+    def _padded(self) -> list[Sample]:
+        """Requests for a built-in handler, one of every size that its inputs are filled up to."""
+        handler = self._entry.handler
+        is_asked = self._entry.is_built_in and self._spec.decode_input and not self._spec.envelope
+        if not is_asked or not makes_samples(handler):
+            return []
+        with contextlib.suppress(Exception):  # model-config.yaml does not describe the input
+            example = example_of(handler, self._context)
+            domains = InputDomain.of(handler, example)
+            return [
+                replace(ways(handler, tuple(inputs))[0], name=name)
+                for inputs, name in padded_examples(example, domains)
+            ]
+        return []
 
     # --- built-in handlers ----------------------------------------------------------------------------------------
 
@@ -249,6 +306,17 @@ def _is_form(outcome: Outcome) -> bool:
     return outcome.failure is not None and outcome.failure.exception == "HandlerError"
 
 
+class _Muted(logging.Filter):
+    """Leaves out warnings of the thread that makes it; those of others, such as stuck ones, are not its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.thread != self._thread or record.levelno > logging.WARNING
+
+
 @contextlib.contextmanager
 def nothing_stays(entry: EntryPoint, context: Context) -> Iterator[None]:
     """What the handler's calls within leave behind is undone: metrics, state of modules, random numbers, requests and
@@ -260,13 +328,16 @@ def nothing_stays(entry: EntryPoint, context: Context) -> Iterator[None]:
     metrics = context.metrics
     if metrics is not None:
         metrics.is_muted = True
-    level = logging.root.manager.disable
-    if entry.is_built_in:  # what it says once, of NaN for instance, is for real answers
-        logging.disable(logging.WARNING)
+    muted = _Muted()
+    # What a built-in handler says once, of NaN for instance, is for real answers.
+    outputs = list(logging.root.handlers) if entry.is_built_in else []
+    for output in outputs:
+        output.addFilter(muted)
     try:
         yield
     finally:
-        logging.disable(level)
+        for output in outputs:
+            output.removeFilter(muted)
         if metrics is not None:
             metrics.is_muted = False
             metrics.bind({})

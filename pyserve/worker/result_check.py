@@ -5,6 +5,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
+class Outcome(NamedTuple):
+    """What a call of the handler gave: results, one per request, or what it raised.
+
+    Attributes:
+        is_shape: it raised nothing, but returned something else than a list of as many.
+    """
+
+    results: list[Any]
+    error: BaseException | None
+    is_shape: bool = False
+
+
 class ShapeProblem(NamedTuple):
     """Not a list with one element per request."""
 

@@ -62,11 +62,11 @@ def made_up_requests(handler: Any, context: Context) -> Iterator[MadeUp]:
     else:
         example = example_of(handler, context)
         for each in (example, *_of_other_sizes(handler, example)):
-            for sample in _ways(handler, each):
+            for sample in ways(handler, each):
                 yield MadeUp(sample, each)
 
 
-def _ways(handler: Any, example: Inputs) -> list[Sample]:
+def ways(handler: Any, example: Inputs) -> list[Sample]:
     """Ways to send one item."""
     if handler.sample_kind == "saved tensor":
         return [Sample("a made-up tensor", saved(example[0]), RAW)]

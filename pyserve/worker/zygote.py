@@ -31,6 +31,7 @@ import sys
 import traceback
 from typing import NoReturn
 
+from pyserve import devices
 from pyserve.launch import Reporter, die_with_parent
 from pyserve.log import print_lines_at_once
 from pyserve.worker.descendants import MARK, adopt_orphans, end_marked, mark_of, take_mark
@@ -48,12 +49,11 @@ def main(descriptor: int, parent_pid: int) -> int:
     gc.disable()  # importing torch makes millions of objects that all stay
     # What is imported here is shared by all workers.
     import numpy  # noqa: F401
-    import torch
 
     import pyserve.handlers.base_handler
     import pyserve.worker.main  # noqa: F401
 
-    assert not torch.cuda.is_initialized()
+    assert not devices.is_used()  # or its children could not use them
     gc.collect()
     gc.freeze()
     gc.enable()

@@ -44,10 +44,12 @@ ATTRIBUTES = {
 class FakeModel:
     runtime = "python"
     lane = "native"
+    copies = 1
     error = ""
     precision = "fp32"
     device = "cpu"
     device_type = "cpu"
+    native_devices: tuple[str, ...] = ()
     weights_size = 115_000_000
     loaded_at_startup = True
 
@@ -344,6 +346,20 @@ def test_failed_model_says_why_and_statistics_are_shown() -> None:
     assert (described["state"], described["error"], described["workers"]) == ("FAILED", "weights do not fit", [])
     assert described["batchSizeHistogram"] == {"1": 5, "4": 2, "more": 1}
     assert described["meanQueueMs"] == 2.5
+
+
+def test_a_model_on_accelerators_names_them_and_what_fits() -> None:
+    model = FakeModel()
+    model.native_devices, model.measured = ("cuda:0", "cuda:2"), {"batch_ceiling": 0}
+    [described] = Api(model).ask("GET", "/models/m").json
+    assert described["devices"] == ["cuda:0", "cuda:2"] and "batchCeiling" not in described
+    assert "stagingNote" not in described
+    model.measured = {"batch_ceiling": 16, "pinned_refused": 2}
+    [described] = Api(model).ask("GET", "/models/m").json
+    assert described["batchCeiling"] == 16 and "ulimit -l" in described["stagingNote"]
+    model.native_devices = ()
+    [described] = Api(model).ask("GET", "/models/m").json
+    assert "devices" not in described and "batchCeiling" not in described
 
 
 @pytest.mark.parametrize(
@@ -822,6 +838,8 @@ def test_description_of_a_model_is_described_in_full() -> None:
     model = FakeModel()
     model.device_type, model.device_ids, model.error = "gpu", [0], "x"
     model.measured = {"batch_size": ([1.0], [1, 0], 1.0), "queue": ([1.0], [1, 0], 1.0), "stuck": 1}
+    model.measured |= {"batch_ceiling": 8, "pinned_refused": 1}
+    model.native_devices = ("cuda:0",)
     [described] = Api(model).ask("GET", "/models/m?customized=true").json
     properties = Api().ask("OPTIONS", "/").json["components"]["schemas"]["Model"]["properties"]
     assert list(described) == list(properties)

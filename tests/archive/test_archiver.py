@@ -14,6 +14,7 @@ import pytest
 
 from pyserve.archive.archive import open_archive
 from pyserve.archive.packing import FORMATS, ArchiverConfig, write_archive
+from pyserve.archive.samples import warm_up_samples
 from pyserve.commands.archive import add_archiver_arguments, archive_command
 from pyserve.commands.inspect_archive import add_inspect_arguments, inspect_command
 from pyserve.errors import InvalidModelError
@@ -293,6 +294,15 @@ def test_archive_is_readable_as_the_umask_says(sources: Path) -> None:
         os.umask(before)
 
 
+def test_a_calibration_folder_keeps_its_name(sources: Path, tmp_path: Path) -> None:
+    with open_archive(packed(calibration="extra"), cache_dir=tmp_path / "cache") as archive:
+        inside = {name for name in archive.files if name.startswith("calibration/")}
+        assert inside == {"calibration/a.txt", "calibration/sub/b.txt", "calibration/sub/deep/c.txt"}
+        assert (archive.model_dir / "calibration/sub/b.txt").read_bytes() == b"b"
+    with pytest.raises(InvalidModelError, match=r"calibration folder not found: labels\.json"):
+        packed(calibration="labels.json", force=True)
+
+
 # ---- the commands
 
 
@@ -393,3 +403,13 @@ def test_inspect_of_a_bad_archive_fails_with_one_line(tmp_path: Path, capsys: py
     captured = capsys.readouterr()
     assert captured.err.startswith("error: m.mar: MAR-INF/MANIFEST.json is not JSON") and captured.err.count("\n") == 1
     assert run(add_inspect_arguments, inspect_command, str(tmp_path / "no.mar")) == 1
+
+
+def test_a_warm_up_folder_keeps_its_name(sources: Path, tmp_path: Path) -> None:
+    with open_archive(packed(warmup="extra"), cache_dir=tmp_path / "cache") as archive:
+        assert "warmup/a.txt" in archive.files
+        assert [each.name for each in warm_up_samples(archive.model_dir)] == [
+            "warmup/a.txt", "warmup/sub/b.txt", "warmup/sub/deep/c.txt",
+        ]  # fmt: skip
+    with pytest.raises(InvalidModelError, match=r"warm-up folder not found: labels\.json"):
+        packed(warmup="labels.json", force=True)

@@ -38,6 +38,7 @@ deviceIds: [0, 2]
 jobQueueSize: 1000
 precision: bf16
 memoryFormat: channels_last
+jpegDecoder: torchvision
 input: {dtype: float32, shape: [3, -1, 224]}
 maxRetryTimeoutInSec: 300
 clientTimeoutInMills: 0
@@ -55,9 +56,14 @@ asyncCommunication: true
 useVenv: false
 batchDependent: allowed
 precisionErrorMax: 0.05
+precisionAgreementMin: 99.5%
+backend: openvino
+backendTrialSeconds: 5
 audit: 0.1%
 conversion: script
 sideEffects: true
+graphs: false
+batchBuckets: [8, 1, 4, 8]
 handler: {profile: true}
 """)
     assert dataclasses.asdict(config) | {"raw": {}, "text": ""} == {
@@ -73,6 +79,7 @@ handler: {profile: true}
         "queue_size": 1000,
         "precision": "bf16",
         "memory_format": "channels_last",
+        "jpeg_decoder": "torchvision",
         "input": {
             "dtype": "float32",
             "shape": (3, -1, 224),
@@ -99,9 +106,14 @@ handler: {profile: true}
         "use_venv": False,
         "batch_dependent": "allowed",
         "precision_error_max": 0.05,
+        "precision_agreement_min": 0.995,
+        "backend": "openvino",
+        "backend_trial_s": 5,
         "audit_share": 0.001,
         "conversion": "script",
         "side_effects": True,
+        "graphs": False,
+        "batch_buckets": [1, 4, 8],
         "raw": {},
         "text": "",
         "needed": (),
@@ -158,9 +170,10 @@ def test_no_file_is_all_none() -> None:
         "deviceIds: [true]",
         "deviceType: 3",
         "jobQueueSize: 0",
-        "precision: int8",
+        "precision: int4",
         "precision: 16",
         "memoryFormat: nhwc",
+        "jpegDecoder: gpu",
         "input: 3",
         "input: {}",
         "input: {dtype: float32}",
@@ -213,6 +226,18 @@ def test_no_file_is_all_none() -> None:
         "clientTimeoutInMills: -1",
         f"batchSize: 0x{'f' * 5000}",
         "minBatch: 0",
+        "graphs: often",
+        "batchBuckets: 8",
+        "batchBuckets: []",
+        "batchBuckets: [0]",
+        "batchBuckets: [a]",
+        "batchBuckets: [1.5]",
+        "backend: tensorrt",
+        "backend: [openvino]",
+        "backendTrialSeconds: -1",
+        "backendTrialSeconds: 1.5",
+        "precisionAgreementMin: 101%",
+        "precisionAgreementMin: most",
     ],
 )
 def test_bad_value_is_left_out_and_its_key_named(line: str) -> None:
@@ -223,7 +248,8 @@ def test_bad_value_is_left_out_and_its_key_named(line: str) -> None:
     # Of pyserve's own keys a built-in handler is told; TorchServe's are left out, as it does.
     is_own = key in {
         "minBatch", "precision", "memoryFormat", "input", "batchDependent", "precisionErrorMax", "audit", "conversion",
-        "sideEffects",
+        "sideEffects", "jpegDecoder", "graphs", "batchBuckets", "backend", "backendTrialSeconds",
+        "precisionAgreementMin",
     }  # fmt: skip
     assert [f"{text}; it is left out" for text in config.needed] == (config.warnings if is_own else [])
     unset = dataclasses.replace(config, raw={}, text="", needed=(), quoted=(), warnings=[], has_file=False)

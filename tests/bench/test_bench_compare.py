@@ -13,9 +13,10 @@ import torch
 
 from bench import compare, sockets, verdict
 from bench.compare import DEFAULT_PEERS, PEER_SIDES, Run, build_parser, peers_of
+from bench.encoders import TextEncoder
 from bench.fitting import fit_head
 from bench.sides import PACKAGES, Side, running, torchserve_archive_side, when_ready
-from bench.workloads import UPLOAD_TYPE, TextEncoder, Workload, binary_requests, handler
+from bench.workloads import UPLOAD_TYPE, Workload, binary_requests, handler
 from bench.workloads import test_pictures as sample_pictures
 from pyserve.handlers.image import ImageNetTransform, open_picture
 from pyserve.request.codec import decode_request

@@ -20,7 +20,7 @@ FREE = (
     "inference_address=http://127.0.0.1:0\nmanagement_address=http://127.0.0.1:0\nmetrics_address=http://127.0.0.1:0\n"
 )
 FREE += "grpc_inference_port=0\ngrpc_management_port=0\n"
-LINE = re.compile(r"(PASS|WARN|FAIL)  \S.{13} \S.*|(    ){5} ?\S.*")
+LINE = re.compile(r"(PASS|NOTE|WARN|FAIL)  \S.{13} \S.*|(    ){5} ?\S.*")
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +38,9 @@ def listed(capsys: pytest.CaptureFixture[str], *arguments: object, code: int) ->
     assert cli.main(["doctor", *map(str, arguments)]) == code
     *lines, last = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not LINE.fullmatch(line)] == []
-    counts = [sum(line.startswith(level) for line in lines) for level in ("PASS", "WARN", "FAIL")]
-    assert last == "{} PASS, {} WARN, {} FAIL".format(*counts)
-    assert (counts[2] > 0) == (code == 1)
+    counts = [sum(line.startswith(level) for line in lines) for level in ("PASS", "NOTE", "WARN", "FAIL")]
+    assert last == "{} PASS, {} NOTE, {} WARN, {} FAIL".format(*counts)
+    assert (counts[3] > 0) == (code == 1)
     return [" ".join(line.split()) for line in lines]
 
 
@@ -60,6 +60,15 @@ def test_healthy_machine_has_no_failure_and_says_what_it_looked_at(capsys: pytes
     names = {line.split()[1] for line in lines if line.startswith("PASS")}
     assert {"python", "torch", "native", "devices", "sys.path", "open", "CPUs", "memory", "cache"} <= names
     assert f"PASS folder {Path.cwd()}" in lines
+
+
+def test_a_package_that_is_not_there_does_not_pass(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-thing": "nothing", "torch": "much"})
+    lines = listed(capsys, code=0)
+    assert "NOTE no-such-thing not installed; needed for nothing" in lines
+    assert any(line.startswith("PASS torch 2") for line in lines)
 
 
 def test_address_that_is_taken_is_a_failure_that_names_the_key_to_set(capsys: pytest.CaptureFixture[str]) -> None:

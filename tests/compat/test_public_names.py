@@ -51,6 +51,7 @@ ABSENT = {
     "ts.context.Context.__eq__": "each worker has one, which is equal to itself only",
     "ts.context.Context.metrics": "an attribute of the object rather than a property",
     "ts.context.Context.system_properties": "an attribute of the object rather than a property",
+    "ts.torch_handler.base_handler.ONNX_AVAILABLE": "whether onnxruntime is installed; it was not there",
     "ts.torch_handler.base_handler.BaseHandler._use_torch_export_aot_compile": INNER,
     "ts.torch_handler.request_envelope.json.JSONEnvelope._": INNER,
     "ts.torch_handler.request_envelope.kserve.KServeEnvelope._": INNER,

@@ -202,7 +202,7 @@ def test_debug_means_one_worker_and_no_time_limit() -> None:
 @pytest.mark.parametrize(
     ("text", "gpus", "workers"),
     [
-        ("", 0, 1), ("", 2, 1), ("compat=strict\ncpu_budget=3", 0, 3), ("compat=strict\ncpu_budget=3", 2, 2),
+        ("", 0, 1), ("", 2, 2), ("compat=strict\ncpu_budget=3", 0, 3), ("compat=strict\ncpu_budget=3", 2, 2),
         ("compat=strict\ndefault_workers_per_model=5", 2, 5),
     ],
 )  # fmt: skip

@@ -44,7 +44,7 @@ FOLDERS = ("pyserve", "handlers", "csrc", "bench", "tests", "deploy", "docs", "e
 # Between processes of ours.
 INTERNAL_VARIABLES = {
     "PYSERVE_SERVER", "PYSERVE_SUPERVISOR", "PYSERVE_WEIGHTS_CACHE", "PYSERVE_CHECK", "PYSERVE_DEV_MANIFESTS",
-    "PYSERVE_WORKER",
+    "PYSERVE_WORKER", "PYSERVE_OWN_VARIABLES",
 }  # fmt: skip
 
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)

@@ -8,6 +8,7 @@ import os
 import shutil
 from abc import ABC
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +152,18 @@ def test_onnx_session_is_run_by_inference() -> None:
 
 def test_device_is_the_one_given_if_there_is_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "XLA_AVAILABLE", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device(1) == torch.device("cuda:1")
-    assert choose_device(None) == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for kind in ("cuda", "xpu"):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", partial(torch.device, kind))
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        assert choose_device(1) == torch.device(kind, 1)
+        assert choose_device(None) == torch.device("cpu")
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+        assert choose_device(0) == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", partial(torch.device, "mps"))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_device(0) == torch.device("mps")
-    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
-    monkeypatch.setenv("TS_IPEX_GPU_ENABLE", "true")
-    assert choose_device(1) == torch.device("xpu:1")
-    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert choose_device(0) == torch.device("cpu")
 

@@ -664,8 +664,11 @@ def test_client_that_does_not_read_its_last_answer_is_cut_off() -> None:
 # lingering close
 
 
-def test_refused_upload_is_read_on_so_that_the_client_can_read_why() -> None:
-    wire = Wire().send(POST + b"Content-Length: 100000000\r\n\r\n")
+@pytest.mark.parametrize(
+    "framing", [b"Content-Length: 100000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n5f5e100\r\n"]
+)
+def test_refused_upload_is_read_on_so_that_the_client_can_read_why(framing: bytes) -> None:
+    wire = Wire().send(POST + framing)
     for _ in range(300):
         wire.send(bytes(256 * 1024))
     assert wire.statuses == [413]

@@ -144,8 +144,7 @@ def test_a_body_belongs_to_the_engine_until_it_is_answered(tmp_path: Path, gate:
     gate.open()
     lane.wait(lambda: len(lane.completions) == 1)
     body.append(0)
-    lane.completions.clear()
-    lane.answers.clear()
+    lane.forget()
     gc.collect()
     assert seen() is None
     lane.close()

@@ -23,7 +23,7 @@ class Handle:
     """A process whose ``initialize`` never ends."""
 
     pid = 1
-    is_rehearsing = is_lost = was_killed = False
+    is_rehearsing = is_lost = was_killed = has_lost_device = False
 
     def __init__(self) -> None:
         self.loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()

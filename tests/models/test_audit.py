@@ -9,15 +9,18 @@ import json
 import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pyserve.archive.model_config import ModelConfig
 from pyserve.errors import ModelLoadError, OverloadedError
 from pyserve.lanes.audit import Repetition
+from pyserve.lanes.native import NativeLane
 from pyserve.models import audit as audit_module
 from pyserve.models.audit import KEPT_SIZE_MAX, LOG_INTERVAL_S, WAITING_MAX, Audit
-from pyserve.models.audit_choice import tolerance_of
+from pyserve.models.audit_choice import audit_of, tolerance_of
 from pyserve.models.loader import PRECISION_ERROR_MAX
 from pyserve.proof.comparison import ROUNDING
 from pyserve.request.exchange import Exchange
@@ -330,3 +333,14 @@ def test_tolerance_follows_the_precision_and_what_the_user_allows() -> None:
     assert tolerance_of("bf16", None, is_on_gpu=False) == PRECISION_ERROR_MAX > ROUNDING["bf16"]
     assert tolerance_of("fp16", 1e-6, is_on_gpu=False) == ROUNDING["fp16"]
     assert tolerance_of("bf16", 0.5, is_on_gpu=False) == 0.5
+
+
+@pytest.mark.parametrize(("served", "tolerance"), [("fp32", 1e-4), ("int8", 0.05)])
+def test_the_precision_that_counts_is_the_one_that_is_served(served: str, tolerance: float) -> None:
+    """int8 that cannot be had is served in fp32, whose differences are no rounding of int8."""
+    lane = object.__new__(NativeLane)
+    lane.network = SimpleNamespace(precision=served)  # type: ignore[assignment]
+    config = ModelConfig(audit_share=0.5, precision="int8")
+    options: Any = SimpleNamespace(archive=SimpleNamespace(config=config), devices=["cpu"], label="m 1.0")
+    audit = audit_of(options, lane)
+    assert audit is not None and audit.report()["tolerance"] == tolerance

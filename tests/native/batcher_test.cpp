@@ -307,4 +307,26 @@ TEST(a_stopped_worker_takes_nothing) {
     CHECK_EQ(bench.batcher.queue_size(), size_t{1});
 }
 
+TEST(a_worker_that_has_run_smaller_batches_only_is_told_before_it_takes_a_larger_one) {
+    Bench bench(8, {.batch_size_max = 2, .running_max = 1});
+    const std::atomic<bool> stop{false};
+    bench.push_many(4);
+    const auto next = [&](size_t known) { return bench.batcher.next_batch(bench.take, stop, known); };
+    CHECK(next(2) == Next::batch);
+    bench.check_list(bench.take.requests, {0, 1});
+    bench.batcher.leave();
+    bench.batcher.set_limits({.batch_size_max = 4, .running_max = 1});
+    CHECK(next(2) == Next::larger);
+    CHECK_EQ(bench.batcher.running(), uint32_t{1});  // what it does instead counts as a batch
+    CHECK_EQ(bench.batcher.queue_size(), size_t{2});
+    bench.batcher.leave();
+    CHECK(next(4) == Next::batch);
+    bench.check_list(bench.take.requests, {2, 3});
+    bench.batcher.leave();
+    bench.batcher.set_limits({.batch_size_max = 1, .running_max = 1});
+    bench.push();
+    CHECK(next(4) == Next::batch);
+    bench.batcher.leave();
+}
+
 TEST_MAIN

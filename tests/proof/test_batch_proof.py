@@ -181,7 +181,7 @@ def test_a_program_is_never_given_more_rows_than_it_was_compiled_for() -> None:
     proof = BatchProof(lambda inputs: inputs[0], made(), 1e-4, rows_max=4)
     proof.extend(64)
     assert proof.size_max == 4
-    assert proof.note == "the program was compiled for batches of at most 4"
+    assert proof.note == "the program takes batches of at most 4"
     assert proof.is_settled_for(64)
 
 

@@ -436,7 +436,7 @@ def test_the_cost_of_a_precision_is_measured_on_harder_inputs_than_the_example(t
 def network_of(folder: Path, module: nn.Module, config: dict[str, Any], batch_size: int = 1) -> Any:
     with open_archive(write_torchscript(folder, module, "m", config=config)) as archive:
         return load_network(
-            archive, name="m", device="cpu", batch_size=batch_size, cpu_budget=1,
+            archive, name="m", devices=["cpu"], batch_size=batch_size, cpu_budget=1,
             limit_max_image_pixels=True, startup_timeout_s=60, progress=lambda text: None,
         )  # fmt: skip
 

@@ -174,6 +174,13 @@ def test_a_description_shows_what_trying_batches_came_to(served: Server) -> None
     assert all("batchNote" not in found[name] for name in ("linear", "unknown", "meant"))
 
 
+def test_a_description_shows_what_a_worker_was_warmed_up_with(served: Server) -> None:
+    rows = {name: served.describe(name)["checks"]["warmUp"]["rows"] for name in ("linear", "softmax", "own")}
+    assert rows["linear"] == {"a made-up tensor [4]": [1, 2, 4, 8]}
+    assert rows["softmax"] == {"a made-up tensor [4]": [1]}, "its batches hold one request"
+    assert rows["own"] == {"sample_input.json": [1], "sample_input2.json": [1]}
+
+
 def test_another_worker_need_not_try_what_is_known(served: Server) -> None:
     served.manage("PUT", "/models/gru?min_worker=2&synchronous=true")
     ask_at_once(served, "gru", items_of(4))

@@ -56,12 +56,18 @@ class Probe(TensorHandler):
         return super().postprocess(data) if self.postprocessor is None else self.postprocessor(data)
 
 
+class Made(Pending):
+    """A request that may bring what the network gets, as rows of the Open Inference Protocol do."""
+
+    __slots__ = ("inputs",)
+
+
 class Stand:
     """A lane with its surroundings. ``answers``: what the exchanges were answered, by request id."""
 
     def __init__(
         self, path: Path, settings: ModelSettings, config: Config, *, private: bool,
-        handler: TensorHandler | None = None, example: float = 0.0,
+        handler: TensorHandler | None = None, example: float = 0.0, network: Network | None = None,
     ):  # fmt: skip
         loop = asyncio.get_running_loop()
         self.engine = Engine(loop, cpu_budget=2)
@@ -71,20 +77,25 @@ class Stand:
             config, self.engine, self.metrics, self.pool, Spawner(), ErrorFormat(True, private),
             stuck=StuckThreads(1, lambda: self.engine.lost_count),
         )  # fmt: skip
-        self.handler: Any = handler or Probe()
+        self.handler: Any = network.handler if network is not None else handler or Probe()
+        if network is None:
+            network = self._network(path, example)
+        self.lane = NativeLane(self.services, "m", "m 1.0", network, settings)
+        self.answers: dict[str, Response] = {}
+
+    def _network(self, path: Path, example: float) -> Network:
         folder = str(path.parent / "archive")
         context = ThreadContext(
             "m", folder, {}, model_yaml_config={"input": {"dtype": "float32", "shape": list(SHAPE)}}
         )
         self.handler.prepare(context)
         item = [torch.full((1, *SHAPE), example)]
-        network = Network(self.handler, context, _core.TorchModel.load(str(path), item), item, "cpu")
-        self.lane = NativeLane(self.services, "m", "m 1.0", network, settings)
-        self.answers: dict[str, Response] = {}
+        return Network(self.handler, context, _core.TorchModel.load(str(path), item), item, "cpu")
 
     def post(
-        self, *numbers: float, body: bytes | None = None, id: str = "", headers: Headers = JSON_HEADERS
-    ) -> Exchange:
+        self, *numbers: float, body: bytes | None = None, id: str = "", headers: Headers = JSON_HEADERS,
+        inputs: list[torch.Tensor] | None = None,
+    ) -> Exchange:  # fmt: skip
         values = list(numbers) + [0.0] * (SHAPE[0] - len(numbers))
         request = Request(
             "POST", "/predictions/m", headers=headers,
@@ -97,7 +108,9 @@ class Stand:
             self.answers[request.id] = exchange.response
 
         exchange = Exchange(request, deliver)
-        self.lane.predict(Pending(self.lane, exchange, "1.0", "default"))
+        pending = Made(self.lane, exchange, "1.0", "default")
+        pending.inputs = inputs
+        self.lane.predict(pending)
         return exchange
 
     async def end(self) -> None:

@@ -14,6 +14,17 @@ from torch import nn
 POISON = 666.0
 
 
+class Times(nn.Module):
+    """Its answer tells which of several it is."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
 class Affine(nn.Module):
     """A different answer for each input: no two rows can be mixed up unnoticed."""
 

@@ -27,6 +27,7 @@ TENSOR_CONFIG = "input: {dtype: float32, shape: [4]}\n"
 def pack(
     folder: Path, *, name: str = "m", version: str = "1.0", network: nn.Module | None = None, model_code: str = "",
     state: dict[str, torch.Tensor] | None = None, config: str = TENSOR_CONFIG, handler: str = "tensor",
+    calibration: Path | None = None,
 ) -> Path:  # fmt: skip
     """An archive ``name-version.mar``: ``network`` as TorchScript, or ``model_code`` with ``state`` as its weights."""
     work = folder / f".{name}-{version}"
@@ -41,5 +42,6 @@ def pack(
     written = write_archive(ArchiverConfig(
         name, handler, version=version, serialized_file=str(weights), config_file=str(work / "model-config.yaml"),
         model_file=str(work / "model.py") if network is None else None, export_path=str(work),
+        calibration=None if calibration is None else str(calibration),
     ))  # fmt: skip
     return written.rename(folder / f"{name}-{version}.mar")

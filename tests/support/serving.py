@@ -174,8 +174,11 @@ class Server:
 
     @property
     def process(self) -> psutil.Process:
-        """The server itself, the supervisor's only child."""
-        (child,) = psutil.Process(self.running.pid).children()
+        """The server itself, the supervisor's only child; between two of them the one that comes."""
+        supervisor, deadline = psutil.Process(self.running.pid), time.monotonic() + LIMIT_S
+        while not (children := supervisor.children()):
+            assert time.monotonic() < deadline, "waited in vain for a server process"
+        (child,) = children
         return child
 
     def kill_server_process(self) -> None:

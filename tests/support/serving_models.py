@@ -83,13 +83,17 @@ def write_torchscript(
     handler: str = "tensor",
     config: dict[str, Any] | None = None,
     labels: dict[str, str] | None = None,
+    calibration: Path | None = None,
 ) -> Path:
-    """``store/{file or name}.mar`` with the scripted network."""
+    """``store/{file or name}.mar`` with the scripted network, and what lies in the folder ``calibration``."""
 
     def save(path: Path) -> None:
         torch.jit.script(network.eval()).save(str(path))
 
-    return _write(store, save, ".pt", name, version=version, file=file, handler=handler, config=config, labels=labels)
+    return _write(
+        store, save, ".pt", name, version=version, file=file, handler=handler, config=config, labels=labels,
+        calibration=calibration,
+    )  # fmt: skip
 
 
 def write_package(store: Path, network: torch.nn.Module, example: torch.Tensor, name: str) -> Path:
@@ -123,6 +127,7 @@ def _write(
     config: dict[str, Any] | None = None,
     labels: dict[str, str] | None = None,
     model_file: str | None = None,
+    calibration: Path | None = None,
 ) -> Path:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -148,6 +153,7 @@ def _write(
                 extra_files=paths.get("index_to_name.json"),
                 config_file=paths.get("model-config.yaml"),
                 export_path=temporary,
+                calibration=None if calibration is None else str(calibration),
             )
         )
         store.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,7 @@ def attempt(tmp_path: Path) -> Iterator[Try]:
             named = {"model.py": MODEL.replace("{result}", result), **(files or {})}
             for name, content in named.items():
                 text = textwrap.dedent(content).encode() if isinstance(content, str) else content
+                (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(text)
             manifest = {"model": model or {"modelFile": "model.py"}}
             spec = make_spec(

@@ -23,6 +23,7 @@ class FakeRow(NamedTuple):
 
 class FakeModel:
     lane = "native"
+    native_devices: tuple[str, ...] = ()
 
     def __init__(self, name: str = "m", version: str = "1.0"):
         self.name = name

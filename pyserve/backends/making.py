@@ -1,0 +1,279 @@
+"""The process that makes an archive's model for other backends, seen from outside.
+
+A process of its own because the model file is somebody's code, because compilers crash and take memory, and because it
+can be ended at any time. It runs at a low priority, so that requests come first. What it makes is data, kept in
+the archive's cache. This side needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
+
+from pyserve.archive.archive import Archive
+from pyserve.backends.kept import Made, read_made, remove_drafts
+from pyserve.backends.precision import why_not
+from pyserve.backends.table import BACKENDS
+from pyserve.child_reports import report_lines
+from pyserve.conversion.record import TORCHSCRIPT_SUFFIXES
+from pyserve.conversion.torchscript import python_reason, runs_in_python
+from pyserve.launch import ROOT_DIR, SAFE_PATH, child_environment, child_folder, describe_exit, stderr_file
+
+Progress = Callable[[str], None]
+
+# Suffixes of weights that others can be made of, without a model file.
+MADE_FROM = (*TORCHSCRIPT_SUFFIXES, ".pt2")
+
+STOPPED = "it was stopped"
+# For a child that has said everything, or closed its end, to end by itself.
+_LEAVING_S = 2.0
+_LOOK_S = 0.02
+# Its priority where nobody waits for it. Beside requests that take all of the CPUs it gets about a tenth of one; at the
+# lowest priority it would never come to its end.
+GIVING_WAY = 10
+
+
+def why_not_made(archive: Archive) -> str:
+    """Why nothing is to be made of this archive, as far as can be seen without torch; ``""`` if it may be tried."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed here"
+    if archive.needed or archive.config.needed:
+        return (*archive.needed, *archive.config.needed)[0]
+    if runs_in_python(archive):
+        return f"its handler {archive.manifest.handler} runs in worker processes, which have the model itself"
+    weights = archive.weights
+    if archive.manifest.model_file is None and (weights is None or weights.suffix not in MADE_FROM):
+        return f"{'there is no model in it' if weights is None else weights.name + ' is run by a library of its own'}"
+    return python_reason(archive)
+
+
+class Making:
+    """A running making. `wait` or `stop` must be called.
+
+    What is kept already is not made again: with nothing to make, no process is started.
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        backends: Sequence[str],
+        precision: str = "fp32",
+        batch_size_max: int = 1,
+        *,
+        nice: int = GIVING_WAY,
+    ):
+        """
+        Args:
+            backends: names of `table.BACKENDS`; made in this order.
+            batch_size_max: answers are compared up to this many rows.
+            nice: priority of the process; 0 if somebody waits for it.
+        """
+        self._archive = archive
+        self._backends = list(backends)
+        self._precision = precision
+        self._batch_size_max = batch_size_max
+        self._nice = nice
+        self._found: dict[str, Made] = {}
+        self._running = ""  # the one that the child has begun
+        self._is_stopped = False
+        self._lock = threading.Lock()  # of the four below
+        self._scratch = ""  # where its temporary files are
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reports: BinaryIO | None = None
+        self._stderr: BinaryIO | None = None
+        for name in self._backends:
+            if not BACKENDS[name].maker:
+                self._found[name] = Made(name, precision)
+            elif precision not in BACKENDS[name].precisions:
+                self._found[name] = self._failed(name, f"{BACKENDS[name].label} does not run at {precision}")
+            elif reason := BACKENDS[name].missing() or why_not(name, precision):
+                self._found[name] = self._failed(name, reason)
+            elif kept := read_made(archive, name, precision):
+                self._found[name] = kept
+        self._start()
+
+    @property
+    def left(self) -> list[str]:
+        """Names of those of which nothing is known yet."""
+        return [name for name in self._backends if name not in self._found]
+
+    def wait(self, progress: Progress, timeout_s: float) -> list[Made]:
+        """What became of each backend, in the order they were asked for. Any thread, once.
+
+        One that failed, could not be made in ``timeout_s`` seconds or was stopped has an ``error``; nothing is raised
+        for these.
+
+        Args:
+            progress: called with a line of text at each step.
+        """
+        deadline = time.monotonic() + timeout_s
+        try:
+            while self.left and not self._is_stopped:
+                self._follow(progress, deadline)
+                if not self.left or self._is_stopped:
+                    break
+                if time.monotonic() >= deadline:
+                    self._give_up(
+                        f"making it took longer than {timeout_s:.0f} s; raise startupTimeout in model-config.yaml, or "
+                        "have it made when the archive is packed: pyserve archive --compile"
+                    )
+                    break
+                self._note_crash()
+                self._end()
+                self._start()
+            if self._process is not None and not self.left and not self._is_stopped:
+                _let_end(self._process)
+        finally:
+            self._end()
+        self._give_up(STOPPED)
+        return [self._found[name] for name in self._backends]
+
+    def stop(self) -> None:
+        """Ends the child and what it has started, if it still runs; `wait` returns at once. Any thread, any number of
+        times."""  # fmt: skip
+        self._is_stopped = True
+        with self._lock:
+            if self._process is not None:
+                _kill(self._process)
+        # `wait` sees the end of the reports, and lets go of the rest; without one the pipe goes with this object.
+
+    def _start(self) -> None:
+        if not self.left:
+            return
+        with self._lock:
+            if self._is_stopped:
+                return
+            try:
+                self._launch()
+            except OSError as error:
+                self._note_all(f"its process cannot be started: {error.strerror or type(error).__name__}")
+
+    def _launch(self) -> None:
+        """Raises OSError; `_end` lets go of what there is by then. REQUIRES: the lock is held."""
+        kept = self._archive.cache_file("made").parent
+        self._stderr = stderr_file()
+        # Compilers and loaders of packages leave their files behind when they are killed.
+        self._scratch = tempfile.mkdtemp(prefix=".", suffix=".partial", dir=kept)
+        reports, for_child = os.pipe()
+        self._reports = open(reports, "rb", buffering=0)  # noqa: SIM115  # `_end` closes it
+        task = {
+            "archive": str(self._archive.path), "sha256": self._archive.sha256,
+            "handler": self._archive.manifest.handler, "cache": str(kept.parents[2]), "backends": self.left,
+            "precision": self._precision, "batch_size_max": self._batch_size_max, "nice": self._nice,
+        }  # fmt: skip
+        environment = {**child_environment(), "TMPDIR": self._scratch, "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(ROOT_DIR), os.environ.get("PYTHONPATH", "")])
+        )}  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, *SAFE_PATH, "-m", "pyserve.backends.child", str(for_child), json.dumps(task)],
+                stdin=subprocess.DEVNULL,
+                stdout=self._stderr,  # compilers print
+                stderr=self._stderr,
+                pass_fds=(for_child,),
+                cwd=child_folder(),
+                env=environment,
+                start_new_session=True,  # what it starts ends with it
+            )
+        finally:
+            os.close(for_child)
+
+    def _follow(self, progress: Progress, deadline: float) -> None:
+        """Takes the child's reports until it ends, or until ``deadline``."""
+        for line in self._lines(deadline):
+            report = json.loads(line)
+            if "progress" in report:
+                progress(report["progress"])
+            if "backend" in report:
+                self._running = report["backend"]
+            if "made" in report:
+                made = Made.from_json(report["made"])
+                self._found[made.backend] = made
+                self._running = ""
+            if "error" in report:  # of the model, before any backend
+                self._note_all(report["error"], lasts=report.get("lasts", False))
+            if not self.left:
+                return
+
+    def _lines(self, deadline: float) -> Iterator[bytes]:
+        reports = self._reports
+        if reports is None:
+            return
+        yield from report_lines(reports.fileno(), deadline, self._is_gone)
+
+    def _is_gone(self) -> bool:
+        process = self._process
+        return self._is_stopped or process is None or _has_ended(process)
+
+    def _note_crash(self) -> None:
+        """The child is gone without a word about the backend it was at, or about any."""
+        process, stderr = self._process, self._stderr
+        assert process is not None and stderr is not None
+        _let_end(process)
+        if self._is_stopped:
+            return
+        _kill(process)  # one that has closed its end and stays, and the compilers that it had started
+        with self._lock:  # `stop` is not to signal a number that may be another's then
+            ended = describe_exit(process.wait())
+        stderr.seek(0)
+        lines = stderr.read().decode("utf-8", "replace").strip().splitlines()
+        text = f"the process that made it {ended}{f': {lines[-1][:300]}' if lines else ''}"
+        if self._running:
+            self._found[self._running] = self._failed(self._running, text)
+            self._running = ""
+        else:
+            self._note_all(text)
+
+    def _note_all(self, error: str, *, lasts: bool = False) -> None:
+        for name in self.left:
+            self._found[name] = self._failed(name, error, lasts=lasts)
+
+    _give_up = _note_all
+
+    def _failed(self, name: str, error: str, *, lasts: bool = False) -> Made:
+        return Made(name, self._precision, error=error, lasts=lasts)
+
+    def _end(self) -> None:
+        with self._lock:
+            process, files, scratch = self._process, (self._reports, self._stderr), self._scratch
+            self._process = self._reports = self._stderr = None
+            self._scratch = ""
+        # Without the lock: `stop` is called by the event loop, and files of this size take their time.
+        if process is not None:
+            _kill(process)
+            process.wait()
+            remove_drafts(self._archive, process.pid)
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for file in files:
+            if file is not None:
+                file.close()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends it and what it has started; does not wait for that."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Does not reap it: its group is still its own then, and can be ended."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def _let_end(process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _LEAVING_S
+    while not _has_ended(process) and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)

@@ -1,0 +1,102 @@
+"""Whether two ways to run one network give the same answers, on inputs made to disagree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyserve.proof.comparison import difference, dtypes
+from pyserve.proof.probe_inputs import Probe
+from pyserve.torch_error import cause_of
+
+Run = Callable[[list[torch.Tensor]], Any]
+
+# From here on rounding alone may turn the numbers of two ways to compute into anything.
+LARGE_MIN = 1e3
+# What an input is moved by to see what rounding does: a step of fp32. Two ways to compute round more often than once.
+_STEP = 2.0**-22
+_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What comparing came to.
+
+    Attributes:
+        difference: the largest one, relative; infinity if it is none of rounding.
+        probes: inputs that were compared.
+        objection: what is against the second way, for a person; ``""`` if nothing is.
+    """
+
+    difference: float
+    probes: int
+    objection: str = ""
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    cause: str
+
+
+def agreement(
+    truth: Run, candidate: Run, probes: Sequence[Probe], tolerance: float, *,
+    is_enough: Callable[[int], bool] = lambda count: False, expected: dict[int, Any] | None = None,
+) -> Agreement:  # fmt: skip
+    """Compares ``candidate`` with ``truth``: answers, their dtypes, structure, NaN, and what is refused.
+
+    Args:
+        tolerance: of `pyserve.proof.comparison.difference`.
+        is_enough: asked before each probe, with how many were compared.
+        expected: what ``truth`` gave for each number of a probe so far; filled in.
+    """
+    expected = {} if expected is None else expected
+    largest = 0.0
+    for number, probe in enumerate(probes):
+        if is_enough(number):
+            return Agreement(largest, number)
+        if number not in expected:
+            expected[number] = _answer(truth, probe.inputs)
+        worst, objection = _compared(truth, expected[number], _answer(candidate, probe.inputs), probe, tolerance)
+        if objection:
+            return Agreement(worst, number + 1, objection)
+        largest = max(largest, worst)
+    return Agreement(largest, len(probes))
+
+
+def _answer(run: Run, inputs: Sequence[torch.Tensor]) -> Any:
+    try:
+        return run([each.clone() for each in inputs])
+    except Exception as error:  # the model's own code
+        return _Refusal(cause_of(str(error)) or type(error).__name__)
+
+
+def _compared(truth: Run, wanted: Any, got: Any, probe: Probe, tolerance: float) -> tuple[float, str]:
+    """The difference of one pair of answers, and what is against the second."""
+    if isinstance(wanted, _Refusal):
+        if isinstance(got, _Refusal):
+            return 0.0, ""
+        return math.inf, f"it answers {probe.name}, which the model refuses ({wanted.cause})"
+    if isinstance(got, _Refusal):
+        return math.inf, f"it fails on {probe.name}: {got.cause}"
+    worst = difference(wanted, got)
+    if dtypes(wanted) != dtypes(got):
+        return math.inf, f"its answer has other dtypes on {probe.name}"
+    if worst <= tolerance or (_is_large(probe) and worst <= _STEPS * _by_rounding(truth, wanted, probe)):
+        return min(worst, tolerance), ""
+    by = "in shape, structure, a whole number or NaN" if math.isinf(worst) else f"by {worst:.1e} (relative)"
+    return worst, f"its answer differs {by} on {probe.name}"
+
+
+def _is_large(probe: Probe) -> bool:
+    return any(bool((each.abs() > LARGE_MIN).any()) for each in probe.inputs if each.is_floating_point())
+
+
+def _by_rounding(truth: Run, wanted: Any, probe: Probe) -> float:
+    """How far the right answer moves when each number of the input does by one step of rounding."""
+    moved = [each * (1 + _STEP) if each.is_floating_point() else each for each in probe.inputs]
+    got = _answer(truth, moved)
+    return 0.0 if isinstance(got, _Refusal) else difference(wanted, got)

@@ -1,0 +1,243 @@
+"""OpenVINO's models in the native engine: their answers, threads, errors and ends."""
+
+# TorchScript and torch.export read `forward` as it is.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pyserve import _core
+from tests.support.lane_bench import LaneBench
+from tests.support.networks import Affine, Conv, Outputs
+from tests.support.openvino_files import library, save_openvino
+
+ITEM = [torch.zeros(1, 16)]
+HANG_S = 60
+
+
+class Looked(nn.Module):
+    """Whole numbers in; numbers of several kinds out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 4)
+
+    def forward(self, ids, mask):
+        rows = self.table(ids)
+        return rows.sum(1), (rows[:, :, 0] > 0) & mask, ids + 1
+
+
+class Long(nn.Module):
+    """Takes seconds, in many operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.rand(1024, 1024) / 512)
+
+    def forward(self, x):
+        for _ in range(400):
+            x = torch.tanh(x @ self.weights)
+        return x.sum((1, 2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("openvino")
+
+
+@pytest.fixture(scope="module")
+def affine(folder: Path) -> Path:
+    return save_openvino(Affine(), folder / "affine.xml", [torch.randn(4, 16)])
+
+
+def load(path: Path, example: list[torch.Tensor] = ITEM, **options: Any) -> _core.TorchModel:
+    return _core.TorchModel.load(str(path), example, backend="openvino", library=library(), **options)
+
+
+def await_threads(model: _core.TorchModel, expected: tuple[int, int]) -> None:
+    """Until what is compiled beside the runs is there."""
+    end = time.monotonic() + HANG_S
+    while model.streams_and_threads != expected:
+        assert time.monotonic() < end, model.streams_and_threads
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
+def test_it_answers_as_torch_does_for_any_batch(affine: Path, batch_size: int) -> None:
+    model = load(affine)
+    x = torch.randn(batch_size, 16, generator=torch.Generator().manual_seed(batch_size))
+    torch.testing.assert_close(model.run([x]), Affine()(x), atol=1e-5, rtol=1e-5)
+    strided = torch.cat([x, x], dim=1)[:, :16]  # memory in another order than its indices
+    torch.testing.assert_close(model.run([strided]), Affine()(x), atol=1e-5, rtol=1e-5)
+    assert model.backend == "openvino" and model.weights_size >= (16 * 5 + 5) * 4
+
+
+def test_several_outputs_come_in_order_and_in_their_types(folder: Path) -> None:
+    ids, mask = torch.tensor([[1, 2, 3], [9, 0, 4]]), torch.tensor([[True, False, True], [True, True, True]])
+    network = Looked().eval()
+    path = save_openvino(network, folder / "looked.xml", [ids, mask])
+    got = load(path, [ids[:1], mask[:1]]).run([ids, mask])
+    for each, expected in zip(got, network(ids, mask), strict=True):
+        assert each.dtype == expected.dtype
+        torch.testing.assert_close(each, expected)
+
+
+def test_later_runs_do_not_write_into_earlier_answers(affine: Path) -> None:
+    model = load(affine)
+    first = model.run([torch.ones(3, 16)])
+    kept = first.clone()
+    model.run([torch.full((3, 16), 7.0)])
+    assert torch.equal(first, kept)
+
+
+def test_threads_that_run_it_at_once_get_their_own_answers(affine: Path, seed: int) -> None:
+    model = load(affine, runners_max=3)
+    network = Affine()
+    wrong: list[int] = []
+
+    def ask(number: int) -> None:
+        generator = torch.Generator().manual_seed(seed + number)
+        for _ in range(50):
+            x = torch.randn(1 + number, 16, generator=generator)
+            if not torch.allclose(model.run([x]), network(x), atol=1e-4):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(HANG_S)
+    assert not wrong
+    streams, count = model.streams_and_threads
+    assert count == 1 and streams <= 3  # never more threads than there are CPUs to be used
+
+
+def test_threads_are_compiled_for_and_stay_within_the_cpus(affine: Path) -> None:
+    model = load(affine, runners_max=4, workers=2, threads=2)
+    assert model.streams_and_threads == (2, 2)
+    assert load(affine, runners_max=2, workers=8).streams_and_threads == (2, 1)
+    assert load(affine, runners_max=8).streams_and_threads == (1, 1)  # one worker needs no more
+    model.prepare_threads(4)
+    assert model.streams_and_threads == (1, 4)
+    expected = Affine()(torch.ones(2, 16))
+    model.use_threads(1)  # beside the runs that go on
+    torch.testing.assert_close(model.run([torch.ones(2, 16)]), expected, atol=1e-5, rtol=1e-5)
+    await_threads(model, (2, 1))
+    for count in (3, 2, 4, 1, 2):  # the last wish counts
+        model.use_threads(count)
+    await_threads(model, (2, 2))
+    torch.testing.assert_close(model.run([torch.ones(2, 16)]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_goes_while_another_is_compiled_leaves_nothing_behind(affine: Path) -> None:
+    for count in (2, 3, 4):
+        model = load(affine, runners_max=4)
+        model.use_threads(count)
+        del model
+
+
+@pytest.mark.parametrize(
+    ("inputs", "text"),
+    [
+        ([torch.zeros(1, 16, dtype=torch.float64)], "takes Float, got Double"),
+        ([torch.zeros(1, 16), torch.zeros(1, 16)], "takes 1 inputs, got 2"),
+        ([torch.zeros(1, 15)], r"takes \[\?, 16\], got \[1, 15\]"),
+        ([torch.zeros(1, 16, 1)], r"takes \[\?, 16\], got \[1, 16, 1\]"),
+    ],
+)
+def test_inputs_that_it_does_not_take_are_refused_and_harm_no_later_one(
+    affine: Path, inputs: list[torch.Tensor], text: str
+) -> None:
+    model = load(affine)
+    with pytest.raises((ValueError, RuntimeError), match=text):
+        model.run(inputs)
+    torch.testing.assert_close(model.run(ITEM), Affine()(ITEM[0]), atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_loaded_says_why(affine: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.xml").write_text("")
+    with pytest.raises(RuntimeError, match="OpenVINO cannot use the model"):
+        load(tmp_path / "empty.xml")
+    with pytest.raises(RuntimeError, match="OpenVINO cannot use the model"):
+        load(tmp_path / "nowhere.xml")
+    shutil.copy(affine, tmp_path / "cut.xml")
+    (tmp_path / "cut.bin").write_bytes(affine.with_suffix(".bin").read_bytes()[:40])
+    with pytest.raises(RuntimeError, match="OpenVINO cannot use the model"):
+        load(tmp_path / "cut.xml")
+    with pytest.raises(RuntimeError, match=r"library cannot be loaded: .*libopenvino_c.so"):
+        _core.TorchModel.load(str(affine), ITEM, backend="openvino", library=str(tmp_path / "libopenvino_c.so"))
+    with pytest.raises(ValueError, match="has 1 inputs as OpenVINO has it, not 2"):
+        load(affine, [*ITEM, *ITEM])
+    with pytest.raises(ValueError, match="torchscript, aotinductor, openvino, not abacus"):
+        _core.TorchModel.load(str(affine), ITEM, backend="abacus")
+
+
+def test_a_lane_serves_it_with_several_workers(folder: Path) -> None:
+    network = Conv().eval()
+    path = save_openvino(network, folder / "conv.xml", [torch.rand(2, 3, 12, 12)])
+    options = {"backend": "openvino", "library": library(), "runners_max": 2, "workers": 2}
+    bench = LaneBench(path, [torch.zeros(1, 3, 12, 12)], workers=2, batch=4, model=options)
+    try:
+        pictures = torch.rand(40, 1, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+        for owner, picture in enumerate(pictures):
+            bench.submit(owner, picture)
+        bench.wait_for(len(pictures))
+        for owner, picture in enumerate(pictures):
+            torch.testing.assert_close(bench.answers[owner], network(picture)[0], atol=1e-5, rtol=1e-5)
+        assert bench.model.streams_and_threads == (2, 1)
+    finally:
+        bench.close()
+
+
+def test_a_lane_tells_it_how_many_threads_there_are(affine: Path) -> None:
+    options = {"backend": "openvino", "library": library(), "runners_max": 2, "workers": 1}
+    bench = LaneBench(affine, ITEM, model=options)
+    try:
+        bench.lane.set_intra_op_threads(2)
+        bench.submit("one", torch.ones(1, 16))
+        bench.wait_for(1)
+        await_threads(bench.model, (1, 2))
+    finally:
+        bench.close()
+
+
+def test_a_run_that_takes_too_long_ends_behind_its_operator(folder: Path) -> None:
+    path = save_openvino(Long(), folder / "long.xml", [torch.rand(2, 64, 1024)])
+    options = {"backend": "openvino", "library": library()}
+    bench = LaneBench(path, [torch.rand(1, 64, 1024)], ready=False, model=options)
+    try:
+        bench.wait(lambda: _is_interrupted(bench))
+        bench.wait(lambda: bench.states() == ["failed"])  # its warm-up was ended, and nothing hangs
+        (row,) = bench.lane.workers()
+        assert "did not come to an end in time" in row["error"]
+    finally:
+        bench.close()
+
+
+def _is_interrupted(bench: LaneBench) -> bool:
+    """Interrupts what the worker runs; whether it has begun to run anything."""
+    (row,) = bench.lane.workers()
+    return bool(row["running_since"]) and bench.lane.interrupt(row["id"], row["running_since"])
+
+
+def test_the_two_precisions_that_the_cpu_may_lack_are_taken_as_a_hint(affine: Path) -> None:
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    for precision in ("bf16", "fp16"):
+        got = load(affine, precision=precision).run([x])
+        assert got.dtype is torch.float32
+        torch.testing.assert_close(got, Affine()(x), atol=0.1, rtol=0.1)
+
+
+def test_outputs_of_networks_with_several_are_a_tuple(folder: Path) -> None:
+    path = save_openvino(Outputs(), folder / "outputs.xml", [torch.rand(2, 16)])
+    plus, total = load(path).run([torch.ones(3, 16)])
+    assert torch.equal(plus, torch.full((3, 16), 2.0)) and torch.equal(total, torch.full((3,), 16.0))

@@ -1,0 +1,151 @@
+"""Two ways to run one network, compared; and whether one of them gives one answer to one question."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from pyserve.proof.agreement import agreement
+from pyserve.proof.probe_inputs import Probe
+from pyserve.proof.repeats import why_composed, why_not_repeated
+
+Rows = Sequence[torch.Tensor]
+ITEMS = [(torch.arange(4.0).reshape(1, 4) + number,) for number in range(4)]
+PROBES = [Probe("small numbers", ITEMS[0]), Probe("other numbers", ITEMS[1]), Probe("negative ones", (-ITEMS[2][0],))]
+
+
+def double(inputs: Rows) -> Any:
+    return inputs[0] * 2
+
+
+def test_equal_answers_agree_on_every_probe() -> None:
+    found = agreement(double, double, PROBES, 1e-4)
+    assert (found.difference, found.probes, found.objection) == (0.0, len(PROBES), "")
+
+
+def test_the_largest_difference_is_told_and_judged() -> None:
+    def nearly(inputs: Rows) -> Any:
+        return inputs[0] * (2 + 1e-5)
+
+    found = agreement(double, nearly, PROBES, 1e-4)
+    assert 1e-6 < found.difference < 1e-4 and not found.objection
+    found = agreement(double, nearly, PROBES, 1e-7)
+    assert found.objection.startswith("its answer differs by") and found.objection.endswith("on small numbers")
+    assert found.probes == 1, "the first that differs settles it"
+
+
+def test_what_one_refuses_the_other_has_to_refuse() -> None:
+    def refuses(inputs: Rows) -> Any:
+        if bool((inputs[0] < 0).any()):
+            raise ValueError("no negative numbers")
+        return inputs[0] * 2
+
+    def refuses_in_other_words(inputs: Rows) -> Any:
+        if bool((inputs[0] < 0).any()):
+            raise IndexError
+        return inputs[0] * 2
+
+    assert agreement(refuses, refuses_in_other_words, PROBES, 1e-4).objection == ""
+    assert agreement(refuses, double, PROBES, 1e-4) .objection == (
+        "it answers negative ones, which the model refuses (no negative numbers)"
+    )  # fmt: skip
+    found = agreement(double, refuses, PROBES, 1e-4)
+    assert found.objection == "it fails on negative ones: no negative numbers" and math.isinf(found.difference)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda inputs: (inputs[0] * 2).double(),
+        lambda inputs: [inputs[0] * 2],
+        lambda inputs: {"scores": inputs[0] * 2},
+        lambda inputs: (inputs[0] * 2)[:, :3],
+        lambda inputs: torch.where(inputs[0] == 3, math.nan, inputs[0] * 2),
+    ],
+)
+def test_structure_dtypes_shapes_and_nan_count(other: Callable[[Rows], Any]) -> None:
+    assert agreement(double, other, PROBES, 1e9).objection
+
+
+def test_inputs_are_given_as_they_were_whatever_a_call_writes_to_them() -> None:
+    def in_place(inputs: Rows) -> Any:
+        return inputs[0].mul_(2)
+
+    before = [each.inputs[0].clone() for each in PROBES]
+    assert agreement(in_place, double, PROBES, 0).objection == ""
+    assert all(torch.equal(each.inputs[0], kept) for each, kept in zip(PROBES, before, strict=True))
+
+
+def test_the_right_answers_are_computed_once() -> None:
+    calls: list[int] = []
+
+    def counted(inputs: Rows) -> Any:
+        calls.append(1)
+        return inputs[0] * 2
+
+    expected: dict[int, Any] = {}
+    agreement(counted, double, PROBES, 1e-4, expected=expected)
+    agreement(counted, double, PROBES, 1e-4, expected=expected)
+    assert len(calls) == len(PROBES)
+    assert agreement(counted, double, PROBES, 1e-4, is_enough=lambda count: count >= 2).probes == 2
+
+
+# --- one question, one answer -----------------------------------------------------------------------------------------
+
+
+def test_what_answers_in_one_way_is_not_named() -> None:
+    assert why_not_repeated(double, ITEMS) == why_composed(double, ITEMS) == ""
+
+
+def test_random_numbers_are_named() -> None:
+    def noisy(inputs: Rows) -> Any:
+        return inputs[0] + torch.rand(inputs[0].shape)
+
+    assert why_not_repeated(noisy, ITEMS).startswith("answers one question in two ways, apart by")
+
+
+def test_a_counter_is_named_though_it_shows_late() -> None:
+    calls = itertools.count()
+
+    def third(inputs: Rows) -> Any:
+        return inputs[0] + (next(calls) >= 3)
+
+    assert "it draws random numbers, or keeps something" in why_not_repeated(third, ITEMS)
+
+
+def test_one_that_fails_now_and_then_is_named() -> None:
+    calls = itertools.count()
+
+    def failing(inputs: Rows) -> Any:
+        if next(calls) % 2:
+            raise RuntimeError("busy")
+        return inputs[0]
+
+    assert why_not_repeated(failing, ITEMS) == "fails for an input that it also answers"
+
+
+def test_the_order_of_additions_is_no_other_answer() -> None:
+    calls = itertools.count()
+
+    def rounded(inputs: Rows) -> Any:
+        return inputs[0] * (1 + 1e-7 * (next(calls) % 2))
+
+    assert why_not_repeated(rounded, ITEMS) == ""
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        lambda inputs: inputs[0] - inputs[0].mean(0, keepdim=True),
+        lambda inputs: inputs[0] + inputs[0].cumsum(0).flip(0),
+        lambda inputs: inputs[0] / inputs[0].abs().max(),
+    ],
+)
+def test_what_looks_at_the_rest_of_a_batch_is_named(looks: Callable[[Rows], Any]) -> None:
+    assert why_not_repeated(looks, ITEMS) == ""
+    assert why_composed(looks, ITEMS).startswith("answers an item otherwise")
