@@ -82,7 +82,8 @@ def _mapped(file: Path | BinaryIO) -> Iterator[memoryview]:
 
 def _header(data: memoryview, name: str) -> tuple[dict[str, Any], int]:
     """The header, and the place of the first byte behind it."""
-    if data[:2] == b"PK" or data[:1] == b"\x80":
+    # A header's length may begin with the same bytes.
+    if (data[:2] == b"PK" or data[:1] == b"\x80") and data[_LENGTH_SIZE : _LENGTH_SIZE + 1] != b"{":
         raise ModelLoadError(f"{name} was written by torch.save, not as safetensors; rename it to end in .pth")
     length = int.from_bytes(data[:_LENGTH_SIZE], "little")
     room = len(data) - _LENGTH_SIZE

@@ -32,7 +32,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 # Rooms that may import less than what lies below them. The handlers double as examples: what they import, archives may.
-ONLY = {"http1": {"request"}, "handlers": {"proof"}, "archive": {"config"}, "fetch": {"archive", "config"}}
+ONLY = {"http1": {"request"}, "handlers": {"proof"}, "archive": {"config", "proof"}, "fetch": {"archive", "config"}}
 
 ROOM_PATHS = {room: ROOT / ("handlers" if room == "handlers" else f"pyserve/{room}") for room in FLOOR}
 # Dotted name -> file, of the package without compat/.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import logging
 import os
 import stat
@@ -19,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pyserve.archive.bare_file import BareReader, input_unknown
 from pyserve.archive.cache import ArchiveCache, Contents, folder_key, open_cache
 from pyserve.archive.effective import effective_entries
 from pyserve.archive.entries import (
@@ -31,16 +31,19 @@ from pyserve.archive.entries import (
     name_problem,
     refuse,
 )
-from pyserve.archive.extract import find_root, open_reader, unpack, verify
-from pyserve.archive.folder_reader import FolderReader
+from pyserve.archive.extract import find_root, unpack, verify
+from pyserve.archive.file_kind import ARCHIVE, WEIGHTS, kind_of, weights_alone
+from pyserve.archive.folder_reader import FolderReader, has_manifest, model_folder
+from pyserve.archive.given import given_for
 from pyserve.archive.limits import configured_limits
 from pyserve.archive.manifest import Manifest, missing_manifest
 from pyserve.archive.model_config import ModelConfig
 from pyserve.archive.model_folder import Originals
 from pyserve.archive.own_folder import OwnFolder
+from pyserve.archive.program_inputs import inputs_in
 from pyserve.archive.room import room_in
 from pyserve.archive.weights import FileIdentity, Weights, check_inflation
-from pyserve.errors import ModelLoadError, ModelNotFoundError
+from pyserve.errors import InvalidModelError, ModelLoadError, ModelNotFoundError
 from pyserve.os_errors import cause_of
 
 __all__ = [
@@ -49,7 +52,6 @@ __all__ = [
     "ModelConfig",
     "Survey",
     "Weights",
-    "give_manifest",
     "has_manifest",
     "is_unpacked",
     "open_archive",
@@ -58,8 +60,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# Folder -> text of the manifest that `pyserve dev` made up for it, JSON.
-_MANIFESTS_VARIABLE = "PYSERVE_DEV_MANIFESTS"
+# Of files that torch.save and torch.jit.save write, whose kinds their names do not tell.
+_TORCH_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Archive:
         files: names below ``model_dir`` that belong to the archive, mapped weights included, with sizes in bytes.
         needed: what is wrong with it for a handler that reads all that the manifest names; see `check_complete`.
         given_handler: the handler that was put in place of the manifest's; ``""`` if none was.
+        bare: what was taken for granted of a model's file by itself, in one line; ``""`` of an archive or folder.
+        inputs_from: what in the model's file the configuration's ``input`` was read from; ``""`` if it was not.
     """
 
     def __init__(
@@ -132,9 +136,12 @@ class Archive:
         self.files = files
         self.needed = needed
         self.given_handler = ""
+        self.bare = ""
+        self.inputs_from = ""
         self._cache = cache
         self._limits = limits or configured_limits()
         self._own = OwnFolder()
+        self._read_inputs()
 
     def cache_file(self, name: str) -> Path:
         """Where something derived from this content is kept, such as a compiled model. The file may not exist.
@@ -150,6 +157,16 @@ class Archive:
         """From now on ``handler`` is the manifest's; what handlers see of the manifest stays as it was written."""
         if handler != self.manifest.handler:
             self.manifest, self.given_handler = replace(self.manifest, handler=handler), handler
+            self._read_inputs()
+
+    def _read_inputs(self) -> None:
+        """What the tensor handler has to know of the inputs, if only the model's own file says it."""
+        manifest, weights = self.manifest, self.weights
+        if manifest.handler != "tensor" or "tensor.py" in self.files or self.config.raw.get("input") is not None:
+            return
+        found = inputs_in(weights, self.name) if weights is not None and manifest.model_file is None else None
+        if found is not None:
+            self.config, self.inputs_from = self.config.with_input(found[0], self.name), found[1]
 
     @property
     def warnings(self) -> list[str]:
@@ -168,6 +185,22 @@ class Archive:
             raise ModelLoadError(problems[0])
         if self.weights is not None:
             check_inflation(self.weights, self._limits, self.name)
+            self._check_kind(self.weights)
+        if self.bare and self.manifest.handler == "tensor" and self.config.raw.get("input") is None:
+            raise ModelLoadError(f"{self.name}: {input_unknown(self.name)}")
+
+    def _check_kind(self, weights: Weights) -> None:
+        """Refuses what is no TorchScript, or no weights where there is a model file, by its name."""
+        if weights.suffix not in _TORCH_SUFFIXES:
+            return
+        label = f"{self.name}: {weights.name}"
+        with weights.pinned() as descriptor:
+            try:
+                kind, _ = kind_of(SourceFile(descriptor, label, weights.size, weights.offset), self._limits)
+            except InvalidModelError as error:
+                raise ModelLoadError(error.message) from error
+        if kind == WEIGHTS and self.manifest.model_file is None:
+            raise ModelLoadError(f"{label}: {weights_alone(weights.name)}")
 
     def own_folder(self, *, with_weights: bool = False, completes: bool = False) -> Path:
         """The model folder for code that may write there: this archive object's own, until `close`. Any thread.
@@ -251,10 +284,11 @@ def open_archive(
     """Opens an archive, unpacking it the first time its content is seen.
 
     Args:
-        path: a ``.mar``, ``.tar.gz``, ``.tgz`` or ``.tar`` file, or a folder.
+        path: a ``.mar``, ``.tar.gz``, ``.tgz`` or ``.tar`` file, a folder, or a model's file by itself
+            (`pyserve.archive.bare_file`).
         cache_dir: where to unpack; see `pyserve.archive.cache.open_cache` for the default.
         limits: by default those that are configured.
-        manifest: text of MANIFEST.json for a folder without one; `give_manifest` gives it to all processes.
+        manifest: text of MANIFEST.json for a folder without one; `given.give` gives it to all processes.
 
     Raises:
         ModelNotFoundError: there is no such file.
@@ -266,7 +300,7 @@ def open_archive(
     limits = limits or configured_limits()
     try:
         if path.is_dir():
-            return _open_folder(path, cache, limits, manifest or _given_manifest(path))
+            return _open_folder(path, cache, limits, manifest or given_for(path).manifest.encode() or None)
         with _opened(path) as source:
             return _open_file(path, source, cache, limits)
     except OSError as error:
@@ -282,11 +316,26 @@ def survey(path: str | Path, *, label: str | None = None, limits: Limits | None 
     path = Path(path).absolute()
     limits = limits or configured_limits()
     if path.is_dir():
-        yield _survey(FolderReader(_model_folder(path), label or path.name, limits), limits)
+        yield _survey(FolderReader(model_folder(path), label or path.name, limits), limits)
         return
     with _opened(path) as source:
         source.label = label or source.label
-        yield _survey(open_reader(source, limits), limits)
+        yield _survey(_reader(path, source, limits), limits)
+
+
+def _reader(path: Path, source: SourceFile, limits: Limits) -> Reader:
+    """Of an archive, or of a model's file by itself."""
+    kind, reader = kind_of(source, limits)
+    if kind == ARCHIVE and reader is not None:
+        return reader
+    return BareReader(source, kind, given_for(path), limits)
+
+
+def _key(cache: ArchiveCache, source: SourceFile, reader: Reader) -> str:
+    digest = cache.digest(source)
+    return (
+        hashlib.sha256(f"{digest} {reader.key_part}".encode()).hexdigest() if isinstance(reader, BareReader) else digest
+    )
 
 
 def _survey(reader: Reader, limits: Limits) -> Survey:
@@ -345,8 +394,8 @@ def _opened(path: Path) -> Iterator[SourceFile]:
 def _open_file(path: Path, source: SourceFile, cache: ArchiveCache, limits: Limits) -> Archive:
     before = FileIdentity.of(source.descriptor)
     limits = replace(limits, room=room_in(cache.root))
-    reader = open_reader(source, limits)
-    key = cache.digest(source)
+    reader = _reader(path, source, limits)
+    key = _key(cache, source, reader)
     contents = cache.look_up(key)
     if contents is None:
         with cache.lock(key):
@@ -375,10 +424,12 @@ def _open_file(path: Path, source: SourceFile, cache: ArchiveCache, limits: Limi
     elif manifest.serialized_file is not None:
         unpacked = model_dir / manifest.serialized_file
         weights = Weights(manifest.serialized_file, unpacked, 0, unpacked.stat().st_size)
-    return Archive(
+    archive = Archive(
         path, cache, key, model_dir=model_dir, manifest=manifest, config=config, weights=weights, files=files,
         needed=needed, limits=limits,
     )  # fmt: skip
+    archive.bare = reader.said if isinstance(reader, BareReader) else ""
+    return archive
 
 
 def _add(reader: Reader, source: SourceFile, *, path: Path, cache: ArchiveCache, key: str, limits: Limits) -> Contents:
@@ -406,7 +457,7 @@ def _open_folder(path: Path, cache: ArchiveCache, limits: Limits, manifest: byte
     if manifest is not None:
         reader = FolderReader(path, path.name, limits, manifest=manifest)
     else:
-        reader = FolderReader(_model_folder(path), path.name, limits)
+        reader = FolderReader(model_folder(path), path.name, limits)
     found = _survey(reader, limits)
     for text in reader.passed_over:
         log.warning("%s", text)
@@ -442,37 +493,4 @@ def is_unpacked(path: str | Path) -> bool:
         return True
     with _opened(path) as source:
         cache = open_cache()
-        return cache.look_up(cache.digest(source)) is not None
-
-
-def has_manifest(folder: Path) -> bool:
-    """Whether ``folder``, or the one folder in it, is a model with a MANIFEST.json."""
-    return (_model_folder(folder) / MANIFEST_NAME).is_file()
-
-
-def give_manifest(folder: Path, manifest: bytes) -> None:
-    """Has this process, and those that it starts from now on, open ``folder`` with a manifest that is not in it."""
-    given = json.loads(os.environ.get(_MANIFESTS_VARIABLE, "{}"))
-    given[str(folder.resolve())] = manifest.decode()
-    os.environ[_MANIFESTS_VARIABLE] = json.dumps(given)
-
-
-def _given_manifest(path: Path) -> bytes | None:
-    given = os.environ.get(_MANIFESTS_VARIABLE)
-    if not given:
-        return None
-    text = json.loads(given).get(str(path.resolve()))
-    return None if text is None else str(text).encode()
-
-
-def _model_folder(path: Path) -> Path:
-    """The folder with the manifest: ``path``, or the one folder in it; ``path`` if there is none."""
-    if os.path.isfile(path / MANIFEST_NAME):
-        return path
-    try:
-        below = [child for child in path.iterdir() if os.path.isdir(child) and not child.name.startswith((".", "__"))]
-    except OSError as error:
-        refuse(path.name, f"cannot be read: {error.strerror}; check its permissions")
-    if len(below) == 1 and not below[0].is_symlink() and os.path.isfile(below[0] / MANIFEST_NAME):
-        return below[0]
-    return path
+        return cache.look_up(_key(cache, source, _reader(path, source, configured_limits()))) is not None

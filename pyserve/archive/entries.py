@@ -80,15 +80,15 @@ class SourceFile:
         self.descriptor = descriptor
         self.label = label
         self.size = size
-        self._offset = offset
+        self.offset = offset
 
     def read_at(self, position: int, size: int) -> bytes:
         """Exactly ``size`` bytes at ``position``; raises InvalidModelError when the window ends before."""
         if position < 0 or size < 0 or position + size > self.size:
             refuse(self.label, "is damaged or cut short: it points outside itself; make or copy it again")
-        found = os.pread(self.descriptor, size, self._offset + position)
+        found = os.pread(self.descriptor, size, self.offset + position)
         while len(found) < size:
-            more = os.pread(self.descriptor, size - len(found), self._offset + position + len(found))
+            more = os.pread(self.descriptor, size - len(found), self.offset + position + len(found))
             if not more:
                 refuse(self.label, "became shorter while it was read; write it elsewhere, then rename it into place")
             found += more

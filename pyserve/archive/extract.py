@@ -22,8 +22,15 @@ from pyserve.errors import shown
 _SYNC_EACH_COUNT_MAX = 1000
 # How often the room on the disk is looked at: others write to it too.
 _ROOM_INTERVAL_SIZE = 64 << 20
+_ZIP_MAGICS = (b"PK\3\4", b"PK\5\6")
+_GZIP_MAGIC = b"\x1f\x8b"
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def is_packed(head: bytes) -> bool:
+    """Whether a file that begins with these 512 bytes is a zip, a tar or a tar.gz."""
+    return head.startswith((*_ZIP_MAGICS, _GZIP_MAGIC)) or head[257:262] == b"ustar"
 
 
 def open_reader(source: SourceFile, limits: Limits = LIMITS) -> Reader:
@@ -35,11 +42,11 @@ def open_reader(source: SourceFile, limits: Limits = LIMITS) -> Reader:
     if source.size == 0:
         refuse(source.label, "is empty (0 bytes); make or copy it again")
     head = source.read_at(0, min(source.size, 512))
-    if head.startswith((b"PK\3\4", b"PK\5\6")):
+    if head.startswith(_ZIP_MAGICS):
         return ZipReader(source, limits)
-    if head.startswith(b"\x1f\x8b"):
+    if head.startswith(_GZIP_MAGIC):
         return TarReader(source, is_gzip=True, limits=limits)
-    if head[257:262] == b"ustar":
+    if is_packed(head):
         return TarReader(source, is_gzip=False, limits=limits)
     refuse(
         source.label,

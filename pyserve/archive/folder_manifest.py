@@ -15,14 +15,16 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyserve.archive.manifest import DEFAULT_VERSION
-from pyserve.errors import InvalidModelError
+from pyserve.archive.manifest import DEFAULT_VERSION, nearest_handler
+from pyserve.errors import InvalidModelError, shown
+from pyserve.handler import BUILT_IN
 
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".pt2", ".onnx")
 SAFETENSORS = ".safetensors"
 HANDLER_FILE = "handler.py"
 MODEL_FILE = "model.py"
 CONFIG_FILE = "model-config.yaml"
+LABELS_FILE = "index_to_name.json"
 REQUIREMENTS_FILE = "requirements.txt"
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.\-]+")
@@ -41,15 +43,19 @@ class Inferred:
     said: str
 
 
-def infer_manifest(folder: Path) -> Inferred:
+def infer_manifest(folder: Path, given_handler: str = "") -> Inferred:
     """The manifest of a folder without one.
+
+    Args:
+        given_handler: in place of what would be taken: a built-in one, or a Python file of the folder.
 
     Raises:
         InvalidModelError: it cannot be told which file is what; the text says what to write.
     """
     files = sorted(path.name for path in folder.iterdir() if os.path.isfile(path))
-    handler = _handler(folder, [name for name in files if name.endswith(".py")])
     weights = _weights(folder, files)
+    code = [name for name in files if name.endswith(".py")]
+    handler = _given(folder, given_handler) if given_handler else _handler(folder, code, weights, files)
     name = _NOT_IN_NAMES.sub("_", folder.resolve().name).lstrip("_.-") or "model"
     model = {"modelName": name, "modelVersion": DEFAULT_VERSION, "handler": handler}
     if weights is not None:
@@ -67,12 +73,23 @@ def infer_manifest(folder: Path) -> Inferred:
     return Inferred(text, f"no MAR-INF/MANIFEST.json in {folder.name}; taken: {said}")
 
 
-def _handler(folder: Path, files: list[str]) -> str:
+def _given(folder: Path, handler: str) -> str:
+    path = handler.partition(":")[0]
+    if handler in BUILT_IN or any((folder / Path(name).name).is_file() for name in (path, f"{path}.py")):
+        return handler if handler in BUILT_IN else handler.rpartition("/")[2]
+    raise InvalidModelError(
+        f"--handler {shown(handler)} is neither a Python file in {folder.name} nor built in{nearest_handler(path)}"
+    )
+
+
+def _handler(folder: Path, files: list[str], weights: str | None, all_files: list[str]) -> str:
     if HANDLER_FILE in files:
         return HANDLER_FILE
     found = [name for name in files if _is_handler(folder / name)]
     if len(found) == 1:
         return found[0]
+    if not found and weights is not None:  # a model without code of its own to call it
+        return "image_classifier" if LABELS_FILE in all_files else "tensor"
     if found:
         problem = f"{', '.join(found)} could each be the handler; name one of them {HANDLER_FILE}"
     else:

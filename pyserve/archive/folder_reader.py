@@ -116,3 +116,21 @@ class FolderReader:
         if path.is_symlink():
             self._check_inside(name)
         return status.st_size
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether ``folder``, or the one folder in it, is a model with a MANIFEST.json."""
+    return (model_folder(folder) / MANIFEST_NAME).is_file()
+
+
+def model_folder(path: Path) -> Path:
+    """The folder with the manifest: ``path``, or the one folder in it; ``path`` if there is none."""
+    if os.path.isfile(path / MANIFEST_NAME):
+        return path
+    try:
+        below = [child for child in path.iterdir() if os.path.isdir(child) and not child.name.startswith((".", "__"))]
+    except OSError as error:
+        refuse(path.name, f"cannot be read: {error.strerror}; check its permissions")
+    if len(below) == 1 and not below[0].is_symlink() and os.path.isfile(below[0] / MANIFEST_NAME):
+        return below[0]
+    return path

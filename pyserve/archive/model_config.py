@@ -165,6 +165,20 @@ class ModelConfig:
             if key in _OWN_KEYS:
                 self.needed += (error.message,)
 
+    def with_input(self, value: Any, label: str) -> ModelConfig:
+        """The same with ``input``, which the file does not have: as if it stood at its end."""
+        raw = {**self.raw, "input": value}
+        line = yaml.safe_dump({"input": value}, default_flow_style=None, sort_keys=False)
+        text = f"{self.text.rstrip()}\n{line}".lstrip()
+        try:
+            is_same = read_yaml(text) == raw
+        except yaml.YAMLError:
+            is_same = False
+        text = text if is_same else yaml.safe_dump(raw, sort_keys=False)
+        completed = ModelConfig.parse(text.encode(), label)
+        completed.warnings = self.warnings
+        return completed
+
     def leave_out_quoted(self) -> None:
         """Takes back what is in quotes, as TorchServe has it."""
         for attribute in self.quoted:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from pyserve.archive.archive import open_archive
-from pyserve.archive.manifest import RUNTIMES
+from pyserve.archive.bare_file import CONFIG_NAME
+from pyserve.archive.entries import MANIFEST_NAME
+from pyserve.archive.given import given_for
+from pyserve.archive.manifest import DEFAULT_VERSION, RUNTIMES
 from pyserve.archive.packing import FORMATS, ArchiverConfig, write_archive
 from pyserve.backends.making import Making, why_not_made
 from pyserve.backends.table import BACKENDS
 from pyserve.commands.inspect_archive import readable_size, report_failure, size_on_disk
+from pyserve.commands.model_arguments import UsageError, given_in, prepare
 from pyserve.conversion.torchscript import check_packed
 from pyserve.errors import ModelLoadError, ServeError
+from pyserve.handler import BUILT_IN
 
 # Seconds that `--compile` takes at most.
 COMPILE_MAX_S = 3600.0
@@ -24,10 +31,19 @@ COMPILE_MAX_S = 3600.0
 def add_archiver_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``torch-model-archiver``."""
     add = parser.add_argument
-    add("--model-name", required=True, help="name of the model and of the archive: letters, digits, '_', '-', '.'")
-    add("--handler", required=True, help="built-in handler (image_classifier, tensor, ...), or a file[.py][:function]")
+    is_ours = parser.prog.startswith("pyserve")
+    if is_ours:
+        add("model", nargs="?", metavar="MODEL", help="a model's file, or a folder without a manifest: named after it, "
+            "version 1.0, and no other flag is needed")  # fmt: skip
+        add("--input", action="append", default=[], metavar="DTYPE:SHAPE", help="with MODEL: one item of an input, "
+            "without the batch: float32:3,224,224; of several inputs each with a name: ids=int64:2..64")  # fmt: skip
+        add("--labels", metavar="FILE", help="with MODEL: index_to_name.json of image_classifier")
+    add("--model-name", required=not is_ours,
+        help="name of the model and of the archive: letters, digits, '_', '-', '.'")  # fmt: skip
+    add("--handler", required=not is_ours,
+        help="built-in handler (image_classifier, tensor, ...), or a file[.py][:function]")  # fmt: skip
     # Not "version": that is the command line's own flag, which prints and exits.
-    add("-v", "--version", required=True, dest="model_version", metavar="VERSION", help="such as 1.0")
+    add("-v", "--version", required=not is_ours, dest="model_version", metavar="VERSION", help="such as 1.0")
     add("--serialized-file", help="weights: .pt, .pth, .safetensors, .pt2, .onnx, .so; stored uncompressed")
     add("--model-file", help="Python file with the one model class, for weights saved as a state dict")
     add("--extra-files", help="comma-separated files, wildcards and folders (their content goes to the root)")
@@ -108,17 +124,71 @@ class _Progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+def _packed(args: argparse.Namespace) -> Path:
+    """The archive, written.
+
+    Raises:
+        InvalidModelError: something is missing or cannot be packed.
+        OSError: the disk is full or the like.
+    """
+    model = getattr(args, "model", None)
+    given = {field.name: getattr(args, field.name) for field in fields(ArchiverConfig) if field.name != "version"}
+    if model is not None:
+        return _packed_from(Path(model), args, given)
+    missing = [flag for flag, value in (("--model-name", args.model_name), ("--handler", args.handler),
+                                        ("-v/--version", args.model_version)) if not value]  # fmt: skip
+    if missing:
+        raise UsageError(
+            f"the following arguments are required: {', '.join(missing)}; or give the model's file alone, as in "
+            "`pyserve archive net.pt`"
+        )
+    return write_archive(ArchiverConfig(**given, version=args.model_version))
+
+
+def _packed_from(model: Path, args: argparse.Namespace, given: dict[str, Any]) -> Path:
+    """The archive of a model's file, or of a folder without a manifest."""
+    if args.serialized_file:
+        raise UsageError(f"{model} and --serialized-file both name the model's file; leave one out")
+    said = given_in(args)
+    for note in prepare(model, said):
+        print(f"note: {note}", file=sys.stderr)
+    with open_archive(model) as archive, tempfile.TemporaryDirectory() as temporary:
+        manifest, folder = archive.manifest, Path(temporary)
+        if not archive.bare and not given_for(model).manifest:
+            raise UsageError(f"{model} has a manifest already: it is an archive, or a folder that is served as it is")
+        named: dict[str, Any] = {
+            "model_name": args.model_name or manifest.model_name,
+            "handler": manifest.handler if manifest.handler in BUILT_IN else str(archive.model_dir / manifest.handler),
+            "model_file": str(archive.model_dir / manifest.model_file) if manifest.model_file else None,
+            "requirements_file": args.requirements_file,
+        }
+        if archive.weights is not None:
+            weights = folder / archive.weights.name
+            weights.symlink_to(archive.weights.path.absolute())
+            named["serialized_file"] = str(weights)
+        if archive.config.has_file or archive.inputs_from:
+            config = folder / CONFIG_NAME
+            config.write_text(archive.config.text)
+            named["config_file"] = str(config)
+        taken = {manifest.serialized_file, manifest.model_file, manifest.config_file, MANIFEST_NAME,
+                 manifest.handler.partition(":")[0]}  # fmt: skip
+        others = [str(archive.model_dir / name) for name in archive.files if name not in taken and "/" not in name]
+        named["extra_files"] = ",".join(filter(None, [args.extra_files, *others])) or None
+        return write_archive(ArchiverConfig(**{**given, **named}, version=args.model_version or DEFAULT_VERSION))
+
+
 def archive_command(args: argparse.Namespace) -> int:
     """Writes the archive, checks it and prints its path and size. Exit code: 0, or 1 with the reason on stderr."""
     try:
-        given = {field.name: getattr(args, field.name) for field in fields(ArchiverConfig) if field.name != "version"}
-        path = write_archive(ArchiverConfig(**given, version=args.model_version))
+        path = _packed(args)
         note = "" if args.no_check else _check(path)
         print(f"{path} ({readable_size(size_on_disk(path))})", flush=True)
         if note:
             print(f"note: it runs in worker processes, each with a copy of the model: {' '.join(note.split())}")
         if args.compile:
             _compile(path)
+    except UsageError:
+        raise
     except (ServeError, OSError) as error:
         return report_failure(error)
     return 0

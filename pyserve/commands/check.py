@@ -21,6 +21,7 @@ from pyserve import launch
 from pyserve.commands import check_child as check_run
 from pyserve.commands import terminal as console
 from pyserve.commands import trial as dry_run
+from pyserve.commands.model_arguments import given_in
 from pyserve.commands.trial import Input, Subject
 from pyserve.errors import JsonObject, ServeError
 
@@ -88,7 +89,7 @@ def check_command(parsed: argparse.Namespace) -> int:
     """
     inputs = dry_run.read_inputs(parsed)
     try:
-        subject = dry_run.open_subject(parsed.archive, ts_config=parsed.ts_config)
+        subject = dry_run.open_subject(parsed.archive, ts_config=parsed.ts_config, given=given_in(parsed))
     except ServeError as error:
         report = Report(parsed.archive.name, findings=[Finding("archive", error.message)])
     else:

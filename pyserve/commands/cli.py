@@ -189,7 +189,11 @@ def _command(parsed: argparse.Namespace) -> int:
 def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     match name:
         case "start":
+            from pyserve.commands.model_arguments import MODEL_HELP, add_given_arguments
+
+            parser.add_argument("model_paths", nargs="*", metavar="MODEL", help=f"{MODEL_HELP}; name=... names it")
             _add_start_arguments(parser)
+            add_given_arguments(parser)
         case "stop":
             _add_pid_file(parser)
             parser.add_argument("--timeout", type=float, metavar="S", help="how long to wait for it to drain, in s")
@@ -247,7 +251,8 @@ def _add_pid_file(parser: argparse.ArgumentParser) -> None:
 def _add_start_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model-store", metavar="DIR", help="folder with the archives")
-    add("--models", nargs="+", metavar="MODEL", help="all, archive.mar, name=archive.mar or a path; repeatable")
+    add("--models", nargs="+", action="extend", metavar="MODEL",
+        help="all, archive.mar, name=archive.mar or a path; repeatable")  # fmt: skip
     add("--foreground", action="store_true", help="stay, and log to the terminal; Ctrl-C drains")
     add("--strict", action="store_true",
         help="stop if a model cannot be loaded (exit code 3) or a key is not known (2)")  # fmt: skip
@@ -277,9 +282,16 @@ def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _start(parsed: argparse.Namespace) -> int:
+    from pyserve.commands.model_arguments import given_in, nothing_there, prepare_served
     from pyserve.commands.start import start_server
+    from pyserve.config.config import MissingStoreError
 
-    return start_server(configured(parsed), pid_path=_pid_path(parsed), foreground=parsed.foreground)
+    try:
+        config = configured(parsed)
+    except MissingStoreError as error:
+        raise nothing_there(parsed.model_paths, error) from None
+    config.notices += prepare_served(config, parsed.model_paths, given_in(parsed))
+    return start_server(config, pid_path=_pid_path(parsed), foreground=parsed.foreground)
 
 
 def configured(parsed: argparse.Namespace) -> Config:
@@ -307,8 +319,9 @@ def _overrides(parsed: argparse.Namespace) -> dict[str, tuple[str, str]]:
     """Key of the configuration -> (text, flag), of what the command line says."""
     given = vars(parsed)
     overrides = {key: (given[key], flag) for key, flag in _OVERRIDES.items() if given.get(key) is not None}
-    if given.get("models"):
-        overrides["load_models"] = (",".join(parsed.models), "--models")
+    named = [*(given.get("model_paths") or ()), *(given.get("models") or ())]
+    if named:
+        overrides["load_models"] = (",".join(named), "--models")
     for name, key in _SWITCHES.items():
         if given.get(name):
             overrides[key] = ("true", f"--{name.replace('_', '-')}")

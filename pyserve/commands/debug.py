@@ -22,6 +22,7 @@ from typing import Any, TextIO, cast
 from pyserve import devices
 from pyserve.commands import terminal as console
 from pyserve.commands import trial as dry_run
+from pyserve.commands.model_arguments import given_in
 from pyserve.commands.trial import Input, Subject
 from pyserve.errors import HandlerError
 from pyserve.visible import visible
@@ -63,7 +64,7 @@ def debug_command(parsed: argparse.Namespace) -> int:
     Raises:
         ServeError, OSError: the archive or an input cannot be read.
     """
-    subject = dry_run.open_subject(parsed.archive, ts_config=parsed.ts_config)
+    subject = dry_run.open_subject(parsed.archive, ts_config=parsed.ts_config, given=given_in(parsed))
     console.warn(subject.config.warnings)
     for note in subject.notes:
         print(note)

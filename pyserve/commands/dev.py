@@ -11,20 +11,24 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from pyserve.archive.archive import give_manifest, has_manifest, survey
-from pyserve.archive.folder_manifest import infer_manifest
+from pyserve.archive.archive import survey
+from pyserve.archive.given import Given, given_for
 from pyserve.archive.manifest import Manifest, check_model_name, name_of_file, split_handler
 from pyserve.commands import terminal as console
+from pyserve.commands.model_arguments import MODEL_HELP, add_given_arguments, given_in, prepare
 from pyserve.commands.start import start_server
 from pyserve.config.config import load_config
-from pyserve.errors import ConfigError, ModelNotFoundError
+from pyserve.errors import ConfigError
 
 COMMAND = "pyserve dev"
 
 
 def add_dev_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``pyserve dev`` that ``pyserve start`` has not."""
-    parser.add_argument("folder", type=Path, help="a model: handler.py, its weights and anything else it needs")
+    parser.add_argument("folder", metavar="MODEL", type=Path,
+        help="a folder with handler.py, its weights and anything else it needs; or a model that has no code to watch: "
+        f"{MODEL_HELP}")  # fmt: skip
+    add_given_arguments(parser)
     parser.add_argument("--name", metavar="NAME", help="to serve it under; default: the manifest's, or the folder's")
 
 
@@ -36,7 +40,7 @@ def dev_command(folder: Path, overrides: Mapping[str, tuple[str, str]], parsed: 
     """
     from pyserve.server import pid_file
 
-    manifest = open_folder(folder)
+    manifest = open_folder(folder, given_in(parsed))
     name = parsed.name or manifest.model_name or name_of_file(folder.resolve().name)
     overrides = {
         **overrides,
@@ -54,29 +58,27 @@ def dev_command(folder: Path, overrides: Mapping[str, tuple[str, str]], parsed: 
     finally:
         console.warn(warnings)
     module = split_handler(manifest.handler)[0].removesuffix(".py")
-    if not any(folder.rglob(f"{module}.py")):
+    if not folder.is_dir():
+        config.notices.append(f"{folder.name} is a file: its code is not watched; unpack it into a folder for that")
+    elif not any(folder.rglob(f"{module}.py")):
         config.notices.append(f"{manifest.handler} is built in: there is no handler code to watch")
     pid_path = Path(parsed.pid_file) if parsed.pid_file else pid_file.default_path()
     return start_server(config, pid_path=pid_path, foreground=True)
 
 
-def open_folder(folder: Path) -> Manifest:
-    """The manifest of a folder; one is made up, and printed, if there is none.
+def open_folder(folder: Path, given: Given) -> Manifest:
+    """The manifest of a folder, archive or model's file; what is made up of it, and printed, if there is none.
 
     Raises:
         ModelNotFoundError: there is no such folder.
         InvalidModelError: it is no model.
     """
-    if not folder.is_dir():
-        what = "is an archive; `pyserve dev` serves folders: unpack it first" if folder.exists() else "does not exist"
-        raise ModelNotFoundError(f"{folder} {what}")
-    if has_manifest(folder):
-        with survey(folder) as found:
-            return found.manifest
-    inferred = infer_manifest(folder)
-    console.warn([inferred.said], kind="note")
-    give_manifest(folder, inferred.text)
-    return Manifest.parse(inferred.text, json.dumps(folder.name))
+    console.warn(prepare(folder, given), kind="note")
+    text = given_for(folder).manifest.encode()
+    if text:
+        return Manifest.parse(text, json.dumps(folder.name))
+    with survey(folder) as found:
+        return found.manifest
 
 
 def model_to_load(folder: Path, name: str) -> str:

@@ -17,10 +17,12 @@ from pathlib import Path
 from pyserve.archive import versions
 from pyserve.archive.archive import Archive
 from pyserve.archive.cache import open_cache
+from pyserve.archive.given import Given
 from pyserve.cgroup import groups_around
 from pyserve.commands.backend_lines import archive_lines, backend_checks
 from pyserve.commands.doctor_check import FAIL, LEVELS, NOTE, PASS, WARN, Check
 from pyserve.commands.doctor_devices import device_checks
+from pyserve.commands.model_arguments import MODEL_HELP, add_given_arguments, given_in
 from pyserve.config.address import Address
 from pyserve.config.config import Config, read_config
 from pyserve.conversion.torchscript import runs_in_python
@@ -45,14 +47,15 @@ _FILES_MIN = 4096
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``pyserve doctor``."""
-    parser.add_argument("archive", nargs="?", type=Path, help="a .mar, .tar.gz or .tgz file, or a folder")
+    parser.add_argument("archive", metavar="MODEL", nargs="?", type=Path, help=MODEL_HELP)
     parser.add_argument("--ts-config", metavar="FILE", help="a config.properties, as for `pyserve start`")
+    add_given_arguments(parser)
 
 
 def doctor_command(parsed: argparse.Namespace) -> int:
     """Prints the list. Exit code: 1 if anything FAILs, else 0."""
     counts = dict.fromkeys(LEVELS, 0)
-    for check in all_checks(parsed.archive, parsed.ts_config):
+    for check in all_checks(parsed.archive, parsed.ts_config, given_in(parsed)):
         first, *more = check.text.splitlines() or [""]
         print(f"{check.level}  {check.name:<14} {first}", flush=True)
         for line in (*more, *filter(None, [check.fix])):
@@ -62,7 +65,7 @@ def doctor_command(parsed: argparse.Namespace) -> int:
     return 1 if counts[FAIL] else 0
 
 
-def all_checks(archive: Path | None, ts_config: str | None) -> Iterator[Check]:
+def all_checks(archive: Path | None, ts_config: str | None, given: Given | None = None) -> Iterator[Check]:
     """Everything, cheap things first."""
     yield from _python()
     try:
@@ -87,7 +90,7 @@ def all_checks(archive: Path | None, ts_config: str | None) -> Iterator[Check]:
     yield from _packages()
     yield from backend_checks()
     if archive is not None:
-        yield from _archive(archive, ts_config)
+        yield from _archive(archive, ts_config, given)
 
 
 # --- this machine -----------------------------------------------------------------------------------------------------
@@ -310,12 +313,12 @@ def _packages() -> Iterator[Check]:
 # --- an archive -------------------------------------------------------------------------------------------------------
 
 
-def _archive(path: Path, ts_config: str | None) -> Iterator[Check]:
+def _archive(path: Path, ts_config: str | None, given: Given | None) -> Iterator[Check]:
     from pyserve.commands import check
     from pyserve.commands import trial as dry_run
 
     try:
-        subject = dry_run.open_subject(path, ts_config=ts_config)
+        subject = dry_run.open_subject(path, ts_config=ts_config, given=given)
     except (ServeError, OSError) as error:
         yield Check(FAIL, "archive", str(error))
         return

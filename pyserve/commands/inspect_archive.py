@@ -8,22 +8,27 @@ import os
 import sys
 from pathlib import Path
 
-from pyserve.archive.archive import Survey, is_unpacked, open_archive, survey
+from pyserve.archive.archive import Survey, has_manifest, is_unpacked, open_archive, survey
 from pyserve.archive.entries import Entry
 from pyserve.commands.backend_lines import archive_lines
+from pyserve.commands.model_arguments import MODEL_HELP, add_given_arguments, given_in, prepare
 from pyserve.conversion.record import conversion_of, is_converted, python_reason
 from pyserve.conversion.torchscript import runs_in_python
 from pyserve.errors import ServeError
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("archive", help="a .mar, .tar.gz or .tgz file, or a folder")
+    parser.add_argument("archive", metavar="MODEL", help=MODEL_HELP)
+    add_given_arguments(parser)
 
 
 def inspect_command(args: argparse.Namespace) -> int:
     """Prints what is in an archive without unpacking it. Exit code: 0, or 1 with the reason on stderr."""
     path = Path(args.archive)
     try:
+        notes = [] if path.is_dir() and not has_manifest(path) else prepare(path, given_in(args), needs_input=False)
+        for note in notes:
+            print(note)
         with survey(path) as found:
             _print_survey(path, found)
     except (ServeError, OSError) as error:
@@ -58,7 +63,7 @@ def _print_survey(path: Path, found: Survey) -> None:
 def _how(kind: str, entry: Entry) -> str:
     if kind == "zip":
         return "stored" if entry.is_stored else "deflated"
-    return "file" if kind == "folder" else "tar"
+    return "tar" if kind.startswith("tar") else "file"
 
 
 def _weights_line(found: Survey) -> str:

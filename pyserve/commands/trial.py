@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from pyserve.archive.archive import Archive, has_manifest, open_archive
+from pyserve.archive.archive import Archive, open_archive
+from pyserve.archive.bare_file import is_input
 from pyserve.archive.cache import open_cache
-from pyserve.archive.folder_manifest import infer_manifest
+from pyserve.archive.given import Given
 from pyserve.archive.limits import use_limits
 from pyserve.archive.manifest import missing_handler, missing_manifest, name_of_file
+from pyserve.commands.model_arguments import MODEL_HELP, UsageError, add_given_arguments, prepare
 from pyserve.config.config import Config, load_config
-from pyserve.errors import ConfigError, ModelNotFoundError
+from pyserve.errors import ModelNotFoundError
 from pyserve.models.requirements import prepare_environment
 from pyserve.worker.handler_choice import built_in_name
 from pyserve.worker.spec import WorkerSpec
@@ -37,16 +39,6 @@ Say = Callable[[str], None]
 # Of files whose content type is guessed by their name; others are sent without one, as `curl -T` does.
 _TEXT_TYPES = {".json": "application/json", ".txt": "text/plain"}
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*:[ \t]*(.*)")
-
-
-class UsageError(ConfigError):
-    """What was asked for on the command line does not go together.
-
-    Attributes:
-        exit_code: of the command.
-    """
-
-    exit_code = 2
 
 
 @dataclass
@@ -103,14 +95,16 @@ class Input:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The archive and the configuration."""
-    parser.add_argument("archive", type=Path, help="a .mar, .tar.gz or .tgz file, or a folder")
+    parser.add_argument("archive", metavar="MODEL", type=Path, help=MODEL_HELP)
     parser.add_argument("--ts-config", metavar="FILE", help="a config.properties, as for `pyserve start`")
+    add_given_arguments(parser, takes_bodies=True)
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """What is sent."""
     add = parser.add_argument
-    add("-i", "--input", action="append", default=[], type=Path, metavar="FILE", help="body of a request; repeatable")
+    add("-i", "--input", action="append", default=[], type=Path, metavar="FILE", help="body of a request; repeatable. "
+        "Or, as float32:3,224,224, what one item of a model's file by itself is")  # fmt: skip
     add("--json-body", action="append", default=[], metavar="JSON", help="body of a request, sent as JSON; repeatable")
     add("--request", action="append", default=[], type=Path, metavar="FILE",
         help="a whole HTTP request: request line, headers, blank line, body; repeatable")  # fmt: skip
@@ -127,6 +121,8 @@ def read_inputs(parsed: argparse.Namespace) -> list[Input]:
     headers = [_header(text) for text in parsed.header]
     inputs = []
     for path in parsed.input:
+        if is_input(str(path)) and not path.exists():
+            continue  # what the model takes
         guessed = _TEXT_TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0]
         inputs.append(_input(_content(path), path.name, headers, parsed.content_type or guessed))
     for text in parsed.json_body:
@@ -189,28 +185,25 @@ def _whole_request(path: Path, more: Headers) -> Input:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def open_subject(path: Path, *, ts_config: str | None = None) -> Subject:
-    """Opens an archive, or a folder with or without a manifest, with the configuration that it would be served with.
+def open_subject(path: Path, *, ts_config: str | None = None, given: Given | None = None) -> Subject:
+    """Opens an archive, a folder with or without a manifest, or a model's file by itself, with the configuration that
+    it would be served with.
+
+    Args:
+        given: what the command line says of a file that does not say it itself.
 
     Raises:
         ServeError: it cannot be opened; the text says why.
     """
-    if not path.exists():
-        raise ModelNotFoundError(f"Model not found at: {path}")
-    if path.suffix == ".py":
+    if path.suffix == ".py" and path.exists():
         raise ModelNotFoundError(f"{path} is a Python file; give the folder that it is in, or an archive")
+    notes = prepare(path, given or Given(), needs_input=False)
     path = path.absolute()
     # Where the server's own models lie is of no matter here.
     overrides = {"model_store": (str(path.parent), "the archive's folder"), "load_models": ("", "the command line")}
     config = load_config(overrides, ts_config=ts_config)
     use_limits(config)
-    notes = []
-    manifest = None
-    if path.is_dir() and not has_manifest(path):
-        inferred = infer_manifest(path)
-        manifest = inferred.text
-        notes.append(inferred.said)
-    archive = open_archive(path, manifest=manifest)
+    archive = open_archive(path)
     archive.use_handler(archive.manifest.handler or config.default_service_handler)
     if not archive.manifest.handler:
         raise missing_manifest(archive.name) if archive.manifest.raw is None else missing_handler(archive.name)

@@ -27,6 +27,7 @@ from pyserve.archive.model_config import PRECISIONS as ALL_PRECISIONS
 from pyserve.archive.samples import CALIBRATION_FOLDER
 from pyserve.backends.table import BACKENDS, TORCHSCRIPT
 from pyserve.commands import terminal as console
+from pyserve.commands.model_arguments import MODEL_HELP, add_given_arguments, given_in, prepare
 from pyserve.conversion.torchscript import Progress, runs_in_python
 from pyserve.cpu_budget import cpu_budget
 from pyserve.errors import ConfigError, JsonObject, ModelLoadError, ServeError
@@ -53,7 +54,8 @@ STARTUP_TIMEOUT_S = 600.0
 def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command; ``--pid-file`` comes from the command line itself."""
     add = parser.add_argument
-    add("archive", metavar="ARCHIVE", help="with a built-in handler")
+    add("archive", metavar="MODEL", help=f"with a built-in handler: {MODEL_HELP}")
+    add_given_arguments(parser)
     add("--slo-ms", type=_positive, metavar="MS", help="95 %% of requests must be done in this time, at full load")
     add("--batch-sizes", type=_count, nargs="+", metavar="N",
         help=f"default: {_listed(BATCH_SIZES)}; on an accelerator {_listed(DEVICE_BATCH_SIZES)}")  # fmt: skip
@@ -103,6 +105,7 @@ def tune_command(parsed: argparse.Namespace, pid_path: Path) -> int:
     if out.exists() and not parsed.force:
         raise ConfigError(f"{out} exists; name another file with --out, or write over it with --force")
     budget = cpu_budget()
+    console.warn(prepare(Path(parsed.archive), given_in(parsed)), kind="note")
     with open_archive(parsed.archive) as archive:
         if runs_in_python(archive):
             raise ConfigError(

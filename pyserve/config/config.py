@@ -460,8 +460,8 @@ def check_config(config: Config) -> None:
         )
     if config.model_store is None and (not sources or not all(source.exists for source in sources)):
         raise MissingStoreError(
-            "Missing mandatory parameter --model-store; give the folder with the archives, "
-            "here or as model_store in config.properties"
+            "Missing mandatory parameter --model-store; give the folder with the archives, here or as model_store in "
+            "config.properties, or a model: `pyserve start net.pt`"
         )
     for name, versions in config.models.items():
         for version, settings in versions.items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,20 @@ class ModelSource(NamedTuple):
     def exists(self) -> bool:
         """Whether there is such a file or folder; ``False`` for URLs."""
         return os.path.exists(self.path_or_file)
+
+
+def nearest_file(name: str, files: Iterable[str]) -> str:
+    """The one of ``files`` that ``name`` most likely means: with an ending forgotten, or misspelt; ``""`` if none."""
+    files = list(files)
+    for suffix in ARCHIVE_SUFFIXES:
+        if name + suffix in files:
+            return name + suffix
+    near = difflib.get_close_matches(name, files, n=1, cutoff=0.8)
+    if near:
+        return near[0]
+    stems = {file.partition(".")[0]: file for file in reversed(files)}
+    near = difflib.get_close_matches(name.partition(".")[0], stems, n=1, cutoff=0.8)
+    return stems[near[0]] if near else ""
 
 
 def list_store(store: str | None) -> list[str]:

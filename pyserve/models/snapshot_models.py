@@ -6,15 +6,19 @@
 
 The keys are TorchServe's, and people write such objects by hand. Further ones are pyserve's own, and only there when
 they say something: ``minBatch``, ``jobQueueSize``, ``clientTimeoutInMills``, ``workers`` (when they are more than
-``minWorkers``), ``handler``, ``url`` and ``archive`` (the path of one that is not in the model store).
+``minWorkers``), ``handler``, ``url``, ``archive`` (the path of one that is not in the model store) and ``given`` (what
+the command line said about a model's file by itself, or a folder without a manifest).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyserve.archive.given import Given, give
 from pyserve.config.bounds import validate_setting
 from pyserve.errors import JsonObject, ServeError
 
@@ -27,7 +31,7 @@ OPTIONAL_NUMBERS = {
     "responseTimeout": "response_timeout_s", "startupTimeout": "startup_timeout_s", "minBatch": "min_batch",
     "jobQueueSize": "queue_size", "clientTimeoutInMills": "client_timeout_ms",
 }  # fmt: skip
-_OPTIONAL_TEXTS = ("runtimeType", "handler", "url", "archive")
+_OPTIONAL_TEXTS = ("runtimeType", "handler", "url", "archive", "given")
 
 
 class SnapshotError(ValueError):
@@ -46,6 +50,7 @@ class SavedModel(NamedTuple):
         workers: to start.
         entry: the object that it was read from.
         problem: why it cannot be restored; ``""`` when it can be tried.
+        given: as `pyserve.archive.given` writes it; ``""`` if nothing was.
     """
 
     name: str
@@ -58,6 +63,7 @@ class SavedModel(NamedTuple):
     workers: int
     entry: JsonObject
     problem: str
+    given: str = ""
 
 
 def saved_models(snapshot: JsonObject, store: str | None) -> list[SavedModel]:
@@ -110,7 +116,7 @@ def _saved_model(name: str, version: str, entry: JsonObject, store: str | None) 
         url=own.get("url") or file,
         handler=own.get("handler"),
         is_default=entry.get("defaultVersion") is True,
-        settings=settings, workers=workers, entry=entry, problem=problem,
+        settings=settings, workers=workers, entry=entry, problem=problem, given=own.get("given", ""),
     )  # fmt: skip
 
 
@@ -159,7 +165,7 @@ def snapshot_entry(
         settings: all numbers, by their attribute of ModelSettings.
         file: the archive's name.
         workers: how many there are to be now.
-        others: ``handler``, ``url`` and ``archive``, each None when there is nothing to say.
+        others: ``handler``, ``url``, ``archive`` and ``given``, each None when there is nothing to say.
     """
     entry: JsonObject = {"defaultVersion": is_default, "marName": file}
     number: Callable[[str], int] = settings.__getitem__
@@ -174,10 +180,14 @@ def snapshot_entry(
 
 
 def restored_state(models: list[SavedModel]) -> dict[str, Any]:
-    """The same in the form of the state file; see `pyserve.models.state_file`."""
+    """The same in the form of the state file; see `pyserve.models.state_file`. What was given for a file is from now on
+    given for all processes."""  # fmt: skip
     whole = [model for model in models if not model.problem]
     defaults: dict[str, str] = {}
     for model in whole:
+        if model.given:
+            with contextlib.suppress(ValueError):  # not as we write it; the model's file then says what is missing
+                give(Path(model.path), Given.from_text(model.given))
         if model.is_default:
             defaults.setdefault(model.name, model.version)
     return {

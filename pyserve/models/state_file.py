@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyserve.archive.given import given_for
 from pyserve.errors import JsonObject
 from pyserve.models.snapshot import CHANGE, SnapshotFolder
 from pyserve.models.snapshot_models import snapshot_entry
@@ -88,6 +89,7 @@ def snapshot_of(
                 "handler": model.handler_name,
                 "url": model.url if model.url != path.name else None,
                 "archive": None if is_in_store else str(path.absolute()),
+                "given": given_for(path).to_text() or None,
             },
         )
     for failure in failures:

@@ -72,7 +72,8 @@ def _inputs(graph: Any, label: str) -> list[ProgramInput]:
             raise ModelLoadError(
                 f"{label}: input {number} of the exported program is no tensor; export it with tensors only"
             )
-        tensor = tensors[argument["as_tensor"]["name"]]
+        name = str(argument["as_tensor"]["name"])
+        tensor = tensors[name]
         dtype = _DTYPES.get(tensor["dtype"])
         if dtype is None or not tensor["sizes"]:
             raise ModelLoadError(
@@ -81,7 +82,7 @@ def _inputs(graph: Any, label: str) -> list[ProgramInput]:
             )
         sizes = [_dimension(size, ranges, f"{label}: dimension {axis} of input {number}")
                  for axis, size in enumerate(tensor["sizes"])]  # fmt: skip
-        found.append(ProgramInput(dtype, tuple(sizes)))
+        found.append(ProgramInput(dtype, tuple(sizes), name=name))
     if not found:
         raise ModelLoadError(f"{label}: the exported program takes no inputs; export it with a batch as its input")
     return found

@@ -12,7 +12,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,12 @@ class Dimension:
 
 @dataclass(frozen=True)
 class ProgramInput:
-    """One input of a compiled program, the batch among its dimensions."""
+    """One input of a compiled program, the batch among its dimensions; ``name`` is ``""`` where the file gives none."""
 
     dtype: torch.dtype
     dimensions: tuple[Dimension, ...]
     is_channels_last: bool = False
+    name: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

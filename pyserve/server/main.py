@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,7 +26,7 @@ from pyserve.archive.cache import open_cache
 from pyserve.archive.limits import use_limits
 from pyserve.archive.model_folder import remove_left_overs
 from pyserve.config.config import Config
-from pyserve.config.model_source import ModelSource
+from pyserve.config.model_source import ModelSource, nearest_file
 from pyserve.conversion.torchscript import Tracing, needs_tracing, runs_in_python
 from pyserve.errors import ConfigError, JsonObject, ModelLoadError, ModelNotFoundError, ServeError
 from pyserve.fetch.sources import obtain_at_start
@@ -233,8 +232,8 @@ def _open(source: ModelSource, store_files: list[str]) -> Archive | ServeError:
     try:
         return open_archive(source.path_or_file)
     except ModelNotFoundError as error:
-        near = get_close_matches(Path(source.path_or_file).name, store_files, n=1, cutoff=0.8)
-        return ModelNotFoundError(f"{error.message}; did you mean {near[0]}?") if near else error
+        near = nearest_file(Path(source.path_or_file).name, store_files)
+        return ModelNotFoundError(f"{error.message}; did you mean {near}?") if near else error
     except ServeError as error:
         return error
     except Exception as error:  # one archive, whatever it is, does not keep the others from being served

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyserve.archive.archive import give_manifest, has_manifest, open_archive
+from pyserve.archive.archive import has_manifest, open_archive
 from pyserve.archive.folder_manifest import infer_manifest
+from pyserve.archive.given import Given, give
 from pyserve.errors import InvalidModelError
 from tests.support.handler_archives import Doubler
 
@@ -75,9 +76,9 @@ def test_folder_opens_with_its_manifest_and_nothing_is_written(folder: Path, mon
     assert not has_manifest(folder)
     with open_archive(folder) as archive:
         assert archive.manifest.raw is None
-    monkeypatch.setenv("PYSERVE_DEV_MANIFESTS", "{}")  # put back at the end
+    monkeypatch.setenv("PYSERVE_GIVEN", "{}")  # put back at the end
     before = open_archive(folder, manifest=infer_manifest(folder).text)
-    give_manifest(folder, infer_manifest(folder).text)
+    give(folder, Given(manifest=infer_manifest(folder).text.decode()))
     for archive in (before, open_archive(folder)):
         assert (archive.manifest.model_name, archive.model_dir) == ("my_model", folder.resolve())
         assert list(archive.files) == ["handler.py"]

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from pyserve.archive.given import Given
 from pyserve.commands import cli, dev
-from pyserve.errors import ConfigError, ModelNotFoundError
+from pyserve.errors import ConfigError, ServeError
 from tests.support.serving import LIMIT_S, Server
 
 # {version} is what is edited; `loads` counts the calls of initialize in this instance's life.
@@ -171,11 +172,13 @@ def test_requests_while_files_are_saved_get_the_old_code_or_the_new(developer: D
 # --- what cannot be served --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "text"), [("nowhere", "nowhere does not exist"), ("file.mar", "unpack it first")])
-def test_only_folders_are_served(tmp_path: Path, name: str, text: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"), [("nowhere", "nowhere; .* has no such file"), ("file.mar", "is a text file, not a model")]
+)
+def test_what_is_no_model_is_named(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / "file.mar").write_bytes(b"x")
-    with pytest.raises(ModelNotFoundError, match=text):
-        dev.open_folder(tmp_path / name)
+    with pytest.raises(ServeError, match=text):
+        dev.open_folder(tmp_path / name, Given())
 
 
 def test_empty_folder_says_what_to_write_in_one_line(

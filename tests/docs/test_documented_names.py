@@ -43,7 +43,7 @@ FOLDERS = ("pyserve", "handlers", "csrc", "bench", "tests", "deploy", "docs", "e
 
 # Between processes of ours.
 INTERNAL_VARIABLES = {
-    "PYSERVE_SERVER", "PYSERVE_SUPERVISOR", "PYSERVE_WEIGHTS_CACHE", "PYSERVE_CHECK", "PYSERVE_DEV_MANIFESTS",
+    "PYSERVE_SERVER", "PYSERVE_SUPERVISOR", "PYSERVE_WEIGHTS_CACHE", "PYSERVE_CHECK", "PYSERVE_GIVEN",
     "PYSERVE_WORKER", "PYSERVE_OWN_VARIABLES",
 }  # fmt: skip
 

@@ -163,3 +163,13 @@ def test_worker_processes_share_them(
 def test_weights_without_a_model_file_say_what_to_pack(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"w\.safetensors holds weights only; pack .* with --model-file"):
         kind_of(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("length", [0x80, 0x4B50])
+def test_a_length_that_begins_like_another_format_is_no_other_format(tmp_path: Path, length: int) -> None:
+    state = {"a": torch.ones(2)}
+    content = safetensors_bytes(state)
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")].rstrip()
+    padded = length.to_bytes(8, "little") + header.ljust(length) + content[-8:]
+    (tmp_path / "w.safetensors").write_bytes(padded)
+    assert read_safetensors(tmp_path / "w.safetensors", "w")["a"].tolist() == [1, 1]
