@@ -28,8 +28,7 @@ _ROOT_LEVEL = logging.root.level
 @pytest.fixture(autouse=True)
 def _records_reach_the_tests() -> Iterator[None]:
     """OpenVINO's converter has the whole process log errors only, and tests after it would see no warnings."""
-    if logging.root.level > _ROOT_LEVEL:
-        logging.root.setLevel(_ROOT_LEVEL)
+    logging.root.setLevel(_ROOT_LEVEL)  # each logger forgets what it knows of levels, too
     yield
     silenced = [
         name for name, logger in logging.root.manager.loggerDict.items()
@@ -38,7 +37,12 @@ def _records_reach_the_tests() -> Iterator[None]:
     ]  # fmt: skip
     level = logging.root.manager.disable
     logging.disable(logging.NOTSET)
-    assert not level and not silenced, f"it leaves the process without records: {level}, {silenced}"
+    filters = [each for handler in logging.root.handlers for each in handler.filters]
+    for handler in logging.root.handlers:
+        handler.filters.clear()
+    assert not level and not silenced and not filters, (
+        f"it leaves the process without records: {level}, {silenced}, {filters}"
+    )
 
 
 @pytest.fixture
@@ -59,6 +63,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly") is not None])
     items[:] = [item for item in items if item.get_closest_marker("nightly") is None]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Adds to the report of a failed test that looks for log records why there may have been none."""
+    report = yield
+    if report.failed and "caplog" in getattr(item, "fixturenames", ()):
+        root = logging.root
+        handlers = [(type(each).__name__, each.level, each.filters) for each in root.handlers]
+        report.sections.append(("logging", f"level {root.level}, disabled {root.manager.disable}, {handlers}"))
+    return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

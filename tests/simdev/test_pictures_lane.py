@@ -134,12 +134,14 @@ def test_picture_costs_a_quarter_of_the_bytes_on_the_way_up(tmp_path: Path, simd
 
 
 def test_numbers_of_a_device_that_divides_otherwise_are_made_on_the_host(
-    tmp_path: Path, simdev: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, simdev: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    warnings: list[str] = []
     monkeypatch.setattr("pyserve.models.pixels.DIFFERENCE_MAX", -1.0)
+    monkeypatch.setattr("pyserve.models.pixels.log.warning", lambda text, *values: warnings.append(text % values))
     network = network_of(tmp_path, Classes(), "image_classifier", "simdev:0")
     assert network.pixels is None and network.findings["pixels"].startswith("numbers: the device makes numbers")
-    assert "pictures are copied to simdev:0 as numbers" in caplog.text
+    assert len(warnings) == 1 and "pictures are copied to simdev:0 as numbers" in warnings[0]
     assert network.handler.preprocess([{"body": picture_file("RGB", (30, 30), 1)}]).dtype is torch.float32
 
 
