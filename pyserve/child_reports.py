@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import selectors
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 # How often it is looked whether the child is gone, where something else still holds the pipe.
 LOOK_S = 0.2
@@ -35,3 +40,20 @@ def report_lines(descriptor: int, deadline: float, is_over: Callable[[], bool]) 
                 yield from lines
             elif is_last:
                 return
+
+
+def report_of(line: bytes, label: str) -> dict[str, Any]:
+    """The object that a line holds as JSON. Model code in the child may write to its descriptors, too: for a line that
+    is no report the log has a warning, and it is empty.
+
+    Args:
+        label: what the child works on, for the log.
+    """
+    try:
+        report = json.loads(line)
+    except (ValueError, RecursionError):
+        report = None
+    if isinstance(report, dict):
+        return report
+    log.warning("%s: a line from its child process is no report, and is left out: %r", label, line[:200])
+    return {}

@@ -265,6 +265,6 @@ class ReportReader:
 def _event(line: bytes) -> JsonObject | None:
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyserve.child_reports import report_lines
+from pyserve.child_reports import report_lines, report_of
 
 
 @pytest.fixture
@@ -38,3 +38,10 @@ def test_a_line_in_parts_is_one(pipe: tuple[int, int]) -> None:
 
 def test_the_deadline_ends_it(pipe: tuple[int, int]) -> None:
     assert list(report_lines(pipe[0], 0.0, lambda: False)) == []
+
+
+@pytest.mark.parametrize("line", [b"", b"hello", b"7", b"[1]", b"null", b'{"a"', b"\xff", b"[" * 100_000])
+def test_a_line_that_is_no_report_is_left_out_and_logged(line: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    assert report_of(line, "m.mar") == {}
+    assert "m.mar: a line from its child process is no report" in caplog.text and len(caplog.text) < 1000
+    assert report_of(b'{"progress": "tracing"}', "m.mar") == {"progress": "tracing"}

@@ -138,7 +138,7 @@ def _make_all(archive: Archive, backends: Sequence[str], precision: str, batch_s
         for name in backends:
             report(backend=name)
             progress(f"making it for {BACKENDS[name].label}")
-            blank = Made(name, precision, ranges=tuple(ranges), sizes=sizes, largest_batch=batch_size_max)
+            blank = Made(name, precision, ranges=tuple(ranges), sizes=sizes)
             started_at = time.monotonic()
             try:
                 report(made=_make(source, blank, probes, expected, progress).to_json())

@@ -54,7 +54,6 @@ class Made:
             program was proven; None for floating-point inputs and for whole numbers of which any will do.
         sizes: of each input the smallest and largest size of each dimension, without the batch, that it was proven for;
             None for one without a known largest.
-        largest_batch: the most rows of one call that it was compared with.
         agreement: of a lower precision: a `precision.PrecisionAgreement` with fp32 on the archive's calibration files,
             as JSON has it; None if there are none.
     """
@@ -70,7 +69,6 @@ class Made:
     lasts: bool = True
     ranges: tuple[tuple[int, int] | None, ...] = ()
     sizes: tuple[tuple[tuple[int, int | None], ...], ...] = ()
-    largest_batch: int = 1
     agreement: dict[str, Any] | None = None
 
     def to_json(self) -> str:
@@ -79,11 +77,14 @@ class Made:
 
     @classmethod
     def from_json(cls, text: str) -> Made:
-        """Raises ValueError, TypeError or KeyError for anything that `to_json` did not write."""
-        found = dict(json.loads(text))
-        ranges = tuple(None if each is None else (int(each[0]), int(each[1])) for each in found.pop("ranges"))
-        sizes = tuple(tuple((low, high) for low, high in each) for each in found.pop("sizes"))
-        return cls(**found, ranges=ranges, sizes=sizes)
+        """Raises ValueError for anything that `to_json` did not write."""
+        try:
+            found = dict(json.loads(text))
+            ranges = tuple(None if each is None else (int(each[0]), int(each[1])) for each in found.pop("ranges"))
+            sizes = tuple(tuple((low, high) for low, high in each) for each in found.pop("sizes"))
+            return cls(**found, ranges=ranges, sizes=sizes)
+        except (TypeError, LookupError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"it is no note of what was made: {type(error).__name__}") from error
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,14 @@ class Choice:
 
     Attributes:
         reason: why, one line.
-        tried: a `trial.Tried` for each candidate, as a dict.
+        tried: a `trial.Tried` for each candidate that need not be tried again, as a dict.
+        is_final: whether nothing is left to be tried; else the next start begins with it and continues.
     """
 
     backend: str
     reason: str
     tried: tuple[dict[str, Any], ...] = ()
+    is_final: bool = True
 
 
 def main_file(archive: Archive, backend: str, precision: str) -> Path:
@@ -112,7 +115,7 @@ def read_made(archive: Archive, backend: str, precision: str) -> Made | None:
         made = Made.from_json((folder / _NOTE).read_text())
         # Of files that were cut short, or of which some are gone, no library says so in words of use.
         is_whole = (folder / BACKENDS[backend].file).is_file() and size_of(folder) == made.size
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError):
         return None
     with contextlib.suppress(OSError):
         os.utime(folder / _NOTE)  # for `_remove_unused`
@@ -193,7 +196,8 @@ def read_choice(archive: Archive, precision: str, batch_size: int, cpus: int) ->
         found = json.loads(_choice_file(archive, precision, batch_size, cpus).read_text())
         if found["backend"] not in BACKENDS:
             return None
-        return Choice(str(found["backend"]), str(found["reason"]), tuple(dict(each) for each in found["tried"]))
+        tried = tuple(dict(each) for each in found["tried"])
+        return Choice(str(found["backend"]), str(found["reason"]), tried, bool(found["is_final"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import signal
@@ -19,16 +20,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pyserve.archive.archive import Archive
 from pyserve.backends.kept import Made, read_made, remove_drafts
 from pyserve.backends.precision import why_not
 from pyserve.backends.table import BACKENDS
-from pyserve.child_reports import report_lines
+from pyserve.child_reports import report_lines, report_of
 from pyserve.conversion.record import TORCHSCRIPT_SUFFIXES
 from pyserve.conversion.torchscript import python_reason, runs_in_python
 from pyserve.launch import ROOT_DIR, SAFE_PATH, child_environment, child_folder, describe_exit, stderr_file
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
 
@@ -59,7 +62,7 @@ def why_not_made(archive: Archive) -> str:
 
 
 class Making:
-    """A running making. `wait` or `stop` must be called.
+    """A running making. `wait`, `each` or `stop` must be called.
 
     What is kept already is not made again: with nothing to make, no process is started.
     """
@@ -72,19 +75,24 @@ class Making:
         batch_size_max: int = 1,
         *,
         nice: int = GIVING_WAY,
+        is_over: Callable[[], bool] = lambda: False,
     ):
         """
         Args:
             backends: names of `table.BACKENDS`; made in this order.
             batch_size_max: answers are compared up to this many rows.
             nice: priority of the process; 0 if somebody waits for it.
+            is_over: whether it is to be stopped; called some times a second while it is waited for.
         """
         self._archive = archive
         self._backends = list(backends)
         self._precision = precision
         self._batch_size_max = batch_size_max
         self._nice = nice
+        self._is_over = is_over
+        self.is_late = False  # it was given up when its time was over
         self._found: dict[str, Made] = {}
+        self._given: set[str] = set()  # by `each`
         self._running = ""  # the one that the child has begun
         self._is_stopped = False
         self._lock = threading.Lock()  # of the four below
@@ -117,19 +125,31 @@ class Making:
         Args:
             progress: called with a line of text at each step.
         """
+        found = {made.backend: made for made in self.each(progress, timeout_s)}
+        return [found[name] for name in self._backends]
+
+    def each(self, progress: Progress, timeout_s: float) -> Iterator[Made]:
+        """As `wait`, each as soon as it is known, while the next one is being made. To be iterated to its end."""
         deadline = time.monotonic() + timeout_s
         try:
+            yield from self._news()
             while self.left and not self._is_stopped:
-                self._follow(progress, deadline)
+                for line in self._lines(deadline):
+                    self._note(line, progress)
+                    yield from self._news()
+                    if not self.left:
+                        break
                 if not self.left or self._is_stopped:
                     break
                 if time.monotonic() >= deadline:
+                    self.is_late = True
                     self._give_up(
                         f"making it took longer than {timeout_s:.0f} s; raise startupTimeout in model-config.yaml, or "
                         "have it made when the archive is packed: pyserve archive --compile"
                     )
                     break
                 self._note_crash()
+                yield from self._news()
                 self._end()
                 self._start()
             if self._process is not None and not self.left and not self._is_stopped:
@@ -137,7 +157,14 @@ class Making:
         finally:
             self._end()
         self._give_up(STOPPED)
-        return [self._found[name] for name in self._backends]
+        yield from self._news()
+
+    def _news(self) -> Iterator[Made]:
+        """What became known since it was called last."""
+        for name in self._backends:
+            if name in self._found and name not in self._given:
+                self._given.add(name)
+                yield self._found[name]
 
     def stop(self) -> None:
         """Ends the child and what it has started, if it still runs; `wait` returns at once. Any thread, any number of
@@ -189,22 +216,28 @@ class Making:
         finally:
             os.close(for_child)
 
-    def _follow(self, progress: Progress, deadline: float) -> None:
-        """Takes the child's reports until it ends, or until ``deadline``."""
-        for line in self._lines(deadline):
-            report = json.loads(line)
-            if "progress" in report:
-                progress(report["progress"])
-            if "backend" in report:
-                self._running = report["backend"]
-            if "made" in report:
-                made = Made.from_json(report["made"])
-                self._found[made.backend] = made
-                self._running = ""
-            if "error" in report:  # of the model, before any backend
-                self._note_all(report["error"], lasts=report.get("lasts", False))
-            if not self.left:
-                return
+    def _note(self, line: bytes, progress: Progress) -> None:
+        """Takes one of the child's reports."""
+        report = report_of(line, self._archive.name)
+        if "progress" in report:
+            progress(str(report["progress"]))
+        if report.get("backend") in self._backends:
+            self._running = report["backend"]
+        if "made" in report:
+            self._note_made(report["made"])
+        if "error" in report:  # of the model, before any backend
+            self._note_all(str(report["error"]), lasts=bool(report.get("lasts", False)))
+
+    def _note_made(self, text: Any) -> None:
+        made = None
+        with contextlib.suppress(ValueError):
+            made = Made.from_json(text)
+        if made is None or made.backend not in self._backends:
+            log.warning("%s: what its child process says of a backend cannot be read, and is left out: %.200r",
+                        self._archive.name, text)  # fmt: skip
+            return
+        self._found[made.backend] = made
+        self._running = ""
 
     def _lines(self, deadline: float) -> Iterator[bytes]:
         reports = self._reports
@@ -213,6 +246,8 @@ class Making:
         yield from report_lines(reports.fileno(), deadline, self._is_gone)
 
     def _is_gone(self) -> bool:
+        if self._is_over():
+            self.stop()
         process = self._process
         return self._is_stopped or process is None or _has_ended(process)
 

@@ -69,17 +69,18 @@ def _no_compiler() -> str:
     return f"{what} is not here, and torch compiles with it; install one, such as the package g++"
 
 
+# What is quick to make comes first: it serves while the next one is compiled, which takes minutes.
 BACKENDS: dict[str, Backend] = {
     each.name: each
     for each in (
         Backend(TORCHSCRIPT, "TorchScript", "graph.pt", lambda: "", _torch_version, ("fp32", "bf16", "fp16")),
         Backend(
-            AOTINDUCTOR, "AOTInductor", "package.pt2", _no_compiler, _torch_version, ("fp32", "bf16", "fp16", "int8"),
-            "pyserve.backends.to_aotinductor",
-        ),
-        Backend(
             OPENVINO, "OpenVINO", "model.xml", openvino.missing, openvino.version, ("fp32", "bf16", "fp16", "int8"),
             "pyserve.backends.to_openvino",
+        ),
+        Backend(
+            AOTINDUCTOR, "AOTInductor", "package.pt2", _no_compiler, _torch_version, ("fp32", "bf16", "fp16", "int8"),
+            "pyserve.backends.to_aotinductor",
         ),
     )
 }  # fmt: skip

@@ -20,7 +20,7 @@ from pyserve.proof.probe_inputs import ITEMS_MAX, InputDomain, Probe, batch_rows
 from pyserve.torch_error import cause_of
 
 TRIAL_DEFAULT_S = 20
-# What is served at first, and what the others have to beat.
+# What is served at first.
 STANDING = "torchscript"
 # Times of one machine differ by this much from run to run: what is quicker by less is not quicker.
 NOISE = 0.05
@@ -77,6 +77,7 @@ def try_backends(
     *,
     batch_size: int,
     limit_s: float,
+    standing: str = STANDING,
     tolerances: Mapping[str, float] | None = None,
     is_over: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.perf_counter,
@@ -84,12 +85,13 @@ def try_backends(
     """Compares each of ``candidates`` with ``truth`` on inputs made to disagree, and measures those that agree.
 
     Args:
-        candidates: by their names; `STANDING` is among them, and is not compared.
+        candidates: by their names; ``standing`` is among them, and is not compared.
         truth: what gives the right answers: the plain TorchScript.
         example: one item, [1, ...] per input.
         domains: what each input may hold.
         batch_size: the largest batch that may be run.
         limit_s: for all of it, in seconds. A run that has begun is not cut short.
+        standing: what is served now, and was shown to agree before.
         tolerances: name -> what it may differ by; fp32's rounding for those that are not named.
         is_over: nobody wants to know any more.
 
@@ -99,7 +101,7 @@ def try_backends(
     timer = _Timer(limit_s, is_over, clock)
     found = {name: Tried(name) for name in candidates}
     if limit_s > 0:
-        others = {name: candidate for name, candidate in candidates.items() if name != STANDING}
+        others = {name: candidate for name, candidate in candidates.items() if name != standing}
         probes, expected = probes_of(example, domains, batch_size), dict[int, Any]()
         for number, (name, candidate) in enumerate(others.items(), 1):
             compared = agreement(
@@ -254,25 +256,27 @@ def _summed_up(name: str, times: _Times, size: int, measured: Iterable[int]) -> 
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def choose(tried: Sequence[Tried]) -> tuple[str, str]:
-    """(name, reason) of what is to run the model: the quickest that was not refused, if it is quicker than `STANDING`
+def choose(tried: Sequence[Tried], standing: str = STANDING) -> tuple[str, str]:
+    """(name, reason) of what is to run the model: the quickest that was not refused, if it is quicker than ``standing``
     by more than noise, and slower at no size by more than that. The reason is for a person.
     """
-    standing = next((each for each in tried if each.backend == STANDING), None)
-    if standing is None or standing.refused:
-        why = f": {standing.refused}" if standing is not None else ""
-        return STANDING, f"{STANDING} was not measured{why}"
-    better = [each for each in tried if not each.refused and each is not standing and _is_quicker(each, standing)]
+    own = next((each for each in tried if each.backend == standing), None)
+    if own is None or own.refused:
+        why = f": {own.refused}" if own is not None else ""
+        return standing, f"{standing} was not measured{why}"
+    better = [each for each in tried if not each.refused and each is not own and _is_quicker(each, own)]
     if better:
-        best = min(better, key=lambda each: _ratio(each, standing))
-        return best.backend, f"{_times(best)}; {STANDING}: {_times(standing)}"
-    others = [each for each in tried if each is not standing]
+        best = min(better, key=lambda each: _ratio(each, own))
+        return best.backend, f"{_times(best)}; {standing}: {_times(own)}"
+    others = [each for each in tried if each is not own]
     refused = [f"{each.backend} is left out: {each.refused}" for each in others if each.refused]
-    slower = [f"{each.backend}: {_times(each)}" for each in others if not each.refused]
+    slower = [each for each in others if not each.refused]
     if slower:
-        said = f"none is quicker by more than {NOISE:.0%}"
-        return STANDING, "; ".join([said, f"{STANDING}: {_times(standing)}", *slower, *refused])
-    return STANDING, "; ".join(refused) or "there is nothing else to run it on"
+        whose = f"{slower[0].backend} is not" if len(slower) == 1 else "none is"
+        said = f"{whose} quicker by more than {NOISE:.0%}"
+        times = [f"{each.backend}: {_times(each)}" for each in (own, *slower)]
+        return standing, "; ".join([said, *times, *refused])
+    return standing, "; ".join(refused) or "there is nothing else to run it on"
 
 
 def _is_quicker(candidate: Tried, standing: Tried) -> bool:

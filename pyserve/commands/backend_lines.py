@@ -28,7 +28,8 @@ def archive_lines(archive: Archive) -> Iterator[str]:
     wanted = config.backend
     choice = read_choice(archive, precision, batch_size, cpus) if wanted in (None, "auto") else None
     if choice is not None:
-        yield f"{choice.backend} was chosen (batch size {batch_size}, {cpus} CPUs): {choice.reason}"
+        so_far = "" if choice.is_final else " so far, and others are still to be tried"
+        yield f"{choice.backend} was chosen{so_far} (batch size {batch_size}, {cpus} CPUs): {choice.reason}"
     elif wanted == "auto":
         yield "auto: none was chosen on this machine yet; a server tries them behind its first requests"
     elif wanted is None:

@@ -10,7 +10,6 @@ The parent side needs no torch, so that a server can begin tracing before it imp
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from pyserve.archive.archive import Archive, open_archive
 from pyserve.archive.manifest import handler_file, split_handler
-from pyserve.child_reports import report_lines
+from pyserve.child_reports import report_lines, report_of
 from pyserve.conversion.record import (
     Conversion,
     NeedsPythonError,
@@ -96,7 +95,7 @@ class Tracing:
         works = False
         try:
             for line in report_lines(self._reports, deadline, lambda: self._process.poll() is not None):
-                report = json.loads(line)
+                report = report_of(line, self._archive.name)
                 problem = report.get("error", problem)
                 works = report.get("works", works)
                 if "progress" in report:

@@ -99,7 +99,7 @@ def load_backend(archive: Archive, network: Network, made: Made, split: Split) -
         "backend": made.backend,
         "library": "" if library is None else str(library),
         "precision": plain_precision(made.precision),  # int8 takes and gives fp32
-        "rules": input_rules(network, program),
+        "rules": input_rules(network, program, made.sizes),
         "value_ranges": _value_ranges(made, network.domains),
         "rows_min": program.rows_min if program is not None else 1,
         "rows_max": _rows_max(network, program),
@@ -175,7 +175,9 @@ def fresh_proof(proof: BatchProof | None, candidate: Network) -> BatchProof | No
     return BatchProof(run, proof.rows, proof.tolerance, proof.rows_max, proof.is_allowed, proof.look, proof.others)
 
 
-def input_rules(network: Network, program: Program | None = None) -> list[tuple[str, Any, list[tuple[int, int, str]]]]:
+def input_rules(
+    network: Network, program: Program | None = None, made: Sequence[Sequence[tuple[int, int | None]]] = ()
+) -> list[tuple[str, Any, list[tuple[int, int, str]]]]:
     """What a backend was made for, as ``_core.TorchModel.load`` takes it: the sizes of each input without the batch.
 
     Free dimensions that were exported under one name have one size. One without a largest size ends where trying it
@@ -183,15 +185,18 @@ def input_rules(network: Network, program: Program | None = None) -> list[tuple[
 
     Args:
         program: what the source of a compiled package says.
+        made: the sizes that the program was proven for, see `kept.Made`; empty if nothing is known.
     """
     rules = []
     for number, domain in enumerate(network.domains):
         names = dict(free_names(domain))
         limits = program.inputs[number].dimensions[1:] if program is not None else [_ANY] * len(domain.sizes)
+        proven = made[number] if made else [(1, None)] * len(domain.sizes)
         sizes = []
-        for axis, ((low, high), limit) in enumerate(zip(domain.sizes, limits, strict=True)):
-            largest = [each for each in (high, limit.max) if each is not None]
-            sizes.append((max(low, limit.min), min(largest, default=max(low, LARGEST_SIZE_MAX)), names.get(axis, "")))
+        for axis, (known, limit, shown_for) in enumerate(zip(domain.sizes, limits, proven, strict=True)):
+            least = max(known[0], limit.min, shown_for[0])
+            largest = [each for each in (known[1], limit.max, shown_for[1]) if each is not None]
+            sizes.append((least, min(largest, default=max(known[0], LARGEST_SIZE_MAX)), names.get(axis, "")))
         rules.append((f"input {number + 1}", domain.dtype, sizes))
     return rules
 
@@ -245,40 +250,63 @@ def prove_backend(network: Network, candidate: Network, batch_size: int, budget_
 # --- a backend that model-config.yaml names ---------------------------------------------------------------------------
 
 
+class _NotMadeYetError(ModelLoadError):
+    """Making it takes longer than the model may take to start."""
+
+
+def who_says(archive: Archive, backend: str) -> str:
+    """Where the backend is named, for a person."""
+    return f"'backend: {backend}'" if archive.config.backend else f"default_backend={backend}"
+
+
 def on_named_backend(
     archive: Archive, network: Network, backend: str, *, batch_size: int, split: Split, timeout_s: float,
-    progress: Progress,
+    progress: Progress, is_over: Callable[[], bool] = lambda: False,
 ) -> Network:  # fmt: skip
     """``network`` on ``backend``, made first if it is not kept; else as it is, with the reason in its findings.
 
-    Takes ``network``: it is released if another comes back.
+    Takes ``network``: it is released if another comes back. Where making it takes longer than ``timeout_s`` seconds,
+    the findings' state is ``making``: that is left to do behind the first requests, see `EngineChoice`.
+
+    Args:
+        is_over: nobody wants the model any more.
     """
     name = network.context.model_name
-    says = f"'backend: {backend}'" if archive.config.backend else f"default_backend={backend}"
+    says = who_says(archive, backend)
     if backend == TORCHSCRIPT:
         network.findings["backend"] = shown(getattr(network.torch_model, "backend", TORCHSCRIPT), f"as {says} says")
         return network
     try:
-        candidate, compared = _named(
-            archive, network, backend, batch_size=batch_size, split=split, timeout_s=timeout_s, progress=progress
-        )
+        made = _made(archive, network, backend, batch_size=batch_size, timeout_s=timeout_s, progress=progress,
+                     is_over=is_over)  # fmt: skip
+        progress(f"comparing {BACKENDS[backend].label} with TorchScript")
+        candidate, compared = load_named(archive, network, made, batch_size=batch_size, split=split)
+    except _NotMadeYetError as error:
+        log.warning("%s begins on %s: %s", name, BACKENDS[TORCHSCRIPT].label, error.message)
+        network.findings["backend"] = shown(TORCHSCRIPT, error.message, state="making")
+        return network
     except ModelLoadError as error:
         reason = f"{says} cannot be followed: {error.message}"
         log.warning("%s runs on %s: %s", name, BACKENDS[TORCHSCRIPT].label, reason)
         network.findings["backend"] = shown(getattr(network.torch_model, "backend", TORCHSCRIPT), reason)
         return network
-    tried = {"backend": backend, "difference": compared.difference, "probes": compared.probes}
-    candidate.findings["backend"] = shown(backend, f"as {says} says", [tried])
-    log.info("%s runs on %s; largest difference to TorchScript %.1e (relative) on %d inputs",
-             name, BACKENDS[backend].label, compared.difference, compared.probes)  # fmt: skip
+    note_named(candidate, backend, says, compared)
     network.release()
     return candidate
 
 
-def _named(
-    archive: Archive, network: Network, backend: str, *, batch_size: int, split: Split, timeout_s: float,
-    progress: Progress,
-) -> tuple[Network, Agreement]:  # fmt: skip
+def note_named(candidate: Network, backend: str, says: str, compared: Agreement) -> None:
+    """Has the findings of ``candidate``, and the log, say what it runs on and why."""
+    tried = {"backend": backend, "difference": compared.difference, "probes": compared.probes}
+    candidate.findings["backend"] = shown(backend, f"as {says} says", [tried])
+    log.info("%s runs on %s; largest difference to TorchScript %.1e (relative) on %d inputs",
+             candidate.context.model_name, BACKENDS[backend].label, compared.difference, compared.probes)  # fmt: skip
+
+
+def _made(
+    archive: Archive, network: Network, backend: str, *, batch_size: int, timeout_s: float, progress: Progress,
+    is_over: Callable[[], bool],
+) -> Made:  # fmt: skip
     """Raises ModelLoadError with the reason why it cannot be."""
     row = BACKENDS[backend]
     if reason := row.missing():
@@ -288,14 +316,33 @@ def _named(
     if reason := conservative_reason(network, batch_size):
         raise ModelLoadError(reason)
     progress(f"making it for {row.label}")
-    (made,) = Making(archive, [backend], network.precision, batch_size, nice=0).wait(progress, timeout_s)
+    making = Making(archive, [backend], network.precision, batch_size, nice=0, is_over=is_over)
+    (made,) = making.wait(progress, timeout_s)
+    if making.is_late:
+        raise _NotMadeYetError(
+            f"making it for {row.label}, as {who_says(archive, backend)} says, takes longer than startup_timeout="
+            f"{timeout_s:g} s; it is made behind the requests, which TorchScript answers until then. To have it at the "
+            "start, raise startupTimeout in model-config.yaml, or have it made when the archive is packed: pyserve "
+            "archive --compile"
+        )
+    return made
+
+
+def load_named(
+    archive: Archive, network: Network, made: Made, *, batch_size: int, split: Split
+) -> tuple[Network, Agreement]:
+    """``network`` as it was made for a backend, and how far its answers are from the network's own.
+
+    Raises:
+        ModelLoadError: it cannot be used; the text says why.
+    """
+    label = BACKENDS[made.backend].label
     with released_unless_used(load_backend(archive, network, made, split)) as candidate:
-        progress(f"comparing {row.label} with TorchScript")
         compared = compare_backend(network, candidate)
         if compared.objection:
-            raise ModelLoadError(f"{row.label} gives other answers: {compared.objection}")
+            raise ModelLoadError(f"{label} gives other answers: {compared.objection}")
         if problem := prove_backend(network, candidate, batch_size, BATCHES_S):
-            raise ModelLoadError(f"{row.label} is of no use: {problem}")
+            raise ModelLoadError(f"{label} is of no use: {problem}")
         candidate.torch_model.settle()
         return candidate, compared
 

@@ -1,9 +1,13 @@
-"""Which backend a model of the native lane runs on, where nobody says: chosen behind its first requests.
+"""Which backend a model of the native lane runs on, where that is not settled when it is READY: found out behind its
+first requests.
 
-    READY on TorchScript ──> looked at ──> made ──> loaded, compared, measured ──> chosen and kept ──> exchanged
+    READY on TorchScript ──> looked at ──> one is made ──> loaded, compared, measured ──> exchanged if better, kept
+                                 │             └── the next one is made meanwhile, and has to beat what runs then
                                  └──> stays: too quick to matter, state, random numbers, nothing else installed
 
-What was chosen before is loaded at once (`kept_backend`). One model of a server at a time is made and tried for.
+The one that is quickest to make comes first. A start that finds a choice in the middle begins with the best so far
+(`kept_backend`) and continues here; so does a model whose backend is named and could not be made before it had to be
+READY. One model of a server at a time is made and tried for.
 
 Loop thread only, but for what says otherwise.
 """
@@ -14,10 +18,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,7 +37,16 @@ from pyserve.lanes.limited_runs import limited_runs
 from pyserve.lanes.native import NativeLane
 from pyserve.lanes.network import Network
 from pyserve.lanes.resources import Services
-from pyserve.models.backend_network import Split, conservative_reason, load_backend, prove_backend, released_unless_used
+from pyserve.models.backend_network import (
+    Split,
+    conservative_reason,
+    load_backend,
+    load_named,
+    note_named,
+    prove_backend,
+    released_unless_used,
+    who_says,
+)
 from pyserve.torch_error import cause_of
 
 T = TypeVar("T")
@@ -60,17 +73,22 @@ class EngineChoice:
         self._archive = archive
         self._lane = lane
         self._task: asyncio.Task[None] | None = None
-        self._was_short_of_memory = False
+        known = lane.network.findings.get("backend", {})
+        self._chosen = str(known.get("chosen", TORCHSCRIPT))
+        self._reason = str(known.get("reason", ""))  # why that one
+        self._tried: dict[str, Mapping[str, Any]] = {each["backend"]: each for each in known.get("tried", ())}
+        self._passing: set[str] = set()  # backends of which another start may find something else
+        self._trial_left_s = float(archive.config.backend_trial_s or TRIAL_DEFAULT_S)
+        self._is_trying = False
+        self._making_text = ""  # the last that was said
 
     def start(self) -> None:
-        """Begins to choose, if that is wanted and has not begun."""
-        wanted = self._archive.config.backend or self._services.config.default_backend
-        if self._task is not None or "backend" in self._lane.network.findings:
+        """Begins to choose, or continues, if something is left to be found out and that has not begun."""
+        known = self._lane.network.findings.get("backend")
+        if self._task is not None or (known is not None and known["state"] == "settled"):
             return
-        if wanted != AUTO:
-            self._show("settled", f"model-config.yaml or default_backend says 'backend: {wanted}'")
-            return
-        self._show("trying", "it begins on TorchScript, and others are looked at")
+        if known is None:
+            self._show("trying", "it begins on TorchScript, and others are looked at")
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
@@ -80,33 +98,40 @@ class EngineChoice:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    def _show(self, state: str, reason: str, tried: Sequence[Tried] = (), chosen: str = TORCHSCRIPT) -> None:
-        entries = [asdict(each) for each in tried]
-        self._lane.network.findings["backend"] = shown(chosen, reason, entries, state=state)
+    @property
+    def _label(self) -> str:
+        """What runs the model now, for a person."""
+        return BACKENDS[self._chosen].label
+
+    def _show(self, state: str, text: str = "") -> None:
+        """What is known so far, and ``text`` about what is done now."""
+        reason = "; ".join(filter(None, [self._reason, text]))
+        self._lane.network.findings["backend"] = shown(self._chosen, reason, list(self._tried.values()), state=state)
 
     async def _run(self) -> None:
+        lane = self._lane
+        wanted = self._archive.config.backend or self._services.config.default_backend
         try:
-            reason = await self._reason_to_stay()
+            reason = await self._reason_to_stay() if wanted == AUTO and not self._tried else ""
             if reason:
                 self._show("settled", reason)
-                log.info("%s stays on TorchScript: %s", self._lane.label, reason)
+                log.info("%s stays on %s: %s", lane.label, self._label, reason)
                 return
             self._show("making", "others are made when it is its turn: one model at a time")
             async with self._services.choosing:
-                await self._choose()
+                await (self._choose() if wanted == AUTO else self._follow(wanted))
         except ModelLoadError as error:  # a run that does not come to an end
-            log.error("%s stays on TorchScript: %s", self._lane.label, error.message)
+            log.error("%s stays on %s: %s", lane.label, self._label, error.message)
             self._show("settled", error.message)
         except Exception as error:
-            log.exception("%s stays on TorchScript: choosing a backend failed", self._lane.label)
+            log.exception("%s stays on %s: choosing a backend failed", lane.label, self._label)
             self._show("settled", f"choosing failed with a {type(error).__name__}, see the log: {cause_of(str(error))}")
 
     async def _reason_to_stay(self) -> str:
         network, config = self._lane.network, self._archive.config
         if config.backend_trial_s == 0:
             return "model-config.yaml says 'backendTrialSeconds: 0'"
-        while (proving := self._lane.proving) is not None and not proving.done():  # the size of its batches is open
-            await asyncio.wait([proving])
+        await self._batches_tried()
         if not _candidates(network.precision):
             reasons = [f"{row.label}: {row.missing()}" for row in BACKENDS.values() if row.missing()]
             return "; ".join(["nothing else runs it here", *reasons])
@@ -114,85 +139,175 @@ class EngineChoice:
             partial(_reason_of_network, network, self._lane.batch_size_max, self._services.engine.intra_op_threads)
         )
 
+    async def _batches_tried(self) -> None:
+        """Until the size of its batches is settled."""
+        while (proving := self._lane.proving) is not None and not proving.done():
+            await asyncio.wait([proving])
+
+    # --- among all that there are -------------------------------------------------------------------------------------
+
     async def _choose(self) -> None:
-        candidates: dict[str, Network] = {}
-        try:
-            await self._choose_among(candidates)
-        finally:
-            for each in candidates.values():
-                if each is not self._lane.network:
-                    each.release()  # a copy of the weights
+        lane, batch_size = self._lane, self._lane.settings.batch_size
+        left = [name for name in _candidates(lane.network.precision) if name not in self._tried]
+        async with contextlib.aclosing(self._made(left)) as makes:
+            async for made in makes:
+                left.remove(made.backend)
+                self._is_trying = True
+                self._show("trying", f"{BACKENDS[made.backend].label} is compared and measured")
+                await self._consider(made, share=1 / (1 + len(left)))
+                if self._chosen != TORCHSCRIPT:
+                    await self._in_thread(lane.network.torch_model.settle)
+                self._is_trying = False
+                if lane.settings.batch_size == batch_size:
+                    await self._keep(left)
+                if left:
+                    self._show("making", self._making_text)
+        self._show("settled")
+        log.info("%s runs on %s: %s", lane.label, self._label, self._reason)
 
-    async def _choose_among(self, candidates: dict[str, Network]) -> None:
-        """Fills in ``candidates``: backend -> the network that was loaded for it."""
-        lane, network = self._lane, self._lane.network
-        batch_size = lane.settings.batch_size
-        made = await self._made(_candidates(network.precision), network)
-        self._show("trying", "what was made is compared with TorchScript and measured")
-        tried = await self._load(made, network, candidates)
-        tried = [*(await self._tried(network, candidates) if candidates else [Tried(TORCHSCRIPT)]), *tried]
-        name, reason = choose(tried)
-        failure = await exchange(lane, candidates[name]) if name != TORCHSCRIPT else ""
-        is_same_size = lane.settings.batch_size == batch_size
-        if failure:
-            name, reason = TORCHSCRIPT, f"{BACKENDS[name].label} was chosen, but cannot run here: {failure}"
-        self._show("trying", reason, tried, name)  # at once: the lane may have another network
-        has_time = not any(each.refused == NO_TIME for each in tried)
-        is_final = all(each.lasts for each in made) and has_time and not self._was_short_of_memory
-        if is_final and is_same_size and not failure:
-            # Else the next start may come to another choice, or would begin with what cannot run.
-            await self._keep(network.precision, Choice(name, reason, tuple(asdict(each) for each in tried)))
-        self._show("settled", reason, tried, name)
-        log.info("%s runs on %s: %s", lane.label, BACKENDS[name].label, reason)
-        if name != TORCHSCRIPT:
-            await self._in_thread(lane.network.torch_model.settle)
+    async def _made(self, backends: Sequence[str]) -> AsyncGenerator[Made, None]:
+        """What became of each, as soon as that is known; the next one is being made meanwhile."""
+        loop, lane = asyncio.get_running_loop(), self._lane
+        found: asyncio.Queue[Made | None] = asyncio.Queue()
+        making = Making(self._archive, backends, lane.network.precision, lane.batch_size_max)
 
-    async def _made(self, backends: list[str], network: Network) -> list[Made]:
-        making = Making(self._archive, backends, network.precision, self._lane.batch_size_max)
+        def tell(call: Callable[..., None], value: Any) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(call, value)
+
+        def make() -> None:
+            try:
+                for made in making.each(partial(tell, self._note_progress), MAKING_LIMIT_S):
+                    tell(found.put_nowait, made)
+            finally:
+                tell(found.put_nowait, None)
+
+        running = loop.create_task(self._in_thread(make))
         try:
-            wait = partial(making.wait, lambda text: self._show("making", text), MAKING_LIMIT_S)
-            return await self._in_thread(wait)
+            while (made := await found.get()) is not None:
+                yield made
+            await running
         finally:
             making.stop()
+            running.cancel()
+            await asyncio.wait([running])
 
-    async def _load(self, made: list[Made], network: Network, candidates: dict[str, Network]) -> list[Tried]:
-        """Fills in what could be loaded and may be believed; returns the others with the reason."""
+    def _note_progress(self, text: str) -> None:
+        self._making_text = text
+        if not self._is_trying and self._task is not None and not self._task.done():
+            self._show("making", text)
+
+    async def _consider(self, made: Made, share: float) -> None:
+        """Measures it beside what runs now, and has it take its place if it is better.
+
+        Args:
+            share: of the trial's time that is left.
+        """
+        lane, network = self._lane, self._lane.network
+        await self._batches_tried()
+        if not made.lasts:
+            self._passing.add(made.backend)
+        try:
+            candidate = await self._load(made)
+        except ModelLoadError as error:
+            if is_memory_error(error.__cause__ or error):
+                self._passing.add(made.backend)
+            log.info("%s: %s is left out: %s", lane.label, BACKENDS[made.backend].label, error.message)
+            self._tried[made.backend] = asdict(Tried(made.backend, refused=error.message))
+            self._add_reason(f"{made.backend} is left out: {error.message}")
+            return
+        try:
+            tried = await self._measured(made.backend, candidate, share)
+            name, reason = choose(tried, self._chosen)
+            failure = await exchange(lane, candidate) if name == made.backend else ""
+        finally:
+            if lane.network is not candidate:
+                candidate.release()  # a copy of the weights
+        if failure or any(each.refused == NO_TIME for each in tried):
+            self._passing.add(made.backend)
+        if failure:
+            reason = f"{BACKENDS[name].label} was chosen, but cannot run here: {failure}"
+        elif name == made.backend:
+            self._chosen, self._reason = name, ""
+        self._tried |= {each.backend: asdict(each) for each in tried}
+        self._add_reason(reason)
+        if lane.network is not network:
+            self._show("trying")  # at once: the lane has another network
+            log.info("%s runs on %s from now on: %s", lane.label, self._label, reason)
+
+    def _add_reason(self, text: str) -> None:
+        self._reason = "; ".join(filter(None, [self._reason, text]))
+
+    async def _load(self, made: Made) -> Network:
+        """Raises ModelLoadError: it could not be made or loaded, or is not to be believed."""
         lane, engine = self._lane, self._services.engine
         split = Split(max(1, lane.wanted_count), engine.intra_op_threads, engine.cpu_budget)
-        refused: list[Tried] = []
-        for each in made:
-            try:
-                load = partial(_proven, self._archive, network, each, split, lane.batch_size_max)
-                candidates[each.backend] = await self._in_thread(load)
-            except ModelLoadError as error:
-                refused.append(Tried(each.backend, refused=error.message))
-                self._was_short_of_memory |= is_memory_error(error.__cause__ or error)
-                log.info("%s: %s is left out: %s", lane.label, BACKENDS[each.backend].label, error.message)
-        return refused
+        return await self._in_thread(partial(_proven, self._archive, self._truth(), made, split, lane.batch_size_max))
 
-    async def _tried(self, network: Network, candidates: dict[str, Network]) -> list[Tried]:
-        lane = self._lane
+    def _truth(self) -> Network:
+        """The network as plain TorchScript answers."""
+        network = self._lane.network
+        return network if self._chosen == TORCHSCRIPT else replace(network, torch_model=_Plain(network.torch_model))
+
+    async def _measured(self, name: str, candidate: Network, share: float) -> list[Tried]:
+        lane, network, truth, standing = self._lane, self._lane.network, self._truth(), self._chosen
         threads, batch_size = self._services.engine.intra_op_threads, lane.batch_size_max
-        limit_s = self._archive.config.backend_trial_s or TRIAL_DEFAULT_S
+        began = time.monotonic()
 
         def measure() -> list[Tried]:
             torch.set_num_threads(threads)  # of this thread
-            models = {TORCHSCRIPT: network.torch_model, **{n: each.torch_model for n, each in candidates.items()}}
             return try_backends(
-                models, network.torch_model, network.example, network.domains, batch_size=batch_size,
-                limit_s=limit_s, tolerances=dict.fromkeys(candidates, AGREEMENT[network.precision]),
-                is_over=lambda: lane.is_draining,
+                {standing: network.torch_model, name: candidate.torch_model}, truth.torch_model, network.example,
+                network.domains, batch_size=batch_size, limit_s=self._trial_left_s * share, standing=standing,
+                tolerances={name: AGREEMENT[network.precision]}, is_over=lambda: lane.is_draining,
             )  # fmt: skip
 
-        return await self._in_thread(measure)
+        tried = await self._in_thread(measure)
+        self._trial_left_s = max(0.0, self._trial_left_s - (time.monotonic() - began))
+        return tried
 
-    async def _keep(self, precision: str, choice: Choice) -> None:
-        batch_size, cpus = self._lane.settings.batch_size, self._services.engine.cpu_budget
+    async def _keep(self, left: Sequence[str]) -> None:
+        """For the next start.
+
+        Args:
+            left: backends that are still to be tried.
+        """
+        lane = self._lane
+        is_final = not left and not self._passing
+        if not is_final and self._chosen == TORCHSCRIPT:
+            return  # it begins with that anyway
+        lasting = tuple(dict(each) for name, each in self._tried.items() if name not in self._passing)
+        choice = Choice(self._chosen, self._reason, lasting, is_final)
+        batch_size, cpus = lane.settings.batch_size, self._services.engine.cpu_budget
         try:
-            await asyncio.to_thread(keep_choice, self._archive, precision, batch_size, cpus, choice)
+            await asyncio.to_thread(keep_choice, self._archive, lane.network.precision, batch_size, cpus, choice)
         except OSError as error:
             log.warning("%s: its backend will be chosen again at the next start, since the choice cannot be kept: %s",
-                        self._lane.label, error.strerror)  # fmt: skip
+                        lane.label, error.strerror)  # fmt: skip
+
+    # --- one that is named, and took longer than the model may take to start ------------------------------------------
+
+    async def _follow(self, backend: str) -> None:
+        lane, engine, label = self._lane, self._services.engine, BACKENDS[backend].label
+        says = who_says(self._archive, backend)
+        async with contextlib.aclosing(self._made([backend])) as makes:
+            (made,) = [each async for each in makes]
+        await self._batches_tried()
+        self._show("trying", f"{label} is compared with TorchScript")
+        split = Split(max(1, lane.wanted_count), engine.intra_op_threads, engine.cpu_budget)
+        load = partial(load_named, self._archive, lane.network, made, batch_size=lane.batch_size_max, split=split)
+        try:
+            candidate, compared = await self._in_thread(load)
+            if failure := await exchange(lane, candidate):
+                candidate.release()
+                raise ModelLoadError(f"its workers cannot run it: {failure}")
+        except ModelLoadError as error:
+            self._reason = f"{says} cannot be followed: {error.message}"
+            log.warning("%s runs on %s: %s", lane.label, self._label, self._reason)
+            self._show("settled")
+            return
+        self._chosen = backend
+        note_named(candidate, backend, says, compared)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         """Calls what may take long, or run a network."""
@@ -201,8 +316,18 @@ class EngineChoice:
                                   label=lane.label, is_served=True)  # fmt: skip
 
 
+class _Plain:
+    """What runs a network on another backend, asked for what plain TorchScript answers."""
+
+    def __init__(self, torch_model: Any):
+        self._torch_model = torch_model
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> Any:
+        return self._torch_model.run_plain(inputs)
+
+
 def _candidates(precision: str) -> list[str]:
-    """Backends that can be made and run here, without TorchScript."""
+    """Backends that can be made and run here, without TorchScript; the quickest to make first."""
     return [
         name for name, row in BACKENDS.items()
         if name != TORCHSCRIPT and precision in row.precisions and not row.missing()

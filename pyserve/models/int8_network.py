@@ -7,7 +7,7 @@ first, since it is made in seconds; AOTInductor if that is named, or OpenVINO is
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pyserve.archive.archive import Archive
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 def on_int8_backend(
     archive: Archive, network: Network, backend: str, *, batch_size: int, split: Split, timeout_s: float,
-    progress: Progress,
+    progress: Progress, is_over: Callable[[], bool] = lambda: False,
 ) -> Network:  # fmt: skip
     """``network``, which was loaded in fp32, in int8; or as it is, and the reason in its findings, if it cannot be had.
 
@@ -45,6 +45,7 @@ def on_int8_backend(
     Args:
         backend: the one that is named, or ``auto``.
         timeout_s: for making it, in seconds.
+        is_over: nobody wants the model any more.
 
     Raises:
         ModelLoadError: what is asked for makes no sense, nothing can be calibrated with, or int8 answers too
@@ -56,7 +57,8 @@ def on_int8_backend(
     failures = [reason] if reason else []
     for each in [] if reason else candidates:
         try:
-            made = _made(archive, network, each, batch_size=batch_size, timeout_s=timeout_s, progress=progress)
+            made = _made(archive, network, each, batch_size=batch_size, timeout_s=timeout_s, progress=progress,
+                         is_over=is_over)  # fmt: skip
             agreement = _checked(archive, made)
             candidate = _loaded(archive, network, made, batch_size=batch_size, split=split)
         except _CannotBeError as error:
@@ -94,13 +96,14 @@ def _candidates(archive: Archive, backend: str) -> list[str]:
 
 
 def _made(
-    archive: Archive, network: Network, backend: str, *, batch_size: int, timeout_s: float, progress: Progress
-) -> Made:
+    archive: Archive, network: Network, backend: str, *, batch_size: int, timeout_s: float, progress: Progress,
+    is_over: Callable[[], bool],
+) -> Made:  # fmt: skip
     reason = why_not(backend, INT8) or BACKENDS[backend].missing()
     if reason:
         raise _CannotBeError(reason)
     progress(f"making it in int8 for {BACKENDS[backend].label}")
-    (made,) = Making(archive, [backend], INT8, batch_size, nice=0).wait(progress, timeout_s)
+    (made,) = Making(archive, [backend], INT8, batch_size, nice=0, is_over=is_over).wait(progress, timeout_s)
     if made.error:
         # If it is for the files, no other backend can do better: that raises.
         calibration_of(archive, Asked(network.handler, network.context, network.example, network.domains), INT8)

@@ -27,8 +27,10 @@ def on_kept_backend(archive: Archive, network: Network, *, batch_size: int, spli
     choice = read_choice(archive, network.precision, batch_size, split.runners_max)
     if choice is None:
         return network
+    # The rest of a choice that is not final is found out behind the first requests, see `EngineChoice`.
+    found = shown(choice.backend, choice.reason, choice.tried, state="settled" if choice.is_final else "making")
     if choice.backend == TORCHSCRIPT:
-        network.findings["backend"] = shown(choice.backend, choice.reason, choice.tried)
+        network.findings["backend"] = found
         return network
     label = BACKENDS[choice.backend].label
     try:
@@ -43,7 +45,7 @@ def on_kept_backend(archive: Archive, network: Network, *, batch_size: int, spli
         log.warning("%s begins on TorchScript, not on %s, which was chosen before: %s",
                     network.context.model_name, label, error.message)  # fmt: skip
         return network
-    candidate.findings["backend"] = shown(choice.backend, choice.reason, choice.tried)
+    candidate.findings["backend"] = found
     log.info("%s runs on %s, as was chosen before: %s", network.context.model_name, label, choice.reason)
     network.release()
     return candidate

@@ -47,6 +47,7 @@ class LaneOptions:
         workers: how many it is to have at first.
         tracing: a conversion of the archive that was started already.
         on_condition: told how the lane's worker processes are, at every change.
+        is_over: whether nobody wants the model any more; any thread.
     """
 
     services: Services
@@ -58,6 +59,7 @@ class LaneOptions:
     workers: int = 1
     tracing: Tracing | None = None
     on_condition: Callable[[Condition], None] = lambda condition: None
+    is_over: Callable[[], bool] = lambda: False
 
     @property
     def label(self) -> str:
@@ -108,6 +110,7 @@ async def _open_native_lane(options: LaneOptions) -> NativeLane:
         progress=options.progress,
         tracing=options.tracing,
         backend=services.config.default_backend,
+        is_over=options.is_over,
     )
     network = await limited_runs(
         load, limit_s=options.settings.startup_timeout_s or math.inf, stuck=services.stuck, label=options.label,

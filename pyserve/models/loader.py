@@ -6,7 +6,7 @@ Runs in a thread of its own; nothing here touches the event loop.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ def load_network(
     workers: int = 1,
     tracing: Tracing | None = None,
     backend: str = "auto",
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Network:
     """Loads the network of ``archive`` onto the first of ``devices``.
 
@@ -101,6 +102,7 @@ def load_network(
         workers: how many there are to be at first; as many of ``devices`` get the weights.
         tracing: a conversion of this archive that was started already.
         backend: what it is to run on where model-config.yaml does not say; one that is named is made first.
+        is_over: nobody wants the model any more: what is being made for a backend is to end.
 
     Raises:
         ServeError: of any kind; the text names what is wrong with the archive and how to fix it.
@@ -144,7 +146,7 @@ def load_network(
     _prove(archive, network, domains, program, batch_size, is_built_in=handler_is_built_in(handler))
     network = _on_backend(
         archive, network, archive.config.backend or backend, batch_size=batch_size,
-        split=Split.of(workers, cpu_budget), timeout_s=startup_timeout_s, progress=progress,
+        split=Split.of(workers, cpu_budget), timeout_s=startup_timeout_s, progress=progress, is_over=is_over,
     )  # fmt: skip
     spread(network, workers, archive.name)
     torch.set_rng_state(random_state)
@@ -155,17 +157,18 @@ def load_network(
 
 def _on_backend(
     archive: Archive, network: Network, backend: str, *, batch_size: int, split: Split, timeout_s: float,
-    progress: Progress,
+    progress: Progress, is_over: Callable[[], bool],
 ) -> Network:  # fmt: skip
     """``network`` on the backend that it is to begin on."""
     given: dict[str, Any] = {"batch_size": batch_size, "split": split}
+    made: dict[str, Any] = {**given, "timeout_s": timeout_s, "progress": progress, "is_over": is_over}
     if archive.config.precision == INT8:
         if archive.config.backend is None and backend == TORCHSCRIPT:
             backend = "auto"  # int8 is the model's own word, which goes before the server's
-        return on_int8_backend(archive, network, backend, timeout_s=timeout_s, progress=progress, **given)
+        return on_int8_backend(archive, network, backend, **made)
     if backend == "auto":
         return on_kept_backend(archive, network, **given)
-    return on_named_backend(archive, network, backend, timeout_s=timeout_s, progress=progress, **given)
+    return on_named_backend(archive, network, backend, **made)
 
 
 def handler_is_built_in(handler: Handler) -> bool:

@@ -167,7 +167,7 @@ class Model(ModelDevices):
     def _lane_options(self, progress: Progress, tracing: Tracing | None = None) -> LaneOptions:
         return LaneOptions(
             self._services, self.archive, self.name, self.devices, self.settings, progress,
-            tracing=tracing, on_condition=self._on_condition,
+            tracing=tracing, on_condition=self._on_condition, is_over=lambda: self.state == "DRAINING",
         )  # fmt: skip
 
     def _on_condition(self, condition: Condition) -> None:

@@ -15,7 +15,7 @@ from pyserve.backends import kept, table
 from pyserve.backends.kept import Choice, Made, draft, keep, keep_choice, main_file, read_choice, read_made
 from tests.support.packing import pack
 
-MADE = Made("openvino", "fp32", 1.5, 7, 2e-6, 12, note="as it is", ranges=(None, (0, 99)), largest_batch=8)
+MADE = Made("openvino", "fp32", 1.5, 7, 2e-6, 12, note="as it is", ranges=(None, (0, 99)), sizes=(((1, None),), ()))
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_several_that_keep_at_once_leave_one_whole(archive: Archive) -> None:
 
 
 def test_a_choice_is_one_of_its_batch_size_and_cpus(archive: Archive) -> None:
-    choice = Choice("openvino", "the fastest", ({"backend": "openvino", "batch_1_ms": 2.5},))
+    choice = Choice("openvino", "the fastest", ({"backend": "openvino", "batch_1_ms": 2.5},), is_final=False)
     assert read_choice(archive, "fp32", 8, 2) is None
     keep_choice(archive, "fp32", 8, 2, choice)
     assert read_choice(archive, "fp32", 8, 2) == choice

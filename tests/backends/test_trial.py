@@ -262,9 +262,14 @@ def test_reasons_name_everything_that_was_tried() -> None:
     )
     assert name == STANDING
     assert reason == (
-        "none is quicker by more than 5%; torchscript: 10 ms for one item, 80 ms for 8; "
+        "aotinductor is not quicker by more than 5%; torchscript: 10 ms for one item, 80 ms for 8; "
         "aotinductor: 10 ms for one item, 79 ms for 8; openvino is left out: it is not installed"
     )
+    _, reason = choose([row("openvino", 10, 80), row("aotinductor", 10, 80), row(STANDING, 20, 90)], "openvino")
+    assert reason.startswith("none is quicker by more than 5%; openvino: 10 ms for one item")
+    assert choose([row("openvino", 5, 40), row("aotinductor", 4, 30)], "openvino") == (
+        "aotinductor", "4 ms for one item, 30 ms for 8; openvino: 5 ms for one item, 40 ms for 8",
+    )  # fmt: skip
     assert choose([row(STANDING, 10, 80)]) == (STANDING, "there is nothing else to run it on")
     assert choose([]) == (STANDING, "torchscript was not measured")
 

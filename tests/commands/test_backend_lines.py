@@ -42,8 +42,8 @@ def test_doctor_has_a_line_for_each_backend(monkeypatch: pytest.MonkeyPatch) -> 
     use_row(monkeypatch, "openvino", MISSING)
     use_row(monkeypatch, "aotinductor", "")
     assert [(check.level, check.text) for check in backend_checks()][1:] == [
-        ("PASS", "AOTInductor (aotinductor), version 9.9"),
         ("NOTE", MISSING),
+        ("PASS", "AOTInductor (aotinductor), version 9.9"),
     ]
 
 
@@ -53,8 +53,8 @@ def test_an_archive_that_was_never_served_here_says_so(tmp_path: Path, monkeypat
     with open_archive(write_torchscript(tmp_path, Affine(), "m", config=INPUT | {"backend": "auto"})) as archive:
         assert list(archive_lines(archive)) == [
             "auto: none was chosen on this machine yet; a server tries them behind its first requests",
-            "aotinductor: not made on this machine yet",
             f"openvino: {MISSING}",
+            "aotinductor: not made on this machine yet",
         ]
 
 
@@ -77,9 +77,14 @@ def test_what_was_made_and_chosen_is_shown_with_its_reasons(tmp_path: Path, monk
         keep_choice(archive, "fp32", 8, cpu_budget(), Choice("openvino", "17.5 ms for one item"))
         assert list(archive_lines(archive)) == [
             f"openvino was chosen (batch size 8, {cpu_budget()} CPUs): 17.5 ms for one item",
-            "aotinductor: it cannot be made: torch.export fails: it counts its words",
             "openvino: made in 3.1 s, 45.0 MB; largest difference to the model 5.0e-06 (relative) on 14 inputs",
+            "aotinductor: it cannot be made: torch.export fails: it counts its words",
         ]
+        keep_choice(archive, "fp32", 8, cpu_budget(), Choice("openvino", "17.5 ms for one item", is_final=False))
+        assert next(archive_lines(archive)) == (
+            f"openvino was chosen so far, and others are still to be tried (batch size 8, {cpu_budget()} CPUs): "
+            "17.5 ms for one item"
+        )
 
 
 def test_of_a_backend_that_is_named_only_that_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,23 @@ def test_workers_that_come_later_run_the_other_one(tmp_path: Path) -> None:
     run(test())
 
 
+def test_without_a_worker_the_first_one_warms_it_up(tmp_path: Path, gate: Gate) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Times(3.0), batch_size=8) as stand:
+            stand.lane.set_workers(0)
+            runs, rows = gate.runs, gate.rows
+            assert await exchange(stand.lane, another(stand, tmp_path, Gated(str(gate.path)))) == ""
+            assert (gate.runs, gate.rows) == (runs, rows)
+            stand.lane.set_workers(1)
+            assert await stand.lane.settled(HANG_S) == ""
+            assert gate.rows >= rows + 1 + 8, "before its first request"
+            stand.post(1.0, id="after")
+            await stand.until(lambda: "after" in stand.answers)
+            assert number(stand, "after") == 2.0
+
+    run(test())
+
+
 def test_the_end_does_not_wait_for_it(tmp_path: Path, gate: Gate) -> None:
     async def test() -> None:
         async with standing(tmp_path, Gated(str(gate.path))) as stand:

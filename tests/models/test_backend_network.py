@@ -47,15 +47,24 @@ def loaded(
 @pytest.fixture
 def making(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What making gives, and the change that the other backend makes of answers; ``asked`` is what was made."""
-    given: dict[str, Any] = {"error": "", "change": lambda answer: answer, "asked": [], "model": OtherModel}
+    given: dict[str, Any] = {
+        "error": "", "is_late": False, "change": lambda answer: answer, "asked": [], "model": OtherModel,
+    }  # fmt: skip
 
     class FakeMaking:
-        def __init__(self, archive: Any, backends: Sequence[str], precision: str, batch_size_max: int, *, nice: int):
+        is_late = False
+
+        def __init__(
+            self, archive: Any, backends: Sequence[str], precision: str, batch_size_max: int, *, nice: int,
+            is_over: Callable[[], bool],
+        ):  # fmt: skip
             assert nice == 0  # somebody waits for it
+            assert not is_over()
             given["asked"] = [*backends, precision, batch_size_max]
 
         def wait(self, progress: Callable[[str], None], timeout_s: float) -> list[Made]:
             progress("making")
+            self.is_late = given["is_late"]
             return [Made("openvino", "fp32", error=given["error"])]
 
     def load(archive: Any, network: Network, made: Made, split: Split) -> Network:
@@ -156,6 +165,18 @@ def test_one_that_cannot_be_made_is_left_out_with_the_makers_reason(tmp_path: Pa
     assert "export failed: it counts its words" in network.findings["backend"]["reason"]
 
 
+def test_one_that_is_not_made_in_time_is_left_to_be_made_behind_the_requests(
+    tmp_path: Path, making: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    making["is_late"], making["error"] = True, "making it took longer than 60 s"
+    network = loaded(tmp_path, Affine(), backend="openvino")
+    found = network.findings["backend"]
+    assert (found["chosen"], found["state"]) == ("torchscript", "making")
+    said = "'backend: openvino' says, takes longer than startup_timeout=60 s; it is made behind the requests"
+    assert said in found["reason"] and said in caplog.text
+    assert torch.allclose(network.run([torch.ones(1, 16)]), Affine()(torch.ones(1, 16)), atol=1e-5)
+
+
 def test_one_that_is_not_installed_is_left_out_with_what_to_install(
     tmp_path: Path, making: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +254,8 @@ def test_rules_say_what_was_shown(tmp_path: Path) -> None:
     network = dataclasses.replace(network, domains=[unnamed, unnamed])
     first, second = input_rules(network)
     assert first[2] == second[2] == [(2, 512, "size_0"), (4, 4, "")], "as export_inputs ties them"
+    first, second = input_rules(network, made=(((3, 30), (4, 4)), ((1, None), (4, 4))))
+    assert (first[2][0], second[2][0]) == ((3, 30, "size_0"), (2, 512, "size_0")), "what the program was proven for"
 
 
 def test_rules_of_a_package_are_what_its_source_says_too(tmp_path: Path) -> None:

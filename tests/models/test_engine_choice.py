@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from pyserve import _core
 from pyserve.archive.model_config import ModelConfig
 from pyserve.backends.kept import Choice, Made
+from pyserve.backends.shown import shown as backend_shown
 from pyserve.backends.trial import NO_TIME, Tried
-from pyserve.config.config import Config
 from pyserve.errors import ModelLoadError
+from pyserve.lanes.exchange import exchange
 from pyserve.lanes.network import Network
 from pyserve.models import engine_choice, kept_backend
 from pyserve.models.backend_network import Split
 from pyserve.models.engine_choice import EngineChoice
+from pyserve.proof.agreement import Agreement
 from tests.support.lane_stand import HANG_S, Stand, run, standing
 from tests.support.networks import Affine, Times, save_script
 
@@ -38,6 +42,8 @@ class Surroundings:
         kept: the choices that were kept.
         makings: the processes that were started.
         may_end: makings end once it is set.
+        held: backend -> what making it waits for.
+        order: what happened, in order.
     """
 
     made: list[Made] = field(default_factory=lambda: [Made("openvino", "fp32")])
@@ -46,9 +52,12 @@ class Surroundings:
     kept: list[Choice] = field(default_factory=list)
     makings: list[Making] = field(default_factory=list)
     may_end: threading.Event = field(default_factory=threading.Event)
+    held: dict[str, threading.Event] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
     stays: str = ""
     keeping_fails: bool = False
     is_short_of_memory: bool = False
+    truth: float = 2.0  # what plain TorchScript makes of 1
 
     def load(self, archive: Any, network: Network, made: Made, split: Split) -> Network:
         if made.error:
@@ -57,13 +66,22 @@ class Surroundings:
             raise ModelLoadError("OpenVINO cannot run it") from MemoryError()
         return self.networks[made.backend]
 
-    def try_backends(self, candidates: dict[str, Any], *_: Any, **__: Any) -> list[Tried]:
-        return [Tried("torchscript", 2.0, 2.0), *(each for each in self.tried if each.backend in candidates)]
+    def try_backends(self, candidates: dict[str, Any], truth: Any, *_: Any, standing: str, **__: Any) -> list[Tried]:
+        self.order.append(" against ".join(reversed(candidates)))
+        assert next(iter(candidates)) == standing and truth.run([torch.ones(1, 4)])[0, 0] == self.truth
+        known = {each.backend: each for each in [Tried("torchscript", 2.0, 2.0), *self.tried]}
+        return [known[name] for name in candidates]
+
+    async def exchange(self, lane: Any, network: Network) -> str:
+        refusal = await exchange(lane, network)
+        self.order.append("refused" if refusal else "exchanged")
+        return refusal
 
     def keep(self, archive: Any, precision: str, batch_size: int, cpus: int, choice: Choice) -> None:
         if self.keeping_fails:
             raise OSError(28, "No space left on device")
         self.kept.append(choice)
+        self.order.append(f"{choice.backend} kept{'' if choice.is_final else ' so far'}")
 
 
 class Making:
@@ -72,18 +90,27 @@ class Making:
     surroundings: Surroundings
 
     def __init__(self, archive: Any, backends: list[str], precision: str, batch_size_max: int):
+        self.backends = list(backends)
         self.is_stopped = self.is_over = False
         self.surroundings.makings.append(self)
 
-    def wait(self, progress: Callable[[str], None], timeout_s: float) -> list[Made]:
+    def each(self, progress: Callable[[str], None], timeout_s: float) -> Iterator[Made]:
         progress("compiling it")
         assert self.surroundings.may_end.wait(HANG_S)
+        for made in self.surroundings.made:
+            if made.backend not in self.backends:
+                continue
+            if made.backend in self.surroundings.held:
+                progress(f"compiling it for {made.backend}")
+                assert self.surroundings.held[made.backend].wait(HANG_S)
+            self.surroundings.order.append(f"{made.backend} made")
+            yield made
         self.is_over = True
-        return self.surroundings.made
 
     def stop(self) -> None:
         self.is_stopped = True
-        self.surroundings.may_end.set()
+        for each in (self.surroundings.may_end, *self.surroundings.held.values()):
+            each.set()
 
 
 @pytest.fixture
@@ -93,7 +120,8 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Surroundings:
     Making.surroundings = found
     monkeypatch.setattr(engine_choice, "TRIAL_MIN_MS", 0.0)
     monkeypatch.setattr(engine_choice, "Making", Making)
-    monkeypatch.setattr(engine_choice, "_candidates", lambda precision: ["openvino"])
+    monkeypatch.setattr(engine_choice, "_candidates", lambda precision: [each.backend for each in found.made])
+    monkeypatch.setattr(engine_choice, "exchange", found.exchange)
     monkeypatch.setattr(engine_choice, "conservative_reason", lambda network, batch_size: found.stays)
     monkeypatch.setattr(engine_choice, "load_backend", found.load)
     monkeypatch.setattr(engine_choice, "prove_backend", lambda *_: "")
@@ -107,11 +135,16 @@ def choice_of(stand: Stand, **config: Any) -> EngineChoice:
     return EngineChoice(stand.services, archive, stand.lane)
 
 
-def another(stand: Stand, path: Path, network: nn.Module) -> Network:
-    script = save_script(network, path / f"{type(network).__name__}.pt")
-    return replace(
-        stand.lane.network, torch_model=_core.TorchModel.load(str(script), stand.lane.network.example), findings={}
-    )
+def another(stand: Stand, path: Path, network: nn.Module, **options: Any) -> Network:
+    script = save_script(network, path / f"{len(list(path.iterdir()))}.pt")
+    model = _core.TorchModel.load(str(script), stand.lane.network.example, **options)
+    return replace(stand.lane.network, torch_model=model, findings={})
+
+
+def quick(stand: Stand, path: Path, network: nn.Module) -> Network:
+    """Beside plain TorchScript, which takes its input times 2."""
+    plain = save_script(Times(2.0), path / f"{len(list(path.iterdir()))}.pt")
+    return another(stand, path, network, plain=(str(plain), 0, -1))
 
 
 def shown(stand: Stand) -> dict[str, Any]:
@@ -157,7 +190,7 @@ def test_the_quickest_takes_over_and_is_kept(tmp_path: Path, surroundings: Surro
     ("change", "reason"),
     [
         ({"made": [Made("openvino", "fp32", error="it has an operator of its own")]}, "an operator of its own"),
-        ({"tried": [Tried("openvino", 3.0, 3.0)]}, "none is quicker"),
+        ({"tried": [Tried("openvino", 3.0, 3.0)]}, "openvino is not quicker"),
         ({"tried": [Tried("openvino", 1.0, 1.0, refused="it rounds otherwise")]}, "it rounds otherwise"),
     ],
     ids=["not made", "slower", "refused"],
@@ -274,9 +307,6 @@ def test_nothing_is_made_for_what_has_to_stay(
             first.start()
             assert (await settled(stand))["reason"] == "it draws random numbers"
             stand.lane.network.findings.clear()
-            choice_of(stand, backend="torchscript").start()
-            assert "backend: torchscript" in shown(stand)["reason"]
-            stand.lane.network.findings.clear()
             choice_of(stand, backend_trial_s=0).start()
             assert "backendTrialSeconds: 0" in (await settled(stand))["reason"]
             stand.lane.network.findings.clear()
@@ -288,16 +318,166 @@ def test_nothing_is_made_for_what_has_to_stay(
     run(test())
 
 
-def test_default_backend_holds_for_models_that_do_not_say(tmp_path: Path, surroundings: Surroundings) -> None:
+def test_what_was_settled_when_it_was_loaded_stays(tmp_path: Path, surroundings: Surroundings) -> None:
     async def test() -> None:
-        async with standing(tmp_path, Times(2.0), config=Config()) as stand:
-            surroundings.networks["openvino"] = another(stand, tmp_path, Times(3.0))
-            choice_of(stand, backend=None).start()
-            assert shown(stand)["state"] == "settled" and not surroundings.makings
-            stand.lane.network.findings.clear()
-            choice = choice_of(stand, backend="auto")
+        async with standing(tmp_path, Times(2.0)) as stand:
+            settled = backend_shown("torchscript", "as 'backend: torchscript' says")
+            stand.lane.network.findings["backend"] = settled
+            choice = choice_of(stand, backend="torchscript")
             choice.start()
-            assert (await settled(stand))["chosen"] == "openvino"
+            await choice.stop()
+            assert shown(stand) is settled and not surroundings.makings
+
+    run(test())
+
+
+# --- several, the quick one first -------------------------------------------------------------------------------------
+
+BOTH = [Made("openvino", "fp32"), Made("aotinductor", "fp32")]
+
+
+async def asked(stand: Stand, while_: Callable[[], bool], allowed: set[float]) -> None:
+    """Keeps requests in flight as long as that is so; each has the answer of one of ``allowed``."""
+    posted: dict[str, float] = {}
+    while while_() or len(posted) < 50:
+        if stand.lane.in_flight_count < 16:
+            number = float(len(posted) % 7 + 1)
+            posted[stand.post(number).request.id] = number
+        await asyncio.sleep(0)
+    await stand.until(lambda: posted.keys() <= stand.answers.keys())
+    for id, number in posted.items():
+        assert stand.answers[id].status == 200
+        assert float(json.loads(bytes(stand.answers[id].body))[0]) / number in allowed
+
+
+def test_the_quick_one_serves_while_the_slow_one_is_made(tmp_path: Path, surroundings: Surroundings) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Times(2.0), workers=2, batch_size=4) as stand:
+            surroundings.made = BOTH
+            surroundings.tried = [Tried("openvino", 1.0, 1.0), Tried("aotinductor", 0.5, 0.5)]
+            surroundings.networks = {
+                "openvino": quick(stand, tmp_path, Times(3.0)), "aotinductor": quick(stand, tmp_path, Times(5.0)),
+            }  # fmt: skip
+            may_make = {each.backend: threading.Event() for each in BOTH}
+            surroundings.held = may_make
+            choice = choice_of(stand)
+            choice.start()
+            await stand.until(lambda: "for openvino" in shown(stand)["reason"])
+            asking = asyncio.create_task(asked(stand, lambda: shown(stand)["chosen"] == "torchscript", {2.0, 3.0}))
+            may_make["openvino"].set()
+            await asking
+            await stand.until(lambda: "for aotinductor" in shown(stand)["reason"])
+            found = shown(stand)
+            assert (found["chosen"], found["state"]) == ("openvino", "making")
+            assert {each["backend"] for each in found["tried"]} == {"torchscript", "openvino"}
+            assert "1 ms for one item; torchscript: 2 ms for one item" in found["reason"]
+            assert await served(stand) == 3.0
+            asking = asyncio.create_task(asked(stand, lambda: shown(stand)["chosen"] == "openvino", {3.0, 5.0}))
+            may_make["aotinductor"].set()
+            await asking
+            found = await settled(stand)
+            assert (found["chosen"], found["reason"]) == (
+                "aotinductor", "0.5 ms for one item; openvino: 1 ms for one item"
+            )  # fmt: skip
+            assert await served(stand) == 5.0
+            assert surroundings.order == [
+                "openvino made", "openvino against torchscript", "exchanged", "openvino kept so far",
+                "aotinductor made", "aotinductor against openvino", "exchanged", "aotinductor kept",
+            ]  # fmt: skip
+            assert len(surroundings.makings) == 1
+            await choice.stop()
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("made", "tried", "reason"),
+    [
+        (Made("aotinductor", "fp32"), Tried("aotinductor", 0.97, 0.97), "aotinductor is not quicker"),
+        (Made("aotinductor", "fp32", error="no rule"), Tried("aotinductor"), "aotinductor is left out: no rule"),
+        (Made("aotinductor", "fp32", error="killed", lasts=False), Tried("aotinductor"), "left out: killed"),
+        (Made("aotinductor", "fp32"), Tried("aotinductor", refused=NO_TIME), NO_TIME),
+    ],
+    ids=["within noise", "not made", "crashed", "no time"],
+)
+def test_the_slow_one_has_to_beat_what_runs(
+    tmp_path: Path, surroundings: Surroundings, made: Made, tried: Tried, reason: str
+) -> None:
+    is_lasting = made.lasts and tried.refused != NO_TIME
+
+    async def test() -> None:
+        async with standing(tmp_path, Times(2.0)) as stand:
+            surroundings.made = [BOTH[0], made]
+            surroundings.tried = [Tried("openvino", 1.0, 1.0), tried]
+            surroundings.networks = {
+                "openvino": quick(stand, tmp_path, Times(3.0)), "aotinductor": quick(stand, tmp_path, Times(5.0)),
+            }  # fmt: skip
+            choice = choice_of(stand)
+            choice.start()
+            found = await settled(stand)
+            assert found["chosen"] == "openvino" and await served(stand) == 3.0
+            assert "torchscript: 2 ms" in found["reason"] and reason in found["reason"]
+            last = surroundings.kept[-1]
+            assert (last.backend, last.is_final) == ("openvino", is_lasting)
+            # What another start may find otherwise is tried again then.
+            assert ("aotinductor" in {each["backend"] for each in last.tried}) == is_lasting
+            await choice.stop()
+
+    run(test())
+
+
+def test_a_start_in_the_middle_continues_with_what_is_left(tmp_path: Path, surroundings: Surroundings) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Times(3.0)) as stand:
+            surroundings.made = BOTH
+            surroundings.tried = [Tried("openvino", 1.0, 1.0), Tried("aotinductor", 0.5, 0.5)]
+            surroundings.networks = {"aotinductor": another(stand, tmp_path, Times(5.0))}
+            stand.lane.network.torch_model = quick(stand, tmp_path, Times(3.0)).torch_model
+            tried = [asdict(Tried("torchscript", 2.0, 2.0)), asdict(surroundings.tried[0])]
+            stand.lane.network.findings["backend"] = backend_shown("openvino", "1 ms", tried, state="making")
+            choice = choice_of(stand)
+            choice.start()
+            found = await settled(stand)
+            assert found["chosen"] == "aotinductor" and await served(stand) == 5.0
+            assert [each["backend"] for each in found["tried"]] == ["torchscript", "openvino", "aotinductor"]
+            assert [each.backends for each in surroundings.makings] == [["aotinductor"]]
+            assert [(each.backend, each.is_final) for each in surroundings.kept] == [("aotinductor", True)]
+            await choice.stop()
+
+    run(test())
+
+
+# --- one that is named, and was not made in time ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", ["", "no rule for Spline"])
+def test_one_that_is_named_is_made_behind_the_requests(
+    tmp_path: Path, surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    def load_named(archive: Any, network: Network, made: Made, **_: Any) -> tuple[Network, Agreement]:
+        return surroundings.load(archive, network, made, Split()), Agreement(1e-6, 9)
+
+    monkeypatch.setattr(engine_choice, "load_named", load_named)
+
+    async def test() -> None:
+        async with standing(tmp_path, Times(2.0)) as stand:
+            surroundings.made = [Made("aotinductor", "fp32", error=error)]
+            surroundings.networks = {"aotinductor": another(stand, tmp_path, Times(5.0))}
+            surroundings.may_end.clear()
+            stand.lane.network.findings["backend"] = backend_shown("torchscript", "it takes long", state="making")
+            choice = choice_of(stand, backend="aotinductor")
+            choice.start()
+            await stand.until(lambda: shown(stand)["reason"] == "it takes long; compiling it")
+            assert (shown(stand)["chosen"], shown(stand)["state"]) == ("torchscript", "making")
+            assert await served(stand) == 2.0
+            surroundings.may_end.set()
+            found = await settled(stand)
+            if error:
+                assert found["reason"] == f"'backend: aotinductor' cannot be followed: {error}"
+            else:
+                assert (found["chosen"], found["reason"]) == ("aotinductor", "as 'backend: aotinductor' says")
+            assert await served(stand) == (2.0 if error else 5.0)
+            assert not surroundings.kept, "it is no choice"
             await choice.stop()
 
     run(test())
@@ -368,13 +548,14 @@ def test_what_goes_wrong_costs_no_answer(tmp_path: Path, surroundings: Surroundi
     ("kept", "chosen"),
     [
         ((None, None, ""), None),
-        ((Choice("torchscript", "none is quicker"), None, ""), "torchscript"),
+        ((Choice("torchscript", "openvino is not quicker"), None, ""), "torchscript"),
         ((Choice("openvino", "1 ms"), Made("openvino", "fp32"), ""), "openvino"),
+        ((Choice("openvino", "1 ms", is_final=False), Made("openvino", "fp32"), ""), "openvino"),
         ((Choice("openvino", "1 ms"), None, ""), None),
         ((Choice("openvino", "1 ms"), Made("openvino", "fp32", error="damaged"), ""), None),
         ((Choice("openvino", "1 ms"), Made("openvino", "fp32"), "other answers"), None),
     ],
-    ids=["none", "stays", "used", "files gone", "damaged", "differs"],
+    ids=["none", "stays", "used", "in the middle", "files gone", "damaged", "differs"],
 )
 def test_a_kept_choice_is_used_if_it_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, surroundings: Surroundings,
@@ -395,6 +576,8 @@ def test_a_kept_choice_is_used_if_it_can_be(
             found = kept_backend.on_kept_backend(archive, before, batch_size=1, split=Split())
             assert found is (other if chosen == "openvino" else before)
             assert found.findings.get("backend", {}).get("chosen") == chosen
+            if choice is not None and chosen is not None:
+                assert found.findings["backend"]["state"] == ("settled" if choice.is_final else "making")
             assert (before.torch_model is None) == (chosen == "openvino")
 
     run(test())

@@ -55,8 +55,11 @@ def making(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }  # fmt: skip
 
     class FakeMaking:
-        def __init__(self, archive: Any, backends: Sequence[str], precision: str, batch_size_max: int, *, nice: int):
-            assert (precision, batch_size_max, nice) == ("int8", 4, 0)
+        def __init__(
+            self, archive: Any, backends: Sequence[str], precision: str, batch_size_max: int, *, nice: int,
+            is_over: Callable[[], bool],
+        ):  # fmt: skip
+            assert (precision, batch_size_max, nice, is_over()) == ("int8", 4, 0, False)
             (self._backend,) = backends
             given["asked"].append(self._backend)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.handler_archives import ECHO, write_handler
+from tests.support.networks import Affine
 from tests.support.serving import Server
-from tests.support.serving_models import write_pictures
+from tests.support.serving_models import write_pictures, write_torchscript
 
 pytest_plugins = ["tests.support.serving_fixtures"]
 pytestmark = pytest.mark.server
@@ -76,3 +78,23 @@ def test_a_call_that_does_not_end_holds_up_the_end_of_its_model_for_no_longer_th
     # Its answer comes when the worker is gone; before, only unregister_model_timeout would have ended the wait.
     server.manage("DELETE", "/models/endless")
     assert not worker.is_running()
+
+
+def test_what_is_made_for_a_backend_ends_with_its_model(server: Server, tmp_path: Path) -> None:
+    note, compiler = tmp_path / "pid", tmp_path / "endless-compiler"
+    compiler.write_text(f"#!/bin/sh\necho $$ > {note}.partial; mv {note}.partial {note}; exec sleep 1000000\n")
+    compiler.chmod(0o755)
+    server.environment["CXX"] = str(compiler)
+    config = {"input": {"dtype": "float32", "shape": [16]}, "backend": "aotinductor", "startupTimeout": 1_000_000}
+    write_torchscript(server.store, Affine(), "named", config=config)
+    server.start()
+    registering = threading.Thread(
+        target=server.ask, args=("POST", "/models?url=named.mar&initial_workers=1&synchronous=true"),
+        kwargs={"port": "management"},
+    )  # fmt: skip
+    registering.start()
+    server.wait_for(note.exists, "a compiler that runs")
+    compiling = psutil.Process(int(note.read_text()))
+    server.manage("DELETE", "/models/named")  # which waits for the load, and that for what is being made
+    assert not compiling.is_running() or compiling.status() == psutil.STATUS_ZOMBIE  # nobody may have reaped it
+    registering.join()
