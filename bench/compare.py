@@ -53,7 +53,17 @@ from bench.sides import (
     versions_of,
 )
 from bench.verdict import Results, print_tables, save_plot
-from bench.workloads import RAW_TYPE, WORKLOADS, Workload, test_pictures
+from bench.workloads import (
+    BODIES,
+    HEADS,
+    JSON_TYPE,
+    RAW_TYPE,
+    SAME,
+    WORKLOADS,
+    Workload,
+    test_pictures,
+    varied_headers,
+)
 
 BENCH = Path(__file__).parent
 DEFAULT_PEERS = ("torchserve", "litserve", "mosec")
@@ -127,7 +137,7 @@ class Run:
                 try:
                     with side.start() as url:
                         for clients in self.clients(load):
-                            self.drive(load, side, url, clients)
+                            self.drive_all(load, side, url, clients)
                 except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                     # The other sides' figures are not worth less for it.
                     print(f"{load.name}: {side.label} could not be measured: {error}", file=sys.stderr)
@@ -148,9 +158,17 @@ class Run:
         """The numbers of clients to measure it with; all of its own if none of the wanted ones is among them."""
         return [each for each in load.clients if each in (self.options.clients or load.clients)] or list(load.clients)
 
-    def drive(self, load: Workload, side: Side, url: str, clients: int) -> None:
-        label = side.label
-        report = self.closed_loop(side, url, clients)
+    def drive_all(self, load: Workload, side: Side, url: str, clients: int) -> None:
+        """Also with requests that differ, of the model that costs nothing; only wrk sends as many as there must be."""
+        self.drive(load, side, url, clients)
+        if load.name == "nothing" and side.name.startswith(("pyserve", "bare echo")) and self.generator == "wrk":
+            for variant in (HEADS, BODIES):
+                self.drive(load, side, url, clients, variant)
+
+    def drive(self, load: Workload, side: Side, url: str, clients: int, variant: str = SAME) -> None:
+        label = side.label_of(variant)
+        bodies = load.varied_bodies(side.content_type == JSON_TYPE) if variant == BODIES else side.bodies
+        report = self.closed_loop(side, url, clients, bodies, varied_headers() if variant else None)
         if side.chosen:
             self.chosen[f"{load.name}, {label}"] = side.chosen
         row = self.results.setdefault(load.name, {}).setdefault(label, {}).setdefault(str(clients), {})
@@ -164,7 +182,10 @@ class Run:
             file=sys.stderr,
         )
 
-    def closed_loop(self, side: Side, url: str, clients: int) -> dict[str, Any]:
+    def closed_loop(
+        self, side: Side, url: str, clients: int, bodies: list[bytes] | None = None,
+        each: list[dict[str, str]] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """By wrk where it is installed and sends what the side wants, as a report of ``latency.py``."""
         warm_up_s = WARM_UP_S if side.chosen in ("", "torchscript") else BACKEND_WARM_UP_S
         if self.generator == "wrk":
@@ -172,8 +193,9 @@ class Run:
             if side.content_type:
                 headers["Content-Type"] = side.content_type
             return wrk.measure(
-                url, side.bodies, headers, clients=clients, duration_s=self.options.duration, warm_up_s=warm_up_s
-            )
+                url, bodies or side.bodies, headers, clients=clients, duration_s=self.options.duration,
+                warm_up_s=warm_up_s, each=each,
+            )  # fmt: skip
         flags = ("--concurrency", str(clients), "--warmup", f"{warm_up_s:g}s", *side.flags)
         return self.latency(url, side.content_type, side.bodies, *flags)
 
@@ -246,7 +268,7 @@ class Run:
         side = Side("bare echo", 0, echo, "", load.bodies)
         with side.start() as url:
             for clients in self.clients(load):
-                self.drive(load, side, url, clients)
+                self.drive_all(load, side, url, clients)
 
     def measure_direct(self, load: Workload, direct: DirectSides) -> None:
         """The same work in one process, by every engine at its best split of the threads."""

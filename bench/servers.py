@@ -38,13 +38,17 @@ class Server:
     Attributes:
         started_at: ``time.perf_counter()`` just before its command was run.
         pid: of that command; 0 if it is not ours.
+        grpc_port: of its inference over gRPC; 0 without.
     """
 
-    def __init__(self, inference_port: int, management_port: int, started_at: float, pid: int = 0):
+    def __init__(
+        self, inference_port: int, management_port: int, started_at: float, pid: int = 0, grpc_port: int = 0
+    ):  # fmt: skip
         self.inference_port = inference_port
         self.management_port = management_port
         self.started_at = started_at
         self.pid = pid
+        self.grpc_port = grpc_port
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.inference_port}{path}"
@@ -117,16 +121,18 @@ def python_path() -> str:
 
 @contextmanager
 def pyserve(
-    folder: Path, models: list[Path], *flags: str, cache: Path | None = None, variables: dict[str, str] | None = None
-) -> Iterator[Server]:
+    folder: Path, models: list[Path], *flags: str, cache: Path | None = None, variables: dict[str, str] | None = None,
+    with_grpc: bool = False,
+) -> Iterator[Server]:  # fmt: skip
     """pyserve with ``models`` and further ``variables`` in its environment; not waited for: ask it."""
-    inference, management, metrics = free_ports(3)
+    inference, management, metrics, grpc_a, grpc_b = free_ports(5)
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable, "-m", "pyserve", "start", "--foreground", "--pid-file", str(folder / "pid"),
         "--inference-address", f"http://127.0.0.1:{inference}", "--management-address",
         f"http://127.0.0.1:{management}", "--metrics-address", f"http://127.0.0.1:{metrics}",
-        "--grpc", "false", "--models", *map(str, models), *flags,
+        *(("--grpc-inference-port", str(grpc_a), "--grpc-management-port", str(grpc_b)) if with_grpc else ()),
+        "--grpc", "true" if with_grpc else "false", "--models", *map(str, models), *flags,
     ]  # fmt: skip
     environment = {
         **os.environ, "PYTHONPATH": python_path(), "PYSERVE_CACHE": str(cache or folder / "cache"),
@@ -136,7 +142,7 @@ def pyserve(
         started_at = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
     try:
-        yield Server(inference, management, started_at, process.pid)
+        yield Server(inference, management, started_at, process.pid, grpc_a if with_grpc else 0)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
@@ -163,7 +169,7 @@ def torchserve(folder: Path, bin_folder: Path, archive: Path) -> Iterator[Server
         started_at = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
-        yield Server(inference, management, started_at, process.pid)
+        yield Server(inference, management, started_at, process.pid, grpc_a)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:

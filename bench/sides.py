@@ -64,9 +64,12 @@ class Side:
 
     @property
     def label(self) -> str:
-        if not self.workers:
-            return self.name
-        return f"{self.name}, {self.workers} worker{'s' if self.workers > 1 else ''}"
+        return self.label_of("")
+
+    def label_of(self, variant: str) -> str:
+        """Of a ``variant`` of its requests, see `bench.workloads`."""
+        name = f"{self.name}, {variant}" if variant else self.name
+        return f"{name}, {self.workers} worker{'s' if self.workers > 1 else ''}" if self.workers else name
 
 
 def environment_of(root: Path, name: str, torch_requirement: str) -> Path:
@@ -156,9 +159,9 @@ def torchserve_side(
 ) -> Side:  # fmt: skip
     @contextmanager
     def start() -> Iterator[str]:
-        archive = _torchserve_archive(folder, bin_folder, load, workers, batch_size or load.batch_size)
+        archive = torchserve_archive_for(folder, bin_folder, load, workers, batch_size or load.batch_size)
         variables = settings_for(load, workers, cores)
-        with _with_environment(variables), torchserve(folder / "torchserve", bin_folder, archive) as server:
+        with with_environment(variables), torchserve(folder / "torchserve", bin_folder, archive) as server:
             server.first_answer_s(load.name, load.bodies[0])
             yield server.url(f"/predictions/{load.name}")
 
@@ -217,7 +220,8 @@ def settings_for(load: Workload, workers: int, cores: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _torchserve_archive(folder: Path, bin_folder: Path, load: Workload, workers: int, batch_size: int) -> Path:
+def torchserve_archive_for(folder: Path, bin_folder: Path, load: Workload, workers: int, batch_size: int) -> Path:
+    """The workload as an archive for TorchServe."""
     config = folder / "torchserve.yaml"
     config.write_text(
         f"minWorkers: {workers}\nmaxWorkers: {workers}\nbatchSize: {batch_size}\nmaxBatchDelay: {DELAY_MS}\n"
@@ -235,7 +239,8 @@ def _torchserve_archive(folder: Path, bin_folder: Path, load: Workload, workers:
 
 
 @contextmanager
-def _with_environment(variables: dict[str, str]) -> Iterator[None]:
+def with_environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets them in this process's environment, whose children inherit it."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

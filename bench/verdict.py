@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.direct_sides import CALLED
+from bench.workloads import BODIES, HEADS
 
 # What the labels of peers begin with.
 PEER_LABELS = ("mosec", "LitServe", "TorchServe", "PyTriton", "Ray Serve", "BentoML", "MLServer")
@@ -84,10 +85,19 @@ AIMS: list[Aim] = [
      lambda r: best(r, "nothing", "pyserve", "64") / best(r, "nothing", "TorchServe", "64")),
     ("nothing, raw, 64 clients: of TorchServe, batch size 1", 40,
      lambda r: best(r, "nothing", "pyserve", "64") / best(r, "nothing", "TorchServe, batch size 1", "64")),
-    ("nothing, raw, 64 clients: of the bare echo", 0.40,
+    ("nothing, raw, 64 clients: of the bare echo", 0.50,
      lambda r: best(r, "nothing", "pyserve", "64") / median(r, "nothing", "bare echo", "64")),
-    ("nothing, raw, 1 client: 0.25 ms / p50", 1.0,
-     lambda r: 0.25 / median(r, "nothing", "pyserve, 1 worker", "1", "p50_ms")),
+    *[
+        (f"nothing, raw, {variant}, 64 clients: of the same with one head", 0.85,
+         lambda r, variant=variant:
+         best(r, "nothing", f"pyserve, {variant}", "64") / best(r, "nothing", "pyserve", "64"))
+        for variant in (HEADS, BODIES)
+    ],
+    ("nothing, JSON, 64 clients: of the bare echo", 0.25,
+     lambda r: best(r, "nothing", "pyserve, JSON", "64") / median(r, "nothing", "bare echo", "64")),
+    ("nothing, raw, 1 client: 2 x p50 of the bare echo / p50", 1.0,
+     lambda r: 2 * median(r, "nothing", "bare echo", "1", "p50_ms")
+     / median(r, "nothing", "pyserve, 1 worker", "1", "p50_ms")),
     ("resnet18, fp32: of the best peer", 1.15,
      lambda r: best(r, "resnet18", "pyserve", "8") / best_peer(r, "resnet18", "8")),
     ("resnet18, bf16: of our fp32", 1.7,
@@ -158,7 +168,8 @@ def print_tables(told: dict[str, Any], results: Results) -> None:
     cpu, versions = told["machine"]["cpu"], told["machine"]["versions"]
     print(
         f"\n{cpu}, {told['machine']['cores']} cores, load before {told['load_average_before'][0]:.1f}; "
-        f"{told['rounds']} rounds of {told['duration_s']:g} s; {versions}; peers: {told['peers']}"
+        f"{told['rounds']} rounds of {told['duration_s']:g} s; load by {told.get('generator', 'latency.py')}; "
+        f"{versions}; peers: {told['peers']}"
     )
     for what, backend in told.get("chosen", {}).items():
         print(f"- {what}: {backend}")

@@ -32,6 +32,28 @@ BERT_BODIES = 32  # every length is met in the warm-up of each engine and split
 BINARY_HEAD_SIZE = 192  # more than the JSON of any binary request here
 
 
+# How the requests of one connection differ from one another. A load generator's own are all the same.
+SAME, HEADS, BODIES = "", "varied heads", "varied heads and bodies"
+VARIED_COUNT = 4096
+
+
+def varied_headers(count: int = VARIED_COUNT, seed: int = 0) -> list[dict[str, str]]:
+    """What real clients send anew each time: a request's id, its trace, cookies of any length."""
+    chance = random.Random(seed)
+
+    def text(size: int) -> str:
+        return f"{chance.getrandbits(4 * size):0{size}x}"
+
+    return [
+        {
+            "X-Request-Id": f"{text(8)}-{text(4)}-{text(4)}-{text(4)}-{text(12)}",
+            "Traceparent": f"00-{text(32)}-{text(16)}-01",
+            "Cookie": f"session={text(chance.randrange(16, 64))}; seen={text(chance.randrange(8, 128))}",
+        }
+        for _ in range(count)
+    ]
+
+
 @dataclass
 class Workload:
     """One model and how it is asked.
@@ -75,6 +97,14 @@ class Workload:
                 exported = torch.export.export(self.network.eval(), (self.example,), dynamic_shapes=(sizes,))
             torch.export.save(exported, str(file))
         return file
+
+    def varied_bodies(self, as_json: bool, count: int = VARIED_COUNT, seed: int = 0) -> list[bytes]:
+        """Floats at random, as many as in a body; as JSON they are of different sizes, too."""
+        chance, size = random.Random(seed), len(self.bodies[0]) // 4
+        rows = torch.tensor([[chance.uniform(-1, 1) for _ in range(size)] for _ in range(count)])
+        if as_json:
+            return [json.dumps([round(each, chance.randrange(1, 7)) for each in row]).encode() for row in rows.tolist()]
+        return [row.numpy().tobytes() for row in rows]
 
     def numbers(self) -> list[list[float]]:
         """The same inputs as lists."""

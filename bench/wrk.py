@@ -11,26 +11,24 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-# Posts the files of `bodies` in turn, and writes what was measured as JSON at the end. Its arguments: where to, a file
-# with a header "name: value" a line, and the bodies' files.
+# Sends requests in turn that were made beforehand, and writes what was measured as JSON at the end. Its arguments:
+# where to, and a file with the requests, each behind a line with its size.
 SCRIPT = r"""
 local requests, number = {}, 0
 function init(arguments)
   out = arguments[1]
-  local headers = {}
-  for line in io.lines(arguments[2]) do
-    local name, value = line:match("^([^:]+): *(.*)$")
-    headers[name] = value
+  local file = assert(io.open(arguments[2], "rb"))
+  while true do
+    local size = file:read("*n", 1)
+    if not size then break end
+    requests[#requests + 1] = file:read(size)
   end
-  for index = 3, #arguments do
-    local file = assert(io.open(arguments[index], "rb"))
-    requests[#requests + 1] = wrk.format("POST", nil, headers, file:read("*a"))
-    file:close()
-  end
+  file:close()
 end
 function request()
   number = number + 1
@@ -58,9 +56,19 @@ def is_installed() -> bool:
 
 
 def measure(
-    url: str, bodies: list[bytes], headers: dict[str, str], *, clients: int, duration_s: float, warm_up_s: float
+    url: str,
+    bodies: list[bytes],
+    headers: dict[str, str],
+    *,
+    clients: int,
+    duration_s: float,
+    warm_up_s: float,
+    each: list[dict[str, str]] | None = None,
 ) -> dict[str, Any]:
     """One closed loop of ``clients`` connections in one thread.
+
+    Args:
+        each: further headers, in turn; as many requests are made as there are of these or of bodies.
 
     Returns:
         The keys ``rates.requests_per_s``, ``latency_ms`` and ``requests.failed`` of a report of ``bench/latency.py``.
@@ -70,28 +78,35 @@ def measure(
     """
     with tempfile.TemporaryDirectory(prefix="pyserve-wrk-") as name:
         folder = Path(name)
-        script, out, head = folder / "post.lua", folder / "out.json", folder / "headers"
+        script, out, requests = folder / "post.lua", folder / "out.json", folder / "requests"
         script.write_text(SCRIPT)
-        # A host with the port, as every other client sends it.
-        head.write_text(
-            "".join(f"{key}: {value}\n" for key, value in {"Host": urlsplit(url).netloc, **headers}.items())
-        )
-        files = []
-        for number, body in enumerate(bodies):
-            path = folder / f"body-{number}"
-            path.write_bytes(body)
-            files.append(str(path))
+        with requests.open("wb") as file:
+            for request in requests_of(url, bodies, headers, each or [{}]):
+                file.write(b"%d\n" % len(request))
+                file.write(request)
         for seconds in (warm_up_s, duration_s):
             if seconds <= 0:
                 continue
             done = subprocess.run(
                 ["wrk", "--threads", "1", "--connections", str(clients), "--duration", f"{max(1, round(seconds))}s",
-                 "--timeout", "60s", "--latency", "--script", str(script), url, "--", str(out), str(head), *files],
+                 "--timeout", "60s", "--latency", "--script", str(script), url, "--", str(out), str(requests)],
                 capture_output=True, text=True, check=False, timeout=seconds + 300,
             )  # fmt: skip
             if done.returncode or not out.exists():
                 raise RuntimeError(f"wrk ended with {done.returncode}: {(done.stdout + done.stderr).strip()[-500:]}")
         return report_of(json.loads(out.read_text()))
+
+
+def requests_of(url: str, bodies: list[bytes], headers: dict[str, str], each: list[dict[str, str]]) -> Iterator[bytes]:
+    """Whole requests, as many as there are ``bodies`` or ``each``."""
+    parts = urlsplit(url)
+    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    for number in range(max(len(bodies), len(each))):
+        body = bodies[number % len(bodies)]
+        # A host with the port, as every other client sends it.
+        pairs = {"Host": parts.netloc, **headers, **each[number % len(each)], "Content-Length": str(len(body))}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in pairs.items())
+        yield f"POST {target} HTTP/1.1\r\n{lines}\r\n".encode() + body
 
 
 def report_of(told: dict[str, Any]) -> dict[str, Any]:

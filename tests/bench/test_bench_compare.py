@@ -27,10 +27,11 @@ RESULTS: verdict.Results = {
     "nothing": {
         "pyserve, 1 worker": {"64": {"rate": [10.0, 30.0, 20.0]}, "1": {"rate": [1.0], "p50_ms": [0.5]}},
         "pyserve, 2 workers": {"64": {"rate": [25.0]}},
+        "pyserve, varied heads, 1 worker": {"64": {"rate": [22.5]}},
         "pyserve, JSON, 1 worker": {"64": {"rate": [99.0]}},
         "mosec, 1 worker": {"64": {"rate": [10.0]}},
         "TorchServe, 2 workers": {"64": {"rate": [0.5]}},
-        "bare echo": {"64": {"rate": [100.0]}},
+        "bare echo": {"64": {"rate": [100.0]}, "1": {"p50_ms": [0.1]}},
     },
     "nothing, open loop": {"80% of the peak": {"open": {"rate": [7.0]}}},
 }
@@ -125,8 +126,10 @@ def test_aims_say_what_was_reached_and_leave_out_what_was_not_measured(capsys: p
     assert lines == [
         "| nothing, raw, 64 clients: of mosec | 1.5 | 2.50 | reached |",
         "| nothing, raw, 64 clients: of TorchServe, batching on | 40 | 50.00 | reached |",
-        "| nothing, raw, 64 clients: of the bare echo | 0.4 | 0.25 | missed |",
-        "| nothing, raw, 1 client: 0.25 ms / p50 | 1 | 0.50 | missed |",
+        "| nothing, raw, 64 clients: of the bare echo | 0.5 | 0.25 | missed |",
+        "| nothing, raw, varied heads, 64 clients: of the same with one head | 0.85 | 0.90 | reached |",
+        "| nothing, JSON, 64 clients: of the bare echo | 0.25 | 0.99 | reached |",
+        "| nothing, raw, 1 client: 2 x p50 of the bare echo / p50 | 1 | 0.40 | missed |",
     ]
 
 

@@ -21,7 +21,9 @@ from bench.engines import ENGINES, EngineError, Source, difference
 from bench.servers import Server
 from bench.sides import Side
 from bench.verdict import AIMS
+from bench.workloads import Workload, varied_headers
 from pyserve.context import Context
+from tests.support.http1_wire import Wire
 
 
 class Small(nn.Module):
@@ -275,6 +277,27 @@ def test_wrk_reports_as_the_other_generator_does() -> None:
         "rates": {"requests_per_s": 450.0}, "latency_ms": {"p50": 0.25, "p99": 0.9, "p99.9": 1.0},
         "requests": {"ok": 900, "failed": 103},
     }  # fmt: skip
+
+
+def test_varied_requests_differ_in_every_head_and_hold_what_they_say() -> None:
+    load = Workload("nothing", "floats", Path("x"), [bytes(64)], (1,), 1)
+    for as_json in (False, True):
+        bodies = load.varied_bodies(as_json, count=50)
+        made = list(wrk.requests_of("http://h:1/a?b", bodies, {"X": "y"}, varied_headers(50)))
+        wires = [Wire().send(each) for each in made]
+        requests = [wire.exchanges[0].request for wire in wires]
+        assert all(len(wire.exchanges) == 1 and wire.statuses == [200] for wire in wires)
+        assert {(r.method, r.path, r.query, r.header("host"), r.header("x")) for r in requests} == {
+            ("POST", "/a", "b", "h:1", "y")
+        }
+        for name in ("x-request-id", "traceparent", "cookie"):
+            assert len({r.header(name) for r in requests}) == 50
+        assert [r.id for r in requests] == [r.header("x-request-id") for r in requests]
+        assert len({len(r.header("cookie")) for r in requests}) > 10
+        assert [bytes(r.body) for r in requests] == bodies and len(set(bodies)) == 50
+        assert (len({r.header("content-length") for r in requests}) > 1) == as_json
+    heads = wrk.requests_of("http://h:1", [b"x"], {}, varied_headers(3))
+    assert [each.partition(b"\r\n\r\n")[2] for each in heads] == [b"x"] * 3
 
 
 @pytest.mark.server
