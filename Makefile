@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 STORE := model-store
 JOBS ?= $(shell expr $$(nproc) + 1)
 EXAMPLE_FLAGS := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(LABELS),--labels $(LABELS))
-CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/*.h tests/native/*.cpp tests/fuzz/*.cpp tests/sanitize/*.cpp \
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/http/*.h csrc/http/*.cpp tests/native/*.h tests/native/*.cpp tests/fuzz/*.cpp tests/sanitize/*.cpp \
   tests/simdev/*.h tests/simdev/*.cpp)
 FUZZ_SECONDS ?= 60
 
@@ -38,7 +38,7 @@ $(VENV)/.torch: $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/* csrc/http/*)
 	@echo "building the native engine (a minute or two)"
 	@$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,docs,test,bench]" > $(VENV)/build.log 2>&1 \
 	  || { tail -40 $(VENV)/build.log; exit 1; }
@@ -123,4 +123,4 @@ correctness: build ## serve the models of tests/zoo in every way, and write docs
 	$(BIN)/python -m tests.zoo.correctness
 
 clean: ## remove what was built, but not .venv
-	rm -rf build dist site bench/out pyserve/_core*.so pyserve/_build_info.py $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site bench/out pyserve/_core*.so pyserve/_http*.so pyserve/_build_info.py $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache

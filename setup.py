@@ -1,8 +1,10 @@
-"""Builds the one extension, pyserve._core, from csrc/ against the installed torch. Metadata is in pyproject.toml.
+"""Builds the extensions; metadata is in pyproject.toml.
 
-``PYSERVE_CXXFLAGS`` is added to the compiler's flags. ``PYSERVE_SANITIZE=address,undefined`` compiles for those
-sanitizers; the extension then holds faults to be found as well (tests/sanitize/planted.cpp), and is only loaded by a
-Python with their libraries preloaded. Give it a folder of its own, as tests/sanitize/run.py does.
+pyserve._core is made from csrc/ against the installed torch, pyserve._http from csrc/http/ without it.
+
+``PYSERVE_CXXFLAGS`` is added to the compiler's flags for the former. ``PYSERVE_SANITIZE=address,undefined`` compiles
+for those sanitizers; pyserve._core then holds faults to be found as well (tests/sanitize/planted.cpp), and both are
+only loaded by a Python with their libraries preloaded. Give it a folder of its own, as tests/sanitize/run.py does.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import os
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
 
@@ -70,6 +72,10 @@ def speed_or_sanitizers() -> list[str]:
 
 
 CUDA_INCLUDE_DIRS = cuda_include_dirs()
+COMPILE_ARGS = [
+    "-std=c++20", *speed_or_sanitizers(), "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter",
+]  # fmt: skip
+LINK_ARGS = [f"-fsanitize={SANITIZERS}"] if SANITIZERS else []
 
 
 class BuildPy(build_py):
@@ -92,17 +98,17 @@ setup(
             include_dirs=[str(ROOT / "csrc"), *CUDA_INCLUDE_DIRS],
             libraries=["c10_cuda", "torch_cuda"] if CUDA_INCLUDE_DIRS else [],
             define_macros=[("PYSERVE_TORCH_VERSION", f'"{torch.__version__}"')],
-            extra_compile_args=[
-                "-std=c++20",
-                *speed_or_sanitizers(),
-                "-fvisibility=hidden",
-                "-Wall",
-                "-Wextra",
-                "-Wno-unused-parameter",
-                *os.environ.get("PYSERVE_CXXFLAGS", "").split(),
-            ],
-            extra_link_args=[f"-fsanitize={SANITIZERS}"] if SANITIZERS else [],
-        )
+            extra_compile_args=[*COMPILE_ARGS, *os.environ.get("PYSERVE_CXXFLAGS", "").split()],
+            extra_link_args=LINK_ARGS,
+        ),
+        Extension(
+            "pyserve._http",
+            sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "http").glob("*.cpp")),
+            include_dirs=[str(ROOT / "csrc")],
+            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "http").glob("*.h")),
+            extra_compile_args=COMPILE_ARGS,
+            extra_link_args=LINK_ARGS,
+        ),
     ],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
 )

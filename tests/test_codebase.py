@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CSRC = sorted((ROOT / "csrc").iterdir())
+CSRC = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
 HANDLERS = sorted((ROOT / "handlers").glob("*.py"))
 # What `import ts` finds in a worker process. Its file names are TorchServe's.
 COMPAT = sorted((ROOT / "pyserve" / "compat").rglob("*.py"))
@@ -65,7 +65,7 @@ PLAIN_CPP = [
     "status.h", "clock.h", "probe.h", "ring.h", "waiter.h", "request.h", "completion.h", "batcher.h", "stats.h",
     "pool.h", "release_reason.h", "result.h", "frame.h", "poller.h", "memory_file.h", "process_worker.h",
     "process_worker.cpp", "process_worker_end.cpp", "reruns.h", "process_lane.h", "process_lane.cpp",
-    "worker_channel.h", "worker_channel.cpp", "buckets.h", "batch_report.h",
+    "worker_channel.h", "worker_channel.cpp", "buckets.h", "batch_report.h", "http/head.h",
 ]  # fmt: skip
 
 

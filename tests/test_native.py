@@ -77,6 +77,6 @@ def test_there_is_a_program_for_each_part() -> None:
     parts = {
         "ring", "waiter", "completion", "batcher", "batcher_threads", "stall", "simulation", "schedule", "stats",
         "frame", "process_lane", "process_memory", "hostile_peer", "watchdog", "frame_corpus",
-        "rerun", "crew", "buckets", "pace",
+        "rerun", "crew", "buckets", "pace", "head",
     }  # fmt: skip
     assert {program.removesuffix("_test") for program in PROGRAMS} == parts

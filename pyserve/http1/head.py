@@ -1,4 +1,8 @@
-"""Request head: the bytes up to and with the blank line -> ``RequestHead``.
+"""Request head: the bytes up to and with the blank line -> ``Head``.
+
+Plain heads, which ordinary clients send, are read by csrc/http/head.h, where nothing of them is copied before somebody
+asks. It leaves to the code below whatever it is not sure of, and all errors; a head that both can read is the same to
+both (tests/http1/test_http1_heads.py).
 
 httptools splits the head into headers and refuses what breaks the grammar of RFC 9112; it sees exactly one head and is
 then thrown away, so nothing carries over from one request to the next (its trailers and its keep-alive flag would).
@@ -9,6 +13,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import httptools
@@ -24,7 +30,14 @@ from pyserve.http1.errors import (
 )
 from pyserve.http1.limits import Http1Limits
 from pyserve.request.ids import REQUEST_ID
-from pyserve.request.messages import TIMING_HEADERS, Headers, join_headers, lower_names
+from pyserve.request.messages import TIMING_HEADERS, HeaderList, Headers
+
+try:
+    from pyserve._http import read_plain
+except ImportError:  # in a checkout whose extensions were built before there was this one
+    read_plain = None  # type: ignore[assignment]
+if TYPE_CHECKING:
+    from pyserve import _http
 
 _CACHE_COUNT_MAX = 1024
 _CACHED_SIZE_MAX = 256
@@ -73,14 +86,13 @@ _targets: dict[bytes, tuple[str, str, str]] = {}
 _hosts: set[bytes] = set()
 
 
-class RequestHead:
-    """One checked request head.
+class RequestHead(HeaderList):
+    """One checked request head. ``headers`` are without names with underscores, ``Transfer-Encoding`` and ``Expect``.
 
     Attributes:
         method: mostly one of ``METHODS``; any token but CONNECT and TRACE.
         path: percent-decoded once; ``"*"`` for ``OPTIONS *``.
         query: raw, without ``?``.
-        headers: as the client spelled them; without names with underscores, ``Transfer-Encoding`` and ``Expect``.
         is_http11: HTTP/1.1, else 1.0.
         keep_alive: whether the client wants the connection kept.
         length: announced body size in bytes; 0 if none.
@@ -89,20 +101,18 @@ class RequestHead:
         id: the client's ``x-request-id`` if it is a valid one, else ``""``.
         has_timing: whether one of TIMING_HEADERS is among the headers.
         is_simple: neither chunked, nor with ``Expect``.
-        text: ``headers`` joined, see `messages.join_headers`.
-        lower: ``headers`` by name, see `messages.lower_names`.
     """
 
     __slots__ = (
-        "chunked", "expect", "has_timing", "headers", "id", "is_http11", "is_simple", "keep_alive",
-        "length", "lower", "method", "path", "query", "text",
+        "chunked", "expect", "has_timing", "id", "is_http11", "is_simple", "keep_alive", "length", "method", "path",
+        "query",
     )  # fmt: skip
 
     def __init__(self, method: str, path: str, query: str, headers: Headers, is_http11: bool):
+        super().__init__(headers)
         self.method = method
         self.path = path
         self.query = query
-        self.headers = headers
         self.is_http11 = is_http11
         self.keep_alive = is_http11
         self.length = 0
@@ -111,8 +121,9 @@ class RequestHead:
         self.id = ""
         self.has_timing = False
         self.is_simple = True
-        self.text = ""
-        self.lower: dict[str, str] = {}
+
+
+Head: TypeAlias = "RequestHead | _http.Head"
 
 
 class _Fields:
@@ -163,21 +174,30 @@ def check_head_start(data: bytes | bytearray, known: int = 0) -> None:
 class HeadReader:
     """Reads the heads of one listener. Loop thread only.
 
-    A client on a kept connection repeats its head byte for byte; what was read once is not read again.
+    Args:
+        read_plain: reads plain heads; None has all of them read here.
     """
 
-    def __init__(self, limits: Http1Limits, *, takes_ids: bool = True):
+    def __init__(
+        self, limits: Http1Limits, *, takes_ids: bool = True,
+        read_plain: Callable[[bytes, int, bool], _http.Head | None] | None = read_plain,
+    ):  # fmt: skip
         self._limits = limits
         self._takes_ids = takes_ids
-        self._known: dict[bytes, RequestHead] = {}
+        self._read_plain = read_plain
+        self._known: dict[bytes, RequestHead] = {}  # others: a client on a kept connection may repeat its head
 
-    def read(self, data: bytes) -> RequestHead:
+    def read(self, data: bytes) -> Head:
         """Reads one whole head, ``data`` ending with its blank line. Heads are shared: do not change one.
 
         Raises:
             InvalidHttpError, MethodNotAllowedError, UnknownCodingError, VersionError, HeadTooLargeError: the request
                 cannot be read on safely; the connection must end.
         """
+        if self._read_plain is not None:
+            plain = self._read_plain(data, self._limits.header_count_max, self._takes_ids)
+            if plain is not None:
+                return plain
         head = self._known.get(data)
         if head is None:
             try:
@@ -228,8 +248,6 @@ def _read_head(data: bytes) -> RequestHead:
     if authority:  # it stands above the Host header (RFC 9112, 3.2.2)
         head.headers = [(name, authority if name.lower() == "host" else value) for name, value in head.headers]
     head.is_simple = not (head.chunked or head.expect)
-    head.text = join_headers(head.headers)
-    head.lower = lower_names(head.headers)
     return head
 
 

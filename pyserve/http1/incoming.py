@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pyserve.errors import OverloadedError, ServeError
 from pyserve.http1.body import FIRST_SIZE_MIN, ChunkedBody, SizedBody
 from pyserve.http1.errors import BodyTooLargeError, ExpectationError
-from pyserve.http1.head import RequestHead, asked_path
+from pyserve.http1.head import Head, asked_path
 from pyserve.http1.limits import Http1Limits
 from pyserve.request.body_budget import Account, body_budget_error
 from pyserve.request.ids import new_id
@@ -39,9 +39,7 @@ class Incoming:
         "reserved", "wire_size",
     )  # fmt: skip
 
-    def __init__(
-        self, head: RequestHead, head_size: int, limits: Http1Limits, account: Account, clock: Callable[[], float]
-    ):
+    def __init__(self, head: Head, head_size: int, limits: Http1Limits, account: Account, clock: Callable[[], float]):
         """Decides on the head alone whether the body is wanted.
 
         Args:
@@ -184,7 +182,7 @@ def _memory_error() -> OverloadedError:
     )
 
 
-def unread_request(head: RequestHead | None, client: str, begin: bytes = b"") -> Request:
+def unread_request(head: Head | None, client: str, begin: bytes = b"") -> Request:
     """A request that is answered though its body was not read; one without a method if its head was not, either.
 
     Args:
@@ -192,5 +190,4 @@ def unread_request(head: RequestHead | None, client: str, begin: bytes = b"") ->
     """
     if head is None:
         return Request("", asked_path(begin), client=client, id=new_id())
-    return Request(head.method, head.path, query=head.query, headers=head.headers, client=client,
-                   id=head.id or new_id())  # fmt: skip
+    return Request(head.method, head.path, query=head.query, fields=head, client=client, id=head.id or new_id())

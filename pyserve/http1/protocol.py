@@ -23,7 +23,7 @@ from pyserve.http1.answer import INTERNAL_ERROR, JOINED_SIZE_MAX
 from pyserve.http1.connections import Connections
 from pyserve.http1.direct import DIRECT_SIZE_MIN, DirectBody
 from pyserve.http1.errors import BodyTooLargeError, InvalidHttpError, SlowClientError
-from pyserve.http1.head import RequestHead, check_head_size, check_head_start
+from pyserve.http1.head import Head, check_head_size, check_head_start
 from pyserve.http1.incoming import Incoming, unread_request
 from pyserve.http1.limits import Http1Limits
 from pyserve.http1.output import Output
@@ -78,7 +78,7 @@ class Http1Protocol(asyncio.Protocol):
         # per request
         self._partial = bytearray()  # of a head
         self._blank_size = 0  # of empty lines before it
-        self._head: RequestHead | None = None  # of a request whose body is being read
+        self._head: Head | None = None  # of a request whose body is being read
         self._incoming: Incoming | None = None  # of a body
         self._account: Account | None = None  # of the client's address, once a body has not come with its head
 
@@ -254,7 +254,7 @@ class Http1Protocol(asyncio.Protocol):
         if self._blank_size > self._limits.line_size_max:
             raise InvalidHttpError("too many empty lines before the request")
 
-    def _on_head(self, head: RequestHead, size: int) -> None:
+    def _on_head(self, head: Head, size: int) -> None:
         self._blank_size = 0
         self._phase = _BODY
         self._head = head
@@ -279,12 +279,11 @@ class Http1Protocol(asyncio.Protocol):
         self._complete(incoming.head, incoming.body.content, incoming.wire_size, incoming.reserved, incoming)
 
     def _complete(
-        self, head: RequestHead, content: bytearray, wire_size: int, reserved: int, incoming: Incoming | None = None
+        self, head: Head, content: bytearray, wire_size: int, reserved: int, incoming: Incoming | None = None
     ) -> None:
         request = Request(
-            head.method, head.path, query=head.query, headers=head.headers, body=content, client=self._client,
-            id=head.id or new_id(), arrived_at=self._connections.clock(), header_text=head.text,
-            has_timing=head.has_timing, lower=head.lower,
+            head.method, head.path, query=head.query, fields=head, body=content, client=self._client,
+            id=head.id or new_id(), arrived_at=self._connections.clock(), has_timing=head.has_timing,
         )  # fmt: skip
         if head.chunked:
             request.add_headers(ExtraHeaders(("content-length", str(len(content)))))  # as TorchServe's handlers have it

@@ -39,7 +39,7 @@ class RawRows:
     def __init__(self, handler: RawHandler):
         self.item_size = handler.raw_item_size
         self._handler = handler
-        self._known: dict[str, bool] = {}  # by the head of the request
+        self._known: dict[tuple[str, str], bool] = {}  # by content type and accepted types
         self._headers: dict[tuple[torch.dtype, torch.Size], SharedHeaders] = {}
 
     @classmethod
@@ -53,14 +53,14 @@ class RawRows:
         """Whether ``request`` is one of them."""
         if len(request.body) != self.item_size:
             return False
-        text = request.client_text
-        known = self._known.get(text)
+        types = request.header("content-type"), request.header("accept")
+        known = self._known.get(types)
         if known is None:
-            known = self._handler.takes_raw(request.header("content-type"), request.header("accept"))
-            if len(text) <= _KNOWN_SIZE_MAX:
+            known = self._handler.takes_raw(*types)
+            if len(types[0]) + len(types[1]) <= _KNOWN_SIZE_MAX:
                 if len(self._known) >= _KNOWN_MAX:
                     self._known.clear()
-                self._known[text] = known
+                self._known[types] = known
         # What begins and ends like a JSON list is looked at before it is taken for numbers.
         return known and not (request.body[0] == _OPENING and request.body[-1] == _CLOSING)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote_plus
 
 from pyserve.errors import JsonObject, ServeError
@@ -29,6 +29,43 @@ def lower_names(headers: Headers) -> dict[str, str]:
     return {name.lower(): value for name, value in headers}
 
 
+class HeaderFields(Protocol):
+    """The headers of one request, read when somebody asks. Not to be changed."""
+
+    @property
+    def headers(self) -> Headers:
+        """Name/value pairs in order, names in the client's own spelling, decoded as latin-1."""
+
+    @property
+    def text(self) -> str:
+        """``headers`` joined, see `join_headers`."""
+
+    def find(self, name: str, /) -> str | None:
+        """Value of the last header called ``name``, which is in lower case; None if there is none."""
+
+
+class HeaderList:
+    """Headers that are there as pairs already."""
+
+    __slots__ = ("_lower", "_text", "headers")
+
+    def __init__(self, headers: Headers):
+        self.headers = headers
+        self._text: str | None = None
+        self._lower: dict[str, str] | None = None
+
+    @property
+    def text(self) -> str:
+        if self._text is None:
+            self._text = join_headers(self.headers)
+        return self._text
+
+    def find(self, name: str, /) -> str | None:
+        if self._lower is None:
+            self._lower = lower_names(self.headers)
+        return self._lower.get(name)
+
+
 class ExtraHeaders:
     """Headers that the server adds to a request, made once for many."""
 
@@ -47,8 +84,6 @@ class Request:
         method: upper-case token, e.g. ``"POST"``.
         path: percent-decoded path, e.g. ``"/predictions/digits"``.
         query: raw query string without ``?``; ``""`` if none.
-        client_text: the client's own headers, as names and values in turn, joined by newlines. Requests with the same
-            head share it.
         body: the whole body, dechunked. A ``bytearray`` owned by this request.
         client: ``"127.0.0.1:43090"``, or ``"unix"``.
         id: the client's ``x-request-id`` if it is a valid one, else a fresh UUID4.
@@ -61,8 +96,8 @@ class Request:
     is_http = True
 
     __slots__ = (
-        "_extra", "_headers", "_lower", "_params", "arrived_at", "body", "client", "client_text", "deadline",
-        "has_timing", "id", "method", "path", "query",
+        "_extra", "_fields", "_params", "arrived_at", "body", "client", "deadline", "has_timing", "id", "method",
+        "path", "query",
     )  # fmt: skip
 
     def __init__(
@@ -76,25 +111,23 @@ class Request:
         client: str = "",
         id: str = "",
         arrived_at: int = 0,
-        header_text: str | None = None,
         has_timing: bool | None = None,
-        lower: dict[str, str] | None = None,
+        fields: HeaderFields | None = None,
     ):
+        """``fields`` are in place of ``headers``."""
         self.method = method
         self.path = path
         self.query = query
-        self._headers: Headers = headers if headers is not None else []
+        self._fields: HeaderFields = fields if fields is not None else HeaderList(headers or [])
         self._extra: ExtraHeaders | None = None
-        self.client_text = header_text if header_text is not None else join_headers(self._headers)
         self.body = body if body is not None else bytearray()
         self.client = client
         self.id = id
         self.arrived_at = arrived_at
         if has_timing is None:
-            has_timing = any(name.lower() in TIMING_HEADERS for name, _ in self._headers)
+            has_timing = any(name.lower() in TIMING_HEADERS for name, _ in self._fields.headers)
         self.has_timing = has_timing
         self.deadline = 0
-        self._lower = lower
         self._params: list[tuple[str, str]] | None = None
 
     @property
@@ -110,30 +143,29 @@ class Request:
     @property
     def headers(self) -> Headers:
         """Name/value pairs in order, names in the client's own spelling, decoded as latin-1. Not to be changed."""
-        return self._headers if self._extra is None else self._headers + self._extra.pairs
+        headers = self._fields.headers
+        return headers if self._extra is None else headers + self._extra.pairs
 
     @property
     def header_text(self) -> str:
         """The same, as names and values in turn, joined by newlines."""
+        text = self._fields.text
         if self._extra is None:
-            return self.client_text
-        return f"{self.client_text}\n{self._extra.text}" if self.client_text else self._extra.text
+            return text
+        return f"{text}\n{self._extra.text}" if text else self._extra.text
 
     def replace_headers(self, names: Sequence[str], pairs: Headers) -> None:
         """Puts ``pairs`` in the place of the headers called ``names``, which are in lower case."""
-        self._headers = [pair for pair in self.headers if pair[0].lower() not in names] + pairs
+        self._fields = HeaderList([pair for pair in self.headers if pair[0].lower() not in names] + pairs)
         self._extra = None
-        self.client_text = join_headers(self._headers)
-        self._lower = None
 
     def header(self, name: str, default: str = "") -> str:
         """Value of header ``name`` (any case). A repeated header gives its last value."""
         name = name.lower()
         if self._extra is not None and name in self._extra.lower:
             return self._extra.lower[name]
-        if self._lower is None:
-            self._lower = lower_names(self._headers)
-        return self._lower.get(name, default)
+        value = self._fields.find(name)
+        return default if value is None else value
 
     @property
     def content_type(self) -> str:

@@ -25,6 +25,7 @@ def main() -> None:
         "zip": _zips,
         "tar": _tars,
         "http1": _http1,
+        "heads": _heads,
         "tensors": _tensors,
         "json": _json,
         "forms": _forms,
@@ -172,6 +173,14 @@ def _http1() -> Iterator[tuple[str, bytes]]:
         yield f"expect {how.hex()}", how + post.replace(b"Host: a", b"Host: a\r\nExpect: 100-continue") + get
         yield f"over the limits {how.hex()}", how + post.replace(b"3\r\n", b"30\r\n") + bytes(27) + get
         yield f"many {how.hex()}", how + get * 12
+
+
+def _heads() -> Iterator[tuple[str, bytes]]:
+    for title, (vector, _) in SERVED.items():
+        yield title, b"\2" + vector.partition(b"\r\n\r\n")[0]
+    many = b"Accept: */*\r\nX-Request-Id: a-1\r\nConnection: keep-alive\r\nX-Server-Timing: 1\r\nContent-Type: a/b"
+    yield "many", b"\2POST /a?b HTTP/1.1\r\nHost: a:80\r\n" + many
+    yield "HTTP/1.0", b"\2GET /a HTTP/1.0\r\nHost: a\r\nConnection: close"
 
 
 def _tensors() -> Iterator[tuple[str, bytes]]:

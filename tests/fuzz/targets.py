@@ -83,6 +83,7 @@ TARGETS = {
         Target("zip", 8192, 1200, _ZIP_WORDS),
         Target("tar", 16384, 400, _TAR_WORDS),
         Target("http1", 4096, 2000, _HTTP_WORDS),
+        Target("heads", 2048, 20000, _HTTP_WORDS),
         Target("tensors", 4096, 4000, _TENSOR_WORDS),
         Target("json", 2048, 6000, _JSON_WORDS),
         Target("forms", 2048, 6000, _FORM_WORDS),

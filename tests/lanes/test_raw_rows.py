@@ -286,5 +286,4 @@ def test_added_headers_are_seen_by_whoever_looks() -> None:
     request.add_headers(ExtraHeaders(("a", "3")))
     assert request.headers == [("A", "1"), ("a", "2"), ("explain", "False"), ("url_path", ""), ("a", "3")]
     assert request.header_text == "A\n1\na\n2\nexplain\nFalse\nurl_path\n\na\n3"
-    assert request.client_text == "A\n1\na\n2"
     assert (request.header("A"), request.header("Explain"), request.header("none", "-")) == ("3", "False", "-")

@@ -201,7 +201,8 @@ def predict(port: int, model: str, body: object) -> object:
 def test_it_holds_what_the_source_holds_and_nothing_else(wheel: Path) -> None:
     tracked = run(["git", "ls-files", "pyserve", "handlers"], ROOT).split()
     source = {re.sub("^handlers/", "pyserve/handlers/", name) for name in tracked} - {"pyserve/handlers"}
-    made = {"pyserve/_build_info.py", f"pyserve/_core{sysconfig.get_config_var('EXT_SUFFIX')}"}
+    extensions = {f"pyserve/{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_core", "_http")}
+    made = {"pyserve/_build_info.py", *extensions}
     packed = {name for name in names_in(wheel) if name.startswith("pyserve/")}
     assert packed == source | made
 
@@ -221,7 +222,9 @@ def test_its_metadata_has_version_and_licence(wheel: Path) -> None:
 
 
 def test_it_is_found_in_the_environment_and_not_in_the_tree(environment: Environment) -> None:
-    where = environment.run("python", "-c", "import torch, pyserve._core, pyserve; print(pyserve.__file__)").strip()
+    where = environment.run(
+        "python", "-c", "import torch, pyserve._core, pyserve._http, pyserve; print(pyserve.__file__)"
+    ).strip()
     assert Path(where).is_relative_to(environment.site)
 
 

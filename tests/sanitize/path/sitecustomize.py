@@ -1,6 +1,6 @@
-"""On the path of every Python of `make sanitize`, child processes too: there ``pyserve._core`` is the sanitized build.
+"""On the path of every Python of `make sanitize`, child processes too: there its extensions are the sanitized build.
 
-The file to load is named by ``PYSERVE_SANITIZED_CORE``.
+``PYSERVE_SANITIZED_CORE`` names the file of ``pyserve._core``; the other lies beside it.
 """
 
 import importlib.abc
@@ -12,11 +12,14 @@ import sys
 
 class _SanitizedCore(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
+        core = os.environ["PYSERVE_SANITIZED_CORE"]
+        if fullname == "pyserve._http":
+            return importlib.util.spec_from_file_location(fullname, core.replace("/_core.", "/_http."))
         if fullname != "pyserve._core":
             return None
         import torch  # noqa: F401 - whose libraries it needs; not every test that imports it has torch by then
 
-        return importlib.util.spec_from_file_location(fullname, os.environ["PYSERVE_SANITIZED_CORE"])
+        return importlib.util.spec_from_file_location(fullname, core)
 
 
 if "PYSERVE_SANITIZED_CORE" in os.environ:
