@@ -11,11 +11,13 @@ from concurrent.futures import Executor
 
 from pyserve.models.model import Model
 from pyserve.request.body_budget import BodyBudget, body_budget_error
-from pyserve.request.content_coding import decode_body
+from pyserve.request.content_coding import Decoding
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import Request
 
 _HEADER = "content-encoding"
+# Bytes that a body may grow by before they are asked for.
+_STEP_SIZE = 1 << 20
 
 
 class CodedBodies:
@@ -42,18 +44,26 @@ class CodedBodies:
         """Calls ``then`` once the body of ``exchange`` has no coding any more.
 
         Raises:
-            ServeError: of `decode_body`, of ``then``, or as there is no room for the body.
+            ServeError: of `Decoding`, of ``then``, or as there is no room for the body.
         """
         request = exchange.request
         codings = ",".join(value for name, value in request.headers if name.lower() == _HEADER)
         loop = asyncio.get_running_loop()
-        body = await loop.run_in_executor(self._pool, decode_body, request.body, codings, self._size_max)
-        if exchange.disconnected:
-            return
-        more = max(0, len(body) - len(request.body))
-        if not self._budget.reserve(more):
-            raise body_budget_error(self._budget)
-        exchange.reserved += more
+        decoding = Decoding(request.body, codings, self._size_max)
+        counted, is_done = 0, False
+        while not is_done:
+            is_done = await loop.run_in_executor(self._pool, decoding.run, _STEP_SIZE)
+            if exchange.disconnected:
+                return
+            # The packed body goes once the other one is there.
+            more = max(0, decoding.held - (len(request.body) if is_done else 0)) - counted
+            if more > 0 and not self._budget.reserve(more):
+                raise body_budget_error(self._budget)
+            if more < 0:
+                self._budget.release(-more)
+            counted += more
+            exchange.reserved += more
+        body = decoding.body if isinstance(decoding.body, bytearray) else bytearray(decoding.body)
         request.body = body
         request.replace_headers((_HEADER, "content-length"), [("Content-Length", str(len(body)))])
         then()

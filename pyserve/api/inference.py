@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
+from pyserve.api import event_streams
 from pyserve.api.coded_bodies import CodedBodies
 from pyserve.api.routes import ANY, RouteRow
 from pyserve.errors import BadRequestError
@@ -81,8 +82,8 @@ class Inference:
             version = model_version or "default"
             if self.bodies.are_undone(exchange.request, model):
                 options = {"explains": explains, "query_is_input": query_is_input}
-                return self.bodies.undo(exchange, partial(model.predict, exchange, version, **options))
-            model.predict(exchange, version, explains=explains, query_is_input=query_is_input)
+                return self.bodies.undo(exchange, partial(event_streams.predict, model, exchange, version, **options))
+            event_streams.predict(model, exchange, version, explains=explains, query_is_input=query_is_input)
             return None
 
         return run

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from pyserve.api import event_streams
 from pyserve.api import open_inference_models as models
+from pyserve.api.generate import Generate
 from pyserve.api.inference import METHODS, PREDICT_HEADER, Inference, Run, Undoing
 from pyserve.api.kserve_v1 import InstancesPending, is_instances_request
 from pyserve.api.open_inference_rest import JSON_SIZE_HEADER, RestTransport, has_no_json, is_infer_request
@@ -11,8 +13,10 @@ from pyserve.lanes.audit import Repetition
 from pyserve.models.model import EXPLAIN_HEADER, Model
 from pyserve.models.registry import Registry
 from pyserve.request.exchange import Exchange
-from pyserve.request.messages import ExtraHeaders, Response, json_response
+from pyserve.request.messages import ErrorFormat, ExtraHeaders, Response, json_response
 from pyserve.telemetry.metrics import Metrics
+
+_MODELS = ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{model_version}")
 
 
 class KServe:
@@ -25,8 +29,10 @@ class KServe:
     """
 
     def __init__(
-        self, registry: Registry, inference: Inference, metrics: Metrics, response_size_max: int, *, is_strict: bool
-    ):
+        self, registry: Registry, inference: Inference, metrics: Metrics, response_size_max: int, *, is_strict: bool,
+        error_format: ErrorFormat | None = None,
+    ):  # fmt: skip
+        self._generate = Generate(registry, inference.bodies, error_format or ErrorFormat(), response_size_max)
         self._is_strict = is_strict
         self._registry = registry
         self._inference = inference
@@ -41,21 +47,33 @@ class KServe:
             (METHODS, "/v1/models/{model_name}:predict", self._v1(explains=False)),
             (METHODS, "/v1/models/{model_name}:explain", self._v1(explains=True)),
             ("GET", "/v1/models/{model_name}", self.show_readiness),
+            *self.reading_routes(),
+        ]
+        if not self._is_strict:
+            rows.append(("GET", "/", self.show_alive))
+        infer, explain = self._v2(explains=False), self._v2(explains=True)
+        for model in _MODELS:
+            rows += [
+                (ANY, f"{model}/infer", infer),
+                (ANY, f"{model}/explain", explain),
+                ("POST", f"{model}/generate", self._generate.endpoint(streams=False)),
+                ("POST", f"{model}/generate_stream", self._generate.endpoint(streams=True)),
+            ]
+        return rows
+
+    def reading_routes(self) -> list[RouteRow]:
+        """What of version 2 runs no model; Triton's clients ask the management listener, too."""
+        rows: list[RouteRow] = [
             ("GET", "/v2", self.show_server),
             ("GET", "/v2/health/live", self.show_live),
             ("GET", "/v2/health/ready", self.show_ready),
             ("GET", "/v2/models/stats", self.show_statistics),
         ]
-        if not self._is_strict:
-            rows.append(("GET", "/", self.show_alive))
-        infer, explain = self._v2(explains=False), self._v2(explains=True)
-        for model in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{model_version}"):
+        for model in _MODELS:
             rows += [
                 ("GET", model, self.show_model),
                 ("GET", f"{model}/ready", self.show_model_ready),
                 ("GET", f"{model}/stats", self.show_statistics),
-                (ANY, f"{model}/infer", infer),
-                (ANY, f"{model}/explain", explain),
             ]
         return rows
 
@@ -74,7 +92,7 @@ class KServe:
         def take(exchange: Exchange, model: Model) -> None:
             if model.built_in_handler is None or not is_instances_request(exchange.request):
                 exchange.request.add_headers(extra)
-                model.predict(exchange, explains=explains)
+                event_streams.predict(model, exchange, explains=explains)
                 return
             model.take(
                 exchange,
@@ -110,7 +128,7 @@ class KServe:
             else:
                 # As in TorchServe: what the body means is up to the model's envelope or handler.
                 request.add_headers(extra)
-                model.predict(exchange, url_version, explains=explains)
+                event_streams.predict(model, exchange, url_version, explains=explains)
 
         return run
 

@@ -38,7 +38,7 @@ from pyserve.request.datatypes import BYTES, datatype_of
 from pyserve.request.exchange import Exchange
 from pyserve.telemetry.metrics import Metrics
 
-EXTENSIONS = ["binary_tensor_data", "statistics"]
+EXTENSIONS = ["binary_tensor_data", "generate", "model_configuration", "model_repository", "statistics"]
 # Built-in handlers that bring their input to the network as it is, and its output back.
 _TENSOR_HANDLERS = ("tensor", "base_handler")
 _DESCRIBED: WeakKeyDictionary[Archive, tuple[list[TensorSpec], tuple[str, ...]]] = WeakKeyDictionary()
@@ -102,6 +102,11 @@ def raw_input(model: Model) -> Callable[[memoryview], InferInput]:
     if len(specs) > 1:
         raise InputError(f"a body without JSON is one input, and the model has {len(specs)}; send the JSON")
     return partial(raw_tensor, specs[0])
+
+
+def specs_of(model: Model) -> list[TensorSpec] | None:
+    """The inputs that its built-in handler brings to the network as they are; None if it makes the input itself."""
+    return _described(model.archive)[0] if model.built_in_handler in _TENSOR_HANDLERS else None
 
 
 def _described(archive: Archive) -> tuple[list[TensorSpec], tuple[str, ...]]:

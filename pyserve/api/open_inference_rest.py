@@ -150,7 +150,7 @@ class RestTransport(Transport):
                 entry["parameters"] = {"binary_data_size": len(raw)}
                 parts.append(raw)
             else:
-                entry["data"] = _json_values(output)
+                entry["data"] = json_values(output)
             entries.append(entry)
         head: dict[str, Any] = {"id": response.id} if response.id else {}
         head |= {"model_name": response.model_name, "model_version": response.model_version, "outputs": entries}
@@ -239,7 +239,8 @@ def _compact(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _json_values(output: InferOutput) -> list[Any]:
+def json_values(output: InferOutput) -> list[Any]:
+    """The data flat, as JSON has it; numbers that it has no word for are None. Raises as `InferOutput.values`."""
     values = output.values()
     data = output.data
     if isinstance(data, torch.Tensor) and data.is_floating_point() and not bool(torch.isfinite(data).all()):

@@ -28,6 +28,7 @@ _ERRORS = {
     409: "This version of the model is registered already, or another call is changing it.",
     413: "The body or the form is too large; the message names the limit.",
     415: "The body is of a kind that is not taken.",
+    429: "The queue of the model is full, where queue_full_status says 429.",
     500: "The model cannot be loaded or failed.",
     503: "The model cannot take the request now, or its handler failed; detail says why.",
     504: "The model ran past its time limit, or the client's.",
@@ -72,7 +73,7 @@ _STATUS = reference("Status")
 # Any content, and none of a type that could be named: it is the handler's, which need not say one.
 _UNSAID = ""
 _PREDICTED = {200: ("What the handler returned, with the content type that it sets, or none.", _UNSAID, ANYTHING)}
-_PREDICT_ERRORS = (400, 401, 404, 409, 413, 415, 500, 503, 504, 507)
+_PREDICT_ERRORS = (400, 401, 404, 409, 413, 415, 429, 500, 503, 504, 507)
 _DOCUMENT = {200: ("An OpenAPI 3.0.1 document.", JSON, schemas.DOCUMENT)}
 _HEALTH = {
     200: ("Healthy.", JSON, schemas.HEALTH),
@@ -99,8 +100,8 @@ _SCRAPE = Operation("get", "/metrics", "metrics", "Gives the metrics.", _METRICS
 def _prediction(pattern: str, operation_id: str, about: str, **rest: Any) -> Operation:
     headers = (schemas.REQUEST_ID, *schemas.TIME_HEADERS, *((schemas.JSON_SIZE,) if pattern.startswith("/v2/") else ()))
     return Operation(
-        "post", pattern, operation_id, about, _PREDICTED, _PREDICT_ERRORS,
-        **{"body": schemas.INPUT, "headers": headers, "may_set_status": True, **rest},
+        "post", pattern, operation_id, about, errors=_PREDICT_ERRORS,
+        **{"body": schemas.INPUT, "headers": headers, "may_set_status": True, "answers": _PREDICTED, **rest},
     )  # fmt: skip
 
 
@@ -113,9 +114,8 @@ _V1 = (
 )  # fmt: skip
 
 
-def _of_v2_model(prefix: str, model: str) -> tuple[Operation, ...]:
-    """Its operations for the default version, or for the one in the path."""
-    rest: dict[str, Any] = {"body": schemas.V2_REQUEST}
+def _about_v2_model(prefix: str, model: str) -> tuple[Operation, ...]:
+    """What there is to ask about a default version, or about the one in the path."""
     return (
         Operation("get", model, f"{prefix}model", "Names the model's inputs and outputs.",
                   {200: ("Its metadata.", JSON, schemas.V2_MODEL)}, (401, 404)),
@@ -123,12 +123,36 @@ def _of_v2_model(prefix: str, model: str) -> tuple[Operation, ...]:
                   {**_KNOWN, 503: ("It has none.", JSON, schemas.KNOWN)}, (401, 404)),
         Operation("get", f"{model}/stats", f"{prefix}model_stats", "Counts and times of its inferences.",
                   {200: ("Its statistics.", JSON, schemas.V2_STATISTICS)}, (401, 404)),
-        _prediction(f"{model}/infer", f"{prefix}predictions", "Predicts; KServe's protocol, version 2.", **rest),
-        _prediction(f"{model}/explain", f"{prefix}explanations", "Explains; KServe's protocol, version 2.", **rest),
+        Operation("get", f"{model}/config", f"{prefix}model_config", "The model's configuration, as Triton has it.",
+                  {200: ("Its configuration.", JSON, schemas.V2_CONFIGURATION)}, (401, 404)),
     )  # fmt: skip
 
 
-_V2 = (
+def _of_v2_model(prefix: str, model: str) -> tuple[Operation, ...]:
+    """The operations that run it."""
+    rest: dict[str, Any] = {"body": schemas.V2_REQUEST}
+    return (
+        _prediction(f"{model}/infer", f"{prefix}predictions", "Predicts; KServe's protocol, version 2.", **rest),
+        _prediction(f"{model}/explain", f"{prefix}explanations", "Explains; KServe's protocol, version 2.", **rest),
+        _prediction(f"{model}/generate", f"{prefix}generate", "Generates; Triton's.", body=schemas.GENERATE_REQUEST,
+                    answers={200: ("What the model generated.", JSON, schemas.GENERATED)}),
+        _prediction(f"{model}/generate_stream", f"{prefix}generate_stream",
+                    "Generates, an event for each part; Triton's.",
+                    body=schemas.GENERATE_REQUEST,
+                    answers={200: ("Events, each with an object.", "text/event-stream", schemas.GENERATED_EVENT)}),
+    )  # fmt: skip
+
+
+def _control(verb: str, about: str, body: JsonObject, errors: tuple[int, ...]) -> Operation:
+    return Operation(
+        "post", f"/v2/repository/models/{{model_name}}/{verb}", f"triton_repository_{verb}", about,
+        {200: ("Done.", _UNSAID, ANYTHING)}, (400, 401, 403, 404, 405, *errors), body=body,
+    )  # fmt: skip
+
+
+_V2_MODEL, _V2_VERSION = "/v2/models/{model_name}", "/v2/models/{model_name}/versions/{model_version}"
+# What listeners of inference and of management have in common.
+_ABOUT_V2 = (
     Operation("get", "/v2", "kserve_v2_server", "Names the server; KServe's protocol, version 2.",
               {200: ("Its metadata.", JSON, schemas.SERVER)}, is_open=True),
     Operation("get", "/v2/health/live", "kserve_v2_live", "Whether the server runs.",
@@ -138,10 +162,15 @@ _V2 = (
     Operation("get", "/v2/models/stats", "kserve_v2_stats", "Counts and times of all models' inferences.",
               {200: ("Their statistics.", JSON, schemas.V2_STATISTICS)}, (401,)),
     Operation("post", "/v2/repository/index", "triton_repository_index", "Names all models and their states; Triton's.",
-              {200: ("The models.", JSON, schemas.V2_INDEX)}, (400, 401, 413), body=schemas.V2_INDEX_REQUEST),
-    *_of_v2_model("kserve_v2_", "/v2/models/{model_name}"),
-    *_of_v2_model("kserve_v2_version_", "/v2/models/{model_name}/versions/{model_version}"),
+              {200: ("The models.", JSON, schemas.V2_INDEX)}, (400, 401, 403, 413), body=schemas.V2_INDEX_REQUEST),
+    *_about_v2_model("kserve_v2_", _V2_MODEL),
+    *_about_v2_model("kserve_v2_version_", _V2_VERSION),
+    _control("load", "Loads the archive of that name from the model store, or its new version.", schemas.V2_LOAD,
+             (409, 500, 507)),
+    _control("unload", "Finishes the requests of all versions of the model, then removes them.", schemas.V2_UNLOAD,
+             (408, 409)),
 )  # fmt: skip
+_V2 = (*_ABOUT_V2, *_of_v2_model("kserve_v2_", _V2_MODEL), *_of_v2_model("kserve_v2_version_", _V2_VERSION))
 _INFERENCE = (
     *_ABOUT_THE_API,
     Operation("get", "/ping", "ping", "The health of the server.", _HEALTH, is_open=True),
@@ -212,6 +241,7 @@ _MANAGEMENT = (
     *_MANAGE_MODEL,
     Operation("get", "/v1/models/{model_name}", "modelReady", "Whether the model is ready; KServe's protocol.",
               _KNOWN, (401, 403, 404)),
+    *_ABOUT_V2,
     Operation("get", "/token", "rotateKey", "Replaces a key; needs the API key.", _ROTATED, (400, 401, 403),
               query=(_SCOPE,)),
     _SCRAPE,
@@ -300,7 +330,7 @@ def _answers(operation: Operation) -> JsonObject:
     }
     error = reference("V2Error" if operation.pattern.startswith("/v2/") else "Error")
     for status in operation.errors:
-        headers = schemas.LATER_HEADERS if status == 503 else schemas.ANSWER_HEADERS
+        headers = schemas.LATER_HEADERS if status in (429, 503) else schemas.ANSWER_HEADERS
         answers.setdefault(str(status), _answer(_ERRORS[status], JSON, error, headers))
     if operation.may_set_status:
         about = f"What the handler answers with its own status. {_HTTP_ERRORS}"

@@ -127,6 +127,32 @@ V2_STATISTICS = record(model_stats=array(record(
 )))  # fmt: skip
 V2_INDEX = array(record(name=TEXT, version=TEXT, state=TEXT, reason=TEXT))
 V2_INDEX_REQUEST: JsonObject = {JSON: {"schema": record("ready", ready=FLAG)}}
+GENERATE_REQUEST: JsonObject = {
+    JSON: {"schema": record("id", "text_input", "parameters", id=TEXT, text_input=TEXT, parameters=OBJECT)}
+}
+GENERATED_EVENT = record(data={**TEXT, "description": "As of generate, or an object with the member error."})
+GENERATED = record("id", "text_output", id=TEXT, model_name=TEXT, model_version=TEXT, text_output=TEXT)
+
+
+def _control(parameters: JsonObject) -> JsonObject:
+    """The body of a call that has these parameters and nothing else, not even a parameter."""
+    members = {**OBJECT, "properties": parameters, "additionalProperties": False}
+    return {JSON: {"schema": {**OBJECT, "properties": {"parameters": members}, "additionalProperties": False}}}
+
+
+V2_LOAD, V2_UNLOAD = _control({}), _control({"unload_dependents": FLAG})
+_DIMS = {"dims": _SHAPE, "reshape": record(shape=_SHAPE)}
+V2_CONFIGURATION = record(
+    "dynamic_batching", "sequence_batching",
+    name=TEXT, platform=TEXT, backend=TEXT, version_policy=OBJECT, max_batch_size=COUNT,
+    input=array(record("reshape", name=TEXT, data_type=TEXT, format=TEXT, **_DIMS, is_shape_tensor=FLAG,
+                       allow_ragged_batch=FLAG, optional=FLAG)),
+    output=array(record("reshape", name=TEXT, data_type=TEXT, **_DIMS, label_filename=TEXT, is_shape_tensor=FLAG)),
+    instance_group=array(record(name=TEXT, kind=TEXT, count=COUNT, gpus=array(COUNT))), default_model_filename=TEXT,
+    parameters=table(record(string_value=TEXT)), model_transaction_policy=record(decoupled=FLAG),
+    dynamic_batching=record(preferred_batch_size=array(COUNT), max_queue_delay_microseconds=COUNT),
+    sequence_batching=record(max_sequence_idle_microseconds=COUNT, direct=OBJECT),
+)  # fmt: skip
 _TENSOR = record(
     "data", "parameters", name=TEXT, shape=array(COUNT), datatype=_DATATYPE,
     data={"type": "array", "items": ANYTHING}, parameters=OBJECT,

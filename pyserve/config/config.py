@@ -52,9 +52,15 @@ class Config:
         default_workers_per_model: 0 means one on a CPU, one per GPU.
         default_backend: what runs models in the native lane that do not say; ``auto`` the fastest that gives the same
             answers. TorchScript, which needs no such comparison, until that has been in use for longer.
+        queue_full_status: of a request that finds the queue of its model full: 503 or 429.
+        queue_full_retry_after: s, in the header ``Retry-After`` of such an answer; 0 means 1 to 3, spread.
+        response_compression: answers are compressed for clients that ask for it.
+        response_compression_size_min: smaller answers are not.
         number_of_gpu: the most GPUs to use; ``None`` means all.
         allowed_urls: comma-joined patterns; empty means that no URL is fetched.
         enable_model_api: ``None`` means on exactly when management listens on loopback, and off in strict mode.
+        model_control_on_inference: Triton's calls that load and unload models are taken on the inference ports too,
+            with the checks and the key of management.
         disable_token_authorization: ``None`` means that only management needs tokens, where it is not on loopback.
         token_file: keys that somebody else made; ``""`` to have them made.
         token_expiration_min: minutes.
@@ -99,8 +105,12 @@ class Config:
     default_backend: str = "torchscript"
     unregister_model_timeout: int = 120
     job_queue_size: int = 100
+    queue_full_status: int = 503
+    queue_full_retry_after: int = 0
     max_request_size: int = 6_553_500
     max_response_size: int = 6_553_500
+    response_compression: bool = True
+    response_compression_size_min: int = 4096
     number_of_gpu: int | None = None
     limit_max_image_pixels: bool = True
     max_image_pixels: int = 89_478_485
@@ -109,6 +119,7 @@ class Config:
     default_service_handler: str = ""
     allowed_urls: str = ""
     enable_model_api: bool | None = None
+    model_control_on_inference: bool = False
     disable_token_authorization: bool | None = None
     token_file: str = ""
     state_dir: str = ""
@@ -191,9 +202,15 @@ class Config:
 
     @property
     def management_is_local(self) -> bool:
-        """Whether only this machine can reach the management APIs."""
-        grpc = Address(self.grpc_management_address)
-        return self.management_address.is_loopback and (self.enable_grpc == "false" or grpc.is_loopback)
+        """Whether only this machine can reach the management APIs, and what else loads and unloads models."""
+        addresses = [self.management_address]
+        grpc = [self.grpc_management_address]
+        if self.model_control_on_inference:
+            addresses.append(self.inference_address)
+            grpc.append(self.grpc_inference_address)
+        if self.enable_grpc != "false":
+            addresses += map(Address, grpc)
+        return all(address.is_loopback for address in addresses)
 
     @property
     def allows_model_api(self) -> bool:

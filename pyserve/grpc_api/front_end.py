@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pyserve.api.inference import Inference
 from pyserve.api.management import Management
+from pyserve.api.model_repository import ModelRepository
 from pyserve.config.address import Address
 from pyserve.config.config import Config
 from pyserve.errors import ConfigError
@@ -83,8 +84,9 @@ class GrpcFrontEnd:
         return [("warning", text) for text in self._server.warnings] if self._server is not None else []
 
     async def open(
-        self, services: Services, registry: Registry, inference: Inference, budget: BodyBudget, access: AccessLog
-    ) -> None:
+        self, services: Services, registry: Registry, inference: Inference, budget: BodyBudget, access: AccessLog, *,
+        repository: ModelRepository,
+    ) -> None:  # fmt: skip
         """Begins to answer; each call is reported to ``access``."""
         if self._server is None:
             return
@@ -92,24 +94,32 @@ class GrpcFrontEnd:
 
         self._dispatcher = Dispatcher(services, budget, access)
         for listener in self._server.listeners:
-            served = self._services(listener, services, registry, inference, self._dispatcher)
+            served = self._services(listener, services, registry, inference, self._dispatcher, repository=repository)
             await self._server.start(listener, served, self._dispatcher)
 
     def _services(
-        self, listener: Listener, services: Services, registry: Registry, inference: Inference, dispatcher: Dispatcher
-    ) -> list[Service]:
+        self, listener: Listener, services: Services, registry: Registry, inference: Inference, dispatcher: Dispatcher,
+        *, repository: ModelRepository,
+    ) -> list[Service]:  # fmt: skip
         from pyserve.grpc_api.inference import InferenceService
         from pyserve.grpc_api.management import ManagementService
         from pyserve.grpc_api.messages import OPEN_INFERENCE, OPEN_INFERENCE_TORCHSERVE
         from pyserve.grpc_api.open_inference import OpenInferenceService
 
         config = self._config
-        served = []
-        if "inference" in listener.names:
-            common = (registry, inference, config, services.error_format, dispatcher.streams)
+        has_inference = "inference" in listener.names
+        common = (registry, inference, config, services.error_format, dispatcher.streams)
+        open_inference = OpenInferenceService(
+            *common, metrics=services.metrics, repository=repository,
+            management_address=self.addresses.get("grpc_management", str(config.management_address)),
+        )  # fmt: skip
+        has_control = "management" in listener.names or config.model_control_on_inference
+        served = [
+            open_inference.service(each, has_inference=has_inference, has_control=has_control)
+            for each in (OPEN_INFERENCE, OPEN_INFERENCE_TORCHSERVE)
+        ]
+        if has_inference:
             served.append(InferenceService(*common).service())
-            open_inference = OpenInferenceService(*common, metrics=services.metrics)
-            served += [open_inference.service(each) for each in (OPEN_INFERENCE, OPEN_INFERENCE_TORCHSERVE)]
         if "management" in listener.names:
             # What it allows depends on who can reach it, which is not who can reach HTTP's.
             address = Address(config.grpc_management_address, listener.port)

@@ -18,6 +18,8 @@ from google.protobuf.json_format import ParseDict
 from pyserve.api import open_inference_models
 from pyserve.api.inference import Inference
 from pyserve.api.kserve_requests import sequence_id
+from pyserve.api.model_configuration import model_configuration
+from pyserve.api.model_repository import ModelRepository
 from pyserve.api.open_inference import (
     InferInput,
     InferOutput,
@@ -30,9 +32,9 @@ from pyserve.api.open_inference import (
     tensor_of,
 )
 from pyserve.api.transport import Transport
-from pyserve.api.triton_extensions import repository_index
+from pyserve.api.triton_extensions import model_control_elsewhere
 from pyserve.config.config import Config
-from pyserve.errors import HandlerError, InputError, ModelNotFoundError, ServeError
+from pyserve.errors import BadRequestError, HandlerError, InputError, JsonObject, ModelNotFoundError, ServeError
 from pyserve.grpc_api.call import Call, Prediction
 from pyserve.grpc_api.messages import OPEN_INFERENCE, message
 from pyserve.grpc_api.service import Method, Service
@@ -65,8 +67,10 @@ class OpenInferenceService:
 
     def __init__(
         self, registry: Registry, inference: Inference, config: Config, error_format: ErrorFormat, streams: Streams, *,
-        metrics: Metrics,
+        metrics: Metrics, repository: ModelRepository, management_address: str,
     ):  # fmt: skip
+        self._repository = repository
+        self._management_address = management_address
         self._registry = registry
         self._inference = inference
         self._size_max = config.max_response_size
@@ -76,24 +80,39 @@ class OpenInferenceService:
         self._streams = streams
         self._metrics = metrics
 
-    def service(self, package: str) -> Service:
-        """Its table, under one of its names."""
+    def service(self, package: str, *, has_inference: bool, has_control: bool) -> Service:
+        """Its table, under one of its names.
+
+        Args:
+            has_inference: whether the listener is that of inference: models are run there, with its key. Else the
+                others need the key of management.
+            has_control: whether models are loaded and unloaded there, with the key of management.
+        """
 
         def of(name: str) -> Any:  # one wire form: the messages of the standard's package do for both
             return message(f"{OPEN_INFERENCE}.{name}Request")
 
-        methods = (
+        index = self.repository_index if has_control else self.registered_index
+        load, unload = (self.load, self.unload) if has_control else (self.refuse_control, self.refuse_control)
+        methods = [
             Method("ServerLive", self.server_live, of("ServerLive"), is_open=True),
             Method("ServerReady", self.server_ready, of("ServerReady"), is_open=True),
             Method("ModelReady", self.model_ready, of("ModelReady")),
             Method("ServerMetadata", self.server_metadata, of("ServerMetadata")),
             Method("ModelMetadata", self.model_metadata, of("ModelMetadata")),
-            Method("ModelInfer", self.model_infer, of("ModelInfer")),
-            Method("ModelStreamInfer", self.model_stream_infer, of("ModelInfer"), tells_many=True, asks_many=True),
             Method("ModelStatistics", self.model_statistics, of("ModelStatistics")),
-            Method("RepositoryIndex", self.repository_index, of("RepositoryIndex")),
-        )
-        return Service(f"{package}.GRPCInferenceService", methods, judge_open_inference, "inference")
+            Method("ModelConfig", self.model_config, of("ModelConfig")),
+            Method("RepositoryIndex", index, of("RepositoryIndex")),
+            Method("RepositoryModelLoad", load, of("RepositoryModelLoad"), scope="management"),
+            Method("RepositoryModelUnload", unload, of("RepositoryModelUnload"), scope="management"),
+        ]
+        if has_inference:
+            methods += [
+                Method("ModelInfer", self.model_infer, of("ModelInfer")),
+                Method("ModelStreamInfer", self.model_stream_infer, of("ModelInfer"), tells_many=True, asks_many=True),
+            ]
+        name, scope = f"{package}.GRPCInferenceService", "inference" if has_inference else "management"
+        return Service(name, tuple(methods), judge_open_inference, scope)
 
     # --- health and metadata --------------------------------------------------------------------------------------
 
@@ -135,13 +154,34 @@ class OpenInferenceService:
         told = open_inference_models.statistics(models, self._metrics)
         return ParseDict(told, _new("ModelStatisticsResponse"), ignore_unknown_fields=True)
 
-    async def repository_index(self, call: Call, asked: Any) -> Any:
+    async def model_config(self, call: Call, asked: Any) -> Any:
+        """What Triton's ``config.pbtxt`` would say of the model."""
+        told = await model_configuration(self._find(asked.name, asked.version))
+        return ParseDict({"config": told}, _new("ModelConfigResponse"))
+
+    # --- the models that there are --------------------------------------------------------------------------------
+
+    async def registered_index(self, call: Call, asked: Any) -> Any:
         """All models with their states; with ``ready`` only those that can answer."""
-        answer = _new("RepositoryIndexResponse")
-        tells_errors = self._error_format.with_private_detail
-        for row in repository_index(self._registry, only_ready=asked.ready, tells_errors=tells_errors):
-            answer.models.add(**row)
-        return answer
+        return _index(self._repository.registered(only_ready=asked.ready))
+
+    async def repository_index(self, call: Call, asked: Any) -> Any:
+        """The same, and what of the model store is not loaded."""
+        return _index(await self._repository.index(only_ready=asked.ready))
+
+    async def load(self, call: Call, asked: Any) -> Any:
+        """Returns when the model can answer."""
+        await self._repository.load(_asked_name(asked), _values_of(asked.parameters))
+        return _new("RepositoryModelLoadResponse")
+
+    async def unload(self, call: Call, asked: Any) -> Any:
+        """Returns when it has finished its requests and is gone."""
+        await self._repository.unload(_asked_name(asked), _values_of(asked.parameters))
+        return _new("RepositoryModelUnloadResponse")
+
+    async def refuse_control(self, call: Call, asked: Any) -> Any:
+        """A port that is open to those who ask for predictions must not let them take models away."""
+        raise model_control_elsewhere(self._management_address)
 
     def _find(self, name: str, version: str) -> Model:
         if not name:
@@ -231,6 +271,21 @@ class _Encoded:
 
 def _new(name: str, **fields: Any) -> Any:
     return message(f"{OPEN_INFERENCE}.{name}")(**fields)
+
+
+def _index(rows: list[JsonObject]) -> Any:
+    answer = _new("RepositoryIndexResponse")
+    for row in rows:
+        answer.models.add(**row)
+    return answer
+
+
+def _asked_name(asked: Any) -> str:
+    if asked.repository_name:
+        raise BadRequestError(f"There is no model repository {quoted(asked.repository_name)}; leave its name out.")
+    if not asked.model_name:
+        raise MissingParameterError("model_name")
+    return str(asked.model_name)
 
 
 class GrpcTransport(Transport):

@@ -38,6 +38,7 @@ class Method(NamedTuple):
             an async iterator of messages.
         request: the class of its request.
         is_open: it needs no token, whatever its service's others need.
+        scope: whose token its calls need, if not its service's.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Method(NamedTuple):
     tells_many: bool = False
     asks_many: bool = False
     is_open: bool = False
+    scope: str | None = None
 
 
 class Service(NamedTuple):
@@ -179,8 +181,9 @@ class Dispatcher:
 
     def _check_token(self, call: Call, service: Service, method: Method) -> None:
         tokens = self._services.tokens
-        if tokens is not None and service.scope is not None and not method.is_open:
-            tokens.check(service.scope, call.authorization)  # type: ignore[arg-type]
+        scope = method.scope or service.scope
+        if tokens is not None and scope is not None and not method.is_open:
+            tokens.check(scope, call.authorization)  # type: ignore[arg-type]
 
     # --- after ----------------------------------------------------------------------------------------------------
 

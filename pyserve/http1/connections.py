@@ -10,6 +10,7 @@ from typing import Protocol
 
 from pyserve.errors import OverloadedError, ServeError
 from pyserve.http1.answer import AnswerWriter
+from pyserve.http1.compression import Compression
 from pyserve.http1.head import HeadReader
 from pyserve.http1.limits import Http1Limits
 from pyserve.request.body_budget import BodyBudget
@@ -39,6 +40,7 @@ class Connections:
     Args:
         decorate: adds headers to every answer as it is written, such as those that browsers want to see.
         takes_ids: a request keeps its client's ``x-request-id``.
+        compression: of answers; None for none.
 
     Attributes:
         error_format: how errors become answers, of every API: the path says in whose form.
@@ -63,9 +65,11 @@ class Connections:
         decorate: Callable[[Request, Response], None] | None = None,
         takes_ids: bool = True,
         error_format: ErrorFormat | None = None,
+        compression: Compression | None = None,
         wall_clock: Callable[[], float] = time.time,
         clock: Callable[[], int] = time.monotonic_ns,
     ):
+        self.compression = compression
         self.limits = limits
         self.budget = budget or BodyBudget(limits.body_budget_size)
         self.error_format = error_format or ErrorFormat()

@@ -389,6 +389,16 @@ class Http1Protocol(asyncio.Protocol):
     def _on_answer(self, exchange: Exchange) -> None:
         if exchange.reserved:
             self._release(exchange)
+        compression, response = self._connections.compression, exchange.response
+        if (
+            compression is not None and response is not None and not exchange.is_streaming
+            and (len(response.body) >= compression.size_min or response.tail)
+            and compression.take(exchange, self._deliver)
+        ):  # fmt: skip
+            return
+        self._deliver(exchange)
+
+    def _deliver(self, exchange: Exchange) -> None:
         if self._slots and self._slots[0] is exchange:
             self._flush()
         if exchange.parts_size > self._limits.stream_backlog_max:

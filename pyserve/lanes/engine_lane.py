@@ -17,7 +17,7 @@ from pyserve.lanes.lane import Lane
 from pyserve.lanes.limits import Sweep, start_client_limit
 from pyserve.lanes.pending import OVER, Pending
 from pyserve.lanes.preprocess_pool import LimitedCall
-from pyserve.lanes.refusals import no_worker_error
+from pyserve.lanes.refusals import as_queue_full, no_worker_error
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import ModelSettings
 from pyserve.telemetry.host_metrics import BatchRecorder
@@ -231,7 +231,7 @@ class EngineLane(Lane):
             "workers": self.ready_count,
             "fix": f"retry later, or raise job_queue_size: PUT /models/{self.name}?job_queue_size=N",
         }
-        return no_worker_error(self.name, detail)
+        return as_queue_full(no_worker_error(self.name, detail), self.services.config)
 
     @property
     def waiting_count(self) -> int:

@@ -192,10 +192,9 @@ class Lane:
     def answer_error(self, pending: Pending, error: ServeError) -> None:
         """As `answer`, with what the client may see of ``error``."""
         if type(error) is OverloadedError and pending.url_version != "default":
-            error = OverloadedError(
-                error.message.replace(*no_worker_subjects(self.name, pending.url_version)),
-                detail=error.detail, headers=error.headers,
-            )  # fmt: skip
+            message = error.message.replace(*no_worker_subjects(self.name, pending.url_version))
+            status, error = error.status, OverloadedError(message, detail=error.detail, headers=error.headers)
+            error.status = status
         self.answer(pending, self.services.error_format.answer(error, pending.exchange.request))
 
     def answer_all(self, error: ServeError) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 
+from pyserve.config.config import Config
 from pyserve.errors import HandlerError, InputError, JsonObject, OutOfMemoryError, OverloadedError, ServeError
 from pyserve.torch_error import cause_of
 from pyserve.worker.failure import Failure
@@ -30,6 +31,14 @@ def no_worker_error(
         detail=detail,
         headers={"Retry-After": retry_after() if retry_after_s is None else str(retry_after_s)},
     )
+
+
+def as_queue_full(error: OverloadedError, config: Config) -> OverloadedError:
+    """``error``, of a full queue, with the status and the ``Retry-After`` that are configured for it."""
+    error.status = config.queue_full_status
+    if config.queue_full_retry_after:
+        error.headers["Retry-After"] = str(config.queue_full_retry_after)
+    return error
 
 
 def down_error(name: str, text: str, failure: ServeError | None, retry_after_s: int | None) -> OverloadedError:

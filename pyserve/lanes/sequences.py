@@ -26,7 +26,7 @@ from pyserve.lanes.lane import Lane
 from pyserve.lanes.limits import SWEEP_INTERVAL_S, start_client_limit
 from pyserve.lanes.pending import OVER, Pending
 from pyserve.lanes.python import DESCRIBE, PythonLane
-from pyserve.lanes.refusals import worker_died_error
+from pyserve.lanes.refusals import as_queue_full, worker_died_error
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import ModelSettings
 from pyserve.lanes.worker_rows import WorkerRow
@@ -401,7 +401,7 @@ class SequenceLane(Lane):
         error = self.refusal("sequence limit")
         error.detail["limit"] = f"{key}={limit}" + (f", sequence {id}" if id else "")
         error.detail["fix"] = f"end sequences that are over, wait for the answer, or raise {key} in model-config.yaml"
-        return error
+        return as_queue_full(error, self.services.config)
 
     def _start_looking(self) -> None:
         if self._look_timer is None and self._sequences:

@@ -102,8 +102,8 @@ class Registry:
     # --- changing -------------------------------------------------------------------------------------------------
 
     async def register(
-        self, url: str, *, model_name: str | None, handler: str | None, initial_workers: int, settings: dict[str, int],
-        runtime: str | None = None, waits: bool = True,
+        self, url: str, *, model_name: str | None, handler: str | None, initial_workers: int | None,
+        settings: dict[str, int], runtime: str | None = None, waits: bool = True,
     ) -> Model:  # fmt: skip
         """Finds or fetches an archive, then loads and warms it; returns when it is READY.
 
@@ -111,6 +111,7 @@ class Registry:
 
         Args:
             url: name in the model store, path or URL; see `ArchiveSources`.
+            initial_workers: None for as many as at the start of the server.
             settings: management parameters; what is left out comes from model-config.yaml, then the ``models``
                 block, then the defaults.
             runtime: told in descriptions in place of the manifest's.

@@ -17,6 +17,7 @@ from pyserve.api.coded_bodies import CodedBodies
 from pyserve.api.inference import Inference
 from pyserve.api.kserve import KServe
 from pyserve.api.management import Management
+from pyserve.api.model_repository import ModelRepository
 from pyserve.api.routes import Router, RouteRow, inference_descriptions, metrics_routes
 from pyserve.api.triton_extensions import TritonExtensions
 from pyserve.archive.archive import Archive
@@ -28,6 +29,7 @@ from pyserve.cpu_budget import cpu_budget
 from pyserve.engine import Engine
 from pyserve.errors import ConfigError, JsonObject, ServeError
 from pyserve.grpc_api.front_end import GrpcFrontEnd
+from pyserve.http1.compression import Compression
 from pyserve.http1.connections import Connections
 from pyserve.http1.limits import Http1Limits
 from pyserve.http1.protocol import Http1Protocol
@@ -142,6 +144,12 @@ class Server:
             tells_errors=services.error_format.with_private_detail,
             lenient=is_strict,
         )
+        self._compression = None
+        if config.response_compression and not is_strict:
+            self._compression = Compression(self._pool, config.response_compression_size_min)
+        self._repository = ModelRepository(
+            self.registry, config, tells_errors=services.error_format.with_private_detail
+        )
         self.grpc = GrpcFrontEnd(config, start.restart)
         self._servers: list[asyncio.AbstractServer] = []
         self._files = file_identities(start.sockets.values())
@@ -204,7 +212,9 @@ class Server:
             self._measuring = asyncio.ensure_future(system.run())
         self._watch.start()
         self._inference.is_ready = True
-        await self.grpc.open(self._services, self.registry, self._inference, self._bodies, self._logs.access)
+        await self.grpc.open(
+            self._services, self.registry, self._inference, self._bodies, self._logs.access, repository=self._repository
+        )
 
     async def _listen(self, sock: Any, names: list[str]) -> None:
         config = self._start.config
@@ -212,7 +222,8 @@ class Server:
         cors = Cors(config)
         connections = Connections(limits, self._bodies, decorate=cors.add if cors else None,
                                   takes_ids=config.compat != "strict",
-                                  error_format=self._services.error_format)  # fmt: skip
+                                  error_format=self._services.error_format,
+                                  compression=self._compression)  # fmt: skip
         self._connections.append(connections)
         descriptors = self._services.descriptors
         if "inference" in names:
@@ -258,21 +269,32 @@ class Server:
         """What the listener of ``names`` answers. Each path has the checks of its own API, also where all share one."""
         config, tokens = self._start.config, self._services.tokens
         rows: list[RouteRow] = []
+        kserve = KServe(
+            self.registry, self._inference, self._metrics, config.max_response_size,
+            is_strict=config.compat == "strict", error_format=self._services.error_format,
+        )  # fmt: skip
+        triton = TritonExtensions(self.registry, self._repository, config)
+        origins = allowed_origins(config)
+        has_control = config.model_control_on_inference
         if "inference" in names:
-            kserve = KServe(
-                self.registry, self._inference, self._metrics, config.max_response_size,
-                is_strict=config.compat == "strict",
-            )  # fmt: skip
-            extensions = TritonExtensions(self.registry, tells_errors=self._services.error_format.with_private_detail)
-            inference = [*self._inference.routes(), *kserve.routes(), *extensions.routes()]
-            rows += protected([*inference, *inference_descriptions(inference, self.registry.get)], tokens, "inference")
+            shows_store = has_control or "management" in names
+            inference = [*self._inference.routes(), *kserve.routes(), *triton.reading_routes()]
+            inference.append(triton.index_route(shows_store=shows_store))
+            refused = triton.refused_routes(has_control=shows_store)
+            control = triton.control_routes() if has_control and "management" not in names else []
+            described = inference_descriptions([*inference, *control], self.registry.get)
+            rows += protected([*inference, *refused, *described], tokens, "inference")
+            rows += protected(control, tokens, "management", BrowserGuard(config.inference_address, origins))
         if "management" in names:
             tells_errors = self._services.error_format.with_private_detail
-            guard = BrowserGuard(config.management_address, allowed_origins(config))
+            guard = BrowserGuard(config.management_address, origins)
             rotation = rotation_routes(tokens)
-            neighbours = [pattern for _, pattern, _ in rotation]
+            control = triton.control_routes()
+            if "inference" not in names:
+                control += [*kserve.reading_routes(), *triton.reading_routes(), triton.index_route(shows_store=True)]
+            neighbours = [pattern for _, pattern, _ in (*rotation, *control)]
             management = Management(self.registry, config, tells_errors=tells_errors, neighbours=neighbours).routes()
-            rows += protected(management, tokens, "management", guard)
+            rows += protected([*management, *control], tokens, "management", guard)
             rows += protected(rotation, None, "api", guard)
         # By DNS rebinding a page of any site could read them, too.
         metrics = protected(metrics_routes(self._metrics), None, "inference", BrowserGuard(config.metrics_address))

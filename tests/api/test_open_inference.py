@@ -467,7 +467,6 @@ def test_other_extensions_are_refused_by_name(client: Any) -> None:
     for call, name in (
         (lambda: client.load_model("linear"), "model_repository"),
         (lambda: client.unload_model("linear"), "model_repository"),
-        (lambda: client.get_model_config("linear"), "model_configuration"),
         (client.get_trace_settings, "trace"),
         (lambda: client.update_trace_settings("linear", {"trace_rate": "1"}), "trace"),
         (client.get_log_settings, "logging"),

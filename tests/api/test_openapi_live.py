@@ -90,7 +90,10 @@ def test_what_no_listener_has_here_is_valid_too() -> None:
 
 def tame(case: Any, draw: Any) -> None:
     """Names what there is, now and then, and keeps numbers small enough for a test."""
-    names = ["victim", "nobody"] if case.method == "DELETE" else ["handler", "handler", "linear", "nobody"]
+    removes = case.method == "DELETE" or case.path.endswith("/unload")
+    names = (
+        ["victim", "nobody"] if removes or case.path.endswith("/load") else ["handler", "handler", "linear", "nobody"]
+    )
     if "model_name" in (case.path_parameters or {}):
         case.path_parameters["model_name"] = draw(st.sampled_from(names))
     if "model_version" in (case.path_parameters or {}) and draw(st.integers(0, 3)):

@@ -15,6 +15,8 @@ from pyserve.grpc_api import messages as grpc_messages
 from pyserve.grpc_api.messages import OPEN_INFERENCE, OPEN_INFERENCE_TORCHSERVE, POOL, message
 
 MESSAGES = [
+    "ModelConfigRequest", "ModelConfigResponse", "RepositoryModelLoadRequest", "RepositoryModelLoadResponse",
+    "RepositoryModelUnloadRequest", "RepositoryModelUnloadResponse",
     "ModelInferRequest", "ModelInferResponse", "ModelMetadataRequest", "ModelMetadataResponse", "ModelReadyRequest",
     "ModelReadyResponse", "ModelStatisticsRequest", "ModelStatisticsResponse", "ModelStreamInferResponse",
     "RepositoryIndexRequest", "RepositoryIndexResponse", "ServerLiveRequest", "ServerLiveResponse",
@@ -62,7 +64,7 @@ def test_the_open_inference_service_stands_under_both_packages(package: str) -> 
     assert {method.input_type.full_name.rpartition(".")[0] for method in service.methods} == {package}
     assert [method.name for method in service.methods] == [
         "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer", "ModelStreamInfer",
-        "ModelStatistics", "RepositoryIndex",
+        "ModelStatistics", "ModelConfig", "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload",
     ]  # fmt: skip
 
 

@@ -121,7 +121,8 @@ def test_reflection_tells_services_and_messages(server: Server) -> None:
         for name in names:
             assert database.FindFileContainingSymbol(name).service
     with grpc.insecure_channel(server.grpc("management")) as channel:
-        assert set(ProtoReflectionDescriptorDatabase(channel).get_services()) == {MANAGING, HEALTH, REFLECTION}
+        found = set(ProtoReflectionDescriptorDatabase(channel).get_services())
+        assert found == {MANAGING, *OPEN_INFERENCE, HEALTH, REFLECTION}
 
 
 # --- ports ------------------------------------------------------------------------------------------------------------

@@ -239,6 +239,31 @@ def test_exactly_the_queue_and_the_workers_are_admitted(
     run(test())
 
 
+@pytest.mark.parametrize("url_version", ["default", "1.0"])
+@pytest.mark.parametrize(("status", "retry_after"), [(503, 0), (429, 0), (429, 77)])
+def test_a_full_queue_is_answered_as_configured(
+    tmp_path: Path, gate: Gate, status: int, retry_after: int, url_version: str
+) -> None:
+    config = Config(queue_full_status=status, queue_full_retry_after=retry_after)
+
+    async def test() -> None:
+        async with standing(tmp_path, Gated(str(gate.path)), config=config, queue_size=1) as stand:
+            gate.shut()
+            runs = gate.runs
+            stand.post(0)
+            await stand.until(lambda: gate.runs == runs + 1)
+            stand.post(1)
+            refused = stand.post(2, url_version=url_version)
+            answer = stand.answers[refused.request.id]
+            assert (answer.status, error(answer)["code"], error(answer)["detail"]["reason"]) == (
+                status, status, "queue full",
+            )  # fmt: skip
+            assert answer.headers["Retry-After"] in ({str(retry_after)} if retry_after else {"1", "2", "3"})
+            gate.open()
+
+    run(test())
+
+
 def test_requests_being_preprocessed_count_as_waiting(tmp_path: Path) -> None:
     async def test() -> None:
         async with standing(tmp_path, Identity(), queue_size=3, batch_size=2) as stand:

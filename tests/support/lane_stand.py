@@ -94,7 +94,7 @@ class Stand:
 
     def post(
         self, *numbers: float, body: bytes | None = None, id: str = "", headers: Headers = JSON_HEADERS,
-        inputs: list[torch.Tensor] | None = None,
+        inputs: list[torch.Tensor] | None = None, url_version: str = "default",
     ) -> Exchange:  # fmt: skip
         values = list(numbers) + [0.0] * (SHAPE[0] - len(numbers))
         request = Request(
@@ -108,7 +108,7 @@ class Stand:
             self.answers[request.id] = exchange.response
 
         exchange = Exchange(request, deliver)
-        pending = Made(self.lane, exchange, "1.0", "default")
+        pending = Made(self.lane, exchange, "1.0", url_version)
         pending.inputs = inputs
         self.lane.predict(pending)
         return exchange
