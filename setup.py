@@ -10,9 +10,24 @@ only loaded by a Python with their libraries preloaded. Give it a folder of its 
 from __future__ import annotations
 
 import os
+import site
+import sys
+import sysconfig
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ImportError:
+    # pip builds in an environment of its own by default; the torch to build against is in the one around it.
+    sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"pyserve: its engine is built against the torch that it will run with, and there is none in {sys.prefix} "
+            f"({error}). Type: pip install 'torch>=2.11,<2.14' numpy, and then the same command again; if it still "
+            "fails: pip install 'setuptools>=77' ninja, and the same command with --no-build-isolation"
+        ) from None
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension

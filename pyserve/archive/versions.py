@@ -42,7 +42,9 @@ def running_versions(files: Iterable[Path] = ()) -> JsonObject:
             continue
         tops |= {each.module.partition(".")[0] for each in imports_of(tree, path.name)}
     distributions = packages_distributions() if tops else {}
-    names = sorted({name for top in tops for name in distributions.get(top, ())} - {"torch", "pyserve"})
+    names = sorted(
+        {name for top in tops for name in distributions.get(top, ())} - {"torch", "pyserve-torch", "pyserve"}
+    )
     return {
         "python": platform.python_version(),
         "torch": installed("torch"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pyserve import torch_error
 
-FIX = "pip install 'pyserve[openvino]'"
+FIX = "pip install openvino nncf"
 _PLACES = re.compile(
     r"Exception from \S+:\d+:\s*|Check '[^\n]*' failed at \S+:\d+:\s*|FrontEnd API failed with [^\n]*\n\s*"
 )

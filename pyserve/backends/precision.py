@@ -48,8 +48,8 @@ def why_not(backend: str, precision: str) -> str:
             "openvino' or 'backend: aotinductor', or 'auto', which tries both"
         )
     package, fix = {
-        "openvino": ("nncf", "pip install 'pyserve[openvino]'"),
-        "aotinductor": ("torchao", "pip install 'pyserve[int8]'"),
+        "openvino": ("nncf", "pip install openvino nncf"),
+        "aotinductor": ("torchao", "pip install torchao"),
     }[backend]
     if importlib.util.find_spec(package) is None:
         return f"{package}, which makes int8 models for {backend}, is not installed: {fix}"

@@ -35,10 +35,10 @@ from pyserve.server import pid_file
 OPTIONAL = {
     "torchvision": "models and transforms of many handlers",
     "captum": "explanations of pictures and text",
-    "grpcio": "gRPC (pip install 'pyserve[grpc]')",
+    "grpcio": "gRPC (pip install grpcio grpcio-health-checking grpcio-reflection)",
     "onnxruntime": ".onnx models",
     "transformers": "handlers of Hugging Face models",
-    "nvidia-ml-py": "the usage of NVIDIA GPUs (pip install 'pyserve[gpu]'); else nvidia-smi is run",
+    "nvidia-ml-py": "the usage of NVIDIA GPUs (pip install nvidia-ml-py); else nvidia-smi is run",
 }
 _FREE_SIZE_MIN = 1 << 30
 _MEMORY_SIZE_MIN = 1 << 30

@@ -100,7 +100,7 @@ def _nvidia(root: Path) -> Iterator[Check]:
         driver = nvml.driver_state()
     except (nvml.NoLibraryError, LookupError, TimeoutError) as error:
         text = f"{error}; usage is shown by running nvidia-smi again and again"
-        yield Check(NOTE, "driver", text, "pip install 'pyserve[gpu]'")
+        yield Check(NOTE, "driver", text, "pip install nvidia-ml-py")
         driver = None
     if driver is not None:
         yield Check(PASS, "driver", f"{driver.version}, runs CUDA {driver.cuda}")

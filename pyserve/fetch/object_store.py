@@ -1,6 +1,6 @@
 """Fetches an archive from an object store through fsspec, with the credentials that its own libraries find.
 
-Each store needs an optional package: ``pip install 'pyserve[s3]'`` for ``s3://``, and so on.
+Each store needs optional packages, those of the extras ``s3``, ``gs`` and ``hf``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pyserve.config.archive_url import STORE_SCHEMES, ArchiveUrl
 from pyserve.fetch.transfer import CHUNK_SIZE, Transfer, TransferError
 
 _REASON_SIZE_MAX = 300
+
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface-hub"}
 
 
 def open_store(scheme: str) -> Any:
@@ -26,7 +28,7 @@ def open_store(scheme: str) -> Any:
         return importlib.import_module("fsspec").filesystem(scheme)
     except ImportError as error:
         raise TransferError(
-            f"{scheme}:// needs packages that are not installed ({error})", fix=f"pip install 'pyserve[{scheme}]'"
+            f"{scheme}:// needs packages that are not installed ({error})", fix=f"pip install fsspec {PACKAGES[scheme]}"
         ) from None
     except Exception as error:
         raise TransferError(f"{scheme}:// cannot be used: {_text(error)}") from None

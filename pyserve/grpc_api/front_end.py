@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 # gRPC prints what it also raises, and would look after forks, which here exec at once. Not for worker processes.
 _VARIABLES = {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
 
-FIX = "pip install 'pyserve[grpc]'"
+FIX = "pip install grpcio grpcio-health-checking grpcio-reflection"
 # For what is no request: reflection, say.
 STOP_GRACE_S = 0.2
 

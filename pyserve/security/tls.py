@@ -398,7 +398,7 @@ def _read_keystore(path: Path, password: str, place: str) -> tuple[bytes, bytes]
         from cryptography.hazmat.primitives.serialization import pkcs12
     except ImportError:
         raise ConfigError(
-            f"{place}: PKCS12 files need cryptography: pip install 'pyserve[keystore]'; or convert it with "
+            f"{place}: PKCS12 files need cryptography: pip install cryptography; or convert it with "
             f"`openssl pkcs12 -in {path} -nodes -out server.pem` and name that by private_key_file and certificate_file"
         ) from None
     try:

@@ -117,7 +117,8 @@ def open_tracer(environ: Mapping[str, str] = os.environ) -> Tracer | None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        log.error("%s is set, but no spans are sent (%s); pip install 'pyserve[otel]', or unset it", named, error)
+        log.error("%s is set, but no spans are sent (%s); pip install opentelemetry-sdk "
+                  "opentelemetry-exporter-otlp-proto-http, or unset it", named, error)  # fmt: skip
         return None
     own_name = "service.name" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "") or environ.get("OTEL_SERVICE_NAME")
     attributes: dict[str, Any] = {} if own_name else {"service.name": "pyserve"}

@@ -102,7 +102,7 @@ def test_torchscript_has_no_int8_and_says_what_has() -> None:
 def test_a_package_that_is_missing_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: None)
     assert why_not("openvino", "int8") == (
-        "nncf, which makes int8 models for openvino, is not installed: pip install 'pyserve[openvino]'"
+        "nncf, which makes int8 models for openvino, is not installed: pip install openvino nncf"
     )
     assert "torchao" in why_not("aotinductor", "int8") and why_not("aotinductor", "bf16") == ""
 

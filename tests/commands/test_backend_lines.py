@@ -17,7 +17,7 @@ from tests.support.networks import Affine
 from tests.support.serving_models import write_torchscript
 
 INPUT = {"input": {"dtype": "float32", "shape": [16]}}
-MISSING = "OpenVINO is not installed here; pip install 'pyserve[openvino]'"
+MISSING = "OpenVINO is not installed here; pip install openvino nncf"
 
 
 @pytest.fixture(autouse=True)

@@ -367,4 +367,4 @@ def test_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch.setattr(object_fetch.importlib, "import_module", import_module)
     with pytest.raises(TransferError, match=f"{scheme}:// needs packages that are not installed") as caught:
         fetched_object(tmp_path, f"{scheme}://bucket/m.mar")
-    assert caught.value.fix == f"pip install 'pyserve[{scheme}]'"
+    assert caught.value.fix == f"pip install fsspec {object_fetch.PACKAGES[scheme]}"

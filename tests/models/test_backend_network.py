@@ -181,7 +181,7 @@ def test_one_that_is_not_installed_is_left_out_with_what_to_install(
     tmp_path: Path, making: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = backend_network.BACKENDS["openvino"]
-    missing = "OpenVINO is not installed here; pip install 'pyserve[openvino]'"
+    missing = "OpenVINO is not installed here; pip install openvino nncf"
     monkeypatch.setitem(backend_network.BACKENDS, "openvino", dataclasses.replace(row, missing=lambda: missing))
     network = loaded(tmp_path, Affine(), server="openvino")
     assert network.findings["backend"]["reason"] == f"default_backend=openvino cannot be followed: {missing}"

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from pyserve import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER = "9.8.7"
+COMMAND = "pyserve.commands.cli:main"
 
 # Run in a process in which the version is another one from the start: prints what is shown of it, by place.
 SHOWN = f"""
@@ -77,7 +78,8 @@ def test_the_package_takes_it_from_there() -> None:
 
 
 def test_what_is_installed_says_the_same() -> None:
-    assert version("pyserve") == __version__, "installed by another version: `make build`"
+    ours = [each for each in distributions() if any(entry.value == COMMAND for entry in each.entry_points)]
+    assert {each.version for each in ours} == {__version__}, "installed by another version: `make build`"
 
 
 def test_the_changelog_begins_with_it() -> None:

@@ -214,7 +214,11 @@ def test_beside_the_package_lies_only_the_path_to_the_names_of_torchserve(wheel:
 
 def test_its_metadata_has_version_and_licence(wheel: Path) -> None:
     metadata = metadata_of(wheel)
-    assert metadata["Name"] == "pyserve" and metadata["Version"] == __version__
+    assert (
+        metadata["Name"] == "pyserve-torch"
+        and metadata["License-Expression"] == "Apache-2.0"
+        and metadata["Version"] == __version__
+    )
     assert metadata["License-Expression"] == "Apache-2.0"
     with zipfile.ZipFile(wheel) as file:
         (licence,) = [name for name in file.namelist() if name.endswith("LICENSE")]

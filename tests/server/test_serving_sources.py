@@ -260,7 +260,7 @@ def test_failed_download_says_why_and_leaves_nothing(place: Place, url: str, rea
     else:
         refused(answer, 400, "DownloadArchiveException", f"Failed to download archive from: {url}", reason)
     if url.startswith("s3"):
-        assert answer.detail["fix"] == "pip install 'pyserve[s3]'"
+        assert answer.detail["fix"] == "pip install fsspec s3fs"
     assert place.stored() == before
     assert place.server.ask("GET", "/models", port="management").json == {"models": []}
 

@@ -16,7 +16,7 @@ def library() -> str:
     """OpenVINO's C library. Skips the test where it is not installed."""
     spec = importlib.util.find_spec("openvino")
     if spec is None or spec.origin is None:
-        pytest.skip("openvino is not installed: pip install 'pyserve[openvino]'")
+        pytest.skip("openvino is not installed: pip install openvino nncf")
     return str(next((Path(spec.origin).parent / "libs").glob("libopenvino_c.so*")))
 
 

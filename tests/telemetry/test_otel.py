@@ -225,7 +225,10 @@ def test_without_the_extra_the_log_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     assert spans.open_tracer({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://x"}) is None
-    assert "pip install 'pyserve[otel]'" in caplog.text and "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" in caplog.text
+    assert (
+        "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http" in caplog.text
+        and "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" in caplog.text
+    )
 
 
 def test_two_parents_are_none_and_a_client_that_has_gone_is_told() -> None:
