@@ -143,7 +143,7 @@ def _command(parsed: argparse.Namespace) -> int:
         case "status":
             from pyserve.commands.status import print_status
 
-            return print_status(_pid_path(parsed))
+            return print_status(_pid_path(parsed), as_json=parsed.json)
         case "deploy":
             from pyserve.commands.deploy import deploy_command
 
@@ -199,6 +199,7 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
             parser.add_argument("--timeout", type=float, metavar="S", help="how long to wait for it to drain, in s")
         case "status":
             _add_pid_file(parser)
+            parser.add_argument("--json", action="store_true", help="as JSON")
         case "deploy":
             from pyserve.commands.deploy import add_deploy_arguments
 

@@ -58,17 +58,15 @@ def add_given_arguments(parser: argparse.ArgumentParser, *, takes_bodies: bool =
 
 def given_in(parsed: argparse.Namespace) -> Given:
     """What the command line says; ``--input`` that names a file to send is not among it."""
+    said = vars(parsed)
+    texts = [str(each) for each in said.get("input") or ()]
     return Given(
-        handler=parsed.handler or "",
-        inputs=tuple(text for each in parsed.input if is_input(text := str(each)) or not _takes_bodies(parsed)),
-        model_file=_absolute(parsed.model_file),
-        labels=_absolute(parsed.labels),
-        config_file=_absolute(parsed.config_file),
+        handler=said.get("handler") or "",
+        inputs=tuple(text for text in texts if is_input(text) or "json_body" not in said),
+        model_file=_absolute(said.get("model_file")),
+        labels=_absolute(said.get("labels")),
+        config_file=_absolute(said.get("config_file")),
     )
-
-
-def _takes_bodies(parsed: argparse.Namespace) -> bool:
-    return hasattr(parsed, "json_body")
 
 
 def _absolute(path: str | None) -> str:

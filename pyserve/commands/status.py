@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,13 +20,18 @@ EXIT_UNKNOWN = 4
 """As LSB init scripts do: 4 when the supervisor runs and the server does not answer."""
 
 
-def print_status(pid_path: Path) -> int:
+def print_status(pid_path: Path, *, as_json: bool = False) -> int:
     """Print what is known and return the exit code: 0 running, 3 not running, 4 running without an answer.
+
+    Args:
+        as_json: one object: ``running``, ``pid``, ``addresses``, ``log`` and ``models``, with the columns of the table.
 
     Raises:
         ConfigError: the pid file cannot be trusted.
     """
     running = pid_file.read(pid_path)
+    if as_json:
+        return _print_json(running)
     if running is None:
         print("pyserve is not currently running.")
         return EXIT_NOT_RUNNING
@@ -35,6 +41,27 @@ def print_status(pid_path: Path) -> int:
         print(f"{name:<{width}}  {text}")
     if running.log_file:
         print(f"{'log':<{width}}  {running.log_file}")
+    rows, problem = _rows(running)
+    if problem:
+        print(problem)
+        return EXIT_UNKNOWN
+    print("\n".join(console.table_lines(rows)) if rows else "no model is loaded")
+    return EXIT_RUNNING
+
+
+def _print_json(running: pid_file.RunningServer | None) -> int:
+    if running is None:
+        print(json.dumps({"running": False}, indent=2))
+        return EXIT_NOT_RUNNING
+    rows, problem = _rows(running)
+    said = {"running": True, "pid": running.pid, "addresses": dict(running.addresses), "log": running.log_file or None,
+            "models": rows}  # fmt: skip
+    print(json.dumps({**said, "problem": problem} if problem else said, indent=2))
+    return EXIT_UNKNOWN if problem else EXIT_RUNNING
+
+
+def _rows(running: pid_file.RunningServer) -> tuple[list[JsonObject], str]:
+    """A row for each version, and why there are none; ``""`` if there is no reason."""
     try:
         rows = model_rows(
             local_address(running.addresses["management"]),
@@ -42,11 +69,8 @@ def print_status(pid_path: Path) -> int:
             management_key(running.key_file),
         )
     except (ConfigError, OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-        print(f"the management address gives no list of models: {error or type(error).__name__}")
-        return EXIT_UNKNOWN
-    rows += _failed_rows(local_address(running.addresses["inference"]), {str(row["model"]) for row in rows})
-    print("\n".join(console.table_lines(rows)) if rows else "no model is loaded")
-    return EXIT_RUNNING
+        return [], f"the management address gives no list of models: {error or type(error).__name__}"
+    return rows + _failed_rows(local_address(running.addresses["inference"]), {str(row["model"]) for row in rows}), ""
 
 
 def model_rows(management: Address, inference: str, key: str = "") -> list[JsonObject]:
