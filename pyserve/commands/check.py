@@ -96,7 +96,7 @@ def check_command(parsed: argparse.Namespace) -> int:
         if not parsed.json:
             console.warn([*subject.config.warnings, *subject.archive.warnings])
         try:
-            report = examine(subject, inputs, timeout_s=parsed.timeout)
+            report = examine(subject, inputs or dry_run.own_samples(subject), timeout_s=parsed.timeout)
         finally:
             subject.archive.close()
     if parsed.json:

@@ -24,7 +24,10 @@ COMMANDS = {
     "start": "start a server, in the background unless --foreground",
     "stop": "drain the running server and stop it",
     "status": "say whether a server is running and how its models are",
+    "logs": "show the server's log",
+    "predict": "send a file to a model of the running server",
     "deploy": "replace the served version of a model without downtime",
+    "init": "make a folder with a handler, its settings, a test and a client to start from",
     "archive": "pack a model into an archive",
     "inspect": "show what is in an archive",
     "dev": "serve a folder, and reload its handler's code whenever it is saved",
@@ -34,6 +37,7 @@ COMMANDS = {
     "doctor": "look for what is wrong with this machine, or with an archive on it",
     "config": "show every setting, and where its value comes from",
     "example": "make an archive or a picture to try",
+    "completion": "print a script by which a shell completes commands and flags",
 }
 
 _OVERRIDES = {
@@ -46,6 +50,7 @@ _OVERRIDES = {
     "enable_grpc": "--grpc",
     "grpc_inference_port": "--grpc-inference-port",
     "grpc_management_port": "--grpc-management-port",
+    "log_level": "--log-level",
 }
 _SWITCHES = {
     "disable_token_auth": "disable_token_authorization",
@@ -181,9 +186,38 @@ def _command(parsed: argparse.Namespace) -> int:
 
             return config_command(_overrides(parsed), parsed)
         case _:
+            return _other_command(parsed)
+
+
+def _other_command(parsed: argparse.Namespace) -> int:
+    """Those that start no server and try no model."""
+    match parsed.command:
+        case "predict":
+            from pyserve.commands.predict import predict_command
+
+            return predict_command(parsed, _pid_path(parsed))
+        case "logs":
+            from pyserve.commands.logs import logs_command
+
+            return logs_command(parsed, _pid_path(parsed))
+        case "init":
+            from pyserve.commands.init import init_command
+
+            return init_command(parsed)
+        case "completion":
+            from pyserve.commands.completion import completion_command
+
+            return completion_command(parsed.shell, COMMANDS, _parser_of)
+        case _:
             from pyserve.commands.example import example_command
 
             return example_command(parsed)
+
+
+def _parser_of(name: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"pyserve {name}")
+    _add_arguments(name, parser)
+    return parser
 
 
 def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
@@ -239,6 +273,30 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         case "config":
             _add_start_arguments(parser)
             parser.add_argument("--json", action="store_true", help="as JSON")
+        case _:
+            _add_other_arguments(name, parser)
+
+
+def _add_other_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    match name:
+        case "predict":
+            from pyserve.commands.predict import add_predict_arguments
+
+            add_predict_arguments(parser)
+            _add_pid_file(parser)
+        case "logs":
+            from pyserve.commands.logs import add_logs_arguments
+
+            add_logs_arguments(parser)
+            _add_pid_file(parser)
+        case "init":
+            from pyserve.commands.init import add_init_arguments
+
+            add_init_arguments(parser)
+        case "completion":
+            from pyserve.commands.completion import add_completion_arguments
+
+            add_completion_arguments(parser)
         case "example":
             from pyserve.commands.example import add_example_arguments
 
@@ -278,6 +336,7 @@ def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grpc-management-port", metavar="PORT", help="default: 7071")
     add("--token-file", metavar="FILE", help="keys that callers must show; default: made at start, where one is needed")
     add("--state-dir", metavar="DIR", help="for our own state; default: the user's runtime or state folder")
+    add("--log-level", metavar="LEVEL", help="of the server's own records: error, warning, info (default) or debug")
     add("--disable-token-auth", "--dt", action="store_true", help="no tokens, wherever the server listens")
     add("--enable-model-api", action="store_true", help="allow registering models, wherever the server listens")
 

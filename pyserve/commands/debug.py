@@ -72,7 +72,7 @@ def debug_command(parsed: argparse.Namespace) -> int:
     if interpreter != sys.executable:
         sys.stdout.flush()
         os.execv(interpreter, [interpreter, "-m", "pyserve", *sys.argv[1:]])
-    inputs = dry_run.read_inputs(parsed)
+    inputs = dry_run.read_inputs(parsed) or dry_run.own_samples(subject)[:1]
     try:
         with console.unescaped_output():
             return _Run(subject).run(inputs, parsed.batch)

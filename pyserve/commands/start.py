@@ -89,7 +89,7 @@ def _run_in_foreground(config: Config, pid_path: Path, plain_pid_path: Path | No
 
     if plain_pid_path is not None:
         os.dup2(1, 2)  # the server's, too
-    log.configure(as_json=config.log_format == "json")
+    log.configure(config.log_level.upper(), as_json=config.log_format == "json")
     failures: list[str] = []
 
     def on_event(event: JsonObject) -> None:

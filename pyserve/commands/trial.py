@@ -23,6 +23,7 @@ from pyserve.archive.cache import open_cache
 from pyserve.archive.given import Given
 from pyserve.archive.limits import use_limits
 from pyserve.archive.manifest import missing_handler, missing_manifest, name_of_file
+from pyserve.archive.samples import archive_samples
 from pyserve.commands.model_arguments import MODEL_HELP, UsageError, add_given_arguments, prepare
 from pyserve.config.config import Config, load_config
 from pyserve.errors import ModelNotFoundError
@@ -272,6 +273,12 @@ def on_device(subject: Subject) -> WorkerSpec:
 
     gpus = gpu_count(subject.config.number_of_gpu)
     return replace(subject.spec, gpu_id=index_of(first_device(subject.archive.config, gpus, subject.archive.name)))
+
+
+def own_samples(subject: Subject) -> list[Input]:
+    """The requests that the archive brings along in ``sample_input*``."""
+    samples = archive_samples(subject.spec.model_dir)
+    return [_input(each.body, each.name, [], each.content_type) for each in samples]
 
 
 def makes_samples(handler: Any) -> bool:

@@ -167,6 +167,7 @@ class Config:
     download_timeout_s: int = 14_400
     allow_private_addresses: bool = False
     log_format: str = "text"
+    log_level: str = "info"
     server_timing: bool = False
     debug: bool = False
     ipex_enable: bool = False

@@ -247,6 +247,7 @@ KINDS: dict[str, Kind] = {
     "download_timeout_s": _SECONDS,
     "allow_private_addresses": _BOOLEAN,
     "log_format": _choice("text", "json"),
+    "log_level": _choice("error", "warning", "info", "debug"),
     "server_timing": _BOOLEAN,
     "debug": _BOOLEAN,
     "ipex_enable": _BOOLEAN,

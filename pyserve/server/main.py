@@ -63,7 +63,7 @@ def main() -> int:
     start = receive_server_start()
     open_files_max = raise_open_files_max()
     log_setup.print_lines_at_once()  # for handlers that run here
-    console = log_setup.configure(as_json=start.config.log_format == "json")
+    console = log_setup.configure(start.config.log_level.upper(), as_json=start.config.log_format == "json")
     logs = ServerLogs(start.config, console=console.write_lines if start.like_torchserve else None)
     housekeeping = Housekeeping([ConsoleFile(Path(start.log_file)).look] if start.log_file else [])
     housekeeping.start()

@@ -407,7 +407,7 @@ def main() -> int:
     log.configure(logging.INFO, sys.stderr)
     handover, reporter = launch.receive(launch.SUPERVISOR_VARIABLE)
     config = Config.from_json(handover["config"])
-    log.configure(logging.INFO, sys.stderr, as_json=config.log_format == "json")
+    log.configure(config.log_level.upper(), sys.stderr, as_json=config.log_format == "json")
     reporter.never_wait()
 
     def on_event(event: JsonObject) -> None:
