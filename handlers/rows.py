@@ -30,11 +30,33 @@ def row_value(row: Any) -> Any:
     return value
 
 
+# First bytes -> what a file is that is sent where something else is expected.
+_FILES = (
+    (b"\x93NUMPY", "a NumPy file (.npy); send its numbers alone, array.tobytes(), or as JSON"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"\x89PNG\r\n", "a PNG picture"),
+    (b"GIF8", "a GIF picture"),
+    (b"%PDF", "a PDF document"),
+    (b"PK\x03\x04", "a zip file, such as torch.save and numpy.savez write"),
+    (b"\x1f\x8b", "gzipped data; send Content-Encoding: gzip with it"),
+)
+
+
+def kind_of_file(start: bytes) -> str:
+    """What begins with these bytes, 12 or more of them, in a few words; ``""`` for what is not known."""
+    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "a HEIC picture, as phones take them; convert it to JPEG"
+    return next((kind for magic, kind in _FILES if start.startswith(magic)), "")
+
+
 def found(value: Any) -> str:
     """A few words on an unusable value, safe to send to the client who sent it."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         if len(value) == 0:
             return "an empty body"
+        kind = kind_of_file(bytes(value[:32]))
+        if kind:
+            return f"{len(value)} bytes, {kind}"
         start = bytes(value[:16]).decode("ascii", "replace")
         shown = start if start.isprintable() and "\ufffd" not in start else bytes(value[:8]).hex(" ")
         return f"{len(value)} bytes starting with {shown!r}"
@@ -46,7 +68,8 @@ def found(value: Any) -> str:
         return f"the number {str(value)[:24]}" if isinstance(value, float) or abs(value) < 10**20 else "a huge number"
     if isinstance(value, Mapping):
         names = ", ".join(repr(str(name)[:24]) for name in list(value)[:3])
-        return f"a JSON object with {len(value)} members ({names})" if value else "an empty JSON object"
+        count = f"{len(value)} member{'s' if len(value) > 1 else ''}"
+        return f"a JSON object with {count} ({names})" if value else "an empty JSON object"
     if isinstance(value, (list, tuple, JsonArray)):
         return f"a list of {len(value)}"
     return f"a value of type {type(value).__name__}"

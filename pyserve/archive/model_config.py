@@ -185,6 +185,9 @@ class ModelConfig:
             setattr(self, attribute, None)
 
     def _check_together(self, label: str) -> None:
+        if (self.workers_min is None) != (self.workers_max is None):
+            given, missing = ("minWorkers", "maxWorkers") if self.workers_max is None else ("maxWorkers", "minWorkers")
+            self.warnings.append(f"{label}: {given} counts only together with {missing}, as for TorchServe; give both")
         if self.workers_min is not None and self.workers_max is not None and self.workers_min > self.workers_max:
             self.warnings.append(f"{label}: minWorkers ({self.workers_min}) must not be larger than maxWorkers "
                                  f"({self.workers_max}); both are left out")  # fmt: skip

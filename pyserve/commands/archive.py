@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pyserve.archive.archive import open_archive
+from pyserve.archive.archive import open_archive, survey
 from pyserve.archive.bare_file import CONFIG_NAME
 from pyserve.archive.entries import MANIFEST_NAME
 from pyserve.archive.given import given_for
@@ -183,6 +183,9 @@ def archive_command(args: argparse.Namespace) -> int:
         path = _packed(args)
         note = "" if args.no_check else _check(path)
         print(f"{path} ({readable_size(size_on_disk(path))})", flush=True)
+        with survey(path) as found:
+            for warning in found.config.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
         if note:
             print(f"note: it runs in worker processes, each with a copy of the model: {' '.join(note.split())}")
         if args.compile:

@@ -189,10 +189,14 @@ class _Deployment:
         if answer.status == 404:
             return
         if any(row["modelVersion"] == self._version and row.get("state") != "FAILED" for row in answer.json):
+            is_default = self._ask("GET", "").json[0]["modelVersion"] == self._version
+            # Of several versions the default one cannot be removed; alone, it would be missed.
             raise DeployError(
-                f"{self._name} {self._version} is served already; pack the new one with another --version, or remove "
-                f"this one first: curl -X DELETE {self._url(self._version)}"
-            )
+                f"{self._name} {self._version} is served already"
+                + (", as the default version; pack the new one with another --version" if is_default else
+                   f"; pack the new one with another --version, or remove this one first: curl -X DELETE "
+                   f"{self._url(self._version)}")
+            )  # fmt: skip
         [default] = self._ask("GET", "").json
         self._old = default["modelVersion"]
         self._workers = self._parsed.workers or max(1, default["minWorkers"], len(default["workers"]))

@@ -103,7 +103,7 @@ def _run_in_foreground(config: Config, pid_path: Path, plain_pid_path: Path | No
         server_command=launch.SERVER_COMMAND, drains_on_hangup=True,
     )  # fmt: skip
     if failures:
-        print(f"pyserve: error: {failures[-1]}", file=sys.stderr)
+        print(f"{console.program()}: error: {failures[-1]}", file=sys.stderr)
     return code
 
 
@@ -165,7 +165,9 @@ def _print_outcome(event: JsonObject, config: Config) -> bool:
         console.print_ready(event)
         return True
     print("\n".join(console.table_lines(event["models"])), file=sys.stderr)
-    print(f"pyserve: error: --strict: not loaded: {', '.join(failed)}; the server is stopped", file=sys.stderr)
+    print(
+        f"{console.program()}: error: --strict: not loaded: {', '.join(failed)}; the server is stopped", file=sys.stderr
+    )
     return False
 
 
@@ -182,7 +184,7 @@ def _report_failed(event: JsonObject | None, supervisor: subprocess.Popen[bytes]
         supervisor.returncode = 0
     else:
         reason = f"the supervisor {launch.describe_exit(code)} before the server was ready"
-    print(f"pyserve: error: {reason}", file=sys.stderr)
+    print(f"{console.program()}: error: {reason}", file=sys.stderr)
     return 1
 
 

@@ -95,7 +95,11 @@ def model_rows(management: Address, inference: str, key: str = "") -> list[JsonO
         rows = []
         for name in names:
             described = _get(connection, f"/models/{quote(name, safe='')}/all")
-            rows += [_row(version, inference) for version in described]
+            is_one = len(described) == 1
+            asked = described if is_one else _get(connection, f"/models/{quote(name, safe='')}")
+            default = asked[0].get("modelVersion")
+            rows += [_row(version, inference, is_default=version.get("modelVersion") == default, is_one=is_one)
+                     for version in described]  # fmt: skip
         return rows
     finally:
         connection.close()
@@ -122,7 +126,7 @@ def _get(connection: Connection, path: str) -> Any:
     return answer.json
 
 
-def _row(version: JsonObject, inference: str) -> JsonObject:
+def _row(version: JsonObject, inference: str, *, is_default: bool, is_one: bool) -> JsonObject:
     workers = version.get("workers", [])
     ready = sum(worker.get("status") == "READY" for worker in workers)
     wanted = int(version.get("minWorkers", 0))
@@ -132,6 +136,8 @@ def _row(version: JsonObject, inference: str) -> JsonObject:
     return {
         "model": name,
         "version": version.get("modelVersion"),
+        "default": is_default,
+        "shown": f"{version.get('modelVersion')} (default)" if is_default and not is_one else None,
         "state": _state(str(version.get("state", "READY")), ready, wanted),
         "workers": f"{ready}/{wanted}",
         "device": version.get("deviceType"),

@@ -10,6 +10,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -78,6 +79,7 @@ def unescaped(stream: TextIO) -> TextIO:
 
 def table_lines(rows: Sequence[JsonObject], *, colored: bool = False) -> list[str]:
     """MODEL VERSION STATE WORKERS DEVICE BATCH URL, one line a row, failures with their reason beneath."""
+    rows = [{**row, "version": row.get("shown") or row.get("version")} for row in rows]
     cells = [[name.upper() for name in COLUMNS]] + [[_cell(row.get(name)) for name in COLUMNS] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
     lines = []
@@ -124,10 +126,15 @@ def print_ready(event: JsonObject, stream: TextIO | None = None) -> None:
     stream.flush()
 
 
+def program() -> str:
+    """What the command is called that runs: ``torchserve`` in TorchServe's place, else ``pyserve``."""
+    return "torchserve" if Path(sys.argv[0]).stem == "torchserve" else "pyserve"
+
+
 def warn(lines: Iterable[str], kind: str = "warning") -> None:
     """Print each line to stderr as ``pyserve: <kind>: <line>``."""
     for line in lines:
-        print(f"pyserve: {kind}: {line}", file=sys.stderr)
+        print(f"{program()}: {kind}: {line}", file=sys.stderr)
 
 
 class Progress:

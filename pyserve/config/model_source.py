@@ -51,7 +51,7 @@ def nearest_file(name: str, files: Iterable[str]) -> str:
     if near:
         return near[0]
     stems = {file.partition(".")[0]: file for file in reversed(files)}
-    near = difflib.get_close_matches(name.partition(".")[0], stems, n=1, cutoff=0.8)
+    near = difflib.get_close_matches(name.partition(".")[0], stems, n=1, cutoff=0.7)
     return stems[near[0]] if near else ""
 
 

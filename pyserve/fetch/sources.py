@@ -34,7 +34,7 @@ from pyserve.config.archive_url import (
     without_secrets,
 )
 from pyserve.config.config import Config
-from pyserve.config.model_source import ModelSource
+from pyserve.config.model_source import ModelSource, list_store, nearest_file
 from pyserve.errors import ModelLoadError, ModelNotFoundError, ServeError, ServerError
 from pyserve.fetch.object_store import fetch_object
 from pyserve.fetch.refusals import Refusals, StrictRefusals, failed
@@ -376,7 +376,8 @@ def _find(store: Path, url: str) -> Obtained:
             raise _not_found(url, "it lies behind a link that leaves the model store")
     name = url.rstrip("/").rpartition("/")[2]
     if not name or name.startswith(".") or not os.path.exists(store / name):
-        raise _not_found(url, reason)
+        near = nearest_file(name, list_store(str(store))) if name and not reason else ""
+        raise _not_found(url, reason or "the model store has no such file", f"did you mean {near}?" if near else "")
     return Obtained(store / name, name)
 
 
@@ -389,9 +390,7 @@ def _below(path: str, store: Path) -> Path | None:
     return None
 
 
-def _not_found(url: str, reason: str) -> ModelNotFoundError:
-    if not reason:
-        return ModelNotFoundError(f"Model not found at: {url}")
+def _not_found(url: str, reason: str, fix: str = "") -> ModelNotFoundError:
     return ModelNotFoundError(f"Model not found at: {url}", detail={
-        "reason": reason, "fix": "put the archive into the model store and give its name",
+        "reason": reason, "fix": fix or "put the archive into the model store and give its name",
     })  # fmt: skip

@@ -41,7 +41,7 @@ from pyserve.models.engine_choice import EngineChoice
 from pyserve.models.explanations import Explanations
 from pyserve.models.lane_choice import LaneOptions, open_lane
 from pyserve.models.model_devices import ModelDevices
-from pyserve.models.sample import sample_arguments
+from pyserve.models.sample import packed_sample_arguments, sample_arguments
 from pyserve.request.exchange import Exchange
 from pyserve.worker.handler_choice import built_in_name
 
@@ -489,7 +489,7 @@ class Model(ModelDevices):
         REQUIRES: state is READY.
         """
         if not isinstance(self._lane, NativeLane):
-            return "-T FILE"  # what an own handler understands is its own business
+            return packed_sample_arguments(self.archive, folder)
         network = self._lane.network
         return sample_arguments(self.name, network.handler, network.example, folder)
 

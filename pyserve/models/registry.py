@@ -34,7 +34,7 @@ from pyserve.models.ending import end
 from pyserve.models.model import Model
 from pyserve.models.placement import allowed_devices, gpu_count, ordered_devices
 from pyserve.models.recovery import Recovery, may_pass
-from pyserve.models.served_names import served_name, without_manifest
+from pyserve.models.served_names import served_name, what_was_meant, without_manifest
 from pyserve.models.snapshot import CHANGE, SHUTDOWN, STARTUP, SnapshotFolder
 from pyserve.models.state_file import LoadFailure, StateKeeper, snapshot_of, state_of
 
@@ -80,7 +80,7 @@ class Registry:
         """
         versions = self._models.get(name)
         if versions is None:
-            raise ModelNotFoundError(f"Model not found: {name}")
+            raise ModelNotFoundError(f"Model not found: {name}", detail=what_was_meant(name, self._models))
         model = versions.get(self._defaults[name] if version is None else version)
         if model is None:
             raise VersionNotFoundError(f"Model version: {version} does not exist for model: {name}")

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from pyserve.archive.archive import Archive
+from pyserve.archive.samples import archive_samples
 from pyserve.handler import Handler
 
 
@@ -30,6 +32,18 @@ def sample_arguments(name: str, handler: Handler, example: list[torch.Tensor], f
     names = [spec.name for spec in getattr(handler, "specs", ())]
     path.write_text(json.dumps(values[0] if len(values) == 1 else dict(zip(names, values, strict=True))))
     return f"-H 'Content-Type: application/json' -T {shlex.quote(str(path))}"
+
+
+def packed_sample_arguments(archive: Archive, folder: Path) -> str:
+    """Arguments for curl that post the sample that ``archive`` brings along; ``-T FILE`` if it has none: what a handler
+    of its own understands is its own business."""  # fmt: skip
+    sample = next(iter(archive_samples(archive.model_dir)), None)
+    if sample is None:
+        return "-T FILE"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / sample.name
+    path.write_bytes(sample.body)
+    return f"-H 'Content-Type: {sample.content_type}' -T {shlex.quote(str(path))}"
 
 
 PICTURE_NAME = "sample.jpg"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from pyserve.archive.archive import has_manifest
 from pyserve.archive.cache import open_cache
 from pyserve.config.config import Config
+from pyserve.errors import ServeError
 from pyserve.grpc_api.front_end import GrpcFrontEnd
 from pyserve.models.registry import Registry
 from pyserve.security.tls import curl_target
@@ -39,11 +42,21 @@ async def start_table(config: Config, registry: Registry, grpc: GrpcFrontEnd, to
     loaded |= {failure.url for failure in registry.failures}
     return {
         "models": rows,
-        "not_loaded": [file for file in config.store_files() if file not in loaded],
+        "not_loaded": [file for file in config.store_files() if file not in loaded and _is_model(config, file)],
         "sample": await _sample(config, registry, tokens),
         "grpc": grpc.addresses,
         "notes": grpc.notes,
     }
+
+
+def _is_model(config: Config, file: str) -> bool:
+    """Whether an entry of the model store is an archive, or a folder that says that it is a model; one of logs is none.
+    """  # fmt: skip
+    path = Path(config.model_store or "", file)
+    try:
+        return not path.is_dir() or has_manifest(path)
+    except (ServeError, OSError):
+        return False
 
 
 async def _sample(config: Config, registry: Registry, tokens: Tokens | None) -> str:
@@ -53,7 +66,8 @@ async def _sample(config: Config, registry: Registry, tokens: Tokens | None) -> 
     if not ready:
         return f"{curl}/ping"
     model = ready[0]
-    folder = open_cache().root / "samples"
+    # Models of one name in two projects are two.
+    folder = open_cache().root / "samples" / model.archive.sha256[:12]
     # Drawing a picture takes a moment, and requests are being answered already.
     arguments = await asyncio.to_thread(model.sample_arguments, folder)
     return f"{curl}/predictions/{quote(model.name, safe='')} {arguments}"
