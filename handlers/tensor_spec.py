@@ -26,6 +26,7 @@ EXAMPLE_DIMENSION = 16
 # torch has no minimum of these, numpy has.
 _WITHOUT_MINIMUM = (torch.uint16, torch.uint32, torch.uint64)
 
+_SEVERAL = '; send one item a request, or several as {"instances": [...]} to /v1/models/NAME:predict'
 _FORM = "add e.g. 'input: {dtype: float32, shape: [1, 8, 8]}' (shape of one item, -1 = any) to model-config.yaml"
 
 
@@ -197,7 +198,8 @@ class TensorSpec:
                 if len(part) != size:
                     raise InputError(f"{self.wanted}, got a ragged list: lengths {size} and {len(part)} {_at(depth)}")
             if not is_allowed(size, allowed):
-                raise InputError(f"{self.wanted}, got a list of {self._refused_size(depth, size, _at(depth))}")
+                several = _SEVERAL if depth == 0 and _levels(value) == len(self.sizes) + 1 else ""
+                raise InputError(f"{self.wanted}, got a list of {self._refused_size(depth, size, _at(depth))}{several}")
             sizes.append(size)
             flat = flat[0] if len(flat) == 1 else list(chain.from_iterable(flat))
         try:
@@ -314,6 +316,15 @@ def _limits(values: tuple[float, float] | None, dtype: torch.dtype) -> tuple[flo
     most = torch.finfo(dtype).max
     low, high = (torch.tensor(min(max(each, -most), most), dtype=torch.float64).to(dtype).item() for each in values)
     return low, high
+
+
+def _levels(value: Any) -> int:
+    """How deep lists are nested in ``value``, going by the first element of each."""
+    levels = 0
+    while isinstance(value, list) and levels < 64:
+        value = value[0] if value else None
+        levels += 1
+    return levels
 
 
 def input_specs(config: Mapping[str, Any]) -> list[TensorSpec]:

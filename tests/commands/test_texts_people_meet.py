@@ -19,7 +19,9 @@ from pyserve.config.config import Config
 from pyserve.config.model_source import nearest_file
 from pyserve.errors import ModelNotFoundError
 from pyserve.fetch.sources import _find
+from pyserve.handler import InputError
 from pyserve.handlers.rows import found
+from pyserve.handlers.tensor_spec import TensorSpec
 from pyserve.models.sample import packed_sample_arguments
 from pyserve.models.served_names import what_was_meant
 from pyserve.server.start_table import _is_model
@@ -64,6 +66,14 @@ def test_a_file_that_is_not_in_the_store_is_named_with_the_nearest(tmp_path: Pat
 )
 def test_what_was_sent_is_called_what_it_is(body: object, text: str) -> None:
     assert found(body).startswith(text)
+
+
+def test_several_items_are_told_how_to_be_sent() -> None:
+    spec = TensorSpec.from_config({"input": {"dtype": "float32", "shape": [4]}})
+    for value, is_told in [([[1, 2, 3, 4]] * 2, True), ([[1, 2, 3, 4]], True), ([1, 2, 3], False), ([[[1]]], False)]:
+        with pytest.raises(InputError) as caught:
+            spec.from_nested(value)
+        assert ("instances" in str(caught.value)) is is_told
 
 
 def test_only_models_of_the_store_are_offered(tmp_path: Path) -> None:
