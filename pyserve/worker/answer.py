@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from pyserve.answer_head import AnswerHead
+from pyserve.context import Context
 from pyserve.errors import HandlerError, JsonObject
 from pyserve.worker.failure import Failure
 
@@ -63,6 +65,20 @@ def head_bytes(told: AnswerHead) -> bytes:
     if len(head) > HEAD_SIZE_MAX:
         raise HandlerError(f"the response headers have {len(head)} bytes; {HEAD_SIZE_MAX} are allowed")
     return head
+
+
+def prepared(value: Any, context: Context, index: int) -> Any:
+    """What JSON has no word for, made into something that it has."""
+    image_class = getattr(sys.modules.get("PIL.Image"), "Image", None)
+    if image_class is not None and isinstance(value, image_class):
+        import io
+
+        file = io.BytesIO()
+        value.save(file, "PNG")
+        if context.get_response_content_type(index) is None:
+            context.set_response_content_type(index, "image/png")
+        return file.getvalue()
+    return value
 
 
 def error_answer(ticket: int, body: JsonObject) -> Answer:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,6 +33,7 @@ from pyserve.worker.answer import (
     Parts,
     error_answer,
     head_bytes,
+    prepared,
     settled,
 )
 from pyserve.worker.entry_point import EntryPoint
@@ -311,7 +311,7 @@ class Invoker:
             HandlerError: it cannot be encoded; names the place in it, and the handler.
         """
         if type(value) is not str:
-            value = self._prepared(value, context, index)
+            value = prepared(value, context, index)
         try:
             return codec.encode_result(value, self._warn_of_nan if self._spec.nan_as_null else None)
         except HandlerError as error:
@@ -323,19 +323,6 @@ class Invoker:
         if not self._has_warned_of_nan:
             self._has_warned_of_nan = True
             logging.getLogger("pyserve.worker").warning("%s: %s", self._entry.place, codec.NAN_WARNING)
-
-    def _prepared(self, value: Any, context: Context, index: int) -> Any:
-        """What JSON has no word for, made into something that it has."""
-        image_class = getattr(sys.modules.get("PIL.Image"), "Image", None)
-        if image_class is not None and isinstance(value, image_class):
-            import io
-
-            file = io.BytesIO()
-            value.save(file, "PNG")
-            if context.get_response_content_type(index) is None:
-                context.set_response_content_type(index, "image/png")
-            return file.getvalue()
-        return value
 
 
 class Call:
@@ -422,13 +409,18 @@ class Call:
         """The parts that a generator yields; the last one is what is answered in the end."""
         count = len(self._requests)
         held: list[Any] | None = None
-        for parts in generator:
-            batch = parts if isinstance(parts, list) and (count > 1 or len(parts) == 1) else [parts]
-            self.checked(batch)
-            if held is not None and not self._send_all(held):
-                generator.close()  # type: ignore[attr-defined]
-                break
-            held = [self.settled(index, part) for index, part in enumerate(batch)]
+        try:
+            for parts in generator:
+                batch = parts if isinstance(parts, list) and (count > 1 or len(parts) == 1) else [parts]
+                self.checked(batch)
+                if held is not None and not self._send_all(held):
+                    generator.close()  # type: ignore[attr-defined]
+                    break
+                held = [self.settled(index, part) for index, part in enumerate(batch)]
+        except BaseException:
+            if held is not None and self.has_streamed:  # what was yielded before the failure
+                self._send_all(held)
+            raise
         return held if held is not None else [b""] * count
 
     def settled(self, index: int, part: Any) -> Any:
@@ -493,6 +485,10 @@ class Call:
                     generator.close()  # type: ignore[attr-defined]
                     break
                 held, is_first = self.settled(index, part), False
+        except BaseException:
+            if index in self._streamed:  # what was yielded before the failure
+                self.send_part(index, held, self.context)
+            raise
         finally:
             invoker.is_calling = False
         return held
