@@ -177,7 +177,9 @@ class KServe:
         self, exchange: Exchange, model_name: str | None = None, model_version: str | None = None
     ) -> Response:
         """Of a version, of all versions of a model, or of all models."""
-        return json_response(models.statistics(self._statistics_of(model_name, model_version), self._metrics))
+        told = self._statistics_of(model_name, model_version)
+        has_whole_numbers = model_name is not None and model_version is None
+        return json_response(models.statistics(told, self._metrics, has_whole_numbers=has_whole_numbers))
 
     def _statistics_of(self, name: str | None, version: str | None) -> list[Model]:
         if name is None:

@@ -7,6 +7,7 @@ archive's own handler, or one in an envelope, gets the request as JSON and answe
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -42,6 +43,7 @@ EXTENSIONS = ["binary_tensor_data", "generate", "model_configuration", "model_re
 # Built-in handlers that bring their input to the network as it is, and its output back.
 _TENSOR_HANDLERS = ("tensor", "base_handler")
 _DESCRIBED: WeakKeyDictionary[Archive, tuple[list[TensorSpec], tuple[str, ...]]] = WeakKeyDictionary()
+_NUMBER = re.compile(r"([0-9]{1,18})(?![0-9])")
 _NO_TIME = {"count": 0, "ns": 0}
 
 
@@ -174,9 +176,22 @@ def _example_outputs(network: Network) -> list[JsonObject]:
         return []  # of a kind that the protocol has no words for
 
 
-def statistics(models: list[Model], metrics: Metrics) -> JsonObject:
-    """What the statistics extension reports for each of ``models``."""
-    return {"model_stats": [_model_statistics(model, metrics) for model in models]}
+def statistics(models: list[Model], metrics: Metrics, *, has_whole_numbers: bool = False) -> JsonObject:
+    """What the statistics extension reports for each of ``models``.
+
+    Args:
+        has_whole_numbers: all versions of one model are asked for. Triton's versions are whole numbers, and
+            perf_analyzer finds no others, so a version 1.0 has a second row, as 1.
+    """
+    rows = [_model_statistics(model, metrics) for model in models]
+    if has_whole_numbers:
+        versions = {row["version"] for row in rows}
+        for row in list(rows):
+            number = _NUMBER.match(row["version"])
+            if number is not None and (whole := str(int(number[1]))) not in versions:
+                versions.add(whole)
+                rows.append({**row, "version": whole, "alias_of": row["version"]})
+    return {"model_stats": rows}
 
 
 def _model_statistics(model: Model, metrics: Metrics) -> JsonObject:
@@ -195,9 +210,7 @@ def _model_statistics(model: Model, metrics: Metrics) -> JsonObject:
             "success": succeeded,
             "fail": failed,
             "queue": _time_of(stats, "queue"),
-            "compute_input": _time_of(stats, "staging"),
-            "compute_infer": _time_of(stats, "inference"),
-            "compute_output": _time_of(stats, "postprocess"),
+            **_compute_times(stats),
             "cache_hit": _NO_TIME,
             "cache_miss": _NO_TIME,
         },
@@ -205,6 +218,14 @@ def _model_statistics(model: Model, metrics: Metrics) -> JsonObject:
         "batch_stats": [],
         "memory_usage": [],
     }
+
+
+def _compute_times(stats: JsonObject) -> JsonObject:
+    """Input, inference and output, all counted alike: perf_analyzer ends where they are not."""
+    found = {"compute_input": "staging", "compute_infer": "inference", "compute_output": "postprocess"}
+    times = {name: _time_of(stats, ours) for name, ours in found.items()}
+    count = times["compute_infer"]["count"]
+    return {name: {"count": count, "ns": time["ns"]} for name, time in times.items()}
 
 
 def _time_of(stats: JsonObject, name: str) -> JsonObject:

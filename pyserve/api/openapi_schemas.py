@@ -121,7 +121,8 @@ V2_MODEL = record(
 )
 _TIME = record(count=COUNT, ns=COUNT)
 V2_STATISTICS = record(model_stats=array(record(
-    name=TEXT, version=TEXT, last_inference=COUNT, inference_count=COUNT, execution_count=COUNT,
+    "alias_of", name=TEXT, version=TEXT, last_inference=COUNT, inference_count=COUNT, execution_count=COUNT,
+    alias_of={**TEXT, "description": "The version whose row this is, under a whole number."},
     inference_stats=record(success=_TIME, fail=_TIME, queue=_TIME, compute_input=_TIME, compute_infer=_TIME,
                            compute_output=_TIME),
 )))  # fmt: skip

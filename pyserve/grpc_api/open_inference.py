@@ -151,7 +151,8 @@ class OpenInferenceService:
             models = [self._find(asked.name, asked.version)]
         else:
             models = self._registry.all_models()
-        told = open_inference_models.statistics(models, self._metrics)
+        is_whole = bool(asked.name) and not asked.version
+        told = open_inference_models.statistics(models, self._metrics, has_whole_numbers=is_whole)
         return ParseDict(told, _new("ModelStatisticsResponse"), ignore_unknown_fields=True)
 
     async def model_config(self, call: Call, asked: Any) -> Any:

@@ -261,7 +261,12 @@ def test_own_handlers_get_json_also_of_binary_tensors(client: Any) -> None:
 
 def test_statistics_count_rows_and_batches(server: Server, client: Any) -> None:
     def now() -> Any:
-        (stats,) = client.get_inference_statistics("echo-int32")["model_stats"]
+        stats, alias = client.get_inference_statistics("echo-int32")["model_stats"]
+        assert alias == {**stats, "version": "1", "alias_of": "1.0"}  # perf_analyzer knows whole numbers only
+        (only,) = client.get_inference_statistics("echo-int32", "1.0")["model_stats"]
+        assert only["version"] == "1.0"
+        counts = [stats["inference_stats"][f"compute_{part}"]["count"] for part in ("input", "infer", "output")]
+        assert len(set(counts)) == 1  # or perf_analyzer ends
         return stats
 
     before = now()
