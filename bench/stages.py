@@ -1,8 +1,10 @@
 """Where the CPU time of a raw request goes, outside of the model: microseconds per request and stage.
 
     python bench/stages.py --concurrency 64 --duration 5
+    python bench/stages.py --varied                        # every head differs, as those of real clients do
 
-The server runs inside of this process, with a model that costs nothing, and is asked by bench/latency.py. The stages of
+The server runs inside of this process, with a model that costs nothing, and is asked by wrk, or by bench/latency.py
+where that is not installed. The stages of
 the event loop's thread are measured with that thread's own CPU clock around the calls that make them up; reading the
 clock costs about as much as some stages do, so every number is shown less what the clock itself takes. The workers'
 stages are the engine's own counters. What is left of the process's CPU time is the event loop itself, with the
@@ -28,7 +30,8 @@ if __package__ in (None, ""):  # run as a file: its folder is on the path, the r
 import psutil
 import uvloop
 
-from bench.workloads import RAW_TYPE, free_model
+from bench import wrk
+from bench.workloads import RAW_TYPE, Workload, free_model, varied_headers
 
 BENCH = Path(__file__).parent
 STAGES = ("parse", "route", "admit", "submit", "announce", "complete", "encode", "write")
@@ -135,28 +138,41 @@ async def serve(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     connections = Connections(limits, budget)
     server = await loop.create_server(lambda: Http1Protocol(router, limits, connections), "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    body, out = folder / "body", folder / "report.json"
-    body.write_bytes(load.bodies[0])
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(BENCH / "latency.py"), "--url", f"http://127.0.0.1:{port}/predictions/nothing",
-        "--data", str(body), "--content-type", RAW_TYPE, "--concurrency", str(options.concurrency), "--duration",
-        str(options.duration + 3), "--warmup", "1s", "--json", str(out), stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    asked = asyncio.ensure_future(ask(f"http://127.0.0.1:{port}/predictions/nothing", folder, load, options))
     await asyncio.sleep(2.5)
     model = registry.get("nothing")
     before = snapshot(model, stages)
     await asyncio.sleep(options.duration)
     after = snapshot(model, stages)
-    await process.wait()
+    report = await asked
     server.close()
     await registry.drain()
     await spawner.close()
     engine.close()
-    report = json.loads(out.read_text())
     return {key: after[key] - before[key] for key in after} | {
         "requests_per_s": report["rates"]["requests_per_s"],
         "failed": report["requests"]["failed"],
     }
+
+
+async def ask(url: str, folder: Path, load: Workload, options: argparse.Namespace) -> dict[str, Any]:
+    """Drives the server for three seconds more than are counted: the generator's report."""
+    duration_s = options.duration + 3
+    if wrk.is_installed():
+        return await asyncio.to_thread(
+            wrk.measure, url, load.bodies, {"Content-Type": RAW_TYPE}, clients=options.concurrency,
+            duration_s=duration_s, warm_up_s=0, each=varied_headers() if options.varied else None,
+        )  # fmt: skip
+    body, out = folder / "body", folder / "report.json"
+    body.write_bytes(load.bodies[0])
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(BENCH / "latency.py"), "--url", url, "--data", str(body), "--content-type", RAW_TYPE,
+        "--concurrency", str(options.concurrency), "--duration", str(duration_s), "--warmup", "0", "--json", str(out),
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    await process.wait()
+    report: dict[str, Any] = json.loads(out.read_text())
+    return report
 
 
 def snapshot(model: Any, stages: dict[str, Stage]) -> dict[str, float]:
@@ -196,7 +212,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--duration", type=float, default=5.0, help="seconds that are counted (default: 5)")
+    parser.add_argument("--varied", action="store_true", help="every head differs; needs wrk")
     options = parser.parse_args()
+    if options.varied and not wrk.is_installed():
+        parser.error("wrk is not installed, which alone sends heads that differ")
     with tempfile.TemporaryDirectory(prefix="pyserve-stages-") as folder:
         counted = uvloop.run(serve(Path(folder), options))
     show(counted, clock_cost_ns())

@@ -31,12 +31,13 @@ struct Head {
     PyObject* expect;
     PyObject* headers;  // nullptr until somebody asks
     PyObject* text;     // the same
-    uint64_t length;
-    char is_http11;
-    char keep_alive;
-    char chunked;
-    char has_timing;
-    char is_simple;
+    PyObject* length;
+    // True or False. Objects like all others, since that is the kind of attribute that Python reads quickest.
+    PyObject* is_http11;
+    PyObject* keep_alive;
+    PyObject* chunked;
+    PyObject* has_timing;
+    PyObject* is_simple;
     HeadField fields[1];  // Py_SIZE of them
 
     std::string_view view() const { return {PyBytes_AS_STRING(bytes), static_cast<size_t>(PyBytes_GET_SIZE(bytes))}; }
@@ -62,6 +63,12 @@ void head_dealloc(PyObject* self) {
     Py_XDECREF(head->expect);
     Py_XDECREF(head->headers);
     Py_XDECREF(head->text);
+    Py_XDECREF(head->length);
+    Py_XDECREF(head->is_http11);
+    Py_XDECREF(head->keep_alive);
+    Py_XDECREF(head->chunked);
+    Py_XDECREF(head->has_timing);
+    Py_XDECREF(head->is_simple);
     PyTypeObject* type = Py_TYPE(self);
     PyObject_Free(self);
     Py_DECREF(type);
@@ -141,12 +148,12 @@ PyMemberDef head_members[] = {
     {"query", T_OBJECT_EX, offsetof(Head, query), READONLY, nullptr},
     {"id", T_OBJECT_EX, offsetof(Head, id), READONLY, nullptr},
     {"expect", T_OBJECT_EX, offsetof(Head, expect), READONLY, nullptr},
-    {"length", T_ULONGLONG, offsetof(Head, length), READONLY, nullptr},
-    {"is_http11", T_BOOL, offsetof(Head, is_http11), READONLY, nullptr},
-    {"keep_alive", T_BOOL, offsetof(Head, keep_alive), READONLY, nullptr},
-    {"chunked", T_BOOL, offsetof(Head, chunked), READONLY, nullptr},
-    {"has_timing", T_BOOL, offsetof(Head, has_timing), READONLY, nullptr},
-    {"is_simple", T_BOOL, offsetof(Head, is_simple), READONLY, nullptr},
+    {"length", T_OBJECT_EX, offsetof(Head, length), READONLY, nullptr},
+    {"is_http11", T_OBJECT_EX, offsetof(Head, is_http11), READONLY, nullptr},
+    {"keep_alive", T_OBJECT_EX, offsetof(Head, keep_alive), READONLY, nullptr},
+    {"chunked", T_OBJECT_EX, offsetof(Head, chunked), READONLY, nullptr},
+    {"has_timing", T_OBJECT_EX, offsetof(Head, has_timing), READONLY, nullptr},
+    {"is_simple", T_OBJECT_EX, offsetof(Head, is_simple), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr},
 };
 
@@ -176,14 +183,14 @@ PyObject* make_head(PyObject* bytes, const PlainHead& found, bool takes_ids) {
     head->query = found.query.size > 0 ? text_of(found.query.of(view)) : Py_NewRef(no_text);
     head->id = takes_ids && found.id.size > 0 ? text_of(found.id.of(view)) : Py_NewRef(no_text);
     head->headers = head->text = nullptr;
-    head->length = found.length;
-    head->is_http11 = found.is_http11;
-    head->is_simple = 1;
-    head->chunked = 0;
-    head->keep_alive = found.keep_alive;
-    head->has_timing = found.has_timing;
+    head->length = PyLong_FromUnsignedLongLong(found.length);
+    head->is_http11 = PyBool_FromLong(found.is_http11);
+    head->keep_alive = PyBool_FromLong(found.keep_alive);
+    head->chunked = PyBool_FromLong(0);
+    head->has_timing = PyBool_FromLong(found.has_timing);
+    head->is_simple = PyBool_FromLong(1);
     std::memcpy(head->fields, found.fields.data(), found.count * sizeof(HeadField));
-    if (head->path == nullptr || head->query == nullptr || head->id == nullptr) {
+    if (head->path == nullptr || head->query == nullptr || head->id == nullptr || head->length == nullptr) {
         Py_DECREF(head);
         return nullptr;
     }

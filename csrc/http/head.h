@@ -11,6 +11,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string_view>
 
 namespace pyserve {
@@ -20,7 +21,7 @@ inline constexpr size_t plain_fields_max = 128;
 
 // A part of a head's bytes.
 struct Span {
-    uint16_t begin = 0, size = 0;
+    uint16_t begin, size;
 
     std::string_view of(std::string_view head) const { return head.substr(begin, size); }
 };
@@ -30,9 +31,9 @@ struct HeadField {
 };
 
 struct PlainHead {
-    size_t method = 0;  // in `plain_methods`
-    Span path, query;   // the query without its '?'
-    Span id;            // of x-request-id, if it is one that a client may choose
+    size_t method = 0;     // in `plain_methods`
+    Span path{}, query{};  // the query without its '?'
+    Span id{};             // of x-request-id, if it is one that a client may choose
     uint64_t length = 0;
     bool is_http11 = true;  // else HTTP/1.0
     bool keep_alive = true;
@@ -62,8 +63,32 @@ constexpr bool is_digit(char each) { return each >= '0' && each <= '9'; }
 constexpr bool is_letter(char each) { return lower(each) >= 'a' && lower(each) <= 'z'; }
 
 // Of names: not '_', which some take for '-', nor the other signs of a token.
-constexpr bool is_name_sign(char each) { return is_letter(each) || is_digit(each) || each == '-'; }
-constexpr bool is_value_sign(char each) { return each >= ' ' && each <= '~'; }
+inline constexpr auto name_signs = [] {
+    std::array<bool, 256> signs{};
+    for (size_t each = 0; each < 128; ++each) {
+        const char sign = static_cast<char>(each);
+        signs[each] = is_letter(sign) || is_digit(sign) || sign == '-';
+    }
+    return signs;
+}();
+constexpr bool is_name_sign(char each) { return name_signs[static_cast<unsigned char>(each)]; }
+
+// How many of the bytes are printable, or blanks, from the first one on.
+inline size_t value_size(std::string_view bytes) {
+    constexpr uint64_t each = ~uint64_t{0} / 255;  // 1 in every byte
+    size_t at = 0;
+    for (; at + sizeof(uint64_t) <= bytes.size(); at += sizeof(uint64_t)) {
+        uint64_t eight = 0;
+        std::memcpy(&eight, bytes.data() + at, sizeof(eight));
+        // A byte below ' ', or above '~', sets the highest bit of one.
+        const uint64_t below = (eight - each * 0x20) & ~eight;
+        const uint64_t above = (eight + each) | eight;
+        if (((below | above) & (each * 0x80)) != 0) break;
+    }
+    while (at < bytes.size() && bytes[at] >= ' ' && bytes[at] <= '~') ++at;
+    return at;
+}
+
 constexpr bool is_target_sign(char each) { return each >= '!' && each <= '~' && each != '#'; }
 constexpr bool is_id_sign(char each) {
     return is_letter(each) || is_digit(each) || each == '.' || each == '_' || each == ':' || each == '-';
@@ -186,7 +211,7 @@ class PlainHeadReader {
         if (at_ == begin || !take(":")) return false;
         while (at_ < head_.size() && head_[at_] == ' ') ++at_;
         const size_t value_begin = at_;
-        while (at_ < head_.size() && plain::is_value_sign(head_[at_])) ++at_;
+        at_ += plain::value_size(head_.substr(at_));
         size_t end = at_;
         while (end > value_begin && head_[end - 1] == ' ') --end;
         if (end == value_begin || !take("\r\n")) return false;
