@@ -123,4 +123,4 @@ correctness: build ## serve the models of tests/zoo in every way, and write docs
 	$(BIN)/python -m tests.zoo.correctness
 
 clean: ## remove what was built, but not .venv
-	rm -rf build dist site bench/out pyserve/_core*.so pyserve/_http*.so pyserve/_build_info.py $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site bench/out pyserve/_core*.so pyserve/_http*.so pyserve/_front*.so pyserve/_build_info.py $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache

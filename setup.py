@@ -1,6 +1,7 @@
 """Builds the extensions; metadata is in pyproject.toml.
 
-pyserve._core is made from csrc/ against the installed torch, pyserve._http from csrc/http/ without it.
+pyserve._core is made from csrc/ against the installed torch, pyserve._http from csrc/http/ and
+pyserve._front, which front ends load, without it.
 
 ``PYSERVE_CXXFLAGS`` is added to the compiler's flags for the former. ``PYSERVE_SANITIZE=address,undefined`` compiles
 for those sanitizers; pyserve._core then holds faults to be found as well (tests/sanitize/planted.cpp), and both are
@@ -65,6 +66,7 @@ def cuda_include_dirs() -> list[str]:
 def sources() -> list[str]:
     """All of csrc/ that this torch has headers for, and the planted faults if there is something to find them."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    files.remove(FRONT_SOURCE)
     if not CUDA_INCLUDE_DIRS:
         files.remove("csrc/graph_cuda.cpp")
     return [*files, "tests/sanitize/planted.cpp"] if SANITIZERS else files
@@ -91,6 +93,7 @@ COMPILE_ARGS = [
     "-std=c++20", *speed_or_sanitizers(), "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter",
 ]  # fmt: skip
 LINK_ARGS = [f"-fsanitize={SANITIZERS}"] if SANITIZERS else []
+FRONT_SOURCE = "csrc/bindings_front.cpp"
 
 
 class BuildPy(build_py):
@@ -123,6 +126,16 @@ setup(
             depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "http").glob("*.h")),
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=LINK_ARGS,
+        ),
+        # Of torch it takes the headers of pybind11 only.
+        Extension(
+            "pyserve._front",
+            [FRONT_SOURCE],
+            include_dirs=[str(ROOT / "csrc"), str(Path(torch.__file__).parent / "include")],
+            depends=["csrc/front_ring.h"],
+            extra_compile_args=COMPILE_ARGS,
+            extra_link_args=LINK_ARGS,
+            language="c++",
         ),
     ],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},

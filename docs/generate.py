@@ -286,12 +286,13 @@ def metrics_page() -> str:
 
 def own_metrics() -> Iterator[tuple[str, str, str]]:
     """(name as it is scraped, kind, text) of what the server shows beside TorchServe's metrics."""
+    from pyserve.fronts.counts import front_end_families
     from pyserve.telemetry.device_metrics import loss_family
     from pyserve.telemetry.loop_watch import empty_families
     from pyserve.telemetry.metrics import Metrics
 
     declared = {each.name.removesuffix("_total") for each in torchserve_metrics()}
-    for family in (*Metrics().collect(), *empty_families(), loss_family({})):
+    for family in (*Metrics().collect(), *empty_families(), loss_family({}), *front_end_families(())):
         if family.name.removesuffix("_total") not in declared:
             yield family.name + ("_total" if family.type == "counter" else ""), family.type, family.documentation
 

@@ -45,6 +45,7 @@ SERVER_VARIABLE = "PYSERVE_SERVER"
 SUPERVISOR_VARIABLE = "PYSERVE_SUPERVISOR"
 SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # the current folder's files are no modules of ours
 SERVER_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.server.main"]
+FRONT_END_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.server.front_end"]
 SUPERVISOR_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.server.supervisor"]
 
 EXIT_DRAINED = 0

@@ -26,7 +26,7 @@ FLOORS = [
     "backends",
     "models",
     "api",
-    "grpc_api",
+    "grpc_api fronts",
     "server",
     "commands",
 ]
@@ -55,7 +55,7 @@ NO_TORCH = [
     "commands.cli", "commands.config", "commands.debug",
     "commands.deploy", "commands.dev", "commands.start", "commands.status", "commands.stop", "commands.trial",
     "commands.tune", "config.config", "conversion.torchscript", "handler", "lanes.spawner", "launch",
-    "models.state_file", "server.main", "server.supervisor", "worker.failure", "worker.zygote",
+    "models.state_file", "server.front_end", "server.main", "server.supervisor", "worker.failure", "worker.zygote",
 ]  # fmt: skip
 
 BANNED_FILE_NAMES = {"util", "utils", "helper", "helpers", "manager", "misc", "common", "data", "info"}

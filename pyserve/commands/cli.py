@@ -47,6 +47,7 @@ _OVERRIDES = {
     "metrics_address": "--metrics-address",
     "token_file": "--token-file",
     "state_dir": "--state-dir",
+    "front_ends": "--front-ends",
     "enable_grpc": "--grpc",
     "grpc_inference_port": "--grpc-inference-port",
     "grpc_management_port": "--grpc-management-port",
@@ -337,6 +338,7 @@ def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
     add("--token-file", metavar="FILE", help="keys that callers must show; default: made at start, where one is needed")
     add("--state-dir", metavar="DIR", help="for our own state; default: the user's runtime or state folder")
     add("--log-level", metavar="LEVEL", help="of the server's own records: error, warning, info (default) or debug")
+    add("--front-ends", metavar="N", help="processes that accept connections; default: 1")
     add("--disable-token-auth", "--dt", action="store_true", help="no tokens, wherever the server listens")
     add("--enable-model-api", action="store_true", help="allow registering models, wherever the server listens")
 

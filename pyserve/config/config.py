@@ -82,6 +82,7 @@ class Config:
         isolate_errors: a batch of a handler that fails, or that ends its worker, is called again item by item.
         debug: one worker for each model, and as much time as there is.
         ts_open_inference_protocol: the Open Inference Protocol's server endpoints are there, as TorchServe has them.
+        front_ends: processes that accept connections; with more than one, in front of another that holds the models.
         watch: handler code is loaded anew when it changes.
         strict: a model that fails to load at start ends the server.
         self_signed_dir: no key of the file: the supervisor puts the certificate there that it makes if none is given.
@@ -186,6 +187,7 @@ class Config:
     stuck_threads_max: int = 0
     device_losses_max: int = 2
     connection_count_max: int = 10_000
+    front_ends: int = 1
     self_signed_dir: str = ""
     origin: dict[str, str] = field(default_factory=dict)
     overridden: dict[str, list[list[str]]] = field(default_factory=dict)

@@ -266,6 +266,7 @@ KINDS: dict[str, Kind] = {
     "stuck_threads_max": _integer(0, 4096),
     "device_losses_max": _integer(0, 1_000_000),
     "connection_count_max": _integer(1, 1_000_000),
+    "front_ends": _integer(1, 64),
 }
 
 _JAVA = "there is no JVM here"

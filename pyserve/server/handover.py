@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyserve.config.config import Config
+from pyserve.errors import JsonObject
 from pyserve.launch import SERVER_VARIABLE, Reporter, die_with_parent, receive
 from pyserve.server.kept_files import KeptFiles, SharedMemory
 from pyserve.server.own_folder import OwnFolder
@@ -27,6 +28,7 @@ class ServerStart:
         like_torchserve: the console has all that TorchServe's has.
         log_file: what this process prints to; ``""`` if that is a terminal.
         family: token of all servers of this supervisor, see `pyserve.worker.descendants`.
+        fronts: what finds the engine process, or the front ends, see `fronts.meeting`; None without front ends.
     """
 
     config: Config
@@ -38,6 +40,7 @@ class ServerStart:
     like_torchserve: bool
     log_file: str
     family: str
+    fronts: JsonObject | None = None
 
 
 def receive_server_start() -> ServerStart:
@@ -71,6 +74,7 @@ def receive_server_start() -> ServerStart:
         like_torchserve=handover["like_torchserve"],
         log_file=handover["log_file"],
         family=handover["family"],
+        fronts=handover.get("fronts"),
     )
     _stand_in(start.folder, own_folder.path)
     return start

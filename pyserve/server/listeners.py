@@ -26,10 +26,15 @@ UNIX_SOCKET_UMASK = 0o117  # owner and group may connect
 
 
 class Listeners:
-    """Open sockets by name; two names with one address share one socket."""
+    """Open sockets by name; two names with one address share one socket.
+
+    Several front ends have a TCP socket each for an address (SO_REUSEPORT: the system divides the clients among them),
+    and share those of unix sockets.
+    """
 
     def __init__(self) -> None:
         self.sockets: dict[str, socket.socket] = {}
+        self._copies: dict[socket.socket, list[socket.socket]] = {}
         self.addresses: dict[str, Address] = {}
         self._unix_files: dict[str, tuple[int, int]] = {}
 
@@ -43,13 +48,21 @@ class Listeners:
         listeners = cls()
         try:
             for name, address in config.addresses().items():
-                listeners._add(name, address, f"{name}_address ({config.origin.get(f'{name}_address', 'default')})")
+                key = f"{name}_address ({config.origin.get(f'{name}_address', 'default')})"
+                listeners._add(name, address, key, config.front_ends - 1)
         except BaseException:
             listeners.close()
             raise
         return listeners
 
-    def _add(self, name: str, address: Address, key: str) -> None:
+    def of_front_end(self, number: int) -> dict[str, socket.socket]:
+        """The sockets that the front end of this number accepts from."""
+        if number == 0:
+            return self.sockets
+        return {name: self._copies[sock][number - 1] if sock in self._copies else sock
+                for name, sock in self.sockets.items()}  # fmt: skip
+
+    def _add(self, name: str, address: Address, key: str, copy_count: int) -> None:
         target = _target(address, key)
         for other, made in self.sockets.items():
             # Port 0 asks for any free port, so two such addresses are two ports.
@@ -58,7 +71,18 @@ class Listeners:
                     raise ConfigError(f"{key}: {address} is {other}_address too, but one of the two speaks TLS only")
                 self.sockets[name], self.addresses[name] = made, self.addresses[other]
                 return
-        listener = self._listen_unix(address, key) if address.is_unix else _listen_tcp(target, address, key, name)
+        if address.is_unix:
+            listener = self._listen_unix(address, key)
+        elif copy_count:
+            if address.port:  # those that share a port are not told of others who share it, such as another server
+                _listen_tcp(target, address, key, name).close()
+            listener = _listen_tcp(target, address, key, name, is_shared=True)
+            same = listener.family, listener.getsockname()
+            copies = self._copies[listener] = []
+            for _ in range(copy_count):
+                copies.append(_listen_tcp(same, address, key, name, is_shared=True))
+        else:
+            listener = _listen_tcp(target, address, key, name)
         self.sockets[name] = listener
         port = 0 if address.is_unix else listener.getsockname()[1]
         self.addresses[name] = replace(address, port=port)
@@ -85,7 +109,7 @@ class Listeners:
         """Lets clients in again, if a server had stopped listening for good: one that was told to stop by somebody else
         than the supervisor, which starts another one. Port and path stay the same.
         """  # fmt: skip
-        for listener in set(self.sockets.values()):
+        for listener in self._all():
             if listener.family == socket.AF_UNIX:
                 self._reopen_unix(listener)
             else:
@@ -106,8 +130,11 @@ class Listeners:
 
     def release(self) -> None:
         """Close our copies of all sockets. The files of unix sockets stay: another process may still listen."""
-        for listener in set(self.sockets.values()):
+        for listener in self._all():
             listener.close()
+
+    def _all(self) -> set[socket.socket]:
+        return {*self.sockets.values(), *(copy for copies in self._copies.values() for copy in copies)}
 
     def close(self) -> None:
         """Close all sockets and remove the socket files that are still ours."""
@@ -132,11 +159,15 @@ def _target(address: Address, key: str) -> tuple[int, Any]:
     return found[0][0], found[0][4]
 
 
-def _listen_tcp(target: tuple[int, Any], address: Address, key: str, name: str) -> socket.socket:
+def _listen_tcp(
+    target: tuple[int, Any], address: Address, key: str, name: str, *, is_shared: bool = False
+) -> socket.socket:
     family, where = target
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(where)
         listener.listen(BACKLOG)
     except OSError as error:

@@ -8,7 +8,7 @@ import logging
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,15 +21,23 @@ from pyserve.api.model_repository import ModelRepository
 from pyserve.api.routes import Router, RouteRow, inference_descriptions, metrics_routes
 from pyserve.api.triton_extensions import TritonExtensions
 from pyserve.archive.archive import Archive
-from pyserve.config.address import Address
 from pyserve.config.config import Config
 from pyserve.config.model_source import ModelSource
 from pyserve.conversion.torchscript import Tracing
 from pyserve.cpu_budget import cpu_budget
 from pyserve.engine import Engine
 from pyserve.errors import ConfigError, JsonObject, ServeError
+from pyserve.fronts.listening import (
+    error_format,
+    grouped,
+    new_compression,
+    new_connections,
+    tls_options,
+    warn_of_few_descriptors,
+)
+from pyserve.fronts.meeting import Meeting
+from pyserve.fronts.shares import Shares
 from pyserve.grpc_api.front_end import GrpcFrontEnd
-from pyserve.http1.compression import Compression
 from pyserve.http1.connections import Connections
 from pyserve.http1.limits import Http1Limits
 from pyserve.http1.protocol import Http1Protocol
@@ -45,7 +53,6 @@ from pyserve.models.snapshot import SnapshotFolder, snapshot_folder
 from pyserve.models.state_file import STATE_NAME
 from pyserve.request.body_budget import BodyBudget
 from pyserve.request.descriptors import DescriptorLimit, open_files_max
-from pyserve.request.messages import ErrorFormat
 from pyserve.security.browser_guard import BrowserGuard
 from pyserve.security.cors import Cors, allowed_origins
 from pyserve.security.renewal import keep_renewed, watched
@@ -63,12 +70,12 @@ from pyserve.telemetry.server_logs import ServerLogs, metrics_mode
 from pyserve.telemetry.spans import open_tracer
 from pyserve.telemetry.system_metrics import SystemMetrics
 
+if TYPE_CHECKING:
+    from pyserve.fronts.gate import Gate
+
 log = logging.getLogger("pyserve.site")
 
 ACCEPT_BACKLOG = 2048
-TLS_HANDSHAKE_S = 10.0
-# Until a client that is slow to read has got its answer; Http1TlsProtocol hangs up on the others much sooner.
-TLS_SHUTDOWN_S = 120.0
 # How long requests of models on other devices may take when one is lost. Nobody is to wait longer for the next process.
 OTHERS_S = 0.7
 # Time for the last answers to leave when draining is cut short.
@@ -116,17 +123,7 @@ class Server:
             descriptors=DescriptorLimit(open_files_max()),
             stuck=stuck,
             lost_devices=self.lost_devices,
-            error_format=ErrorFormat(
-                with_detail=config.compat != "strict" and config.error_detail != "none",
-                kserve_versions=("v2",) if config.compat == "strict" else ("v1", "v2"),
-                with_private_detail=config.error_detail == "full"
-                or (
-                    config.error_detail == "auto"
-                    and config.inference_address.is_loopback
-                    and config.management_is_local
-                    and (config.enable_grpc == "false" or Address(config.grpc_inference_address).is_loopback)
-                ),
-            ),
+            error_format=error_format(config),
         )
         self.stuck = stuck
         self.registry = Registry(
@@ -136,7 +133,10 @@ class Server:
             progress=start.report.progress,
         )
         self._metrics.models = self.registry.all_models
-        self._bodies = BodyBudget(max(Http1Limits().body_budget_size, config.max_request_size))
+        shares = Shares.of(config) if start.fronts else None
+        # A request of the size that is allowed is never one too many.
+        whole = max(Http1Limits().body_budget_size, config.max_request_size)
+        self._bodies = BodyBudget(shares.body_budget_size if shares else whole)
         is_strict = config.compat == "strict"
         self._inference = Inference(
             self.registry,
@@ -144,9 +144,7 @@ class Server:
             tells_errors=services.error_format.with_private_detail,
             lenient=is_strict,
         )
-        self._compression = None
-        if config.response_compression and not is_strict:
-            self._compression = Compression(self._pool, config.response_compression_size_min)
+        self._compression = new_compression(config, self._pool)
         self._repository = ModelRepository(
             self.registry, config, tells_errors=services.error_format.with_private_detail
         )
@@ -154,6 +152,15 @@ class Server:
         self._servers: list[asyncio.AbstractServer] = []
         self._files = file_identities(start.sockets.values())
         self._connections: list[Connections] = []
+        self._gate: Gate | None = None
+        if start.fronts and shares is not None:
+            from pyserve.fronts.gate import Gate  # not above: without front ends nothing of it is needed
+
+            self._gate = Gate(
+                Meeting.of_engine(start.fronts), config.front_ends, shares, self._bodies, services.error_format
+            )
+            self._metrics.refused.append(self._gate.refused)
+            self._metrics.more.append(self._gate.families)
         self._tls: ssl.SSLContext | None = None
         self._renewing: asyncio.Future[None] | None = None
         self._watch = LoopWatch()
@@ -196,12 +203,15 @@ class Server:
     async def open_ports(self) -> None:
         """Begins to accept. Names that share an address share a listener, which then answers for all of them."""
         config = self._start.config
-        # A request of the size that is allowed is never one too many.
-        names_by_socket: dict[Any, list[str]] = {}
-        for name, sock in self._start.sockets.items():
-            names_by_socket.setdefault(sock, []).append(name)
-        for sock, names in names_by_socket.items():
-            await self._listen(sock, names)
+        listeners = grouped(self._start.sockets)
+        if self._gate is not None:
+            for sock, _ in listeners:
+                sock.close()  # the front ends have theirs
+            self._inference.is_ready = True  # before the first request comes
+            await self._gate.open([self._router(names) for _, names in listeners])
+        else:
+            for sock, names in listeners:
+                await self._listen(sock, names)
         all_watched = watched(self._start.config, self._tls, self._services.tokens)
         self._renewing = asyncio.ensure_future(keep_renewed(all_watched))
         if not config.disable_system_metrics:
@@ -216,54 +226,36 @@ class Server:
             self._services, self.registry, self._inference, self._bodies, self._logs.access, repository=self._repository
         )
 
-    async def _listen(self, sock: Any, names: list[str]) -> None:
-        config = self._start.config
-        limits = Http1Limits(body_size_max=config.max_request_size, connection_count_max=config.connection_count_max)
-        cors = Cors(config)
-        connections = Connections(limits, self._bodies, decorate=cors.add if cors else None,
-                                  takes_ids=config.compat != "strict",
-                                  error_format=self._services.error_format,
-                                  compression=self._compression)  # fmt: skip
-        self._connections.append(connections)
-        descriptors = self._services.descriptors
-        if "inference" in names:
-            connections.descriptor_limit = lambda: descriptors.inference
-            self._warn_of_few_descriptors()
-        else:
-            connections.descriptor_limit = lambda: descriptors.management
-        connections.on_answer = self._logs.access.observe_http
-        self._metrics.refused.append(connections.refused)
-        router = Router(
+    def _router(self, names: list[str]) -> Router:
+        return Router(
             self._rows(names),
             error_format=self._services.error_format,
-            cors=cors,
+            cors=Cors(self._start.config),
             on_answer=self._metrics.observe_answer,
         )
-        tls_options = self._tls_options(names[0])
-        protocol = Http1TlsProtocol if tls_options else Http1Protocol
+
+    async def _listen(self, sock: Any, names: list[str]) -> None:
+        config, services = self._start.config, self._services
+        count = config.connection_count_max
+        connections = new_connections(
+            config, names, count, self._bodies, services.descriptors, services.error_format, self._compression
+        )
+        self._connections.append(connections)
+        if "inference" in names:
+            warn_of_few_descriptors(count, services.descriptors)
+        connections.on_answer = self._logs.access.observe_http
+        self._metrics.refused.append(connections.refused)
+        router = self._router(names)
+        if config.addresses()[names[0]].is_tls and self._tls is None:
+            self._tls = server_context(config)
+        context = self._tls if config.addresses()[names[0]].is_tls else None
+        protocol = Http1Protocol if context is None else Http1TlsProtocol
         self._servers.append(
             await asyncio.get_running_loop().create_server(
-                lambda: protocol(router, limits, connections), sock=sock, backlog=ACCEPT_BACKLOG, **tls_options
+                lambda: protocol(router, connections.limits, connections), sock=sock, backlog=ACCEPT_BACKLOG,
+                **tls_options(context),
             )
-        )
-
-    def _warn_of_few_descriptors(self) -> None:
-        wanted, possible = self._start.config.connection_count_max, self._services.descriptors.inference
-        if wanted > possible:
-            log.warning(
-                "connection_count_max=%d, but this process may have %d open files, which leaves %d for connections "
-                "beside those that workers and logs need; more are refused. Raise the limit: `ulimit -Hn`, "
-                "LimitNOFILE= in a systemd unit, --ulimit nofile= of docker run", wanted,
-                self._services.descriptors.count, possible,
-            )  # fmt: skip
-
-    def _tls_options(self, name: str) -> dict[str, Any]:
-        """Of a listener; none if it speaks plain HTTP."""
-        if not self._start.config.addresses()[name].is_tls:
-            return {}
-        if self._tls is None:
-            self._tls = server_context(self._start.config)
-        return {"ssl": self._tls, "ssl_handshake_timeout": TLS_HANDSHAKE_S, "ssl_shutdown_timeout": TLS_SHUTDOWN_S}
+        )  # fmt: skip
 
     def _rows(self, names: list[str]) -> list[RouteRow]:
         """What the listener of ``names`` answers. Each path has the checks of its own API, also where all share one."""
@@ -311,6 +303,8 @@ class Server:
     def part(self) -> None:
         """Says that the server goes: its health is off, and each answer is its connection's last. All is answered."""
         self._inference.is_ready = False
+        if self._gate is not None:
+            self._gate.part()
         for connections in self._connections:
             connections.part()
 
@@ -322,11 +316,14 @@ class Server:
         """
         self.part()
         self.registry.stop_fetching()
-        if not keeps_sockets:
-            await accept_last(self._start.sockets.values(), self._files)
-        for server in self._servers:
-            server.close()
-        await asyncio.gather(self.grpc.drain(), *(connections.drain() for connections in self._connections))
+        if self._gate is not None:
+            await asyncio.gather(self.grpc.drain(), self._gate.drain(keeps_sockets=keeps_sockets))
+        else:
+            if not keeps_sockets:
+                await accept_last(self._start.sockets.values(), self._files)
+            for server in self._servers:
+                server.close()
+            await asyncio.gather(self.grpc.drain(), *(connections.drain() for connections in self._connections))
         await self.registry.drain()
         log.info("drained")
 
@@ -351,7 +348,9 @@ class Server:
             server.close()
         with contextlib.suppress(OSError):  # the next server tries the device, then
             self._start.kept.put(LOSSES_NAME, self.lost_devices.record(loading, is_in_use=is_in_use))
-        answering = asyncio.gather(self.grpc.drain(), *(connections.drain() for connections in self._connections))
+        fronts = [self._gate.drain(keeps_sockets=True)] if self._gate is not None else []
+        drains = (connections.drain() for connections in self._connections)
+        answering = asyncio.gather(self.grpc.drain(), *fronts, *drains)
         await asyncio.wait([answering], timeout=OTHERS_S)
         if not answering.done():
             await self.cut_short()
@@ -366,6 +365,8 @@ class Server:
 
     def close(self) -> None:
         self._watch.stop()
+        if self._gate is not None:
+            self._gate.close()
         if self._renewing is not None:
             self._renewing.cancel()
         if self._measuring is not None:

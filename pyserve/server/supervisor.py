@@ -25,18 +25,22 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
 from pyserve import launch, log
 from pyserve.config.config import Config
 from pyserve.errors import ConfigError, JsonObject
+from pyserve.fronts.meeting import Meeting
+from pyserve.fronts.shares import Shares
 from pyserve.os_errors import cause_of
 from pyserve.security import tls
 from pyserve.security.exposure import exposure_notes
 from pyserve.security.tokens import Tokens, key_file, notes_of
 from pyserve.server import pid_file
 from pyserve.server.console_file import ConsoleFile
+from pyserve.server.front_ends import FrontEnds
 from pyserve.server.housekeeping import Housekeeping
 from pyserve.server.kept_files import KeptFiles, SharedMemory
 from pyserve.server.listeners import Listeners
@@ -74,6 +78,7 @@ class Supervisor:
         like_torchserve: bool = False,
         log_file: str = "",
         on_grpc: Callable[[dict[str, str]], None] = lambda addresses: None,
+        meeting: Meeting | None = None,
     ):
         # Constant after construction.
         self._config = config
@@ -87,6 +92,8 @@ class Supervisor:
         self._like_torchserve = like_torchserve
         self._log_file = log_file
         self._on_grpc = on_grpc
+        self._meeting = meeting
+        self._front_ends = FrontEnds(config.front_ends if meeting else 0, self._start_front_end)
         self._family = new_token()
         self._selector = selectors.DefaultSelector()
         # Per supervisor.
@@ -122,6 +129,10 @@ class Supervisor:
             return self._exit_code
         finally:
             self._kill()
+            if self._phase == "stopping":
+                self._front_ends.stop()
+            else:
+                self._front_ends.kill()
             for number, handler in old_handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(old_fd)
@@ -130,7 +141,8 @@ class Supervisor:
             self._selector.close()
 
     def _turn(self, wakeup: socket.socket) -> None:
-        timeout_s = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        deadlines = [each for each in (self._deadline, self._front_ends.deadline) if each is not None]
+        timeout_s = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
         for key, _ in self._selector.select(timeout_s):
             if key.data == "signal":
                 self._take_signals(wakeup)
@@ -141,6 +153,7 @@ class Supervisor:
         if self._exit_code is None and self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
             self._deadline_reached()
+        self._front_ends.look(starts=self._phase != "stopping" and self._exit_code is None)
 
     def _take_signals(self, wakeup: socket.socket) -> None:
         try:
@@ -186,11 +199,10 @@ class Supervisor:
             logger.error("the server has not ended in time; killing it")
             self._child.popen.kill()
 
-    def _start_server(self) -> None:
-        self._listeners.reopen()
-        handover = {
+    def _handover(self, sockets: dict[str, socket.socket], fronts: JsonObject | None) -> JsonObject:
+        return {
             "config": self._config.to_json(),
-            "sockets": {name: each.fileno() for name, each in self._listeners.sockets.items()},
+            "sockets": {name: each.fileno() for name, each in sockets.items()},
             "restart": self._backoff.count,
             "folder": str(self._folder),
             "own_folder": str(self._own_folder.path or ""),
@@ -199,7 +211,25 @@ class Supervisor:
             "like_torchserve": self._like_torchserve,
             "log_file": self._log_file,
             "family": self._family,
+            "fronts": fronts,
         }
+
+    def _start_front_end(self, number: int) -> launch.Child:
+        assert self._meeting is not None
+        sockets = self._listeners.of_front_end(number)
+        return launch.spawn(
+            launch.FRONT_END_COMMAND, launch.SERVER_VARIABLE,
+            self._handover(sockets, self._meeting.for_front_end(number)),
+            sockets=set(sockets.values()), files=self._memory.descriptors,
+        )  # fmt: skip
+
+    def _start_server(self) -> None:
+        self._listeners.reopen()
+        files = list(self._memory.descriptors)
+        if self._meeting is not None:
+            files.append(self._meeting.sock.fileno())
+        fronts = self._meeting.for_engine() if self._meeting else None
+        handover = self._handover(self._listeners.sockets, fronts)
         self._phase = "starting"
         self._started_at = time.monotonic()
         self._ready_at = None
@@ -207,7 +237,7 @@ class Supervisor:
         sockets = set(self._listeners.sockets.values())
         try:
             self._child = launch.spawn(
-                self._server_command, launch.SERVER_VARIABLE, handover, sockets=sockets, files=self._memory.descriptors
+                self._server_command, launch.SERVER_VARIABLE, handover, sockets=sockets, files=files
             )
         except OSError as error:
             self._failure = cause_of(error)
@@ -216,6 +246,7 @@ class Supervisor:
         self._reports = launch.ReportReader(self._child.reports_fd)
         self._selector.register(self._reports.fd, selectors.EVENT_READ, "reports")
         logger.info("server started (pid %d)", self._child.popen.pid)
+        self._front_ends.start_missing()
 
     def _take_reports(self) -> None:
         if self._reports is None:
@@ -347,6 +378,7 @@ def supervise(
     pid = os.getpid()
     tokens: Tokens | None = None
     listeners = Listeners()
+    meeting: Meeting | None = None
     own_folder = OwnFolder(config.state_dir)
     memory = SharedMemory()
     kept = KeptFiles(own_folder, memory)
@@ -357,6 +389,11 @@ def supervise(
         notes = own_folder_notes(own_folder) + exposure_notes(config) + tls.prepare(config, own_folder.path)
         for name, content in tls.made_files(config).items():
             kept.put(name, content)
+        if config.front_ends > 1:
+            Shares.of(config)  # or it says why not
+            if find_spec("pyserve._front") is None:
+                raise ConfigError("front_ends: pyserve._front is not there; build pyserve's extensions again")
+            meeting = Meeting.make()
         listeners = Listeners.open(config)
         addresses = {name: str(address) for name, address in listeners.addresses.items()}
         for name, address in listeners.addresses.items():
@@ -375,7 +412,7 @@ def supervise(
             config, listeners, own_folder, memory, lambda event: on_event(_with_notes(event, notes)),
             server_command=server_command, drains_on_hangup=drains_on_hangup,
             like_torchserve=plain_pid_path is not None, log_file=log_file,
-            on_grpc=lambda grpc: pid_files.update(replace(running, addresses={**addresses, **grpc})),
+            on_grpc=lambda grpc: pid_files.update(replace(running, addresses={**addresses, **grpc})), meeting=meeting,
         )  # fmt: skip
         housekeeping.start()
         return supervisor.run()
@@ -385,6 +422,8 @@ def supervise(
             tokens.discard()
         pid_files.remove(pid)
         listeners.close()
+        if meeting is not None:
+            meeting.sock.close()
         own_folder.remove()
         memory.close()
 

@@ -9,6 +9,7 @@ ones are kept. One that is moved or deleted by somebody else is opened anew.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gzip
 import logging
 import os
@@ -95,6 +96,7 @@ class RotatingFile:
             with contextlib.suppress(OSError):
                 now = os.stat(self.path)
                 if (now.st_dev, now.st_ino) == self._identity:
+                    self._size = now.st_size  # other processes may append to it, too
                     return
             self.let_go()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,21 +111,49 @@ class RotatingFile:
 
     def _rotate(self) -> None:
         """Compressing takes seconds, in which lines would be lost; a thread of its own does that."""
-        self.let_go()
         if self._compressing is not None:
             self._compressing.join()
-        recent = self.path.with_name(f"{self.path.name}.1")
-        if recent.exists():  # left there by a server that ended while it compressed
-            self._compress(recent)
-        os.replace(self.path, recent)
-        self._compressing = threading.Thread(target=self._try_compress, args=(recent,), name="log-gzip", daemon=True)
+        lock = self._lock()
+        if lock is None:
+            return  # another process does it; until it has, the file grows
+        try:
+            with contextlib.suppress(OSError):
+                now = os.stat(self.path)
+                if (now.st_dev, now.st_ino) != self._identity:
+                    os.close(lock)
+                    return  # another process has done it
+            self.let_go()
+            recent = self.path.with_name(f"{self.path.name}.1")
+            if recent.exists():  # left there by a server that ended while it compressed
+                self._compress(recent)
+            os.replace(self.path, recent)
+        except BaseException:
+            os.close(lock)
+            raise
+        self._compressing = threading.Thread(
+            target=self._try_compress, args=(recent, lock), name="log-gzip", daemon=True
+        )
         self._compressing.start()
 
-    def _try_compress(self, recent: Path) -> None:
+    def _lock(self) -> int | None:
+        """A descriptor that keeps other processes from rotating files of this folder; None while one does."""
+        lock = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except OSError:  # a file system without locks
+            return lock
+        return lock
+
+    def _try_compress(self, recent: Path, lock: int) -> None:
         try:
             self._compress(recent)
         except OSError as error:
             log.warning("%s cannot be compressed: %s", recent, error.strerror or error)
+        finally:
+            os.close(lock)
 
     def _compress(self, recent: Path) -> None:
         partial = recent.with_name(f"{recent.name}.part")

@@ -201,7 +201,7 @@ def predict(port: int, model: str, body: object) -> object:
 def test_it_holds_what_the_source_holds_and_nothing_else(wheel: Path) -> None:
     tracked = run(["git", "ls-files", "pyserve", "handlers"], ROOT).split()
     source = {re.sub("^handlers/", "pyserve/handlers/", name) for name in tracked} - {"pyserve/handlers"}
-    extensions = {f"pyserve/{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_core", "_http")}
+    extensions = {f"pyserve/{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_core", "_front", "_http")}
     made = {"pyserve/_build_info.py", *extensions}
     packed = {name for name in names_in(wheel) if name.startswith("pyserve/")}
     assert packed == source | made

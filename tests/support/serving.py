@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -174,12 +175,25 @@ class Server:
 
     @property
     def process(self) -> psutil.Process:
-        """The server itself, the supervisor's only child; between two of them the one that comes."""
-        supervisor, deadline = psutil.Process(self.running.pid), time.monotonic() + LIMIT_S
-        while not (children := supervisor.children()):
+        """The server itself, the supervisor's only child but for front ends; between two of them the one that comes."""
+        deadline = time.monotonic() + LIMIT_S
+        while not (children := self._children("pyserve.server.main")):
             assert time.monotonic() < deadline, "waited in vain for a server process"
         (child,) = children
         return child
+
+    @property
+    def front_ends(self) -> list[psutil.Process]:
+        """Its front-end processes that run."""
+        return self._children("pyserve.server.front_end")
+
+    def _children(self, module: str) -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process(self.running.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if module in child.cmdline():
+                    found.append(child)
+        return found
 
     def kill_server_process(self) -> None:
         """SIGKILL; returns when it is gone."""

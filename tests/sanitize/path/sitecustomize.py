@@ -13,8 +13,9 @@ import sys
 class _SanitizedCore(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         core = os.environ["PYSERVE_SANITIZED_CORE"]
-        if fullname == "pyserve._http":
-            return importlib.util.spec_from_file_location(fullname, core.replace("/_core.", "/_http."))
+        if fullname in ("pyserve._front", "pyserve._http"):
+            name = fullname.rpartition(".")[2]
+            return importlib.util.spec_from_file_location(fullname, core.replace("/_core.", f"/{name}."))
         if fullname != "pyserve._core":
             return None
         import torch  # noqa: F401 - whose libraries it needs; not every test that imports it has torch by then

@@ -1,0 +1,1 @@
+"""Several front ends before one engine process: what crosses between them, and both ends of it."""

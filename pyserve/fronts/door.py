@@ -1,0 +1,270 @@
+"""A front end's side of the link: requests go to the engine, answers come back; without an engine it says so itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from pyserve.errors import OverloadedError, ServeError
+from pyserve.fronts import wire
+from pyserve.fronts.channel import Channel, LinkFiles, RubbishError
+from pyserve.fronts.meeting import Way
+from pyserve.fronts.shares import Shares
+from pyserve.http1.connections import Connections
+from pyserve.request.exchange import Exchange
+from pyserve.request.messages import ErrorFormat
+
+log = logging.getLogger(__name__)
+
+# Between two tries to reach the engine, when the last link did not last.
+PAUSE_FIRST_S = 0.05
+PAUSE_MAX_S = 2.0
+_LASTING_S = 5.0
+# How often counts are told to the engine.
+TELLING_S = 0.25
+# How long requests wait for the process that takes a healthy engine's place.
+HOLDING_S = 60.0
+
+
+class Door:
+    """Loop thread only.
+
+    Args:
+        on_open: the engine answers: clients may be let in. Called with each new link.
+        on_parting: each answer is to be its connection's last.
+        on_drain: nobody is to be let in any more; `tell_drained` is called after the last answer.
+
+    Attributes:
+        connections: those of the listeners, whose counts the engine is told.
+    """
+
+    def __init__(
+        self, way: Way, shares: Shares, error_format: ErrorFormat, *, on_open: Callable[[], None],
+        on_parting: Callable[[], None], on_drain: Callable[[], None],
+    ):  # fmt: skip
+        self.connections: Sequence[Connections] = ()
+        self._loop = asyncio.get_running_loop()
+        self._way = way
+        self._shares = shares
+        self._error_format = error_format
+        self._on = {wire.OPEN: on_open, wire.PARTING: on_parting, wire.DRAIN: on_drain}
+        self._requests = wire.RequestWriter()
+        self._channel: Channel | None = None
+        self._is_open = False
+        self._ticket = 0
+        self._pending: dict[int, Exchange] = {}
+        self._told_refused: list[Counter[int]] = []
+        self._told_count = -1
+        self._pause_s = PAUSE_FIRST_S
+        self._linked_at = 0.0
+        self._telling: asyncio.TimerHandle | None = None
+        self._held: dict[Exchange, int] = {}  # until another engine is there, with their listeners
+        self._holding: asyncio.TimerHandle | None = None  # while an engine makes room for another
+        self._connecting: asyncio.TimerHandle | None = None
+        self._greeting: socket.socket | None = None  # a connection that the engine has not answered yet
+
+    def app(self, listener: int) -> Callable[[Exchange], None]:
+        """What has the engine answer the requests of the listener of this number."""
+        return partial(self._submit, listener)
+
+    def start(self) -> None:
+        """Looks for the engine, from now on."""
+        self._connect()
+
+    def tell_listening(self) -> None:
+        """Clients are let in."""
+        if self._channel is not None:
+            self._channel.send(wire.LISTENING, 0, 0)
+
+    def tell_drained(self) -> None:
+        """All were answered."""
+        if self._channel is not None:
+            self._tell_counts()
+        if self._channel is not None:
+            self._channel.send(wire.DRAINED, 0, 0)
+
+    def stop(self) -> None:
+        """Lets go of the engine, and looks for no other."""
+        for timer in (self._telling, self._connecting, self._holding):
+            if timer is not None:
+                timer.cancel()
+        if self._greeting is not None:
+            self._loop.remove_reader(self._greeting.fileno())
+            self._greeting.close()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    # requests
+
+    def _submit(self, listener: int, exchange: Exchange) -> None:
+        channel = self._channel
+        if channel is None or not self._is_open:
+            if self._holding is None:
+                raise _engine_away()
+            self._held[exchange] = listener
+            exchange.on_disconnect = partial(self._let_go, exchange)
+            return
+        request = exchange.request
+        if request.path.startswith("/metrics"):
+            self._tell_counts()
+        head = self._requests.head(exchange, listener)
+        self._ticket = ticket = self._ticket + 1
+        self._pending[ticket] = exchange
+        exchange.on_disconnect = partial(self._cancel, ticket)
+        channel.send(wire.REQUEST, 0, ticket, head, request.body)
+        request.body = bytearray()  # it is the engine's now
+
+    def _cancel(self, ticket: int) -> None:
+        if self._pending.pop(ticket, None) is not None and self._channel is not None:
+            self._channel.take_back(ticket)
+            self._channel.send(wire.CANCEL, 0, ticket)
+
+    def _take(self, kind: int, flags: int, ticket: int, head: bytes, body: bytes | bytearray) -> None:
+        if kind == wire.ANSWER:
+            exchange = self._pending.pop(ticket, None)
+            if exchange is not None:  # else its client has gone
+                exchange.respond(wire.read_answer(flags, head, bytes(body)))
+        elif wire.STREAM <= kind <= wire.ABORT:
+            self._take_part(kind, flags, ticket, head, bytes(body))
+        elif kind == wire.PAUSE:
+            self._is_open = False
+            if self._holding is None:
+                self._holding = self._loop.call_later(HOLDING_S, self._give_up_holding)
+        elif kind in self._on:
+            self._on[kind]()
+            if kind == wire.OPEN:
+                self._is_open = True
+                self._pass_held()
+        else:
+            raise RubbishError("a message of a kind that the engine does not send")
+
+    def _take_part(self, kind: int, flags: int, ticket: int, head: bytes, body: bytes) -> None:
+        exchange = self._pending.get(ticket)
+        if exchange is None:
+            return
+        if kind == wire.STREAM:
+            exchange.start_stream(wire.read_answer(flags, head, body))
+        elif kind == wire.PART:
+            exchange.write(body)
+        else:
+            del self._pending[ticket]
+            exchange.end_stream() if kind == wire.END else exchange.abort_stream()
+
+    # requests that wait for another engine
+
+    def _pass_held(self) -> None:
+        held = self._stop_holding()
+        for exchange, listener in held.items():
+            try:
+                self._submit(listener, exchange)
+            except ServeError as error:
+                exchange.respond(self._error_format.answer(error, exchange.request))
+
+    def _let_go(self, exchange: Exchange) -> None:
+        self._held.pop(exchange, None)
+
+    def _give_up_holding(self) -> None:
+        for exchange in self._stop_holding():
+            exchange.respond(self._error_format.answer(_engine_away(), exchange.request))
+
+    def _stop_holding(self) -> dict[Exchange, int]:
+        if self._holding is not None:
+            self._holding.cancel()
+            self._holding = None
+        held, self._held = self._held, {}
+        return held
+
+    # the link
+
+    def _connect(self) -> None:
+        try:
+            sock = self._way.connect()
+            sock.send(wire.HELLO.pack(wire.MAGIC, wire.VERSION, self._way.number, self._way.secret))
+        except OSError as error:
+            log.warning("the engine cannot be reached: %s", error.strerror)
+            self._connect_later()
+            return
+        self._greeting = sock
+        self._loop.add_reader(sock.fileno(), self._welcome, sock)
+
+    def _connect_later(self) -> None:
+        if self._loop.time() - self._linked_at > _LASTING_S:
+            self._pause_s = PAUSE_FIRST_S
+        self._connecting = self._loop.call_later(self._pause_s, self._connect)
+        self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
+
+    def _welcome(self, sock: socket.socket) -> None:
+        self._loop.remove_reader(sock.fileno())
+        self._greeting = None
+        files: list[int] = []
+        try:
+            said, files, _, _ = socket.recv_fds(sock, len(wire.MAGIC), len(LinkFiles._fields))
+            if said != wire.MAGIC or len(files) != len(LinkFiles._fields):
+                raise OSError("it ended before it had begun")
+            for fd in files:
+                os.set_inheritable(fd, False)
+            self._channel = Channel(
+                self._loop, sock, LinkFiles(*files), is_engine=False, body_size_max=self._shares.answer_size_max,
+                coming_size_max=2 * self._shares.answer_size_max, on_frame=self._take, on_end=self._lose,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            for fd in files:
+                os.close(fd)
+            sock.close()
+            log.info("no link to the engine yet: %s", error)
+            self._connect_later()
+            return
+        self._linked_at = self._loop.time()
+        self._told_count = -1
+        if self._telling is None:
+            self._tell_again()
+
+    def _lose(self, reason: str) -> None:
+        self._channel = None
+        self._is_open = False
+        exchanges = list(self._pending.values())
+        self._pending.clear()
+        log.warning("the link to the engine is over: %s; %d requests are answered with 503", reason, len(exchanges))
+        error = _engine_away()
+        for exchange in exchanges:
+            if exchange.is_streaming:
+                exchange.abort_stream()
+            else:
+                exchange.respond(self._error_format.answer(error, exchange.request))
+        self._connect_later()
+
+    # counts
+
+    def _tell_again(self) -> None:
+        self._telling = self._loop.call_later(TELLING_S, self._tell_again)
+        self._tell_counts()
+
+    def _tell_counts(self) -> None:
+        channel = self._channel
+        if channel is None:
+            return
+        while len(self._told_refused) < len(self.connections):
+            self._told_refused.append(Counter())
+        for each, told in zip(self.connections, self._told_refused, strict=True):
+            for status, count in each.refused.items():
+                if count != told[status]:
+                    channel.send(wire.REFUSED, status, count - told[status])
+                    told[status] = count
+        count = sum(map(len, self.connections))
+        if count != self._told_count:
+            self._told_count = count
+            channel.send(wire.CONNECTIONS, 0, count)
+
+
+def _engine_away() -> OverloadedError:
+    return OverloadedError(
+        "The engine is being started again; try again later.",
+        detail={"reason": "no engine"},
+        headers={"Retry-After": "1"},
+    )
