@@ -309,8 +309,9 @@ def test_a_killed_server_is_back_with_all_it_served(server: Server, session_stor
 
     status = server.run("status")
     assert status.returncode == 0
-    rows = [line.split()[:4] for line in status.stdout.splitlines() if line.startswith(("linear", "idle"))]
-    assert sorted(rows) == [
+    lines = [line for line in status.stdout.splitlines() if line.startswith(("linear", "idle"))]
+    assert [line.split()[1] for line in lines if "(default)" in line and line.startswith("linear")] == ["2.0"]
+    assert sorted(line.replace("(default)", "").split()[:4] for line in lines) == [
         ["idle", "1.0", "NO", "WORKERS"],
         ["linear", "1.0", "READY", "3/2"],
         ["linear", "2.0", "READY", "1/1"],
