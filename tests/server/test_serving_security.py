@@ -300,7 +300,7 @@ def test_pages_of_the_listed_origins_may_read_every_answer(guarded: Server, orig
     assert [answer.status for answer in asked] == [200, 404, 401, 200, 413, 417, 200, 200]
     for answer in asked:
         assert answer.headers.get("access-control-allow-origin", "") == shown
-        assert answer.headers["vary"] == "Origin"
+        assert "Origin" in answer.headers["vary"].split(", ")  # beside Accept-Encoding, for long answers
         assert answer.headers["access-control-allow-headers"] == "authorization, content-type"
 
 
