@@ -276,6 +276,15 @@ std::shared_ptr<TorchModel> copy_on(TorchModel& model, const std::string& device
     return loading([&] { return model.copy_on(at::Device(device)); });
 }
 
+// A lane's end joins its workers, and a worker may be in Python just then: operators of a model may be written in it.
+struct WithoutInterpreter {
+    void operator()(Lane* lane) const {
+        const py::gil_scoped_release release;
+        delete lane;
+    }
+};
+using LanePtr = std::unique_ptr<Lane, WithoutInterpreter>;
+
 // The runs of the Python thread that has entered it.
 class ThreadRuns {
   public:
@@ -322,8 +331,8 @@ PYBIND11_MODULE(_core, m) {
         .def("numbers_of", &TorchModel::numbers_of, py::arg("input"), py::call_guard<py::gil_scoped_release>())
         .def("instance", &TorchModel::instance, py::call_guard<py::gil_scoped_release>())
         .def("copy_on", &copy_on, py::arg("device"))
-        .def("use_threads", &TorchModel::use_threads, py::arg("count"))
-        .def("prepare_threads", &TorchModel::prepare_threads, py::arg("count"),
+        .def("use_threads", &TorchModel::use_threads, py::arg("count"), py::arg("workers") = 0)
+        .def("prepare_threads", &TorchModel::prepare_threads, py::arg("count"), py::arg("workers") = 0,
              py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("streams_and_threads", &TorchModel::streams_and_threads)
         .def_property_readonly("plain_runs", &TorchModel::plain_runs)
@@ -378,10 +387,10 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("signals", [](const Engine& engine) { return engine.completions->signals(); })
         .def_property_readonly("lost_count", [](const Engine& engine) { return engine.lost->load(); });
 
-    py::class_<Lane>(m, "Lane")
+    py::class_<Lane, LanePtr>(m, "Lane")
         .def(py::init([](const Engine& engine, std::shared_ptr<TorchModel> model, Inputs example, size_t capacity) {
-                 return std::make_unique<Lane>(engine.completions, std::move(model), std::move(example), capacity,
-                                               engine.lost);
+                 return LanePtr(
+                     new Lane(engine.completions, std::move(model), std::move(example), capacity, engine.lost));
              }),
              py::arg("engine"), py::arg("model").none(false), py::arg("example"), py::arg("capacity"),
              py::keep_alive<1, 2>())

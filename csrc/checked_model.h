@@ -29,8 +29,8 @@ class CheckedModel final : public TorchModel {
 
     c10::IValue run(const std::vector<at::Tensor>& inputs) override;
     c10::IValue run_plain(const std::vector<at::Tensor>& inputs) override { return plain()->run(inputs); }
-    void use_threads(int count) override { quick_->use_threads(count); }
-    void prepare_threads(int count) override { quick_->prepare_threads(count); }
+    void use_threads(int count, int workers) override { quick_->use_threads(count, workers); }
+    void prepare_threads(int count, int workers) override { quick_->prepare_threads(count, workers); }
     std::pair<int, int> streams_and_threads() const override { return quick_->streams_and_threads(); }
     int64_t plain_runs() const override { return plain_runs_.load(std::memory_order_relaxed); }
     void settle() override;

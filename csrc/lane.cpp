@@ -77,6 +77,7 @@ void Lane::set_intra_op_threads(int count) { shared_->intra_op_threads.store(std
 void Lane::set_workers(size_t count) {
     reap();
     crew_.forget_failed();
+    shared_->workers.store(static_cast<int>(std::min<size_t>(count, std::numeric_limits<int>::max())));
     for (size_t missing = crew_.shrink(count); missing > 0; --missing) {
         auto worker = std::make_shared<Worker>(shared_, least_used(), next_worker_id_++);
         if (offered_) worker->offer(offered_, exchanges_);
@@ -153,7 +154,7 @@ bool Lane::lose(uint32_t id) {
     shared_->stats.lost.fetch_add(1, std::memory_order_relaxed);
     lend_permits();
     shared_->batcher.wake_all();
-    shared_->completions->signal();  // whoever waits for the workers waits for one less
+    shared_->completions->signal();  // who waits for the workers waits for one less
     return true;
 }
 
@@ -177,7 +178,7 @@ void Lane::join() {
     shared_->pool->cancel_queued();
     purge();
     offered_.reset();
-    models_.clear();  // whoever holds the lane holds no weights
+    models_.clear();  // an owner of the lane holds no weights
 }
 
 void Lane::purge() {

@@ -31,7 +31,7 @@ struct WorkerRow {
 // How far the last exchange of models is.
 struct ExchangeState {
     size_t pending = 0;   // workers that still run the model before
-    std::string refusal;  // why one of them goes on with it; "" if none does
+    std::string refusal;  // why one of them continues with it; "" if none does
 };
 
 class Lane {
@@ -94,7 +94,7 @@ class Lane {
     // REQUIRES: both are on a CPU.
     void exchange_model(std::shared_ptr<TorchModel> model);
     ExchangeState exchange_state() const;
-    // Grows or shrinks. A worker that is told to stop finishes its batch first; a new one gets the device with the
+    // Grows or shrinks. A worker that is stopped finishes its batch first; a new one gets the device with the
     // fewest workers.
     void set_workers(size_t count);
     // Joins workers that are over. Failed ones stay listed until set_workers.
@@ -141,7 +141,7 @@ class Lane {
 
     const std::shared_ptr<LaneShared> shared_;
     std::vector<std::shared_ptr<TorchModel>> models_;  // one for each device
-    std::shared_ptr<TorchModel> offered_;              // of an exchange that goes on
+    std::shared_ptr<TorchModel> offered_;              // of an exchange that is under way
     uint32_t exchanges_ = 0;
     Crew<Worker> crew_;
     BatchLimits limits_;  // as set; the batcher's have the permits that lost workers hold on top

@@ -94,8 +94,8 @@ void Api::check_element_types() const {
 
 void Api::check(int outcome, const char* doing) const {
     if (outcome == ok) return;
-    const char* told = last_error_();
-    std::string text = told != nullptr && *told != '\0' ? told : outcome_text_(outcome);
+    const char* message = last_error_();
+    std::string text = message != nullptr && *message != '\0' ? message : outcome_text_(outcome);
     throw std::runtime_error(std::string(doing) + ": " + text);
 }
 

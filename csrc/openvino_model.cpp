@@ -1,6 +1,7 @@
 #include "openvino_model.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <filesystem>
@@ -152,11 +153,6 @@ class OpenVinoModel::Compiled {
     }
 
     const std::vector<Taken>& inputs() const { return inputs_; }
-    // Runs that go on, the caller's among them once it has begun.
-    int running() const {
-        const std::lock_guard lock(mutex_);
-        return running_;
-    }
 
     std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) {
         const Turn turn(*this);
@@ -194,28 +190,19 @@ class OpenVinoModel::Compiled {
                 if (!of.idle_.empty()) {
                     request = std::move(of.idle_.back());
                     of.idle_.pop_back();
+                    return;
                 }
-                ++of.running_;
             }
-            if (request) return;
             openvino::InferRequest* made = nullptr;
-            const int outcome = of.api_.create_request(of.model_.get(), &made);
-            if (outcome == openvino::ok) {
-                request.reset(made);
-                return;
-            }
-            end();
-            of.api_.check(outcome, "OpenVINO has no room for another batch");
+            of.api_.check(of.api_.create_request(of.model_.get(), &made), "OpenVINO has no room for another batch");
+            request.reset(made);
         }
-        ~Turn() { end(); }
+        ~Turn() {
+            const std::lock_guard lock(compiled.mutex_);
+            compiled.idle_.push_back(std::move(request));
+        }
         Turn(const Turn&) = delete;
         Turn& operator=(const Turn&) = delete;
-
-        void end() {
-            const std::lock_guard lock(compiled.mutex_);
-            --compiled.running_;
-            if (request) compiled.idle_.push_back(std::move(request));
-        }
 
         Compiled& compiled;
         Owned<openvino::InferRequest> request;
@@ -242,9 +229,42 @@ class OpenVinoModel::Compiled {
     Owned<openvino::CompiledModel> model_;
     std::vector<Taken> inputs_;
     size_t outputs_ = 0;
-    mutable std::mutex mutex_;
+    std::mutex mutex_;
     std::vector<Owned<openvino::InferRequest>> idle_;  // freed before the model
-    int running_ = 0;
+};
+
+// The sizes of inputs that were run, in the order that they came. Any thread.
+class SizesSeen {
+  public:
+    // Of sizes that are known, which is most runs, it takes neither a lock nor memory.
+    void add(const std::vector<at::Tensor>& inputs) {
+        const size_t known = count_.load(std::memory_order_acquire);
+        if (known == sizes_max || has(inputs, known)) return;
+        Sizes sizes;
+        for (const at::Tensor& input : inputs) sizes.push_back(input.sizes().vec());
+        const std::lock_guard lock(mutex_);
+        const size_t now = count_.load(std::memory_order_relaxed);
+        if (now == sizes_max || has(inputs, now)) return;
+        sizes_[now] = std::move(sizes);
+        count_.store(now + 1, std::memory_order_release);
+    }
+
+    std::vector<Sizes> all() const {
+        return {sizes_.begin(), sizes_.begin() + static_cast<std::ptrdiff_t>(count_.load(std::memory_order_acquire))};
+    }
+
+  private:
+    bool has(const std::vector<at::Tensor>& inputs, size_t count) const {
+        return std::any_of(sizes_.begin(), sizes_.begin() + static_cast<std::ptrdiff_t>(count), [&](const Sizes& each) {
+            return std::equal(
+                each.begin(), each.end(), inputs.begin(), inputs.end(),
+                [](const std::vector<int64_t>& sizes, const at::Tensor& input) { return input.sizes() == sizes; });
+        });
+    }
+
+    std::mutex mutex_;
+    std::atomic<size_t> count_{0};
+    std::array<Sizes, sizes_max> sizes_;  // those below the count do not change any more
 };
 
 // What the thread that compiles beside the requests needs, which may outlive the model.
@@ -264,19 +284,9 @@ struct OpenVinoModel::Shared : std::enable_shared_from_this<Shared> {
         if (!is_over) compiled.swap(made);  // the other one goes with the last batch that it runs
     }
 
-    void remember(const std::vector<at::Tensor>& inputs) {
-        Sizes sizes;
-        for (const at::Tensor& input : inputs) sizes.push_back(input.sizes().vec());
-        const std::lock_guard lock(mutex);
-        if (seen.size() >= sizes_max || std::find(seen.begin(), seen.end(), sizes) != seen.end()) return;
-        seen.push_back(std::move(sizes));
-    }
-
     // Runs what has been run before, in every stream, so that requests do not wait for its kernels.
     void warm_up(Compiled& made) {
-        std::unique_lock lock(mutex);
-        const std::vector<Sizes> known = seen;
-        lock.unlock();
+        const std::vector<Sizes> known = seen.all();
         if (known.empty()) return;
         const auto run_all = [&] {
             for (const Sizes& sizes : known) {
@@ -303,14 +313,13 @@ struct OpenVinoModel::Shared : std::enable_shared_from_this<Shared> {
         for (std::thread& each : others) each.join();
     }
 
-    // From now on `runs` at once, of so many threads; 0 leaves one as it is. Whether something else is to be compiled.
-    // REQUIRES: the lock is held.
+    // From now on so many runs at once, of so many threads each; 0 leaves the runs as they are. Whether something else is
+    // to be compiled. REQUIRES: the lock is held.
     bool wish(int runs_at_once, int threads) {
-        runs = std::max(runs.load(), runs_at_once);
-        const std::pair<int, int> before = wanted;
-        if (threads != 0) wanted.second = threads;
+        if (runs_at_once > 0) runs = runs_at_once;
         // So many that all their threads are within the CPUs that models may use.
-        wanted.first = std::max(1, std::min(runs.load(), options.runners_max / wanted.second));
+        const std::pair<int, int> before =
+            std::exchange(wanted, std::pair(std::max(1, std::min(runs, options.runners_max / threads)), threads));
         return wanted != before;
     }
 
@@ -336,7 +345,7 @@ struct OpenVinoModel::Shared : std::enable_shared_from_this<Shared> {
             try {
                 compile(now);
             } catch (const std::exception&) {
-                is_done = false;  // answers go on coming from the one that is there
+                is_done = false;  // the one that is there continues to answer
             }
             lock.lock();
             if (!is_done) refused = now;
@@ -350,8 +359,8 @@ struct OpenVinoModel::Shared : std::enable_shared_from_this<Shared> {
     std::shared_ptr<Compiled> compiled;
     bool is_compiling = false;
     std::atomic<bool> is_over{false};
-    std::vector<Sizes> seen;                          // of runs
-    std::atomic<int> runs{0};                         // at once, the most that there were
+    SizesSeen seen;
+    int runs = 1;                                     // at once, as far as is known
     std::pair<int, int> wanted{0, 1}, refused{0, 0};  // streams, threads of each
 };
 
@@ -388,21 +397,18 @@ c10::IValue OpenVinoModel::run(const std::vector<at::Tensor>& inputs) {
         laid_out.push_back(numbers_of(inputs[i]).contiguous());
         check_input(compiled->inputs()[i], laid_out.back());
     }
-    shared_->remember(laid_out);
-    // More workers than there were.
-    const int running = compiled->running() + 1;
-    if (running > shared_->runs.load(std::memory_order_relaxed)) shared_->compile_aside(running, 0);
+    shared_->seen.add(laid_out);
     std::vector<at::Tensor> outputs = compiled->run(laid_out);
     if (outputs.size() == 1) return std::move(outputs.front());
     std::vector<c10::IValue> elements(std::make_move_iterator(outputs.begin()), std::make_move_iterator(outputs.end()));
     return c10::ivalue::Tuple::create(std::move(elements));
 }
 
-void OpenVinoModel::use_threads(int count) { shared_->compile_aside(0, count); }
+void OpenVinoModel::use_threads(int count, int workers) { shared_->compile_aside(workers, std::max(1, count)); }
 
-void OpenVinoModel::prepare_threads(int count) {
+void OpenVinoModel::prepare_threads(int count, int workers) {
     std::unique_lock lock(shared_->mutex);
-    shared_->wish(0, count);
+    shared_->wish(workers, std::max(1, count));
     const std::pair<int, int> wanted = shared_->wanted;
     lock.unlock();
     if (streams_and_threads() != wanted) shared_->compile(wanted);

@@ -3,7 +3,7 @@
 // One compiled model holds the weights once and computes as many batches at a time as it has streams, each in a thread of
 // OpenVINO's with helpers of its own; workers wait for theirs. Both numbers are compiled in. They follow the workers, of
 // which others may come and whose threads become fewer when there are other models: that is compiled beside the
-// requests, which the one that is there goes on answering.
+// requests, which the one that is there continues to answer.
 #pragma once
 
 #include <memory>
@@ -24,8 +24,8 @@ class OpenVinoModel final : public TorchModel {
 
     // The outputs in their order: a tensor, or a tuple of several. Inputs have the types that the file names.
     c10::IValue run(const std::vector<at::Tensor>& inputs) override;
-    void use_threads(int count) override;
-    void prepare_threads(int count) override;
+    void use_threads(int count, int workers) override;
+    void prepare_threads(int count, int workers) override;
     std::pair<int, int> streams_and_threads() const override;
 
   protected:

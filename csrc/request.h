@@ -42,7 +42,7 @@ struct Request {
         return state.compare_exchange_strong(from, to, std::memory_order_acq_rel, std::memory_order_acquire);
     }
 
-    // Any thread. False if it has ended already. A running request goes on running; its result is dropped.
+    // Any thread. False if it has ended already. A running request continues; its result is dropped.
     bool try_cancel() noexcept {
         State seen = state.load(std::memory_order_acquire);
         while (seen == State::queued || seen == State::batched || seen == State::running) {

@@ -66,7 +66,7 @@ class Runs {
         std::atomic_signal_fence(std::memory_order_seq_cst);  // from here on the handler does nothing
         if (is_interrupted_.load(std::memory_order_relaxed)) forgive();
     }
-    // Whether the run that goes on was interrupted. Operators raise until forgive().
+    // Whether the current run was interrupted. Operators raise until forgive().
     bool is_interrupted() const noexcept { return is_interrupted_.load(std::memory_order_relaxed); }
     void forgive() noexcept {
         is_interrupted_.store(false, std::memory_order_relaxed);
@@ -74,10 +74,10 @@ class Runs {
         effect_.end();
     }
 
-    // When the run that goes on began, ns; 0 if none does.
+    // When the current run began, ns; 0 if there is none.
     int64_t since() const noexcept { return since_.load(std::memory_order_relaxed); }
 
-    // Makes the run that began at `since` raise, if it still goes on. May have to be asked again: what the thread does
+    // Makes the run that began at `since` raise, if it has not ended. May have to be asked again: what the thread does
     // at that very moment may undo it. False if there is no such run, or no thread any more.
     bool interrupt(int64_t since) noexcept {
         const std::lock_guard lock(mutex_);

@@ -84,10 +84,10 @@ class TorchModel : public std::enable_shared_from_this<TorchModel> {
     // The same without the optimisations that are made here.
     virtual c10::IValue run_plain(const std::vector<at::Tensor>& inputs) { return run(inputs); }
 
-    // Threads of one run, of which TorchScript and packages know by themselves: from now on, as soon as that is made ready
-    // beside the runs; or when it returns.
-    virtual void use_threads(int) {}
-    virtual void prepare_threads(int) {}
+    // Threads of one run, of which TorchScript and packages know by themselves, and of how many workers; 0 leaves these as
+    // they are. From now on, as soon as that is made ready beside the runs; or when it returns.
+    virtual void use_threads(int /*count*/, int /*workers*/) {}
+    virtual void prepare_threads(int /*count*/, int /*workers*/) {}
     // Runs at once and threads of each, where they are compiled in; else 0.
     virtual std::pair<int, int> streams_and_threads() const { return {0, 0}; }
 

@@ -54,7 +54,7 @@ void Worker::run() noexcept {
         error_ = status.message;
         end = WorkerState::failed;
     }
-    // Here, as whoever joins it is to call nothing of the device.
+    // Here, as the thread that joins it is to call nothing of the device.
     if (has_lost_device()) {
         leak(std::move(runner_));
         leak(std::move(staging_));
@@ -70,12 +70,14 @@ void Worker::run() noexcept {
 // What was set from outside since the last batch.
 void Worker::apply_settings() {
     const int threads = shared_.intra_op_threads.load(std::memory_order_relaxed);
-    if (threads != threads_) {
+    const int workers = shared_.workers.load(std::memory_order_relaxed);
+    if (threads != threads_ || workers != workers_) {
         // torch gives a thread the process-wide count at its first look; let it look now, not after this setting.
         at::get_num_threads();
-        at::set_num_threads(threads);   // OpenMP keeps this per thread
-        loaded_->use_threads(threads);  // where they are compiled in
+        at::set_num_threads(threads);            // OpenMP keeps this per thread
+        loaded_->use_threads(threads, workers);  // where they are compiled in
         threads_ = threads;
+        workers_ = workers;
     }
     const int64_t staging_size = shared_.staging_size.load(std::memory_order_relaxed);
     if (staging_size != staging_size_) {

@@ -63,6 +63,7 @@ struct LaneShared {
     Finish finish = Finish::none;  // set before there are workers
     int64_t finish_count = 0;
     std::atomic<int> intra_op_threads{1};
+    std::atomic<int> workers{0};                   // that there are to be
     std::atomic<int64_t> staging_size{0};          // bytes of a slot, set from the largest batch
     std::map<std::string, std::vector<int>> cpus;  // by device; those that its workers keep to, constant by then
 
@@ -110,7 +111,7 @@ class Worker {
     bool was_offered(uint32_t number) const;
     // Whether the offer of that number is still to be taken.
     bool is_considering(uint32_t number) const noexcept { return considered_.load(std::memory_order_acquire) < number; }
-    // Why it goes on with what it had, although there was the offer of that number; "" if it does not.
+    // Why it continues with what it had, although there was the offer of that number; "" if it does not.
     std::string refusal(uint32_t number) const;
 
     WorkerState state() const noexcept { return state_.load(std::memory_order_acquire); }
@@ -236,7 +237,8 @@ class Worker {
     Pace pace_;
     int64_t last_finished_at_ = 0;  // of batches on a device
     int64_t wishes_from_ = 0;       // no batch is asked for before, while the device has one
-    int threads_ = 0;
+    int threads_ = 0;               // of these two the model was notified
+    int workers_ = 0;
     int64_t staging_size_ = 0;
     size_t warmed_size_ = 0;   // the largest batch that the warm-up knew
     int64_t warm_row_ns_ = 0;  // of its last run that ended well

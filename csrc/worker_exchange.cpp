@@ -1,7 +1,7 @@
 // Worker: another model takes the place of the one that it runs, between two batches.
 //
 //     offered ──> warmed up, one size after each batch ──> taken: the next batch runs on it
-//                     └──> refused: it raised, or gave rows that are none; the worker goes on with what it has
+//                     └──> refused: it raised, or gave rows that are none; the worker continues with what it has
 //
 // Requests notice nothing but that a batch may wait for one run of the warm-up. The model that it had is let go of with
 // the last worker that ran it.
@@ -59,7 +59,7 @@ void Worker::heed_offer() {
     end_offer({});
 }
 
-// Goes on with what was offered, by one run of the warm-up at most. False if it is not its turn to run anything.
+// Continues with what was offered, by one run of the warm-up at most. False if it is not its turn to run anything.
 // REQUIRES: there is something.
 bool Worker::prepare_exchange() {
     if (!shared_.batcher.try_enter()) return false;
@@ -114,7 +114,7 @@ void Worker::exchange() {
         runner_ = std::move(incoming_->runner);
     });
     if (!status.ok()) loaded_ = std::move(former);
-    threads_ = 0;  // of which the other one has not been told
+    threads_ = 0;  // of which the other one has not been notified
     end_offer(status.ok() ? std::string() : text_of(status));
 }
 

@@ -125,7 +125,7 @@ class Rig:
             batch_size_max=setting.batch_size, batch_size_min=1, batch_delay_max_ns=0, running_max=self._running_max
         )
         self._lane.set_intra_op_threads(setting.threads)
-        self._network.torch_model.prepare_threads(setting.threads)  # where they are compiled in
+        self._network.torch_model.prepare_threads(setting.threads, setting.workers)  # where they are compiled in
         self._lane.set_workers(setting.workers)
         self._wait(lambda rows: all(row["state"] in ("ready", "failed") for row in rows), "be ready")
         failed = next((row["error"] for row in self._lane.workers() if row["state"] == "failed"), None)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -20,6 +22,17 @@ from tests.support.lane_bench import LaneBench
 from tests.support.networks import Affine, Conv, Outputs
 from tests.support.openvino_files import library, save_openvino
 
+COUNTING = """
+#include <dlfcn.h>
+extern "C" {
+long started = 0;
+int ov_infer_request_start_async(void* request) {
+    static auto real = reinterpret_cast<int (*)(void*)>(dlsym(RTLD_NEXT, "ov_infer_request_start_async"));
+    __atomic_add_fetch(&started, 1, __ATOMIC_SEQ_CST);
+    return real(request);
+}
+}
+"""
 ITEM = [torch.zeros(1, 16)]
 HANG_S = 60
 
@@ -60,7 +73,27 @@ def affine(folder: Path) -> Path:
 
 
 def load(path: Path, example: list[torch.Tensor] = ITEM, **options: Any) -> _core.TorchModel:
-    return _core.TorchModel.load(str(path), example, backend="openvino", library=library(), **options)
+    options.setdefault("library", library())
+    return _core.TorchModel.load(str(path), example, backend="openvino", **options)
+
+
+@pytest.fixture(scope="module")
+def counting(folder: Path) -> str:
+    """OpenVINO's C library, which counts the runs that are started."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    real, source, path = Path(library()), folder / "counting.cpp", folder / "libcounting.so"
+    source.write_text(COUNTING)
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", str(source), "-o", str(path), "-Wl,--no-as-needed", str(real),
+         f"-Wl,-rpath,{real.parent}", "-ldl"],
+        check=True,
+    )  # fmt: skip
+    return str(path)
+
+
+def started(counting: str) -> int:
+    return ctypes.c_long.in_dll(ctypes.CDLL(counting), "started").value
 
 
 def await_threads(model: _core.TorchModel, expected: tuple[int, int]) -> None:
@@ -131,11 +164,38 @@ def test_threads_are_compiled_for_and_stay_within_the_cpus(affine: Path) -> None
     expected = Affine()(torch.ones(2, 16))
     model.use_threads(1)  # beside the runs that go on
     torch.testing.assert_close(model.run([torch.ones(2, 16)]), expected, atol=1e-5, rtol=1e-5)
-    await_threads(model, (2, 1))
+    await_threads(model, (2, 1))  # as many workers as before
     for count in (3, 2, 4, 1, 2):  # the last wish counts
         model.use_threads(count)
     await_threads(model, (2, 2))
     torch.testing.assert_close(model.run([torch.ones(2, 16)]), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_aside", [False, True])
+def test_one_compiled_anew_has_run_in_every_stream_what_was_run_before(
+    affine: Path, counting: str, is_aside: bool
+) -> None:
+    model = load(affine, library=counting, runners_max=3, workers=1, threads=3)
+    before = started(counting)
+    model.prepare_threads(2)
+    assert started(counting) == before, "nothing was run that could be run again"
+    for rows in (1, 4, 4, 1):
+        model.run([torch.ones(rows, 16)])
+    before = started(counting)
+    if is_aside:
+        model.use_threads(1, workers=3)
+        await_threads(model, (3, 1))
+    else:
+        model.prepare_threads(1, workers=3)
+    assert model.streams_and_threads == (3, 1)
+    assert started(counting) - before == 3 * 2, "two sizes, before it takes the other's place"
+
+
+def test_streams_are_as_many_as_workers_within_the_cpus(affine: Path) -> None:
+    model = load(affine, runners_max=4, workers=1, threads=4)
+    for workers, threads, streams in ((2, 2, 2), (0, 1, 2), (3, 1, 3), (9, 1, 4), (1, 1, 1)):
+        model.prepare_threads(threads, workers=workers)
+        assert model.streams_and_threads == (streams, threads)
 
 
 def test_a_model_that_goes_while_another_is_compiled_leaves_nothing_behind(affine: Path) -> None:
@@ -206,6 +266,9 @@ def test_a_lane_tells_it_how_many_threads_there_are(affine: Path) -> None:
         bench.submit("one", torch.ones(1, 16))
         bench.wait_for(1)
         await_threads(bench.model, (1, 2))
+        bench.lane.set_intra_op_threads(1)
+        bench.lane.set_workers(2)
+        await_threads(bench.model, (2, 1))
     finally:
         bench.close()
 
