@@ -158,6 +158,9 @@ class GeneratedObject(Relay):
             return self._encoded(parts)
         except ServeError as error:
             return self._error_format.answer(error, self.outer.request)
+        except RecursionError:
+            error = HandlerError("the handler's answer is nested too deeply; answer with less in it")
+            return self._error_format.answer(error, self.outer.request)
 
     def _encoded(self, parts: list[bytes]) -> Response:
         said = [generated(part) for part in parts]
@@ -214,8 +217,8 @@ def generated(part: bytes) -> JsonObject:
             return {output.name: _value_of(output) for output in outputs}
         if b'"text_output"' in part:
             try:
-                told = json.loads(part)
-            except ValueError:
+                told = json.loads(part, parse_constant=lambda name: None)  # JSON has no word for them
+            except (ValueError, RecursionError):
                 told = None
             if isinstance(told, dict) and TEXT_OUTPUT in told:
                 return told

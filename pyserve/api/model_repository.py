@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pyserve.archive.archive import open_archive
+from pyserve.config.archive_url import is_url
 from pyserve.config.config import Config
 from pyserve.config.model_source import ARCHIVE_SUFFIXES, list_store
 from pyserve.errors import (
@@ -230,7 +231,8 @@ class ModelRepository:
             await self._registry.unregister(name, None)  # an archive that could not be opened is forgotten
             return
         default = self._registry.get(name)
-        self._sources[name] = default.url
+        if is_url(default.url) or Path(self._config.model_store or "", default.url) == default.archive.path:
+            self._sources[name] = default.url  # else the command line named a path that no call may register
         for model in sorted(there, key=lambda model: model is default):
             if model in self._versions(name):
                 await self._registry.unregister(name, model.version)

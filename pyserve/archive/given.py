@@ -40,12 +40,15 @@ class Given:
     @classmethod
     def from_text(cls, text: str) -> Given:
         """The inverse. Raises ValueError for what `to_text` did not write."""
-        found = json.loads(text) if text else {}
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
+        try:
+            found = json.loads(text) if text else {}
+        except RecursionError as error:
+            raise ValueError(str(error)) from None
+        inputs = found.pop("inputs", []) if isinstance(found, dict) else None
+        if not (isinstance(inputs, list) and all(isinstance(value, str) for value in (*found.values(), *inputs))):
+            raise ValueError("not an object of texts, with a list of them as inputs")
         known = {each.name for each in fields(cls)}
-        texts = {key: str(value) for key, value in found.items() if key in known and key != "inputs"}
-        return cls(**texts, inputs=tuple(map(str, found.get("inputs", ()))))
+        return cls(**{key: value for key, value in found.items() if key in known}, inputs=tuple(inputs))
 
 
 def give(path: Path, given: Given) -> None:

@@ -96,6 +96,8 @@ class _Machine:
             stack.append(Named(str(argument).replace(" ", ".", 1)))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
+            if not (isinstance(attribute, str) and isinstance(module, str)):
+                raise InertPickleError("it has a name that is no text")  # as text a small pickle's value may be huge
             stack.append(Named(f"{module}.{attribute}"))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, called = stack.pop(), stack.pop()

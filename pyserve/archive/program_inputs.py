@@ -10,7 +10,9 @@ Read as text; nothing of the file is run.
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from pyserve.archive.inert_pickle import Named, Stored, read_inert
@@ -30,6 +32,11 @@ _STORAGE_DTYPES = {
     "torch.IntStorage": "int32", "torch.LongStorage": "int64", "torch.ByteStorage": "uint8",
     "torch.BoolStorage": "bool",
 }  # fmt: skip
+# What is raised for a file that is damaged, encrypted, or not of the form that its kind has.
+_UNREADABLE = (
+    ServeError, zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, TypeError, LookupError,
+    AttributeError, RuntimeError,
+)  # fmt: skip
 
 
 def inputs_in(weights: Weights, label: str) -> tuple[Any, str] | None:
@@ -39,7 +46,7 @@ def inputs_in(weights: Weights, label: str) -> tuple[Any, str] | None:
         if found is not None:
             read_inputs(found[0], label)
         return found
-    except (ServeError, ValueError, zipfile.BadZipFile, OSError, KeyError, NotImplementedError):
+    except _UNREADABLE:
         return None  # what loads the file says what is wrong with it
 
 

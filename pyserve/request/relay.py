@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
+from pyserve.errors import ServerError
+from pyserve.log import about
 from pyserve.request.exchange import Exchange, Part
-from pyserve.request.messages import Response
+from pyserve.request.messages import ErrorFormat, Response
+
+log = logging.getLogger(__name__)
 
 
 class Relay:
@@ -48,6 +54,18 @@ class Relay:
         self.exchange.disconnect()
 
     def _on_news(self, exchange: Exchange) -> None:
+        try:
+            self._pass_on(exchange)
+        except Exception:  # of what a handler answered; the client must not wait for ever
+            request = self.outer.request
+            log.exception("the answer to request %s could not be put into other words", request.id,
+                          extra=about(request_id=request.id))  # fmt: skip
+            self.leave()
+            failure = ErrorFormat(with_detail=False).answer(ServerError("Internal error"), request)
+            self.outer.respond(failure)
+            self.outer.abort_stream(failure)  # if it has begun
+
+    def _pass_on(self, exchange: Exchange) -> None:
         response, exchange.response = exchange.response, None
         if response is not None and not exchange.is_streaming:
             self.whole(response)

@@ -18,11 +18,13 @@ from pyserve.api import event_streams
 from pyserve.api.event_streams import EventStream, event, predict
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import Request, Response
+from pyserve.request.relay import Relay
 from tests.support.fakes import FakeLoop
 from tests.support.handler_archives import write_handler
 from tests.support.serving import JSON, Answer, Server
 from tests.support.serving_models import write_linear, write_pictures
 
+NESTED = '{"text_output": ' + "[" * 5000 + "]" * 5000 + "}"
 EVENTS = {"Accept": "text/event-stream"}
 
 # What to yield comes in the body: a list of texts, "!" to fail, "<" for bytes that are no text.
@@ -230,6 +232,7 @@ def test_generate_brings_the_object_to_the_handler(server: Server, path: str) ->
         ("text", {"text_output": "text"}), ("{not json", {"text_output": "{not json"}),
         ({"a": 1}, {"text_output": '{\n  "a": 1\n}'}),
         ({"text_output": "x", "score": 2}, {"text_output": "x", "score": 2}),
+        ('{"text_output": NaN}', {"text_output": None}), (NESTED, {"text_output": NESTED}),
         ({"outputs": [{"name": "y", "datatype": "FP32", "shape": [2], "data": [1, 2]}]}, {"y": [1.0, 2.0]}),
         ({"outputs": [{"name": "y", "datatype": "BYTES", "shape": [1], "data": ["z"]}]}, {"y": "z"}),
     ],
@@ -390,6 +393,28 @@ def test_a_client_that_has_gone_has_no_timer() -> None:
     stream.start_stream(Response(200, b"a"))
     outer.disconnect()
     assert gone == [True] and loop.timer_count == 0
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_answer_that_cannot_be_put_into_other_words_is_an_error(streams: bool) -> None:
+    class Failing(Relay):
+        def whole(self, response: Response) -> None:
+            raise RecursionError
+
+        def begin(self, head: Response) -> None:
+            self.outer.start_stream(head)
+
+        part = whole  # type: ignore[assignment]
+
+    outer = Exchange(Request("POST", "/", id="r"), lambda exchange: None)
+    relay, gone = Failing(outer), list[bool]()
+    relay.exchange.on_disconnect = lambda: gone.append(True)
+    if streams:
+        relay.exchange.start_stream(Response(200, b"a"))
+        assert gone == [True] and outer.is_aborted and outer.failure is not None and outer.failure.status == 500
+    else:
+        relay.exchange.respond(Response(200, b"a"))
+        assert outer.response is not None and outer.response.status == 500
 
 
 def test_who_does_not_ask_for_events_gets_the_exchange_itself() -> None:

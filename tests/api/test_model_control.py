@@ -42,7 +42,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_handler(store, "own", OWN)
     write_handler(store, "sequences", OWN, config={"sequenceBatching": True, "sequenceMaxIdleMSec": 5000})
     write_handler(store, "broken", BROKEN)
-    server.start("--grpc", "true", "--models", "linear.mar,batched.mar,pictures.mar,own.mar,sequences.mar")
+    outside = tmp_path_factory.mktemp("outside")
+    write_handler(outside, "elsewhere", OWN)
+    models = f"linear.mar,batched.mar,pictures.mar,own.mar,sequences.mar,{outside / 'elsewhere.mar'}"
+    server.start("--grpc", "true", "--models", models)
     try:
         yield server
     finally:
@@ -182,6 +185,14 @@ def test_what_was_loaded_from_a_file_of_another_name_is_found_again(server: Serv
     manager.load_model("alias")
     assert server.predict("alias", 1).body == b"own"
     manager.unload_model("alias")
+
+
+def test_what_was_loaded_from_outside_of_the_store_is_not_promised_again(server: Server, manager: Any) -> None:
+    assert server.predict("elsewhere", 1).body == b"own"
+    manager.unload_model("elsewhere")
+    assert "elsewhere" not in states(manager)
+    with pytest.raises(InferenceServerException, match="the model store has no archive or folder of that name"):
+        manager.load_model("elsewhere")
 
 
 def test_calls_about_one_model_come_one_after_the_other(server: Server) -> None:

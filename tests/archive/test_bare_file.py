@@ -18,6 +18,8 @@ from pyserve.archive.entries import SourceFile
 from pyserve.archive.file_kind import ARCHIVE, kind_of
 from pyserve.archive.given import Given, give, given_for
 from pyserve.archive.inert_pickle import InertPickleError, Named, read_inert
+from pyserve.archive.program_inputs import inputs_in
+from pyserve.archive.weights import Weights
 from pyserve.errors import InvalidModelError, ModelLoadError, ServeError
 from tests.support.safetensors import save_safetensors
 
@@ -240,6 +242,39 @@ def test_files_are_told_from_inputs() -> None:
 def test_pickles_that_are_none_are_refused(content: bytes) -> None:
     with pytest.raises(InertPickleError):
         read_inert(io.BytesIO(content))
+
+
+def test_a_name_that_would_be_huge_as_text_is_refused() -> None:
+    doubled = b"".join(b"q%ch%c\x86" % (level, level) for level in range(200))  # a pair of what there was, each time
+    with pytest.raises(InertPickleError, match="a name that is no text"):
+        read_inert(io.BytesIO(b"\x80\x04)" + doubled + b"\x8c\x01a\x93."))
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [
+        b"](ctorch._utils\n_rebuild_tensor_v2\ne", b"](ctorch._utils\n_rebuild_tensor_v2\n(K\x01QK\x00K\x01\x85tRe",
+        b"ctorch\nx\nK\x05R", None,
+    ],
+)  # fmt: skip
+def test_what_bundled_inputs_cannot_be_is_no_input(tmp_path: Path, examples: bytes | None) -> None:
+    name = b"_bundled_inputs_deflated_forward"
+    content = b"\x80\x02c__torch__\nM\n)\x81}X%c\x00\x00\x00%b%bsb." % (len(name), name, examples or b"N")
+    path = tmp_path / "net.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as members:
+        members.writestr("net/data.pkl", content * (1 if examples else 100))
+        members.writestr("net/constants.pkl", b"\x80\x02.")
+    if examples is None:  # damaged
+        whole = bytearray(path.read_bytes())
+        whole[45:70] = b"\xff" * 25
+        path.write_bytes(whole)
+    assert inputs_in(Weights("net.pt", path, 0, path.stat().st_size), "net.pt") is None
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"inputs": 5}', '{"inputs": [1]}', '{"handler": 4}', "[" * 100_000, "{"])
+def test_what_was_not_written_as_given_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        Given.from_text(text)
 
 
 def test_a_pickle_is_read_without_running_it() -> None:
