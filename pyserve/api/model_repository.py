@@ -25,10 +25,12 @@ from pyserve.errors import (
     MethodNotAllowedError,
     ModelNotFoundError,
     ServeError,
+    TokenError,
     shown,
 )
 from pyserve.models.model import Model
 from pyserve.models.registry import Registry
+from pyserve.security.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +46,12 @@ class ModelRepository:
 
     Args:
         tells_errors: whether the index may say why a model failed, in the words of an exception.
+        tokens: the keys, if there are any.
     """
 
-    def __init__(self, registry: Registry, config: Config, *, tells_errors: bool):
+    def __init__(self, registry: Registry, config: Config, *, tells_errors: bool, tokens: Tokens | None):
         self._registry = registry
+        self._tokens = tokens
         self._config = config
         self._tells_errors = tells_errors
         self._last: dict[str, asyncio.Task[None]] = {}  # call about a name that is not over
@@ -68,15 +72,28 @@ class ModelRepository:
             if model.has_ready_worker or not only_ready
         ]
 
-    async def index(self, *, only_ready: bool) -> list[JsonObject]:
-        """The same, and what else could be loaded."""
+    async def index(self, *, only_ready: bool, authorization: str) -> list[JsonObject]:
+        """The same, and what else could be loaded.
+
+        Args:
+            authorization: header of the caller. Where loading takes a key, names of the model store are for its holder.
+        """
         rows = self.registered(only_ready=only_ready)
-        if only_ready:
+        if only_ready or not self._may_load(authorization):
             return rows
         names = set(_by_name(await self._store_files())) | set(self._sources)
         names -= {row["name"] for row in rows}
         absent = {"version": "", "state": "UNAVAILABLE", "reason": NOT_LOADED}
         return rows + [{"name": name, **absent} for name in sorted(names)]
+
+    def _may_load(self, authorization: str) -> bool:
+        if self._tokens is None:
+            return True
+        try:
+            self._tokens.check("management", authorization)
+        except TokenError:
+            return False
+        return True
 
     async def _store_files(self) -> list[str]:
         return await asyncio.to_thread(list_store, self._config.model_store)

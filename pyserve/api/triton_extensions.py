@@ -97,7 +97,11 @@ class TritonExtensions:
 
     async def show_index(self, exchange: Exchange) -> Response:
         """The same, and what of the model store is not loaded."""
-        return json_response(await self._repository.index(only_ready=_asks_for_ready(exchange.request)))
+        request = exchange.request
+        only_ready = _asks_for_ready(request)
+        return json_response(
+            await self._repository.index(only_ready=only_ready, authorization=request.header("authorization"))
+        )
 
     async def load(self, exchange: Exchange, model_name: str) -> Response:
         """Returns when the model can answer."""

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pyserve.archive.archive import open_archive, survey
+from pyserve.archive.archive import Archive, open_archive, survey
 from pyserve.archive.bare_file import CONFIG_NAME
 from pyserve.archive.entries import MANIFEST_NAME
 from pyserve.archive.given import given_for
@@ -159,8 +159,8 @@ def _packed_from(model: Path, args: argparse.Namespace, given: dict[str, Any]) -
         named: dict[str, Any] = {
             "model_name": args.model_name or manifest.model_name,
             "handler": manifest.handler if manifest.handler in BUILT_IN else str(archive.model_dir / manifest.handler),
-            "model_file": str(archive.model_dir / manifest.model_file) if manifest.model_file else None,
-            "requirements_file": args.requirements_file,
+            "model_file": _path_in(archive, manifest.model_file),
+            "requirements_file": args.requirements_file or _path_in(archive, manifest.requirements_file),
         }
         if archive.weights is not None:
             weights = folder / archive.weights.name
@@ -170,11 +170,20 @@ def _packed_from(model: Path, args: argparse.Namespace, given: dict[str, Any]) -
             config = folder / CONFIG_NAME
             config.write_text(archive.config.text)
             named["config_file"] = str(config)
-        taken = {manifest.serialized_file, manifest.model_file, manifest.config_file, MANIFEST_NAME,
-                 manifest.handler.partition(":")[0]}  # fmt: skip
-        others = [str(archive.model_dir / name) for name in archive.files if name not in taken and "/" not in name]
-        named["extra_files"] = ",".join(filter(None, [args.extra_files, *others])) or None
+        taken = {manifest.serialized_file, manifest.model_file, manifest.config_file, manifest.requirements_file,
+                 manifest.handler.partition(":")[0], MANIFEST_NAME}  # fmt: skip
+        others = folder / "others"  # one folder: names may have commas and wildcards, and those below it keep theirs
+        for name in archive.files:
+            if name not in taken:
+                (others / name).parent.mkdir(parents=True, exist_ok=True)
+                (others / name).symlink_to((archive.model_dir / name).absolute())
+        extra = [args.extra_files, str(others) if others.exists() else None]
+        named["extra_files"] = ",".join(filter(None, extra)) or None
         return write_archive(ArchiverConfig(**{**given, **named}, version=args.model_version or DEFAULT_VERSION))
+
+
+def _path_in(archive: Archive, name: str | None) -> str | None:
+    return str(archive.model_dir / name) if name else None
 
 
 def archive_command(args: argparse.Namespace) -> int:

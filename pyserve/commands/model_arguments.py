@@ -21,6 +21,7 @@ from pyserve.config.archive_url import is_url
 from pyserve.config.config import Config
 from pyserve.config.model_source import ARCHIVE_SUFFIXES, ModelSource, resolve_models
 from pyserve.errors import ConfigError, InvalidModelError, ModelNotFoundError, ServeError
+from pyserve.handler import BUILT_IN
 
 
 class UsageError(ConfigError):
@@ -90,8 +91,8 @@ def prepare(path: Path, given: Given, *, needs_input: bool = True) -> list[str]:
         raise not_there(path)
     if path.is_dir():
         return _prepare_folder(path, given)
-    if given.handler and given.handler.partition(":")[0].endswith(".py"):
-        file, colon, function = given.handler.partition(":")
+    file, colon, function = given.handler.partition(":")
+    if given.handler not in BUILT_IN and any(Path(each).is_file() for each in (file, f"{file}.py")):
         given = Given(**{**given.__dict__, "handler": f"{_absolute(file)}{colon}{function}"})
     notes: list[str] = []
     give(path, given)

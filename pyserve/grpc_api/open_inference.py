@@ -168,7 +168,7 @@ class OpenInferenceService:
 
     async def repository_index(self, call: Call, asked: Any) -> Any:
         """The same, and what of the model store is not loaded."""
-        return _index(await self._repository.index(only_ready=asked.ready))
+        return _index(await self._repository.index(only_ready=asked.ready, authorization=call.authorization))
 
     async def load(self, call: Call, asked: Any) -> Any:
         """Returns when the model can answer."""

@@ -146,7 +146,7 @@ class Server:
         )
         self._compression = new_compression(config, self._pool)
         self._repository = ModelRepository(
-            self.registry, config, tells_errors=services.error_format.with_private_detail
+            self.registry, config, tells_errors=services.error_format.with_private_detail, tokens=services.tokens
         )
         self.grpc = GrpcFrontEnd(config, start.restart)
         self._servers: list[asyncio.AbstractServer] = []

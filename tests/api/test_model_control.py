@@ -286,6 +286,7 @@ def test_the_management_grpc_port_runs_no_model(grpc_manager: Any) -> None:
 def test_on_the_inference_ports_it_takes_the_management_key(tmp_path: Any) -> None:
     server = Server(tmp_path)
     write_handler(server.store, "own", OWN)
+    write_handler(server.store, "absent", OWN)
     (tmp_path / "config.properties").write_text(
         "model_control_on_inference=true\ndisable_token_authorization=false\nenable_grpc=true\n"
     )
@@ -295,6 +296,13 @@ def test_on_the_inference_ports_it_takes_the_management_key(tmp_path: Any) -> No
         for headers, status in (({}, 401), (server.key("inference"), 401), (server.key("management"), 200)):
             assert server.ask("POST", unload, b"", headers).status == status, headers
         assert server.ask("POST", unload, b"", {**server.key(), "Origin": "https://x.example"}).status == 403
+        for port, scope, sees_store in (("inference", "inference", False), ("management", "management", True)):
+            told = server.ask("POST", "/v2/repository/index", b"", server.key(scope), port=port).json
+            assert ("absent" in [row["name"] for row in told]) == sees_store
+            with grpc_triton.InferenceServerClient(server.grpc(port)) as client:
+                key = {name.lower(): value for name, value in server.key(scope).items()}
+                rows = client.get_model_repository_index(headers=key).models
+                assert ("absent" in [row.name for row in rows]) == sees_store
         with grpc_triton.InferenceServerClient(server.grpc()) as client:
             for scope in ("", "inference"):
                 headers = {key.lower(): value for key, value in server.key(scope).items()} if scope else {}

@@ -101,6 +101,29 @@ def test_packing_a_file_packs_what_was_given(here: Path) -> None:
             assert file.read() == Path("weights.pth").read_bytes()
 
 
+def test_packing_a_folder_packs_all_of_it(here: Path) -> None:
+    handler = "def handle(data, context):\n    return data\n"
+    contents = {"handler.py": handler, "help/deep/code.py": "X = 1\n", "a,b.txt": "1", "c[1].txt": "2", "*": "3",
+                "requirements.txt": "", "help/requirements.txt": ""}  # fmt: skip
+    for name, text in contents.items():
+        (here / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "folder" / name).write_text(text)
+    assert cli.main(["archive", "folder", "--no-check"]) == 0
+    with open_archive("folder.mar") as archive:
+        assert archive.manifest.requirements_file == "requirements.txt"
+        assert set(archive.files) - {"MAR-INF/MANIFEST.json"} == set(contents)
+        assert {name: (archive.model_dir / name).read_text() for name in contents} == contents
+
+
+@pytest.mark.parametrize("written", ["mine.py", "mine", "./mine.py:run", "mine:run"])
+def test_a_handler_is_found_from_every_folder(here: Path, monkeypatch: pytest.MonkeyPatch, written: str) -> None:
+    (here / "mine.py").write_text("def run(data, context):\n    return data\n")
+    prepare(Path("script.pt"), Given(handler=written))
+    monkeypatch.chdir("plain")
+    with open_archive("../script.pt") as archive:
+        assert archive.manifest.handler == "mine.py" + (":run" if written.endswith(":run") else "")
+
+
 def test_packing_without_a_file_still_names_what_is_missing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["archive", "--handler", "tensor"]) == 2
     assert "--model-name, -v/--version" in capsys.readouterr().err
