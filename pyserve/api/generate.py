@@ -159,8 +159,8 @@ class GeneratedObject(Relay):
         except ServeError as error:
             return self._error_format.answer(error, self.outer.request)
         except RecursionError:
-            error = HandlerError("the handler's answer is nested too deeply; answer with less in it")
-            return self._error_format.answer(error, self.outer.request)
+            nested = HandlerError("the handler's answer is nested too deeply; answer with less in it")
+            return self._error_format.answer(nested, self.outer.request)
 
     def _encoded(self, parts: list[bytes]) -> Response:
         said = [generated(part) for part in parts]
