@@ -96,7 +96,7 @@ async def _read(request: Request) -> JsonObject:
     if not isinstance(told.get("parameters", {}), dict):
         raise InputError('"parameters" must be an object of names and values')
     if not isinstance(told.get("id", ""), str):
-        raise InputError('"id" must be a text')
+        raise InputError('"id" must be a string')
     return told
 
 
@@ -311,9 +311,9 @@ def _tensor(name: str, datatype: str, rank: int, value: Any) -> InferInput:
     if len(shape) == rank:
         shape, data = [1, *shape], [value]
     elif rank == 0 and datatype == BYTES and len(shape) != 1:
-        raise InputError(f"{name!r} must be a text, or a list of texts")
+        raise InputError(f"{name!r} must be a string, or a list of strings")
     if datatype == BYTES and not all(isinstance(each, str) for each in data):
-        raise InputError(f"{name!r} must be a text, or a list of texts")
+        raise InputError(f"{name!r} must be a string, or a list of strings")
     if not shape:
         raise InputError(f"{name!r} must be a list of numbers")
     tensor = InferInput(name, datatype, tuple(shape), data)

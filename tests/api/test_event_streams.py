@@ -300,8 +300,8 @@ def test_built_in_handlers_get_their_inputs_by_name(server: Server) -> None:
         ("linear", b'{"input0": [1, 2]}', (400, "shape")),
         ("linear", b'{"input0": [[1, 2, 3, 4], [1]]}', (400, "nested")),
         ("linear", b'{"input0": [1, 2, 3, "a"]}', (400, "no FP32")), ("linear", b'{"input0": []}', (400, "")),
-        ("pictures", b'{"text_input": "no picture"}', (400, "")), ("pictures", b'{"text_input": 7}', (400, "a text")),
-        ("pictures", b'{"text_input": [["a"]]}', (400, "list of texts")),
+        ("pictures", b'{"text_input": "no picture"}', (400, "")), ("pictures", b'{"text_input": 7}', (400, "a string")),
+        ("pictures", b'{"text_input": [["a"]]}', (400, "list of strings")),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("verb", ["generate", "generate_stream"])
