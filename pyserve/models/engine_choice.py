@@ -58,6 +58,8 @@ AUTO = "auto"
 TRIAL_MIN_MS = 1.0
 # Compilers of large models take minutes, at a low priority beside requests more.
 MAKING_LIMIT_S = 3600.0
+# For the thread of a making that was stopped.
+LEAVING_S = 5.0
 _LOOKS = 3  # runs of the example; the shortest counts
 
 
@@ -92,7 +94,7 @@ class EngineChoice:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """Ends it, and whatever it has started. Returns at once."""
+        """Ends it, and whatever it has started. Takes as long as files need to be removed, LEAVING_S at most."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -189,8 +191,12 @@ class EngineChoice:
             await running
         finally:
             making.stop()
-            running.cancel()
-            await asyncio.wait([running])
+            try:
+                # It ends at once, and removes files of a compiler that nobody else would.
+                await asyncio.wait([running], timeout=LEAVING_S)
+            finally:
+                running.cancel()
+                await asyncio.wait([running])
 
     def _note_progress(self, text: str) -> None:
         self._making_text = text

@@ -42,6 +42,7 @@ class Surroundings:
         kept: the choices that were kept.
         makings: the processes that were started.
         may_end: makings end once it is set.
+        may_leave: their files are removed once it is set.
         held: backend -> what making it waits for.
         order: what happened, in order.
     """
@@ -52,6 +53,7 @@ class Surroundings:
     kept: list[Choice] = field(default_factory=list)
     makings: list[Making] = field(default_factory=list)
     may_end: threading.Event = field(default_factory=threading.Event)
+    may_leave: threading.Event = field(default_factory=threading.Event)
     held: dict[str, threading.Event] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     stays: str = ""
@@ -105,6 +107,7 @@ class Making:
                 assert self.surroundings.held[made.backend].wait(HANG_S)
             self.surroundings.order.append(f"{made.backend} made")
             yield made
+        assert self.surroundings.may_leave.wait(HANG_S)
         self.is_over = True
 
     def stop(self) -> None:
@@ -117,6 +120,7 @@ class Making:
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> Surroundings:
     found = Surroundings()
     found.may_end.set()
+    found.may_leave.set()
     Making.surroundings = found
     monkeypatch.setattr(engine_choice, "TRIAL_MIN_MS", 0.0)
     monkeypatch.setattr(engine_choice, "Making", Making)
@@ -511,9 +515,11 @@ def test_the_end_ends_what_is_being_made(tmp_path: Path, surroundings: Surroundi
             choice = choice_of(stand)
             choice.start()
             await stand.until(lambda: shown(stand)["reason"] == "compiling it")
+            surroundings.may_leave.clear()
+            asyncio.get_running_loop().call_later(0.1, surroundings.may_leave.set)
             await choice.stop()
             assert surroundings.makings[0].is_stopped
-            await stand.until(lambda: surroundings.makings[0].is_over)
+            assert surroundings.makings[0].is_over  # with its files removed: the process may end now
             assert not surroundings.kept and not stand.services.choosing.locked()
             assert await served(stand) == 2.0
 
