@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from pyserve.errors import ModelLoadError
-from pyserve.proof.package_rules import Dimension, Program, ProgramInput, program_taking
+from pyserve.proof.package_rules import DAMAGED, Dimension, Program, ProgramInput, program_taking
 
 # As torch 2.8 and later have it, and as earlier ones had it.
 _GRAPH = re.compile(r"(?:[^/]+/models/[^/]+|(?:[^/]+/)?serialized_exported_program)\.json")
@@ -47,7 +47,7 @@ def read_exported(file: Path | BinaryIO, label: str) -> Program:
                     f"{label} does not hold the graph of one exported program; save it with torch.export.save"
                 )
             graph = json.loads(archive.read(names[0]))
-    except (zipfile.BadZipFile, OSError, ValueError, RecursionError, NotImplementedError) as error:
+    except (*DAMAGED, ValueError) as error:
         raise ModelLoadError(f"{label} cannot be read as an exported program, it may be damaged: {error}") from error
     try:
         inputs = _inputs(graph, label)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ _BOUND = re.compile(r"if \((\w+)_size\[(\d+)\] ([<>]) (\d+)\)")
 _LAYOUT = re.compile(r'assert_size_stride\((\w+), \{([^}]*)\}, \{([^}]*)\}, "input"\)')
 # Where nothing says how large a dimension may be.
 _SIZE_MAX = (1 << 63) - 1
+# What reading a member of a zip raises if it is damaged, encrypted, or packed in a way that is not known.
+DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
 # torch compiles no dynamic dimension for sizes 0 and 1; the code is right for 1 where the export allowed it, which the
 # package does not say, so a batch of one is tried.
 SPECIALIZED_MIN = 2
@@ -135,7 +138,7 @@ def read_program(path: Path, label: str) -> Program:
                     "compiled for; make it with torch._inductor.aoti_compile_and_package of torch 2.11 or later"
                 )
             source = file.read(names[0]).decode("utf-8", "replace")
-    except (zipfile.BadZipFile, OSError) as error:
+    except DAMAGED as error:
         raise ModelLoadError(f"{label}: the package cannot be read: {error}") from error
     return _program_of(source, label)
 

@@ -24,7 +24,7 @@ from pyserve.handler import InputError
 from pyserve.handlers.loading import load_package
 from pyserve.handlers.tensor import TensorHandler
 from pyserve.proof.export_rules import read_exported
-from pyserve.proof.package_rules import Dimension, ProgramInput
+from pyserve.proof.package_rules import Dimension, ProgramInput, read_program
 from tests.support.contexts import context_for
 
 Dim = torch.export.Dim
@@ -242,6 +242,25 @@ def test_a_text_that_does_not_say_it_is_refused(tmp_path: Path, before: str, aft
     with pytest.raises(ModelLoadError, match=text) as caught:
         read_exported(path, "m.mar: m.pt2")
     assert caught.value.message.startswith("m.mar: m.pt2")
+
+
+@pytest.mark.parametrize(("name", "read"), [("a/models/model.json", read_exported),
+                                            ("a/data/aotinductor/model/x.wrapper.cpp", read_program)])  # fmt: skip
+@pytest.mark.parametrize("is_encrypted", [False, True])
+def test_a_zip_that_cannot_be_unpacked_is_named(tmp_path: Path, name: str, read: Any, is_encrypted: bool) -> None:
+    path = tmp_path / "m.pt2"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(name, "".join(map(str, range(200))))
+    content = bytearray(path.read_bytes())
+    if is_encrypted:
+        content[6] |= 1
+        content[content.find(b"PK\1\2") + 8] |= 1
+    else:
+        at = 30 + len(name)
+        content[at : at + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    with pytest.raises(ModelLoadError, match=r"m\.mar: m\.pt2.* cannot be read"):
+        read(path, "m.mar: m.pt2")
 
 
 @pytest.mark.slow
