@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyserve.config.config import Config
 from tests.differential.case import MODES, Call, Case
 
 DEVIATIONS = Path(__file__).parents[2] / "DEVIATIONS.md"
@@ -129,12 +130,19 @@ def _advice(answer: dict[str, Any], _: Call, is_ours: bool) -> None:
         answer["headers"].pop({"405": "allow", "503": "retry-after"}.get(answer["status"][:3], ""), None)
 
 
+def _coding(answer: dict[str, Any], _: Call, is_ours: bool) -> None:
+    is_large = len(answer.get("body", "")) >= Config.response_compression_size_min
+    if is_ours and is_large and answer["headers"].get("vary") == "Accept-Encoding":
+        del answer["headers"]["vary"]
+
+
 RULES = [
     Rule("`Date` of an answer", _date),
     Rule("answers ≥ 400", _connection),
     Rule("error body", _detail, ("default",)),
     Rule("errors under `/v1` and `/v2`", _error),
     Rule("gRPC error texts", _grpc_detail, ("default",)),
+    Rule("`Accept-Encoding` of a request", _coding, ("default",)),
     Rule("OpenAPI descriptions", _description),
     Rule("a model's description", _more_of_a_model),
     Rule("`Allow` of a 405, `Retry-After` of a 503", _advice),
