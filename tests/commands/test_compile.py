@@ -25,7 +25,7 @@ class Making:
 
     def wait(self, progress: Any, timeout_s: float) -> list[Made]:
         progress("making it")
-        return [Made("aotinductor", "fp32", error="no compiler\nis here"), Made("openvino", "fp32", 2.4, 2048, 3e-6)]
+        return [Made("openvino", "fp32", 2.4, 2048, 3e-6), Made("aotinductor", "fp32", error="no compiler\nis here")]
 
     def stop(self) -> None:
         pass
@@ -54,10 +54,10 @@ def test_each_backend_has_a_line_and_one_that_fails_is_no_failure(
     path, *lines = capsys.readouterr().out.splitlines()
     assert path.startswith(f"{sources / 'm.mar'} (")
     assert lines == [
-        "AOTInductor: not made: no compiler is here",
         "OpenVINO: made in 2 s, 2.0 KiB, largest difference to the model 3e-06",
+        "AOTInductor: not made: no compiler is here",
     ]
-    assert Making.given == (["aotinductor", "openvino"], "fp32", 8, 0), "somebody waits for it"
+    assert Making.given == (["openvino", "aotinductor"], "fp32", 8, 0), "somebody waits for it"
 
 
 def test_nothing_is_made_for_worker_processes(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,7 +151,7 @@ def test_pkcs12_without_cryptography_says_what_to_install(
 ) -> None:
     store = certificates.keystore(pair, "changeit", folder / "nocrypto.p12")
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.serialization", None)
-    with pytest.raises(ConfigError, match=r"pip install 'pyserve\[keystore\]'"):
+    with pytest.raises(ConfigError, match=r"pip install cryptography"):
         tls.prepare(config_for(keystore=str(store)), folder)
 
 

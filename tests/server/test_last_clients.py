@@ -99,8 +99,8 @@ def test_the_file_of_another_server_s_socket_stays(tmp_path: Path) -> None:
 def test_the_next_server_on_the_same_sockets_is_reached(kind: str, tmp_path: Path) -> None:
     address = Address.parse("http://127.0.0.1:0" if kind == "tcp" else f"unix:{tmp_path}/socket", 0)
     listeners = Listeners()
-    listeners._add("inference", address, "")
-    listeners._add("management", listeners.addresses["inference"], "")
+    listeners._add("inference", address, "", 0)
+    listeners._add("management", listeners.addresses["inference"], "", 0)
     listener = listeners.sockets["inference"]
     name = listener.getsockname()
 
