@@ -19,6 +19,12 @@ EXAMPLE_FLAGS := $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(LABELS),--labels $
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/http/*.h csrc/http/*.cpp tests/native/*.h tests/native/*.cpp tests/fuzz/*.cpp tests/sanitize/*.cpp \
   tests/simdev/*.h tests/simdev/*.cpp)
 FUZZ_SECONDS ?= 60
+# On a terminal pip shows how far it is; elsewhere only what goes wrong is told.
+QUIET := $(if $(MAKE_TERMOUT),,--quiet)
+
+# Of what pip tells: the packages that it fetches, and ninja's steps, such as `[3/9] lane.cpp`.
+BUILD_STEPS := sed -u -n -E -e 's|^ *(\[[0-9]+/[0-9]+\]).* -c [^ ]*/([^ /]+) .*|\1 \2|p' -e t -e 's|^ *(\[[0-9]+/[0-9]+\]).*|\1|p' \
+  -e 's/^ *((Downloading|Building|Installing) [^ ].*)/\1/p'
 
 .DEFAULT_GOAL := help
 .PHONY: help build serve stop format lint fast test chaos sanitize mutants fuzz compat newman wheel docs bench correctness clean
@@ -27,29 +33,40 @@ FUZZ_SECONDS ?= 60
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: $(VENV)/.built ## make .venv with torch, the native engine and every tool
+build: $(VENV)/.tools ## make .venv with torch, the native engine and every tool
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone: what follows must find it and never fetch another one.
 $(VENV)/.torch: $(BIN)/python
-	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja numpy
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install $(QUIET) "setuptools>=77" wheel ninja numpy
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(QUIET) $(TORCH)
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/* csrc/http/*)
 	@echo "building the native engine (a minute or two)"
-	@$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,docs,test,bench]" > $(VENV)/build.log 2>&1 \
+ifdef MAKE_TERMOUT
+	@{ $(BIN)/pip install --verbose --no-build-isolation --editable . 2>&1; echo "exit $$?"; } \
+	  | tee $(VENV)/build.log | $(BUILD_STEPS)
+	@tail -1 $(VENV)/build.log | grep -q "^exit 0$$" || { tail -40 $(VENV)/build.log; exit 1; }
+else
+	@$(BIN)/pip install --quiet --no-build-isolation --editable . > $(VENV)/build.log 2>&1 \
 	  || { tail -40 $(VENV)/build.log; exit 1; }
+endif
 	@$(BIN)/python -c 'import sysconfig; print("$(CURDIR)/pyserve/compat", \
 	  file=open(sysconfig.get_path("purelib") + "/pyserve-compat.pth", "w"))'
 	@touch $@
 
-$(STORE)/densenet161.mar: | build
+# What tests, lint and documentation need, and serving does not. Of pyserve-torch pip finds the one that is installed.
+$(VENV)/.tools: $(VENV)/.torch pyproject.toml | $(VENV)/.built
+	$(BIN)/pip install $(QUIET) "pyserve-torch[dev,docs,test,bench]"
+	@touch $@
+
+$(STORE)/densenet161.mar: | $(VENV)/.built
 	$(BIN)/pyserve example densenet161 --export-path $(STORE) $(EXAMPLE_FLAGS)
 
-serve: build $(STORE)/densenet161.mar ## build, pack densenet161 and serve it; returns once it answers
+serve: $(VENV)/.built $(STORE)/densenet161.mar ## build, pack densenet161 and serve it; returns once it answers
 	$(BIN)/pyserve start --model-store $(STORE) --models densenet161.mar
 
 stop: ## stop what `make serve` started
@@ -70,10 +87,11 @@ lint: build ## check style, format and types
 fast: build ## the tests that start no server and compile nothing
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not server and not compiles and not slow and not accelerator"
 
-# A third process on two processors: it works while the others wait for a server or a time limit. The simulated
-# accelerator is compiled, if it has changed, while tests are collected and run that need none.
-test: lint ## lint, then all tests, the C++ ones under ThreadSanitizer and AddressSanitizer
-	@$(BIN)/python -m tests.simdev.build > /dev/null &
+# A third process on two processors: it works while the others wait for a server or a time limit. What tests compile is
+# compiled beside lint, if it has changed: the native tests, and the simulated accelerator.
+test: build ## lint, then all tests, the C++ ones under ThreadSanitizer and AddressSanitizer
+	@{ $(BIN)/python -m tests.simdev.build; $(BIN)/python -m tests.native.build; } > /dev/null 2>&1 &
+	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=25
 
 # About 20 minutes; the next ones of other seeds. The same again: the second line of the report has the command.
@@ -123,4 +141,4 @@ correctness: build ## serve the models of tests/zoo in every way, and write docs
 	$(BIN)/python -m tests.zoo.correctness
 
 clean: ## remove what was built, but not .venv
-	rm -rf build dist site bench/out pyserve/_core*.so pyserve/_http*.so pyserve/_front*.so pyserve/_build_info.py $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site bench/out pyserve/_core*.so pyserve/_http*.so pyserve/_front*.so pyserve/_build_info.py $(VENV)/.built $(VENV)/.tools .pytest_cache .mypy_cache .ruff_cache

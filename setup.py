@@ -96,6 +96,18 @@ LINK_ARGS = [f"-fsanitize={SANITIZERS}"] if SANITIZERS else []
 FRONT_SOURCE = "csrc/bindings_front.cpp"
 
 
+class BuildEngine(BuildExtension):
+    """Keeps the compiler's files of editable builds in the folder of other builds.
+
+    pip has them work in a folder that it removes: all would be compiled for any change, and again for a wheel.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:
+            self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
+
 class BuildPy(build_py):
     """Adds what makes `import ts` and `import model_archiver` find ours where TorchServe's are not installed.
 
@@ -115,7 +127,8 @@ setup(
             sources(),
             include_dirs=[str(ROOT / "csrc"), *CUDA_INCLUDE_DIRS],
             libraries=["c10_cuda", "torch_cuda"] if CUDA_INCLUDE_DIRS else [],
-            define_macros=[("PYSERVE_TORCH_VERSION", f'"{torch.__version__}"')],
+            # With the second, torch's headers have only those operators that a file includes; see csrc/tensors.h.
+            define_macros=[("PYSERVE_TORCH_VERSION", f'"{torch.__version__}"'), ("AT_PER_OPERATOR_HEADERS", None)],
             extra_compile_args=[*COMPILE_ARGS, *os.environ.get("PYSERVE_CXXFLAGS", "").split()],
             extra_link_args=LINK_ARGS,
         ),
@@ -132,11 +145,17 @@ setup(
             "pyserve._front",
             [FRONT_SOURCE],
             include_dirs=[str(ROOT / "csrc"), str(Path(torch.__file__).parent / "include")],
-            depends=["csrc/front_ring.h"],
+            depends=[
+                "csrc/front_ring.h",
+                "csrc/front_ledger.h",
+                "csrc/bindings_front.h",
+                "csrc/json_item.h",
+                "csrc/http/body_kind.h",
+            ],
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=LINK_ARGS,
             language="c++",
         ),
     ],
-    cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
+    cmdclass={"build_ext": BuildEngine, "build_py": BuildPy},
 )

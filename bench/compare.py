@@ -39,7 +39,6 @@ from bench.backend_costs import measure_first_start, measure_memory
 from bench.direct_sides import DirectSides
 from bench.engines import ENGINES
 from bench.more_sides import MORE_SIDES
-from bench.report import machine
 from bench.servers import Server, free_ports, pyserve
 from bench.sides import (
     Side,
@@ -64,6 +63,7 @@ from bench.workloads import (
     test_pictures,
     varied_headers,
 )
+from pyserve.load_test.report import machine
 
 BENCH = Path(__file__).parent
 DEFAULT_PEERS = ("torchserve", "litserve", "mosec")

@@ -30,11 +30,11 @@ if __package__ in (None, ""):  # run as a file: its folder is on the path, the r
 import torch
 
 from bench.engines import ENGINES, PRECISIONS, EngineError, Source, difference
-from bench.report import machine
 from pyserve.archive.archive import Archive, open_archive
 from pyserve.context import Context
 from pyserve.errors import ServeError
 from pyserve.handler import Handler
+from pyserve.load_test.report import machine
 from pyserve.worker.handler_choice import load_handler
 
 if TYPE_CHECKING:

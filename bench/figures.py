@@ -24,8 +24,8 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.report import machine
 from bench.servers import ROOT, free_ports, pyserve, resident_mb, torchserve
+from pyserve.load_test.report import machine
 
 BENCH = Path(__file__).parent
 Result = dict[str, Any]

@@ -32,11 +32,11 @@ import grpc
 import psutil
 
 from bench import servers, wrk
-from bench.report import machine
 from bench.servers import Server
 from bench.sides import QUEUE_SIZE, environment_of, settings_for, torchserve_archive_for, with_environment
 from bench.workloads import RAW_TYPE, Workload, free_model
 from pyserve.grpc_api.messages import INFERENCE, OPEN_INFERENCE, message
+from pyserve.load_test.report import machine
 
 PREDICTIONS = f"/{INFERENCE}.InferenceAPIsService/Predictions"
 MODEL_INFER = f"/{OPEN_INFERENCE}.GRPCInferenceService/ModelInfer"

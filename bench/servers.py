@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pyserve.models.later_layout import LATER
+
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.005
 
@@ -82,13 +84,13 @@ class Server:
         return dict(found)
 
     def chosen_backend(self, model: str, timeout_s: float = 600) -> str:
-        """The backend that a model runs on once nothing more is made or tried for it; "" for a server without any."""
+        """The backend that a model runs on once nothing more is made, tried or compared for it; "" for a server
+        without any."""  # fmt: skip
         deadline = time.perf_counter() + timeout_s
         while time.perf_counter() < deadline:
-            told = self.describe(model).get("checks", {}).get("backend")
-            if not told:
-                return ""
-            if told.get("state", "settled") == "settled":
+            checks = self.describe(model).get("checks", {})
+            told = checks.get("backend", {})
+            if told.get("state", "settled") == "settled" and checks.get("optimization") != LATER:
                 return str(told.get("chosen", ""))
             time.sleep(0.2)
         raise RuntimeError(f"{model}: its backend was not settled within {timeout_s} s: {told}")

@@ -1,5 +1,6 @@
 #include "batch_runner.h"
 
+#include <ATen/Context.h>
 #include <ATen/DeviceAccelerator.h>
 
 #include <algorithm>

@@ -7,6 +7,9 @@
 //   after the first request was queued.
 // - At most `running_max` batches run at once (workers beyond the CPU budget wait at this gate, with their
 //   requests still in the ring, where they can be batched, cancelled or expire).
+// - Workers that each compute on CPUs of their own share (`share_among`): one takes no more than its part of all that is
+//   queued or runs, so that none of them computes for many what others would have computed at the same time. Never less
+//   than `batch_size_min`.
 // - A request whose deadline has passed, or that was cancelled, is dropped while collecting, the first one too.
 // - Settings may change at any time from any thread; a change applies from the next batch on.
 //
@@ -149,12 +152,13 @@ class Batcher {
         wake_at = never_ns;
         take.clear();
         // Allocated first: with a permit or claimed requests in hand nothing may throw.
-        const size_t size_max = std::min<size_t>(batch_size_max(), at_most);
+        const size_t room = std::min<size_t>(batch_size_max(), at_most);
+        const size_t size_max = full_only ? room : std::min(room, part());
         take.requests.reserve(size_max);
         take.dropped.reserve(ring_.capacity());
         if (!try_enter()) return closed_and_empty() ? Next::closed : Next::nothing;
         Probe::at(Point::batcher_holding_permit);
-        collect(take, size_max, wake_at, full_only);
+        collect(take, size_max, wake_at, full_only, size_max < room);
         if (!take.empty()) {
             wake_at = never_ns;
             return Next::batch;
@@ -176,6 +180,12 @@ class Batcher {
             sleep(seen, wake_at, stop);
         }
     }
+
+    // What is there is for so many workers from now on; 1: the first one takes as much as it may. A worker that shares says
+    // what it `holds`: requests of its batch, until that is over.
+    void share_among(uint32_t workers) noexcept { sharers_.store(std::max(1u, workers), std::memory_order_relaxed); }
+    void hold(size_t count) noexcept { held_.fetch_add(count, std::memory_order_relaxed); }
+    void let_go(size_t count) noexcept { held_.fetch_sub(count, std::memory_order_relaxed); }
 
     // A run permit for a batch from elsewhere. False if as many run as may.
     bool try_enter() noexcept {
@@ -205,6 +215,15 @@ class Batcher {
 
     News news() const noexcept { return {ring_.pushed(), changes_.load(std::memory_order_acquire)}; }
 
+    // How many requests are one worker's part. What others hold may be late by a batch: a part is too small then.
+    size_t part() const noexcept {
+        const size_t sharers =
+            std::min(sharers_.load(std::memory_order_relaxed), running_max_.load(std::memory_order_relaxed));
+        if (sharers <= 1) return SIZE_MAX;
+        const size_t there = ring_.size() + held_.load(std::memory_order_relaxed);
+        return std::max<size_t>({1, (there + sharers - 1) / sharers, batch_size_min_.load(std::memory_order_relaxed)});
+    }
+
     bool gate_is_open() const noexcept {
         return running_.load(std::memory_order_acquire) < running_max_.load(std::memory_order_acquire);
     }
@@ -219,7 +238,7 @@ class Batcher {
 
     // Claims until the batch is full, the ring is empty or a limit is met. Dropped requests leave room for more.
     // Their number is bounded too, so that producers who cancel at once cannot keep a worker here for ever.
-    void collect(Take& take, size_t size_max, int64_t& wake_at, bool full_only) {
+    void collect(Take& take, size_t size_max, int64_t& wake_at, bool full_only, bool is_part) {
         const int64_t bytes_max = batch_bytes_max_.load(std::memory_order_relaxed);
         const int64_t now = Clock::now_ns();
         int64_t bytes = 0;
@@ -240,7 +259,7 @@ class Batcher {
         take.requests.resize(filled);
         if (filled == 0)
             take.release = Release::none;
-        else if (filled == size_max)
+        else if (filled == size_max && !is_part)
             take.release = Release::full;
         else if (bytes_reached)
             take.release = Release::bytes;
@@ -331,6 +350,8 @@ class Batcher {
     std::atomic<uint32_t> changes_{0};  // of the settings above
     std::atomic<uint32_t> purges_{0};   // begun plus ended
     alignas(cache_line_size) std::atomic<uint32_t> running_{0};
+    std::atomic<uint32_t> sharers_{1};
+    std::atomic<size_t> held_{0};
     Event arrivals_;
     Event permits_;
     std::vector<Request*> scratch_;  // loop thread only

@@ -4,6 +4,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
 
 #include <array>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "bindings_batching.h"
+#include "bindings_fast.h"
 #include "bindings_json.h"
 #include "clock.h"
 #include "device_probe.h"
@@ -378,7 +380,10 @@ PYBIND11_MODULE(_core, m) {
         .def_readonly("finished_at", &Completion::finished_at)
         .def_readonly("batch_size", &Completion::batch_size)
         .def_readonly("release", &Completion::release)
-        .def_readonly("was_alone", &Completion::was_alone);
+        .def_readonly("was_alone", &Completion::was_alone)
+        .def_readonly("row_lane", &Completion::row_lane)
+        .def_readonly("row_counts", &Completion::row_counts)
+        .def_readonly("row_arrived_at", &Completion::row_arrived_at);
 
     py::class_<Engine>(m, "Engine")
         .def(py::init<>())
@@ -454,6 +459,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("device"), py::arg("reason"));
     m.def("lost_devices", [] { return DeviceLosses::of_process().all(); });
     bind_process_lane(m);
+    bind_front_rows(m);
+    bind_fast_path(m);
     bind_json(m);
 
     m.def(

@@ -5,14 +5,14 @@
 // that load a model or wait for threads.
 #pragma once
 
-#include <torch/csrc/jit/python/pybind_utils.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "bindings_rows.h"
 #include "completion.h"
 #include "lane.h"
 #include "process_lane.h"
@@ -77,6 +77,11 @@ struct Completion {
     uint32_t batch_size;  // of the batch that they were part of
     const char* release;  // why that batch left the queue
     bool was_alone;       // of a worker that died: nothing else can have been the cause
+    // Of requests that front ends have made tensors of (bindings_rows.h): who counts them, the answers that have left, and
+    // when the first of those had arrived; None, or empty, if there were none.
+    py::object row_lane = py::none();
+    py::list row_counts = py::list();
+    int64_t row_arrived_at = 0;
 };
 
 // Every lane keeps its engine alive, so that what lanes leave behind is drained here at the latest.
@@ -98,18 +103,20 @@ class Engine : public Watched {
     std::vector<Completion> drain() {
         std::vector<Completion> out;
         poller->run_ready();
+        std::vector<std::shared_ptr<RowSource>> sources;
         CompletionNode* node = completions->drain();
         while (node != nullptr) {
             const std::unique_ptr<Result> result(static_cast<Result*>(node));
             node = node->next;
-            out.push_back(to_completion(*result));
+            out.push_back(to_completion(*result, sources));
         }
+        for (const auto& source : sources) source->wake();
         return out;
     }
 
   private:
     // Cancelled requests were answered when they were cancelled; here only their memory comes back.
-    static Completion to_completion(Result& result) {
+    static Completion to_completion(Result& result, std::vector<std::shared_ptr<RowSource>>& sources) {
         Completion completion{py::list(),
                               py::list(),
                               py::list(),
@@ -138,21 +145,39 @@ class Engine : public Watched {
             }
             if (of_process->is_chunk) add_stream(completion, *of_process);
         }
-        for (Request* request : result.requests) {
+        const bool is_ok = result.status.code == Code::ok;
+        std::optional<RowDelivery> rows;
+        for (size_t index = 0; index < result.requests.size(); ++index) {
+            Request* request = result.requests[index];
             const State state = request->state.load(std::memory_order_acquire);
             const int64_t arrived_at = request->arrived_at, queued_at = request->queued_at.load();
             void*& buffer = of_process != nullptr ? static_cast<ProcessRequest*>(request)->buffer
                                                   : static_cast<TensorRequest*>(request)->buffer;
             auto* held = static_cast<Py_buffer*>(std::exchange(buffer, nullptr));
-            const auto owner = py::reinterpret_steal<py::object>(static_cast<PyObject*>(result.pool->release(request)));
+            FrontCall* call =
+                of_process != nullptr ? nullptr : std::exchange(static_cast<TensorRequest*>(request)->call, nullptr);
+            auto owner = py::reinterpret_steal<py::object>(static_cast<PyObject*>(result.pool->release(request)));
             if (held != nullptr) release_buffer(held);  // after the tensors that lie in it
+            if (!owner) owner = py::none();             // of a front end, or its client has gone
+            if (call != nullptr) {
+                if (!rows) rows.emplace(completion.output, result.requests.size(), is_ok, result.finished_at);
+                owner = rows->deliver(call, state, index, is_ok, result.started_at, sources);
+            }
             if (state == State::expired) {
-                completion.expired.append(owner);
+                if (!owner.is_none()) completion.expired.append(owner);
             } else {
                 // A place per row of the output, so that row i stays owner i's; None for a dropped result.
                 completion.owners.append(state == State::done ? owner : py::none());
-                if (of_process == nullptr) completion.stamps.append(py::make_tuple(arrived_at, queued_at));
+                if (of_process == nullptr) {
+                    completion.stamps.append(owner.is_none() ? py::object(py::none())
+                                                             : py::object(py::make_tuple(arrived_at, queued_at)));
+                }
             }
+        }
+        if (rows) {
+            completion.row_lane = rows->lane()->owner();
+            completion.row_counts = rows->counts();
+            completion.row_arrived_at = rows->arrived_at();
         }
         return completion;
     }

@@ -1,211 +1,111 @@
 // The border to Python of front_ring.h: a module of its own, without torch, since front ends load it.
-#include <pybind11/pybind11.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
+#include "bindings_front.h"
 
-#include <bit>
-#include <cerrno>
-#include <cstdint>
-#include <stdexcept>
+#include <pybind11/stl.h>
+
 #include <string>
-#include <string_view>
-#include <system_error>
-#include <unordered_map>
-#include <utility>
+#include <vector>
 
-#include "front_ring.h"
+#include "front_ledger.h"
+#include "http/body_kind.h"
+#include "json_item.h"
 
 namespace py = pybind11;
 
 namespace pyserve {
 namespace {
 
-// A part of a memory file that is shared.
-class SharedMemory {
-  public:
-    SharedMemory(int fd, uint64_t offset, uint64_t size) : size_(size) {
-        struct stat found{};
-        if (fstat(fd, &found) != 0) throw std::system_error(errno, std::generic_category(), "the ring's memory");
-        const auto there = static_cast<uint64_t>(found.st_size);
-        if (there < offset || there - offset < size) throw std::invalid_argument("the ring's memory is too small");
-        place_ = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, static_cast<off_t>(offset));
-        if (place_ == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "the ring's memory");
-    }
-    ~SharedMemory() { munmap(place_, size_); }
-    SharedMemory(const SharedMemory&) = delete;
-    SharedMemory& operator=(const SharedMemory&) = delete;
-    char* place() const { return static_cast<char*>(place_); }
-
-  private:
-    const uint64_t size_;
-    void* place_ = nullptr;
-};
-
-uint64_t checked_size(uint64_t size) {
-    if (size < 4096 || size > uint64_t{1} << 30 || !std::has_single_bit(size)) {
-        throw std::invalid_argument("a ring's size must be a power of two from 4 KiB to 1 GiB");
-    }
-    return size;
+// The numbers of a JSON text as they lie in memory, None if it is not exactly an item of that kind and shape.
+py::object read_item(const py::handle& text, char kind, const std::vector<int64_t>& shape) {
+    const View view(text);
+    JsonItem item(kind, shape);
+    py::object made = py::reinterpret_steal<py::object>(
+        PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(item.byte_count())));
+    if (!made) throw py::error_already_set();
+    if (!item.read(view.text(), PyBytes_AS_STRING(made.ptr()))) return py::none();
+    return made;
 }
 
-class View {
+// The same of an item that begins at `begin`, and where it ends; None if there is none.
+py::object read_item_at(const py::handle& text, size_t begin, char kind, const std::vector<int64_t>& shape) {
+    const View view(text);
+    JsonItem item(kind, shape);
+    // Each number has a character at least: what is announced takes no memory before it is there.
+    const size_t left = begin < view.text().size() ? view.text().size() - begin : 0;
+    if (item.byte_count() / sizeof(int64_t) > left) return py::none();
+    py::object made = py::reinterpret_steal<py::object>(
+        PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(item.byte_count())));
+    if (!made) throw py::error_already_set();
+    const size_t end = item.read_at(view.text(), begin, PyBytes_AS_STRING(made.ptr()));
+    if (end == 0) return py::none();
+    return py::make_tuple(std::move(made), end);
+}
+
+// A process's own page of the memory file, and all of them to be read.
+class Ledger {
   public:
-    explicit View(const py::handle& from) {
-        if (PyObject_GetBuffer(from.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+    Ledger(int fd, size_t count, size_t number, uint64_t size_max)
+        : count_(count), all_(fd, 0, checked_count(count, number, size_max) * ledger_page_size, PROT_READ),
+          own_(fd, number * ledger_page_size, ledger_page_size),
+          view_(all_.place(), own_.place(), count, number, size_max) {}
+
+    bool hold(uint64_t size) { return view_.hold(size); }
+    void charge(uint64_t size) { view_.charge(size); }
+    void want(int64_t until) { view_.want(until); }
+    uint64_t others() const { return view_.others(); }
+    uint64_t free() const { return view_.free(); }
+    size_t wanting_count(int64_t now) const { return view_.wanting_count(now); }
+    size_t busy_count(uint64_t floor, int64_t now) const { return view_.busy_count(floor, now); }
+    uint64_t held_by(size_t number) const {
+        if (number >= count_) throw py::index_error("there are not so many processes");
+        return view_.held_by(number);
     }
-    ~View() { PyBuffer_Release(&view_); }
-    View(const View&) = delete;
-    View& operator=(const View&) = delete;
-    std::string_view text() const { return {static_cast<const char*>(view_.buf), static_cast<size_t>(view_.len)}; }
 
   private:
-    Py_buffer view_{};
+    static size_t checked_count(size_t count, size_t number, uint64_t size_max) {
+        if (count < 1 || count > ledger_count_max) throw std::invalid_argument("a ledger is of 1 to 1024 processes");
+        if (number >= count) throw std::invalid_argument("a ledger has no such process");
+        if (size_max > ledger_size_max) throw std::invalid_argument("a ledger's sum is at most 2^48");
+        return count;
+    }
+
+    const size_t count_;
+    SharedMemory all_, own_;
+    LedgerView view_;
 };
 
-class Writer {
-  public:
-    Writer(int fd, uint64_t offset, uint64_t size)
-        : memory_(fd, offset, ring_state_size + checked_size(size)), ring_(memory_.place(), size) {}
-
-    bool put(uint16_t kind, uint16_t flags, uint64_t ticket, const py::handle& head, const py::handle& body,
-             uint64_t total) {
-        const View head_view(head), body_view(body);
-        if (head_view.text().size() > ring_head_size_max) throw std::length_error("the head of a frame is too long");
-        const char* problem = nullptr;
-        const bool done = ring_.put(RingFrame{.kind = kind, .flags = flags, .ticket = ticket, .total = total},
-                                    head_view.text(), body_view.text(), problem);
-        if (problem != nullptr) throw std::invalid_argument(problem);
-        return done;
-    }
-    bool reader_sleeps() { return ring_.reader_sleeps(); }
-    void wait_for_room() { ring_.wait_for_room(); }
-
-  private:
-    SharedMemory memory_;
-    RingWriter ring_;
-};
-
-// Reads frames, and puts together bodies that come in several.
-class Reader {
-  public:
-    Reader(int fd, uint64_t offset, uint64_t size, uint64_t body_size_max, uint64_t coming_size_max, bool keeps_bodies)
-        : memory_(fd, offset, ring_state_size + checked_size(size)), ring_(memory_.place(), size),
-          body_size_max_(body_size_max), coming_size_max_(coming_size_max), keeps_bodies_(keeps_bodies) {}
-
-    py::list take(size_t count_max) {
-        py::list taken;
-        for (size_t i = 0; i < count_max; ++i) {
-            RingFrame frame;
-            const char* problem = nullptr;
-            if (!ring_.peek(frame, problem)) {
-                if (problem != nullptr) throw std::invalid_argument(problem);
-                break;
-            }
-            take_frame(frame, taken);
-        }
-        return taken;
-    }
-    bool sleep() { return ring_.sleep(); }
-    bool writer_waits() { return ring_.writer_waits(); }
-
-  private:
-    struct Coming {
-        RingFrame frame;
-        py::object head, body;
-        uint64_t size;
-    };
-
-    // A body of so many bytes that nobody has set to 0: of requests a bytearray, which they own, of answers bytes.
-    py::object new_body(uint64_t size) const {
-        const auto length = static_cast<Py_ssize_t>(size);
-        PyObject* made =
-            keeps_bodies_ ? PyByteArray_FromStringAndSize(nullptr, length) : PyBytes_FromStringAndSize(nullptr, length);
-        if (made == nullptr) throw py::error_already_set();
-        return py::reinterpret_steal<py::object>(made);
-    }
-    char* place_of(const py::object& body) const {
-        return keeps_bodies_ ? PyByteArray_AS_STRING(body.ptr()) : PyBytes_AS_STRING(body.ptr());
-    }
-
-    void take_frame(const RingFrame& frame, py::list& taken) {
-        if (frame.kind == ring_more) {
-            take_more(frame, taken);
-            return;
-        }
-        if (frame.total > body_size_max_ || frame.body_size > frame.total) {
-            throw std::invalid_argument("a body that is too long");
-        }
-        forget(frame.ticket);
-        py::object head = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, frame.head_size));
-        if (!head) throw py::error_already_set();
-        const bool is_whole = frame.body_size == frame.total;
-        if (!is_whole && frame.total > coming_size_max_ - coming_size_) {
-            throw std::invalid_argument("more bodies at once than were agreed on");
-        }
-        py::object body = new_body(frame.total);
-        ring_.take(frame, PyBytes_AS_STRING(head.ptr()), place_of(body));
-        if (is_whole) {
-            emit(frame, head, body, taken);
-            return;
-        }
-        coming_size_ += frame.total;
-        coming_.emplace(frame.ticket, Coming{frame, std::move(head), std::move(body), frame.body_size});
-    }
-
-    void take_more(const RingFrame& frame, py::list& taken) {
-        const auto found = coming_.find(frame.ticket);
-        if (found == coming_.end()) throw std::invalid_argument("more of a body that was not begun");
-        Coming& coming = found->second;
-        if (frame.head_size != 0 || frame.body_size == 0 || frame.body_size > coming.frame.total - coming.size) {
-            throw std::invalid_argument("more of a body than was announced");
-        }
-        char* const place = place_of(coming.body) + coming.size;
-        ring_.take(frame, place, place);  // it has no head
-        coming.size += frame.body_size;
-        if (coming.size < coming.frame.total) return;
-        emit(coming.frame, coming.head, coming.body, taken);
-        forget(frame.ticket);
-    }
-
-    void emit(const RingFrame& frame, const py::object& head, const py::object& body, py::list& taken) {
-        taken.append(py::make_tuple(frame.kind, frame.flags, frame.ticket, head, body));
-    }
-
-    void forget(uint64_t ticket) {
-        if (coming_.empty()) return;
-        const auto found = coming_.find(ticket);
-        if (found == coming_.end()) return;
-        coming_size_ -= found->second.frame.total;
-        coming_.erase(found);
-    }
-
-    SharedMemory memory_;
-    RingReader ring_;
-    const uint64_t body_size_max_, coming_size_max_;
-    const bool keeps_bodies_;
-    std::unordered_map<uint64_t, Coming> coming_;
-    uint64_t coming_size_ = 0;
-};
+void bind_ledger(py::module_& m) {
+    py::class_<Ledger>(m, "Ledger")
+        .def(py::init<int, size_t, size_t, uint64_t>(), py::arg("fd"), py::arg("count"), py::arg("number"),
+             py::arg("size_max"))
+        .def("hold", &Ledger::hold)
+        .def("charge", &Ledger::charge)
+        .def("want", &Ledger::want)
+        .def("wanting_count", &Ledger::wanting_count)
+        .def("busy_count", &Ledger::busy_count)
+        .def("held_by", &Ledger::held_by)
+        .def_property_readonly("others", &Ledger::others)
+        .def_property_readonly("free", &Ledger::free);
+}
 
 }  // namespace
 }  // namespace pyserve
 
 PYBIND11_MODULE(_front, m) {
-    using pyserve::Reader;
-    using pyserve::Writer;
+    m.doc() = "The rings between front ends and the engine process. See _front.pyi for the contract.";
     m.attr("STATE_SIZE") = pyserve::ring_state_size;
     m.attr("HEAD_SIZE_MAX") = pyserve::ring_head_size_max;
     m.attr("MORE") = pyserve::ring_more;
-    py::class_<Writer>(m, "Writer")
-        .def(py::init<int, uint64_t, uint64_t>(), py::arg("fd"), py::arg("offset"), py::arg("size"))
-        .def("put", &Writer::put)
-        .def("reader_sleeps", &Writer::reader_sleeps)
-        .def("wait_for_room", &Writer::wait_for_room);
-    py::class_<Reader>(m, "Reader")
-        .def(py::init<int, uint64_t, uint64_t, uint64_t, uint64_t, bool>(), py::arg("fd"), py::arg("offset"),
-             py::arg("size"), py::kw_only(), py::arg("body_size_max"), py::arg("coming_size_max"),
-             py::arg("keeps_bodies"))
-        .def("take", &Reader::take)
-        .def("sleep", &Reader::sleep)
-        .def("writer_waits", &Reader::writer_waits);
+    m.attr("ROW") = pyserve::ring_row;
+    m.attr("LEDGER_PAGE_SIZE") = pyserve::ledger_page_size;
+    pyserve::bind_front_link(m);
+    pyserve::bind_ledger(m);
+    m.def(
+        "may_be_read",
+        [](const std::string& content_type, const py::handle& body) {
+            return pyserve::may_be_read(content_type, pyserve::View(body).text());
+        },
+        py::arg("content_type"), py::arg("body"));
+    m.def("read_item", &pyserve::read_item, py::arg("text"), py::arg("kind"), py::arg("shape"));
+    m.def("read_item_at", &pyserve::read_item_at, py::arg("text"), py::arg("begin"), py::arg("kind"), py::arg("shape"));
 }

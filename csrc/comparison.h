@@ -1,10 +1,11 @@
 // How far two outputs of one model are apart.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/core/ivalue.h>
 
 #include <vector>
+
+#include "tensors.h"
 
 namespace pyserve {
 

@@ -6,9 +6,11 @@
 // between claim and publish hides everything behind it.) It cannot overflow, since a node is owned by its batch.
 //
 // Every push writes the eventfd, one write per batch. Writing only when the list was empty would save a system
-// call and lose the property above: the one that found it empty could stall before its write.
+// call and lose the property above: the one that found it empty could stall before its write. A push may leave it out while
+// the loop looks at the list (`wait_awake`): it has published before it asks, and the loop looks once more after it has said
+// that it looks no longer, both sequentially consistent, so that one of them sees the other.
 //
-// Threads: push, any; drain, one.
+// Threads: push, any; drain and wait_awake, one.
 #pragma once
 
 #include <sys/eventfd.h>
@@ -19,6 +21,7 @@
 #include <cstdint>
 #include <system_error>
 
+#include "clock.h"
 #include "probe.h"
 
 namespace pyserve {
@@ -42,7 +45,22 @@ class Completions {
 
     void push(CompletionNode* node) noexcept {
         push_unsignalled(node);
-        signal();
+        if (is_watched_.load(std::memory_order_seq_cst)) {
+            signals_.fetch_add(1, std::memory_order_relaxed);
+        } else {
+            signal();
+        }
+    }
+
+    // Waits awake, for `duration_ns` at most. Whether drain() has something.
+    bool wait_awake(int64_t duration_ns) noexcept {
+        const int64_t until = SteadyClock::now_ns() + duration_ns;
+        is_watched_.store(true, std::memory_order_seq_cst);
+        while (head_.load(std::memory_order_acquire) == nullptr && SteadyClock::now_ns() < until) {
+            pause_thread();
+        }
+        is_watched_.store(false, std::memory_order_seq_cst);
+        return head_.load(std::memory_order_seq_cst) != nullptr;
     }
 
     // For the loop thread itself, just before it drains.
@@ -51,7 +69,7 @@ class Completions {
         do {
             node->next = head;
             Probe::at(Point::completions_before_push);
-        } while (!head_.compare_exchange_weak(head, node, std::memory_order_release, std::memory_order_relaxed));
+        } while (!head_.compare_exchange_weak(head, node, std::memory_order_seq_cst, std::memory_order_relaxed));
         Probe::at(Point::completions_after_push);
     }
 
@@ -83,8 +101,15 @@ class Completions {
 
   private:
     const int fd_;
+    static void pause_thread() noexcept {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+
     alignas(64) std::atomic<CompletionNode*> head_{nullptr};
     std::atomic<uint64_t> signals_{0};
+    std::atomic<bool> is_watched_{false};  // by wait_awake()
 };
 
 }  // namespace pyserve

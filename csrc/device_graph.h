@@ -4,9 +4,9 @@
 // has none, or none for the device, it can be registered here: graph_cuda.cpp does that for CUDA.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <memory>
+
+#include "tensors.h"
 
 namespace pyserve {
 

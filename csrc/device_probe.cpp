@@ -1,6 +1,5 @@
 #include "device_probe.h"
 
-#include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -13,6 +12,7 @@
 #include <thread>
 
 #include "guarded.h"
+#include "tensors.h"
 
 namespace pyserve {
 namespace {

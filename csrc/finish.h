@@ -2,11 +2,12 @@
 // event loop. The handler declares which; a batch that somebody wants the model's own output of is left as it is.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/core/ivalue.h>
 
 #include <cstdint>
 #include <optional>
+
+#include "tensors.h"
 
 namespace pyserve {
 

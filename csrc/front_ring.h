@@ -31,6 +31,10 @@ static_assert(std::atomic<uint64_t>::is_always_lock_free, "the counters are shar
 inline constexpr uint32_t ring_magic = 0x46565350;  // "PSVF"
 inline constexpr uint16_t ring_more = 0;
 inline constexpr uint16_t ring_kind_max = 63;
+// Kinds that native code reads or writes: a request whose body is a tensor, and its answer, the row of the output.
+inline constexpr uint16_t ring_row = 7;
+inline constexpr uint16_t ring_row_answer = 26;
+inline constexpr uint16_t ring_again = 27;  // the request has to come again, as it was
 inline constexpr uint32_t ring_head_size_max = 1 << 20;
 inline constexpr uint64_t ring_state_size = 4096;
 
@@ -86,7 +90,7 @@ class RingWriter : RingEnd {
 
     // Whether a frame was written. `problem` is set if the reader's counter makes no sense.
     bool put(RingFrame frame, std::string_view head, std::string_view body, const char*& problem) {
-        const uint64_t used = tail_ - state_.head.load(std::memory_order_acquire);
+        const uint64_t used = tail_ - state_.head.load(std::memory_order_seq_cst);
         if (used > size()) {
             problem = "the reader's place in the ring makes no sense";
             return false;
@@ -104,14 +108,10 @@ class RingWriter : RingEnd {
     }
     // To be asked once something was written: whether the reader has to be woken.
     bool reader_sleeps() {
-        std::atomic_thread_fence(std::memory_order_seq_cst);
-        return state_.reader_sleeps.load(std::memory_order_relaxed) && state_.reader_sleeps.exchange(0);
+        return state_.reader_sleeps.load(std::memory_order_seq_cst) && state_.reader_sleeps.exchange(0);
     }
     // To be said before another, last try: the reader wakes this end when it has made room.
-    void wait_for_room() {
-        state_.writer_waits.store(1, std::memory_order_seq_cst);
-        std::atomic_thread_fence(std::memory_order_seq_cst);
-    }
+    void wait_for_room() { state_.writer_waits.store(1, std::memory_order_seq_cst); }
 
   private:
     uint64_t tail_ = 0;
@@ -150,6 +150,12 @@ class RingReader : RingEnd {
         head_ += ring_frame_size(frame.head_size, frame.body_size);
         state_.head.store(head_, std::memory_order_seq_cst);
     }
+    // The same with places for it in parts: `size` bytes of the frame's head and body from `from` on.
+    void look(uint64_t from, void* to, uint64_t size) const { copy_out(head_ + sizeof(RingFrame) + from, to, size); }
+    void skip(const RingFrame& frame) {
+        head_ += ring_frame_size(frame.head_size, frame.body_size);
+        state_.head.store(head_, std::memory_order_seq_cst);
+    }
     // Whether there is nothing, and the writer knows that it has to wake this end.
     bool sleep() {
         state_.reader_sleeps.store(1, std::memory_order_seq_cst);
@@ -159,8 +165,7 @@ class RingReader : RingEnd {
     }
     // To be asked once something was taken: whether the writer has to be woken.
     bool writer_waits() {
-        std::atomic_thread_fence(std::memory_order_seq_cst);
-        return state_.writer_waits.load(std::memory_order_relaxed) && state_.writer_waits.exchange(0);
+        return state_.writer_waits.load(std::memory_order_seq_cst) && state_.writer_waits.exchange(0);
     }
 
   private:

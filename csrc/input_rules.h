@@ -1,12 +1,12 @@
 // What a compiled program takes: it reads memory as it was compiled to, whatever the tensors say.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "tensors.h"
 
 namespace pyserve {
 

@@ -1,12 +1,12 @@
 // Whether the numbers of a batch are ordinary ones: finite, and far from where sums of products overflow.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "tensors.h"
 
 namespace pyserve {
 

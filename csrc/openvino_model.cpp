@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <mutex>
@@ -12,6 +13,7 @@
 #include <system_error>
 #include <thread>
 
+#include "clock.h"
 #include "interrupt.h"
 #include "openvino_api.h"
 
@@ -23,6 +25,10 @@ using openvino::Owned;
 
 // A run that is to end is noticed within this time.
 constexpr int64_t look_ms = 50;
+// How long the warm-up of a model that is to take another's place rests after each run, in runs: most of the CPUs' time is
+// left to the requests that the other one answers meanwhile.
+constexpr int rest_per_run = 2;
+constexpr std::chrono::milliseconds rest_piece{5};
 // Sizes of inputs that are remembered: kernels are made at the first run of each, in each stream.
 constexpr size_t sizes_max = 32;
 using Sizes = std::vector<std::vector<int64_t>>;  // of the inputs of one run
@@ -291,6 +297,7 @@ struct OpenVinoModel::Shared : std::enable_shared_from_this<Shared> {
         const auto run_all = [&] {
             for (const Sizes& sizes : known) {
                 if (is_over) return;
+                const int64_t began_at = SteadyClock::now_ns();
                 try {
                     std::vector<at::Tensor> inputs;
                     for (size_t i = 0; i < sizes.size(); ++i)
@@ -299,6 +306,7 @@ struct OpenVinoModel::Shared : std::enable_shared_from_this<Shared> {
                 } catch (const std::exception&) {
                     return;  // requests will meet it too, and report it
                 }
+                rest(rest_per_run * (SteadyClock::now_ns() - began_at));
             }
         };
         std::vector<std::thread> others;
@@ -311,6 +319,12 @@ struct OpenVinoModel::Shared : std::enable_shared_from_this<Shared> {
         }
         run_all();
         for (std::thread& each : others) each.join();
+    }
+
+    // In pieces: nobody waits for it once the model goes.
+    void rest(int64_t ns) const {
+        const int64_t until = SteadyClock::now_ns() + ns;
+        while (is_compiling && !is_over && SteadyClock::now_ns() < until) std::this_thread::sleep_for(rest_piece);
     }
 
     // From now on so many runs at once, of so many threads each; 0 leaves the runs as they are. Whether something else is
@@ -357,7 +371,7 @@ struct OpenVinoModel::Shared : std::enable_shared_from_this<Shared> {
     const ModelOptions options;
     std::mutex mutex;
     std::shared_ptr<Compiled> compiled;
-    bool is_compiling = false;
+    std::atomic<bool> is_compiling{false};  // beside the requests
     std::atomic<bool> is_over{false};
     SizesSeen seen;
     int runs = 1;                                     // at once, as far as is known

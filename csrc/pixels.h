@@ -4,10 +4,10 @@
 // Threads: any; constant.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <array>
 #include <vector>
+
+#include "tensors.h"
 
 namespace pyserve {
 

@@ -451,14 +451,7 @@ void ProcessWorker::trim(const Flight& flight) {
 
 void ProcessWorker::drop(std::vector<Request*>& requests) {
     auto result = std::make_unique<ProcessResult>();
-    result->status.code = Code::cancelled;  // each request's own state tells expired from cancelled
-    result->started_at = result->staged_at = result->finished_at = SteadyClock::now_ns();
-    for (const Request* request : requests) {
-        const bool expired = request->state.load(std::memory_order_acquire) == State::expired;
-        (expired ? shared_.stats.expired : shared_.stats.cancelled).fetch_add(1, std::memory_order_relaxed);
-    }
-    result->requests = std::move(requests);
-    requests.clear();
+    result->end_unbegun(requests, shared_.stats);
     shared_.complete(std::move(result));
 }
 

@@ -5,10 +5,12 @@
 #include <memory>
 #include <vector>
 
+#include "clock.h"
 #include "completion.h"
 #include "pool.h"
 #include "release_reason.h"
 #include "request.h"
+#include "stats.h"
 #include "status.h"
 
 namespace pyserve {
@@ -28,6 +30,18 @@ struct Result : CompletionNode {
     uint32_t batch_size = 0;             // of the batch that they were part of
     Release release = Release::none;     // of that batch
     std::shared_ptr<RequestOwner> pool;  // that `requests` go back to
+
+    // It is the end of requests that expired or were cancelled before a worker began them, and counts them.
+    void end_unbegun(std::vector<Request*>& unbegun, LaneStats& stats) {
+        status.code = Code::cancelled;  // each request's own state tells expired from cancelled
+        started_at = staged_at = finished_at = SteadyClock::now_ns();
+        for (const Request* request : unbegun) {
+            const bool expired = request->state.load(std::memory_order_acquire) == State::expired;
+            (expired ? stats.expired : stats.cancelled).fetch_add(1, std::memory_order_relaxed);
+        }
+        requests = std::move(unbegun);
+        unbegun.clear();
+    }
 };
 
 }  // namespace pyserve

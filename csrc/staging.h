@@ -16,7 +16,6 @@
 // Threads: one worker's own.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/core/ivalue.h>
 #include <c10/core/Event.h>
 #include <c10/core/Stream.h>
@@ -29,6 +28,7 @@
 #include <vector>
 
 #include "stats.h"
+#include "tensors.h"
 
 namespace pyserve {
 

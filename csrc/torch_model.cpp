@@ -1,5 +1,6 @@
 #include "torch_model.h"
 
+#include <ATen/Context.h>
 #include <ATen/DeviceAccelerator.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/jit/passes/tensorexpr_fuser.h>

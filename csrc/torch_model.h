@@ -2,7 +2,6 @@
 // worker threads run it at the same time, unless a call leaves traces in the model: then each worker has its own.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/core/ivalue.h>
 
 #include <atomic>
@@ -15,6 +14,7 @@
 
 #include "input_rules.h"
 #include "pixels.h"
+#include "tensors.h"
 
 namespace pyserve {
 

@@ -21,6 +21,8 @@ namespace {
 
 constexpr double seconds_per_ns = 1e-9;
 constexpr unsigned long timer_slack_ns = 1'000;
+// Batches that take less than this on a CPU are not worth being shared: more of them cost more than they gain.
+constexpr int64_t shared_from_ns = 1'000'000;
 
 }  // namespace
 
@@ -117,6 +119,7 @@ bool Worker::step() {
     }
     if (next != Next::batch) return next != Next::closed;
     holds_permit_ = true;
+    shared_.batcher.hold(held_ = take_.requests.size());
     apply_settings();
     begin();
     if (in_flight_.empty()) return true;
@@ -242,7 +245,9 @@ void Worker::finish(Flight& flight) {
 }
 
 void Worker::leave(bool& holds_permit) noexcept {
-    if (std::exchange(holds_permit, false)) shared_.batcher.leave();
+    if (!std::exchange(holds_permit, false)) return;
+    shared_.batcher.let_go(std::exchange(held_, 0));
+    shared_.batcher.leave();
 }
 
 void Worker::complete(Flight& flight) {
@@ -272,6 +277,10 @@ void Worker::complete(Flight& flight) {
     stats.inference.observe(static_cast<double>(on_device == 0 ? result->finished_at - flight.staged_at : on_device) *
                             seconds_per_ns);
     stats.batch_size.observe(static_cast<double>(count));
+    if (staging_ && !staging_->is_async()) {
+        const bool is_long = result->finished_at - flight.staged_at >= shared_from_ns;
+        shared_.batcher.share_among(is_long ? static_cast<uint32_t>(std::max(1, workers_)) : 1);
+    }
     stats.batches.fetch_add(1, std::memory_order_relaxed);
     if (flight.staged.is_fallback) stats.staging_fallback.fetch_add(1, std::memory_order_relaxed);
     batches_.fetch_add(1, std::memory_order_relaxed);
@@ -285,14 +294,7 @@ void Worker::complete(Flight& flight) {
 
 void Worker::drop(std::vector<Request*>& requests) {
     auto result = std::make_unique<BatchResult>();
-    result->status.code = Code::cancelled;  // each request's own state tells expired from cancelled
-    result->started_at = result->staged_at = result->finished_at = SteadyClock::now_ns();
-    for (const Request* request : requests) {
-        const bool expired = request->state.load(std::memory_order_acquire) == State::expired;
-        (expired ? shared_.stats.expired : shared_.stats.cancelled).fetch_add(1, std::memory_order_relaxed);
-    }
-    result->requests = std::move(requests);
-    requests.clear();
+    result->end_unbegun(requests, shared_.stats);
     push(std::move(result));
 }
 

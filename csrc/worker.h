@@ -228,6 +228,7 @@ class Worker {
     std::optional<Incoming> incoming_;
     Take take_;
     bool holds_permit_ = false;            // of what is in take_; later the last of its flights holds it
+    size_t held_ = 0;                      // requests of the take that it runs, on a CPU
     std::shared_ptr<TorchModel> model_;    // `loaded_`, unless calls leave traces in it
     std::unique_ptr<BatchRunner> runner_;  // of `model_`
     int64_t memory_failures_ = 0;          // of the device's allocator, as of the last look

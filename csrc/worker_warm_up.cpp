@@ -27,6 +27,12 @@ struct Permit {
     Batcher<>& batcher;
 };
 
+bool was_run(const WarmUpReport& report, const WarmUpReport::Run& run) {
+    const auto runs = report.runs();
+    const auto found = runs.find(run);
+    return found != runs.end() && found->second.empty();
+}
+
 }  // namespace
 
 // From here on it runs this one: shared with the other workers, or its own, as it was loaded.
@@ -114,9 +120,13 @@ std::vector<WarmUpStep> Worker::warm_up_plan(const BatchRunner& runner, size_t k
 
 // As much of `plan` as there is time for. Fails only where the thread is interrupted or the device is lost.
 Status Worker::warm_up_further(const std::vector<WarmUpStep>& plan, int64_t began_at) {
+    // OpenVINO's threads and kernels are the model's, and none of a worker's own: what one has run was run for all. One that
+    // joins others, whose requests wait for the same CPUs meanwhile, need not do it again.
+    const bool is_shared = model_->options().backend == Backend::openvino && !loaded_->has_state();
     std::vector<size_t> failed;  // items of which the model does not take one row
     for (const WarmUpStep& step : plan) {
         if (is_stopping()) break;
+        if (is_shared && was_run(shared_.warm_up_report, step.run)) continue;
         const auto [item, size] = step.run;
         if (std::find(failed.begin(), failed.end(), item) != failed.end()) continue;
         const int64_t expected_ns = SteadyClock::now_ns() - began_at + warm_row_ns_ * static_cast<int64_t>(size);

@@ -95,10 +95,14 @@ def rewritten(text: str, document: str, pages: dict[str, str], root: Path = ROOT
 
 
 def assemble(folder: Path, root: Path = ROOT) -> None:
-    """Writes the site's sources to ``folder``, anew."""
+    """Writes the site's sources to ``folder``, anew; pictures lie beside their documents in both."""
     pages = documents(root)
     shutil.rmtree(folder, ignore_errors=True)
     for document, page in pages.items():
         path = folder / page
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(rewritten((root / document).read_text(), document, pages, root))
+    for picture in sorted((root / "docs").rglob("*.png")):
+        path = folder / picture.relative_to(root / "docs")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(picture, path)

@@ -26,6 +26,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from docs.assemble import assemble
+from docs.man_page import man_page
+from pyserve.commands.completion import help_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -255,7 +257,7 @@ def _argument_row(action: argparse.Action) -> tuple[str, str]:
         value = "{" + ",".join(map(str, action.choices)) + "}"
     if action.nargs == "+":
         value += " ..."
-    about = prose(action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    about = prose(help_text(action))
     if not action.option_strings:
         return code(value), about
     return ", ".join(code(name if action.nargs == 0 else f"{name} {value}") for name in action.option_strings), about
@@ -311,6 +313,7 @@ def pages() -> dict[str, str]:
         "model-config.md": model_config_page(),
         "commands.md": commands_page(),
         "metrics.md": metrics_page(),
+        "pyserve.1": man_page(descriptions("commands")["commands"], parsers()),
     }
 
 

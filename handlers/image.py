@@ -7,9 +7,8 @@ threads at once; Pillow and numpy release the GIL for the long parts.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
+import functools
 import io
 import re
 import traceback
@@ -21,10 +20,11 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from pyserve.body_kind import begins_as_json, is_heic
 from pyserve.handler import InputError
 from pyserve.handlers.picture_memory import MEMORY, pixel_count_max, pixel_size
 from pyserve.handlers.pixels import IDENTITY, Normalization
-from pyserve.handlers.rows import found
+from pyserve.handlers.rows import bytes_of_base64, found
 
 # What a picture may be (JPEG's opener also takes MPO). Formats that Pillow hands to another program, such as
 # EPS to Ghostscript, are not among them. A Pillow built without one of these does without.
@@ -44,6 +44,13 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 # 16-bit grey (PNG, TIFF); Pillow's own conversion to RGB would clip everything above 255 to white.
 _WIDE_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -65,13 +72,14 @@ def open_picture(body: bytes | bytearray | memoryview, *, limit_pixels: bool = T
 
 @contextlib.contextmanager
 def opened_picture(
-    body: bytes | bytearray | memoryview, made_of_it: Any, *, limit_pixels: bool = True
+    body: bytes | bytearray | memoryview, made_of_it: Any, *, limit_pixels: bool = True, exif: bool = False
 ) -> Iterator[Image.Image]:
     """As `open_picture`, for a block: as long as it runs the picture counts in the memory of decoded pictures.
 
     Args:
         made_of_it: what the block makes a tensor with; its ``working_size(mode)`` says how many bytes per pixel that
             takes beside the picture.
+        exif: turn it as its EXIF orientation says.
 
     Raises:
         InputError: as `open_picture`.
@@ -87,6 +95,8 @@ def opened_picture(
         )
     if made_of_it is not None:
         per_pixel += getattr(made_of_it, "working_size", _working_size)(picture.mode)
+    if exif:
+        per_pixel += pixel_size(picture.mode)  # turning makes another one
     with MEMORY.taken(pixel_count * per_pixel):
         try:
             picture.load()
@@ -99,11 +109,32 @@ def opened_picture(
                 # The error's frames hold the decoder with all that is decoded, as long as anybody has the error.
                 traceback.clear_frames(error.__traceback__)
                 picture.close()
+        if exif:
+            picture = upright(picture)
         try:
             yield picture
         finally:
             if hasattr(made_of_it, "working_size"):  # one of these transforms, none of which keeps the picture
                 picture.close()  # its memory is free before another one is decoded
+
+
+def orientation(picture: Image.Image) -> int:
+    """1 to 8, as EXIF counts them (CIPA DC-008, 4.6.5); 1, which is upright, if it says nothing that can be used."""
+    try:
+        value = picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # of what is damaged, errors of many classes; the pixels are as good as any
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """``picture`` turned, and mirrored, as its EXIF orientation says. The one that was given is closed if it was."""
+    method = _UPRIGHT.get(orientation(picture))
+    if method is None:
+        return picture
+    turned = picture.transpose(method)
+    picture.close()
+    return turned
 
 
 def _working_size(mode: str) -> int:
@@ -114,7 +145,7 @@ def _working_size(mode: str) -> int:
 def picture_header(body: bytes | bytearray | memoryview, *, limit_pixels: bool) -> Image.Image:
     """A picture that is not decoded yet. InputError as of `open_picture`."""
     try:
-        picture = Image.open(io.BytesIO(body), formats=FORMATS)
+        picture = Image.open(io.BytesIO(body), formats=_formats_for(body))
         pixel_count = picture.width * picture.height
         if limit_pixels and pixel_count > PIXEL_COUNT_MAX:
             picture.close()
@@ -127,6 +158,22 @@ def picture_header(body: bytes | bytearray | memoryview, *, limit_pixels: bool) 
     except Exception as error:
         raise _refusal(None, body, error) from error
     return picture
+
+
+def _formats_for(body: bytes | bytearray | memoryview) -> tuple[str, ...]:
+    return (*FORMATS, *_heif_format()) if is_heic(bytes(body[:16])) else FORMATS
+
+
+@functools.cache
+def _heif_format() -> tuple[str, ...]:
+    """What Pillow calls HEIC, once pillow-heif has taught it to; nothing where that is not installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return ()
+    # Pictures are decoded in several threads anyway.
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+    return ("HEIF",)
 
 
 def _refusal(picture: Image.Image | None, body: bytes | bytearray | memoryview, error: Exception) -> InputError:
@@ -155,13 +202,10 @@ def picture_file(text: str) -> bytes:
     Raises:
         InputError: it is not base64.
     """
-    encoded = text
-    if text.startswith("data:"):
-        encoded = text.partition(",")[2]
-    try:
-        return base64.b64decode("".join(encoded.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InputError(f"not a picture: expected base64, got {found(text)}") from error
+    decoded = bytes_of_base64(text)
+    if decoded is None:
+        raise InputError(f"not a picture: expected base64, got {found(text)}")
+    return decoded
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -278,10 +322,21 @@ class RgbTransform:
         return torch.from_numpy(np.array(to_rgb(picture)))
 
 
+# A comment ends at the first place where it can: with more than one way to read them, many take forever.
+_SVG = re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--((?!-->).)*-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?<svg[\s>]", re.DOTALL)
+
+
 def _kind_found(body: bytes | bytearray | memoryview) -> str:
     start = bytes(body[:1024])
+    if is_heic(start):
+        fix = (
+            "convert it to JPEG"
+            if _heif_format()
+            else "convert it to JPEG, or have pillow-heif installed where it is served"
+        )
+        return f"{found(body)}; {fix}"
     known = "; send one of " + ", ".join(FORMATS)
-    if re.match(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?<svg[\s>]", start, re.DOTALL):
+    if _SVG.match(start):
         return "SVG, which is a drawing, not pixels" + known
     for magic, name in (
         (b"%PDF", "PDF"),
@@ -296,11 +351,11 @@ def _kind_found(body: bytes | bytearray | memoryview) -> str:
         return f"damaged JPEG: {found(body)}"
     if start.startswith(b"\x89PNG"):
         return f"damaged PNG: {found(body)}"
-    if start[:64].lstrip().startswith((b"{", b"[")):
+    if begins_as_json(start) and not start.lstrip().startswith(b'""'):  # which begins a text of Python
         return f"{found(body)}; a JSON body needs Content-Type: application/json"
     if re.match(rb"\s*--[-\w]+\r\n", start):
         return f"{found(body)}; a multipart form needs its boundary in Content-Type"
-    return found(body)
+    return found(body) + known
 
 
 def _damage(picture: Image.Image | None, body: bytes | bytearray | memoryview, error: Exception) -> str:

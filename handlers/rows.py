@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from typing import Any
 
+from pyserve.body_kind import is_plain_text, kind_of_file
 from pyserve.handler import InputError
 from pyserve.json_array import JsonArray
 
@@ -22,31 +24,44 @@ def row_value(row: Any) -> Any:
     if value is None:
         value = row.get("body")
         if value is None and "body" not in row and "data" not in row:
-            fields = ", ".join(repr(str(name)) for name in list(row)[:5]) or "none"
+            fields = ", ".join(shown_field(str(name)) for name in list(row)[:5]) or "none"
             raise InputError(
-                f"the request has no input: send it as body or form field 'data'; its fields: {fields}. (curl -d sends "
-                "a form unless -H 'Content-Type: ...' says otherwise; curl -T sends a file as it is.)"
+                "the request has no input: curl -d sends a form, so send a file as it is (curl -T FILE), JSON with -H "
+                f"'Content-Type: application/json', or a form with the field 'data'; its fields: {fields}"
             )
     return value
 
 
-# First bytes -> what a file is that is sent where something else is expected.
-_FILES = (
-    (b"\x93NUMPY", "a NumPy file (.npy); send its numbers alone, array.tobytes(), or as JSON"),
-    (b"\xff\xd8\xff", "a JPEG picture"),
-    (b"\x89PNG\r\n", "a PNG picture"),
-    (b"GIF8", "a GIF picture"),
-    (b"%PDF", "a PDF document"),
-    (b"PK\x03\x04", "a zip file, such as torch.save and numpy.savez write"),
-    (b"\x1f\x8b", "gzipped data; send Content-Encoding: gzip with it"),
-)
+def unwrapped(value: Any, *names: str) -> Any:
+    """What people send as ``{"data": ...}``: the one member of a JSON object that is called so, or by one of ``names``.
+
+    Anything else as it is.
+    """
+    if isinstance(value, Mapping) and len(value) == 1:
+        [(name, inner)] = value.items()
+        if name == "data" or name in names:
+            return inner
+    return value
 
 
-def kind_of_file(start: bytes) -> str:
-    """What begins with these bytes, 12 or more of them, in a few words; ``""`` for what is not known."""
-    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
-        return "a HEIC picture, as phones take them; convert it to JPEG"
-    return next((kind for magic, kind in _FILES if start.startswith(magic)), "")
+def bytes_of_base64(text: str) -> bytes | None:
+    """What base64 text holds, also behind ``data:...;base64,`` and with line breaks; None if it is none."""
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except ValueError:  # binascii.Error is one
+        return None
+
+
+def shown_field(name: str) -> str:
+    """A field's name for a message: what a file became that was sent as a form is no name."""
+    if not name.isprintable() or "\ufffd" in name:
+        size = sum(1 if each == "\ufffd" else len(each.encode("utf-8", "replace")) for each in name)
+        return f"({size} bytes of binary)"
+    return repr(name if len(name) <= FIELD_SHOWN_MAX else name[: FIELD_SHOWN_MAX - 3] + "...")
+
+
+FIELD_SHOWN_MAX = 40
 
 
 def found(value: Any) -> str:
@@ -57,8 +72,8 @@ def found(value: Any) -> str:
         kind = kind_of_file(bytes(value[:32]))
         if kind:
             return f"{len(value)} bytes, {kind}"
-        start = bytes(value[:16]).decode("ascii", "replace")
-        shown = start if start.isprintable() and "\ufffd" not in start else bytes(value[:8]).hex(" ")
+        start = bytes(value[:16])
+        shown = start.decode() if is_plain_text(start) else start[:8].hex(" ")
         return f"{len(value)} bytes starting with {shown!r}"
     if isinstance(value, str):
         return f"text of {len(value)} characters starting with {value[:16]!r}" if value else "empty text"

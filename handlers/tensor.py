@@ -1,4 +1,6 @@
-"""Tensors in, tensors out: JSON nested lists, or raw little-endian bytes.
+"""Tensors in, tensors out: JSON nested lists, raw little-endian bytes, or arrays as numpy.save writes them.
+
+Bytes of both kinds may also come as base64 text: ``{"data": "AACAPw=="}``, or under an input's name.
 
 model-config.yaml says what one item is: ``input: {dtype: float32, shape: [1, 8, 8]}``, the shape without the batch
 dimension, -1 for any size, ``2..64`` for a range; ``vocabulary`` or ``values`` say which numbers may come
@@ -27,9 +29,10 @@ import torch
 from pyserve.context import Context
 from pyserve.handler import HandlerError, InputError
 from pyserve.handlers.base_handler import BaseHandler
+from pyserve.handlers.numpy_file import is_numpy_file, read_numpy_file
 from pyserve.handlers.outputs import ASK_JSON, Leaf, as_tensor, json_rows, kind_of, leaves, names_of, row_count
 from pyserve.handlers.row_check import READ_ELSEWHERE
-from pyserve.handlers.rows import found, row_value
+from pyserve.handlers.rows import bytes_of_base64, found, row_value, unwrapped
 from pyserve.handlers.shared_sizes import filled_up
 from pyserve.handlers.tensor_spec import (
     HOST_IS_BIG_ENDIAN,
@@ -40,14 +43,12 @@ from pyserve.handlers.tensor_spec import (
     raw_bytes,
 )
 from pyserve.json_array import JsonArray
-
-RAW = "application/octet-stream"
-JSON = "application/json"
-# What a form field holds is not told here; whoever sends forms reads text.
-FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+from pyserve.tensor_types import JSON, RAW, accepted_kind, takes_raw, wants_raw
 
 # A JSON body of this many bytes holds at most half as many numbers, which take less than 50 us.
 QUICK_SIZE_MAX = 4096
+
+__all__ = ["JSON", "RAW", "TensorHandler", "accepted_kind"]
 
 
 class TensorHandler(BaseHandler):
@@ -95,9 +96,7 @@ class TensorHandler(BaseHandler):
 
     def takes_raw(self, content_type: str, accept: str) -> bool:
         """Whether a request with these headers sends an item's bytes and is answered with bytes."""
-        media = content_type.partition(";")[0].strip().lower()
-        # JSON, text and forms are decoded; what is in them may be none the less as long as an item.
-        return media not in (JSON, *FORMS) and not media.startswith("text") and _wants_raw(content_type, accept)
+        return takes_raw(content_type, accept)
 
     def raw_headers(self, output: torch.Tensor) -> list[tuple[str, str]]:
         """The headers of an answer with the bytes of a row of ``output``."""
@@ -149,7 +148,7 @@ class TensorHandler(BaseHandler):
             if unknown and value is not row and type(self) is TensorHandler:
                 known = ", ".join(map(repr, sorted(names)))
                 raise InputError(f"the model has no input {str(unknown[0])[:64]!r}; its inputs are {known}")
-            return filled_up(self.specs, [_item(value[spec.name], spec) for spec in self.specs])
+            return filled_up(self.specs, [_item(value[spec.name], spec, is_member=True) for spec in self.specs])
         wanted = ", ".join(f"{spec.name} ({spec})" for spec in self.specs)
         if not isinstance(value, (bytes, bytearray, memoryview)) or any(-1 in spec.shape for spec in self.specs):
             raise InputError(f"expected a JSON object or a form with {wanted}; got {found(value)}")
@@ -200,13 +199,24 @@ class TensorHandler(BaseHandler):
         return answers
 
 
-def _item(value: Any, spec: TensorSpec) -> torch.Tensor:
+def _item(value: Any, spec: TensorSpec, *, is_member: bool = False) -> torch.Tensor:
     """One input as it came, checked, not padded."""
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return spec.read_bytes(value)
-    if isinstance(value, (list, int, float, JsonArray)):
-        return spec.read_nested(value)
-    raise InputError(f"{spec.wanted} as raw bytes ({RAW}) or as nested lists ({JSON}), got {found(value)}")
+    inner = unwrapped(value, "b64", *((spec.name,) if spec.name else ()))
+    if isinstance(inner, str) and (is_member or inner is not value):
+        decoded = bytes_of_base64(inner)
+        if decoded is None:
+            raise InputError(
+                f"{spec.wanted}, got {found(inner)}, which is not base64: letters, digits, + and /, filled up with = "
+                "to a multiple of four characters"
+            )
+        inner = decoded
+    if isinstance(inner, (bytes, bytearray, memoryview)):
+        return read_numpy_file(inner, spec) if is_numpy_file(inner) else spec.read_bytes(inner)
+    if isinstance(inner, (list, int, float, JsonArray)):
+        return spec.read_nested(inner)
+    raise InputError(
+        f"{spec.wanted} as raw bytes or a .npy file ({RAW}) or as nested lists ({JSON}), got {found(value)}"
+    )
 
 
 def _raw_answers(
@@ -247,37 +257,4 @@ def _tensor_headers(kinds: tuple[tuple[torch.dtype, torch.Size], ...], names: tu
 
 def _answers_raw(context: Context, idx: int) -> bool:
     content_type = context.get_request_header(idx, "Content-Type") or ""
-    return _wants_raw(content_type, context.get_request_header(idx, "Accept") or "")
-
-
-def _wants_raw(content_type: str, accept: str) -> bool:
-    wanted = accepted_kind(accept) if accept else None
-    if wanted is None:
-        return content_type.partition(";")[0].strip().lower() not in (JSON, *FORMS)
-    return wanted == RAW
-
-
-@functools.lru_cache(maxsize=256)
-def accepted_kind(accept: str) -> str | None:
-    """`RAW` or `JSON`, whichever of the two ``Accept`` names with the higher weight (RFC 9110, section 12.5.1).
-
-    None when it names neither, or both alike: the answer then comes in kind.
-    """
-    weights = {RAW: 0.0, JSON: 0.0}
-    for part in accept.split(","):
-        media, *parameters = [text.strip().lower() for text in part.split(";")]
-        if media in weights:
-            weights[media] = max(weights[media], _quality(parameters))
-    if weights[RAW] == weights[JSON]:
-        return None
-    return RAW if weights[RAW] > weights[JSON] else JSON
-
-
-def _quality(parameters: list[str]) -> float:
-    for parameter in parameters:
-        if parameter.startswith("q="):
-            try:
-                return float(parameter[2:])
-            except ValueError:
-                return 0.0
-    return 1.0
+    return wants_raw(content_type, context.get_request_header(idx, "Accept") or "")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyserve.body_kind import begins_as_json
 from pyserve.handler import InputError, ModelLoadError
 from pyserve.handlers.json_numbers import KINDS, UnfitNumberError, tensor_of_numbers
 from pyserve.handlers.rows import found
@@ -26,7 +27,7 @@ EXAMPLE_DIMENSION = 16
 # torch has no minimum of these, numpy has.
 _WITHOUT_MINIMUM = (torch.uint16, torch.uint32, torch.uint64)
 
-_SEVERAL = '; send one item a request, or several as {"instances": [...]} to /v1/models/NAME:predict'
+SEVERAL = '; send one item a request, or several as {"instances": [...]} to /v1/models/NAME:predict'
 _FORM = "add e.g. 'input: {dtype: float32, shape: [1, 8, 8]}' (shape of one item, -1 = any) to model-config.yaml"
 
 
@@ -169,7 +170,7 @@ class TensorSpec:
         per = f"{self.fixed_size} bytes" if free == 0 else f"a multiple of {self.fixed_size} bytes"
         start = bytes(body[:64]).lstrip()
         fix = ""
-        if start[:1] in (b"[", b"{") or start[:1].isdigit():
+        if begins_as_json(start) or start[:1].isdigit():
             fix = "; if this is JSON, check it and send Content-Type: application/json"
         return f"{self._called()}expected {per} of little-endian {self}, got {found(body)}{fix}"
 
@@ -198,7 +199,7 @@ class TensorSpec:
                 if len(part) != size:
                     raise InputError(f"{self.wanted}, got a ragged list: lengths {size} and {len(part)} {_at(depth)}")
             if not is_allowed(size, allowed):
-                several = _SEVERAL if depth == 0 and _levels(value) == len(self.sizes) + 1 else ""
+                several = SEVERAL if depth == 0 and _levels(value) == len(self.sizes) + 1 else ""
                 raise InputError(f"{self.wanted}, got a list of {self._refused_size(depth, size, _at(depth))}{several}")
             sizes.append(size)
             flat = flat[0] if len(flat) == 1 else list(chain.from_iterable(flat))
@@ -216,7 +217,8 @@ class TensorSpec:
         """None if the lists are needed to say what in it does not fit."""
         for depth, (size, allowed) in enumerate(zip(array.shape, self.sizes, strict=False)):
             if not is_allowed(size, allowed):
-                raise InputError(f"{self.wanted}, got a list of {self._refused_size(depth, size, _at(depth))}")
+                several = SEVERAL if depth == 0 and len(array.shape) == len(self.sizes) + 1 else ""
+                raise InputError(f"{self.wanted}, got a list of {self._refused_size(depth, size, _at(depth))}{several}")
         if len(array.shape) != len(self.sizes):
             return None
         tensor = array.tensor(self.torch_dtype)
@@ -367,7 +369,8 @@ def _byte_swapped(body: bytes | bytearray | memoryview, itemsize: int) -> bytear
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """The numbers of a CPU tensor as little-endian bytes, row by row."""
-    tensor = tensor.detach().contiguous() if tensor.requires_grad else tensor.contiguous()
+    # Conjugated or negated by a mark only, which numpy does not know.
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.view(torch.int16)  # numpy has no bfloat16
     array_ = tensor.numpy()

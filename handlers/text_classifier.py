@@ -11,7 +11,7 @@ import torch
 from pyserve.handler import HandlerError, InputError, PredictionException
 from pyserve.handlers.explanation import integrated_gradients, require_gradients
 from pyserve.handlers.labels import labelled
-from pyserve.handlers.rows import found, row_value
+from pyserve.handlers.rows import found, row_value, unwrapped
 from pyserve.handlers.text import ngrams_iterator
 from pyserve.handlers.text_handler import TextHandler
 
@@ -136,6 +136,7 @@ def _score_of_vectors(
 
 
 def _text(value: Any) -> str:
+    value = unwrapped(value)
     if isinstance(value, (bytes, bytearray, memoryview)):
         try:
             return bytes(value).decode("utf-8")
@@ -143,4 +144,4 @@ def _text(value: Any) -> str:
             raise InputError(f"expected text in UTF-8, got {found(value)}") from error
     if isinstance(value, str):
         return value
-    raise InputError(f"expected text, got {found(value)}")
+    raise InputError(f'expected text, as text/plain or as JSON: a string or {{"data": a string}}; got {found(value)}')

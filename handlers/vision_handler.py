@@ -17,6 +17,7 @@ from pyserve.handlers.image import (
     ImageNetTransform,
     RgbTransform,
     opened_picture,
+    orientation,
     picture_file,
     picture_header,
     size_resized,
@@ -24,7 +25,7 @@ from pyserve.handlers.image import (
 from pyserve.handlers.pixels import Normalization
 from pyserve.handlers.plain import is_plain
 from pyserve.handlers.row_check import is_built_in
-from pyserve.handlers.rows import found, row_value
+from pyserve.handlers.rows import found, row_value, unwrapped
 from pyserve.handlers.tensor_spec import TensorSpec
 from pyserve.json_array import JsonArray
 
@@ -44,11 +45,13 @@ class VisionHandler(BaseHandler):
     sample_kind = "picture"
     image_processing: Callable[[Image.Image], torch.Tensor] = ImageNetTransform()
     _limit_pixels = True
+    _applies_exif = False
     _device_jpeg: DeviceJpeg | None = None
     _pixels_by: ImageNetTransform | RgbTransform | None = None  # makes bytes of pictures in place of numbers
 
     def prepare(self, context: Context) -> None:
         super().prepare(context)
+        self._applies_exif = str(context.model_yaml_config.get("exif", "")).lower() == "true"  # it may be quoted
         self._limit_pixels = context.system_properties.get("limit_max_image_pixels", True) is not False
         if not self._limit_pixels:
             Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is for the whole process; ours is per model
@@ -99,7 +102,7 @@ class VisionHandler(BaseHandler):
         """Rows -> float32 tensor [n, 3, height, width] on the handler's device.
 
         A row is a picture file (bytes), one as base64 text, or nested lists of numbers [channels, height, width],
-        which are taken as they are.
+        which are taken as they are; or an object with one of these as its member ``data``.
 
         Raises:
             InputError: a row is none of these.
@@ -137,19 +140,27 @@ class VisionHandler(BaseHandler):
         return self.get_device().type != "cpu" and is_built_in(self) and not is_plain()
 
     def _pixels(self, value: Any) -> torch.Tensor:
+        value = unwrapped(value, "b64")
         if isinstance(value, (bytes, bytearray, memoryview)):
             return self._processed(value)
         if isinstance(value, str):
             return self._processed(picture_file(value))
         if isinstance(value, (list, JsonArray)):
             return NESTED_PIXELS.from_nested(value)[0]
-        raise InputError(f"expected a picture file, its base64 text or nested lists of numbers, got {found(value)}")
+        has_url = isinstance(value, dict) and "url" in value
+        fix = "; a picture is not fetched from a URL: send the file" if has_url else ""
+        raise InputError(
+            'expected a picture file, its base64 text, {"data": that text} or nested lists of numbers, got '
+            f"{found(value)}{fix}"
+        )
 
     def _processed(self, file: bytes | bytearray | memoryview) -> torch.Tensor:
         pixels = self._decoded_on_device(file) if self._device_jpeg is not None else None
         if pixels is not None:
             return pixels
-        with opened_picture(file, self.image_processing, limit_pixels=self._limit_pixels) as picture:
+        with opened_picture(
+            file, self.image_processing, limit_pixels=self._limit_pixels, exif=self._applies_exif
+        ) as picture:
             transform, ours = self.image_processing, self._pixels_by
             return ours.pixels(picture) if ours is not None and transform is ours else transform(picture)
 
@@ -159,6 +170,8 @@ class VisionHandler(BaseHandler):
             return None
         with picture_header(file, limit_pixels=self._limit_pixels) as header:
             if header.format != "JPEG" or header.mode not in ("RGB", "L"):
+                return None
+            if self._applies_exif and orientation(header) != 1:
                 return None
             size_resized(header.width, header.height, transform.resize)
         return decoder.decoded(file, lambda planes: square_of(planes, transform.resize, transform.crop))

@@ -1,5 +1,6 @@
 """The contract of the native engine (csrc/bindings.cpp). Times are ns of ``time.monotonic_ns()``."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +102,14 @@ class Completion:
     @property
     def finished(self) -> Any: ...  # what `Lane.set_finish` asked for; None if the output is left as it is
     def rows(self) -> list[bytes | memoryview | None] | None: ...
+    @property
+    def row_lane(self) -> Any: ...  # the owner of `LaneRows` that had requests among these; None if there were none
+    @property
+    def row_counts(self) -> list[tuple[str, list[int], int, float, float]]:
+        """Answers that have left: version as in the URL, counts by duration, how many, durations and waits, s."""
+
+    @property
+    def row_arrived_at(self) -> int: ...  # of the first of them, ns; 0 if none has left
 
 class Engine:
     def __init__(self) -> None: ...
@@ -290,3 +299,176 @@ def now_ns() -> int: ...
 def probe_device(device: str, limit_s: float) -> tuple[str, str]: ...
 def note_lost_device(device: str, reason: str) -> bool: ...  # False if it was known
 def lost_devices() -> list[tuple[str, str]]: ...  # of this process, with the reason of each
+
+class LaneRows:
+    """Requests of front ends whose bodies are tensors, in one lane: taken and answered without Python.
+
+    Args:
+        lane: a `Lane` of a model that takes one tensor of the host; kept.
+        owner: gives who has ``watch_rows()`` and ``adopt(link, ticket, head, url_version)``, or None.
+        bounds: of durations, s.
+        stage_bounds: of what is done to a request here before and after the engine, s.
+
+    Attributes:
+        count: requests that are under way.
+        is_open: whether more are taken.
+        is_watched: whether somebody looks at their time limits; `owner` is asked to when a request finds that not so.
+    """
+
+    count: int
+    is_open: bool
+    is_watched: bool
+
+    def __init__(
+        self, lane: Lane, owner: Callable[[], Any], bounds: Sequence[float], stage_bounds: Sequence[float]
+    ) -> None: ...
+    def take_stages(self) -> tuple[tuple[list[int], float], tuple[list[int], float]]:
+        """Counts for each of ``stage_bounds`` and above, none at all for nothing, and the sum in s: of bodies that
+        became tensors here, and of outputs that became answers, since this was last asked."""
+
+    def set_limits(self, *, is_open: bool, waiting_max: int, queue_limit_ns: int, answer_size_max: int) -> None: ...
+    def take_overdue(self, now: int, queue_limit_ns: int, run_limit_ns: int) -> list[tuple[Any, int, bytes, str, int]]:
+        """Requests that wait, or run, for too long; they are the caller's from now on, who gives them an owner.
+
+        Each is (link, the front end's ticket, head, version as in the URL, the lane's ticket).
+        """
+
+    def take_all(self, *, waiting_only: bool) -> list[tuple[Any, int, bytes, str, int]]: ...
+    def give(self, ticket: int, owner: object) -> bool:
+        """Has `owner` own a request of `take_all` or `take_overdue`; False if it has come to its end."""
+
+class RowTable:
+    """What front ends may send as tensors: a number, and places in a list."""
+
+    def __init__(self) -> None: ...
+    def set(self, generation: int, routes: Sequence[tuple[LaneRows, str]]) -> None:
+        """Each route with the version as in the URL. Rows that name another generation have to come again."""
+
+class Writer:
+    """As `_front.Writer`."""
+
+    has_waiting: bool
+
+    def __init__(self, fd: int, offset: int, size: int) -> None: ...
+    def put(
+        self, kind: int, flags: int, ticket: int, head: bytes, body: bytes | bytearray | memoryview, total: int
+    ) -> bool: ...
+    def reader_sleeps(self) -> bool: ...
+    def wait_for_room(self) -> None: ...
+
+class Reader:
+    """As `_front.Reader`."""
+
+    def __init__(
+        self, fd: int, offset: int, size: int, *, body_size_max: int, coming_size_max: int, keeps_bodies: bool
+    ) -> None: ...
+    def take(self, count_max: int) -> list[Any]: ...
+    def sleep(self) -> bool: ...
+    def writer_waits(self) -> bool: ...
+
+class FrontRows:
+    """The same of one front end.
+
+    Args:
+        link: has ``send_row(ticket, head, body)``, ``send_again(ticket)`` and ``adopt(ticket, head)``; kept until
+            `close`.
+        wake: the front end's eventfd.
+        count_max, size_max: requests, and bytes of their tensors, that are under way. More ends the link.
+
+    Attributes:
+        count, size: of what is under way.
+        request_count: of what was taken so far.
+    """
+
+    count: int
+    size: int
+    request_count: int
+
+    def __init__(
+        self, link: object, writer: Writer, wake: int, table: RowTable, count_max: int, size_max: int
+    ) -> None: ...
+    def read_from(self, reader: Reader) -> None:
+        """Has ``reader`` hand over frames of kind `ROW`."""
+
+    def cancel(self, ticket: int) -> tuple[Any, str] | None:
+        """A client has gone. The owner of its lane and its version as in the URL; None if there is no such request."""
+
+    def close(self) -> list[tuple[Any, str]]:
+        """Cancels all, and lets go of the link."""
+
+class FastRoute:
+    """A path whose plain requests are answered without Python.
+
+    Args:
+        describes_items: bodies are JSON that describes an item (Inference-Header-Content-Length), and then its bytes.
+        form_of: called once for requests that look alike, with their content type and accepted types, or with that
+            JSON, and with the codings that are accepted. Returns a `fronts.fast_path.FastForm`, or None if they go
+            their usual way.
+        log_head: what lines of the log have between the client and the time that it took.
+        kind, shape: of an item, as JSON has it.
+    """
+
+    def __init__(
+        self, rows: LaneRows, url_version: str, *, describes_items: bool, form_of: Callable[..., object], log_head: str,
+        kind: str, shape: Sequence[int], takes_json: bool,
+    ) -> None: ...  # fmt: skip
+
+class FastPath:
+    """The requests of one listener's connections that are answered without Python.
+
+    Args:
+        table: nothing is taken once its generation is another than that of `set`.
+        budget: of the bytes of bodies; has ``size`` and ``quick_max``.
+        call_soon: the loop's.
+        log: has ``when()`` and ``put_all(lines)``; None for none.
+        key_until: until when requests with this ``Authorization`` are let in, s since the epoch, or None. None if all
+            are.
+        coded_size_min: bytes of bodies that may leave compressed; 0 if none does.
+
+    Attributes:
+        request_count: of what was taken so far.
+    """
+
+    request_count: int
+
+    def __init__(
+        self, table: RowTable, *, budget: object, call_soon: Callable[..., object], log: object,
+        key_until: Callable[[str], float | None] | None, head_size_max: int, line_size_max: int, header_count_max: int,
+        body_size_max: int, takes_ids: bool, coded_size_min: int, json_size_max: int,
+    ) -> None: ...  # fmt: skip
+    def set(self, generation: int, routes: dict[str, FastRoute]) -> None: ...
+    def wait_awake(self, engine: Engine, drain: Callable[[], object]) -> None:
+        """Answers that are expected within microseconds may be waited for awake; ``drain`` takes what has come."""
+
+    def announce(self) -> None:
+        """Has workers begin with what was taken; the loop calls it."""
+
+    def close(self) -> None:
+        """Takes nothing any more."""
+
+class FastConnection:
+    """One connection's part.
+
+    Attributes:
+        is_ready: the protocol has nothing under way, so that the next request may be taken; False once one was not.
+        is_busy: one that was taken is under way.
+        arrived_at: of the last request that was taken, ns.
+        answered_at: of the last answer, ns; 0 before the first.
+        receive: to be called with what comes.
+    """
+
+    is_ready: bool
+    is_busy: bool
+    arrived_at: int
+    answered_at: int
+    receive: Callable[[bytes], None]
+
+    def __init__(self, path: FastPath) -> None: ...
+    def open(self, protocol: object, write: Callable[[bytes], None], client: str) -> None:
+        """``protocol`` has ``received(data)``, ``adopt(ticket, data)`` and ``again(data)``; kept until `close`."""
+
+    def close(self) -> tuple[Any, str] | None:
+        """The client has gone: the owner of the lane and the version as in the URL, of a request that it had."""
+
+    def hand_over(self) -> tuple[Any, tuple[Any, int, bytes, str, int]] | None:
+        """The request that is under way is the caller's from now on: the lane's owner, and as of `take_all`."""

@@ -5,6 +5,27 @@ Frame = tuple[int, int, int, bytes, bytes | bytearray]  # kind, flags, ticket, h
 STATE_SIZE: int  # bytes of a ring's memory beside its own
 HEAD_SIZE_MAX: int
 MORE: int  # the kind of frames that go on with a body
+ROW: int  # the kind of frames that the engine's `Reader` may take by itself
+LEDGER_PAGE_SIZE: int  # bytes of a ledger's memory for each process
+
+def may_be_read(content_type: str, body: bytes | bytearray | memoryview) -> bool:
+    """As `tensor_types.may_be_read`, of any body; an empty one may be."""
+
+def read_item(text: bytes | bytearray | memoryview, kind: str, shape: list[int]) -> bytes | None:
+    """The numbers of nested lists as they lie in memory, None if the text is not exactly an item of that shape.
+
+    Bit by bit what ``handlers.json_numbers`` makes of them. What is odd about a text is not told: ask the reader in
+    Python.
+
+    Args:
+        kind: as in ``struct``: f d, b h i q, B H I.
+        shape: sizes from 1 on.
+    """
+
+def read_item_at(
+    text: bytes | bytearray | memoryview, begin: int, kind: str, shape: list[int]
+) -> tuple[bytes, int] | None:
+    """The same of an item that begins at ``begin``, with the place behind it, whatever stands there."""
 
 class Writer:
     """Writes frames. One thread.
@@ -13,7 +34,12 @@ class Writer:
         fd: of the memory; may be closed afterwards.
         offset: of this ring within it, a multiple of the page size.
         size: a power of two.
+
+    Attributes:
+        has_waiting: messages wait for room, which the engine's own are not to take from them.
     """
+
+    has_waiting: bool
 
     def __init__(self, fd: int, offset: int, size: int) -> None: ...
     def put(
@@ -40,10 +66,55 @@ class Reader:
         self, fd: int, offset: int, size: int, *, body_size_max: int, coming_size_max: int, keeps_bodies: bool
     ) -> None: ...
     def take(self, count_max: int) -> list[Frame]:
-        """Complete ones, from at most so many frames of the ring. ValueError: what is there is none; read no more."""
+        """Complete ones, from at most so many frames of the ring, of which 16 that native code takes are as one.
+
+        Raises:
+            ValueError: what is there is none; read no more.
+        """
 
     def sleep(self) -> bool:
         """Whether there is nothing, and the writer will wake this end."""
 
     def writer_waits(self) -> bool:
         """To be asked once something was taken: whether to wake the writer."""
+
+class Ledger:
+    """What each of several processes holds of a sum that they share, see csrc/front_ledger.h. One thread.
+
+    Args:
+        fd: of the memory, LEDGER_PAGE_SIZE for each process, all 0 at first; may be closed afterwards.
+        count: of processes, up to 1024.
+        number: which of them this is.
+        size_max: of the sum, up to 2^48.
+
+    Raises:
+        ValueError: of numbers that cannot be, or too little memory.
+        OSError: the memory cannot be mapped.
+    """
+
+    def __init__(self, fd: int, count: int, number: int, size_max: int) -> None: ...
+    def hold(self, size: int) -> bool:
+        """Holds ``size`` from now on; False, and what it held before, if that would be too much."""
+
+    def charge(self, size: int) -> None:
+        """Holds ``size`` from now on, however much that is."""
+
+    def want(self, until: int) -> None:
+        """Has others make room until then, ns of the monotonic clock; no more than 60 s from now."""
+
+    def wanting_count(self, now: int) -> int:
+        """Others that ask for room."""
+
+    def busy_count(self, floor: int, now: int) -> int:
+        """Others that hold more than ``floor``, or ask for room."""
+
+    def held_by(self, number: int) -> int:
+        """What is written there, whatever it is. IndexError if there is no such process."""
+
+    @property
+    def others(self) -> int:
+        """What all others hold; each of them ``size_max`` at most."""
+
+    @property
+    def free(self) -> int:
+        """What nobody holds."""

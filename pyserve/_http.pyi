@@ -6,6 +6,8 @@ class Head:
     """A plain head, see csrc/http/head.h; its attributes are those of `pyserve.http1.head.RequestHead`."""
 
     @property
+    def bytes(self) -> bytes: ...  # all of it
+    @property
     def method(self) -> str: ...
     @property
     def path(self) -> str: ...

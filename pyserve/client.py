@@ -11,7 +11,6 @@ this imports neither torch nor numpy.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http.client
 import json
 import os
@@ -20,49 +19,40 @@ import socket
 import ssl
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode, urlsplit
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+from pyserve.client_calls import (
+    JSON_SIZE_HEADER,
+    AnswerError,
+    answer_error,
+    arrays_in,
+    by_name,
+    input_names,
+    json_or_bytes,
+    plain_call,
+    quoted,
+    tensor_answer,
+    tensor_call,
+    tensor_path,
+)
 
-    Array = np.ndarray[Any, Any] | torch.Tensor
-    Answer = Array | dict[str, Array] | Any
+if TYPE_CHECKING:
+    from pyserve.client_calls import Answer
+
+__all__ = ["AnswerError", "AsyncClient", "Client"]
 
 TIMEOUT_S = 120.0
-_JSON_SIZE_HEADER = "Inference-Header-Content-Length"
-_DATATYPES = {
-    "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8",
-    "int16": "INT16", "int32": "INT32", "int64": "INT64", "float16": "FP16", "bfloat16": "BF16", "float32": "FP32",
-    "float64": "FP64",
-}  # fmt: skip
-_DTYPES = {datatype: dtype for dtype, datatype in _DATATYPES.items()}
+NOT_UNDERSTOOD = 400
 _REGISTERED = re.compile(r'Model "(.*)" Version: (.*) registered with ', re.DOTALL)
-
-
-class AnswerError(Exception):
-    """The server answered with an error.
-
-    Attributes:
-        status: of HTTP.
-        message: what the server says, in one line.
-        detail: what it adds, such as the place in a handler; empty if nothing.
-    """
-
-    def __init__(self, status: int, message: str, detail: Mapping[str, Any] | None = None):
-        super().__init__(f"{status}: {message}")
-        self.status = status
-        self.message = message
-        self.detail = dict(detail or {})
 
 
 class Client:
     """A server. Any thread; each has a connection of its own, which is kept.
 
     Args:
-        url: where it answers predictions: ``http://host:8080``, ``https://host`` or ``unix:/path``.
+        url: where it answers predictions: ``http://host:8080``, ``https://host``, ``https://host/beneath/a/path`` of a
+            proxy, or ``unix:/path``.
         management: where it is managed; by default the same host and the next port.
         token: shown with predictions; ``management_token`` with the others. By default ``$PYSERVE_TOKEN`` is, with all.
         timeout_s: of each wait for the server.
@@ -102,44 +92,33 @@ class Client:
             AnswerError: the server says why not.
             OSError: it cannot be reached.
         """
-        arrays = _arrays(inputs)
+        arrays = arrays_in(inputs)
         if arrays is None:
-            return self._predict_plainly(model, inputs, version)
-        path = f"/v2/models/{_quoted(model)}" + (f"/versions/{_quoted(version)}" if version else "")
-        named = arrays if isinstance(arrays, dict) else self._named(path, arrays)
-        head, tail = _encoded(named, outputs)
-        headers = {_JSON_SIZE_HEADER: str(len(head)), "Content-Type": "application/octet-stream"}
-        body, answered = self._ask("POST", self.url, f"{path}/infer", head + tail, headers)
-        is_torch = any(_is_torch(each) for each in named.values())
-        found = _decoded(body, answered.get(_JSON_SIZE_HEADER.lower(), ""), is_torch)
-        return next(iter(found.values())) if len(found) == 1 else found
+            call = plain_call(model, inputs, version)
+            return json_or_bytes(self._ask("POST", self.url, *call)[0])
+        path = tensor_path(model, version)
+        if isinstance(arrays, dict):
+            return self._tensors(path, arrays, outputs)
+        known = self._names.get(path, [])
+        if len(known) == len(arrays) == 1:  # of several inputs another version may have another order: asked each time
+            try:
+                return self._tensors(path, by_name(path, known, arrays), outputs)
+            except AnswerError as error:
+                if error.status != NOT_UNDERSTOOD:
+                    raise
+                if self._ask_names(path, 1) == known:
+                    raise
+        names = self._ask_names(path, len(arrays))
+        return self._tensors(path, by_name(path, names, arrays), outputs)
 
-    def _predict_plainly(self, model: str, inputs: Any, version: str | None) -> Any:
-        headers = {}
-        if isinstance(inputs, Path):
-            body = inputs.read_bytes()
-            kind = {".json": "application/json", ".txt": "text/plain"}.get(inputs.suffix.lower())
-            headers = {"Content-Type": kind} if kind else {}
-        elif isinstance(inputs, bytes | bytearray | memoryview):
-            body = bytes(inputs)
-        else:
-            body, headers = json.dumps(inputs).encode(), {"Content-Type": "application/json"}
-        path = f"/predictions/{_quoted(model)}" + (f"/{_quoted(version)}" if version else "")
-        content, _ = self._ask("POST", self.url, path, body, headers)
-        return _json_or_bytes(content)
+    def _tensors(self, path: str, named: dict[str, Any], outputs: Sequence[str]) -> Answer:
+        body, answered = self._ask("POST", self.url, *tensor_call(path, named, outputs))
+        return tensor_answer(body, answered.get(JSON_SIZE_HEADER.lower(), ""), named)
 
-    def _named(self, path: str, arrays: list[Any]) -> dict[str, Any]:
-        """The inputs by the names that the model has for them."""
-        names = self._names.get(path)
-        if names is None or len(names) != len(arrays):
-            told = json.loads(self._ask("GET", self.url, path)[0]).get("inputs", [])
-            names = [str(each["name"]) for each in told] or [f"input{number}" for number in range(len(arrays))]
-            self._names[path] = names
-        if len(names) != len(arrays):
-            raise ValueError(
-                f"{path.rpartition('/')[2]} has the inputs {', '.join(names)}, and {len(arrays)} are given"
-            )
-        return dict(zip(names, arrays, strict=True))
+    def _ask_names(self, path: str, count: int) -> list[str]:
+        """Of the inputs, as the model has them; where it has none for them, ``count`` made ones."""
+        names = self._names[path] = input_names(self._ask("GET", self.url, path)[0], count)
+        return names
 
     def is_ready(self) -> bool:
         """Whether the server answers, and all of its models have workers."""
@@ -165,8 +144,8 @@ class Client:
 
     def versions(self, model: str) -> list[dict[str, Any]]:
         """The descriptions of a model's versions, the default one first."""
-        default = self._manage("GET", f"/models/{_quoted(model)}")[0]["modelVersion"]
-        found: list[dict[str, Any]] = self._manage("GET", f"/models/{_quoted(model)}/all")
+        default = self._manage("GET", f"/models/{quoted(model)}")[0]["modelVersion"]
+        found: list[dict[str, Any]] = self._manage("GET", f"/models/{quoted(model)}/all")
         return sorted(found, key=lambda each: each["modelVersion"] != default)
 
     def register(self, url: str, *, name: str | None = None, workers: int = 1, **parameters: Any) -> tuple[str, str]:
@@ -235,6 +214,7 @@ class Client:
         self, method: str, url: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> tuple[bytes, dict[str, str]]:
         key = self._keys[url]
+        path = _prefix(url) + path
         sent = {**({"Authorization": f"Bearer {key}"} if key else {}), **(headers or {})}
         for is_last in (False, True):
             connection, is_kept = self._connection(url)
@@ -251,7 +231,7 @@ class Client:
                 connection.close()
                 raise
         if answer.status >= 400:
-            raise _error(answer.status, answer.reason, content)
+            raise answer_error(answer.status, answer.reason, content)
         return content, {name.lower(): value for name, value in answer.getheaders()}
 
     def _connection(self, url: str) -> tuple[http.client.HTTPConnection, bool]:
@@ -354,111 +334,13 @@ def _next_port(url: str) -> str:
     if url.startswith("unix:") or parts.port is None:
         return url
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    return f"{parts.scheme}://{host}:{parts.port + 1}"
+    return f"{parts.scheme}://{host}:{parts.port + 1}{parts.path}"
 
 
-def _quoted(text: str) -> str:
-    return quote(text, safe="")
+def _prefix(url: str) -> str:
+    """Of all paths, where a proxy has the server beneath one."""
+    return "" if url.startswith("unix:") else urlsplit(url).path
 
 
 def _model_path(model: str, version: str | None) -> str:
-    return f"/models/{_quoted(model)}" + (f"/{_quoted(version)}" if version else "")
-
-
-def _error(status: int, reason: str, content: bytes) -> AnswerError:
-    with contextlib.suppress(ValueError):
-        told = json.loads(content)
-        if isinstance(told, dict):
-            message = told.get("message") or told.get("error") or reason
-            detail = told.get("detail")
-            detail = detail if isinstance(detail, dict) else {}
-            more = "; ".join(str(detail[key]) for key in ("text", "where", "fix") if detail.get(key))
-            return AnswerError(status, f"{message} ({more})" if more else str(message), detail)
-    return AnswerError(status, reason)
-
-
-def _json_or_bytes(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError:
-        return content
-
-
-# --- arrays ---------------------------------------------------------------------------------------------------------
-
-
-def _is_torch(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach")
-
-
-def _is_array(value: Any) -> bool:
-    return _is_torch(value) or (hasattr(value, "__array_interface__") and hasattr(value, "dtype"))
-
-
-def _arrays(inputs: Any) -> list[Any] | dict[str, Any] | None:
-    """The arrays in ``inputs``; None if there are none."""
-    if _is_array(inputs):
-        return [inputs]
-    if isinstance(inputs, Mapping) and inputs and all(map(_is_array, inputs.values())):
-        return dict(inputs)
-    if isinstance(inputs, list | tuple) and inputs and all(map(_is_array, inputs)):
-        return list(inputs)
-    return None
-
-
-def _encoded(named: Mapping[str, Any], outputs: Sequence[str]) -> tuple[bytes, bytes]:
-    """The JSON of a request, and the bytes of its tensors."""
-    entries, parts = [], []
-    for name, array in named.items():
-        dtype, shape, raw = _raw(array)
-        if dtype not in _DATATYPES:
-            raise TypeError(f"input {name!r} has dtype {dtype}; give one of {', '.join(_DATATYPES)}")
-        entries.append({"name": name, "shape": shape, "datatype": _DATATYPES[dtype],
-                        "parameters": {"binary_data_size": len(raw)}})  # fmt: skip
-        parts.append(raw)
-    head: dict[str, Any] = {"inputs": entries, "parameters": {"binary_data_output": True}}
-    if outputs:
-        head["outputs"] = [{"name": name} for name in outputs]
-    return json.dumps(head).encode(), b"".join(parts)
-
-
-def _raw(array: Any) -> tuple[str, list[int], bytes]:
-    if _is_torch(array):
-        dtype, shape = str(array.dtype).removeprefix("torch."), list(array.shape)
-        array = array.detach().cpu().contiguous()
-        if dtype == "bfloat16":  # which numpy has not
-            import torch
-
-            array = array.view(torch.int16)
-        return dtype, shape, array.numpy().tobytes()
-    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return str(array.dtype.name), list(array.shape), little.tobytes()
-
-
-def _decoded(body: bytes, json_size: str, is_torch: bool) -> dict[str, Any]:
-    size = int(json_size) if json_size else len(body)
-    at = size
-    found = {}
-    for output in json.loads(body[:size])["outputs"]:
-        count = output.get("parameters", {}).get("binary_data_size")
-        if count is None:  # text: the protocol has no dtype of numpy for it
-            found[output["name"]] = output["data"]
-            continue
-        raw, at = body[at : at + count], at + count
-        found[output["name"]] = _array(output["datatype"], output["shape"], raw, is_torch)
-    return found
-
-
-def _array(datatype: str, shape: list[int], raw: bytes, is_torch: bool) -> Any:
-    dtype = _DTYPES.get(datatype)
-    if dtype is None:  # BYTES
-        return raw
-    if is_torch or dtype == "bfloat16":
-        import torch
-
-        kind = getattr(torch, dtype)
-        return torch.frombuffer(bytearray(raw), dtype=kind).reshape(shape) if raw else torch.empty(shape, dtype=kind)
-    import numpy as np
-
-    little = np.frombuffer(bytearray(raw), dtype=np.dtype(dtype).newbyteorder("<"))
-    return little.astype(dtype, copy=False).reshape(shape)
+    return f"/models/{quoted(model)}" + (f"/{quoted(version)}" if version else "")

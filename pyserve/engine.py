@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyserve.errors import ConfigError
+from pyserve.memory_at_rest import MemoryAtRest
 
 if TYPE_CHECKING:
     from pyserve import _core
@@ -49,17 +50,22 @@ class Engine:
 
     Args:
         cpu_budget: CPUs that the workers of all lanes on the CPU share.
+
+    Attributes:
+        has_rows: there may be requests that the engine answers by itself, see `lanes.front_rows`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, cpu_budget: int):
         self.core = load_core()
         self.cpu_budget = cpu_budget
+        self.has_rows = False
         self._loop = loop
         self._engine: _core.Engine = self.core.Engine()
         self._lanes: dict[_core.Lane | _core.ProcessLane, int] = {}  # -> wanted workers; lanes on the CPU only
         # Called after each change of a worker's state; they unregister themselves.
         self._watchers: list[Callable[[], None]] = []
         self._signals = 0
+        self._memory_at_rest = MemoryAtRest(loop)
         loop.add_reader(self._engine.fileno(), self._on_readable)
 
     def add_lane(self, models: list[_core.TorchModel], example: list[torch.Tensor], capacity: int) -> _core.Lane:
@@ -124,22 +130,40 @@ class Engine:
         """Has ``look`` called after each change of a worker's state, from now on."""
         self._watchers.append(look)
 
+    def let_wait(self, path: _core.FastPath) -> None:
+        """Has ``path`` wait for answers awake, if they are expected within microseconds and there is a CPU to spare."""
+        if self.cpu_budget > 1:
+            path.wait_awake(self._engine, self._on_readable)
+
     def close(self) -> None:
         """Stops listening. Lanes are closed by their models."""
+        self._memory_at_rest.close()
         self._loop.remove_reader(self._engine.fileno())
 
     def _on_readable(self) -> None:
+        self._memory_at_rest.note_batch()
         for completion in self._engine.drain():
+            # One model's answers must not keep the others' from being delivered, nor its own of another kind.
             try:
                 deliver(completion)
             except Exception:
-                # One model's answers must not keep the others' from being delivered.
                 log.exception("delivering a batch failed")
+            if self.has_rows:
+                note_rows(completion)
         signals = self._engine.signals
         if signals != self._signals:  # else no worker's state can have changed
             self._signals = signals
             for look in list(self._watchers):
                 look()
+
+
+def note_rows(completion: _core.Completion) -> None:
+    """Has the lane count those of a completion that the engine has answered by itself, if there are any."""
+    try:
+        if completion.row_lane is not None:
+            completion.row_lane.rows_answered(completion)
+    except Exception:
+        log.exception("counting a batch failed")
 
 
 def deliver(completion: _core.Completion) -> None:

@@ -148,8 +148,8 @@ class ResourceNotFoundError(ClientError):
     status = 404
     type = "ResourceNotFoundException"
 
-    def __init__(self) -> None:
-        super().__init__("Requested resource is not found, please refer to API document.")
+    def __init__(self, *, detail: JsonObject | None = None) -> None:
+        super().__init__("Requested resource is not found, please refer to API document.", detail=detail)
 
 
 class DefaultVersionError(ClientError):

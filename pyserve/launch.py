@@ -7,14 +7,20 @@ write end of a pipe for reports. An environment variable tells the child the two
 Reports are JSON objects, one a line, told apart by ``event``:
 
     progress    {"model": name, "text": "reading weights 40/110 MB"}
-    ready       {"models": [row, ...], "not_loaded": [file, ...], "sample": "curl ...",
+    ready       {"models": [row, ...], "not_loaded": [file, ...], "sample": "curl ...", "console": URL,
                  "grpc": {"grpc_inference": "127.0.0.1:7070", ...}, "notes": [[kind, text], ...]}; the supervisor has
                 notes of its own to add
     failed      {"reason": text}
+    held        {"models": [[model, version], ...], "failed": [[model, version], ...]}; changes of models are refused,
+                those under way have ended
+    loaded      {"models": [row, ...]}; a server that is to take a running one's place waits for the order to open
+
+The supervisor has a pipe the other way to the server, for orders: a word a line, see `pyserve.server.orders`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -23,10 +29,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
+from pyserve import __version__
 from pyserve.cpu_budget import cpu_budget
 from pyserve.cuda_environment import server_variables, without_own
 from pyserve.errors import JsonObject
@@ -41,12 +49,16 @@ INTERRUPT = signal.SIGRTMIN + 7
 # them, hands on to the server what it gets. What comes within this time is one signal.
 SAME_SIGNAL_S = 0.25
 
+# What a service manager says to the one process that it starts.
+SERVICE_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID")
+
 SERVER_VARIABLE = "PYSERVE_SERVER"
 SUPERVISOR_VARIABLE = "PYSERVE_SUPERVISOR"
+LIFELINE_VARIABLE = "PYSERVE_LIFELINE"
 SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # the current folder's files are no modules of ours
 SERVER_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.server.main"]
 FRONT_END_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.server.front_end"]
-SUPERVISOR_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.server.supervisor"]
+SUPERVISOR_COMMAND = [sys.executable, *SAFE_PATH, "-m", "pyserve.server.supervise"]
 
 EXIT_DRAINED = 0
 EXIT_WILL_FAIL_AGAIN = 3
@@ -65,6 +77,80 @@ _PR_SET_PDEATHSIG = 1
 _PIPE_SIZE = 1 << 20
 
 
+class Program(NamedTuple):
+    """A build of pyserve that processes are started from.
+
+    Attributes:
+        supervisor, server, front_end: command lines.
+        pythonpath: the PYTHONPATH that it is found with; None for none.
+        version: as its package says.
+    """
+
+    supervisor: list[str]
+    server: list[str]
+    front_end: list[str]
+    pythonpath: str | None
+    version: str
+
+    @classmethod
+    def own(cls) -> Program:
+        """That of this process."""
+        found_with = child_environment().get("PYTHONPATH")
+        return cls(SUPERVISOR_COMMAND, SERVER_COMMAND, FRONT_END_COMMAND, found_with, __version__)
+
+
+class Process(Protocol):
+    """A child, of any parent."""
+
+    pid: int
+    returncode: Any
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+
+    def wait(self) -> int:
+        """The same, when it has ended."""
+
+    def kill(self) -> None:
+        """Sends SIGKILL, unless it has ended."""
+
+    def send_signal(self, sig: int) -> None:
+        """Unless it has ended."""
+
+
+class AdoptedProcess:
+    """A child that this process had before it became another program by execve(2)."""
+
+    def __init__(self, pid: int):
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int:
+        code = self._wait(0)
+        assert code is not None
+        return code
+
+    def _wait(self, options: int) -> int | None:
+        if self.returncode is None:
+            try:
+                pid, status = os.waitpid(self.pid, options)
+            except ChildProcessError:  # somebody else has taken its exit code
+                pid, status = self.pid, 0
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+
 class Child(NamedTuple):
     """A started child and the read end of its reports (non-blocking)."""
 
@@ -80,25 +166,24 @@ def spawn(
     sockets: Iterable[socket.socket] = (),
     files: Iterable[int] = (),
     output_fd: int | None = None,
+    program: Program | None = None,
 ) -> Child:
     """Start ``command`` in a session of its own with ``handover``, inheriting ``sockets`` and ``files``.
 
     Args:
         variable: environment variable that tells the child where its handover is.
         output_fd: becomes the child's stdout and stderr; inherited if ``None``.
+        program: which ``command`` is of; ``None`` for that of this process.
 
     Raises:
         OSError: the command cannot be started.
     """
-    environment = child_environment()
+    environment = child_environment() if program is None else environment_of(program)
     if variable == SERVER_VARIABLE:
         environment |= server_variables(environment)
     reports_fd, report_fd = os.pipe2(os.O_CLOEXEC)
-    handover_fd = os.memfd_create("pyserve-handover", os.MFD_CLOEXEC)
+    handover_fd = memory_file(handover)
     try:
-        with open(handover_fd, "wb", closefd=False) as file:
-            file.write(json.dumps(handover).encode())
-        os.lseek(handover_fd, 0, os.SEEK_SET)
         popen = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -120,12 +205,26 @@ def spawn(
     return Child(popen, reports_fd)
 
 
+def memory_file(handover: JsonObject) -> int:
+    """A descriptor of an anonymous file with ``handover``, to be read from its begin; closed by execve(2)."""
+    descriptor = os.memfd_create("pyserve-handover", os.MFD_CLOEXEC)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(json.dumps(handover).encode())
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def environment_of(program: Program) -> dict[str, str]:
+    """Our environment, with what ``program`` is found with."""
+    environment = child_environment()
+    environment.pop("PYTHONPATH", None)
+    return environment if program.pythonpath is None else environment | {"PYTHONPATH": program.pythonpath}
+
+
 def child_environment() -> dict[str, str]:
     """Our environment; a checkout that is found through the current folder only is named to the child."""
-    environment = {
-        name: value for name, value in without_own(os.environ).items()
-        if name not in (SERVER_VARIABLE, SUPERVISOR_VARIABLE)
-    }  # fmt: skip
+    hidden = (SERVER_VARIABLE, SUPERVISOR_VARIABLE, *SERVICE_VARIABLES)
+    environment = {name: value for name, value in without_own(os.environ).items() if name not in hidden}
     # How long threads of one operation spin while they wait for each other. GNU OpenMP's default is milliseconds:
     # as soon as anything else wants a core, whole time slices are spun away (bench/README.md has the figures).
     # Not spinning at all makes a network of many small operations slower than one thread would be.
@@ -172,6 +271,22 @@ def receive(variable: str, environ: Mapping[str, str] | None = None) -> tuple[Js
     os.set_inheritable(descriptors["report_fd"], False)
     with open(descriptors["config_fd"], "rb") as file:
         return json.load(file), Reporter(descriptors["report_fd"])
+
+
+def end_with_caller() -> None:
+    """SIGTERM when the program that started us has gone, where it holds a pipe for that (`pyserve.serve`)."""
+    descriptor = os.environ.pop(LIFELINE_VARIABLE, "")
+    if not descriptor:
+        return
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(int(descriptor), 1):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    os.set_inheritable(int(descriptor), False)
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import json
+import logging
 import os
 import shutil
 import signal
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from pyserve.client import Client
+from pyserve.launch import LIFELINE_VARIABLE
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     Example = torch.Tensor | Sequence[torch.Tensor]
 
 STOP_TIMEOUT_S = 60.0
+# torch.export and torch.jit keep what they are at in one place for all threads: two at once make wrong programs.
+_EXPORTING = threading.Lock()
 _SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []
 
 
@@ -50,8 +55,9 @@ class Serving:
         client: a `Client` of it.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path, status: dict[str, Any]):
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path, status: dict[str, Any], lifeline: int):
         self._process = process
+        self._lifeline = lifeline
         self._folder = folder
         self.url = str(status["addresses"]["inference"])
         self.management_url = str(status["addresses"]["management"])
@@ -65,6 +71,8 @@ class Serving:
 
     def stop(self) -> None:
         """Answers what was accepted, and ends the server. A second call does nothing."""
+        if self._lifeline < 0:
+            return
         atexit.unregister(self.stop)
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
@@ -73,6 +81,8 @@ class Serving:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        os.close(self._lifeline)
+        self._lifeline = -1
         self.client.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -121,12 +131,15 @@ def serve(
     Raises:
         ServingError: it cannot be served.
     """
+    if name and set(name) & set("=,"):
+        raise ServingError(f"name={name!r} cannot be served: such a name has no '=' and no ','")
     given = {"--handler": "" if handler == "tensor" else handler, "--labels": labels, "--model-file": model_file,
              "--config-file": config_file}  # fmt: skip
     flags = [part for flag, value in given.items() if value for part in (flag, value)]
     kinds = ("inference", "management", "metrics")
+    shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
     addresses = [part for number, kind in enumerate(kinds)
-                 for part in (f"--{kind}-address", f"http://{host}:{port + number if port else 0}")]  # fmt: skip
+                 for part in (f"--{kind}-address", f"http://{shown}:{port + number if port else 0}")]  # fmt: skip
     folder = Path(tempfile.mkdtemp(prefix="pyserve-serve-"))
     try:
         serving = _started(model, folder, example, name, [*addresses, *flags])
@@ -155,37 +168,47 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _started(model: Model, folder: Path, example: Example | None, name: str | None, flags: list[str]) -> Serving:
-    examples = None if example is None else _as_tuple(example)
+    examples = None if example is None else as_tuple(example)
     if isinstance(model, str | os.PathLike):
         path = Path(model).absolute()
         says_inputs = path.is_dir() or examples is None
     else:
-        path = _written(model, folder, examples, name or type(model).__name__.lower())
+        path = written_module(model, folder, examples, name or type(model).__name__.lower())
         says_inputs = path.suffix == ".pt2"
     arguments = [f"{name}={path}" if name else str(path)]
     arguments += flags
     if examples is not None and not says_inputs:
-        arguments += [part for text in _input_texts(examples) for part in ("--input", text)]
+        arguments += [part for text in input_texts(examples) for part in ("--input", text)]
     pid_path = str(folder / "pyserve.pid")
     command = [sys.executable, *_SAFE_PATH, "-m", "pyserve"]
     common = ["--pid-file", pid_path, "--grpc", "false", "--no-config-snapshots", "--strict"]
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(
-            [*command, "start", *arguments, "--foreground", *common], stdout=subprocess.PIPE, stderr=log,
-            env={**os.environ, "PYTHONPATH": _python_path(), "LOG_LOCATION": str(folder / "logs")},
-            start_new_session=True,
-        )  # fmt: skip
+    # However this process ends, that closes the pipe, and the server ends too.
+    lifeline, ours = os.pipe()
+    environment = {"PYTHONPATH": _python_path(), "LOG_LOCATION": str(folder / "logs"), LIFELINE_VARIABLE: str(lifeline)}
+    try:
+        with open(folder / "log", "wb") as log:
+            process = subprocess.Popen(
+                [*command, "start", *arguments, "--foreground", *common], stdout=subprocess.PIPE, stderr=log,
+                env={**os.environ, **environment}, start_new_session=True, pass_fds=[lifeline],
+            )  # fmt: skip
+    except BaseException:
+        os.close(ours)
+        raise
+    finally:
+        os.close(lifeline)
     if not _is_ready(process):
         process.wait()
+        os.close(ours)
         raise ServingError(_reason(folder / "log") or f"the server ended with exit code {process.returncode}")
     status = subprocess.run(
         [*command, "status", "--json", "--pid-file", pid_path], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": _python_path()},
     )  # fmt: skip
-    return Serving(process, folder, json.loads(status.stdout))
+    return Serving(process, folder, json.loads(status.stdout), ours)
 
 
-def _as_tuple(example: Example) -> tuple[torch.Tensor, ...]:
+def as_tuple(example: Example) -> tuple[torch.Tensor, ...]:
+    """One tensor for each input."""
     return tuple(example) if isinstance(example, list | tuple) else (cast("torch.Tensor", example),)
 
 
@@ -212,7 +235,7 @@ def _reason(log: Path) -> str:
 # --- a module -------------------------------------------------------------------------------------------------------
 
 
-def _written(module: Any, folder: Path, examples: tuple[torch.Tensor, ...] | None, name: str) -> Path:
+def written_module(module: Any, folder: Path, examples: tuple[torch.Tensor, ...] | None, name: str) -> Path:
     """A file with the module, in eval mode.
 
     Raises:
@@ -220,19 +243,27 @@ def _written(module: Any, folder: Path, examples: tuple[torch.Tensor, ...] | Non
     """
     import torch
 
+    if "/" in name or not name.isprintable():
+        raise ServingError(f"name={name!r} is no name of a model: it is a part of addresses, without '/'")
     if not isinstance(module, torch.nn.Module):
         raise ServingError(f"{type(module).__name__} is neither a torch.nn.Module nor the path of a model")
     if not examples:
         raise ServingError("a module needs example=, what it is called with: a tensor with the batch as dimension 0")
+    other = next((each for each in examples if not isinstance(each, torch.Tensor)), None)
+    if other is not None:
+        kind = type(other).__name__
+        raise ServingError(f"example= is a tensor, or one for each input, not {kind}; torch.as_tensor makes one")
     if any(not each.dim() or not each.shape[0] for each in examples):
         raise ServingError("each tensor of example= needs the batch as its first dimension, such as [1, 3, 224, 224]")
-    with _in_eval_mode(module), torch.no_grad():
+    with _EXPORTING, _in_eval_mode(module), torch.no_grad():
         if isinstance(module, torch.jit.ScriptModule):
             torch.jit.save(module, str(folder / f"{name}.pt"))
             return folder / f"{name}.pt"
         try:
-            program = _exported(module, examples)
+            with _quiet_export():
+                program = _exported(module, examples)
         except Exception as export_error:  # of many classes
+            _check_call(module, examples)
             try:
                 torch.jit.save(torch.jit.script(module), str(folder / f"{name}.pt"))
             except Exception:
@@ -244,6 +275,32 @@ def _written(module: Any, folder: Path, examples: tuple[torch.Tensor, ...] | Non
             return folder / f"{name}.pt"
         torch.export.save(program, folder / f"{name}.pt2")
     return folder / f"{name}.pt2"
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    """torch logs hundreds of lines of a failure that it raises, too."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _check_call(module: torch.nn.Module, examples: tuple[torch.Tensor, ...]) -> None:
+    """Raises ServingError if the module cannot be called with them. What a call changes in its state is put back."""
+    state = copy.deepcopy(module.state_dict())
+    try:
+        module(*examples)
+    except Exception as error:
+        given = ", ".join(f"{str(each.dtype).removeprefix('torch.')} {list(each.shape)}" for each in examples)
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ServingError(
+            f"{type(module).__name__} cannot be called with example= ({given}): {type(error).__name__}: {first}"
+        ) from error
+    finally:
+        module.load_state_dict(state)
 
 
 def _exported(module: torch.nn.Module, examples: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
@@ -271,7 +328,7 @@ def _in_eval_mode(module: torch.nn.Module) -> Iterator[None]:
             each.training = mode
 
 
-def _input_texts(examples: Sequence[torch.Tensor]) -> list[str]:
+def input_texts(examples: Sequence[torch.Tensor]) -> list[str]:
     """As ``--input`` takes them, of one item each."""
     shapes = [(str(each.dtype).removeprefix("torch."), ",".join(map(str, each.shape[1:]))) for each in examples]
     if len(shapes) == 1:

@@ -19,7 +19,7 @@ COMPAT = sorted((ROOT / "pyserve" / "compat").rglob("*.py"))
 # The rooms of pyserve/, one floor a line: a room may import those of the lines above it, and the modules of the root.
 # Rooms of one line are neighbours that never import each other.
 FLOORS = [
-    "config request proof",
+    "config request proof load_test",
     "archive telemetry security http1 handlers",
     "fetch worker",
     "conversion lanes",
@@ -29,10 +29,15 @@ FLOORS = [
     "grpc_api fronts",
     "server",
     "commands",
+    "embedding",
+    "replicas",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 # Rooms that may import less than what lies below them. The handlers double as examples: what they import, archives may.
 ONLY = {"http1": {"request"}, "handlers": {"proof"}, "archive": {"config", "proof"}, "fetch": {"archive", "config"}}
+
+# What users import: their names come from rooms, and no room imports them.
+FACADES = {"pyserve", "pyserve.__main__", "pyserve.asgi", "pyserve.cluster"}
 
 ROOM_PATHS = {room: ROOT / ("handlers" if room == "handlers" else f"pyserve/{room}") for room in FLOOR}
 # Dotted name -> file, of the package without compat/.
@@ -65,7 +70,8 @@ PLAIN_CPP = [
     "status.h", "clock.h", "probe.h", "ring.h", "waiter.h", "request.h", "completion.h", "batcher.h", "stats.h",
     "pool.h", "release_reason.h", "result.h", "frame.h", "poller.h", "memory_file.h", "process_worker.h",
     "process_worker.cpp", "process_worker_end.cpp", "reruns.h", "process_lane.h", "process_lane.cpp",
-    "worker_channel.h", "worker_channel.cpp", "buckets.h", "batch_report.h", "http/head.h",
+    "worker_channel.h", "worker_channel.cpp", "buckets.h", "batch_report.h", "http/head.h", "front_ring.h",
+    "front_ledger.h", "json_item.h", "http/fast_request.h", "json_rows.h",
 ]  # fmt: skip
 
 
@@ -126,7 +132,7 @@ def may_import(room: str, other: str) -> bool:
 
 def test_every_folder_of_the_package_is_a_room() -> None:
     folders = {path.name for path in (ROOT / "pyserve").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders == set(FLOOR) | {"compat", "protos"}
+    assert folders == set(FLOOR) | {"api_docs", "compat", "console", "protos"}
 
 
 @pytest.mark.parametrize("room", [room for room in FLOOR if room != "handlers"])
@@ -144,8 +150,13 @@ def test_a_room_has_tests(room: str) -> None:
 def test_rooms_import_only_what_lies_below(module: str) -> None:
     room = room_of(module)
     for other, line in imports_of(MODULES[module]):
-        is_allowed = may_import(room, room_of(other)) or module == "pyserve.__main__"
+        is_allowed = may_import(room, room_of(other)) or module in FACADES
         assert is_allowed, f"{named(MODULES[module])}:{line}: {room or 'the root'} may not import {other}"
+
+
+def test_no_room_imports_what_is_for_users_alone() -> None:
+    for name, path in MODULES.items():
+        assert not {each.module for each in imports_of(path)} & (FACADES - {"pyserve"}), name
 
 
 def test_the_rule_of_rooms_refuses_what_it_should() -> None:

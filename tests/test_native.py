@@ -7,7 +7,6 @@ names its seed; ``PYSERVE_TEST_SEED`` replays it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -16,12 +15,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-NATIVE = ROOT / "tests" / "native"
+from tests.native.build import BUILDS, HANG_S, NATIVE, built
+
 PROGRAMS = sorted(path.stem for path in NATIVE.glob("*_test.cpp"))
-BUILDS = ("plain", "thread", "address")
 ALONE = ("process_memory_test",)  # as in the Makefile, which says why
-HANG_S = 800  # not a measure of anything: a watchdog within finds what has stalled (watchdog.h)
 
 SANITIZER_OPTIONS = {
     "TSAN_OPTIONS": "halt_on_error=1 second_deadlock_stack=1",
@@ -38,7 +35,10 @@ pytestmark = [
 
 
 def check(command: list[str]) -> str:
-    """Runs a command, gives what it wrote, and fails with that if it fails."""
+    """Runs a program, gives what it wrote, and fails with that if it fails.
+
+    A watchdog within finds what has stalled (watchdog.h).
+    """
     outcome = subprocess.run(
         command,
         env={**os.environ, **SANITIZER_OPTIONS},
@@ -56,13 +56,10 @@ def check(command: list[str]) -> str:
 @pytest.fixture(scope="module", params=BUILDS)
 def build(request: pytest.FixtureRequest) -> Path:
     """The folder of one build's programs, built if they are older than their sources."""
-    name: str = request.param
-    folder = ROOT / "build" / "native" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:  # another process of this run may be at the same build
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        check(["make", "--no-print-directory", f"-j{os.cpu_count() or 1}", "-C", str(NATIVE), f"BUILD={name}"])
-    return folder
+    try:
+        return built(request.param)
+    except subprocess.CalledProcessError as error:
+        pytest.fail(f"{error}:\n{error.stdout}", pytrace=False)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -77,6 +74,7 @@ def test_there_is_a_program_for_each_part() -> None:
     parts = {
         "ring", "waiter", "completion", "batcher", "batcher_threads", "stall", "simulation", "schedule", "stats",
         "frame", "process_lane", "process_memory", "hostile_peer", "watchdog", "frame_corpus",
-        "rerun", "crew", "buckets", "pace", "head",
+        "rerun", "crew", "buckets", "pace", "head", "front_ring", "front_ledger",
+        "fast_request", "json_rows", "lookout",
     }  # fmt: skip
     assert {program.removesuffix("_test") for program in PROGRAMS} == parts

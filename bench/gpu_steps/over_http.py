@@ -15,7 +15,7 @@ import torch
 from bench.gpu_steps import archives
 from bench.gpu_steps import device as on_device
 from bench.gpu_steps.networks import build
-from bench.gpu_steps.settings import Emit, Lacks, Row, Settings
+from bench.gpu_steps.settings import Emit, Row, Settings
 from bench.gpu_steps.truth import Truth, truth_of
 from bench.servers import Server, pyserve
 from pyserve.models.sample import write_sample_picture
@@ -29,10 +29,6 @@ START_S = 40.0
 def run(settings: Settings, emit: Emit) -> None:
     """A row per model and number of clients; the first answers are compared with eager torch."""
     device = on_device.accelerator()
-    try:
-        import hdrh  # noqa: F401
-    except ImportError:
-        raise Lacks("the hdrhistogram package, which the load generator writes its figures with") from None
     precision, batch = ("fp32", 4) if settings.tiny else ("fp16", 32)
     folder = settings.folder
     networks = [build(name, tiny=settings.tiny) for name in ("resnet50_uint8", "resnet50")]

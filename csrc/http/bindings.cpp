@@ -143,6 +143,7 @@ PyGetSetDef head_properties[] = {
 };
 
 PyMemberDef head_members[] = {
+    {"bytes", T_OBJECT_EX, offsetof(Head, bytes), READONLY, nullptr},
     {"method", T_OBJECT_EX, offsetof(Head, method), READONLY, nullptr},
     {"path", T_OBJECT_EX, offsetof(Head, path), READONLY, nullptr},
     {"query", T_OBJECT_EX, offsetof(Head, query), READONLY, nullptr},

@@ -10,6 +10,7 @@ from pyserve.api import event_streams
 from pyserve.api.coded_bodies import CodedBodies
 from pyserve.api.routes import ANY, RouteRow
 from pyserve.errors import BadRequestError
+from pyserve.lanes.kept_output import model_that_ran
 from pyserve.models.model import EXPLAIN_HEADER
 from pyserve.models.registry import Registry
 from pyserve.request import codec
@@ -35,6 +36,7 @@ class Inference:
     Attributes:
         bodies: undoes the compression of bodies.
         is_ready: whether the server takes requests: not while it starts or drains.
+        generation: number of what a cluster serves, if this is a part of one; ``/ready`` tells it.
     """
 
     def __init__(self, registry: Registry, bodies: CodedBodies, *, tells_errors: bool = True, lenient: bool = False):
@@ -44,6 +46,7 @@ class Inference:
         self._tells_errors = tells_errors
         self._lenient = lenient
         self.is_ready = False
+        self.generation: int | None = None
 
     def routes(self) -> list[RouteRow]:
         """What the inference listener answers."""
@@ -78,7 +81,7 @@ class Inference:
 
         def run(exchange: Exchange, model_name: str, model_version: str | None = None) -> Undoing | None:
             exchange.request.add_headers(extra)
-            model = self._registry.get(model_name, model_version)
+            model = model_that_ran(exchange) or self._registry.get(model_name, model_version)
             version = model_version or "default"
             if self.bodies.are_undone(exchange.request, model):
                 options = {"explains": explains, "query_is_input": query_is_input}
@@ -136,7 +139,8 @@ class Inference:
             return json_response({"status": "NotReady", "reason": "the server is starting or stopping"}, 503)
         if reasons:
             return json_response({"status": "NotReady", "models": reasons}, 503)
-        return json_response({"status": "Ready"})
+        numbered = {} if self.generation is None else {"generation": self.generation}
+        return json_response({"status": "Ready", **numbered})
 
     def live(self, exchange: Exchange) -> Response:
         """200 as long as the event loop turns."""

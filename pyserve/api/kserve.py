@@ -10,6 +10,7 @@ from pyserve.api.kserve_v1 import InstancesPending, is_instances_request
 from pyserve.api.open_inference_rest import JSON_SIZE_HEADER, RestTransport, has_no_json, is_infer_request
 from pyserve.api.routes import ANY, RouteRow
 from pyserve.lanes.audit import Repetition
+from pyserve.lanes.kept_output import model_that_ran
 from pyserve.models.model import EXPLAIN_HEADER, Model
 from pyserve.models.registry import Registry
 from pyserve.request.exchange import Exchange
@@ -83,7 +84,7 @@ class KServe:
         extra = ExtraHeaders(EXPLAIN_HEADER if explains else PREDICT_HEADER)
 
         def run(exchange: Exchange, model_name: str) -> Undoing | None:
-            model = self._registry.get(model_name)
+            model = model_that_ran(exchange) or self._registry.get(model_name)
             if self._bodies.are_undone(exchange.request, model):
                 return self._bodies.undo(exchange, lambda: take(exchange, model))
             take(exchange, model)
@@ -107,7 +108,7 @@ class KServe:
         extra = ExtraHeaders(EXPLAIN_HEADER if explains else PREDICT_HEADER)
 
         def run(exchange: Exchange, model_name: str, model_version: str | None = None) -> Undoing | None:
-            model = self._registry.get(model_name, model_version)
+            model = model_that_ran(exchange) or self._registry.get(model_name, model_version)
             has_tensors = bool(exchange.request.header(JSON_SIZE_HEADER)) and not has_no_json(exchange.request)
             if self._bodies.are_undone(exchange.request, model, has_tensors=has_tensors):
                 return self._bodies.undo(exchange, lambda: take(exchange, model, model_version or "default"))

@@ -13,6 +13,7 @@ from typing import Any
 
 from pyserve.api.kserve_requests import AskedRowsPending
 from pyserve.api.open_inference import quoted
+from pyserve.body_kind import begins_as_object, text_of
 from pyserve.errors import InputError
 from pyserve.lanes.lane import Lane
 from pyserve.models.model import EXPLAIN_HEADER
@@ -30,7 +31,10 @@ _ABOUT_THE_REQUEST = ("id", "signature_name")
 
 def is_instances_request(request: Request) -> bool:
     """Whether a body is meant to be of this protocol; else it is what TorchServe would bring to the handler."""
-    return request.body[:64].lstrip()[:1] == b"{" and b'"instances"' in request.body
+    body = request.body
+    if not begins_as_object(body):
+        return False
+    return b'"instances"' in body or (b"\0" in body[:4] and '"instances"' in (text_of(body) or ""))
 
 
 class InstancesPending(AskedRowsPending):

@@ -95,7 +95,11 @@ class Management:
 
     def describe_api(self, exchange: Exchange) -> Response:
         """``OPTIONS /``."""
-        return json_response(openapi.management_api({pattern for _, pattern, _ in self.routes()} | self._neighbours))
+        return json_response(self.document())
+
+    def document(self) -> JsonObject:
+        """The API's OpenAPI document."""
+        return openapi.management_api({pattern for _, pattern, _ in self.routes()} | self._neighbours)
 
     def describe_model_api(self, exchange: Exchange, model_name: str, model_version: str | None = None) -> Response:
         """``OPTIONS /models/{m}[/{v}]``."""
@@ -186,8 +190,9 @@ class Management:
         answer: JsonObject = {"status": SCALING}
         changed: dict[str, tuple[int, int]] = {}
         if settings:
-            changed = model.configure(settings)
-            await self._registry.changed()
+            with self._registry.changes.one():
+                changed = model.configure(settings)
+                await self._registry.changed()
             self._add_warning(answer)
             answer["changed"] = {name: f"{old} -> {new}" for name, (old, new) in changed.items()}
         unused = [name for name in _UNUSED_NAMES if name in values]
@@ -214,9 +219,10 @@ class Management:
         self._read(exchange.request, parameters.NONE)
         try:
             await self._registry.set_default(model_name, model_version)
-        except VersionNotFoundError:
+        except VersionNotFoundError as error:
             # Here, and only here, TorchServe's text has no colon after "version".
-            raise VersionNotFoundError(f"Model version {model_version} does not exist for model {model_name}") from None
+            text = f"Model version {model_version} does not exist for model {model_name}"
+            raise VersionNotFoundError(text, detail=error.detail) from None
         text = f'Default version successfully updated for model "{model_name}" to "{model_version}"'
         return json_response(self._add_warning({"status": text}))
 
@@ -276,6 +282,12 @@ class Management:
         Args:
             changed: settings of the same call, old and new; they are taken back when the workers cannot be had.
         """
+        with self._registry.changes.one():
+            return await self._scaled(model, workers, version, changed)
+
+    async def _scaled(
+        self, model: Model, workers: tuple[int, int], version: str | None, changed: dict[str, tuple[int, int]]
+    ) -> int:
         await model.loaded()
         try:
             return await model.scale(*workers)
@@ -392,6 +404,10 @@ def _own_description(model: Model, *, tells_errors: bool) -> JsonObject:
         "precision": model.precision,
         "checks": model.checks(),
     }
+    if model.is_scaling:
+        own["isScaling"] = True
+    if tells_errors:
+        own["modelDir"] = str(model.archive.served_dir)
     stats = model.stats()
     if model.native_devices:  # the rest of what is special there is among the checks
         own["devices"] = [*model.native_devices]

@@ -50,7 +50,7 @@ class ModelRepository:
     """
 
     def __init__(self, registry: Registry, config: Config, *, tells_errors: bool, tokens: Tokens | None):
-        self._registry = registry
+        self.registry = registry
         self._tokens = tokens
         self._config = config
         self._tells_errors = tells_errors
@@ -68,7 +68,7 @@ class ModelRepository:
                 "state": "READY" if model.has_ready_worker else _STATES.get(model.state, "UNAVAILABLE"),
                 "reason": model.error if self._tells_errors else "",
             }
-            for model in self._registry.all_models()
+            for model in self.registry.all_models()
             if model.has_ready_worker or not only_ready
         ]
 
@@ -168,25 +168,29 @@ class ModelRepository:
         task.result()
 
     async def _load(self, name: str) -> None:
+        with self.registry.changes.one():
+            await self._load_now(name)
+
+    async def _load_now(self, name: str) -> None:
         there = self._versions(name)
         file = await self._source(name, is_there=bool(there))
         if file:
             version = await self._wanted_version(name, file, there)
             if version is None:
-                model = await self._registry.register(
+                model = await self.registry.register(
                     file, model_name=name, handler=None, initial_workers=None, settings={}
                 )
                 version = model.version
                 self._sources.pop(name, None)
-            if self._registry.default_version(name) != version:
-                await self._registry.set_default(name, version)
-        model = self._registry.get(name)
+            if self.registry.default_version(name) != version:
+                await self.registry.set_default(name, version)
+        model = self.registry.get(name)
         await model.loaded()
         if model.state == "FAILED":
             raise model.starting_error(model.error)
         if model.state == "READY" and not model.wanted_workers:
             await model.scale(1, max(1, model.workers_max))
-            await self._registry.changed()
+            await self.registry.changed()
 
     async def _wanted_version(self, name: str, file: str, there: list[Model]) -> str | None:
         """The registered version that ``file`` holds; None if it has to be registered.
@@ -245,17 +249,17 @@ class ModelRepository:
     async def _unload(self, name: str) -> None:
         there = self._versions(name)
         if not there:
-            await self._registry.unregister(name, None)  # an archive that could not be opened is forgotten
+            await self.registry.unregister(name, None)  # an archive that could not be opened is forgotten
             return
-        default = self._registry.get(name)
+        default = self.registry.get(name)
         if is_url(default.url) or Path(self._config.model_store or "", default.url) == default.archive.path:
             self._sources[name] = default.url  # else the command line named a path that no call may register
         for model in sorted(there, key=lambda model: model is default):
             if model in self._versions(name):
-                await self._registry.unregister(name, model.version)
+                await self.registry.unregister(name, model.version)
 
     def _versions(self, name: str) -> list[Model]:
-        return [model for model in self._registry.all_models() if model.name == name]
+        return [model for model in self.registry.all_models() if model.name == name]
 
 
 def _by_name(files: Iterable[str]) -> dict[str, list[str]]:

@@ -74,7 +74,7 @@ def _pending_for(
     added = [EXPLAIN_HEADER if explains else ("explain", "False")]
     if model.built_in_handler is None:
         return OwnHandlerPending(lane, exchange, model.version, url_version, transport=transport, headers=added)
-    network = model.network if isinstance(lane, NativeLane) else None
+    network = lane.network if isinstance(lane, NativeLane) else None
     if network is not None and model.built_in_handler in _TENSOR_HANDLERS:
         specs, outputs = _described(model.archive)
         return TensorsPending(

@@ -23,6 +23,7 @@ from pyserve.api.open_inference import (
     quoted,
 )
 from pyserve.api.transport import Transport
+from pyserve.body_kind import begins_as_object
 from pyserve.errors import HandlerError, InputError
 from pyserve.json_array import JsonArray
 from pyserve.request.json_body import parse_json
@@ -53,7 +54,7 @@ def has_no_json(request: Request) -> bool:
 
 def is_infer_request(request: Request) -> bool:
     """Whether a body is meant to be of this protocol; else it is what TorchServe would bring to the handler."""
-    return bool(request.header(JSON_SIZE_HEADER)) or request.body[:64].lstrip()[:1] == b"{"
+    return bool(request.header(JSON_SIZE_HEADER)) or begins_as_object(request.body)
 
 
 def json_size(request: Request) -> int:

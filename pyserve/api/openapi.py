@@ -18,7 +18,7 @@ from pyserve.api.parameters import Parameter
 from pyserve.errors import JsonObject
 
 TITLE = "TorchServe APIs"  # what TorchServe's clients look for
-_ERRORS = {
+ERRORS = {
     400: "A parameter, a header or the input cannot be used; the message says which and why.",
     401: "A key is needed, and this is none.",
     403: "Refused.",
@@ -263,6 +263,15 @@ def metrics_api() -> JsonObject:
     return _document(TITLE, __version__, [*_ABOUT_THE_API, _SCRAPE])
 
 
+def joined(documents: Iterable[JsonObject]) -> JsonObject:
+    """One document of a listener that answers for several APIs: the first one's words, where two have a path."""
+    first, *others = documents
+    for other in others:
+        for path, item in other["paths"].items():
+            first["paths"][path] = {**item, **first["paths"].get(path, {})}
+    return first
+
+
 def model_api(name: str, patterns: Iterable[str]) -> JsonObject:
     """How to ask model ``name`` for predictions on a listener with the routes ``patterns``."""
     operations = [each for each in _among(patterns, _INFERENCE) if "{model_name}" in each.pattern]
@@ -331,7 +340,7 @@ def _answers(operation: Operation) -> JsonObject:
     error = reference("V2Error" if operation.pattern.startswith("/v2/") else "Error")
     for status in operation.errors:
         headers = schemas.LATER_HEADERS if status in (429, 503) else schemas.ANSWER_HEADERS
-        answers.setdefault(str(status), _answer(_ERRORS[status], JSON, error, headers))
+        answers.setdefault(str(status), _answer(ERRORS[status], JSON, error, headers))
     if operation.may_set_status:
         about = f"What the handler answers with its own status. {_HTTP_ERRORS}"
         answers["default"] = _answer(about, _UNSAID, ANYTHING, schemas.ANSWER_HEADERS)

@@ -60,7 +60,7 @@ _WORKER = record(
 )  # fmt: skip
 MODEL = record(
     "deviceIds", "customizedMetadata", "error", "batchSizeHistogram", "meanQueueMs", "stuckWorkers", "devices",
-    "batchCeiling", "stagingNote",
+    "batchCeiling", "stagingNote", "modelDir", "isScaling",
     modelName=TEXT, modelVersion=TEXT, modelUrl=TEXT, runtime=TEXT, minWorkers=_setting("workers_min"),
     maxWorkers=_setting("workers_max"), batchSize=_setting("batch_size"), maxBatchDelay=_setting("max_batch_delay_ms"),
     responseTimeout=_setting("response_timeout_s"), startupTimeout=_setting("startup_timeout_s"),
@@ -74,6 +74,8 @@ MODEL = record(
     state={**TEXT, "enum": ["LOADING", "READY", "FAILED", "DRAINING"]}, error=TEXT, device=TEXT, weightsShared=FLAG,
     copies=COUNT, weightsSize=COUNT, minBatch=_setting("min_batch"), precision=TEXT,
     checks={**OBJECT, "description": "What was found out about the model at load."},
+    isScaling={**FLAG, "description": "Workers are being started or stopped, as was asked for."},
+    modelDir={**TEXT, "description": "Folder with the archive's files, on the server's machine."},
     devices={**array(TEXT), "description": "Accelerators that a native model's workers run on."},
     batchCeiling={"type": "integer", "minimum": 1, "description": "Largest batch that fits the device's memory."},
     stagingNote={"type": "string", "description": "Why copies to the device are slower than they could be."},

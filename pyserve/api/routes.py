@@ -17,7 +17,14 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from pyserve.api import openapi
-from pyserve.errors import MethodNotAllowedError, OverloadedError, ResourceNotFoundError, ServeError, ServerError
+from pyserve.errors import (
+    JsonObject,
+    MethodNotAllowedError,
+    OverloadedError,
+    ResourceNotFoundError,
+    ServeError,
+    ServerError,
+)
 from pyserve.log import about
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import ErrorFormat, Request, Response, json_response
@@ -101,8 +108,10 @@ class Router:
             first that takes any method.
         error_format: how errors become answers.
         cors: what other sites' pages may read; if anything, preflights are answered for every path there is.
+        signposts: what to tell of a path without a route, given the request and the first segments of all routes.
         on_answer: called with the status of each answer that the router itself gives: those of endpoints that return
             a ``Response``, and errors. Answers that an endpoint gives by ``exchange.respond`` are not seen here.
+        on_error: called with each error that becomes an answer here.
 
     Attributes:
         tasks: the ``async`` endpoints that are running.
@@ -115,11 +124,15 @@ class Router:
         error_format: ErrorFormat | None = None,
         cors: Cors | None = None,
         on_answer: Callable[[int], None] | None = None,
+        signposts: Callable[[Request, Iterable[str]], JsonObject] | None = None,
+        on_error: Callable[[ServeError, Request], None] | None = None,
     ):
         # constant
+        self._signposts = signposts
         self._error_format = error_format or ErrorFormat()
         self._answers_preflights = bool(cors)
         self._on_answer = on_answer
+        self._on_error = on_error
         self._by_first: dict[str, list[Route]] = {}
         self._others: list[Route] = []
         for row in rows:
@@ -157,6 +170,8 @@ class Router:
             log.error("request %s %s %s failed", request.id, request.method, request.path, exc_info=error,
                       extra=about(request_id=request.id))  # fmt: skip
             error = ServerError("Internal error")
+        if self._on_error is not None:
+            self._on_error(error, request)
         self._respond(exchange, self._error_format.answer(error, request))
 
     def _respond(self, exchange: Exchange, response: Response) -> None:
@@ -205,12 +220,13 @@ class Router:
             if fallback is not None:
                 return fallback
         if not allowed:
-            raise ResourceNotFoundError()
+            raise ResourceNotFoundError(detail=self._signposts(request, self._by_first) if self._signposts else None)
         if "GET" in allowed:
             allowed.add("HEAD")
         if self._answers_preflights and is_preflight(request):
             return _preflight, {}
-        raise MethodNotAllowedError(", ".join(each for each in _METHOD_ORDER if each in allowed))
+        methods = ", ".join(each for each in _METHOD_ORDER if each in allowed)
+        raise MethodNotAllowedError(methods, detail={"fix": f"methods here: {methods}"})
 
 
 def _preflight(exchange: Exchange) -> Response:

@@ -39,23 +39,27 @@ def model_control_elsewhere(address: str) -> NotHereError:
     """For a call on the inference port that loads or unloads.
 
     Args:
-        address: of management.
+        address: of management; ``""`` for an application, which has none.
     """
+    place = f"on the management port, {address}" if address else "by pyserve.asgi.management(engine)"
     return NotHereError(
         "model_repository",
-        f"load and unload models on the management port, {address}, or set model_control_on_inference=true in "
-        "config.properties",
+        f"load and unload models {place}, or set model_control_on_inference=true in config.properties",
         where=" on the inference port",
     )
 
 
 class TritonExtensions:
-    """Endpoints of the inference port, and those of the management port. Loop thread only."""
+    """Endpoints of the inference port, and those of the management port. Loop thread only.
 
-    def __init__(self, registry: Registry, repository: ModelRepository, config: Config):
+    Args:
+        has_ports: else they are those of applications.
+    """
+
+    def __init__(self, registry: Registry, repository: ModelRepository, config: Config, *, has_ports: bool = True):
         self._registry = registry
         self._repository = repository
-        self._management_address = str(config.management_address)
+        self._management_address = str(config.management_address) if has_ports else ""
 
     def reading_routes(self) -> list[RouteRow]:
         """What either listener answers."""

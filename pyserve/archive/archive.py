@@ -40,8 +40,9 @@ from pyserve.archive.manifest import Manifest, missing_manifest
 from pyserve.archive.model_config import ModelConfig
 from pyserve.archive.model_folder import Originals
 from pyserve.archive.own_folder import OwnFolder
-from pyserve.archive.program_inputs import inputs_in
+from pyserve.archive.program_inputs import inputs_beside, inputs_in
 from pyserve.archive.room import room_in
+from pyserve.archive.v2_metadata import METADATA_NAME
 from pyserve.archive.weights import FileIdentity, Weights, check_inflation
 from pyserve.errors import InvalidModelError, ModelLoadError, ModelNotFoundError
 from pyserve.os_errors import cause_of
@@ -160,11 +161,15 @@ class Archive:
             self._read_inputs()
 
     def _read_inputs(self) -> None:
-        """What the tensor handler has to know of the inputs, if only the model's own file says it."""
+        """What the tensor handler has to know of the inputs, if only the model's own file or metadata says it."""
         manifest, weights = self.manifest, self.weights
         if manifest.handler != "tensor" or "tensor.py" in self.files or self.config.raw.get("input") is not None:
             return
-        found = inputs_in(weights, self.name) if weights is not None and manifest.model_file is None else None
+        if weights is None:
+            return
+        found = inputs_in(weights, self.name, self._limits) if manifest.model_file is None else None
+        if found is None and METADATA_NAME in self.files:
+            found = inputs_beside(self.model_dir, self.name)
         if found is not None:
             self.config, self.inputs_from = self.config.with_input(found[0], self.name), found[1]
 
@@ -231,6 +236,11 @@ class Archive:
             raise ModelLoadError(
                 f"{self.name}: its files cannot be copied to a folder of its own: {cause_of(error)}; {fix}"
             ) from error
+
+    @property
+    def served_dir(self) -> Path:
+        """The folder that its code sees: `own_folder`, if that was made, else what was unpacked, to be read only."""
+        return self._own.path or self.model_dir
 
     def _unpack_again(self) -> None:
         """If what was unpacked is gone from the cache, or was written to."""
@@ -469,17 +479,9 @@ def _open_folder(path: Path, cache: ArchiveCache, limits: Limits, manifest: byte
     if manifest is not None:
         key = hashlib.sha256(key.encode() + manifest).hexdigest()
     return Archive(
-        path,
-        cache,
-        key,
-        model_dir=reader.path,
-        manifest=found.manifest,
-        config=found.config,
-        weights=weights,
-        files=files,
-        needed=found.needed,
-        limits=limits,
-    )
+        path, cache, key, model_dir=reader.path, manifest=found.manifest, config=found.config, weights=weights,
+        files=files, needed=found.needed, limits=limits,
+    )  # fmt: skip
 
 
 def is_unpacked(path: str | Path) -> bool:

@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyserve.archive.drafts import remove_left_drafts
 from pyserve.archive.entries import Entry, SourceFile
 from pyserve.errors import ModelLoadError
 from pyserve.held_folder import make_held, remove_unheld
@@ -162,7 +163,8 @@ class ArchiveCache:
             if name.startswith(_PARTIAL_PREFIX):
                 self._remove_partial(path)
                 continue
-            for each in _names_in(path / "derived"):
+            remove_left_drafts(path / "derived")
+            for each in _names_in(path / "derived"):  # of earlier versions
                 if each.startswith(("tmp", ".")) or each.endswith((".part", ".partial")):
                     _remove_if_old(path / "derived" / each)
         for folder, mark in ((self.root / "digests", "."), (self.root / "weights", ".part")):

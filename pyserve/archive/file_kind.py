@@ -57,6 +57,15 @@ _OTHERS = (
     (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it first, and give the model in it"),
 )  # fmt: skip
 
+# Entries of a zip that is neither a model nor an archive -> what it is, what to do.
+_OTHER_ZIPS = (
+    (lambda names: all(name.endswith(".npy") for name in names), "NumPy arrays (.npz)",
+     "they can be sent to a model, but are none"),
+    (lambda names: "model.weights.h5" in names and "config.json" in names, "a Keras model",
+     "export the PyTorch model instead"),
+    (lambda names: "[Content_Types].xml" in names, "an Office document", "give the model's file"),
+)  # fmt: skip
+
 
 def kind_of(source: SourceFile, limits: Limits = LIMITS) -> tuple[str, Reader | None]:
     """One of the kinds above, with the reader of one that is a zip or tar.
@@ -99,6 +108,9 @@ def _kind_of_zip(reader: Reader, name: str) -> str:
     if "constants.pkl" in tops and any(each.endswith("data.pkl") for each in entries):
         return TORCHSCRIPT
     pickle = next((entry for each, entry in entries.items() if each.partition("/")[2] == "data.pkl"), None)
+    for is_it, what, fix in _OTHER_ZIPS:
+        if entries and is_it(entries):
+            refuse(name, f"is {what}, not a model of PyTorch; {fix}")
     if pickle is None or pickle.size > _PICKLE_SIZE_MAX:
         return ARCHIVE
     _check_pickle(io.BytesIO(reader.read(pickle, _PICKLE_SIZE_MAX)), name)

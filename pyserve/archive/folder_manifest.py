@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyserve.archive.manifest import DEFAULT_VERSION, nearest_handler
+from pyserve.damaged_zip import DAMAGED_ZIP
 from pyserve.errors import InvalidModelError, shown
 from pyserve.handler import BUILT_IN
 
@@ -144,7 +145,7 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return any("/code/" in name for name in file.namelist())
-    except (zipfile.BadZipFile, OSError):
+    except DAMAGED_ZIP:
         return False
 
 

@@ -55,7 +55,8 @@ _KEY_SIZE_MAX = 64
 # Of pyserve's own; TorchServe leaves them to handlers.
 _OWN_KEYS = frozenset(
     {"minBatch", "precision", "memoryFormat", "input", "batchDependent", "precisionErrorMax", "audit", "conversion",
-     "sideEffects", "jpegDecoder", "graphs", "batchBuckets", "backend", "backendTrialSeconds", "precisionAgreementMin"}
+     "sideEffects", "jpegDecoder", "exif", "graphs", "batchBuckets", "backend", "backendTrialSeconds",
+     "precisionAgreementMin"}
 )  # fmt: skip
 # Keys of handlers and libraries that TorchServe's documentation uses at the top level: never a misspelling.
 _HANDLER_KEYS = frozenset({"handler", "pt2", "micro_batching", "pippy", "deepspeed", "profile"})
@@ -99,6 +100,7 @@ class ModelConfig:
     precision: str | None = None
     memory_format: str | None = None
     jpeg_decoder: str | None = None
+    exif: bool | None = None
     input: InputSpec | list[InputSpec] | None = None
     retry_timeout_max_s: int | None = None
     client_timeout_ms: int | None = None
@@ -345,6 +347,7 @@ _KEYS: dict[str, tuple[str, _Read]] = {
     "jobQueueSize": ("queue_size", _integer),
     "precision": ("precision", _one_of(*PRECISIONS)),
     "memoryFormat": ("memory_format", _one_of(*MEMORY_FORMATS)),
+    "exif": ("exif", _boolean),
     "jpegDecoder": ("jpeg_decoder", _one_of(*JPEG_DECODERS)),
     "input": ("input", _inputs),
     "maxRetryTimeoutInSec": ("retry_timeout_max_s", _integer),

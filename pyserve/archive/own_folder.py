@@ -35,6 +35,12 @@ class OwnFolder:
         self._is_over = False
 
     @property
+    def path(self) -> Path | None:
+        """The folder; None while it is not made."""
+        folder = self._folder
+        return folder.path if folder is not None else None
+
+    @property
     def originals(self) -> Originals:
         """What its large files were copied from."""
         return self._folder.originals if self._folder is not None else {}

@@ -2,7 +2,9 @@
 
     .pt2 of torch.export        the sizes and dtypes that it was exported for
     .pt2 of AOTInductor         those that it was compiled for
-    TorchScript                 inputs bundled with it (torch.utils.bundled_inputs)
+    TorchScript                 inputs bundled with it (torch.utils.bundled_inputs), else metadata.json among its
+                                extra files
+    any                         metadata.json beside it, see `v2_metadata`
 
 Read as text; nothing of the file is run.
 """
@@ -13,12 +15,17 @@ import io
 import struct
 import zipfile
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from pyserve.archive.inert_pickle import Named, Stored, read_inert
-from pyserve.archive.weights import Weights
+from pyserve.archive.limits import Limits
+from pyserve.archive.v2_metadata import METADATA_NAME, inputs_of_metadata
+from pyserve.archive.v2_metadata import SIZE_MAX as METADATA_SIZE_MAX
+from pyserve.archive.weights import Weights, check_inflation
 from pyserve.errors import ServeError
 from pyserve.input_config import read_inputs
+from pyserve.regular_file import open_regular
 
 if TYPE_CHECKING:
     from pyserve.proof.package_rules import Program
@@ -39,10 +46,12 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
-def inputs_in(weights: Weights, label: str) -> tuple[Any, str] | None:
-    """The value of ``input`` in model-config.yaml, and which part of the file says so; None if nothing does."""
+def inputs_in(weights: Weights, label: str, limits: Limits) -> tuple[Any, str] | None:
+    """The value of ``input`` in model-config.yaml, and which part of the file says so; None if nothing does, or it
+    inflates beyond ``limits``."""  # fmt: skip
     try:
-        found = _of_program(weights, label) if weights.suffix == ".pt2" else _bundled(weights)
+        check_inflation(weights, limits, label)  # before anything of it is inflated
+        found = _of_program(weights, label) if weights.suffix == ".pt2" else _of_script(weights)
         if found is not None:
             read_inputs(found[0], label)
         return found
@@ -89,12 +98,37 @@ def _size(low: int, high: int | None) -> int | str:
     return f"{low}..{high}"
 
 
-def _bundled(weights: Weights) -> tuple[Any, str] | None:
+def inputs_beside(folder: Path, label: str) -> tuple[Any, str] | None:
+    """The same, of metadata.json in ``folder``."""
+    try:
+        with open(open_regular(folder / METADATA_NAME), "rb") as file:
+            return _of_metadata(file.read(METADATA_SIZE_MAX), label)
+    except _UNREADABLE:
+        return None
+
+
+def _of_metadata(text: bytes, label: str) -> tuple[Any, str] | None:
+    found = inputs_of_metadata(text)
+    if found is None:
+        return None
+    read_inputs(found, label)
+    return found, METADATA_NAME
+
+
+def _of_script(weights: Weights) -> tuple[Any, str] | None:
     with weights.open() as file, zipfile.ZipFile(file) as members:
-        name = next((name for name in members.namelist() if name.partition("/")[2] == "data.pkl"), None)
-        if name is None or members.getinfo(name).file_size > _PICKLE_SIZE_MAX:
-            return None
-        content = members.read(name)
+        pickled = _read(members, "data.pkl", _PICKLE_SIZE_MAX)
+        metadata = _read(members, f"extra/{METADATA_NAME}", METADATA_SIZE_MAX)
+    return _bundled(pickled) or _of_metadata(metadata, weights.name)
+
+
+def _read(members: zipfile.ZipFile, wanted: str, size_max: int) -> bytes:
+    """A file of TorchScript; empty if it has none, or one that is larger."""
+    name = next((name for name in members.namelist() if name.partition("/")[2] == wanted), None)
+    return b"" if name is None or members.getinfo(name).file_size > size_max else members.read(name)
+
+
+def _bundled(content: bytes) -> tuple[Any, str] | None:
     if _BUNDLED.encode() not in content:
         return None
     module = read_inert(cast(BinaryIO, io.BytesIO(content)))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,18 @@ def calibration_of(archive: Archive, asked: Asked, precision: str) -> Calibratio
         return None
 
 
-def no_calibration(label: str) -> ModelLoadError:
-    """For an archive that has no calibration files: where they go."""
+def no_calibration(label: str, names: Iterable[str] = ()) -> ModelLoadError:
+    """For an archive that has no calibration files: where they go.
+
+    Args:
+        names: of the archive's files; those of other kinds in the folder are named.
+    """
+    others = sorted(name for name in names if name.startswith(f"{FOLDER}/"))[:_NAMED_MAX]
+    found = f" ({', '.join(others)} {'is' if len(others) == 1 else 'are'} of no such kind)" if others else ""
     return ModelLoadError(
-        f"{label}: 'precision: int8' needs inputs to calibrate with: put pictures, JSON bodies, .npy or .pt files that "
-        f"are like the requests to come into the archive's folder {FOLDER}/ (pyserve archive --{FOLDER} DIR), or take "
-        "precision out of model-config.yaml"
+        f"{label}: 'precision: int8' needs inputs to calibrate with{found}: put pictures, JSON bodies, .npy or .pt "
+        f"files that are like the requests to come into the archive's folder {FOLDER}/ (pyserve archive --{FOLDER} "
+        "DIR), or take precision out of model-config.yaml"
     )
 
 
@@ -150,10 +156,13 @@ def read_calibration(label: str, folder: Path, names: Sequence[str], asked: Aske
         items += found[: ITEMS_MAX - len(items)]
         file_count += 1
     if not items:
+        which = "its only calibration file cannot be used"
+        if len(used) > 1:
+            which = f"none of its {len(used)} calibration files can be used"
         raise ModelLoadError(
-            f"{label}: none of its {len(used)} calibration files can be used: {'; '.join(left_out[:_NAMED_MAX])}"
-            f"{'; ...' if len(left_out) > _NAMED_MAX else ''}. Replace them by pictures or bodies that the model "
-            "answers, or take 'precision: int8' out of model-config.yaml"
+            f"{label}: {which}: {'; '.join(text.rstrip('.') for text in left_out[:_NAMED_MAX])}"
+            f"{'; ...' if len(left_out) > _NAMED_MAX else ''}. Replace what is there by pictures or bodies that the "
+            "model answers, or take 'precision: int8' out of model-config.yaml"
         )
     for text in left_out[:_NAMED_MAX]:
         log.warning("%s: a calibration file is left out: %s", label, text)
@@ -191,6 +200,9 @@ class _Reader:
             return self._of_tensors(_loaded(path, suffix))
         except OSError as error:
             raise _LeftOut(f"it cannot be read: {error.strerror or type(error).__name__}") from error
+        except (RuntimeError, TypeError, ValueError, MemoryError) as error:  # torch's, of kinds that it cannot convert
+            cause = cause_of(str(error))
+            raise _LeftOut(f"it cannot be used: {type(error).__name__}{': ' if cause else ''}{cause}") from error
 
     def _of_body(self, body: bytes, content_type: str) -> Item:
         try:
@@ -211,6 +223,9 @@ class _Reader:
 
     def _of_tensors(self, loaded: Any) -> list[Item]:
         inputs = self._in_order(loaded)
+        for position, given in enumerate(inputs):
+            if odd := _odd_kind(given):
+                raise _LeftOut(f"{self._name(position)} of it is {odd}; save it as an ordinary tensor of numbers")
         batched = []
         for position, (given, example) in enumerate(zip(inputs, self._example, strict=True)):
             each = given[None] if given.dim() == example.dim() - 1 else given
@@ -299,6 +314,19 @@ class _Reader:
         return f"input {name!r}" if name else f"input {position + 1}"
 
 
+def _odd_kind(tensor: Any) -> str:
+    """What a tensor is that has not its numbers one beside the other in memory; ``""`` of one that does."""
+    import torch
+
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return "without numbers (of the device 'meta')" if tensor.is_meta else ""
+
+
 def _dtype(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -311,13 +339,22 @@ def _loaded(path: Path, suffix: str) -> Any:
     try:
         if suffix in (".pt", ".pth"):
             return torch.load(path, map_location="cpu", weights_only=True)
+        _check_begin(path, suffix)
         found = np.load(path, allow_pickle=False)
         if suffix == ".npz":
             with found:
                 return {name: torch.from_numpy(found[name]) for name in found.files}
         return torch.from_numpy(found)
-    except OSError:
+    except (OSError, _LeftOut):
         raise
     except Exception as error:  # numpy's and torch's, of many classes
         cause = cause_of(str(error))
         raise _LeftOut(f"it cannot be read: {type(error).__name__}{': ' if cause else ''}{cause}") from error
+
+
+def _check_begin(path: Path, suffix: str) -> None:
+    """That it is what its name says. numpy takes anything else for a pickle, and advises to trust it."""
+    wanted, saver = (b"PK", "numpy.savez") if suffix == ".npz" else (b"\x93NUMPY", "numpy.save")
+    with path.open("rb") as file:
+        if file.read(len(wanted)) != wanted:
+            raise _LeftOut(f"it cannot be read: it is no {suffix} file, as {saver} writes them")

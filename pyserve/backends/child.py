@@ -22,10 +22,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pyserve.archive.archive import Archive, open_archive
+from pyserve.archive.drafts import check_writable
 from pyserve.backends.kept import Made, draft, keep, size_of
 from pyserve.backends.table import AGREEMENT, BACKENDS
 from pyserve.conversion.child import weights_size
@@ -156,14 +158,20 @@ def _make(
         Exception: of any kind; nothing is kept.
     """
     from pyserve.backends.precision import measure_agreement
-    from pyserve.proof.agreement import agreement
+    from pyserve.backends.sources import LOWER
+    from pyserve.proof.agreement import Precisions, agreement
 
     row = BACKENDS[blank.backend]
     source.notes.clear()  # of one before that was not made
     started_at = time.monotonic()
     with draft(source.archive, blank.backend, blank.precision) as folder:
-        check_room(folder, COPIES * weights_size(source.model) + CODE_SIZE)
-        run = importlib.import_module(row.maker).make(source, folder, blank.precision)
+        size = weights_size(source.model)
+        check_room(folder, size)
+        try:
+            run = importlib.import_module(row.maker).make(source, folder, blank.precision)
+        except Exception:
+            check_room(folder, size)  # if it is for the disk, that is what is to be said
+            raise
         shutil.rmtree(folder / "scratch", ignore_errors=True)
         progress(f"comparing {row.label} with the model")
         compared_at = time.monotonic()
@@ -171,7 +179,11 @@ def _make(
         def is_enough(count: int) -> bool:
             return count >= PROBES_MIN and time.monotonic() - compared_at > PROBING_S
 
-        found = agreement(source.run, run, probes, AGREEMENT[blank.precision], is_enough=is_enough, expected=expected)
+        lower = LOWER.get(blank.precision)
+        found = agreement(
+            source.run, run, probes, AGREEMENT[blank.precision], is_enough=is_enough, expected=expected,
+            precisions=None if lower is None else Precisions(source.run, partial(source.run_at, lower)),
+        )  # fmt: skip
         made = replace(
             blank, seconds=time.monotonic() - started_at, difference=found.difference, probes=found.probes,
             error=found.objection, note="; ".join(source.notes), size=size_of(folder),
@@ -206,17 +218,22 @@ def _keep_failure(archive: Archive, made: Made, report: Report) -> None:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """That ``size`` bytes can be written to ``folder``: compilers and torch end the process on a full disk.
+    """That weights of ``size`` bytes can be written to ``folder``, with what compilers write beside them: they and
+    torch end the process on a full disk, and others tell of it in words of nobody's.
 
     Raises:
-        ModelLoadError: they cannot.
+        ModelLoadError: the disk has no room for them.
+        OSError: a quota or a limit has not.
     """
+    needed = COPIES * size + CODE_SIZE
     room = shutil.disk_usage(folder).free
-    if room < size:
+    if room < needed:
         raise ModelLoadError(
-            f"what is made of it, about {size} bytes with the compiler's copies, cannot be kept: the disk of the cache "
-            f"folder is full ({room} bytes are free); free space, or set PYSERVE_CACHE to a folder on a larger disk"
+            f"what is made of it, about {needed} bytes with the compiler's copies, cannot be kept: the disk of the "
+            f"cache folder is full ({room} bytes are free); free space, or set PYSERVE_CACHE to a folder on a larger "
+            "disk"
         )
+    check_writable(folder / "room", size)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pyserve.archive.archive import Archive
+from pyserve.archive.drafts import draft_folder, write_whole
 from pyserve.backends.table import BACKENDS
 
 # Part of the hash: what an earlier version made or accepted is made again.
@@ -134,12 +134,8 @@ def draft(archive: Archive, backend: str, precision: str) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written.
     """
-    folder = _folder(archive, backend, precision)
-    made_in = Path(tempfile.mkdtemp(prefix=f".{os.getpid()}-{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
+    with draft_folder(_folder(archive, backend, precision)) as made_in:
         yield made_in
-    finally:
-        shutil.rmtree(made_in, ignore_errors=True)
 
 
 def keep(archive: Archive, made: Made, made_in: Path) -> None:
@@ -175,14 +171,6 @@ def _remove_unused(folder: Path) -> None:
                 _set_aside(each)
 
 
-def remove_drafts(archive: Archive, pid: int) -> None:
-    """Removes what process ``pid`` left when it was killed while it made something."""
-    folder = archive.cache_file("made").parent
-    with contextlib.suppress(OSError):
-        for each in folder.glob(f".{pid}-*.partial"):
-            shutil.rmtree(each, ignore_errors=True)
-
-
 def _set_aside(folder: Path) -> None:
     """Removes a folder without showing a part of it; who has its files open keeps them."""
     aside = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.partial")
@@ -209,14 +197,7 @@ def keep_choice(archive: Archive, precision: str, batch_size: int, cpus: int, ch
         OSError: there is no room for it.
     """
     path = _choice_file(archive, precision, batch_size, cpus)
-    descriptor, draft_path = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".partial", dir=path.parent)
-    try:
-        with open(descriptor, "w") as file:
-            json.dump(asdict(choice), file)
-        os.replace(draft_path, path)
-    except BaseException:
-        os.unlink(draft_path)
-        raise
+    write_whole(path, lambda name: Path(name).write_text(json.dumps(asdict(choice))))
 
 
 def _choice_file(archive: Archive, precision: str, batch_size: int, cpus: int) -> Path:

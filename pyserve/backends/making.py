@@ -12,18 +12,19 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from pyserve.archive.archive import Archive
-from pyserve.backends.kept import Made, read_made, remove_drafts
+from pyserve.archive.drafts import draft_folder, remove_left_drafts
+from pyserve.backends.kept import Made, read_made
 from pyserve.backends.precision import why_not
 from pyserve.backends.table import BACKENDS
 from pyserve.child_reports import report_lines, report_of
@@ -39,6 +40,10 @@ Progress = Callable[[str], None]
 MADE_FROM = (*TORCHSCRIPT_SUFFIXES, ".pt2")
 
 STOPPED = "it was stopped"
+# What to do about one that took too long, where `startupTimeout` was the limit.
+WHILE_STARTING = (
+    "raise startupTimeout in model-config.yaml, or have it made when the archive is packed: pyserve archive --compile"
+)
 # For a child that has said everything, or closed its end, to end by itself.
 _LEAVING_S = 2.0
 _LOOK_S = 0.02
@@ -65,6 +70,9 @@ class Making:
     """A running making. `wait`, `each` or `stop` must be called.
 
     What is kept already is not made again: with nothing to make, no process is started.
+
+    Attributes:
+        is_late: it was given up when its time was over; or continues, see `each`.
     """
 
     def __init__(
@@ -90,13 +98,13 @@ class Making:
         self._batch_size_max = batch_size_max
         self._nice = nice
         self._is_over = is_over
-        self.is_late = False  # it was given up when its time was over
+        self.is_late = False
         self._found: dict[str, Made] = {}
         self._given: set[str] = set()  # by `each`
         self._running = ""  # the one that the child has begun
         self._is_stopped = False
         self._lock = threading.Lock()  # of the four below
-        self._scratch = ""  # where its temporary files are
+        self._scratch: ExitStack | None = None  # removes its temporary files
         self._process: subprocess.Popen[bytes] | None = None
         self._reports: BinaryIO | None = None
         self._stderr: BinaryIO | None = None
@@ -116,7 +124,7 @@ class Making:
         """Names of those of which nothing is known yet."""
         return [name for name in self._backends if name not in self._found]
 
-    def wait(self, progress: Progress, timeout_s: float) -> list[Made]:
+    def wait(self, progress: Progress, timeout_s: float, *, advice: str = WHILE_STARTING) -> list[Made]:
         """What became of each backend, in the order they were asked for. Any thread, once.
 
         One that failed, could not be made in ``timeout_s`` seconds or was stopped has an ``error``; nothing is raised
@@ -124,13 +132,28 @@ class Making:
 
         Args:
             progress: called with a line of text at each step.
+            advice: what to do about one that takes longer.
         """
-        found = {made.backend: made for made in self.each(progress, timeout_s)}
+        found = {made.backend: made for made in self.each(progress, timeout_s, advice=advice)}
         return [found[name] for name in self._backends]
 
-    def each(self, progress: Progress, timeout_s: float) -> Iterator[Made]:
-        """As `wait`, each as soon as it is known, while the next one is being made. To be iterated to its end."""
+    def give_way(self) -> None:
+        """Nobody waits for it any more: requests come first from here on."""
+        with self._lock:
+            if self._process is not None:
+                _give_way(self._process.pid)
+
+    def each(
+        self, progress: Progress, timeout_s: float, *, advice: str = WHILE_STARTING, continues: bool = False
+    ) -> Iterator[Made]:
+        """As `wait`, each as soon as it is known, while the next one is being made. To be iterated to its end.
+
+        Args:
+            advice: what to do about one that takes longer than ``timeout_s`` seconds.
+            continues: it does not end then, and is to be asked again.
+        """
         deadline = time.monotonic() + timeout_s
+        self.is_late = False
         try:
             yield from self._news()
             while self.left and not self._is_stopped:
@@ -143,10 +166,9 @@ class Making:
                     break
                 if time.monotonic() >= deadline:
                     self.is_late = True
-                    self._give_up(
-                        f"making it took longer than {timeout_s:.0f} s; raise startupTimeout in model-config.yaml, or "
-                        "have it made when the archive is packed: pyserve archive --compile"
-                    )
+                    if continues:
+                        return
+                    self._give_up(f"making it took longer than {timeout_s:.0f} s; {advice}")
                     break
                 self._note_crash()
                 yield from self._news()
@@ -155,7 +177,8 @@ class Making:
             if self._process is not None and not self.left and not self._is_stopped:
                 _let_end(self._process)
         finally:
-            self._end()
+            if not (continues and self.is_late):
+                self._end()
         self._give_up(STOPPED)
         yield from self._news()
 
@@ -191,7 +214,8 @@ class Making:
         kept = self._archive.cache_file("made").parent
         self._stderr = stderr_file()
         # Compilers and loaders of packages leave their files behind when they are killed.
-        self._scratch = tempfile.mkdtemp(prefix=".", suffix=".partial", dir=kept)
+        self._scratch = ExitStack()
+        scratch = self._scratch.enter_context(draft_folder(kept / "scratch"))
         reports, for_child = os.pipe()
         self._reports = open(reports, "rb", buffering=0)  # noqa: SIM115  # `_end` closes it
         task = {
@@ -199,7 +223,7 @@ class Making:
             "handler": self._archive.manifest.handler, "cache": str(kept.parents[2]), "backends": self.left,
             "precision": self._precision, "batch_size_max": self._batch_size_max, "nice": self._nice,
         }  # fmt: skip
-        environment = {**child_environment(), "TMPDIR": self._scratch, "PYTHONPATH": os.pathsep.join(
+        environment = {**child_environment(), "TMPDIR": str(scratch), "PYTHONPATH": os.pathsep.join(
             filter(None, [str(ROOT_DIR), os.environ.get("PYTHONPATH", "")])
         )}  # fmt: skip
         try:
@@ -283,14 +307,14 @@ class Making:
         with self._lock:
             process, files, scratch = self._process, (self._reports, self._stderr), self._scratch
             self._process = self._reports = self._stderr = None
-            self._scratch = ""
+            self._scratch = None
         # Without the lock: `stop` is called by the event loop, and files of this size take their time.
         if process is not None:
             _kill(process)
             process.wait()
-            remove_drafts(self._archive, process.pid)
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_left_drafts(self._archive.cache_file("made").parent)
+        if scratch is not None:
+            scratch.close()
         for file in files:
             if file is not None:
                 file.close()
@@ -301,6 +325,14 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _give_way(pid: int) -> None:
+    """As the child does itself where nobody waits for it, see `child._give_way`: it, and what it has started."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PGRP, pid, GIVING_WAY)
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(GIVING_WAY))
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:

@@ -49,6 +49,10 @@ _QUIET_RANDOM = ("dropout", "attention", "lstm", "gru", "rnn", "rrelu")
 _SEEDS = (11, 12)
 
 
+# Precisions that torch computes at, other than in full.
+LOWER: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 class UnsuitableError(ModelLoadError):
     """The model works, but cannot be made for another backend; trying again would not help."""
 
@@ -89,6 +93,12 @@ class Source:
         """What the model answers: the parts of its output, in order."""
         with torch.no_grad():
             return leaves(self.model(*inputs))
+
+    def run_at(self, dtype: torch.dtype, inputs: Sequence[torch.Tensor]) -> list[Any]:
+        """As `run`, as torch computes it at a lower precision. Its answers are of float32."""
+        with torch.autocast("cpu", dtype):
+            found = self.run(inputs)
+        return [each.float() if isinstance(each, torch.Tensor) and each.dtype == dtype else each for each in found]
 
     def program(self) -> Any:
         """The ``torch.export.ExportedProgram`` of it, with a free batch and the domains' free dimensions.

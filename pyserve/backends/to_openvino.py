@@ -47,6 +47,9 @@ _ODD = (
     "linalg_vector_norm", "linalg_norm", "var", "std", "lgamma", "digamma", "prod", "cumprod", "square",
     "cosine_similarity",
 )  # fmt: skip
+# More numbers of an item than that are summed one after the other there, and in pairs by torch: where they cancel each
+# other out, roundings of a million differed by more than 1e-4 of the sum.
+_SUMMED_MAX = 1 << 16
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 
 
@@ -147,6 +150,8 @@ def _check(program: Any) -> None:
             )
         if any(isinstance(each, float) and 0 < abs(each) < torch.finfo(torch.float32).tiny for each in node.args):
             raise UnsuitableError("its code has a number that is too small for OpenVINO, which takes it for zero")
+        if (count := _summed(node)) > _SUMMED_MAX:
+            raise UnsuitableError(f"it sums {count} numbers at once, which OpenVINO rounds otherwise than torch")
         if isinstance(node.target, torch._ops.HigherOrderOperator) and "cond" in str(node.target):
             raise UnsuitableError("its code takes another branch for other numbers, which OpenVINO is not given")
         value = node.meta.get("val")
@@ -326,6 +331,20 @@ def _brings_infinity(node: Any) -> bool:
 def _operator(node: Any) -> str:
     schema = getattr(node.target, "_schema", None)
     return str(schema.name).removeprefix("aten::").strip("_") if schema is not None else ""
+
+
+def _summed(node: Any) -> int:
+    """How many floating-point numbers of an item are summed into one; 0 if none are. Free sizes count as one."""
+    if _operator(node) not in ("sum", "mean", "cumsum"):
+        return 0
+    given, value = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(given, torch.Tensor) or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return 0
+    if _operator(node) == "cumsum":
+        size = given.shape[node.args[1]] if given.dim() else 1
+        return size if isinstance(size, int) else 1
+    before, after = (math.prod(size for size in each.shape if isinstance(size, int)) for each in (given, value))
+    return int(before // max(1, after))
 
 
 def _grows(node: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import sys
 import tempfile
 from dataclasses import fields
@@ -20,10 +21,14 @@ from pyserve.backends.making import Making, why_not_made
 from pyserve.backends.table import BACKENDS
 from pyserve.commands.inspect_archive import readable_size, report_failure, size_on_disk
 from pyserve.commands.model_arguments import UsageError, given_in, prepare
-from pyserve.conversion.torchscript import check_packed
+from pyserve.conversion.torchscript import check_packed, needs_tracing
 from pyserve.errors import ModelLoadError, ServeError
 from pyserve.handler import BUILT_IN
+from pyserve.torch_error import cause_of
 
+# Findings of `pyserve check` with which a model cannot be served at all; others depend on what is sent.
+_FATAL = ("archive", "load", "import", "syntax", "crash", "timeout")
+_TEXT_SIZE_MAX = 400
 # Seconds that `--compile` takes at most.
 COMPILE_MAX_S = 3600.0
 
@@ -65,7 +70,7 @@ def add_archiver_arguments(parser: argparse.ArgumentParser) -> None:
     add("-c", "--config-file", help="model-config.yaml")
     add("--compile", action="store_true", help="make the model for the other backends of this machine (OpenVINO, "
         "AOTInductor) now, into its cache, so that the first start does not; takes minutes")  # fmt: skip
-    add("--no-check", action="store_true", help="do not try whether an eager model loads and can be traced")
+    add("--no-check", action="store_true", help="do not try whether the model loads, in a process of its own")
 
 
 def _check(path: Path) -> str:
@@ -75,9 +80,40 @@ def _check(path: Path) -> str:
         ModelLoadError: it cannot be served.
     """
     try:
-        return check_packed(path, lambda text: None)
+        with open_archive(path) as archive:
+            is_traced = needs_tracing(archive)
+            is_built_in = archive.manifest.handler in BUILT_IN
+        note = check_packed(path, lambda text: None)
+        if is_built_in and not is_traced and importlib.util.find_spec("torch") is not None:
+            _try_handler(path)
+        return note
     except ServeError as error:
         raise ModelLoadError(f"{path} is packed, but cannot be served: {error.message}") from error
+
+
+def _try_handler(path: Path) -> None:
+    """Loads the model as a built-in handler does, and sends it the archive's samples, or what is made up for it.
+
+    What then fails is printed.
+
+    Raises:
+        ServeError: it cannot be loaded.
+    """
+    from pyserve.commands import check, trial
+
+    subject = trial.open_subject(path)
+    try:
+        findings = check.examine(subject, trial.own_samples(subject)).findings
+    finally:
+        subject.archive.close()
+    for each in findings:
+        step, _, said = each.what.partition(": ")
+        what = each.what if each.kind in _FATAL else f"{step}: {cause_of(said)}"
+        text = " ".join(f"{what}; {each.fix}".rstrip("; ").split())
+        if each.kind in _FATAL:
+            raise ModelLoadError(text)
+        print(f"warning: {text if len(text) < _TEXT_SIZE_MAX else text[:_TEXT_SIZE_MAX] + ' ...'} (`pyserve check "
+              f"{path}` says more)", file=sys.stderr)  # fmt: skip
 
 
 def _compile(path: Path) -> None:
@@ -97,7 +133,7 @@ def _compile(path: Path) -> None:
         making = Making(archive, makers, config.precision or "fp32", config.batch_size or 1, nice=0)
         with contextlib.closing(_Progress()) as progress:
             try:
-                found = making.wait(progress.show, COMPILE_MAX_S)
+                found = making.wait(progress.show, COMPILE_MAX_S, advice="this command gives it no more")
             finally:
                 making.stop()
     for made in found:
@@ -190,11 +226,11 @@ def archive_command(args: argparse.Namespace) -> int:
     """Writes the archive, checks it and prints its path and size. Exit code: 0, or 1 with the reason on stderr."""
     try:
         path = _packed(args)
-        note = "" if args.no_check else _check(path)
-        print(f"{path} ({readable_size(size_on_disk(path))})", flush=True)
         with survey(path) as found:
             for warning in found.config.warnings:
                 print(f"warning: {warning}", file=sys.stderr)
+        note = "" if args.no_check else _check(path)
+        print(f"{path} ({readable_size(size_on_disk(path))})", flush=True)
         if note:
             print(f"note: it runs in worker processes, each with a copy of the model: {' '.join(note.split())}")
         if args.compile:

@@ -5,25 +5,23 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from pyserve import __version__
+from pyserve.commands.invocation import configured, guarded, overrides_of
 
-if TYPE_CHECKING:
-    from pyserve.config.config import Config
-
-EXIT_ERROR = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 COMMANDS = {
     "start": "start a server, in the background unless --foreground",
     "stop": "drain the running server and stop it",
+    "upgrade": "have this build of pyserve take the running server's place, without losing a request",
     "status": "say whether a server is running and how its models are",
+    "top": "show the running server's models as they work: rates, queues, latencies",
+    "bench": "load-test a model of the running server",
     "logs": "show the server's log",
     "predict": "send a file to a model of the running server",
     "deploy": "replace the served version of a model without downtime",
@@ -40,33 +38,6 @@ COMMANDS = {
     "completion": "print a script by which a shell completes commands and flags",
 }
 
-_OVERRIDES = {
-    "model_store": "--model-store",
-    "inference_address": "--inference-address",
-    "management_address": "--management-address",
-    "metrics_address": "--metrics-address",
-    "token_file": "--token-file",
-    "state_dir": "--state-dir",
-    "front_ends": "--front-ends",
-    "enable_grpc": "--grpc",
-    "grpc_inference_port": "--grpc-inference-port",
-    "grpc_management_port": "--grpc-management-port",
-    "log_level": "--log-level",
-}
-_SWITCHES = {
-    "disable_token_auth": "disable_token_authorization",
-    "enable_model_api": "enable_model_api",
-    "strict": "strict",
-    "restore": "restore",
-    "no_config_snapshots": "no_config_snapshots",
-}
-_IGNORED = {
-    "log_config": "--log-config is ignored: log4j2 files configure Java",
-    "cpp_log_config": "--cpp-log-config is ignored: there is no C++ backend to log for",
-    "plugins_path": "--plugins-path is ignored: plug-ins are Java archives",
-    "workflow_store": "--workflow-store is ignored: workflows are not available in this version",
-}
-
 
 class _Parser(argparse.ArgumentParser):
     """Errors are one line, whatever the sub-command."""
@@ -79,39 +50,21 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors are one line on stderr, without a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] in (["torchserve"], ["torch-model-archiver"]):
+        return _in_torchserves_words(given[0], given[1:])
     atexit.register(gc.freeze)  # to look through torch's objects at the end takes 0.4 s, for nothing
     return guarded(lambda: _run(given), "pyserve")
 
 
-def guarded(run: Callable[[], int], name: str) -> int:
-    """Run a command called ``name``: its exit code, also of what it raises."""
-    from pyserve.commands.terminal import escaped_output
+def _in_torchserves_words(command: str, arguments: list[str]) -> int:
+    """The commands that TorchServe's packages have too, wherever those were installed over ours."""
+    if command == "torchserve":
+        from pyserve.commands import torchserve
 
-    with escaped_output():
-        return _guarded(run, name)
+        return torchserve.main(arguments)
+    from pyserve.commands import torch_model_archiver
 
-
-def _guarded(run: Callable[[], int], name: str) -> int:
-    try:
-        return run()
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone; nothing must be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
-    except Exception as error:
-        from pyserve.errors import ServeError
-
-        if not isinstance(error, ServeError | OSError):
-            raise
-        text = " ".join(str(error).split())
-        if "temporary directory" in text:
-            text += "; set TMPDIR to a folder that can be written"
-        elif isinstance(error, FileNotFoundError) and not error.filename:
-            text += "; does the current folder still exist? If not, cd to one that does"
-        print(f"{name}: error: {text}", file=sys.stderr)
-        return int(getattr(error, "exit_code", EXIT_ERROR))
+    return torch_model_archiver.main(arguments)
 
 
 def _run(arguments: list[str]) -> int:
@@ -124,6 +77,10 @@ def _run(arguments: list[str]) -> int:
         if name == wanted:  # the others' arguments may live in modules that take time to import
             _add_arguments(name, command)
     if wanted is not None and wanted not in COMMANDS:
+        flags = [each for each in arguments[: arguments.index(wanted)] if each.startswith("--")]
+        unknown = [each for each in flags if each not in _options(parser)]
+        if unknown:  # the word behind it is for it, perhaps
+            parser.error(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), COMMANDS)}")
         parser.error(f"unknown command {wanted!r}{_nearest(wanted, COMMANDS)}")
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -142,18 +99,8 @@ def _command(parsed: argparse.Namespace) -> int:
     match parsed.command:
         case "start":
             return _start(parsed)
-        case "stop":
-            from pyserve.commands.stop import stop_server
-
-            return stop_server(_pid_path(parsed), parsed.timeout)
-        case "status":
-            from pyserve.commands.status import print_status
-
-            return print_status(_pid_path(parsed), as_json=parsed.json)
-        case "deploy":
-            from pyserve.commands.deploy import deploy_command
-
-            return deploy_command(parsed, _pid_path(parsed))
+        case "stop" | "status" | "deploy":
+            return _served_command(parsed, _pid_path(parsed))
         case "archive":
             from pyserve.commands.archive import archive_command
 
@@ -165,7 +112,7 @@ def _command(parsed: argparse.Namespace) -> int:
         case "dev":
             from pyserve.commands.dev import dev_command
 
-            return dev_command(parsed.folder, _overrides(parsed), parsed)
+            return dev_command(parsed.folder, overrides_of(parsed), parsed)
         case "debug":
             from pyserve.commands.debug import debug_command
 
@@ -185,18 +132,58 @@ def _command(parsed: argparse.Namespace) -> int:
         case "config":
             from pyserve.commands.config import config_command
 
-            return config_command(_overrides(parsed), parsed)
+            return config_command(overrides_of(parsed), parsed)
         case _:
             return _other_command(parsed)
+
+
+def _served_command(parsed: argparse.Namespace, pid_path: Path) -> int:
+    """Those on what was started, a server or a cluster."""
+    from pyserve.commands.cluster import chosen_cluster
+
+    cluster = chosen_cluster(parsed, pid_path)
+    if cluster:
+        from pyserve.commands.cluster import deploy_on_cluster, status_of_cluster, stop_cluster
+
+        if parsed.command == "deploy":
+            return deploy_on_cluster(parsed, cluster)
+        if parsed.command == "stop":
+            return stop_cluster(cluster, pid_path, parsed.timeout)
+        return status_of_cluster(cluster, pid_path, as_json=parsed.json)
+    match parsed.command:
+        case "stop":
+            from pyserve.commands.stop import stop_server
+
+            return stop_server(pid_path, parsed.timeout)
+        case "status":
+            from pyserve.commands.status import print_status
+
+            return print_status(pid_path, as_json=parsed.json)
+        case _:
+            from pyserve.commands.deploy import deploy_command
+
+            return deploy_command(parsed, pid_path)
 
 
 def _other_command(parsed: argparse.Namespace) -> int:
     """Those that start no server and try no model."""
     match parsed.command:
+        case "upgrade":
+            from pyserve.commands.upgrade import upgrade_server
+
+            return upgrade_server(_pid_path(parsed))
         case "predict":
             from pyserve.commands.predict import predict_command
 
             return predict_command(parsed, _pid_path(parsed))
+        case "bench":
+            from pyserve.commands.bench import bench_command
+
+            return bench_command(parsed, _pid_path(parsed))
+        case "top":
+            from pyserve.commands.top import top_command
+
+            return top_command(parsed, _pid_path(parsed))
         case "logs":
             from pyserve.commands.logs import logs_command
 
@@ -224,22 +211,27 @@ def _parser_of(name: str) -> argparse.ArgumentParser:
 def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     match name:
         case "start":
+            from pyserve.commands.cluster import add_start_arguments
             from pyserve.commands.model_arguments import MODEL_HELP, add_given_arguments
 
             parser.add_argument("model_paths", nargs="*", metavar="MODEL", help=f"{MODEL_HELP}; name=... names it")
             _add_start_arguments(parser)
             add_given_arguments(parser)
+            add_start_arguments(parser)
         case "stop":
             _add_pid_file(parser)
+            _add_cluster(parser)
             parser.add_argument("--timeout", type=float, metavar="S", help="how long to wait for it to drain, in s")
         case "status":
             _add_pid_file(parser)
+            _add_cluster(parser)
             parser.add_argument("--json", action="store_true", help="as JSON")
         case "deploy":
             from pyserve.commands.deploy import add_deploy_arguments
 
             add_deploy_arguments(parser)
             _add_pid_file(parser)
+            _add_cluster(parser)
         case "archive":
             from pyserve.commands.archive import add_archiver_arguments
 
@@ -280,10 +272,22 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
 
 def _add_other_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     match name:
+        case "upgrade":
+            _add_pid_file(parser)
         case "predict":
             from pyserve.commands.predict import add_predict_arguments
 
             add_predict_arguments(parser)
+            _add_pid_file(parser)
+        case "bench":
+            from pyserve.commands.bench import add_bench_arguments
+
+            add_bench_arguments(parser)
+            _add_pid_file(parser)
+        case "top":
+            from pyserve.commands.top import add_top_arguments
+
+            add_top_arguments(parser)
             _add_pid_file(parser)
         case "logs":
             from pyserve.commands.logs import add_logs_arguments
@@ -306,6 +310,12 @@ def _add_other_arguments(name: str, parser: argparse.ArgumentParser) -> None:
 
 def _add_pid_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pid-file", metavar="FILE", help="default: .pyserve.pid in the folder for temporary files")
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    from pyserve.commands.cluster import add_cluster_argument
+
+    add_cluster_argument(parser)
 
 
 def _add_start_arguments(parser: argparse.ArgumentParser) -> None:
@@ -338,13 +348,16 @@ def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
     add("--token-file", metavar="FILE", help="keys that callers must show; default: made at start, where one is needed")
     add("--state-dir", metavar="DIR", help="for our own state; default: the user's runtime or state folder")
     add("--log-level", metavar="LEVEL", help="of the server's own records: error, warning, info (default) or debug")
+    add("--request-log", metavar="WHETHER", help="true: a line on the console for each request, with the times of its "
+        "stages; default: false, of dev true")  # fmt: skip
+    add("--access-log", metavar="WHETHER", help="false: none in access_log.log; default: true")
     add("--front-ends", metavar="N", help="processes that accept connections; default: 1")
     add("--disable-token-auth", "--dt", action="store_true", help="no tokens, wherever the server listens")
     add("--enable-model-api", action="store_true", help="allow registering models, wherever the server listens")
 
 
 def _start(parsed: argparse.Namespace) -> int:
-    from pyserve.commands.model_arguments import given_in, nothing_there, prepare_served
+    from pyserve.commands.model_arguments import UsageError, given_in, nothing_there, prepare_served
     from pyserve.commands.start import start_server
     from pyserve.config.config import MissingStoreError
 
@@ -352,42 +365,17 @@ def _start(parsed: argparse.Namespace) -> int:
         config = configured(parsed)
     except MissingStoreError as error:
         raise nothing_there(parsed.model_paths, error) from None
+    if parsed.cluster:
+        from pyserve.commands.cluster import start_on_cluster
+
+        return start_on_cluster(parsed, config, _pid_path(parsed))
+    from pyserve.commands.cluster import CLUSTER_FLAGS
+
+    for name in (*CLUSTER_FLAGS, "timeout"):
+        if getattr(parsed, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-').replace('resources', 'resource')} is for --cluster")
     config.notices += prepare_served(config, parsed.model_paths, given_in(parsed))
     return start_server(config, pid_path=_pid_path(parsed), foreground=parsed.foreground)
-
-
-def configured(parsed: argparse.Namespace) -> Config:
-    """The configuration of a command that starts a server; what is wrong with it goes to stderr.
-
-    Raises:
-        ConfigError: it cannot be used.
-    """
-    from pyserve.archive.limits import use_limits
-    from pyserve.commands import terminal as console
-    from pyserve.config.config import load_config
-
-    warnings: list[str] = []
-    try:
-        config = load_config(_overrides(parsed), ts_config=parsed.ts_config, warnings=warnings)
-    finally:
-        # Told even when the configuration cannot be used: a misspelt key may be the reason why.
-        console.warn(warnings)
-    use_limits(config)
-    config.notices += [text for name, text in _IGNORED.items() if getattr(parsed, name, None)]
-    return config
-
-
-def _overrides(parsed: argparse.Namespace) -> dict[str, tuple[str, str]]:
-    """Key of the configuration -> (text, flag), of what the command line says."""
-    given = vars(parsed)
-    overrides = {key: (given[key], flag) for key, flag in _OVERRIDES.items() if given.get(key) is not None}
-    named = [*(given.get("model_paths") or ()), *(given.get("models") or ())]
-    if named:
-        overrides["load_models"] = (",".join(named), "--models")
-    for name, key in _SWITCHES.items():
-        if given.get(name):
-            overrides[key] = ("true", f"--{name.replace('_', '-')}")
-    return overrides
 
 
 def _pid_path(parsed: argparse.Namespace) -> Path:

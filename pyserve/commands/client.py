@@ -23,7 +23,7 @@ class ApiAnswer(NamedTuple):
     status: int
     reason: str
     json: Any
-    size: int
+    body: bytes
 
     @property
     def text(self) -> str:
@@ -72,21 +72,22 @@ class Connection(http.client.HTTPConnection):
         self.sock.connect(self._address.path)
 
     def ask(
-        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
-    ) -> ApiAnswer:
-        """One request and its whole answer.
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None, *,
+        size_max: int = ANSWER_SIZE_MAX,
+    ) -> ApiAnswer:  # fmt: skip
+        """One request and its whole answer, of which ``size_max`` bytes are read.
 
         Raises:
             OSError, http.client.HTTPException: there is none.
         """
         self.request(method, path, body, {**self.headers, **(headers or {})})
         answer = self.getresponse()
-        content = answer.read(ANSWER_SIZE_MAX)
+        content = answer.read(size_max)
         try:
             parsed = json.loads(content)
         except ValueError:
             parsed = None
-        return ApiAnswer(answer.status, answer.reason, parsed, len(content))
+        return ApiAnswer(answer.status, answer.reason, parsed, content)
 
 
 def local_address(text: str) -> Address:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -31,15 +32,27 @@ def completion_command(
     return 0
 
 
-_Flags = Mapping[str, Mapping[str, str]]  # command -> flag -> its help
+class _Flag(NamedTuple):
+    """One flag: what it is for, and whether a value follows it."""
+
+    about: str
+    takes_value: bool
 
 
-def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+_Flags = Mapping[str, Mapping[str, _Flag]]  # command -> flag -> what is known of it
+
+
+def help_text(action: argparse.Action) -> str:
+    """What ``--help`` says of an argument, with its default."""
+    return argparse.HelpFormatter("")._expand_help(action) if action.help else ""
+
+
+def _flags(parser: argparse.ArgumentParser) -> dict[str, _Flag]:
     found = {}
     for action in parser._actions:
         if action.help != argparse.SUPPRESS:
-            text = (action.help or "").replace("%%", "%").split(";")[0]
-            found.update({flag: text for flag in action.option_strings if flag.startswith("--")})
+            flag = _Flag(help_text(action).split(";")[0], action.nargs != 0)
+            found.update({name: flag for name in action.option_strings if name.startswith("--")})
     return found
 
 
@@ -50,6 +63,10 @@ _pyserve() {{
     local current=${{COMP_WORDS[COMP_CWORD]}} words=''
     if [ "$COMP_CWORD" -eq 1 ]; then
         COMPREPLY=($(compgen -W '{" ".join(commands)}' -- "$current"))
+        return
+    fi
+    if [ "${{COMP_WORDS[1]}}" = completion ]; then
+        COMPREPLY=($(compgen -W '{" ".join(SHELLS)}' -- "$current"))
         return
     fi
     case ${{COMP_WORDS[1]}} in
@@ -67,7 +84,7 @@ complete -o filenames -F _pyserve pyserve
 
 def _zsh(commands: Mapping[str, str], flags: _Flags) -> str:
     listed = "\n".join(f"        {_quoted(f'{name}:{text}')}" for name, text in commands.items())
-    cases = "\n".join(f"        {name}) _arguments {_zsh_flags(flags[name])} '*:file:_files' ;;" for name in commands)
+    cases = "\n".join(f"        {name}) _arguments {_zsh_flags(flags[name])} {_zsh_rest(name)} ;;" for name in commands)
     return f"""#compdef pyserve
 _pyserve() {{
     local -a commands
@@ -89,17 +106,27 @@ if [ "$funcstack[1]" = _pyserve ]; then _pyserve "$@"; else compdef _pyserve pys
 """
 
 
-def _zsh_flags(flags: Mapping[str, str]) -> str:
-    return " ".join(_quoted(f"{flag}[{_plain(text)}]:value:_files") for flag, text in sorted(flags.items()))
+def _zsh_flags(flags: Mapping[str, _Flag]) -> str:
+    return " ".join(
+        _quoted(f"{name}[{_plain(flag.about)}]" + ":value:_files" * flag.takes_value)
+        for name, flag in sorted(flags.items())
+    )
+
+
+def _zsh_rest(command: str) -> str:
+    return f"'1:shell:({' '.join(SHELLS)})'" if command == "completion" else "'*:file:_files'"
 
 
 def _fish(commands: Mapping[str, str], flags: _Flags) -> str:
     lines = ["# fish completion of pyserve"]
     for name, text in commands.items():
         lines.append(f"complete -c pyserve -n __fish_use_subcommand -a {name} -d {_quoted(text)}")
-        for flag, told in sorted(flags[name].items()):
+        for long, flag in sorted(flags[name].items()):
             seen = f"'__fish_seen_subcommand_from {name}'"
-            lines.append(f"complete -c pyserve -n {seen} -l {flag[2:]} -d {_quoted(_plain(told))}")
+            value = " -r" if flag.takes_value else ""
+            lines.append(f"complete -c pyserve -n {seen} -l {long[2:]}{value} -d {_quoted(_plain(flag.about))}")
+    shells = f"complete -c pyserve -f -n '__fish_seen_subcommand_from completion' -a {_quoted(' '.join(SHELLS))}"
+    lines.append(shells)
     return "\n".join(lines) + "\n"
 
 

@@ -22,6 +22,7 @@ from typing import Any, TextIO, cast
 from pyserve import devices
 from pyserve.commands import terminal as console
 from pyserve.commands import trial as dry_run
+from pyserve.commands.escaping import unescaped_output
 from pyserve.commands.model_arguments import given_in
 from pyserve.commands.trial import Input, Subject
 from pyserve.errors import HandlerError
@@ -74,7 +75,7 @@ def debug_command(parsed: argparse.Namespace) -> int:
         os.execv(interpreter, [interpreter, "-m", "pyserve", *sys.argv[1:]])
     inputs = dry_run.read_inputs(parsed) or dry_run.own_samples(subject)[:1]
     try:
-        with console.unescaped_output():
+        with unescaped_output():
             return _Run(subject).run(inputs, parsed.batch)
     finally:
         subject.archive.close()

@@ -28,6 +28,7 @@ from pyserve.archive.manifest import check_model_name
 from pyserve.commands.client import ApiAnswer, Connection, local_address, management_key
 from pyserve.config.address import Address
 from pyserve.errors import ConfigError, ServeError
+from pyserve.regular_file import read_whole
 from pyserve.security.tokens import read_keys
 from pyserve.server import pid_file
 
@@ -102,7 +103,7 @@ def _read_sample(path: str | None) -> bytes | None:
     if path is None:
         return None
     try:
-        return Path(path).read_bytes()
+        return read_whole(Path(path))
     except OSError as error:
         raise DeployError(f"--sample {path} cannot be read: {error.strerror}") from None
 
@@ -270,7 +271,7 @@ class _Deployment:
                 raise DeployError(f"{self._new} does not answer the sample at {address}: {error}") from None
         if answer.status != 200:
             raise DeployError(f"{self._new} answers the sample with {answer.text}")
-        self._say(f"answers the sample ({answer.size} bytes)")
+        self._say(f"answers the sample ({len(answer.body)} bytes)")
 
     def _make_default(self) -> None:
         if not self._old:

@@ -43,6 +43,7 @@ def dev_command(folder: Path, overrides: Mapping[str, tuple[str, str]], parsed: 
     manifest = open_folder(folder, given_in(parsed))
     name = parsed.name or manifest.model_name or name_of_file(folder.resolve().name)
     overrides = {
+        "request_log": ("true", COMMAND),
         **overrides,
         "load_models": (model_to_load(folder, name), COMMAND),
         "watch": ("true", COMMAND),

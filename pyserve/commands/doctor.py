@@ -12,12 +12,14 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 
 from pyserve.archive import versions
 from pyserve.archive.archive import Archive
 from pyserve.archive.cache import open_cache
 from pyserve.archive.given import Given
+from pyserve.causes import fix_for
 from pyserve.cgroup import groups_around
 from pyserve.commands.backend_lines import archive_lines, backend_checks
 from pyserve.commands.doctor_check import FAIL, LEVELS, NOTE, PASS, WARN, Check
@@ -87,6 +89,7 @@ def all_checks(archive: Path | None, ts_config: str | None, given: Given | None 
     yield from _folders(config)
     yield from _addresses(config)
     yield from _strangers(config)
+    yield from command_owners()
     yield from _packages()
     yield from backend_checks()
     if archive is not None:
@@ -105,7 +108,7 @@ def _torch() -> Iterator[Check]:
     try:
         import torch
     except ImportError as error:
-        yield Check(FAIL, "torch", f"cannot be imported: {error}", "pip install torch, in this Python")
+        yield Check(FAIL, "torch", f"cannot be imported: {error}", fix_for(str(error)))
         return
     yield Check(PASS, "torch", f"{torch.__version__}, {Path(torch.__file__).parent}")
     from pyserve.engine import load_core
@@ -113,7 +116,7 @@ def _torch() -> Iterator[Check]:
     try:
         load_core()
     except (ConfigError, ImportError) as error:
-        yield Check(FAIL, "native engine", str(error))
+        yield Check(FAIL, "native engine", str(error), fix_for(str(error)))
     else:
         yield Check(PASS, "native engine", f"built for torch {torch.__version__}")
     yield from device_checks()
@@ -304,6 +307,30 @@ def is_container() -> bool:
     return any(Path(path).exists() for path in ("/.dockerenv", "/run/.containerenv"))
 
 
+def command_owners() -> Iterator[Check]:
+    """Whose the commands are that TorchServe's packages have too: whatever was installed last has them."""
+    for command in ("torchserve", "torch-model-archiver"):
+        path = shutil.which(command, path=str(Path(sys.executable).parent)) or shutil.which(command)
+        if path is None:
+            yield Check(NOTE, "command", f"{command} is not installed as a command; `pyserve {command}` is the same")
+            continue
+        try:
+            is_ours = "pyserve" in Path(path).read_text("utf-8", "replace")
+        except OSError as error:
+            yield Check(WARN, "command", f"{path} cannot be read: {error.strerror}")
+            continue
+        if is_ours:
+            yield Check(PASS, "command", f"{path} is pyserve's")
+            continue
+        owners = {
+            f"{each.name} {each.version}" for each in distributions() for point in each.entry_points
+            if (point.group, point.name) == ("console_scripts", command) and not point.value.startswith("pyserve.")
+        }  # fmt: skip
+        owner = ", ".join(sorted(owners)) or "another package"
+        yield Check(WARN, "command", f"{path} is of {owner}, not pyserve's",
+                    f"`pyserve {command} ...` is ours; or uninstall {owner} and install pyserve again")  # fmt: skip
+
+
 def _packages() -> Iterator[Check]:
     for name, purpose in OPTIONAL.items():
         found = versions.installed(name)
@@ -324,7 +351,9 @@ def _archive(path: Path, ts_config: str | None, given: Given | None) -> Iterator
         return
     with subject.archive as archive:
         yield Check(PASS, "archive", f"{subject.label}, handler {archive.manifest.handler}, {len(archive.files)} files")
-        for text in (*subject.notes, *archive.warnings):
+        for text in subject.notes:
+            yield Check(NOTE, "archive", text)
+        for text in archive.warnings:
             yield Check(WARN, "archive", text)
         yield from _recorded(archive)
         if not runs_in_python(archive):

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from pyserve.archive.archive import Survey, has_manifest, is_unpacked, open_archive, survey
 from pyserve.archive.entries import Entry
+from pyserve.archive.limits import configured_limits
+from pyserve.archive.program_inputs import inputs_in
+from pyserve.archive.weights import Weights
 from pyserve.commands.backend_lines import archive_lines
 from pyserve.commands.model_arguments import MODEL_HELP, add_given_arguments, given_in, prepare
 from pyserve.conversion.record import conversion_of, is_converted, python_reason
@@ -52,6 +55,9 @@ def _print_survey(path: Path, found: Survey) -> None:
         if not entry.is_folder:
             print(f"{entry.size:>14} {entry.packed_size:>14}  {_how(found.kind, entry):<8}  {entry.name}")
     print(f"\n{_weights_line(found)}")
+    line = _input_line(path, found)
+    if line:
+        print(f"input: {line}")
     line = _conversion_line(path, found)
     if line:
         print(f"conversion: {line}")
@@ -79,6 +85,17 @@ def _weights_line(found: Survey) -> str:
         f"weights: {weights.name}, {size}, unpacked once into the cache; "
         "pack with `pyserve archive` to have it mapped instead"
     )
+
+
+def _input_line(path: Path, survey: Survey) -> str:
+    """What a model's file by itself says that it takes; ``""`` if it does not, or where model-config.yaml does."""
+    weights = survey.weights
+    is_bare = path.is_file() and survey.kind not in ("zip", "tar", "tar.gz")
+    if not is_bare or weights is None or survey.manifest.model_file or survey.config.raw.get("input") is not None:
+        return ""
+    held = Weights(weights.name, path, 0, path.stat().st_size)
+    found = inputs_in(held, path.name, configured_limits())
+    return f"{json.dumps(found[0])}, read from {found[1]}" if found else ""
 
 
 def _conversion_line(path: Path, survey: Survey) -> str:
@@ -133,7 +150,9 @@ def readable_size(size: int) -> str:
 
 
 def report_failure(error: Exception) -> int:
-    """Prints one line on stderr and returns the exit code."""
+    """Prints one line on stderr and returns the exit code. That our output is not read any more is no failure."""
+    if isinstance(error, BrokenPipeError):
+        raise error
     text = str(error).splitlines()
     print(f"error: {text[0] if text else type(error).__name__}", file=sys.stderr)
     return 1

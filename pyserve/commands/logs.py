@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pyserve.commands.start import LOG_FILE
-from pyserve.errors import ConfigError
+from pyserve.errors import ConfigError, shown
 from pyserve.server import pid_file
 
 LINES_DEFAULT = 50
@@ -29,7 +30,13 @@ def add_logs_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="only records that name it")
     add("-f", "--follow", action="store_true", help="print what comes, until Ctrl-C")
-    add("-n", "--lines", type=int, default=LINES_DEFAULT, metavar="N", help="from the end (default %(default)s)")
+    add("-n", "--lines", type=_count, default=LINES_DEFAULT, metavar="N", help="from the end (default %(default)s)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, 0 or more")
+    return int(text)
 
 
 def logs_command(parsed: argparse.Namespace, pid_path: Path) -> int:
@@ -40,8 +47,11 @@ def logs_command(parsed: argparse.Namespace, pid_path: Path) -> int:
     """
     path = _log_file(pid_path)
     wanted = _Wanted(parsed.model)
-    for line in deque(filter(wanted, _last_lines(path)), maxlen=max(0, parsed.lines)):
+    lines = deque(filter(wanted, _last_lines(path)), maxlen=parsed.lines)
+    for line in lines:
         print(line)
+    if parsed.model and not lines and parsed.lines:
+        print(f"pyserve: note: nothing in {path} is of a model called {shown(parsed.model)}", file=sys.stderr)
     if parsed.follow:
         for line in filter(wanted, _following(path)):
             print(line, flush=True)

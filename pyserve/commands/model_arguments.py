@@ -7,6 +7,7 @@ reaches all processes that open the file (`pyserve.archive.given`).
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +16,7 @@ from pyserve.archive.archive import has_manifest, survey
 from pyserve.archive.bare_file import input_unknown, is_input
 from pyserve.archive.folder_manifest import infer_manifest
 from pyserve.archive.given import Given, give
+from pyserve.archive.limits import configured_limits
 from pyserve.archive.program_inputs import inputs_in
 from pyserve.archive.weights import Weights
 from pyserve.config.archive_url import is_url
@@ -121,7 +123,7 @@ def _says_inputs(path: Path, model_file: str | None) -> bool:
     with survey(path) as found:
         if found.kind != "TorchScript":
             return True
-    return inputs_in(Weights("m.pt", path, 0, path.stat().st_size), path.name) is not None
+    return inputs_in(Weights("m.pt", path, 0, path.stat().st_size), path.name, configured_limits()) is not None
 
 
 def _prepare_folder(folder: Path, given: Given) -> list[str]:
@@ -193,6 +195,10 @@ def nothing_there(named: Sequence[str], error: ServeError) -> ServeError:
 
 def not_there(path: Path) -> ModelNotFoundError:
     """The error for a path where nothing is, with what may have been meant."""
+    if path.is_symlink():
+        return ModelNotFoundError(
+            f"Model not found at: {path}; it is a link to {os.readlink(path)}, which is not there"
+        )
     try:
         names = [each.name for each in path.parent.iterdir() if not each.name.startswith(".")]
     except OSError:

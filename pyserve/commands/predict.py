@@ -12,15 +12,18 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pyserve.commands.client import Connection, local_address
+from pyserve.commands.escaping import unescaped
 from pyserve.commands.model_arguments import UsageError
-from pyserve.commands.terminal import unescaped
 from pyserve.config.address import Address
 from pyserve.errors import ConfigError, ServeError
+from pyserve.regular_file import read_whole
 from pyserve.security.tokens import read_keys
 from pyserve.server import pid_file
 
 TIMEOUT_S = 300.0
 STDIN = "-"
+# To somebody who reads the answer numbers are none in memory.
+READABLE = "application/json, */*;q=0.5"
 _TEXT_TYPES = {".json": "application/json", ".txt": "text/plain"}
 
 
@@ -49,10 +52,13 @@ def predict_command(parsed: argparse.Namespace, pid_path: Path) -> int:
         ServeError, OSError: there is no server, or it answers with an error.
     """
     body, content_type = _body(parsed)
-    address, key = _server(parsed, pid_path)
+    address, key = predictions_of(parsed, pid_path)
     name, _, version = parsed.model.partition("/")
     path = f"/predictions/{quote(name, safe='')}" + (f"/{quote(version, safe='')}" if version else "")
     headers = {"Content-Type": content_type} if content_type else {}
+    out = unescaped(sys.stdout)
+    if not parsed.output and out.isatty():
+        headers["Accept"] = READABLE
     connection = Connection(address, key, checks_certificate=bool(parsed.url), timeout_s=parsed.timeout)
     with contextlib.closing(connection):
         try:
@@ -67,7 +73,6 @@ def predict_command(parsed: argparse.Namespace, pid_path: Path) -> int:
     if parsed.output:
         Path(parsed.output).write_bytes(content)
         return 0
-    out = unescaped(sys.stdout)
     if out.isatty() and not _is_text(content):
         raise PredictError(f"the answer is {len(content)} bytes of binary data; give a file for it with -o FILE")
     buffer = getattr(out, "buffer", None)
@@ -95,14 +100,27 @@ def _body(parsed: argparse.Namespace) -> tuple[bytes, str]:
         return body, parsed.content_type or ("application/json" if _is_json(body) else "")
     path = Path(parsed.input)
     try:
-        body = path.read_bytes()
+        body = read_whole(path)
     except OSError as error:
         raise UsageError(f"the input {path} cannot be read: {error.strerror}") from None
-    guessed = _TEXT_TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0]
-    return body, parsed.content_type or guessed or ""
+    return body, parsed.content_type or content_type_of(path)
 
 
-def _server(parsed: argparse.Namespace, pid_path: Path) -> tuple[Address, str]:
+def content_type_of(path: Path) -> str:
+    """By the file's name; ``""`` if that does not say."""
+    return _TEXT_TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0] or ""
+
+
+def predictions_of(parsed: argparse.Namespace, pid_path: Path) -> tuple[Address, str]:
+    """Where predictions are asked for, and with which key: what ``--url`` and ``--token`` say, or the pid file.
+
+    Raises:
+        UsageError: the URL is none, or the key or the content type can be in no header.
+        ConfigError: no server is running.
+    """
+    for flag, text in (("--token", parsed.token), ("--content-type", parsed.content_type)):
+        if text and not (text.isascii() and text.isprintable()):
+            raise UsageError(f"{flag} has characters that a header cannot carry; give printable ASCII")
     if parsed.url:
         try:
             return Address.parse(parsed.url, 8080), parsed.token or ""

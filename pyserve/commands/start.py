@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pyserve import launch, log
 from pyserve.commands import terminal as console
+from pyserve.commands.model_table import print_models, print_ready
 from pyserve.config.config import Config
 from pyserve.errors import ConfigError, JsonObject
 from pyserve.server import pid_file
@@ -85,8 +86,9 @@ def start_server(config: Config, *, pid_path: Path, foreground: bool, like_torch
 
 
 def _run_in_foreground(config: Config, pid_path: Path, plain_pid_path: Path | None) -> int:
-    from pyserve.server.supervisor import supervise
+    from pyserve.server.supervise import supervise
 
+    launch.end_with_caller()
     if plain_pid_path is not None:
         os.dup2(1, 2)  # the server's, too
     log.configure(config.log_level.upper(), as_json=config.log_format == "json")
@@ -100,7 +102,7 @@ def _run_in_foreground(config: Config, pid_path: Path, plain_pid_path: Path | No
 
     code = supervise(
         config, on_event, pid_path=pid_path, plain_pid_path=plain_pid_path, log_file="",
-        server_command=launch.SERVER_COMMAND, drains_on_hangup=True,
+        program=launch.Program.own(), drains_on_hangup=True,
     )  # fmt: skip
     if failures:
         print(f"{console.program()}: error: {failures[-1]}", file=sys.stderr)
@@ -115,7 +117,7 @@ def _start_in_background(config: Config, pid_path: Path, plain_pid_path: Path | 
         "pid_file": str(pid_path.absolute()),
         "plain_pid_file": str(plain_pid_path or ""),
         "log_file": str(log_file.path or ""),
-        "server_command": launch.SERVER_COMMAND,
+        "program": launch.Program.own()._asdict(),
     }
     child = launch.spawn(command, launch.SUPERVISOR_VARIABLE, handover, output_fd=log_file.fd)
     os.close(log_file.fd)
@@ -162,9 +164,9 @@ def _print_outcome(event: JsonObject, config: Config) -> bool:
         console.warn([text], kind=kind)
     failed = [str(row.get("model")) for row in event.get("models", []) if row.get("state") == "FAILED"]
     if not (config.strict and failed):
-        console.print_ready(event)
+        print_ready(event)
         return True
-    print("\n".join(console.table_lines(event["models"])), file=sys.stderr)
+    print_models(event["models"], sys.stderr)
     print(
         f"{console.program()}: error: --strict: not loaded: {', '.join(failed)}; the server is stopped", file=sys.stderr
     )
@@ -174,16 +176,17 @@ def _print_outcome(event: JsonObject, config: Config) -> bool:
 def _report_failed(event: JsonObject | None, supervisor: subprocess.Popen[bytes], log_file: LogFile) -> int:
     code = _wait_for_exit(supervisor)
     lines = log_file.tail()
-    if lines:
-        print(f"the last lines of {log_file.path}:", file=sys.stderr)
-        print("\n".join(f"    {line}" for line in lines), file=sys.stderr)
     if event is not None:
         reason = str(event.get("reason"))
+        lines = [line for line in lines if reason not in line]  # which is said once, at the end
     elif code is None:
         reason = "the supervisor runs, but reports nothing; see `pyserve status`"
         supervisor.returncode = 0
     else:
         reason = f"the supervisor {launch.describe_exit(code)} before the server was ready"
+    if lines:
+        print(f"the last lines of {log_file.path}:", file=sys.stderr)
+        print("\n".join(f"    {line}" for line in lines), file=sys.stderr)
     print(f"{console.program()}: error: {reason}", file=sys.stderr)
     return 1
 

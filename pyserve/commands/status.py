@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pyserve.commands import terminal as console
 from pyserve.commands.client import Connection, local_address, management_key
+from pyserve.commands.model_table import print_models
 from pyserve.config.address import Address
 from pyserve.errors import ConfigError, JsonObject
 from pyserve.server import pid_file
@@ -45,7 +45,10 @@ def print_status(pid_path: Path, *, as_json: bool = False) -> int:
     if problem:
         print(problem)
         return EXIT_UNKNOWN
-    print("\n".join(console.table_lines(rows)) if rows else "no model is loaded")
+    if rows:
+        print_models(rows)
+    else:
+        print("no model is loaded")
     return EXIT_RUNNING
 
 
@@ -98,7 +101,7 @@ def model_rows(management: Address, inference: str, key: str = "") -> list[JsonO
             is_one = len(described) == 1
             asked = described if is_one else _get(connection, f"/models/{quote(name, safe='')}")
             default = asked[0].get("modelVersion")
-            rows += [_row(version, inference, is_default=version.get("modelVersion") == default, is_one=is_one)
+            rows += [row_of(version, inference, is_default=version.get("modelVersion") == default, is_one=is_one)
                      for version in described]  # fmt: skip
         return rows
     finally:
@@ -126,7 +129,8 @@ def _get(connection: Connection, path: str) -> Any:
     return answer.json
 
 
-def _row(version: JsonObject, inference: str, *, is_default: bool, is_one: bool) -> JsonObject:
+def row_of(version: JsonObject, inference: str, *, is_default: bool = True, is_one: bool = True) -> JsonObject:
+    """A row of the table, of what the management API says of a version; with its URL if ``inference`` is an address."""
     workers = version.get("workers", [])
     ready = sum(worker.get("status") == "READY" for worker in workers)
     wanted = int(version.get("minWorkers", 0))
@@ -138,7 +142,7 @@ def _row(version: JsonObject, inference: str, *, is_default: bool, is_one: bool)
         "version": version.get("modelVersion"),
         "default": is_default,
         "shown": f"{version.get('modelVersion')} (default)" if is_default and not is_one else None,
-        "state": _state(str(version.get("state", "READY")), ready, wanted),
+        "state": _state(str(version.get("state", "READY")), ready, wanted, is_scaling=version.get("isScaling", False)),
         "workers": f"{ready}/{wanted}",
         "device": version.get("deviceType"),
         "batch": version.get("batchSize"),
@@ -147,10 +151,16 @@ def _row(version: JsonObject, inference: str, *, is_default: bool, is_one: bool)
     }
 
 
-def _state(state: str, ready: int, wanted: int) -> str:
-    """The model's own state; one that is READY as far as its workers are."""
+def _state(state: str, ready: int, wanted: int, *, is_scaling: bool) -> str:
+    """The model's own state; one that is READY as far as its workers are.
+
+    Args:
+        is_scaling: those that are missing are on their way because somebody asked for more; none was lost.
+    """
     if state != "READY":
         return state
+    if is_scaling and ready != wanted:
+        return "SCALING" if ready else "STARTING"
     if wanted == 0 and ready == 0:
         return "NO WORKERS"
     if ready == 0:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyserve import TORCHSERVE_VERSION, __version__
-from pyserve.commands import cli
+from pyserve.commands.invocation import configured, guarded
 from pyserve.errors import ConfigError
 from pyserve.server import pid_file
 
@@ -25,7 +25,7 @@ _STARTED = "TorchServe is already running, please use torchserve --stop to stop 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``torchserve`` and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return cli.guarded(lambda: _run(given), "torchserve")
+    return guarded(lambda: _run(given), "torchserve")
 
 
 def _run(arguments: list[str]) -> int:
@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="torchserve", description="Serves PyTorch models, with TorchServe's flags.")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("-v", "--version", action="store_true", help="print the version and exit")
-    action.add_argument("--start", action="store_true", help="start the server; the default")
+    action.add_argument("--start", action="store_true", help="start the server; the default. Its log goes "
+        "to this command's standard output: `torchserve --start | tee log` ends when the server does; write "
+        "`torchserve --start > log`")  # fmt: skip
     action.add_argument("--stop", action="store_true", help="drain the running server and stop it")
     add = parser.add_argument
     add("--ts-config", metavar="FILE", help="a config.properties; $TS_CONFIG_FILE goes before it")
@@ -66,7 +68,7 @@ def _start(parsed: argparse.Namespace) -> int:
     if running is not None:
         print(f"{_STARTED} (pid {running.pid}, {running.addresses.get('inference', 'address unknown')})")
         return 1
-    return start_server(cli.configured(parsed), pid_path=pid_path, foreground=parsed.foreground, like_torchserve=True)
+    return start_server(configured(parsed), pid_path=pid_path, foreground=parsed.foreground, like_torchserve=True)
 
 
 def _stop(foreground: bool) -> int:

@@ -28,6 +28,7 @@ from pyserve.commands.model_arguments import MODEL_HELP, UsageError, add_given_a
 from pyserve.config.config import Config, load_config
 from pyserve.errors import ModelNotFoundError
 from pyserve.models.requirements import prepare_environment
+from pyserve.regular_file import read_whole
 from pyserve.worker.handler_choice import built_in_name
 from pyserve.worker.spec import WorkerSpec
 
@@ -140,7 +141,7 @@ def read_inputs(parsed: argparse.Namespace) -> list[Input]:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_whole(path)
     except OSError as error:
         raise UsageError(f"the input {path} cannot be read: {error.strerror}") from error
 

@@ -28,6 +28,8 @@ from pyserve.archive.samples import CALIBRATION_FOLDER
 from pyserve.backends.table import BACKENDS, TORCHSCRIPT
 from pyserve.commands import terminal as console
 from pyserve.commands.model_arguments import MODEL_HELP, add_given_arguments, given_in, prepare
+from pyserve.commands.tables import Column, Row, as_markup, console_on, print_table
+from pyserve.config.model_source import ARCHIVE_SUFFIXES
 from pyserve.conversion.torchscript import Progress, runs_in_python
 from pyserve.cpu_budget import cpu_budget
 from pyserve.errors import ConfigError, JsonObject, ModelLoadError, ServeError
@@ -47,6 +49,14 @@ SECONDS_DEFAULT = 2.0
 # Settings this close to the best count as equal; the one with fewer workers and smaller batches is then chosen.
 EQUAL_SHARE = 0.03
 OUT_DEFAULT = "model-config.yaml"
+# The bar is the first to go where the window is narrow, what is the same in all rows or follows from another the next.
+_CURVE_COLUMNS = (
+    Column(""), Column("BACKEND"), Column("PRECISION", importance=5), Column("WORKERS", is_number=True, importance=6),
+    Column("THREADS", is_number=True, importance=2), Column("BATCH", is_number=True, importance=6),
+    Column("ITEMS/S", is_number=True, importance=6), Column("P50 MS", is_number=True, importance=3),
+    Column("P95 MS", is_number=True, importance=6), Column("", importance=1), Column("", importance=4),
+)  # fmt: skip
+_BAR_SIZE = 20
 APPLY_TIMEOUT_S = 300.0
 STARTUP_TIMEOUT_S = 600.0
 
@@ -82,16 +92,19 @@ def _listed(values: Iterable[object]) -> str:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1e6:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0, such as 50")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if not 1 <= value <= 4096:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 4096")
     return value
 
 
@@ -110,7 +123,7 @@ def tune_command(parsed: argparse.Namespace, pid_path: Path) -> int:
         if runs_in_python(archive):
             raise ConfigError(
                 f"{archive.name} runs handler code of its own in worker processes; tune measures networks with "
-                "built-in handlers. Load-test the server instead, for instance with bench/latency.py"
+                "built-in handlers. Load-test the server instead, for instance with `pyserve bench`"
             )
         device, device_count = _devices(archive)
         points = _measure_all(archive, _completed(archive, parsed, budget, device), budget, device)
@@ -119,6 +132,9 @@ def tune_command(parsed: argparse.Namespace, pid_path: Path) -> int:
         print_curve(points, best, parsed.slo_ms)
         if best is None:
             return 1
+        setting = best.setting
+        print(f"best: {setting.backend}, {setting.precision}, {setting.workers} x {setting.threads} threads, "
+              f"batch size {setting.batch_size}")  # fmt: skip
         _hint_at_precision(usual, best, parsed)
         backends = {each.setting.backend for each in points}
         text = configuration(archive.config.raw, best, device_count, chooses_backend=len(backends) > 1)
@@ -126,7 +142,9 @@ def tune_command(parsed: argparse.Namespace, pid_path: Path) -> int:
             print(f"measured on {device}; with {device_count} devices {best.setting.workers} workers each")
         name = parsed.name or archive.manifest.model_name
     out.write_text(text)
-    print(f"written: {out}; pack it with `pyserve archive --config-file {out} ...`")
+    is_bare = Path(parsed.archive).is_file() and not parsed.archive.endswith(ARCHIVE_SUFFIXES)
+    use = f"start {parsed.archive} --config-file {out}" if is_bare else f"archive --config-file {out} ..."
+    print(f"written: {out}; {'serve' if is_bare else 'pack'} it with `pyserve {use}`")
     if parsed.apply:
         _apply(name, best.setting, pid_path, device_count)
     return 0
@@ -295,22 +313,15 @@ def configuration(raw: JsonObject, best: Point, device_count: int = 1, *, choose
 
 def print_curve(points: list[Point], best: Point | None, slo_ms: float | None) -> None:
     """Every setting with what it gave; ``*`` stands before those of the `frontier`."""
-    print(f"  {'BACKEND':<11} {'PRECISION':<9} {'WORKERS':>7} {'THREADS':>7} {'BATCH':>5} {'ITEMS/S':>10} "
-          f"{'P50 MS':>9} {'P95 MS':>9}")  # fmt: skip
     top = max((point.rate for point in points), default=0.0)
     unbeaten = frontier(points)
+    rows = []
     for point in points:
-        setting = point.setting
-        star = "*" if any(point is each for each in unbeaten) else " "
-        row = f"{star} {setting.backend:<11} {setting.precision:<9} {setting.workers:>7} {setting.threads:>7} "
-        row += f"{setting.batch_size:>5}"
-        if point.error:
-            print(f"{row}  {point.error}")
-            continue
-        late = "  over the target" if slo_ms is not None and point.p95_ms > slo_ms else ""
-        bar = "#" * round(20 * point.rate / top)
-        mark = "  <- best" if point is best else late
-        print(f"{row} {point.rate:>10.1f} {point.p50_ms:>9.3f} {point.p95_ms:>9.3f}  {bar}{mark}")
+        star = "*" if any(point is each for each in unbeaten) else ""
+        late = "over the target" if slo_ms is not None and point.p95_ms > slo_ms else ""
+        mark = "<- best" if point is best else late
+        rows.append(_curve_row(point, star, mark, point.rate / top if top else 0.0))
+    print_table(_CURVE_COLUMNS, rows)
     if unbeaten:
         print("* no other setting gives more items/s at as short a p95")
     if best is None:
@@ -320,6 +331,16 @@ def print_curve(points: list[Point], best: Point | None, slo_ms: float | None) -
             return
         fastest = min(worked, key=lambda each: each.p95_ms)
         print(f"no setting is done in {slo_ms:g} ms; the quickest takes {fastest.p95_ms:.2f} ms (p95)", file=sys.stderr)
+
+
+def _curve_row(point: Point, star: str, mark: str, share: float) -> Row:
+    """``share``: of the most items per second."""
+    setting = point.setting
+    said = [star, setting.backend, setting.precision, *map(str, (setting.workers, setting.threads, setting.batch_size))]
+    if point.error:
+        return Row([*said, "", "", "", "", ""], below=[point.error])
+    measured = f"{point.rate:.1f}", f"{point.p50_ms:.3f}", f"{point.p95_ms:.3f}"
+    return Row([*said, *measured, "#" * round(_BAR_SIZE * share), mark])
 
 
 def _hint_at_precision(points: list[Point], best: Point, parsed: argparse.Namespace) -> None:
@@ -372,10 +393,9 @@ class _Bar:
 
     def __enter__(self) -> _Bar:
         if sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import Progress
 
-            self._progress = Progress(console=Console(file=console.unescaped(sys.stderr)), transient=True)
+            self._progress = Progress(console=console_on(sys.stderr), transient=True)
             self._task = self._progress.add_task("starting", total=self._total)
             self._progress.start()
         return self
@@ -387,7 +407,7 @@ class _Bar:
     def show(self, text: str) -> None:
         self._text = text
         if self._progress is not None:
-            self._progress.update(self._task, description=visible(text))
+            self._progress.update(self._task, description=as_markup(visible(text)))
         else:
             print(f"[{self._done + 1}/{self._total}] {text}", file=sys.stderr, flush=True)
 

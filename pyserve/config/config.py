@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from pyserve.config.keys import (
     ACCEPTED_KEYS,
     FLAG_ONLY,
     KINDS,
-    MODEL_KEYS,
     MODEL_SETTINGS,
     SNAPSHOT_KEYS,
     SWITCH_KEYS,
@@ -29,6 +28,7 @@ from pyserve.config.keys import (
     settings_of,
 )
 from pyserve.config.model_source import ModelSource, list_store, resolve_models, store_problems
+from pyserve.config.nearest import nearest, nearest_of_file
 from pyserve.config.properties import PropertiesError, Property, parse_properties
 from pyserve.errors import ConfigError, JsonObject
 
@@ -59,8 +59,8 @@ class Config:
         number_of_gpu: the most GPUs to use; ``None`` means all.
         allowed_urls: comma-joined patterns; empty means that no URL is fetched.
         enable_model_api: ``None`` means on exactly when management listens on loopback, and off in strict mode.
-        model_control_on_inference: Triton's calls that load and unload models are taken on the inference ports too,
-            with the checks and the key of management.
+        model_control_on_inference: Triton's calls that load and unload are on the inference ports too, as guarded.
+        console: whether browsers get a page at ``/``; ``None`` means yes, and no in strict mode.
         disable_token_authorization: ``None`` means that only management needs tokens, where it is not on loopback.
         token_file: keys that somebody else made; ``""`` to have them made.
         token_expiration_min: minutes.
@@ -73,11 +73,11 @@ class Config:
         archive_entry_size_max: ``None`` means that one file has no limit of its own.
         download_size_max: ``None`` means as much as the disk of the model store has room for.
         allow_private_addresses: archives may be fetched from addresses that are not public.
+        access_log, request_log: answers have lines in access_log.log; on the console, with the times of stages.
         server_timing: every answer tells its stages, not only those that are asked for them.
         preprocess_threads: 0 means as many as the CPU budget.
         cpu_budget: CPUs to use; 0 means what the cgroup allows.
-        stuck_threads_max: with more threads than this that do not come to an end the server process is replaced; 0
-            means half of the CPU budget, and at least one.
+        stuck_threads_max: with more threads that do not end the process is replaced; 0: half of the CPUs, or one.
         device_losses_max: how often in a row a device may be lost before its models are left out for a while.
         isolate_errors: a batch of a handler that fails, or that ends its worker, is called again item by item.
         debug: one worker for each model, and as much time as there is.
@@ -125,6 +125,7 @@ class Config:
     token_file: str = ""
     state_dir: str = ""
     enable_metrics_api: bool = True
+    console: bool | None = None
     cors_allowed_origin: str = ""
     cors_allowed_methods: str = ""
     cors_allowed_headers: str = ""
@@ -170,6 +171,8 @@ class Config:
     log_format: str = "text"
     log_level: str = "info"
     server_timing: bool = False
+    access_log: bool = True
+    request_log: bool = False
     debug: bool = False
     ipex_enable: bool = False
     ipex_gpu_enable: bool = False
@@ -222,6 +225,11 @@ class Config:
             return self.enable_model_api
         return self.management_is_local and self.compat != "strict"
 
+    @property
+    def has_console(self) -> bool:
+        """Whether browsers get a page at ``/`` of the inference and the management port."""
+        return self.compat != "strict" if self.console is None else self.console
+
     def metrics_file(self) -> str | None:
         """The absolute path of ``metrics_config``, for processes that have another current folder."""
         return str(Path(self.metrics_config).absolute()) if self.metrics_config else None
@@ -241,10 +249,11 @@ class Config:
 
     @classmethod
     def from_json(cls, values: JsonObject) -> Config:
-        """The inverse of ``to_json``."""
+        """The inverse of ``to_json``, which may have been another version's: what is not known here is left out."""
         # Every address that to_json wrote names its port, so that no default is ever taken here.
         addresses = {key: Address.parse(values[key], 0) for key in ADDRESS_KEYS}
-        return cls(**{**values, **addresses})
+        known = {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in {**values, **addresses}.items() if name in known})
 
 
 class _Setting(NamedTuple):
@@ -290,6 +299,7 @@ def read_config(
     ts_config: str | None = None,
     environ: Mapping[str, str] | None = None,
     warnings: list[str] | None = None,
+    finds_file: bool = True,
 ) -> Config:
     """Read the file, lay ``overrides`` and then environment variables over it, and check each value by itself.
 
@@ -298,13 +308,14 @@ def read_config(
         ts_config: value of ``--ts-config``.
         environ: environment variables; the process's own by default.
         warnings: becomes ``Config.warnings``; holds those found so far when an error is raised.
+        finds_file: without ``ts_config`` the file is looked for where ``pyserve start`` looks; else there is none.
 
     Raises:
         ConfigError: names the place, the key, the value and what is allowed.
     """
     environ = os.environ if environ is None else environ
     config = Config(warnings=[] if warnings is None else warnings)
-    path = _config_path(ts_config, environ, config.warnings)
+    path = _config_path(ts_config, environ, config.warnings) if finds_file or ts_config else None
     settings: dict[str, list[_Setting]] = {}  # the weakest first
     switches: set[str] = set()
     if path is not None:
@@ -376,7 +387,7 @@ def _read_file(path: Path, environ: Mapping[str, str], config: Config) -> tuple[
             keys = unused.setdefault(ACCEPTED_KEYS[key], [])
             keys += [key] if key not in keys else []
         else:
-            config.unknown_keys.append(f"{place}: unknown key {key!r}{_nearest_key(key)}")
+            config.unknown_keys.append(f"{place}: unknown key {key!r}{nearest_of_file(key)}")
             config.warnings.append(config.unknown_keys[-1])
     if unused:
         told = "; ".join(f"{', '.join(keys)} ({why})" for why, keys in unused.items())
@@ -421,26 +432,6 @@ def _value(key: str, setting: _Setting) -> Any:
         ) from None
 
 
-def _nearest_key(name: str) -> str:
-    near = _near(name, {*ACCEPTED_KEYS, *KINDS, *MODEL_KEYS} - FLAG_ONLY)
-    if near not in MODEL_KEYS:
-        return f"; did you mean {near!r}?" if near else ""
-    meant = f"did you mean {near!r}? It" if near != name else "it"
-    return f"; {meant} is a setting of each model: {MODEL_KEYS[near]} in its model-config.yaml, or in 'models'"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = _near(name, known)
-    return f"; did you mean {near!r}?" if near else ""
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, known, n=1, cutoff=0.6)
-    return near[0] if near else ""
-
-
 def check_keys(config: Config) -> None:
     """Under ``strict`` every key must be known, and set once.
 
@@ -452,8 +443,11 @@ def check_keys(config: Config) -> None:
         raise UnknownKeyError(f"strict ({config.origin['strict']}): {'; '.join(wrong)}")
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config, *, needs_models: bool = True) -> None:
     """The rules that concern more than the text of one value.
+
+    Args:
+        needs_models: there must be a model store, or models to load.
 
     Raises:
         MissingStoreError, ConfigError: it cannot be used.
@@ -478,7 +472,7 @@ def check_config(config: Config) -> None:
             f"{config.origin['load_models']}: load_models is ignored: {config.origin['model_snapshot']} has a "
             "model_snapshot"
         )
-    if config.model_store is None and (not sources or not all(source.exists for source in sources)):
+    if needs_models and config.model_store is None and (not sources or not all(source.exists for source in sources)):
         raise MissingStoreError(
             "Missing mandatory parameter --model-store; give the folder with the archives, here or as model_store in "
             "config.properties, or a model: `pyserve start net.pt`"
@@ -486,6 +480,5 @@ def check_config(config: Config) -> None:
     for name, versions in config.models.items():
         for version, settings in versions.items():
             for key in settings.keys() - MODEL_SETTINGS.keys():
-                fix = _nearest(key, MODEL_SETTINGS)
-                place = config.origin["models"]
-                config.warnings.append(f"{place}: models: {name} {version}: unknown setting {key!r}{fix}")
+                what = f"{name} {version}: unknown setting {key!r}{nearest(key, MODEL_SETTINGS)}"
+                config.warnings.append(f"{config.origin['models']}: models: {what}")

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from pyserve.config.archive_url import is_url, without_secrets
 
 ARCHIVE_SUFFIXES = (".mar", ".model", ".tar.gz", ".tgz")
+# Of one path, in a list that is joined by commas.
+_COMMAS_MAX = 4
 
 
 class ModelSource(NamedTuple):
@@ -121,27 +123,51 @@ def resolve_models(wanted: str, store: str | None) -> list[ModelSource]:
     """Resolve a comma-joined list of ``all``, ``item`` and ``name=item``, repeated items once.
 
     An item is a name in the store, a path (absolute, or relative to the current folder), or a URL. An item
-    that does not exist is kept: the server reports it beside the others instead of not starting.
+    that does not exist is kept: the server reports it beside the others instead of not starting. Commas and equals
+    signs belong to a path if that is where something is, and they would say nothing that is there otherwise.
 
     Raises:
         ValueError: ``=item`` without a name or ``name=`` without an item.
     """
     sources: dict[ModelSource, None] = {}
-    for part in (piece.strip() for piece in wanted.split(",")):
-        if not part:
-            continue
+    for part in _parts(wanted, store):
         if part.lower() == "all":
             for file in list_store(store):
                 sources[ModelSource(None, os.path.join(store or "", file))] = None
             continue
         name, equals, item = part.partition("=")
-        if not equals or is_url(name):  # the equals sign of a query
+        if not equals or is_url(name) or _is_path_with_equals(part, item, store):  # or it is that of a query
             sources[ModelSource(None, _locate(part, store))] = None
         elif not name.strip() or not item.strip():
             raise ValueError(f"cannot read the model {part!r}; write archive.mar or name=archive.mar")
         else:
             sources[ModelSource(name.strip(), _locate(item.strip(), store))] = None
     return list(sources)
+
+
+def _parts(wanted: str, store: str | None) -> Iterator[str]:
+    """What stands between commas, blank parts left out; as one where only both sides of a comma are a path."""
+    pieces = [piece.strip() for piece in wanted.split(",")]
+    at = 0
+    while at < len(pieces):
+        count = 1
+        if pieces[at] and pieces[at].lower() != "all" and not _is_there([pieces[at]], store):
+            longer = range(2, min(_COMMAS_MAX + 1, len(pieces) - at) + 1)
+            count = next((number for number in longer if _is_there(pieces[at : at + number], store)), 1)
+        if part := ",".join(pieces[at : at + count]):
+            yield part
+        at += count
+
+
+def _is_there(pieces: list[str], store: str | None) -> bool:
+    """Whether these, joined by commas, lead to something: a path, or a name and a path. URLs do."""
+    joined = ",".join(pieces)
+    items = [joined, joined.partition("=")[2]] if "=" in pieces[0] else [joined]
+    return any(is_url(item) or (item and os.path.exists(_locate(item, store))) for item in items)
+
+
+def _is_path_with_equals(part: str, item: str, store: str | None) -> bool:
+    return os.path.exists(_locate(part, store)) and not (item.strip() and os.path.exists(_locate(item.strip(), store)))
 
 
 def _locate(item: str, store: str | None) -> str:

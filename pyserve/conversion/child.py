@@ -1,7 +1,7 @@
 """The process that converts one archive's model, eager or exported: builds it, makes TorchScript of it, and keeps that.
 
-What it finds goes to the parent (pyserve/trace.py) as JSON lines, so that what the model file prints is nobody's
-business.
+What it finds goes to the parent (`conversion.torchscript`) as JSON lines, so that what the model file prints is
+nobody's business.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import contextlib
 import gc
 import json
 import os
+import select
 import shutil
+import signal
 import sys
-import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pyserve.archive.archive import Archive, open_archive
+from pyserve.archive.drafts import check_writable, write_whole
 from pyserve.archive.samples import archive_samples
 from pyserve.conversion.record import NeedsPythonError, conversion_file, conversion_text
 from pyserve.conversion.torchscript import native_example
 from pyserve.errors import ModelLoadError, ServeError
+from pyserve.os_errors import cause_of as os_cause_of
 from pyserve.torch_error import cause_of
 
 CODE_SIZE = 1 << 20  # bytes; of TorchScript beside its weights
@@ -31,8 +35,8 @@ CODE_SIZE = 1 << 20  # bytes; of TorchScript beside its weights
 def main(archive_path: str, out_path: str, freezes: str, handler: str, descriptor: str) -> int:
     """Writes JSON lines with ``progress`` or ``error`` to ``descriptor``. Returns the exit code."""
     gc.disable()  # importing torch makes millions of objects that all stay
-    atexit.register(gc.freeze)  # even at the end: to look through them takes 0.4 s, and the memory goes back anyway
     os.set_inheritable(int(descriptor), False)
+    threading.Thread(target=_end_with_reader, args=(int(descriptor),), daemon=True).start()
 
     def report(**fields: str | bool) -> None:
         os.write(int(descriptor), json.dumps(fields).encode() + b"\n")
@@ -51,9 +55,15 @@ def main(archive_path: str, out_path: str, freezes: str, handler: str, descripto
     return 0
 
 
-def _convert(archive: Archive, out: Path, progress: Callable[[str], None], *, freezes: bool) -> None:
-    import torch
+def _end_with_reader(descriptor: int) -> None:
+    """Ends this process once nobody reads its reports: the process that wanted the model has gone."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGKILL)
 
+
+def _convert(archive: Archive, out: Path, progress: Callable[[str], None], *, freezes: bool) -> None:
     from pyserve.context import Context
     from pyserve.worker.handler_choice import load_handler
 
@@ -71,8 +81,21 @@ def _convert(archive: Archive, out: Path, progress: Callable[[str], None], *, fr
     )
     progress("keeping the TorchScript")
     check_room(archive.name, out.parent, size)
-    _keep(conversion_file(out), lambda path: Path(path).write_text(conversion_text(conversion)))
-    _keep(out, lambda path: torch.jit.save(program, path))
+    try:
+        write_whole(conversion_file(out), lambda path: Path(path).write_text(conversion_text(conversion)))
+        write_whole(out, lambda path: _save(program, Path(path), size))
+    except OSError as error:
+        raise ModelLoadError(
+            f"{archive.name}: its TorchScript cannot be kept in the cache folder: {os_cause_of(error)}; free space, or "
+            "set PYSERVE_CACHE to a folder on a larger disk"
+        ) from error
+
+
+def _save(program: Any, path: Path, size: int) -> None:
+    import torch
+
+    check_writable(path, size)  # torch would end the process
+    torch.jit.save(program, path)
 
 
 def _eager(
@@ -169,17 +192,8 @@ def weights_size(model: Any) -> int:
         return 0
 
 
-def _keep(path: Path, write: Callable[[str], object]) -> None:
-    """Writes a file under another name first: a file that is there is whole."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-    os.close(descriptor)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    code = main(*sys.argv[1:])
+    atexit._run_exitfuncs()  # the model's, perhaps
+    sys.stderr.flush()
+    os._exit(code)  # somebody waits: to take all of torch apart takes a while, and threads of the model's may not end

@@ -18,6 +18,8 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +27,9 @@ import torch
 
 from pyserve.conversion.eager_answers import EagerAnswers, Refusal, runs
 from pyserve.conversion.export_script import exported, script_of
-from pyserve.conversion.mode_questions import ASKED_BY, mode_questions
+from pyserve.conversion.mode_questions import ASKED_BY
 from pyserve.conversion.record import Conversion, NeedsPythonError
+from pyserve.conversion.tracing import InOne, trace_watched
 from pyserve.proof.comparison import ROUNDING, difference, dtypes
 from pyserve.proof.probe_inputs import InputDomain, Probe, probe_inputs
 from pyserve.proof.traced_reads import ReadsWatch
@@ -85,6 +88,7 @@ class _Converter:
     reads: str = ""
     sample_count: int = 0  # of the probes; they come first, and all of them are run
     questions: set[str] = field(default_factory=set)  # of the model's code, about how it is being run
+    answered: dict[int, list[Any] | Refusal] = field(default_factory=dict)  # by the program that is compared next
     objections: list[str] = field(default_factory=list)
 
     def convert(self) -> tuple[Module, Conversion]:
@@ -115,14 +119,27 @@ class _Converter:
 
     def trace(self) -> Trace:
         """The trace of a batch of two, and what the model's code learned about it."""
-        model = self.truth.fresh()
+        pair = tuple(torch.cat([each, each]) for each in self.example)
+        found = self._traced(pair)
+        if found.program is None and isinstance(runs(self.truth.fresh, pair, 0, twice=False), Refusal):
+            found = self._traced(tuple(each.clone() for each in self.example))  # it takes single items only
+        return found
+
+    def _traced(self, inputs: Inputs) -> Trace:
+        if self.freezes and not self.truth.keeps_state and (model := self.truth.without_gradients()) is not None:
+            found = self._traced_as(InOne(model), inputs)
+            if found.program is not None:
+                return found
+        # It does not run without its gradients, or has parts that the tracer has to know, such as scripts.
+        return self._traced_as(self.truth.fresh(), inputs)
+
+    def _traced_as(self, model: torch.nn.Module, inputs: Inputs) -> Trace:
         kept = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
-        inputs = self._batch_of_two()
         watch = ReadsWatch()
         try:
-            with warnings.catch_warnings(record=True) as caught, _without_fast_path(), watch, mode_questions() as asked:
+            with warnings.catch_warnings(record=True) as caught, _without_fast_path(), watch, ExitStack() as stack:
                 warnings.simplefilter("always", torch.jit.TracerWarning)
-                program = torch.jit.trace(model, inputs, check_trace=False, strict=False)
+                program, asked = trace_watched(model, inputs, stack)
         except Exception as error:  # the model's own code runs here, and may raise anything
             return Trace(None, cause_of(str(error)) or type(error).__name__)
         with torch.no_grad():  # tracing has run it once
@@ -151,12 +168,6 @@ class _Converter:
         with _without_fast_path():
             return script_of(exported(self.truth.fresh(), self.example, self.domains))
 
-    def _batch_of_two(self) -> Inputs:
-        inputs = tuple(torch.cat([each, each]) for each in self.example)
-        if isinstance(runs(self.truth.fresh, inputs, 0, twice=False), Refusal):
-            return tuple(each.clone() for each in self.example)  # it takes single items only
-        return inputs
-
     def _affordable(self, how: str) -> int:
         once = max(self.truth.run_s, 1e-4) * 4  # both models, and batches of more than the example's one
         return min(len(self.probes), self.sample_count + max(PROBES_MIN[how], int(PROBING_S[how] / once)))
@@ -164,6 +175,7 @@ class _Converter:
     def _accepted(self, how: str, make: Callable[[], Module | None], reason: str) -> tuple[Module, Conversion] | None:
         """The program if it is true on the probes; else None, and why not among the objections."""
         count = self._affordable(how)
+        self.answered.clear()  # of a program that was refused before all of its answers were looked at
         try:
             program = make()
             assert program is not None
@@ -173,14 +185,40 @@ class _Converter:
             if not is_heavy:  # a heavy one is compared as it will be kept, once
                 largest, objection = self.compared(program, count)
             if not objection and self.freezes:
-                program = torch.jit.freeze(program)
+                program = self._frozen(program, count) if is_heavy else torch.jit.freeze(program)
                 largest, objection = self.compared(program, count if is_heavy else FROZEN_PROBES, largest)
         except Exception as error:  # torch's converters raise errors of many classes
             objection = cause_of(str(error)) or type(error).__name__
         if objection or program is None:
             self.objections.append(f"{_NAMES[how]}: {objection.rstrip('.')}")
             return None
-        return program, Conversion(how, reason, count, largest, reads="" if how == "traced" else self.reads)
+        reads = "" if how == "traced" else self.reads
+        return program, Conversion(how, reason, count, largest, reads=reads, run_s=self.truth.run_s)
+
+    def _frozen(self, program: Module, count: int) -> Module:
+        """The frozen program, which has answered the first ``count`` probes meanwhile, beside the model: each with one
+        thread, which keeps two cores busier than two threads in turn."""
+        if self.truth.keeps_state or self.truth.draws:
+            return torch.jit.freeze(program)
+        threads = torch.get_num_threads()
+
+        def answer() -> Module:
+            torch.set_num_threads(1)
+            with torch.inference_mode(False), torch.no_grad():  # of this thread
+                frozen = torch.jit.freeze(program)
+                for number, probe in enumerate(self.probes[:count]):
+                    self.answered[number] = runs(lambda: frozen, probe.inputs, number, twice=False)
+            return frozen
+
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                other = pool.submit(answer)
+                for number, probe in enumerate(self.probes[:count]):  # in this thread, whose the model's code is
+                    self.truth.answers(number, probe.inputs)
+                return other.result()
+        finally:
+            torch.set_num_threads(threads)
 
     def compared(self, program: Module, count: int, largest: float = 0.0) -> tuple[float, str]:
         """The largest difference to the eager model on the first ``count`` probes, and what is against the program."""
@@ -191,7 +229,7 @@ class _Converter:
 
         for number, probe in enumerate(self.probes[:count]):
             wanted = self.truth.answers(number, probe.inputs)
-            got = runs(fresh, probe.inputs, number, twice=twice)
+            got = self.answered.pop(number, None) or runs(fresh, probe.inputs, number, twice=twice)
             if isinstance(wanted, Refusal):
                 if not isinstance(got, Refusal):
                     return math.inf, f"it answers {probe.name}, which the model refuses ({wanted.cause})"

@@ -1,7 +1,8 @@
 """What an eager model answers: the truth that its conversion is compared with.
 
 Every run begins with the model as it was loaded, whatever earlier runs did to its buffers and attributes, and with the
-same state of torch's generator as the converted model's run.
+same state of torch's generator as the converted model's run. Of what a model changes where no attribute shows it, later
+answers are others than its conversion's, which is refused.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class EagerAnswers:
 
     Attributes:
         keeps_state: a run changes a buffer or an attribute, so that two runs in a row are compared.
+        draws: a run draws random numbers of torch's.
         run_s: how long one run of the example took, seconds.
         questions: what its code asked about how it is being run.
     """
@@ -52,10 +54,11 @@ class EagerAnswers:
     def __init__(self, model: torch.nn.Module):
         self._model = model
         self._can_be_copied = True
-        self.keeps_state = False
+        self.keeps_state = self.draws = False
         self.run_s = 0.0
         self.questions: set[str] = set()
         self._kept: dict[int, list[Any] | Refusal] = {}
+        self._unchanged: tuple[torch.nn.Module, dict[str, Any]] | None = None  # a copy that has run, as it was before
 
     def fresh(self) -> torch.nn.Module:
         """A copy with buffers and attributes of its own; parameters are shared. The model itself if it has no copy."""
@@ -67,6 +70,18 @@ class EagerAnswers:
             except Exception:  # locks, generators, tensors that were computed: whatever the model file put there
                 self._can_be_copied = False
         return self._model
+
+    def without_gradients(self) -> torch.nn.Module | None:
+        """As `fresh`, with parameters of the same memory that need no gradients; None if the model has no copy."""
+        memo: dict[int, Any] = {
+            id(each): torch.nn.Parameter(each.detach(), requires_grad=False)
+            if type(each) is torch.nn.Parameter else each
+            for each in self._model.parameters()
+        }  # fmt: skip
+        try:
+            return copy.deepcopy(self._model, memo)
+        except Exception:  # as in `fresh`
+            return None
 
     def examine(self, example: Inputs) -> ReadsWatch:
         """Finds out whether the model keeps state, or draws random numbers elsewhere than from torch.
@@ -84,6 +99,7 @@ class EagerAnswers:
         given = [each.clone() for each in example]
         with ReadsWatch(given) as watch, mode_questions() as self.questions:
             first = _run(model, given, 0, copies=False)
+        self.draws = not torch.equal(torch.get_rng_state(), _state_of_seed(0))
         self.keeps_state = _state(model) != before
         if parameters != [each._version for each in model.parameters()]:
             raise NeedsPythonError("it changes its own parameters when it runs")
@@ -92,20 +108,39 @@ class EagerAnswers:
             again = _run(model, example, 0)
             self.run_s = time.perf_counter() - started_at
             if difference(first, again) != 0.0:
-                self.keeps_state = True
-                if difference(first, _run(self.fresh(), example, 0)) != 0.0:
-                    raise NeedsPythonError(
-                        "two runs on one input differ: it draws random numbers elsewhere than from torch"
-                    )
+                self._explain(first, again, example)
         if self.keeps_state and not self._can_be_copied:
             raise NeedsPythonError("it changes its own state when it runs, and cannot be copied (copy.deepcopy)")
+        self._unchanged = None if self.keeps_state else (model, before)
         return watch
+
+    def _explain(self, first: Any, again: Any, example: Inputs) -> None:
+        """Why two runs of one copy differ, of which only the first was watched.
+
+        Where nobody watches, torch takes the fast path of its attention, which rounds otherwise and leaves out what is
+        masked: then a copy that runs unwatched answers what the second run did.
+        """
+        if self._can_be_copied and difference(again, _run(self.fresh(), example, 0)) == 0.0:
+            return
+        self.keeps_state = True
+        with ReadsWatch():
+            watched = _run(self.fresh(), example, 0)
+        if difference(first, watched) != 0.0:
+            raise NeedsPythonError("two runs on one input differ: it draws random numbers elsewhere than from torch")
 
     def answers(self, number: int, inputs: Inputs) -> list[Any] | Refusal:
         """The outputs for probe ``number``, of a second run too if the model keeps state; or what it raised."""
         if number not in self._kept:
-            self._kept[number] = runs(self.fresh, inputs, number, twice=self.keeps_state)
+            self._kept[number] = runs(self._like_fresh, inputs, number, twice=self.keeps_state)
         return self._kept[number]
+
+    def _like_fresh(self) -> torch.nn.Module:
+        """A copy that has run and is as it was before, as far as can be seen; else a new one."""
+        if self._unchanged is None or _state(self._unchanged[0]) != self._unchanged[1]:
+            model = self.fresh()
+            self._unchanged = None if self.keeps_state else (model, _state(model))
+            return model
+        return self._unchanged[0]
 
 
 @contextlib.contextmanager
@@ -128,6 +163,11 @@ def runs(fresh: Callable[[], Callable[..., Any]], inputs: Inputs, number: int, *
         return [_run(model, inputs, number) for _ in range(2 if twice else 1)]
     except Exception as error:  # the model's own code
         return Refusal(error)
+
+
+def _state_of_seed(number: int) -> torch.Tensor:
+    """Of torch's generator, as `_run` begins."""
+    return torch.Generator().manual_seed(_SEED + number).get_state()
 
 
 def _run(model: Callable[..., Any], inputs: Inputs, number: int, *, copies: bool = True) -> Any:

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pyserve.archive.archive import Archive
+from pyserve.damaged_zip import DAMAGED_ZIP
 from pyserve.errors import ModelLoadError
 from pyserve.handlers.compile_arguments import compile_arguments
 
@@ -41,6 +42,7 @@ class Conversion:
         override: it was taken though it could not be proven, because model-config.yaml says so.
         reads: what the model's code does to look at the numbers of a whole batch, such as ``__bool__``; ``""`` if it
             does not. What it does with one item may then depend on the others.
+        run_s: how long one run of the model for one item took, seconds.
     """
 
     how: str
@@ -49,6 +51,7 @@ class Conversion:
     difference: float
     override: bool = False
     reads: str = ""
+    run_s: float = 0.0
 
 
 def is_exported(archive: Archive) -> bool:
@@ -59,7 +62,7 @@ def is_exported(archive: Archive) -> bool:
     try:
         with weights.open() as file, zipfile.ZipFile(file) as members:
             return not any("/aotinductor/" in name for name in members.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except DAMAGED_ZIP:
         return False
 
 

@@ -9,6 +9,7 @@ The parent side needs no torch, so that a server can begin tracing before it imp
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyserve.archive.archive import Archive, open_archive
+from pyserve.archive.drafts import remove_left_drafts, write_whole
 from pyserve.archive.manifest import handler_file, split_handler
 from pyserve.child_reports import report_lines, report_of
 from pyserve.conversion.record import (
@@ -83,8 +85,11 @@ class Tracing:
             os.close(for_child)
         self._is_over = False
 
-    def wait(self, progress: Progress, timeout_s: float) -> Path:
+    def wait(self, progress: Progress, timeout_s: float, is_over: Callable[[], bool] = lambda: False) -> Path:
         """The TorchScript file.
+
+        Args:
+            is_over: nobody wants it any more; asked some times a second.
 
         Raises:
             NeedsPythonError: it works, but cannot be converted.
@@ -94,12 +99,14 @@ class Tracing:
         problem: str | None = None
         works = False
         try:
-            for line in report_lines(self._reports, deadline, lambda: self._process.poll() is not None):
+            for line in report_lines(self._reports, deadline, lambda: self._process.poll() is not None or is_over()):
                 report = report_of(line, self._archive.name)
                 problem = report.get("error", problem)
                 works = report.get("works", works)
                 if "progress" in report:
                     progress(report["progress"])
+            if is_over():
+                raise ModelLoadError(f"converting {self._archive.name} was ended: the model is not wanted any more")
             status = self._process.wait(max(0.0, deadline - time.monotonic()))
             last = self._last_error_line()
         except subprocess.TimeoutExpired:
@@ -112,7 +119,9 @@ class Tracing:
         if status == 0:
             return traced_file(self._archive)
         if works and problem:
-            untraceable_note(self._archive).write_text(problem)
+            with contextlib.suppress(OSError):  # the next start finds out again
+                note = untraceable_note(self._archive)
+                write_whole(note, lambda path: Path(path).write_text(problem))
             raise NeedsPythonError(problem)
         raise ModelLoadError(problem or f"tracing {self._archive.name} failed: {_ending(status)}{last}")
 
@@ -126,8 +135,10 @@ class Tracing:
         if self._is_over:
             return
         self._is_over = True
-        self._process.kill()
-        self._process.wait()
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+            remove_left_drafts(traced_file(self._archive).parent)
         os.close(self._reports)
         self._stderr.close()
 

@@ -44,6 +44,8 @@ from pyserve.fetch.web import Network, fetch_http
 log = logging.getLogger(__name__)
 
 FETCHES_MAX = 4  # at once; more wait
+FILES_SHOWN_MAX = 5
+NAME_COMPARED_MAX = 255  # characters; no file has a longer name
 # A transfer that was told to end may hang in a library, or in asking for a name. Nobody waits for it longer.
 _ABANDON_S = 5.0
 _STOPPING = "the server is stopping"
@@ -376,8 +378,15 @@ def _find(store: Path, url: str) -> Obtained:
             raise _not_found(url, "it lies behind a link that leaves the model store")
     name = url.rstrip("/").rpartition("/")[2]
     if not name or name.startswith(".") or not os.path.exists(store / name):
-        near = nearest_file(name, list_store(str(store))) if name and not reason else ""
-        raise _not_found(url, reason or "the model store has no such file", f"did you mean {near}?" if near else "")
+        if reason:
+            raise _not_found(url, reason)
+        files = list_store(str(store))
+        near = nearest_file(name, files) if name and len(name) <= NAME_COMPARED_MAX else ""
+        error = _not_found(
+            url, "the model store has no such file", f"did you mean {near}?" if near else _instead(files)
+        )
+        error.detail["where"] = str(store)
+        raise error
     return Obtained(store / name, name)
 
 
@@ -388,6 +397,13 @@ def _below(path: str, store: Path) -> Path | None:
         if whole.is_relative_to(root) and whole != root:
             return whole.relative_to(root)
     return None
+
+
+def _instead(files: list[str]) -> str:
+    """What to do when nothing in the store is like what was asked for."""
+    more = f", and {len(files) - FILES_SHOWN_MAX} more" if len(files) > FILES_SHOWN_MAX else ""
+    has = f"; it has {', '.join(files[:FILES_SHOWN_MAX])}{more}" if files else "; it is empty"
+    return f"put the archive into the model store and give its name{has}"
 
 
 def _not_found(url: str, reason: str, fix: str = "") -> ModelNotFoundError:

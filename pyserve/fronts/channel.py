@@ -14,7 +14,7 @@ import os
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyserve import _front
 
@@ -25,8 +25,9 @@ OnFrame = Callable[[int, int, int, bytes, "bytes | bytearray"], None]
 
 RING_SIZE = 4 << 20
 PIECE_SIZE = 128 << 10
-# Frames that are taken before others have their turn of the loop.
-FRAMES_MAX = 256
+# Frames that are taken at once, and how often before others have their turn of the loop: a front end that floods the
+# engine delays the requests of others by no more than so many of its own.
+FRAMES_MAX = 16
 _ROUNDS = 4
 _LAST_ROUNDS = RING_SIZE // 32 // (FRAMES_MAX * _ROUNDS) + 1
 MEMORY_SIZE = 2 * (_front.STATE_SIZE + RING_SIZE)
@@ -71,14 +72,16 @@ class _Waiting:
 
     __slots__ = ("flags", "head", "is_begun", "kind", "pieces", "size", "ticket", "total")
 
-    def __init__(self, kind: int, flags: int, ticket: int, head: bytes, parts: Sequence[Body]):
+    def __init__(  # noqa: PLR0917 - made in two places
+        self, kind: int, flags: int, ticket: int, head: bytes, parts: Sequence[Body], piece_size: int = PIECE_SIZE
+    ):
         self.kind = kind
         self.flags = flags
         self.ticket = ticket
         self.head = head
         views = [memoryview(part).cast("B") if len(part) else memoryview(b"") for part in parts]
         self.pieces = deque(
-            view[start : start + PIECE_SIZE] for view in views for start in range(0, len(view), PIECE_SIZE)
+            view[start : start + piece_size] for view in views for start in range(0, len(view), piece_size)
         )
         self.total = sum(map(len, self.pieces))
         self.size = self.total + len(head)
@@ -91,6 +94,7 @@ class Channel:
     Args:
         sock: ends with the other end; the channel's from now on, as are ``files``.
         is_engine: which of the two ends this is.
+        rings: the module that has `Writer` and `Reader`; the engine's own takes frames of kind ROW by itself.
         body_size_max: bytes of one body that comes.
         coming_size_max: bytes of all that are on their way through the ring.
         on_frame: is given each message: kind, flags, ticket, head, body. What it raises as ValueError ends the link.
@@ -98,6 +102,8 @@ class Channel:
 
     Attributes:
         waiting_size: bytes that the other end has not made room for yet.
+        writer, reader: of the rings.
+        other_wake: the eventfd on which the other end is woken.
         is_open: neither closed nor over.
 
     Raises:
@@ -107,6 +113,7 @@ class Channel:
     def __init__(
         self, loop: asyncio.AbstractEventLoop, sock: socket.socket, files: LinkFiles, *, is_engine: bool,
         body_size_max: int, coming_size_max: int, on_frame: OnFrame, on_end: Callable[[str], None],
+        rings: Any = _front,
     ):  # fmt: skip
         self.waiting_size = 0
         self.is_open = True
@@ -116,15 +123,15 @@ class Channel:
         self._on_frame = on_frame
         self._on_end = on_end
         self._own_wake = files.engine_wake if is_engine else files.front_end_wake
-        self._other_wake = files.front_end_wake if is_engine else files.engine_wake
+        self.other_wake = files.front_end_wake if is_engine else files.engine_wake
         self._waiting: deque[_Waiting] = deque()
         self._counts: Counter[int] = Counter()  # of messages that wait, by ticket
         self._wakes = False
         self._reads_on = False
         offsets = (0, _front.STATE_SIZE + RING_SIZE)
         reads_at, writes_at = offsets if is_engine else reversed(offsets)
-        self._writer = _front.Writer(files.memory, writes_at, RING_SIZE)
-        self._reader = _front.Reader(
+        self.writer = rings.Writer(files.memory, writes_at, RING_SIZE)
+        self.reader = rings.Reader(
             files.memory, reads_at, RING_SIZE, body_size_max=body_size_max, coming_size_max=coming_size_max,
             keeps_bodies=is_engine,
         )  # fmt: skip
@@ -138,7 +145,7 @@ class Channel:
         size = len(body)
         if size <= PIECE_SIZE and not self._waiting and self.is_open:
             try:
-                if self._writer.put(kind, flags, ticket, head, body, size):
+                if self.writer.put(kind, flags, ticket, head, body, size):
                     self._wake_soon()
                     return
             except ValueError as error:
@@ -146,14 +153,25 @@ class Channel:
                 return
         self.send_parts(kind, flags, ticket, head, (body,))
 
+    def send_whole(self, kind: int, flags: int, ticket: int, head: bytes, body: Body) -> None:
+        """As `send`, in one frame however large. REQUIRES: a ring has room for two of them."""
+        size = len(body)
+        if size <= PIECE_SIZE:
+            self.send(kind, flags, ticket, head, body)
+        else:
+            self._wait(_Waiting(kind, flags, ticket, head, (body,), size))
+
     def send_parts(self, kind: int, flags: int, ticket: int, head: bytes, parts: Sequence[Body]) -> None:
         """Sends a message whose body is made of ``parts``, buffers of bytes that nobody changes until they are sent."""
+        self._wait(_Waiting(kind, flags, ticket, head, parts))
+
+    def _wait(self, message: _Waiting) -> None:
         if not self.is_open:
             return
-        message = _Waiting(kind, flags, ticket, head, parts)
         self.waiting_size += message.size
         self._waiting.append(message)
-        self._counts[ticket] += 1
+        self._counts[message.ticket] += 1
+        self.writer.has_waiting = True
         self._push()
 
     def take_back(self, ticket: int) -> None:
@@ -161,6 +179,7 @@ class Channel:
         if ticket in self._counts:
             del self._counts[ticket]
             self._waiting = deque(message for message in self._waiting if message.ticket != ticket)
+            self.writer.has_waiting = bool(self._waiting)
             self.waiting_size = sum(message.size for message in self._waiting)
 
     def give_up(self, reason: str) -> None:
@@ -180,7 +199,7 @@ class Channel:
         self._sock.close()
         for fd in self._files:
             os.close(fd)
-        del self._writer, self._reader
+        del self.writer, self.reader
 
     def _end(self, reason: str) -> None:
         if self.is_open:
@@ -193,21 +212,22 @@ class Channel:
             while self._waiting:
                 if self._put_next():
                     continue
-                self._writer.wait_for_room()
+                self.writer.wait_for_room()
                 if not self._put_next():
                     break
         except ValueError as error:
             self._end(str(error))
             return
+        self.writer.has_waiting = bool(self._waiting)
         self._wake_soon()
 
     def _put_next(self) -> bool:
         message = self._waiting[0]
         piece = message.pieces[0] if message.pieces else b""
         if message.is_begun:
-            done = self._writer.put(_front.MORE, 0, message.ticket, b"", piece, 0)
+            done = self.writer.put(_front.MORE, 0, message.ticket, b"", piece, 0)
         else:
-            done = self._writer.put(message.kind, message.flags, message.ticket, message.head, piece, message.total)
+            done = self.writer.put(message.kind, message.flags, message.ticket, message.head, piece, message.total)
         if not done:
             return False
         written = len(piece) + (0 if message.is_begun else len(message.head))
@@ -235,12 +255,12 @@ class Channel:
 
     def _wake(self) -> None:
         self._wakes = False
-        if self.is_open and self._writer.reader_sleeps():
+        if self.is_open and self.writer.reader_sleeps():
             self._wake_other()
 
     def _wake_other(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it is awake, or does not want to be
-            os.eventfd_write(self._other_wake, 1)
+            os.eventfd_write(self.other_wake, 1)
 
     def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -288,7 +308,7 @@ class Channel:
         """Goes on with what the other end has made room for, and tells it of room here; returns whether it is open."""
         if not self.is_open:
             return False
-        if self._reader.writer_waits():
+        if self.reader.writer_waits():
             self._wake_other()
         if self._waiting:
             self._push()
@@ -297,11 +317,11 @@ class Channel:
     def _take_frames(self) -> bool:
         """Whether there may be more."""
         for _ in range(_ROUNDS):
-            frames = self._reader.take(FRAMES_MAX)
+            frames = self.reader.take(FRAMES_MAX)
             for frame in frames:
                 self._on_frame(*frame)
                 if not self.is_open:
                     return False
-            if self._reader.sleep():
+            if self.reader.sleep():
                 return False
         return True

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,8 +21,9 @@ from pyserve.fronts.channel import Channel, LinkFiles
 from pyserve.fronts.counts import front_end_families
 from pyserve.fronts.link import App, Link
 from pyserve.fronts.meeting import Meeting
+from pyserve.fronts.shared_budget import LOOK_S, LedgerFile, SharedBudget
 from pyserve.fronts.shares import Shares
-from pyserve.request.body_budget import BodyBudget
+from pyserve.fronts.tensors import Tensors
 from pyserve.request.messages import ErrorFormat
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 LISTENING_S = 60.0
 HELLO_S = 5.0
 _LOOK_S = 0.05
+# Looks in a row that find a front end with more of the budget than it can use, while others have none.
+_KEEPING_MAX = 20
 _PENDING_MAX = 64
 _CREDENTIALS = struct.Struct("3i")
 
@@ -39,24 +43,31 @@ class Gate:
 
     Args:
         count: of front ends.
-        budget: of the bytes that bodies grow by in this process.
+        budget: of the bytes that bodies grow by in this process; it counts with those of front ends.
 
     Attributes:
+        tensors: what front ends may send as tensors; None if nothing.
         refused: answers that front ends gave themselves, without asking the engine, counted by status.
     """
 
-    def __init__(self, meeting: Meeting, count: int, shares: Shares, budget: BodyBudget, error_format: ErrorFormat):
+    def __init__(self, meeting: Meeting, count: int, shares: Shares, budget: SharedBudget, error_format: ErrorFormat):
         self.refused: Counter[int] = Counter()
+        self.tensors: Tensors | None = None
         self._loop = asyncio.get_running_loop()
         self._meeting = meeting
         self._count = count
         self._shares = shares
         self._budget = budget
+        self._ledger_file = LedgerFile(count + 1, budget.size_max)
+        self._ledger = self._ledger_file.of(count)
+        budget.attach(self._ledger)
+        self._looking = self._loop.call_later(LOOK_S, self._look)
         self._error_format = error_format
         self._apps: Sequence[App] = ()
         self._links: dict[int, Link] = {}
         self._started = [0] * count  # links of each front end so far
         self._requests = [0] * count  # of links that are gone
+        self._tensors = [0] * count
         self._pending: dict[socket.socket, asyncio.TimerHandle] = {}
         self._told: list[int] = [wire.OPEN]  # what one that comes has to know
         self._changed = asyncio.Event()
@@ -71,6 +82,8 @@ class Gate:
             ConfigError: they do not come.
         """
         self._apps = apps
+        if self.tensors is not None:
+            self.tensors.start(self.send_table)
         self._loop.add_reader(self._meeting.sock.fileno(), self._accept)
         try:
             await asyncio.wait_for(self._until(self._all_listen), LISTENING_S)
@@ -82,6 +95,10 @@ class Gate:
     def part(self) -> None:
         """Has front ends say with each answer that its connection ends; all is answered."""
         self._tell(wire.PARTING)
+
+    def close_doors(self) -> None:
+        """Has front ends accept no more; clients who connect are another process's."""
+        self._tell(wire.CLOSE)
 
     async def drain(self, *, keeps_sockets: bool) -> None:
         """Returns when nothing of a front end is left to be answered.
@@ -95,14 +112,18 @@ class Gate:
 
     def close(self) -> None:
         """Lets go of all links; what was written is still read."""
+        self._looking.cancel()
         self._loop.remove_reader(self._meeting.sock.fileno())
         self._meeting.sock.close()
+        if self.tensors is not None:
+            self.tensors.stop()
         for sock in tuple(self._pending):
             self._drop(sock)
         for link in tuple(self._links.values()):
             link.channel.close()
             link.lose()
         self._links.clear()
+        self._ledger_file.close()
 
     def families(self) -> Iterator[Metric]:
         """For a scrape."""
@@ -110,7 +131,8 @@ class Gate:
         for number in range(self._count):
             link = self._links.get(number)
             passed = self._requests[number] + (link.request_count if link else 0)
-            rows.append((link.connection_count if link else 0, passed, self._started[number]))
+            crossed = self._tensors[number] + (link.tensor_count if link else 0)
+            rows.append((link.connection_count if link else 0, passed, crossed, self._started[number]))
         return front_end_families(rows)
 
     def _all_listen(self) -> bool:
@@ -191,33 +213,57 @@ class Gate:
         return number if is_ours and (magic, version) == (wire.MAGIC, wire.VERSION) and number < self._count else None
 
     def _join(self, sock: socket.socket, number: int) -> None:
+        former = self._links.get(number)
+        if former is not None:
+            former.channel.close()
+            self._lose(former, "another one has come in its place")
         files = LinkFiles.make()
         try:
-            socket.send_fds(sock, [wire.MAGIC], list(files))
+            socket.send_fds(sock, [wire.MAGIC], [*files, self._ledger_file.fd])
             link = Link(number, self._apps, self._budget, self._shares, self.refused, self._error_format,
                         self._changed.set)  # fmt: skip
+            rings = {} if self.tensors is None else {"rings": self.tensors.rings}
             link.channel = Channel(
                 self._loop, sock, files, is_engine=True, body_size_max=self._shares.body_size_max,
                 coming_size_max=self._shares.body_budget_size, on_frame=link.take,
-                on_end=lambda reason: self._lose(link, reason),
+                on_end=lambda reason: self._lose(link, reason), **rings,
             )  # fmt: skip
         except BaseException:
             for fd in files:
                 os.close(fd)
             raise
-        former = self._links.get(number)
-        if former is not None:
-            former.channel.close()
-            self._lose(former, "another one has come in its place")
         self._links[number] = link
         self._started[number] += 1
+        if self.tensors is not None:
+            link.rows = self.tensors.join(link, self._shares)
         for kind in self._told:
             link.channel.send(kind, 0, 0)
+
+    def send_table(self, table: bytes) -> None:
+        """Has all front ends know what they may send as tensors."""
+        for link in tuple(self._links.values()):
+            link.send_table(table)
+
+    def _look(self) -> None:
+        """Sees what is wanted of the budget of bodies, and that nobody keeps what it cannot use."""
+        self._looking = self._loop.call_later(LOOK_S, self._look)
+        self._budget.look()
+        even = self._budget.size_max // (self._count + 1)
+        is_wanted = self._ledger.wanting_count(time.monotonic_ns()) > 0
+        for link in tuple(self._links.values()):
+            held = self._ledger.held_by(link.number)
+            link.keeping_count = link.keeping_count + 1 if is_wanted and held > even + link.size else 0
+            if held > self._budget.size_max:
+                link.channel.give_up("it says that it holds more bodies than there is memory for")
+            elif link.keeping_count > _KEEPING_MAX:
+                link.channel.give_up("it keeps memory for bodies that others wait for, and that it has no bodies for")
 
     def _lose(self, link: Link, reason: str) -> None:
         if self._links.get(link.number) is link:
             del self._links[link.number]
+            self._ledger_file.clear(link.number)
             self._requests[link.number] += link.request_count
+            self._tensors[link.number] += link.tensor_count
         if not link.is_drained:
             log.warning("front end %d: %s; %d requests of its clients are dropped", link.number, reason, link.in_flight)
         with contextlib.suppress(Exception):

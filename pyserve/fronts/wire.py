@@ -1,10 +1,17 @@
 """What the messages between front ends and the engine process are, and how their heads are written and read.
 
-    front end → engine     REQUEST, CANCEL of one; REFUSED and CONNECTIONS (counts); LISTENING, DRAINED
-    engine → front end     ANSWER, or STREAM, PART..., END or ABORT; OPEN, PAUSE, PARTING, DRAIN
+    front end → engine     REQUEST, or ROW; CANCEL of one; REFUSED, CONNECTIONS and TIMES (counts); LISTENING,
+                           DRAINED
+    engine → front end     ANSWER, or STREAM, PART..., END or ABORT; ROW_ANSWER or AGAIN; OPEN, PAUSE, PARTING, CLOSE,
+                           DRAIN; TABLE
 
 A ticket is a request's number; `flags` of an answer is its status. A request crosses when it is complete, and each end
 keeps what is the same in many heads, so that it is made and read once.
+
+A ROW is a request whose body is the tensor that its model takes, as the last TABLE describes it (`rows.py`), and whose
+flags say what is made of the output (`outputs.AS_TEXT`). The engine answers with the output's row, or AGAIN: the
+request has to come as it was, under the same ticket, since the table is another one by now, or since there is something
+to be said that only the endpoints know. They say it of the output that the engine has kept, if the model has run.
 """
 
 from __future__ import annotations
@@ -13,22 +20,72 @@ import json
 import struct
 from typing import Any, NamedTuple
 
-from pyserve.fronts.channel import RubbishError
+from pyserve.errors import ServeError
+from pyserve.fronts.channel import LinkFiles, RubbishError
+from pyserve.http1.head import HeadReader
+from pyserve.http1.limits import Http1Limits
 from pyserve.request.exchange import Exchange
 from pyserve.request.ids import REQUEST_ID
 from pyserve.request.messages import TIMING_HEADERS, HeaderList, Request, Response, SharedHeaders
+from pyserve.telemetry.stage_times import BOUNDS_S
 
-REQUEST, CANCEL, REFUSED, CONNECTIONS, LISTENING, DRAINED = range(1, 7)
-ANSWER, STREAM, PART, END, ABORT, OPEN, PAUSE, PARTING, DRAIN = range(17, 26)
+# As native code has them, too (csrc/front_ring.h): 7, 26 and 27.
+REQUEST, CANCEL, REFUSED, CONNECTIONS, LISTENING, DRAINED, ROW, TIMES = range(1, 9)
+ANSWER, STREAM, PART, END, ABORT, OPEN, PAUSE, PARTING, CLOSE, ROW_ANSWER, AGAIN, TABLE, DRAIN = range(17, 30)
 
 _FIXED = struct.Struct("<QQBB")  # arrived_at, bytes on the wire, listener, whether HTTP/1.1
+# Before that, of a ROW: generation of the table, place in it.
+_ROW = struct.Struct("<QQ")
+_ROW_FIXED = struct.Struct("<QQQQBB")
+_HEAD_END = b"\r\n\r\n"  # of a head as it came; in no other are there carriage returns
 _CLIENT_SIZE_MAX = 128
+_COUNT_MAX = 1 << 32  # of one message
 # Heads that are remembered, and the longest of them.
 _KNOWN_MAX = 1024
 _KNOWN_SIZE_MAX = 2048
 
+FILE_COUNT = len(LinkFiles._fields) + 1  # that the engine greets with: those of the link, and the ledger's
 HELLO = struct.Struct("<4sBB32s")  # magic, version, which front end, the secret
-MAGIC, VERSION = b"PSVF", 1
+MAGIC, VERSION = b"PSVF", 4
+
+
+class ToldTimes(NamedTuple):
+    """What a front end did for requests of a model that crossed as tensors: how often it took how long.
+
+    Attributes:
+        preprocess, postprocess: counts for each of `stage_times.BOUNDS_S` and above, and the sum in s.
+    """
+
+    name: str
+    version: str
+    preprocess: tuple[list[int], float]
+    postprocess: tuple[list[int], float]
+
+    def write(self) -> bytes:
+        """As the body of TIMES."""
+        return json.dumps(self).encode()
+
+    @classmethod
+    def read(cls, body: bytes | bytearray) -> ToldTimes:
+        """The inverse. RubbishError if it is none."""
+        try:
+            name, version, *stages = json.loads(body)
+            told = cls(name, version, *((counts, float(total_s)) for counts, total_s in stages))
+            is_right = type(name) is str and type(version) is str and all(map(_is_histogram, told[2:]))
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
+            raise RubbishError(f"times that cannot be read: {error}") from None
+        if not is_right:
+            raise RubbishError("times that no front end tells")
+        return told
+
+
+def _is_histogram(told: tuple[object, float]) -> bool:
+    counts, total_s = told
+    return (
+        type(counts) is list and len(counts) == len(BOUNDS_S) + 1
+        and all(type(count) is int and 0 <= count < _COUNT_MAX for count in counts)
+        and 0 <= total_s < _COUNT_MAX
+    )  # fmt: skip
 
 
 class _Known(NamedTuple):
@@ -61,6 +118,17 @@ class RequestWriter:
         fixed = _FIXED.pack(request.arrived_at, exchange.protocol_bytes, listener, exchange.is_http11)
         return b"%b%b\n%b\n%b" % (fixed, request.id.encode(), request.client.encode(), known)
 
+    def row_head(self, exchange: Exchange, listener: int, generation: int, route: int) -> bytes:
+        """The head of a ROW, for the route of a table: left as it came, if that is known, since it is seldom read."""
+        request = exchange.request
+        came = request.head_bytes
+        if came is None:
+            return _ROW.pack(generation, route) + self.head(exchange, listener)
+        fixed = _ROW_FIXED.pack(
+            generation, route, request.arrived_at, exchange.protocol_bytes, listener, exchange.is_http11
+        )
+        return b"%b%b\n%b\n%b" % (fixed, request.id.encode(), request.client.encode(), came)
+
 
 class RequestReader:
     """Reads what a `RequestWriter` has written, or somebody who pretends to be one."""
@@ -68,6 +136,7 @@ class RequestReader:
     def __init__(self, listener_count: int):
         self._listener_count = listener_count
         self._known: dict[bytes, _Known] = {}
+        self._heads = HeadReader(Http1Limits())
 
     def read(self, head: bytes, body: bytearray, now: int) -> tuple[Request, int, int, bool]:
         """The request, the number of its listener, its bytes on the wire, and whether its client speaks HTTP/1.1.
@@ -81,16 +150,20 @@ class RequestReader:
         try:
             arrived_at, wire_size, listener, is_http11 = _FIXED.unpack_from(head)
             id, client, text = head[_FIXED.size :].split(b"\n", 2)
-            known = self._known.get(text) or self._read(text)
+            known = self._read_head(text) if text.endswith(_HEAD_END) else self._known.get(text) or self._read(text)
             request = Request(
                 known.method, known.path, query=known.query, fields=known.fields, body=body, client=client.decode(),
                 id=id.decode(), arrived_at=min(arrived_at, now), has_timing=known.has_timing,
             )  # fmt: skip
-        except (struct.error, ValueError) as error:
+        except (struct.error, ValueError, ServeError) as error:
             raise RubbishError(f"a request that cannot be read: {error}") from None
         if listener >= self._listener_count or len(client) > _CLIENT_SIZE_MAX or not REQUEST_ID.match(request.id):
             raise RubbishError("a request that no client can have sent")
         return request, listener, wire_size, bool(is_http11)
+
+    def _read_head(self, text: bytes) -> _Known:
+        head = self._heads.read(text)
+        return _Known(head.method, head.path, head.query, HeaderList(head.headers), head.has_timing)
 
     def _read(self, text: bytes) -> _Known:
         method, path, query, *rest = text.decode().split("\n", 3)

@@ -20,7 +20,7 @@ from pyserve.errors import ConfigError
 from pyserve.lanes.resources import Services
 from pyserve.models.registry import Registry
 from pyserve.request.body_budget import BodyBudget
-from pyserve.telemetry.access_log import AccessLog
+from pyserve.telemetry.request_log import AnswerLog
 
 if TYPE_CHECKING:
     from pyserve.grpc_api.server import GrpcServer, Listener
@@ -41,11 +41,13 @@ class GrpcFrontEnd:
 
     Args:
         restart: how many servers there were before this one; only the first may fail for want of a port.
+        is_successor: another server has the ports, and this one is to share them until it goes. It may fail, too.
     """
 
-    def __init__(self, config: Config, restart: int):
+    def __init__(self, config: Config, restart: int, *, is_successor: bool = False):
         self._config = config
         self._restart = restart
+        self._is_successor = is_successor
         self._server: GrpcServer | None = None
         self._dispatcher: Dispatcher | None = None
 
@@ -71,7 +73,9 @@ class GrpcFrontEnd:
             return
         from pyserve.grpc_api.server import GrpcServer
 
-        self._server = GrpcServer(config, must_bind=must and not self._restart)
+        self._server = GrpcServer(
+            config, must_bind=must and (self._is_successor or not self._restart), shares_ports=self._is_successor
+        )
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -84,7 +88,7 @@ class GrpcFrontEnd:
         return [("warning", text) for text in self._server.warnings] if self._server is not None else []
 
     async def open(
-        self, services: Services, registry: Registry, inference: Inference, budget: BodyBudget, access: AccessLog, *,
+        self, services: Services, registry: Registry, inference: Inference, budget: BodyBudget, access: AnswerLog, *,
         repository: ModelRepository,
     ) -> None:  # fmt: skip
         """Begins to answer; each call is reported to ``access``."""

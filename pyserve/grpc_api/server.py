@@ -8,7 +8,9 @@ binds them again.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import socket
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -57,13 +59,17 @@ class GrpcServer:
         warnings: why one was not, a line each.
     """
 
-    def __init__(self, config: Config, *, must_bind: bool):
-        """``must_bind``: a port that cannot be had is an error, not a warning.
+    def __init__(self, config: Config, *, must_bind: bool, shares_ports: bool = False):
+        """
+        Args:
+            must_bind: a port that cannot be had is an error, not a warning.
+            shares_ports: with another server of ours, for the moment in which they change places.
 
         Raises:
             ConfigError: see ``must_bind``.
         """
         self._config = config
+        self._shares_ports = shares_ports
         self.listeners: list[Listener] = []
         self.warnings: list[str] = []
         for names, host, port in _places(config):
@@ -81,6 +87,8 @@ class GrpcServer:
         server = grpc.aio.server(options=_options(config, name), maximum_concurrent_rpcs=config.connection_count_max)
         shown = f"[{host}]" if ":" in host else host
         try:
+            if not self._shares_ports and _is_taken(host, port):
+                raise RuntimeError
             if config.enable_grpc_ssl:
                 bound = server.add_secure_port(f"{shown}:{port}", _credentials(config))
             else:
@@ -121,6 +129,25 @@ class GrpcServer:
         await asyncio.gather(*(listener.server.stop(grace_s) for listener in self.listeners))
 
 
+def _is_taken(host: str, port: int) -> bool:
+    """Whether anybody listens there, who may share the port or not: the system would give each some of the calls."""
+    if not port:
+        return False
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        return False  # gRPC says so
+    for family, kind, _, _, where in found:
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(where)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return True
+    return False
+
+
 def _credentials(config: Config) -> Any:
     """Key and certificate as they are when a client connects.
 
@@ -156,8 +183,8 @@ def _options(config: Config, name: str) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", min(_SIZE_MAX, config.max_request_size * _RECEIVE_FACTOR + ENVELOPE_SIZE)),
         ("grpc.max_send_message_length", min(_SIZE_MAX, config.max_response_size + ENVELOPE_SIZE)),
         ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
-        # Two servers that share a port would each get some of the calls.
-        ("grpc.so_reuseport", 0),
+        # For an upgrade, in which two servers have one port for a moment; other servers are looked for before.
+        ("grpc.so_reuseport", 1),
     ]
     for key in ("max_connection_age_ms", "max_connection_age_grace_ms"):
         value = getattr(config, f"grpc_{name}_{key}")

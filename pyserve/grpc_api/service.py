@@ -21,7 +21,7 @@ from pyserve.grpc_api.streams import Streams
 from pyserve.lanes.resources import Services
 from pyserve.log import about
 from pyserve.request.body_budget import QUICK_SIZE_MAX, Account, BodyBudget, body_budget_error
-from pyserve.telemetry.access_log import AccessLog
+from pyserve.telemetry.request_log import AnswerLog
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Dispatcher:
         streams: of the methods in which both sides stream.
     """
 
-    def __init__(self, services: Services, budget: BodyBudget, access: AccessLog):
+    def __init__(self, services: Services, budget: BodyBudget, access: AnswerLog):
         self._services = services
         self._access = access
         self._budget = budget

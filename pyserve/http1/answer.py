@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
 
-from pyserve.errors import ServerError
+from pyserve.errors import ServeError, ServerError
 from pyserve.log import about
 from pyserve.request.messages import ErrorFormat, Request, Response, SharedHeaders
 
@@ -45,7 +45,18 @@ _Kind = tuple[int, str | None, str | None, bool, SharedHeaders | None]
 # Kinds of answers in one second, more or less; content types may be of a handler's making.
 _PLAIN_MAX = 64
 
+_ANY_REQUEST = Request("POST", "/")
+
 INTERNAL_ERROR = "Internal server error; the server's log has the reason."
+
+
+def told_error(error: Exception, request: Request, logger: logging.Logger) -> ServeError:
+    """What is answered where an app raised ``error``: of one that is none of ours, that the log has it."""
+    if isinstance(error, ServeError):
+        return error
+    logger.error("request %s %s %s failed", request.id, request.method, request.path, exc_info=error,
+                 extra=about(request_id=request.id))  # fmt: skip
+    return ServerError(INTERNAL_ERROR)
 
 
 class InvalidAnswerError(ServerError):
@@ -140,6 +151,34 @@ class AnswerWriter:
         Raises:
             InvalidAnswerError: the response cannot be written as HTTP.
         """
+        before, between, after = self._pieces(response, keep_alive)
+        length = framing if size is None else f"content-length: {size}\r\n"
+        headers = response.headers
+        shared = headers if type(headers) is SharedHeaders else None
+        if size is not None and (shared is not None or not headers) and len(self._plain) < _PLAIN_MAX:
+            self._plain[response.status, response.reason, response.content_type, keep_alive, shared] = (
+                before.encode("latin-1"), f"{between}content-length: ".encode("latin-1"),
+                f"\r\n{after}".encode("latin-1"),
+            )  # fmt: skip
+        return f"{before}{request_id}{between}{length}{after}".encode("latin-1")
+
+    def lasting(self, response: Response) -> tuple[int, bytes, bytes, bytes]:
+        """The second for which it holds, and the head of answers like ``response`` on a connection that is kept: what
+        stands before the id, between that and the size, and behind the size.
+
+        REQUIRES: what `decorate` adds is the same for all requests.
+
+        Raises:
+            InvalidAnswerError: the response cannot be written as HTTP.
+        """
+        if self._decorate is not None:
+            self._decorate(_ANY_REQUEST, response)
+        before, between, after = self._pieces(response, keep_alive=True)
+        between, after = f"{between}content-length: ", f"\r\n{after}"
+        return self._second, before.encode("latin-1"), between.encode("latin-1"), after.encode("latin-1")
+
+    def _pieces(self, response: Response, keep_alive: bool) -> tuple[str, str, str]:
+        """What stands in a head before the id, between that and the line about the size, and behind that line."""
         status = response.status
         reason = response.reason
         line = _STATUS_LINES.get(status) if reason is None else _EMPTY_STATUS_LINES.get(status) if not reason else None
@@ -163,17 +202,8 @@ class AnswerWriter:
             if dropped:
                 common = "".join(line for name, line in _COMMON.items() if name not in dropped)
                 common += f"Date: {formatdate(second, usegmt=True)}\r\n"
-        length = framing if size is None else f"content-length: {size}\r\n"
         connection = "keep-alive" if keep_alive else "close"
-        before, between, after = f"{line}x-request-id: ", f"\r\n{common}{extra}", f"connection: {connection}\r\n\r\n"
-        headers = response.headers
-        shared = headers if type(headers) is SharedHeaders else None
-        if size is not None and (shared is not None or not headers) and len(self._plain) < _PLAIN_MAX:
-            self._plain[status, reason, content_type, keep_alive, shared] = (
-                before.encode("latin-1"), f"{between}content-length: ".encode("latin-1"),
-                f"\r\n{after}".encode("latin-1"),
-            )  # fmt: skip
-        return f"{before}{request_id}{between}{length}{after}".encode("latin-1")
+        return f"{line}x-request-id: ", f"\r\n{common}{extra}", f"connection: {connection}\r\n\r\n"
 
 
 def _status_line(status: int, reason: str | None) -> str:

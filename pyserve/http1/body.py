@@ -220,3 +220,45 @@ class ChunkedBody:
         self._overhead += size
         if self._overhead > limits.chunk_overhead_size_max + limits.chunk_overhead_ratio_max * self.size:
             raise InvalidHttpError("the chunked body spends too many bytes on framing")
+
+
+class UnframedBody:
+    """A body whose pieces come without their framing, from somebody who has read that; `end` says that it was the last.
+
+    Attributes:
+        content, size, complete: as in ``SizedBody``.
+        announced: 0.
+    """
+
+    __slots__ = ("_keep", "_size_max", "announced", "complete", "content", "size")
+
+    def __init__(self, limits: Http1Limits):
+        self.announced = 0
+        self.content = bytearray()
+        self.size = 0
+        self.complete = False
+        self._keep = True
+        self._size_max = limits.body_size_max
+
+    def feed(self, data: bytes, start: int) -> int:
+        """Takes all of ``data[start:]``.
+
+        Raises:
+            BodyTooLargeError: the body passes ``body_size_max``.
+        """
+        size = self.size + len(data) - start
+        if size > self._size_max:
+            raise BodyTooLargeError(size, self._size_max)
+        if self._keep:
+            self.content += memoryview(data)[start:]
+        self.size = size
+        return len(data)
+
+    def end(self) -> None:
+        """No more comes."""
+        self.complete = True
+
+    def discard(self) -> None:
+        """Keeps nothing from here on; the body is only read to its end."""
+        self._keep = False
+        self.content = bytearray()

@@ -52,13 +52,23 @@ class Compression:
         self.size_min = size_min
         self._pool = pool
 
+    def codes(self, accepted: str) -> bool:
+        """Whether answers to requests with this ``Accept-Encoding`` are compressed, if that is worth its time."""
+        return bool(_coding_for(Request("GET", "/", headers=[("accept-encoding", accepted)])))
+
+    def note_choice(self, response: Response) -> None:
+        """What an answer of at least `size_min` says that leaves as it is, since its client takes no coding."""
+        if _may_be_coded(response):
+            response.headers = _with_vary(response.headers)
+
     def take(self, exchange: Exchange, deliver: Callable[[Exchange], object]) -> bool:
         """Whether the answer of ``exchange`` leaves later: then it is taken away, and ``deliver`` called with it there.
 
         Else the answer is there, as it was or compressed.
         """
         response, request = exchange.response, exchange.request
-        assert response is not None
+        if response is None or exchange.is_streaming or (len(response.body) < self.size_min and not response.tail):
+            return False
         size = _size(response)
         if size < self.size_min or request.method == "HEAD" or not _may_be_coded(response):
             return False

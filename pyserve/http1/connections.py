@@ -53,6 +53,7 @@ class Connections:
         draining: whether idle connections are closed, too.
         refused: answers the protocol gave itself, without asking the app, counted by status.
         descriptor_limit: connections have descriptors below this, see `pyserve.request.descriptors`.
+        on_parting: called once `parting` is set.
         on_answer: told of each answer as it is written, a streamed one at its first part: the request, the status, and
             whether the client speaks HTTP/1.1.
     """
@@ -79,6 +80,7 @@ class Connections:
         self.parting = False
         self.draining = False
         self.refused: Counter[int] = Counter()
+        self.on_parting: Callable[[], object] = bool
         self.on_answer: Callable[[Request, int, bool], None] = _note_nothing
         self.descriptor_limit: Callable[[], int] = lambda: UNLIMITED
         self._open: set[Connection] = set()
@@ -88,6 +90,11 @@ class Connections:
     def __len__(self) -> int:
         """Open connections, refused ones that are still lingering not counted."""
         return len(self._open)
+
+    @property
+    def members(self) -> tuple[Connection, ...]:
+        """The open ones, see `__len__`."""
+        return tuple(self._open)
 
     def add(self, connection: Connection, descriptor: int = -1) -> ServeError | None:
         """Registers a new connection; returns why it is refused, if it is one too many.
@@ -119,6 +126,7 @@ class Connections:
         So clients that ask again soon learn that they have to connect anew, and lose nothing by it.
         """
         self.parting = True
+        self.on_parting()
 
     async def drain(self) -> None:
         """Closes idle connections and, after their answers, busy ones; returns when all are gone.
@@ -134,6 +142,7 @@ class Connections:
     def start_drain(self) -> None:
         """The first half of ``drain``: says so to every connection and returns."""
         self.parting = self.draining = True
+        self.on_parting()
         for connection in tuple(self._open):
             connection.drain()
 

@@ -176,6 +176,9 @@ class HeadReader:
 
     Args:
         read_plain: reads plain heads; None has all of them read here.
+
+    Attributes:
+        takes_ids: a request keeps its client's ``x-request-id``.
     """
 
     def __init__(
@@ -183,7 +186,7 @@ class HeadReader:
         read_plain: Callable[[bytes, int, bool], _http.Head | None] | None = read_plain,
     ):  # fmt: skip
         self._limits = limits
-        self._takes_ids = takes_ids
+        self.takes_ids = takes_ids
         self._read_plain = read_plain
         self._known: dict[bytes, RequestHead] = {}  # others: a client on a kept connection may repeat its head
 
@@ -195,7 +198,7 @@ class HeadReader:
                 cannot be read on safely; the connection must end.
         """
         if self._read_plain is not None:
-            plain = self._read_plain(data, self._limits.header_count_max, self._takes_ids)
+            plain = self._read_plain(data, self._limits.header_count_max, self.takes_ids)
             if plain is not None:
                 return plain
         head = self._known.get(data)
@@ -207,7 +210,7 @@ class HeadReader:
             except ServeError:
                 check_head_start(data)
                 raise
-            if not self._takes_ids:
+            if not self.takes_ids:
                 head.id = ""
             if len(data) <= _CACHED_HEAD_SIZE_MAX:
                 if len(self._known) >= _CACHE_COUNT_MAX:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pyserve.errors import OverloadedError, ServeError
-from pyserve.http1.body import FIRST_SIZE_MIN, ChunkedBody, SizedBody
+from pyserve.http1.body import FIRST_SIZE_MIN, ChunkedBody, SizedBody, UnframedBody
 from pyserve.http1.errors import BodyTooLargeError, ExpectationError
 from pyserve.http1.head import Head, asked_path
 from pyserve.http1.limits import Http1Limits
@@ -39,11 +39,15 @@ class Incoming:
         "reserved", "wire_size",
     )  # fmt: skip
 
-    def __init__(self, head: Head, head_size: int, limits: Http1Limits, account: Account, clock: Callable[[], float]):
+    def __init__(
+        self, head: Head, head_size: int, limits: Http1Limits, account: Account, clock: Callable[[], float], *,
+        is_unframed: bool = False,
+    ):  # fmt: skip
         """Decides on the head alone whether the body is wanted.
 
         Args:
             clock: s, ``loop.time``.
+            is_unframed: somebody else has taken the framing of a chunked body away; `end` says where it ends.
 
         Raises:
             ServeError: it is not, and the connection must end, since nobody can tell whether the body will follow.
@@ -53,9 +57,9 @@ class Incoming:
         if head.expect not in ("", "100-continue"):
             raise ExpectationError("Expect other than '100-continue' cannot be met.")
         self.head = head
-        self.body: SizedBody | ChunkedBody
+        self.body: SizedBody | ChunkedBody | UnframedBody
         if head.chunked:
-            self.body = ChunkedBody(limits)
+            self.body = UnframedBody(limits) if is_unframed else ChunkedBody(limits)
         else:
             are_few = account.budget.coming_count < FEW_COUNT
             self.body = SizedBody(head.length, FIRST_SIZE_OF_FEW if are_few else FIRST_SIZE_MIN)
@@ -92,6 +96,12 @@ class Incoming:
         self.wire_size += end - start
         self._take()
         return end
+
+    def end(self) -> None:
+        """Of an unframed body: all has come."""
+        assert isinstance(self.body, UnframedBody)
+        self.body.end()
+        self._take()
 
     @property
     def direct_size(self) -> int:

@@ -18,8 +18,8 @@ import sys
 from collections.abc import Callable
 from typing import cast
 
-from pyserve.errors import ServeError, ServerError
-from pyserve.http1.answer import INTERNAL_ERROR, JOINED_SIZE_MAX
+from pyserve.errors import ServeError
+from pyserve.http1.answer import JOINED_SIZE_MAX, told_error
 from pyserve.http1.connections import Connections
 from pyserve.http1.direct import DIRECT_SIZE_MIN, DirectBody
 from pyserve.http1.errors import BodyTooLargeError, InvalidHttpError, SlowClientError
@@ -38,8 +38,7 @@ from pyserve.request.messages import ExtraHeaders, Request
 log = logging.getLogger("pyserve.http1")
 
 _HEAD, _BODY, _CLOSED = range(3)
-# Of a head that is refused; its path is looked at.
-_BEGIN_SIZE_MAX = 1024
+_BEGIN_SIZE_MAX = 1024  # of a head that is refused; its path is looked at
 
 
 class Http1Protocol(asyncio.Protocol):
@@ -281,9 +280,15 @@ class Http1Protocol(asyncio.Protocol):
     def _complete(
         self, head: Head, content: bytearray, wire_size: int, reserved: int, incoming: Incoming | None = None
     ) -> None:
+        exchange = self._enter(head, content, wire_size, reserved, self._connections.clock())
+        if incoming is None or self._is_wanted(incoming, exchange):
+            self._run(exchange)
+
+    def _enter(self, head: Head, content: bytearray, wire_size: int, reserved: int, arrived_at: int) -> Exchange:
+        """The exchange of a request that is complete, in the queue."""
         request = Request(
             head.method, head.path, query=head.query, fields=head, body=content, client=self._client,
-            id=head.id or new_id(), arrived_at=self._connections.clock(), has_timing=head.has_timing,
+            id=head.id or new_id(), arrived_at=arrived_at, has_timing=head.has_timing,
         )  # fmt: skip
         if head.chunked:
             request.add_headers(ExtraHeaders(("content-length", str(len(content)))))  # as TorchServe's handlers have it
@@ -293,16 +298,13 @@ class Http1Protocol(asyncio.Protocol):
         self._timer.deadline = math.inf
         if not head.keep_alive:
             self._phase = _CLOSED
-        if incoming is not None and not self._is_wanted(incoming, exchange):
-            return
+        return exchange
+
+    def _run(self, exchange: Exchange) -> None:
         try:
             self._app(exchange)
-        except ServeError as error:
-            self._respond_error(exchange, error)
-        except Exception:
-            log.exception("request %s %s %s failed", request.id, request.method, request.path,
-                          extra=about(request_id=request.id))  # fmt: skip
-            self._respond_error(exchange, ServerError(INTERNAL_ERROR))
+        except Exception as error:
+            self._respond_error(exchange, told_error(error, exchange.request, log))
 
     def _is_wanted(self, incoming: Incoming, exchange: Exchange) -> bool:
         refusal = incoming.refusal
@@ -389,12 +391,8 @@ class Http1Protocol(asyncio.Protocol):
     def _on_answer(self, exchange: Exchange) -> None:
         if exchange.reserved:
             self._release(exchange)
-        compression, response = self._connections.compression, exchange.response
-        if (
-            compression is not None and response is not None and not exchange.is_streaming
-            and (len(response.body) >= compression.size_min or response.tail)
-            and compression.take(exchange, self._deliver)
-        ):  # fmt: skip
+        compression = self._connections.compression
+        if compression is not None and compression.take(exchange, self._deliver):
             return
         self._deliver(exchange)
 
@@ -440,7 +438,7 @@ class Http1Protocol(asyncio.Protocol):
         self._half_close()
 
     def _half_close(self) -> None:
-        # Closing with unread input would reset the connection, and the client might lose the answer.
+        # Closing with unread input would reset the connection, and lose the answer perhaps.
         if self._paused:
             self._paused = False
             self._transport.resume_reading()

@@ -55,6 +55,7 @@ class EngineLane(Lane):
         super().__init__(services, name, label, settings)
         self.core: Any = core
         self.preparing_count = 0
+        self._is_announcing = False
         self._sweep = Sweep()
         self._batches: BatchRecorder | None = None
 
@@ -73,9 +74,15 @@ class EngineLane(Lane):
         """Batches that may run at once."""
         raise NotImplementedError
 
+    def close_rows(self) -> None:
+        """Has the engine take no request by itself any more."""
+
     def leaves_overrun(self, pending: Pending) -> bool:
         """Whether a request that has run for too long is left to the end of its batch, to be run again by itself."""
         return False
+
+    def take_over_late(self, now: int) -> None:
+        """Has among `in_flight` what only the engine knows so far and is over its time, in front."""
 
     def look_after_workers(self, now: int) -> bool:
         """Called with each sweep; returns whether another one is wanted although no request waits for an answer."""
@@ -110,7 +117,9 @@ class EngineLane(Lane):
     async def finish_requests(self) -> None:
         """Takes no more requests, and returns when those that were admitted are answered."""
         self.is_draining = True
-        if self.ready_count or self.may_take:
+        self.close_rows()
+        while self.in_flight_count and (self.ready_count or self.may_take):
+            self.idle.clear()
             await self.idle.wait()
         self.answer_all(self.refusal("draining"))
         self._sweep.stop()
@@ -122,7 +131,12 @@ class EngineLane(Lane):
         """Admits the request and sees to its answer. Raises nothing that is the request's fault."""
         if self.times_all:
             self.begin_stages(pending)
-        refusal = None if self._is_admitted() else self._admit()
+        kept = pending.kept
+        if kept is not None:
+            kept.let_go()
+        # What has run here was admitted before.
+        is_admitted = (kept is not None and kept.lane is self) or self._is_admitted()
+        refusal = None if is_admitted else self._admit()
         if refusal is not None:
             self.refuse(pending, refusal)
             return
@@ -141,21 +155,34 @@ class EngineLane(Lane):
         self.idle.clear()
         self.begin(row)
 
+    def announce_soon(self) -> None:
+        """Wakes a worker for all requests that this turn of the loop brings: one wake-up, and a batch of them all."""
+        if not self._is_announcing:
+            self._is_announcing = True
+            self.loop.call_soon(self._announce)
+
+    def _announce(self) -> None:
+        self._is_announcing = False
+        self.core.announce()
+
     def in_pool(self, call: Callable[[], T], then: Callable[[T], object], *, waits: bool) -> None:
         """Calls ``call``, which must not raise, in another thread and ``then`` with its result here.
 
         Args:
             waits: whether it counts as a waiting request meanwhile.
         """
-        self.preparing_count += waits
+        self._note_preparing(waits)
 
         def done(future: Future[T]) -> None:
-            self.preparing_count -= waits
+            self._note_preparing(-waits)
             then(future.result())
 
         limited = LimitedCall(call, self.settings.response_timeout_s, self.label)
         future = self.services.preprocess_pool.submit(limited)
         future.add_done_callback(lambda each: self.loop.call_soon_threadsafe(done, each))
+
+    def _note_preparing(self, count: int) -> None:
+        self.preparing_count += count
 
     @property
     def has_room_in_ring(self) -> bool:
@@ -197,11 +224,15 @@ class EngineLane(Lane):
 
     # --- the way out ----------------------------------------------------------------------------------------------
 
-    def note_batch(self, completion: Any, owners: list[Pending | None]) -> None:
-        """Counts a batch that was run; one of ``owners`` is there."""
+    @property
+    def _batch_recorder(self) -> BatchRecorder:
         if self._batches is None:
             self._batches = self.services.metrics.batches(self.name, self.version, is_native=self.is_native)
-        batches = self._batches
+        return self._batches
+
+    def note_batch(self, completion: Any, owners: list[Pending | None]) -> None:
+        """Counts a batch that was run; one of ``owners`` is there."""
+        batches = self._batch_recorder
         batches.note(completion, next(filter(None, owners)).arrived_at, self.batch_size_max)
         if batches.is_noted:
             if completion.code == "ok":

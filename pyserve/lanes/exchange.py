@@ -37,6 +37,17 @@ async def exchange(lane: NativeLane, network: Network) -> str:
     former = lane.network
     if network.handler is not former.handler or network.restored is not former.restored:
         raise ValueError("only networks of one handler whose outputs have one structure can be exchanged")
+    lane.offered = network.batches
+    lane.apply_limits()  # before a worker runs a batch that was shown of the former one only
+    try:
+        return await _exchanged(lane, network, former)
+    finally:
+        lane.offered = None
+        if not lane.is_draining:
+            lane.apply_limits()
+
+
+async def _exchanged(lane: NativeLane, network: Network, former: Network) -> str:
     lane.core.exchange_model(network.torch_model)
     refusal = await _ended(lane)
     if refusal and not lane.is_draining:
@@ -50,7 +61,6 @@ async def exchange(lane: NativeLane, network: Network) -> str:
         lane.core.set_models(network.models)
         lane.network = network
         former.batches = None  # whose runs know the network: nothing else keeps its weights
-        lane.apply_limits()
     return refusal
 
 

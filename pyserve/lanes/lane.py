@@ -56,7 +56,8 @@ class Lane:
         self.label = label
         self.version = label.removeprefix(f"{name} ")
         self.is_strict = services.config.compat == "strict"
-        self.times_all = services.config.server_timing or services.tracer is not None
+        config = services.config
+        self.times_all = config.server_timing or config.request_log or services.tracer is not None
         self.loop = asyncio.get_running_loop()
         # Changes while it runs.
         self.settings = settings
@@ -182,7 +183,9 @@ class Lane:
         exchange = pending.exchange
         if pending.stages is not None and pending.stages.is_told and not exchange.is_streaming:
             pending.stages.tell(response, pending.arrived_at)
-        pending.is_error = response.error is not None
+        if response.error is not None:
+            pending.is_error = True
+            self.services.recent_errors.note(response.error, exchange.request, model=self.name, version=self.version)
         pending.observe(response.status)
         if exchange.is_streaming:
             exchange.abort_stream(response)  # the head has left: the client must not take what it has for all
@@ -199,16 +202,21 @@ class Lane:
 
     def answer_all(self, error: ServeError) -> None:
         """Answers every admitted request with ``error``; what is running is dropped when it is done."""
+        self.take_over()
         for pending in list(self.in_flight):
             pending.drop()
             self.answer_error(pending, error)
 
     def answer_waiting(self, error: ServeError) -> None:
         """As `answer_all`, of those that no worker has begun."""
+        self.take_over(waiting_only=True)
         for pending in list(self.in_flight):
             if pending.began_at() == 0:
                 pending.drop()
                 self.answer_error(pending, error)
+
+    def take_over(self, *, waiting_only: bool = False) -> None:
+        """Has among `in_flight` what only the engine knows so far."""
 
     def refuse(self, pending: Pending, error: OverloadedError) -> None:
         """Answers a request that is not admitted."""
@@ -235,7 +243,7 @@ class Lane:
             pending.limit_timer.cancel()
             pending.limit_timer = None
         self.in_flight.pop(pending, None)
-        if not self.in_flight:
+        if not self.in_flight and not self.in_flight_count:
             self.idle.set()
 
     # --- what is noted of a request -------------------------------------------------------------------------------
@@ -246,6 +254,7 @@ class Lane:
         stages = pending.stages
         if stages is None:
             stages = pending.stages = Stages(is_told=services.config.server_timing)
+        pending.exchange.request.stages = stages
         if services.tracer is not None and stages.span is None:
             stages.span = services.tracer.begin(pending.exchange.request, self.name, pending.version)
 
@@ -261,9 +270,15 @@ class Lane:
         if status is None:
             self.services.metrics.observe_abort(self.name, pending.version, url_version)
             return
+        self.recorder(url_version).observe(
+            status, pending.age_s(), pending.queue_s(), is_error=pending.is_error,
+            is_http=pending.exchange.request.is_http,
+        )  # fmt: skip
+
+    def recorder(self, url_version: str) -> RequestRecorder:
+        """What counts requests of this version as in the URL."""
         recorder = self._recorders.get(url_version)
         if recorder is None:
-            recorder = self.services.metrics.recorder(self.name, pending.version, url_version)
+            recorder = self.services.metrics.recorder(self.name, self.version, url_version)
             self._recorders[url_version] = recorder
-        recorder.observe(status, pending.age_s(), pending.queue_s(), is_error=pending.is_error,
-                         is_http=pending.exchange.request.is_http)  # fmt: skip
+        return recorder

@@ -31,6 +31,10 @@ class SweptLane(Protocol):
     settings: ModelSettings
     in_flight: dict[Pending, None]
 
+    @property
+    def in_flight_count(self) -> int:
+        """Requests admitted and not answered."""
+
     def expire(self, pending: Pending) -> None:
         """Answers a request that no worker took in time."""
 
@@ -39,6 +43,9 @@ class SweptLane(Protocol):
 
     def leaves_overrun(self, pending: Pending) -> bool:
         """Whether a request that has run for too long is left to the end of its batch, to be run again by itself."""
+
+    def take_over_late(self, now: int) -> None:
+        """Has among ``in_flight`` what only the engine knows so far and is over its time, in front."""
 
     def look_after_workers(self, now: int) -> bool:
         """Called with each sweep; returns whether another one is wanted although no request waits for an answer."""
@@ -72,6 +79,7 @@ class Sweep:
         settings = lane.settings
         queue_limit_s, run_limit_s = settings.queue_limit_s, float(settings.response_timeout_s)
         now = time.monotonic_ns()
+        lane.take_over_late(now)
         for pending in list(lane.in_flight):
             if not pending.is_swept:
                 continue
@@ -90,7 +98,7 @@ class Sweep:
             elif started_at == 0 and age_s >= queue_limit_s:
                 pending.drop()
                 lane.expire(pending)
-        if lane.look_after_workers(now) or lane.in_flight:
+        if lane.look_after_workers(now) or lane.in_flight_count:
             self.start(lane)
 
 

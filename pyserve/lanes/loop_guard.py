@@ -34,10 +34,12 @@ class LoopGuard:
 
     Args:
         leave: ends the process.
+        is_on: else it does nothing at all: the process and its signals are somebody else's.
     """
 
-    def __init__(self, leave: Callable[[int], object] = os._exit):
+    def __init__(self, leave: Callable[[int], object] = os._exit, *, is_on: bool = True):
         self._leave = leave
+        self._is_on = is_on
         self._current: tuple[float, float, str] | None = None  # since when, limit, whose; s
         self._thread: threading.Thread | None = None
 
@@ -60,7 +62,7 @@ class LoopGuard:
             raise
 
     def _start(self) -> bool:
-        if threading.current_thread() is not threading.main_thread():
+        if not self._is_on or threading.current_thread() is not threading.main_thread():
             return False
         signal.signal(_NUMBER, self._interrupt)
         self._thread = threading.Thread(target=self._watch, name="loop-guard", daemon=True)

@@ -31,7 +31,8 @@ from pyserve.lanes.batch_ceiling import BatchCeiling
 from pyserve.lanes.batch_trials import try_batches
 from pyserve.lanes.device_batching import DeviceBatching
 from pyserve.lanes.device_copies import forget_unused, is_spread, spread
-from pyserve.lanes.engine_lane import EngineLane, live, request_ids, ring_capacity
+from pyserve.lanes.engine_lane import live, request_ids, ring_capacity
+from pyserve.lanes.front_rows import RowsLane
 from pyserve.lanes.large_answers import LargeAnswers, check_results, is_large
 from pyserve.lanes.limited_runs import limited_runs
 from pyserve.lanes.limits import handler_overrun, overrun_error
@@ -57,10 +58,11 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class NativeLane(EngineLane):
+class NativeLane(RowsLane):
     """Requests of one model between admission and answer; the network runs in native threads."""
 
     is_native = True
+    offered: BatchProof | None = None  # of what is about to take the network's place, which some workers run already
 
     def __init__(self, services: Services, name: str, label: str, network: Network, settings: ModelSettings):
         core = services.engine.add_lane(network.models, network.usual_item, ring_capacity(settings))
@@ -79,12 +81,14 @@ class NativeLane(EngineLane):
             services.engine, services.stuck, core, settings=settings, label=label, worker_log=self.worker_log,
             lost_devices=services.lost_devices,
         )  # fmt: skip
-        self._has_warned_of_nan = self._is_announcing = False
+        self._has_warned_of_nan = False
         self._raw = RawRows.of(network.handler, network.example)
         self._is_built_in = row_check.is_built_in(network.handler)
         self._takes_arrays = self._is_built_in and bool(getattr(network.handler, "takes_json_arrays", False))
-        self._preprocess_times, self._postprocess_times = StageTimes(), StageTimes()
+        self.stage_times = self._preprocess_times, self._postprocess_times = StageTimes(), StageTimes()
         self._warn_of_batches()
+        if self._raw is not None and not network.finish and not network.rules:
+            self.open_rows(network.handler)
         self.apply_limits()
 
     # --- workers and settings -------------------------------------------------------------------------------------
@@ -95,7 +99,6 @@ class NativeLane(EngineLane):
 
     @property
     def wanted_count(self) -> int:
-        """Workers that are there or coming."""
         return self.workers.wanted_count
 
     def set_workers(self, count: int) -> None:
@@ -129,7 +132,6 @@ class NativeLane(EngineLane):
         return device == self.network.device or device in self.network.copies
 
     def worker_rows(self) -> list[WorkerRow]:
-        """The workers, as the management API shows them."""
         return self.workers.rows()
 
     @property
@@ -145,7 +147,6 @@ class NativeLane(EngineLane):
         return failure
 
     def apply_limits(self) -> None:
-        """Brings the settings to the engine; they hold from the next batch on."""
         super().apply_limits()
         self.network.context.system_properties["batch_size"] = self.settings.batch_size
         proof = self.network.batches
@@ -155,8 +156,8 @@ class NativeLane(EngineLane):
     @property
     def batch_size_max(self) -> int:
         """The settings' number, as far as batches of it were shown to change no answer, and fit the device."""
-        proof, wanted = self.network.batches, self.ceiling.limited(self.settings.batch_size)
-        return wanted if proof is None else min(wanted, proof.size_max)
+        wanted = self.ceiling.limited(self.settings.batch_size)
+        return min([wanted, *(each.size_max for each in (self.network.batches, self.offered) if each is not None)])
 
     async def _prove_batches(self, proof: BatchProof) -> None:
         await try_batches(self, proof, super().apply_limits)
@@ -193,6 +194,9 @@ class NativeLane(EngineLane):
 
     async def close(self) -> None:
         """Finishes what was admitted, then stops the workers."""
+        if self.proving is not None:  # nobody waits for what it shows
+            self.proving.cancel()
+            await asyncio.wait([self.proving])
         await self.finish_requests()
         self.services.engine.forget_lane(self.core)
         await self.workers.ended()
@@ -203,13 +207,14 @@ class NativeLane(EngineLane):
     def stats(self) -> JsonObject:
         """As a lane's, and the histograms of the stages before and after the engine."""
         own: JsonObject = {"stuck": self.core.lost_count, "batch_ceiling": self.core.ceiling}
-        own |= {"preprocess": self._preprocess_times.histogram(), "postprocess": self._postprocess_times.histogram()}
-        return {**super().stats(), **own}
+        return {**super().stats(), **own, **self.stage_histograms()}
 
     # --- the way in -----------------------------------------------------------------------------------------------
 
     def begin(self, pending: Pending) -> None:
         """Preprocesses, here or in the pool, and submits."""
+        if pending.kept is not None and self.answer_kept(pending):
+            return
         if pending.inputs is not None:
             self._submit(pending, pending.inputs)
             return
@@ -225,7 +230,7 @@ class NativeLane(EngineLane):
                     self.answer_error(pending, self.refusal("queue full"))
                     return
                 pending.stage = SUBMITTED
-                self._announce_soon()
+                self.announce_soon()
                 return
         if self.network.handler.is_quick(len(pending.exchange.request.body)):
             self._prepared(pending, self._prepare(pending) if self._is_built_in else self._prepare_guarded(pending))
@@ -308,7 +313,7 @@ class NativeLane(EngineLane):
                 pending, prepared, pending.arrived_at, self.deadline(pending), False, pending.wants_tensors
             )
             pending.stage = SUBMITTED
-            self._announce_soon()
+            self.announce_soon()
         except OverflowError:
             self.answer_error(pending, self.refusal("queue full"))
         except self.services.engine.core.InputRefused as error:
@@ -316,16 +321,6 @@ class NativeLane(EngineLane):
             self.answer_error(pending, HandlerError("Prediction failed") if self.is_strict else refusal)
         except (TypeError, ValueError) as error:
             self.answer_error(pending, self._handler_error(error, "preprocess", pending.exchange.request.id))
-
-    def _announce_soon(self) -> None:
-        """Wakes a worker for all requests that this turn of the loop brings: one wake-up, and a batch of them all."""
-        if not self._is_announcing:
-            self._is_announcing = True
-            self.loop.call_soon(self._announce)
-
-    def _announce(self) -> None:
-        self._is_announcing = False
-        self.core.announce()
 
     # --- the way out ----------------------------------------------------------------------------------------------
 
@@ -342,6 +337,11 @@ class NativeLane(EngineLane):
         if completion.code != "ok":
             self._complete_failed(owners, completion)
             return
+        if self.rows is None or any(owners := self.keep_outputs(owners, completion)):
+            self.answer_run(owners, completion)
+
+    def answer_run(self, owners: list[Pending | None], completion: Any) -> None:
+        """Answers what has run."""
         if self._raw is not None and self._answer_rows(self._raw, owners, completion):
             return
         if any(owner is not None and owner.wants_tensors for owner in owners):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,6 +17,12 @@ from pyserve.lanes.warm_up import WarmUpItem
 from pyserve.proof.comparison import ROUNDING
 from pyserve.proof.native_proof import BatchProof
 from pyserve.proof.probe_inputs import InputDomain
+
+
+class Stoppable(Protocol):
+    """What runs in a process of its own."""
+
+    def stop(self) -> None: ...
 
 
 @dataclass
@@ -42,6 +48,9 @@ class Network:
         findings: what was found out about it, for describe: name -> what it is.
         warm_up: what workers run beside the example before they are ready.
         near_cpus: the CPUs that workers of a device keep to, by its name; those that are not named use all.
+        making: what makes it for a backend that is named, begun before it was READY and not at its end; else None.
+        in_fp32: loads its weights once more at full precision, where it runs at a lower one on a CPU.
+        in_layout: loads its weights once more, in oneDNN's layout, where that was left for behind the first requests.
     """
 
     handler: Handler
@@ -64,6 +73,9 @@ class Network:
     findings: dict[str, Any] = field(default_factory=dict)
     warm_up: list[WarmUpItem] = field(default_factory=list)
     near_cpus: dict[str, list[int]] = field(default_factory=dict)
+    making: Stoppable | None = None
+    in_fp32: Callable[[], Any] | None = None
+    in_layout: Callable[[], Any] | None = None
 
     def output(self, raw: Any) -> Any:
         """What the engine gave, as the model returned it."""
@@ -117,6 +129,8 @@ class Network:
         """Lets go of all weights. REQUIRES: no worker and no trial runs any more."""
         self.torch_model = self.batches = None
         self.copies.clear()
+        if self.making is not None:
+            self.making.stop()
 
 
 def _on_host(output: Any) -> Any:

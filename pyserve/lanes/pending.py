@@ -84,6 +84,11 @@ class Pending:
 
     # --- what the lane asks of every kind of request --------------------------------------------------------------
 
+    @property
+    def kept(self) -> Any:
+        """What its model has made of it already, see `kept_output`; None of almost all."""
+        return self.exchange.kept
+
     def begin(self) -> None:
         """Called once it is admitted."""
         self.lane.begin(self)

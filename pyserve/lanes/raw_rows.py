@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 
 from pyserve.request.messages import Request, SharedHeaders
+from pyserve.tensor_types import may_be_read
 
 RAW_TYPE = "application/octet-stream"
 _KNOWN_MAX = 1024
 _KNOWN_SIZE_MAX = 1024
-_OPENING, _CLOSING = b"[]"
 
 
 class RawHandler(Protocol):
@@ -61,8 +61,7 @@ class RawRows:
                 if len(self._known) >= _KNOWN_MAX:
                     self._known.clear()
                 self._known[types] = known
-        # What begins and ends like a JSON list is looked at before it is taken for numbers.
-        return known and not (request.body[0] == _OPENING and request.body[-1] == _CLOSING)
+        return known and not may_be_read(types[0], request.body)
 
     def headers(self, output: torch.Tensor) -> SharedHeaders:
         """Of an answer with a row of ``output`` [n, ...]; without its content type, which is RAW_TYPE."""

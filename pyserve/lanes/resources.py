@@ -16,6 +16,7 @@ from pyserve.request.descriptors import DescriptorLimit
 from pyserve.request.messages import ErrorFormat
 from pyserve.security.tokens import Tokens
 from pyserve.telemetry.metrics import Metrics
+from pyserve.telemetry.recent import RecentErrors
 from pyserve.telemetry.spans import Tracer
 
 
@@ -30,7 +31,9 @@ class Services:
         tokens: None if no call needs a key.
         tracer: None if nobody wants spans.
         descriptors: of this process.
+        recent_errors: what was answered lately, for the console.
         choosing: held by the model for which backends are being made and tried.
+        laying_out: held by the model whose layout is being tried.
     """
 
     config: Config
@@ -46,3 +49,5 @@ class Services:
     lost_devices: LostDevices = field(default_factory=LostDevices)
     loop_guard: LoopGuard = field(default_factory=LoopGuard)
     choosing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    recent_errors: RecentErrors = field(default_factory=RecentErrors)
+    laying_out: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -16,7 +16,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -62,6 +62,11 @@ class RowPending(Pending):
         self.arrived_at = whole.arrived_at if index < ROWS_AT_ONCE_MIN else time.monotonic_ns()
         self.inputs = inputs
         self.wants_tensors = wants_tensors
+
+    @property
+    def kept(self) -> Any:
+        """That of the whole, of which it is all."""
+        return self.whole.exchange.kept if self.whole.row_count == 1 else None
 
     def observe(self, status: int | None) -> None:
         """It is the whole that is counted."""
@@ -156,7 +161,9 @@ class RowsPending(Pending):
         if self.stage == OVER:
             return
         if not isinstance(count, ServeError) and not 0 < count <= ROW_COUNT_MAX:
-            count = BadRequestError(f"a request holds 1 to {ROW_COUNT_MAX} rows, got {count}; split it")
+            count = BadRequestError(
+                f"a request holds 1 to {ROW_COUNT_MAX} rows, got {count}" + ("; split it" if count else "")
+            )
         if isinstance(count, ServeError):
             self.fail(count)
             return

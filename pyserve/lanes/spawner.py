@@ -73,6 +73,11 @@ class Spawner:
         self._zygotes: dict[str, _Zygote] = {}
         self._paces: dict[str, RestartPolicy] = {}  # of the zygotes that went, by interpreter
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether what workers are forked from has gone, and no other has taken its place."""
+        return any(zygote.is_gone and zygote.was_lost for zygote in self._zygotes.values())
+
     def prepare(self, interpreter: str | None = None) -> None:
         """Begins to start the zygote of ``interpreter``, by default our own; returns at once.
 

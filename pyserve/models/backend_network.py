@@ -30,7 +30,7 @@ from pyserve.devices import CPU
 from pyserve.engine import load_core
 from pyserve.errors import ModelLoadError
 from pyserve.lanes.network import Network
-from pyserve.proof.agreement import Agreement, agreement
+from pyserve.proof.agreement import Agreement, Precisions, agreement
 from pyserve.proof.native_proof import BatchProof, hides_overflow, single_row_differs
 from pyserve.proof.package_rules import SPECIALIZED_MIN, Dimension, Program, read_program
 from pyserve.proof.probe_inputs import ITEMS_MAX, LARGEST_SIZE_MAX, InputDomain, batch_rows
@@ -114,7 +114,7 @@ def load_backend(archive: Archive, network: Network, made: Made, split: Split) -
     if program is not None and program.takes_one_row_unsaid and single_row_differs(model, network.example):
         model = _load(archive, network, path, {**options, "rows_min": SPECIALIZED_MIN})
     findings = {name: value for name, value in network.findings.items() if name not in _OF_TORCHSCRIPT}
-    candidate = replace(network, torch_model=model, copies={}, findings=findings)
+    candidate = replace(network, torch_model=model, copies={}, findings=findings, in_layout=None, making=None)
     candidate.batches = fresh_proof(network.batches, candidate)
     return candidate
 
@@ -209,8 +209,27 @@ def compare_backend(network: Network, candidate: Network, *, probes_max: int | N
     """
     probes = probes_of(network.example, network.domains, 2)
     return agreement(
-        network.torch_model.run, candidate.torch_model.run, probes[:probes_max], AGREEMENT[network.precision]
-    )
+        network.torch_model.run, candidate.torch_model.run, probes[:probes_max], AGREEMENT[network.precision],
+        precisions=precisions_of(network),
+    )  # fmt: skip
+
+
+def precisions_of(network: Network) -> Precisions | None:
+    """It at full precision, too: its weights are loaded for that when they are first needed, and go with the object.
+
+    None where it runs at that anyway.
+    """
+    load = network.in_fp32
+    if load is None:
+        return None
+    loaded: list[Any] = []
+
+    def run(inputs: list[torch.Tensor]) -> Any:
+        if not loaded:
+            loaded.append(load())
+        return loaded[0].run(inputs)
+
+    return Precisions(run, network.torch_model.run)
 
 
 def _why_plain(candidate: Network) -> str:
@@ -251,7 +270,15 @@ def prove_backend(network: Network, candidate: Network, batch_size: int, budget_
 
 
 class _NotMadeYetError(ModelLoadError):
-    """Making it takes longer than the model may take to start."""
+    """Making it takes longer than the model may take to start.
+
+    Attributes:
+        making: continues.
+    """
+
+    def __init__(self, text: str, making: Making):
+        super().__init__(text)
+        self.making = making
 
 
 def who_says(archive: Archive, backend: str) -> str:
@@ -284,6 +311,7 @@ def on_named_backend(
     except _NotMadeYetError as error:
         log.warning("%s begins on %s: %s", name, BACKENDS[TORCHSCRIPT].label, error.message)
         network.findings["backend"] = shown(TORCHSCRIPT, error.message, state="making")
+        network.making = error.making
         return network
     except ModelLoadError as error:
         reason = f"{says} cannot be followed: {error.message}"
@@ -317,15 +345,16 @@ def _made(
         raise ModelLoadError(reason)
     progress(f"making it for {row.label}")
     making = Making(archive, [backend], network.precision, batch_size, nice=0, is_over=is_over)
-    (made,) = making.wait(progress, timeout_s)
+    found = list(making.each(progress, timeout_s, continues=True))
     if making.is_late:
+        making.give_way()
         raise _NotMadeYetError(
             f"making it for {row.label}, as {who_says(archive, backend)} says, takes longer than startup_timeout="
             f"{timeout_s:g} s; it is made behind the requests, which TorchScript answers until then. To have it at the "
             "start, raise startupTimeout in model-config.yaml, or have it made when the archive is packed: pyserve "
-            "archive --compile"
-        )
-    return made
+            "archive --compile", making
+        )  # fmt: skip
+    return found[0]
 
 
 def load_named(

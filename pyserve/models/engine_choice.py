@@ -43,10 +43,12 @@ from pyserve.models.backend_network import (
     load_backend,
     load_named,
     note_named,
+    precisions_of,
     prove_backend,
     released_unless_used,
     who_says,
 )
+from pyserve.models.later_layout import load_in_layout
 from pyserve.torch_error import cause_of
 
 T = TypeVar("T")
@@ -58,6 +60,9 @@ AUTO = "auto"
 TRIAL_MIN_MS = 1.0
 # Compilers of large models take minutes, at a low priority beside requests more.
 MAKING_LIMIT_S = 3600.0
+BESIDE_REQUESTS = (
+    "beside requests it is given no more; have it made when the archive is packed: pyserve archive --compile"
+)
 # For the thread of a making that was stopped.
 LEAVING_S = 5.0
 _LOOKS = 3  # runs of the example; the shortest counts
@@ -75,6 +80,7 @@ class EngineChoice:
         self._archive = archive
         self._lane = lane
         self._task: asyncio.Task[None] | None = None
+        self._begun: Making | None = None  # before the model had to be READY, of the backend that is named
         known = lane.network.findings.get("backend", {})
         self._chosen = str(known.get("chosen", TORCHSCRIPT))
         self._reason = str(known.get("reason", ""))  # why that one
@@ -87,11 +93,14 @@ class EngineChoice:
     def start(self) -> None:
         """Begins to choose, or continues, if something is left to be found out and that has not begun."""
         known = self._lane.network.findings.get("backend")
-        if self._task is not None or (known is not None and known["state"] == "settled"):
+        is_settled = known is not None and known["state"] == "settled"
+        if self._task is not None or (is_settled and self._lane.network.in_layout is None):
             return
         if known is None:
             self._show("trying", "it begins on TorchScript, and others are looked at")
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        begun, self._lane.network.making = self._lane.network.making, None
+        self._begun = begun if isinstance(begun, Making) else None
+        self._task = asyncio.get_running_loop().create_task(self._run(is_settled=is_settled))
 
     async def stop(self) -> None:
         """Ends it, and whatever it has started. Takes as long as files need to be removed, LEAVING_S at most."""
@@ -99,6 +108,8 @@ class EngineChoice:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        if self._begun is not None:
+            self._begun.stop()
 
     @property
     def _label(self) -> str:
@@ -110,10 +121,15 @@ class EngineChoice:
         reason = "; ".join(filter(None, [self._reason, text]))
         self._lane.network.findings["backend"] = shown(self._chosen, reason, list(self._tried.values()), state=state)
 
-    async def _run(self) -> None:
+    async def _run(self, *, is_settled: bool) -> None:
         lane = self._lane
         wanted = self._archive.config.backend or self._services.config.default_backend
         try:
+            if lane.network.in_layout is not None:
+                async with self._services.laying_out:
+                    await self._lay_out()
+            if is_settled:
+                return
             reason = await self._reason_to_stay() if wanted == AUTO and not self._tried else ""
             if reason:
                 self._show("settled", reason)
@@ -128,6 +144,25 @@ class EngineChoice:
         except Exception as error:
             log.exception("%s stays on %s: choosing a backend failed", lane.label, self._label)
             self._show("settled", f"choosing failed with a {type(error).__name__}, see the log: {cause_of(str(error))}")
+
+    async def _lay_out(self) -> None:
+        """Has a network that was loaded as the plain graph run in oneDNN's layout, if that changes nothing."""
+        lane, network = self._lane, self._lane.network
+        await self._batches_tried()
+        threads = self._services.engine.intra_op_threads
+        candidate = None
+        try:
+            candidate, note = await self._in_thread(partial(load_in_layout, network, lane.batch_size_max, threads))
+            if candidate is not None and (failure := await exchange(lane, candidate)):
+                note = f"left out: its workers cannot run it: {failure}"
+        except ModelLoadError as error:
+            note = f"left out: {error.message}"
+        finally:
+            if candidate is not None and lane.network is not candidate:
+                candidate.release()
+        network.in_layout = None
+        lane.network.findings["optimization"] = note
+        log.info("%s: %s", lane.label, note or "the layout of its graph stays as it is")
 
     async def _reason_to_stay(self) -> str:
         network, config = self._lane.network, self._archive.config
@@ -171,7 +206,8 @@ class EngineChoice:
         """What became of each, as soon as that is known; the next one is being made meanwhile."""
         loop, lane = asyncio.get_running_loop(), self._lane
         found: asyncio.Queue[Made | None] = asyncio.Queue()
-        making = Making(self._archive, backends, lane.network.precision, lane.batch_size_max)
+        making = self._begun or Making(self._archive, backends, lane.network.precision, lane.batch_size_max)
+        self._begun = None
 
         def tell(call: Callable[..., None], value: Any) -> None:
             if not loop.is_closed():
@@ -179,7 +215,8 @@ class EngineChoice:
 
         def make() -> None:
             try:
-                for made in making.each(partial(tell, self._note_progress), MAKING_LIMIT_S):
+                progress = partial(tell, self._note_progress)
+                for made in making.each(progress, MAKING_LIMIT_S, advice=BESIDE_REQUESTS):
                     tell(found.put_nowait, made)
             finally:
                 tell(found.put_nowait, None)
@@ -266,6 +303,7 @@ class EngineChoice:
                 {standing: network.torch_model, name: candidate.torch_model}, truth.torch_model, network.example,
                 network.domains, batch_size=batch_size, limit_s=self._trial_left_s * share, standing=standing,
                 tolerances={name: AGREEMENT[network.precision]}, is_over=lambda: lane.is_draining,
+                precisions=precisions_of(truth),
             )  # fmt: skip
 
         tried = await self._in_thread(measure)

@@ -64,7 +64,10 @@ def _rehearse(
             failures.append(error)
     else:
         if is_built_in:
-            raise ModelLoadError(f"{label} cannot be answered: {failures[0]}") from failures[0]
+            said = ", ".join(f"{str(each.dtype).removeprefix('torch.')} {list(each.shape[1:])}" for each in example)
+            raise ModelLoadError(
+                f"{label} cannot answer an example of its input ({said}): {failures[0]}"
+            ) from failures[0]
         log.warning("%s: an example could not be answered: %s", label, failures[0])
     answered = {}
     model_dir = context.system_properties["model_dir"]

@@ -91,7 +91,7 @@ def _candidates(archive: Archive, backend: str) -> list[str]:
     if backend == TORCHSCRIPT:
         raise ModelLoadError(f"{archive.name}: 'precision: int8' with 'backend: torchscript': {why_not(backend, INT8)}")
     if not calibration_files(archive.files):
-        raise no_calibration(archive.name)
+        raise no_calibration(archive.name, archive.files)
     return [OPENVINO, AOTINDUCTOR] if backend == "auto" else [backend]
 
 

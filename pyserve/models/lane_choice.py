@@ -111,6 +111,7 @@ async def _open_native_lane(options: LaneOptions) -> NativeLane:
         tracing=options.tracing,
         backend=services.config.default_backend,
         is_over=options.is_over,
+        defers=True,
     )
     network = await limited_runs(
         load, limit_s=options.settings.startup_timeout_s or math.inf, stuck=services.stuck, label=options.label,

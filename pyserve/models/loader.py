@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from pyserve.models.first_answer import rehearse
 from pyserve.models.fitting import fitting_devices
 from pyserve.models.int8_network import on_int8_backend, refuse_off_cpu
 from pyserve.models.kept_backend import on_kept_backend
+from pyserve.models.later_layout import IN_LAYOUT, LATER, LATER_MIN_S
 from pyserve.models.pixels import choose_jpeg_decoder, choose_pixels, prove_pixels
 from pyserve.proof.batch_probe import rows_are_independent
 from pyserve.proof.comparison import ROUNDING
@@ -81,20 +83,11 @@ PRECISION_ERROR_MAX = 0.05
 
 
 def load_network(
-    archive: Archive,
-    *,
-    name: str,
-    devices: Sequence[str],
-    batch_size: int,
-    cpu_budget: int,
-    limit_max_image_pixels: bool,
-    startup_timeout_s: float,
-    progress: Progress,
-    workers: int = 1,
-    tracing: Tracing | None = None,
-    backend: str = "auto",
-    is_over: Callable[[], bool] = lambda: False,
-) -> Network:
+    archive: Archive, *, name: str, devices: Sequence[str], batch_size: int, cpu_budget: int,
+    limit_max_image_pixels: bool, startup_timeout_s: float, progress: Progress, workers: int = 1,
+    tracing: Tracing | None = None, backend: str = "auto", is_over: Callable[[], bool] = lambda: False,
+    defers: bool = False,
+) -> Network:  # fmt: skip
     """Loads the network of ``archive`` onto the first of ``devices``.
 
     Args:
@@ -102,7 +95,9 @@ def load_network(
         workers: how many there are to be at first; as many of ``devices`` get the weights.
         tracing: a conversion of this archive that was started already.
         backend: what it is to run on where model-config.yaml does not say; one that is named is made first.
-        is_over: nobody wants the model any more: what is being made for a backend is to end.
+        is_over: nobody wants the model any more: its conversion, and what is being made for a backend, is to end.
+        defers: of a large model that is converted just now, oneDNN's layout is left for behind its first requests, see
+            ``Network.in_layout``.
 
     Raises:
         ServeError: of any kind; the text names what is wrong with the archive and how to fix it.
@@ -135,10 +130,16 @@ def load_network(
     program = _read_package(archive, network, domains)
     choose_pixels(network)
     random_state = torch.get_rng_state()
-    network.torch_model = _load_weights(
-        archive, network.example, device, pixels=network.pixels, domains=domains, program=program,
-        package_runners_max=cpu_budget, timeout_s=startup_timeout_s, progress=progress, tracing=tracing,
+    waits = _convert(archive, startup_timeout_s, progress, tracing, is_over)
+    load = partial(
+        _load_weights, archive, network.example, device, precision=network.precision, pixels=network.pixels,
+        domains=domains, program=program, package_runners_max=cpu_budget, progress=progress,
     )  # fmt: skip
+    if waits and defers and (device, network.precision, archive.config.memory_format) == (CPU, "fp32", None):
+        network.in_layout = partial(load, progress=lambda text: None)
+    if network.precision != "fp32" and device == CPU:
+        network.in_fp32 = partial(load, precision="fp32", optimizes=False, progress=lambda text: None)
+    network.torch_model = load(optimizes=network.in_layout is None)
     _note_compilation(archive, network)
     if device != "cpu":
         network.near_cpus = cpus_near_devices(torch.device(device).type, count())
@@ -234,12 +235,9 @@ def _prove(
     _check_precision(archive, network, precision)
     if program is not None and program.written:
         model.note_state(f"the package writes to its buffer {program.written[0]}, or gives it away")
-    find_state(model, example, is_package=program is not None)
-    if model.state:
-        if model.state in NOT_IN_THREADS:
-            raise NeedsPythonError(f"{model.state}, {NOT_IN_THREADS[model.state]}")
-        network.findings["state"] = model.state
-        log.info("%s: each worker has a model of its own, since %s", network.context.model_name, model.state)
+    if model.state in NOT_IN_THREADS:
+        raise NeedsPythonError(f"{model.state}, {NOT_IN_THREADS[model.state]}")
+    unchanged = model.checksum()
     prove_pixels(network)
     choose_jpeg_decoder(network, config.jpeg_decoder)
     if model.is_channels_last and program is None:
@@ -248,13 +246,15 @@ def _prove(
     if model.device_note:
         network.findings["devices"] = model.device_note
     odd = prove_optimization(model, network.example, domains)
-    if odd:
+    if network.in_layout is not None:
+        network.findings["optimization"] = LATER
+    elif odd:
         model.forget_optimization()
         network.findings["optimization"] = f"left out: it changes what is computed for {odd}"
         log.info("%s: runs without oneDNN's layout, which changes what is computed for %s",
                  network.context.model_name, odd)  # fmt: skip
     elif model.is_optimized:
-        network.findings["optimization"] = "oneDNN layout"
+        network.findings["optimization"] = IN_LAYOUT
     elif model.optimization_note:
         network.findings["optimization"] = model.optimization_note
     try:
@@ -265,6 +265,8 @@ def _prove(
         if not is_converted(archive):
             raise
         raise NeedsPythonError(error.message) from error  # the model itself may do better; worker processes try it too
+    find_state(model, example, is_package=program is not None, unchanged=unchanged)  # it has run by now
+    _note_state(network)
     network.warm_up = warm_up_items(network.example, domains, answered, network.usual_item)
     network.batching = batching_options(config, batch_rows(network.example, domains, ITEMS_MAX))
     own = model.instance()
@@ -278,6 +280,17 @@ def _prove(
         [probe_rows(each, domains) for each in other_examples(network.example, domains, OTHER_SHAPES)],
     )
     network.batches.extend(batch_size, BUDGET_S)
+
+
+def _note_state(network: Network) -> None:
+    model = network.torch_model
+    if not model.state:
+        return
+    if network.in_layout is not None:
+        network.in_layout = None
+        del network.findings["optimization"]
+    network.findings["state"] = model.state
+    log.info("%s: each worker has a model of its own, since %s", network.context.model_name, model.state)
 
 
 def _rows_to_try(network: Network, domains: list[InputDomain]) -> ProbeRows:
@@ -325,35 +338,50 @@ def _check_precision(archive: Archive, network: Network, precision: str) -> None
         )
 
 
+def _convert(
+    archive: Archive, timeout_s: float, progress: Progress, tracing: Tracing | None, is_over: Callable[[], bool]
+) -> bool:
+    """Makes TorchScript of an eager model, unless it is kept. Returns whether somebody has waited for it, and the model
+    is so large that all else should come behind its first answer.
+
+    Raises:
+        NeedsPythonError: it cannot be made.
+        ModelLoadError: the model cannot be built.
+    """
+    if reason := python_reason(archive):
+        raise NeedsPythonError(reason)
+    if not is_converted(archive) or not needs_tracing(archive):
+        return False
+    (tracing or Tracing(archive)).wait(progress, timeout_s, is_over)
+    made = conversion_of(archive)
+    return made is not None and made.run_s >= LATER_MIN_S
+
+
 def _load_weights(
     archive: Archive,
     example: list[torch.Tensor],
     device: str,
     *,
+    precision: str,
     pixels: Normalization | None,
     package_runners_max: int,
     domains: list[InputDomain],
     program: Program | None,
-    timeout_s: float,
     progress: Progress,
-    tracing: Tracing | None,
+    optimizes: bool = True,
 ) -> Any:
     weights = archive.weights
     options: dict[str, Any] = {
+        "optimizes": optimizes,
         "device": device,
-        "precision": plain_precision(archive.config.precision),
+        "precision": precision,
         "channels_last": archive.config.memory_format == "channels_last",
         "chooses_layout": archive.config.memory_format is None,
         "pixels": pixels,
     }
     if options["precision"] != "fp32" or device != CPU:
         options["others"] = [list(item) for item in batch_rows(example, domains, ITEMS_MAX)]
-    reason = python_reason(archive)
-    if reason:
-        raise NeedsPythonError(reason)
     if is_converted(archive):
-        if needs_tracing(archive):
-            (tracing or Tracing(archive)).wait(progress, timeout_s)
         progress("loading the TorchScript")
         try:
             return _load(archive.name, traced_file(archive), example, options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -23,6 +24,7 @@ from pyserve.errors import ConflictError, JsonObject, ModelLoadError, OutOfMemor
 from pyserve.lanes.audit import Repetition
 from pyserve.lanes.describe import SelfDescription, ask_handler
 from pyserve.lanes.engine_lane import RING_CAPACITY_MIN
+from pyserve.lanes.front_rows import RowsLane
 from pyserve.lanes.lane import Lane
 from pyserve.lanes.limited_runs import EndlessError
 from pyserve.lanes.lost_devices import DeviceLoss
@@ -34,6 +36,7 @@ from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import PARAMETERS, ModelSettings
 from pyserve.lanes.worker_rows import WorkerRow, with_coming
 from pyserve.lanes.worker_slot import IDLE, SERVING, Condition
+from pyserve.models.absence import absence
 from pyserve.models.audit import Audit
 from pyserve.models.audit_choice import audit_of
 from pyserve.models.checks import checks_of
@@ -41,7 +44,7 @@ from pyserve.models.engine_choice import EngineChoice
 from pyserve.models.explanations import Explanations
 from pyserve.models.lane_choice import LaneOptions, open_lane
 from pyserve.models.model_devices import ModelDevices
-from pyserve.models.sample import packed_sample_arguments, sample_arguments
+from pyserve.models.sample import arguments_for
 from pyserve.request.exchange import Exchange
 from pyserve.worker.handler_choice import built_in_name
 
@@ -65,6 +68,7 @@ class Model(ModelDevices):
         error: why it FAILED.
         endless: that a forward did not come to an end while it was loaded; ``""`` else. Loading it again would get
             another thread stuck.
+        note: what is to be known of how it was loaded; ``""`` for nothing.
         wanted_workers: how many it is to have.
         starts_first_workers: it has had none, and some are being started.
     """
@@ -87,7 +91,7 @@ class Model(ModelDevices):
         # Changes while it runs.
         self.settings = settings
         self.state = "LOADING"
-        self.error = self.endless = ""
+        self.error = self.endless = self.note = ""
         self.wanted_workers = settings.workers_min
         self.starts_first_workers = False
         # Its name, if the server may speak protocols for it; None of a handler that answers for itself.
@@ -96,13 +100,12 @@ class Model(ModelDevices):
         self._explanations = Explanations(
             lambda: self._lane_options(lambda text: None),
             is_served=lambda: self._lane is not None,
-            no_worker=lambda: no_worker_error(self.name, self._absence()),
+            no_worker=lambda: no_worker_error(self.name, absence(self.state, self.error, self._services.error_format)),
             starting_error=self.starting_error,
         )
         self._audit: Audit | None = None  # most models have none
         self._engine_choice: EngineChoice | None = None  # of a native lane
-        self._scaling = asyncio.Lock()
-        self._loading = asyncio.Lock()
+        self._scaling, self._loading = asyncio.Lock(), asyncio.Lock()
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -124,6 +127,8 @@ class Model(ModelDevices):
                 self.devices = lane.network.devices
             self.built_in_handler = None if self._services.config.service_envelope else built_in_name(self.archive)
             self._lane = lane
+            if isinstance(lane, RowsLane):
+                lane.served_as = weakref.ref(self)
             self._audit = audit_of(self._lane_options(lambda text: None), lane)
             self._check_still_loading()
             if workers:
@@ -133,7 +138,7 @@ class Model(ModelDevices):
         except Exception as error:
             if not isinstance(error, ServeError):
                 log.exception("loading %s %s failed", self.name, self.version)
-            self.error = _reason(error)
+            self.error = error.reason() if isinstance(error, ServeError) else f"{type(error).__name__}: {error}"
             if isinstance(error, EndlessError) and self.device == CPU:
                 self.endless = error.message
             for device in self.resident.devices if is_used() else ():
@@ -145,6 +150,8 @@ class Model(ModelDevices):
         if self.state != "READY":
             self._move("READY")
         self.error = ""
+        log.info("%s %s: loaded from %s; its files are in %s", self.name, self.version, self.archive.path,
+                 self.archive.served_dir)  # fmt: skip
         self._choose_engine(lane)
         self._on_condition(lane.condition)  # it may have changed since
         progress("ready")
@@ -276,6 +283,11 @@ class Model(ModelDevices):
             self._choose_engine(lane)
             return wanted
 
+    @property
+    def is_scaling(self) -> bool:
+        """Whether workers are started or stopped because somebody asked for another number of them."""
+        return self._scaling.locked()
+
     async def _prepare(self, lane: Lane, workers: int) -> None:
         try:
             await lane.prepare_workers(workers)
@@ -340,9 +352,11 @@ class Model(ModelDevices):
         Raises:
             OverloadedError: the model is not there yet, or not any more.
         """
-        lane = self._lane
+        lane = self._lane if exchange.kept is None else exchange.kept.lane
         if lane is None:
-            raise no_worker_error(self.name, self._absence(), url_version=url_version)
+            raise no_worker_error(
+                self.name, absence(self.state, self.error, self._services.error_format), url_version=url_version
+            )
         if explains and isinstance(lane, NativeLane):
             self._explanations.explain(
                 lane, exchange, self.version,
@@ -361,9 +375,9 @@ class Model(ModelDevices):
         explains: bool = False,
     ) -> None:  # fmt: skip
         """As `predict`, for requests of another kind: ``pending_for`` makes one for the lane it is given."""
-        lane = self._lane
+        lane = self._lane if exchange.kept is None else exchange.kept.lane
         if lane is None:
-            raise no_worker_error(self.name, self._absence())
+            raise no_worker_error(self.name, absence(self.state, self.error, self._services.error_format))
         if explains and isinstance(lane, NativeLane):
             self._explanations.explain(lane, exchange, self.version, pending_for)
             return
@@ -372,11 +386,11 @@ class Model(ModelDevices):
             self._audit.consider(exchange, repetition)
         lane.predict(pending)
 
-    def _absence(self) -> JsonObject:
-        detail = {"reason": "no worker", "state": self.state}
-        if self.error:
-            detail |= {"text": self.error, "fix": "fix the archive and register it again"}
-        return detail
+    @property
+    def row_lane(self) -> RowsLane | None:
+        """Its lane, if that takes requests as tensors, and nobody wants to see each of them."""
+        is_plain = self.state == "READY" and self._audit is None and self.built_in_handler is not None
+        return self._lane if is_plain and isinstance(self._lane, RowsLane) and self._lane.takes_rows else None
 
     async def describe_handler(self) -> SelfDescription:
         """What the handler says of itself.
@@ -399,11 +413,9 @@ class Model(ModelDevices):
         return self._lane.finished_at if self._lane is not None else 0
 
     def worker_load_ms(self) -> dict[str, float]:
-        """How long the workers took to load, by their names."""
         return self._lane.worker_load_ms() if self._lane is not None else {}
 
     def checks(self) -> JsonObject:
-        """What was found out about it before its answers were believed."""
         return checks_of(self._lane, self.archive.config, self.audit_report())
 
     @property
@@ -449,12 +461,6 @@ class Model(ModelDevices):
         return self.network.precision if self.network is not None else self.archive.config.precision or "fp32"
 
     @property
-    def weights_size(self) -> int:
-        """Bytes; of one copy."""
-        in_file = self.archive.weights.size if self.archive.weights is not None else 0
-        return self._lane.weights_size if isinstance(self._lane, NativeLane) else in_file
-
-    @property
     def has_ready_worker(self) -> bool:
         return self.state == "READY" and self._lane is not None and self._lane.ready_count > 0
 
@@ -463,7 +469,6 @@ class Model(ModelDevices):
         return self._lane.in_flight_count if self._lane is not None else 0
 
     def worker_rows(self) -> list[WorkerRow]:
-        """The workers, as the management API shows them."""
         rows = self._lane.worker_rows() if self._lane is not None else []
         if self.state != "LOADING":
             return rows
@@ -484,17 +489,5 @@ class Model(ModelDevices):
         return self._audit.report() if self._audit is not None else None
 
     def sample_arguments(self, folder: Path) -> str:
-        """Arguments of a curl call that sends something this model understands; the file is put into ``folder``.
-
-        REQUIRES: state is READY.
-        """
-        if not isinstance(self._lane, NativeLane):
-            return packed_sample_arguments(self.archive, folder)
-        network = self._lane.network
-        return sample_arguments(self.name, network.handler, network.example, folder)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, ServeError):
-        return error.reason()
-    return f"{type(error).__name__}: {error}"
+        """As `arguments_for`. REQUIRES: state is READY."""
+        return arguments_for(self.name, self.archive, self._lane, folder)

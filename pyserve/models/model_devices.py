@@ -55,6 +55,12 @@ class ModelDevices:
         return sorted({row.get("device", self.device) for row in self._lane.core.workers()})
 
     @property
+    def weights_size(self) -> int:
+        """Bytes; of one copy."""
+        in_file = self.archive.weights.size if self.archive.weights is not None else 0
+        return self._lane.weights_size if isinstance(self._lane, NativeLane) else in_file
+
+    @property
     def copies(self) -> int:
         """How often its weights are in memory: in the native lane once for each device that workers use."""
         if isinstance(self._lane, NativeLane):

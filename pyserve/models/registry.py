@@ -10,9 +10,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-from pyserve.archive.archive import Archive, open_archive
+from pyserve.archive.archive import Archive
+from pyserve.background import Background
 from pyserve.config.archive_url import is_url
 from pyserve.config.model_source import ModelSource
 from pyserve.conversion.torchscript import Tracing
@@ -24,17 +24,19 @@ from pyserve.errors import (  # fmt: skip
     ModelLoadError,
     ModelNotFoundError,
     ServeError,
-    VersionNotFoundError,
     is_of_machine,
 )
-from pyserve.fetch.sources import ArchiveSources, open_obtained
+from pyserve.fetch.sources import ArchiveSources, Obtained, open_obtained
 from pyserve.lanes.resources import Services
 from pyserve.lanes.settings import first_settings, first_workers
+from pyserve.models.absence import fix_of
+from pyserve.models.changes import Changes, a_change
 from pyserve.models.ending import end
 from pyserve.models.model import Model
+from pyserve.models.opening import opened_now, taken
 from pyserve.models.placement import allowed_devices, gpu_count, ordered_devices
 from pyserve.models.recovery import Recovery, may_pass
-from pyserve.models.served_names import served_name, what_was_meant, without_manifest
+from pyserve.models.served_names import no_such_version, served_name, what_was_meant, without_manifest
 from pyserve.models.snapshot import CHANGE, SHUTDOWN, STARTUP, SnapshotFolder
 from pyserve.models.state_file import LoadFailure, StateKeeper, snapshot_of, state_of
 
@@ -50,6 +52,9 @@ class Registry:
         keep_state: see `StateKeeper`.
         snapshots: where snapshots go; None writes none.
         progress: told what a loading model is doing; any thread.
+
+    Attributes:
+        on_names: called when a name, or a version of one, stands for another model than before.
     """
 
     def __init__(
@@ -57,15 +62,17 @@ class Registry:
         snapshots: SnapshotFolder | None = None,
         progress: ProgressOf | None = None,
     ):  # fmt: skip
+        self.changes = Changes()
         self._services = services
         self._sources = ArchiveSources(services.config)
         self._keeper = StateKeeper(keep_state, snapshots, self._capture)
         self._progress = progress or (lambda name, text: None)
         self._models: dict[str, dict[str, Model]] = {}
         self._defaults: dict[str, str] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._background = Background()
         self._recovery = Recovery(self)
         self.failures: list[LoadFailure] = []
+        self.on_names: Callable[[], object] = bool  # nobody
         # A server that is still loading, or is being stopped, has no state worth keeping.
         self._keeps_state = False
 
@@ -83,7 +90,7 @@ class Registry:
             raise ModelNotFoundError(f"Model not found: {name}", detail=what_was_meant(name, self._models))
         model = versions.get(self._defaults[name] if version is None else version)
         if model is None:
-            raise VersionNotFoundError(f"Model version: {version} does not exist for model: {name}")
+            raise no_such_version(f"Model version: {version} does not exist for model: {name}", versions)
         return model
 
     def default_models(self) -> list[Model]:
@@ -101,8 +108,9 @@ class Registry:
 
     # --- changing -------------------------------------------------------------------------------------------------
 
+    @a_change
     async def register(
-        self, url: str, *, model_name: str | None, handler: str | None, initial_workers: int | None,
+        self, url: str | Obtained, *, model_name: str | None, handler: str | None, initial_workers: int | None,
         settings: dict[str, int], runtime: str | None = None, waits: bool = True,
     ) -> Model:  # fmt: skip
         """Finds or fetches an archive, then loads and warms it; returns when it is READY.
@@ -110,7 +118,7 @@ class Registry:
         It may take the place of a version that FAILED at start, and keeps that place as FAILED if it fails too.
 
         Args:
-            url: name in the model store, path or URL; see `ArchiveSources`.
+            url: name in the model store, path or URL; see `ArchiveSources`. Or a file that is there already.
             initial_workers: None for as many as at the start of the server.
             settings: management parameters; what is left out comes from model-config.yaml, then the ``models``
                 block, then the defaults.
@@ -120,7 +128,9 @@ class Registry:
         Raises:
             ServeError: nothing was registered, and nothing that was fetched is left.
         """
-        source = await self._sources.obtain(url, in_use=[model.archive.path for model in self.all_models()])
+        source = url if isinstance(url, Obtained) else await self._sources.obtain(
+            url, in_use=[model.archive.path for model in self.all_models()]
+        )  # fmt: skip
         try:
             archive = await asyncio.to_thread(open_obtained, source)
             if self._services.config.compat == "strict" and archive.manifest.has_odd_runtime and runtime is None:
@@ -141,10 +151,11 @@ class Registry:
         if waits or not model.workers_min:
             await loading
         else:
-            self._keep(asyncio.get_running_loop().create_task(loading), f"registering {source.url}")
+            self._background.begin(loading, f"registering {source.url}")
             await asyncio.sleep(0)  # it has begun, and whoever asks for the model from now on can wait for that
         return model
 
+    @a_change
     async def _finish_register(self, model: Model, *, stays: bool, may_fail: bool) -> None:
         try:
             await self._load_or_remove(model, stays=stays or may_fail)
@@ -160,6 +171,7 @@ class Registry:
         self.failures = [failure for failure in self.failures if failure.url != model.url]
         await self.changed()
 
+    @a_change
     async def unregister(self, name: str, version: str | None) -> None:
         """Finishes what a version has admitted and removes it; without ``version`` the default one. An archive that was
         fetched from a URL goes with it.
@@ -192,6 +204,7 @@ class Registry:
         if is_url(url) and all(model.archive.path != path for model in self.all_models()):
             await asyncio.to_thread(self._sources.remove, path)
 
+    @a_change
     async def set_default(self, name: str, version: str) -> None:
         """Requests without a version go to ``version`` from now on. One that is loading is waited for.
 
@@ -205,16 +218,18 @@ class Registry:
         if model.state == "FAILED" and model.version != self._defaults[name]:
             raise ConflictError(
                 f"Model version {version} of model {name} cannot be the default version: it FAILED",
-                detail={"text": model.error, "fix": "fix the archive and register it again"},
+                detail={"text": model.error, "fix": fix_of(model.error, self._services.error_format)},
             )
         self._defaults[name] = version
+        self.on_names()
         await self.changed()
 
     def _version(self, name: str, version: str) -> Model:
         if name not in self._models:
-            raise ModelNotFoundError(f"Model not found: {name}")
-        if version not in self._models[name]:
-            raise VersionNotFoundError(f"Model version {version} does not exist for model {name}")
+            raise ModelNotFoundError(f"Model not found: {name}", detail=what_was_meant(name, self._models))
+        versions = self._models[name]
+        if version not in versions:
+            raise no_such_version(f"Model version {version} does not exist for model {name}", versions)
         return self._models[name][version]
 
     @property
@@ -229,7 +244,7 @@ class Registry:
         Args:
             kind: of the snapshot.
         """
-        if self._keeps_state:
+        if self._keeps_state and not self.changes.are_frozen:
             await self._keeper.save(kind)
 
     async def load_at_start(
@@ -241,7 +256,7 @@ class Registry:
             archives, tracings: by path; what was opened and begun before torch was imported.
         """
         sources = list(sources)
-        opened = [await _taken(archives, source.path_or_file) for source in sources]
+        opened = [await taken(archives, source.path_or_file) for source in sources]
         await asyncio.gather(*(
             self._load_source(source, archive, tracings.get(source.path_or_file))
             for source, archive in zip(sources, opened, strict=True)
@@ -289,7 +304,7 @@ class Registry:
         """Opens an archive again that could not be, until it is, or its failure is forgotten."""
 
         async def open_and_load() -> None:
-            archive = await _opened(path)
+            archive = await opened_now(path)
             if isinstance(archive, ServeError):
                 raise archive
             self.failures = [each for each in self.failures if each is not failure]
@@ -302,7 +317,8 @@ class Registry:
 
     def _note_failure(self, name: str, url: str, error: ServeError) -> LoadFailure:
         log.error("cannot be loaded: %s", error.message)  # the message names the file
-        self.failures.append(LoadFailure(name, url, error.message))
+        fix = error.detail.get("fix", "") if isinstance(error, ConflictError) else ""
+        self.failures.append(LoadFailure(name, url, f"{error.message}; {fix}" if fix else error.message))
         return self.failures[-1]
 
     async def restore(
@@ -315,7 +331,7 @@ class Registry:
             archives, tracings: by path; what was opened and begun before torch was imported.
         """
         archives = {} if archives is None else archives
-        opened = [await _taken(archives, path) for path in (entry["path"] for entry in state["models"])]
+        opened = [await taken(archives, path) for path in (entry["path"] for entry in state["models"])]
         versions = await asyncio.gather(*(
             self._restore_model(entry, archive, (tracings or {}).get(entry["path"]))
             for entry, archive in zip(state["models"], opened, strict=True)
@@ -352,6 +368,9 @@ class Registry:
             return None
         if model.version != entry["version"]:
             log.warning("%s: its archive has version %s, not %s", model.name, model.version, entry["version"])
+        elif entry.get("content", archive.sha256) != archive.sha256:
+            model.note = f"{archive.name} has changed since it was loaded, with the same version; it is served as it is"
+            log.warning("%s %s: %s", model.name, model.version, model.note)
         for attribute, value in entry["settings"].items():
             setattr(model.settings, attribute, value)
         model.wanted_workers = entry["workers"]
@@ -376,8 +395,7 @@ class Registry:
         """Finishes what all models have admitted and stops them."""
         await self.changed(SHUTDOWN)
         self._keeps_state = False
-        for task in list(self._tasks):
-            task.cancel()
+        self._background.cancel()
         await self._recovery.stop()
         await asyncio.gather(*(model.drain() for model in self.all_models()))
 
@@ -405,7 +423,10 @@ class Registry:
         version = archive.manifest.model_version
         existing = self._models.get(name, {}).get(version)
         if existing is not None and existing.state != "FAILED":
-            raise ConflictError(f"Model version {version} is already registered for model {name}")
+            raise ConflictError(
+                f"Model version {version} is already registered for model {name}",
+                detail={"fix": "give it another name (name=FILE, model_name=), or pack it with another --version"},
+            )
         config = self._services.config
         if config.compat == "strict":
             archive.config.leave_out_quoted()
@@ -429,10 +450,10 @@ class Registry:
         for warning in archive.warnings:
             log.warning("%s", warning)
         if existing is not None:
-            removal = asyncio.get_running_loop().create_task(end(existing))
-            self._keep(removal, f"removing the failed {name} {version}")
+            self._background.begin(end(existing), f"removing the failed {name} {version}")
         self._models.setdefault(name, {})[version] = model
         self._defaults.setdefault(name, version)
+        self.on_names()
         return model
 
     async def _load_or_remove(self, model: Model, *, stays: bool) -> None:
@@ -456,6 +477,7 @@ class Registry:
             del self._models[model.name], self._defaults[model.name]
         elif self._defaults[model.name] == model.version:
             self._defaults[model.name] = next(iter(versions))
+        self.on_names()
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -468,31 +490,3 @@ class Registry:
             state_of(models, self._defaults, self.failures),
             snapshot_of(models, self._defaults, self.failures, store),
         )
-
-    def _keep(self, task: asyncio.Task[Any], what: str) -> None:
-        self._tasks.add(task)
-
-        def done(finished: asyncio.Task[Any]) -> None:
-            self._tasks.discard(finished)
-            if not finished.cancelled() and finished.exception() is not None:
-                log.error("%s failed: %s", what, finished.exception())
-
-        task.add_done_callback(done)
-
-
-async def _taken(archives: dict[str, Archive | ServeError], path: str) -> Archive | ServeError:
-    """The archive that was opened before; for a second model of the same file one of its own, to close by itself."""
-    found = archives.get(path)
-    if isinstance(found, Archive):
-        del archives[path]
-    return await _opened(path) if found is None else found
-
-
-async def _opened(path: str) -> Archive | ServeError:
-    try:
-        return await asyncio.to_thread(open_archive, path)
-    except ServeError as error:
-        return error
-    except Exception as error:  # one archive, whatever it is, does not keep the others from being served
-        log.exception("%s cannot be opened", Path(path).name)
-        return ModelLoadError(f"{Path(path).name}: cannot be opened: {type(error).__name__}: {error}")

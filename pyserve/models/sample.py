@@ -13,6 +13,8 @@ from PIL import Image
 from pyserve.archive.archive import Archive
 from pyserve.archive.samples import archive_samples
 from pyserve.handler import Handler
+from pyserve.lanes.lane import Lane
+from pyserve.lanes.native import NativeLane
 
 
 def sample_arguments(name: str, handler: Handler, example: list[torch.Tensor], folder: Path) -> str:
@@ -44,6 +46,16 @@ def packed_sample_arguments(archive: Archive, folder: Path) -> str:
     path = folder / sample.name
     path.write_bytes(sample.body)
     return f"-H 'Content-Type: {sample.content_type}' -T {shlex.quote(str(path))}"
+
+
+def arguments_for(name: str, archive: Archive, lane: Lane | None, folder: Path) -> str:
+    """Arguments of a curl call that sends something the model understands; the file is put into ``folder``.
+
+    REQUIRES: the model is READY.
+    """
+    if not isinstance(lane, NativeLane):
+        return packed_sample_arguments(archive, folder)
+    return sample_arguments(name, lane.network.handler, lane.network.example, folder)
 
 
 PICTURE_NAME = "sample.jpg"

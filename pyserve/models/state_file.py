@@ -56,6 +56,7 @@ def state_of(models: Iterable[Model], defaults: Mapping[str, str], failures: Ite
                 "path": str(model.archive.path),
                 "name": model.name,
                 "version": model.version,
+                "content": model.archive.sha256,
                 "url": model.url,
                 "handler": model.handler_name,
                 "loaded_at_startup": model.loaded_at_startup,

@@ -17,6 +17,8 @@ Run = Callable[[list[torch.Tensor]], Any]
 
 # From here on rounding alone may turn the numbers of two ways to compute into anything.
 LARGE_MIN = 1e3
+# An answer at a lower precision that is so many times as far from fp32's as torch's own is hardly worse.
+_AS_GOOD = 1.25
 # What an input is moved by to see what rounding does: a step of fp32. Two ways to compute round more often than once.
 _STEP = 2.0**-22
 _STEPS = 16
@@ -27,7 +29,8 @@ class Agreement:
     """What comparing came to.
 
     Attributes:
-        difference: the largest one, relative; infinity if it is none of rounding.
+        difference: the largest one, relative; infinity if it is none of rounding. Where `Precisions` explained one, the
+            smaller of those to fp32 and to torch at the lower precision.
         probes: inputs that were compared.
         objection: what is against the second way, for a person; ``""`` if nothing is.
     """
@@ -42,9 +45,32 @@ class _Refusal:
     cause: str
 
 
+@dataclass(frozen=True)
+class Precisions:
+    """One network as torch runs it, at full and at a lower precision: what an answer at the lower one may be judged by.
+
+    Of the right answer both engines may be off by some percent where a network hangs on small differences, each to its
+    own side: then neither of two comparisons alone says that one of them is wrong.
+    """
+
+    full: Run
+    lower: Run
+
+    def explain(self, probe: Probe, got: Any, tolerance: float) -> float | None:
+        """How far ``got`` is from what torch answers, if it is within ``tolerance`` of that at either precision, or
+        hardly farther from fp32 than torch's own at the lower one; else None."""  # fmt: skip
+        full, lower = _answer(self.full, probe.inputs), _answer(self.lower, probe.inputs)
+        if isinstance(full, _Refusal) or isinstance(lower, _Refusal):
+            return None
+        own, apart = difference(full, lower), min(difference(full, got), difference(lower, got))
+        is_as_good = math.isfinite(own) and difference(full, got) <= _AS_GOOD * own
+        return apart if apart <= tolerance or is_as_good else None
+
+
 def agreement(
     truth: Run, candidate: Run, probes: Sequence[Probe], tolerance: float, *,
     is_enough: Callable[[int], bool] = lambda count: False, expected: dict[int, Any] | None = None,
+    precisions: Precisions | None = None,
 ) -> Agreement:  # fmt: skip
     """Compares ``candidate`` with ``truth``: answers, their dtypes, structure, NaN, and what is refused.
 
@@ -52,6 +78,7 @@ def agreement(
         tolerance: of `pyserve.proof.comparison.difference`.
         is_enough: asked before each probe, with how many were compared.
         expected: what ``truth`` gave for each number of a probe so far; filled in.
+        precisions: where the candidate runs at a lower precision. Asked where rounding could be why the two differ.
     """
     expected = {} if expected is None else expected
     largest = 0.0
@@ -60,7 +87,11 @@ def agreement(
             return Agreement(largest, number)
         if number not in expected:
             expected[number] = _answer(truth, probe.inputs)
-        worst, objection = _compared(truth, expected[number], _answer(candidate, probe.inputs), probe, tolerance)
+        got = _answer(candidate, probe.inputs)
+        worst, objection = _compared(truth, expected[number], got, probe, tolerance)
+        if objection and precisions is not None and math.isfinite(worst):
+            apart = precisions.explain(probe, got, tolerance)
+            worst, objection = (worst, objection) if apart is None else (apart, "")
         if objection:
             return Agreement(worst, number + 1, objection)
         largest = max(largest, worst)

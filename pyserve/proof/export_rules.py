@@ -14,8 +14,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from pyserve.damaged_zip import DAMAGED_ZIP
 from pyserve.errors import ModelLoadError
-from pyserve.proof.package_rules import DAMAGED, Dimension, Program, ProgramInput, program_taking
+from pyserve.proof.package_rules import Dimension, Program, ProgramInput, program_taking
 
 # As torch 2.8 and later have it, and as earlier ones had it.
 _GRAPH = re.compile(r"(?:[^/]+/models/[^/]+|(?:[^/]+/)?serialized_exported_program)\.json")
@@ -42,13 +43,12 @@ def read_exported(file: Path | BinaryIO, label: str) -> Program:
     try:
         with zipfile.ZipFile(file) as archive:
             names = [name for name in archive.namelist() if _GRAPH.fullmatch(name)]
-            if len(names) != 1 or archive.getinfo(names[0]).file_size > _GRAPH_SIZE_MAX:
-                raise ModelLoadError(
-                    f"{label} does not hold the graph of one exported program; save it with torch.export.save"
-                )
-            graph = json.loads(archive.read(names[0]))
-    except (*DAMAGED, ValueError) as error:
+            has_one = len(names) == 1 and archive.getinfo(names[0]).file_size <= _GRAPH_SIZE_MAX
+            graph = json.loads(archive.read(names[0])) if has_one else None
+    except DAMAGED_ZIP as error:
         raise ModelLoadError(f"{label} cannot be read as an exported program, it may be damaged: {error}") from error
+    if not has_one:
+        raise ModelLoadError(f"{label} does not hold the graph of one exported program; save it with torch.export.save")
     try:
         inputs = _inputs(graph, label)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

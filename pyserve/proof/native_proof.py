@@ -143,12 +143,15 @@ class BatchProof:
         return ""
 
 
-def prove_optimization(model: Any, example: Sequence[torch.Tensor], domains: Sequence[InputDomain]) -> str:
+def prove_optimization(
+    model: Any, example: Sequence[torch.Tensor], domains: Sequence[InputDomain], *, plain: Run | None = None
+) -> str:
     """Compares the optimised graph with the plain one, on what oneDNN's kernels are known to treat in another way.
 
     Args:
         model: a ``_core.TorchModel``.
         example: one item [1, ...] per input.
+        plain: the plain graph, where it is there already; else the model reads it.
 
     Returns:
         the input on which they differ, for a person; ``""`` if there is none.
@@ -162,7 +165,7 @@ def prove_optimization(model: Any, example: Sequence[torch.Tensor], domains: Seq
     for count, (name, inputs) in enumerate(probes):
         if count >= OPTIMIZATION_PROBES_MIN and time.monotonic() - began >= OPTIMIZATION_BUDGET_S:
             break  # what could hide NaN was looked for in the graph (csrc/finite_flow.cpp)
-        expected = outcome(model.run_plain, inputs)
+        expected = outcome(plain or model.run_plain, inputs)
         got = outcome(model.run, inputs)
         if not _agrees(expected, got, inputs):
             return name
@@ -220,20 +223,26 @@ def _enlarged(numbers: torch.Tensor, sign: int) -> torch.Tensor:
     return numbers * (sign * limit / max(float(numbers.abs().max()), 1e-30))
 
 
-def find_state(model: Any, example: Sequence[torch.Tensor], *, is_package: bool) -> None:
+def find_state(model: Any, example: Sequence[torch.Tensor], *, is_package: bool, unchanged: int | None = None) -> None:
     """Notes in ``model`` what only running it shows: that calls leave traces in it.
 
     The graph of TorchScript is searched when it is loaded (csrc/graph_state.cpp); this finds what operators write
     without saying so. A package has no graph to search: that it gives two answers to one question has to do.
+
+    Args:
+        unchanged: its checksum before it has run, where it has run since; else it is run here.
     """
     if model.state:
         return
-    before = model.checksum()
-    first, second = outcome(model.run, example), outcome(model.run, example)
-    if model.checksum() != before:
+    if unchanged is None:
+        unchanged = model.checksum()
+        outcome(model.run, example)
+    if model.checksum() != unchanged:
         model.note_state("a call changes a weight or a constant of the model")
-    elif is_package and not isinstance(first, type) and difference(first, second) != 0:
-        model.note_state("the package answers one question in two ways when it is asked twice")
+    elif is_package:
+        first, second = outcome(model.run, example), outcome(model.run, example)
+        if not isinstance(first, type) and difference(first, second) != 0:
+            model.note_state("the package answers one question in two ways when it is asked twice")
 
 
 def single_row_differs(model: Any, example: Sequence[torch.Tensor]) -> bool:

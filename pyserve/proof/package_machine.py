@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pyserve.damaged_zip import DAMAGED_ZIP
 from pyserve.errors import ModelLoadError
 
 _METADATA = re.compile(r"data/aotinductor/model/[^/]*wrapper_metadata\.json$")
@@ -63,6 +64,6 @@ def _metadata(path: Path) -> dict[str, Any]:
                 if _METADATA.search(name) and file.getinfo(name).file_size <= _METADATA_SIZE_MAX:
                     found = json.loads(file.read(name))
                     return found if isinstance(found, dict) else {}
-    except (zipfile.BadZipFile, OSError, ValueError, RecursionError) as error:
+    except DAMAGED_ZIP as error:  # or JSON that is none, or nested too deeply
         raise ModelLoadError(f"{path.name}: the package cannot be read: {error}") from error
     return {}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pyserve.damaged_zip import DAMAGED_ZIP
 from pyserve.errors import ModelLoadError
 from pyserve.handler import InputError
 from pyserve.proof.batch_probe import Run, rows_are_independent
@@ -37,8 +37,6 @@ _BOUND = re.compile(r"if \((\w+)_size\[(\d+)\] ([<>]) (\d+)\)")
 _LAYOUT = re.compile(r'assert_size_stride\((\w+), \{([^}]*)\}, \{([^}]*)\}, "input"\)')
 # Where nothing says how large a dimension may be.
 _SIZE_MAX = (1 << 63) - 1
-# What reading a member of a zip raises if it is damaged, encrypted, or packed in a way that is not known.
-DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
 # torch compiles no dynamic dimension for sizes 0 and 1; the code is right for 1 where the export allowed it, which the
 # package does not say, so a batch of one is tried.
 SPECIALIZED_MIN = 2
@@ -119,7 +117,7 @@ def is_compiled(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return any("/aotinductor/" in name for name in file.namelist())
-    except (zipfile.BadZipFile, OSError) as error:
+    except DAMAGED_ZIP as error:
         raise ModelLoadError(f"{path.name} is not a .pt2 package: {error}") from error
 
 
@@ -129,17 +127,19 @@ def read_program(path: Path, label: str) -> Program:
     Raises:
         ModelLoadError: it does not say, so that nothing it is asked could be checked.
     """
+    source = None
     try:
         with zipfile.ZipFile(path) as file:
             names = [name for name in file.namelist() if _SOURCE.search(name)]
-            if len(names) != 1 or file.getinfo(names[0]).file_size > _SOURCE_SIZE_MAX:
-                raise ModelLoadError(
-                    f"{label}: the package does not hold the source of its one program, which says what sizes it was "
-                    "compiled for; make it with torch._inductor.aoti_compile_and_package of torch 2.11 or later"
-                )
-            source = file.read(names[0]).decode("utf-8", "replace")
-    except DAMAGED as error:
+            if len(names) == 1 and file.getinfo(names[0]).file_size <= _SOURCE_SIZE_MAX:
+                source = file.read(names[0]).decode("utf-8", "replace")
+    except DAMAGED_ZIP as error:
         raise ModelLoadError(f"{label}: the package cannot be read: {error}") from error
+    if source is None:
+        raise ModelLoadError(
+            f"{label}: the package does not hold the source of its one program, which says what sizes it was "
+            "compiled for; make it with torch._inductor.aoti_compile_and_package of torch 2.11 or later"
+        )
     return _program_of(source, label)
 
 

@@ -104,32 +104,51 @@ class BodyBudget:
 
     def has_room(self, account: Account, size: int) -> bool:
         """Whether ``account`` may take ``size`` bytes more. Makes room for them if that is just; else it waits."""
-        share, is_within, missing = self._wanted(account, size)
+        share, is_within = self._wanted(account, size)
+        missing = size - self._room(size)
         if missing > 0 and is_within:
             self._make_room(account, share, missing + self.size_max // _SPARE_FRACTION)
-        return self._settle(account, self.size + size <= self.size_max, is_within, share)
+        return self._settle(account, size, size <= self._room(size), share)
 
     def will_have_room(self, account: Account, size: int) -> bool:
         """The same of bytes that are only announced: nothing is made free yet."""
-        share, is_within, missing = self._wanted(account, size)
+        share, is_within = self._wanted(account, size)
+        missing = size - self._room(size, is_coming=True)
         if missing > 0 and is_within:
             missing -= sum(each.excess(share) for each in self._accounts.values() if each is not account)
-        return self._settle(account, missing <= 0, is_within, share)
+        return self._settle(account, size, missing <= 0, share)
 
-    def _wanted(self, account: Account, size: int) -> tuple[int, bool, int]:
-        """The share of ``account``, whether ``size`` bytes more are within it, and bytes of room that are missing."""
+    # what a budget that several processes share has its own way for
+
+    def _room(self, size: int, *, is_coming: bool = False) -> int:
+        """Bytes of room, if ``size`` are wanted.
+
+        Args:
+            is_coming: they are not to be taken yet.
+        """
+        return self.size_max - self.size
+
+    def _part(self) -> int:
+        """Bytes that are divided among the addresses here."""
+        return self.size_max
+
+    def _set_quick_max(self) -> None:
+        self.quick_max = 0 if self._waiting else self.size_max
+
+    def _wanted(self, account: Account, size: int) -> tuple[int, bool]:
+        """The share of ``account``, and whether ``size`` bytes more are within it."""
         self._forget_waiting()
         share = self._share(account)
-        return share, account.size + size <= share, self.size + size - self.size_max
+        return share, account.size + size <= share
 
-    def _settle(self, account: Account, is_free: bool, is_within: bool, share: int) -> bool:
+    def _settle(self, account: Account, size: int, is_free: bool, share: int) -> bool:
         others_wait = len(self._waiting) > (account in self._waiting)
-        has_room = is_free and (is_within or not others_wait)
+        has_room = is_free and (account.size + size <= share or not others_wait)
         if has_room:
             self._waiting.pop(account, None)
         elif account.size <= share and self._others_hold(account) and len(self._waiting) < WAITING_COUNT_MAX:
             self._waiting[account] = self._clock() + WAIT_S
-        self.quick_max = 0 if self._waiting else self.size_max
+        self._set_quick_max()
         return has_room
 
     def _others_hold(self, account: Account) -> bool:
@@ -137,14 +156,14 @@ class BodyBudget:
 
     def _share(self, account: Account) -> int:
         empty = sum(not each.size for each in self._waiting if each is not account)
-        return self.size_max // (self.holder_count + (account.size == 0) + empty)
+        return self._part() // (self.holder_count + (account.size == 0) + empty)
 
     def _forget_waiting(self) -> None:
         if self._waiting:
             now = self._clock()
             self._waiting = {account: until for account, until in self._waiting.items() if until > now}
 
-    def _make_room(self, account: Account, share: int, wanted: int) -> None:
+    def _make_room(self, account: Account | None, share: int, wanted: int) -> None:
         error = body_budget_error(self)
         others = [each for each in self._accounts.values() if each.size > share and each is not account]
         for other in sorted(others, key=lambda each: each.size, reverse=True):
@@ -200,7 +219,7 @@ class Account:
 
     def charge(self, size: int) -> None:
         """Takes ``size`` bytes, as they are in memory anyhow."""
-        self.budget.size += size
+        self.budget.charge(size)
         self._grow(size)
 
     def release(self, size: int) -> None:

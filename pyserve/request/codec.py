@@ -30,6 +30,7 @@ NAN_WARNING = (
 # Flag of a request whose body is fields' values and whose query their sizes, see `split_fields`.
 FIELDS = 2
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
+_WITHOUT_BLANKS = dict.fromkeys(map(ord, "\r\n\t"))
 FIELD_NAMES_SIZE_MAX = 64 << 10  # of all together, see `join_fields`
 
 
@@ -72,7 +73,10 @@ def decode_request(
     """
     media_type = _media_type_as_sent(request) if lenient else request.content_type
     if media_type == "application/x-www-form-urlencoded":
-        fields = read_urlencoded(request.body, lenient=lenient)
+        try:
+            fields = read_urlencoded(request.body, lenient=lenient)
+        except (BadRequestError, TooLargeError) as error:
+            raise _no_form(request.body) or error from None
     elif media_type == "multipart/form-data" and boundary_of(request.header("content-type")) is not None:
         fields = read_multipart(request.body, request.header("content-type"), lenient=lenient)
     else:
@@ -86,7 +90,7 @@ def decode_request(
     row: dict[str, Any] = {}
     for field in fields:
         if field.name in row and not lenient:
-            raise _repeated(field.name)
+            raise (media_type == FORM_TYPES[1] and _no_form(request.body)) or _repeated(field.name)
         content_type = field.content_type or "" if is_built_in else _part_type(field)
         part_type = content_type if lenient else _media_type(content_type).lower()
         row[field.name] = field.value
@@ -131,6 +135,17 @@ def add_query(row: dict[str, Any], query: str, *, types: dict[str, str] | None =
         if types is not None:
             types.setdefault(name, "")
     row.update(sent)
+
+
+def _no_form(body: bytearray) -> BadRequestError | None:
+    """Of a body that cannot be read as the form that it was sent as: that it is a file, if it is."""
+    start = bytes(body[:64]).decode("utf-8", "replace").rstrip("\ufffd")
+    if "\ufffd" not in start and start.translate(_WITHOUT_BLANKS).isprintable():
+        return None
+    return BadRequestError(
+        f"the body is {len(body)} bytes of binary, but was sent as a form, as curl -d does; send a file as it is: curl "
+        "-T FILE, or -H 'Content-Type: application/octet-stream' --data-binary @FILE"
+    )
 
 
 def _repeated(name: str) -> BadRequestError:

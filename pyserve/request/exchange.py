@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from pyserve.log import about
 from pyserve.request.messages import Request, Response
@@ -32,8 +33,12 @@ class Exchange:
         is_ended: no more parts come.
         reserved: bytes of the body budget this request holds. The protocol's.
         failure: why there are no more parts, of a stream that was aborted.
+        kept: what its model has made of it already, see `lanes.kept_output`; None of almost all.
+        keeps_output: when its model has run, `keep` is called in place of `respond`, unless that failed.
     """
 
+    kept: Any = None
+    keeps_output = False
     __slots__ = (
         "_deliver", "answered", "disconnected", "failure", "is_aborted", "is_ended", "is_http11", "is_streaming",
         "keep_alive", "on_disconnect", "parts", "parts_size", "protocol_bytes", "request", "reserved", "response",
@@ -72,6 +77,10 @@ class Exchange:
         if not self.disconnected:
             self.response = response
             self._deliver(self)
+
+    def keep(self, output: Any) -> None:
+        """Its model's output, for who makes the answer of it: a `lanes.kept_output.KeptOutput`."""
+        raise NotImplementedError
 
     def watch(self, call: Callable[[Exchange], object]) -> None:
         """Has ``call`` called with this exchange each time its answer, or a part of it, is about to be delivered."""

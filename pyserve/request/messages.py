@@ -40,6 +40,10 @@ class HeaderFields(Protocol):
     def text(self) -> str:
         """``headers`` joined, see `join_headers`."""
 
+    @property
+    def bytes(self) -> bytes | None:
+        """The whole head that they are of, as it came, if that was kept."""
+
     def find(self, name: str, /) -> str | None:
         """Value of the last header called ``name``, which is in lower case; None if there is none."""
 
@@ -48,6 +52,7 @@ class HeaderList:
     """Headers that are there as pairs already."""
 
     __slots__ = ("_lower", "_text", "headers")
+    bytes: bytes | None = None
 
     def __init__(self, headers: Headers):
         self.headers = headers
@@ -91,14 +96,16 @@ class Request:
         has_timing: whether one of TIMING_HEADERS is among the headers, or there is a ``deadline``.
         deadline: ns of the same clock; when the client stops waiting, if the protocol tells; else 0.
         is_http: it came over HTTP.
+        stages: where its time goes, see `pyserve.request.stages`; there only where that is kept of all requests.
     """
 
     is_http = True
 
     __slots__ = (
         "_extra", "_fields", "_params", "arrived_at", "body", "client", "deadline", "has_timing", "id", "method",
-        "path", "query",
+        "path", "query", "stages",
     )  # fmt: skip
+    stages: Any
 
     def __init__(
         self,
@@ -153,6 +160,11 @@ class Request:
         if self._extra is None:
             return text
         return f"{text}\n{self._extra.text}" if text else self._extra.text
+
+    @property
+    def head_bytes(self) -> bytes | None:
+        """The whole head as it came, if that was kept and nothing was added to it."""
+        return None if self._extra is not None else self._fields.bytes
 
     def replace_headers(self, names: Sequence[str], pairs: Headers) -> None:
         """Puts ``pairs`` in the place of the headers called ``names``, which are in lower case."""

@@ -40,6 +40,11 @@ class Cors:
     def __bool__(self) -> bool:
         return bool(self.headers or self._origins)
 
+    @property
+    def looks_at_requests(self) -> bool:
+        """Whether answers have other headers for other requests."""
+        return bool(self._origins)
+
     def add(self, request: Request, response: Response) -> None:
         """Gives ``response`` the headers that it has not got already."""
         own = {name.lower() for name in response.headers}

@@ -8,9 +8,11 @@ became of the file. With ``token_file`` somebody else makes the keys: that file 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import hmac
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -102,7 +104,12 @@ class Tokens:
         kept: where the next server finds them.
         provided: the ``token_file``, if the keys come from one.
         clock: seconds since the epoch.
+
+    Attributes:
+        on_change: called when keys have been replaced, before anybody is told, from the thread that has done it.
     """
+
+    on_change: Callable[[], object] = bool
 
     def __init__(
         self,
@@ -180,7 +187,25 @@ class Tokens:
         return cls.create(config, kept, folder)
 
     @classmethod
-    def _new(cls, config: Config, kept: Kept, keys: Keys, file: Path) -> Tokens:
+    def in_memory(cls, config: Config) -> Tokens | None:
+        """Keys that ``config`` asks for and no file shows, see `keys`; or those of ``token_file``.
+
+        Returns:
+            None if no call needs a key.
+
+        Raises:
+            ConfigError: ``token_file`` cannot be used; names the fix.
+        """
+        if config.token_file:
+            return cls._provided_by(config)
+        if not guarded_scopes(config):
+            return None
+        tokens = cls._new(config, None, {}, None)
+        tokens._keys = {scope: tokens._make(scope) for scope in _NAMES}
+        return tokens
+
+    @classmethod
+    def _new(cls, config: Config, kept: Kept | None, keys: Keys, file: Path | None) -> Tokens:
         return cls(
             keys, guarded_scopes(config), lifetime_s=config.token_expiration_min * 60,
             is_strict=config.compat == "strict", file=file, kept=kept,
@@ -208,6 +233,16 @@ class Tokens:
         assert path is not None
         return path
 
+    @property
+    def keys(self) -> dict[Scope, str]:
+        """What callers send behind ``Bearer``, by scope, as it is now."""
+        return {scope: key.text for scope, key in self._keys.items()}
+
+    def digest(self, scope: Scope) -> tuple[str, float | None] | None:
+        """SHA-256 of the key of ``scope`` in hex, and when it expires, s since the epoch; None if there is no key."""
+        key = self._keys.get(scope)
+        return None if key is None else (hashlib.sha256(key.text.encode()).hexdigest(), key.expires_at)
+
     def guards(self, scope: Scope) -> bool:
         """Whether calls of ``scope`` need a key."""
         return scope == "api" or scope in self._guarded
@@ -220,6 +255,19 @@ class Tokens:
         """
         if self.guards(scope):
             self._check(scope, authorization, TokenError.AUTHORIZATION)
+
+    def passes_until(self, scope: Scope, authorization: str) -> float | None:
+        """Until when calls of ``scope`` with this ``Authorization`` header may be made, unless the key is replaced.
+
+        Returns:
+            s since the epoch, or infinity; None if they may not.
+        """
+        key = self._keys.get(scope)
+        try:
+            self.check(scope, authorization)
+        except TokenError:
+            return None
+        return math.inf if key is None or key.expires_at is None else key.expires_at
 
     def check_rotation(self, authorization: str) -> None:
         """As ``check`` of the scope ``api``, with the text that TorchServe has for it.
@@ -267,6 +315,7 @@ class Tokens:
                 log.error("the keys cannot be written to %s: %s", self.file, cause_of(error))
                 raise ServerError(f"The new key cannot be written ({cause_of(error)}); the old one stays.") from None
             self._keys = keys
+        self.on_change()
         log.info("the %s key was replaced", scope)
 
     @property
@@ -291,6 +340,7 @@ class Tokens:
             if missing:
                 raise ConfigError(f"{self._provided} has no key for {' and '.join(sorted(missing))} any more")
             self._keys = keys
+            self.on_change()
 
     def discard(self) -> None:
         """Removes the file that ``create`` wrote, unless it holds another server's keys by now."""
@@ -305,8 +355,10 @@ class Tokens:
         return Key(text, None if scope == "api" else self._clock() + self._lifetime_s)
 
     def _write(self, keys: Keys) -> None:
-        """Into the file, in one step, and where the next server finds them; both or neither."""
-        assert self._file is not None and self._kept is not None
+        """Into the file, in one step, and where the next server finds them; both or neither. Not those in memory."""
+        if self._file is None:
+            return
+        assert self._kept is not None
         members: JsonObject = {}
         for scope, name in _NAMES.items():
             key = keys[scope]

@@ -27,7 +27,6 @@ from pyserve.http1.connections import Connections
 from pyserve.http1.protocol import Http1Protocol
 from pyserve.http1.tls import Http1TlsProtocol
 from pyserve.launch import EXIT_DRAINED
-from pyserve.request.body_budget import BodyBudget
 from pyserve.request.descriptors import DescriptorLimit, open_files_max, raise_open_files_max
 from pyserve.security import tls
 from pyserve.security.renewal import keep_renewed, watched
@@ -99,7 +98,7 @@ class FrontEnd:
         way, shares = Way.of(start.fronts), Shares.of(config)
         format = listening.error_format(config)
         descriptors = DescriptorLimit(open_files_max())
-        bodies = BodyBudget(shares.body_budget_size)
+        bodies = shares.new_budget()
         self.drained: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._listeners = listening.grouped(start.sockets)
         self._files = file_identities(start.sockets.values())
@@ -113,7 +112,11 @@ class FrontEnd:
             self._connections.append(connections)
         if way.number == 0:
             listening.warn_of_few_descriptors(shares.connection_count_max, descriptors)
-        self.door = Door(way, shares, format, on_open=self._open, on_parting=self._part, on_drain=self._drain)
+        self.door = Door(way, shares, format, on_open=self._open, on_parting=self._part, on_close=self._close,
+                         on_drain=self._drain, answer_size_max=config.max_response_size, bodies=bodies)  # fmt: skip
+        self.door.row_listeners = frozenset(
+            number for number, (_, names) in enumerate(self._listeners) if "inference" in names
+        )
         self.door.connections = self._connections
         self._tls = None
         if any(address.is_tls for address in config.addresses().values()):
@@ -123,6 +126,7 @@ class FrontEnd:
         self._servers: list[asyncio.AbstractServer] = []
         self._opening: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     def _open(self) -> None:
         for connections in self._connections:
@@ -151,6 +155,11 @@ class FrontEnd:
         for connections in self._connections:
             connections.part()
 
+    def _close(self) -> None:
+        self._is_closed = True
+        for server in self._servers:
+            server.close()
+
     def _drain(self) -> None:
         if self._leaving is None:
             self._leaving = asyncio.ensure_future(self._leave())
@@ -159,7 +168,8 @@ class FrontEnd:
         if self._opening is not None:
             await self._opening
         self._part()
-        await accept_last([sock for sock, _ in self._listeners], self._files)
+        if not self._is_closed:
+            await accept_last([sock for sock, _ in self._listeners], self._files)
         for server in self._servers:
             server.close()
         await asyncio.gather(*(connections.drain() for connections in self._connections))

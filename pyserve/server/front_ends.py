@@ -25,7 +25,7 @@ class _Slot:
     def __init__(self, number: int):
         self.number = number
         self.backoff = ServerBackoff(random.Random())
-        self.child: launch.Child | None = None
+        self.process: launch.Process | None = None
         self.started_at = 0.0
         self.due_at: float | None = None
 
@@ -47,10 +47,21 @@ class FrontEnds:
         """When the next one is to be started, s of ``time.monotonic()``; None if all run."""
         return min((slot.due_at for slot in self._slots if slot.due_at is not None), default=None)
 
+    @property
+    def pids(self) -> list[int | None]:
+        """Of each front end; None for one that does not run."""
+        return [slot.process.pid if slot.process is not None else None for slot in self._slots]
+
+    def adopt(self, pids: list[int | None]) -> None:
+        """Takes over those that this process started before it became another program."""
+        for slot, pid in zip(self._slots, pids, strict=True):
+            slot.started_at = time.monotonic()
+            slot.process = None if pid is None else launch.AdoptedProcess(pid)
+
     def start_missing(self) -> None:
         """Starts those that do not run: the engine is being started, and will want them."""
         for slot in self._slots:
-            if slot.child is None:
+            if slot.process is None:
                 self._run(slot)
 
     def look(self, *, starts: bool) -> None:
@@ -61,9 +72,9 @@ class FrontEnds:
         """
         now = time.monotonic()
         for slot in self._slots:
-            if slot.child is not None and slot.child.popen.poll() is not None:
-                code = slot.child.popen.returncode
-                slot.child = None
+            if slot.process is not None and slot.process.poll() is not None:
+                code = slot.process.returncode
+                slot.process = None
                 if starts and code != launch.EXIT_DRAINED:  # one that was told to end is started with the next engine
                     delay_s = slot.backoff.delay_s(now - slot.started_at)
                     slot.due_at = now + delay_s
@@ -75,7 +86,7 @@ class FrontEnds:
     def stop(self) -> None:
         """Gives them a moment, and kills those that still run."""
         deadline = time.monotonic() + STOP_S
-        while any(slot.child is not None for slot in self._slots) and time.monotonic() < deadline:
+        while any(slot.process is not None for slot in self._slots) and time.monotonic() < deadline:
             self.look(starts=False)
             time.sleep(_LOOK_S)
         self.kill()
@@ -84,19 +95,20 @@ class FrontEnds:
         """Ends those that still run."""
         for slot in self._slots:
             slot.due_at = None
-            if slot.child is not None:
-                slot.child.popen.kill()
-                slot.child.popen.wait()
-                slot.child = None
+            if slot.process is not None:
+                slot.process.kill()
+                slot.process.wait()
+                slot.process = None
 
     def _run(self, slot: _Slot) -> None:
         slot.started_at = time.monotonic()
         slot.due_at = None
         try:
-            slot.child = self._start(slot.number)
+            child = self._start(slot.number)
         except OSError as error:
             logger.error("front end %d could not be started: %s", slot.number, cause_of(error))
             slot.due_at = slot.started_at + max(0.2, slot.backoff.delay_s(None))
             return
-        os.close(slot.child.reports_fd)  # what it has to say is in the log
-        logger.info("front end %d started (pid %d)", slot.number, slot.child.popen.pid)
+        slot.process = child.popen
+        os.close(child.reports_fd)  # what it has to say is in the log
+        logger.info("front end %d started (pid %d)", slot.number, slot.process.pid)

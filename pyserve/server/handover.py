@@ -10,6 +10,7 @@ from pathlib import Path
 from pyserve.config.config import Config
 from pyserve.errors import JsonObject
 from pyserve.launch import SERVER_VARIABLE, Reporter, die_with_parent, receive
+from pyserve.security.tokens import Kept
 from pyserve.server.kept_files import KeptFiles, SharedMemory
 from pyserve.server.own_folder import OwnFolder
 
@@ -29,18 +30,26 @@ class ServerStart:
         log_file: what this process prints to; ``""`` if that is a terminal.
         family: token of all servers of this supervisor, see `pyserve.worker.descendants`.
         fronts: what finds the engine process, or the front ends, see `fronts.meeting`; None without front ends.
+        orders_fd: where the supervisor's orders come from; -1 in front ends.
+        is_successor: another server accepts on ``sockets``, whose place this one is to take.
+        keeps_sockets: clients who connect after this server has stopped accepting wait for the server that is next.
+        is_embedded: the process is somebody else's: nothing of it is changed, and it is never ended.
     """
 
     config: Config
     sockets: dict[str, socket.socket]
     restart: int
     folder: Path
-    kept: KeptFiles
+    kept: Kept
     report: Reporter
     like_torchserve: bool
     log_file: str
     family: str
     fronts: JsonObject | None = None
+    orders_fd: int = -1
+    is_successor: bool = False
+    keeps_sockets: bool = False
+    is_embedded: bool = False
 
 
 def receive_server_start() -> ServerStart:
@@ -75,7 +84,12 @@ def receive_server_start() -> ServerStart:
         log_file=handover["log_file"],
         family=handover["family"],
         fronts=handover.get("fronts"),
+        orders_fd=handover.get("orders_fd", -1),
+        is_successor=handover["is_successor"],
+        keeps_sockets=handover["keeps_sockets"],
     )
+    if start.orders_fd >= 0:
+        os.set_inheritable(start.orders_fd, False)
     _stand_in(start.folder, own_folder.path)
     return start
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from pyserve.config.address import Address, port_owner
 from pyserve.config.config import Config
-from pyserve.errors import ConfigError
+from pyserve.errors import ConfigError, JsonObject
 from pyserve.server.last_clients import let_in_again
+from pyserve.server.passed_sockets import PassedSockets
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +31,25 @@ class Listeners:
 
     Several front ends have a TCP socket each for an address (SO_REUSEPORT: the system divides the clients among them),
     and share those of unix sockets.
+
+    Attributes:
+        are_kept: somebody else made one of them and keeps it open for the next start, as systemd does. Servers then
+            stop accepting, and neither close the door to clients nor remove a file: those who connect wait.
     """
 
     def __init__(self) -> None:
+        self.are_kept = False
         self.sockets: dict[str, socket.socket] = {}
         self._copies: dict[socket.socket, list[socket.socket]] = {}
         self.addresses: dict[str, Address] = {}
         self._unix_files: dict[str, tuple[int, int]] = {}
 
     @classmethod
-    def open(cls, config: Config) -> Listeners:
+    def open(cls, config: Config, passed: PassedSockets | None = None) -> Listeners:
         """Bind and listen on every address of ``config``.
+
+        Args:
+            passed: sockets of a service manager, which are taken in place of our own.
 
         Raises:
             ConfigError: an address cannot be had; names it, its key, who has it and the fix. Nothing stays open.
@@ -49,11 +58,48 @@ class Listeners:
         try:
             for name, address in config.addresses().items():
                 key = f"{name}_address ({config.origin.get(f'{name}_address', 'default')})"
-                listeners._add(name, address, key, config.front_ends - 1)
+                given = passed.take(name, address) if passed else None
+                if given is None:
+                    listeners._add(name, address, key, config.front_ends - 1)
+                else:  # front ends share it: it was made before there were any
+                    listeners.sockets[name], listeners.addresses[name] = given
+                    listeners.are_kept = True
+            if passed:
+                passed.check_all_taken(config.addresses().values())
         except BaseException:
             listeners.close()
             raise
         return listeners
+
+    @classmethod
+    def adopt(cls, handed: JsonObject) -> Listeners:
+        """The inverse of `to_json`, in the program that this process has become."""
+        listeners = cls()
+        listeners.are_kept = handed["are_kept"]
+        by_fd: dict[int, socket.socket] = {}
+        for fd in {*handed["sockets"].values(), *(fd for _, copies in handed["copies"] for fd in copies)}:
+            os.set_inheritable(fd, False)
+            by_fd[fd] = socket.socket(fileno=fd)
+        listeners.sockets = {name: by_fd[fd] for name, fd in handed["sockets"].items()}
+        listeners._copies = {by_fd[fd]: [by_fd[each] for each in copies] for fd, copies in handed["copies"]}
+        listeners.addresses = {name: Address.parse(text, 0) for name, text in handed["addresses"].items()}
+        listeners._unix_files = {path: (device, inode) for path, device, inode in handed["unix_files"]}
+        return listeners
+
+    def to_json(self) -> JsonObject:
+        """For the program that this process is about to become, which inherits `descriptors`."""
+        return {
+            "are_kept": self.are_kept,
+            "sockets": {name: sock.fileno() for name, sock in self.sockets.items()},
+            "copies": [[sock.fileno(), [copy.fileno() for copy in copies]] for sock, copies in self._copies.items()],
+            "addresses": {name: str(address) for name, address in self.addresses.items()},
+            "unix_files": [[path, *identity] for path, identity in self._unix_files.items()],
+        }
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Of all sockets."""
+        return [sock.fileno() for sock in self._all()]
 
     def of_front_end(self, number: int) -> dict[str, socket.socket]:
         """The sockets that the front end of this number accepts from."""
@@ -111,7 +157,8 @@ class Listeners:
         """  # fmt: skip
         for listener in self._all():
             if listener.family == socket.AF_UNIX:
-                self._reopen_unix(listener)
+                if listener.getsockname() in self._unix_files:  # else it is somebody else's
+                    self._reopen_unix(listener)
             else:
                 let_in_again(listener)
 

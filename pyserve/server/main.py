@@ -12,25 +12,22 @@ import contextlib
 import gc
 import logging
 import os
-import re
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvloop
 
 from pyserve import log as log_setup
-from pyserve.archive.archive import Archive, open_archive
 from pyserve.archive.cache import open_cache
 from pyserve.archive.limits import use_limits
 from pyserve.archive.model_folder import remove_left_overs
 from pyserve.config.config import Config
-from pyserve.config.model_source import ModelSource, nearest_file
-from pyserve.conversion.torchscript import Tracing, needs_tracing, runs_in_python
-from pyserve.errors import ConfigError, JsonObject, ModelLoadError, ModelNotFoundError, ServeError
+from pyserve.config.model_source import ModelSource
+from pyserve.errors import ConfigError, JsonObject, ServeError
 from pyserve.fetch.sources import obtain_at_start
-from pyserve.lanes.spawner import Spawner
 from pyserve.launch import EXIT_DEVICE_LOST, EXIT_DRAINED, EXIT_REPLACED, EXIT_WILL_FAIL_AGAIN, SAME_SIGNAL_S
 from pyserve.models.snapshot import models_to_restore, snapshot_folder
 from pyserve.models.snapshot_models import SnapshotError, restored_state
@@ -40,6 +37,9 @@ from pyserve.request.descriptors import raise_open_files_max
 from pyserve.server.console_file import ConsoleFile
 from pyserve.server.handover import ServerStart, receive_server_start
 from pyserve.server.housekeeping import Housekeeping
+from pyserve.server.kept_files import KeptFiles
+from pyserve.server.opening import begin_tracing, new_spawner, open_all, prepare_workers
+from pyserve.server.orders import Orders
 from pyserve.server.settings_report import settings_lines
 from pyserve.telemetry.server_logs import ServerLogs
 
@@ -59,7 +59,6 @@ GC_THRESHOLD = 20_000
 def main() -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.disable()  # imports and loading make a million objects, nearly all of which stay
-    atexit.register(gc.freeze)  # even at the end: to look through them takes 0.4 s, and the memory goes back anyway
     start = receive_server_start()
     open_files_max = raise_open_files_max()
     log_setup.print_lines_at_once()  # for handlers that run here
@@ -83,7 +82,8 @@ def main() -> int:
         loop.close()
         logs.close()
         housekeeping.stop()
-        start.kept.folder.remove()
+        if isinstance(start.kept, KeptFiles):
+            start.kept.folder.remove()
     if stuck:
         # They cannot be ended nor waited for, and must not find the interpreter gone.
         log.warning("the process ends although threads of it are stuck: %s", "; ".join(stuck))
@@ -100,7 +100,7 @@ async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int, stuc
         stuck: is given what runs in threads that are still there.
     """
     use_limits(start.config)
-    stop = _StopSignals()
+    stop, orders = _StopSignals(), Orders(start.orders_fd, asyncio.get_running_loop())
     state = _state_to_restore(start)
     sources = start.config.models_to_load() if state is None else _sources_of(state)
     fetching = asyncio.ensure_future(obtain_at_start(start.config, sources, start.report.progress))
@@ -112,17 +112,10 @@ async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int, stuc
     sources, errors = fetching.result()
     # Models' folders of servers that were killed, the one before this one perhaps.
     clearing = asyncio.ensure_future(asyncio.to_thread(_clear_cache))
-    archives = _open_all(sources, errors, start.config.store_files())
-    tracings = _begin_tracing(archives)
-    hidden = re.compile(start.config.blacklist_env_vars) if start.config.blacklist_env_vars else None
-    spawner = Spawner(
-        lambda name: hidden is not None and hidden.fullmatch(name) is not None, worker_environment(start.config),
-        open_files_max,
-        start.family,
-    )  # fmt: skip
-    if any(isinstance(archive, Archive) and runs_in_python(archive) for archive in archives.values()):
-        with contextlib.suppress(ServeError, OSError):  # what its models' workers meet too, and say
-            spawner.prepare()
+    archives = open_all(sources, errors, start.config.store_files())
+    tracings = begin_tracing(archives)
+    spawner = new_spawner(start.config, open_files_max, start.family)
+    prepare_workers(spawner, archives)
 
     # Takes a second or two; what was begun above goes on meanwhile.
     from pyserve.models.placement import gpu_count
@@ -147,16 +140,23 @@ async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int, stuc
         gc.freeze()  # what is there now is there for good: no collection need look at it again
         gc.set_threshold(GC_THRESHOLD)  # a request leaves no cycles behind, but makes enough to have them looked for
         gc.enable()
+        if start.is_successor and not await _is_to_open(start, server, orders, stop):
+            return EXIT_DRAINED
+        _hold_when_told(server, orders)
         await server.open_ports()
         start.report.ready(**await server.report())
-        await asyncio.wait([stop.first, server.stuck.replacement, lost], return_when=asyncio.FIRST_COMPLETED)
+        ends = [stop.first, server.stuck.replacement, lost, orders.gives_way]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if lost.done():
             await _leave(server, logs)
-        if not stop.first.done():
+        if orders.gives_way.done():
+            server.give_way()
+        elif not stop.first.done():
             log.error("another process takes this one's place, on the same sockets and with the same models: %s",
                       server.stuck.replacement.result())  # fmt: skip
         return await _drain(server, stop, start.config, logs)
     finally:
+        orders.close()
         for tracing in tracings.values():
             tracing.stop()
         await clearing
@@ -166,14 +166,17 @@ async def _serve(start: ServerStart, logs: ServerLogs, open_files_max: int, stuc
         stuck += server.stuck.what
 
 
-def worker_environment(config: Config) -> dict[str, str]:
-    """What handlers find in their environment as TorchServe's do, whatever ours says."""
-    values = {
-        "TS_DECODE_INPUT_REQUEST": config.decode_input_request,
-        "TS_IPEX_ENABLE": config.ipex_enable,
-        "TS_IPEX_GPU_ENABLE": config.ipex_gpu_enable,
-    }
-    return {name: "true" if is_set else "false" for name, is_set in values.items()}
+async def _is_to_open(start: ServerStart, server: Server, orders: Orders, stop: _StopSignals) -> bool:
+    """Waits for the supervisor's word on what was loaded: whether this server is to take the other's place."""
+    start.report.send("loaded", **await server.report())
+    ends: list[asyncio.Future[Any]] = [orders.opens, stop.first, server.lost_devices.loss]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    return orders.opens.done()
+
+
+def _hold_when_told(server: Server, orders: Orders) -> None:
+    tasks = set[asyncio.Future[None]]()  # references, so that they come to their end
+    orders.on_hold = lambda holds: tasks.add(asyncio.ensure_future(server.hold() if holds else server.release()))
 
 
 async def _leave(server: Server, logs: ServerLogs) -> NoReturn:
@@ -214,47 +217,11 @@ async def _drain(server: Server, stop: _StopSignals, config: Config, logs: Serve
     os._exit(EXIT_DRAIN_CUT_SHORT if stop.first.done() else EXIT_REPLACED)
 
 
-def _open_all(
-    sources: list[ModelSource], errors: dict[str, ServeError], store_files: list[str]
-) -> dict[str, Archive | ServeError]:
-    """The archives by path; ``errors`` are of those that could not even be fetched."""
-    archives: dict[str, Archive | ServeError] = {**errors}
-    for source in sources:
-        path = source.path_or_file
-        if path not in archives:
-            archives[path] = _open(source, store_files)
-            if source.url is not None and isinstance(archives[path], ServeError):
-                Path(path).unlink(missing_ok=True)  # so that the next start fetches it anew
-    return archives
-
-
-def _open(source: ModelSource, store_files: list[str]) -> Archive | ServeError:
-    try:
-        return open_archive(source.path_or_file)
-    except ModelNotFoundError as error:
-        near = nearest_file(Path(source.path_or_file).name, store_files)
-        return ModelNotFoundError(f"{error.message}; did you mean {near}?") if near else error
-    except ServeError as error:
-        return error
-    except Exception as error:  # one archive, whatever it is, does not keep the others from being served
-        log.exception("%s cannot be opened", source.shown)
-        return ModelLoadError(f"{source.shown}: cannot be opened: {type(error).__name__}: {error}")
-
-
 def _clear_cache() -> None:
     with contextlib.suppress(ServeError, OSError):  # whoever needs it says why it cannot be used
         cache = open_cache()
         cache.remove_drafts()
         remove_left_overs(cache.root / "models")
-
-
-def _begin_tracing(archives: dict[str, Archive | ServeError]) -> dict[str, Tracing]:
-    begun = {}
-    for path, archive in archives.items():
-        if isinstance(archive, Archive) and needs_tracing(archive):
-            with contextlib.suppress(OSError):  # no room for another process yet; loading the model tries again
-                begun[path] = Tracing(archive)
-    return begun
 
 
 def _state_to_restore(start: ServerStart) -> JsonObject | None:
@@ -298,5 +265,16 @@ class _StopSignals:
             self.second.set_result(number)
 
 
+def _end(code: int) -> NoReturn:
+    """Ends the process as Python does, but for taking the interpreter apart: a thread that comes back from a run of a
+    network finds it gone then, and ends the process by a signal."""  # fmt: skip
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

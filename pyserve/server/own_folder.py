@@ -70,13 +70,17 @@ class OwnFolder:
     Args:
         state_dir: as configured; ``""`` if it is not.
         path: that of the process that started this one, which removes it; None for a new one.
+        is_guest: ``path`` is that process's; else this one's, which was another program before.
 
     Attributes:
         path: the folder; None while there is no place for one.
         problem: why it lies where things do not stay, or nowhere; ``""`` if it does not.
     """
 
-    def __init__(self, state_dir: str = "", path: Path | None = None, environ: Mapping[str, str] = os.environ):
+    def __init__(
+        self, state_dir: str = "", path: Path | None = None, environ: Mapping[str, str] = os.environ, *,
+        is_guest: bool = True,
+    ):  # fmt: skip
         self.path: Path | None = None
         self.problem = ""
         self._bases = bases(state_dir, environ)
@@ -85,7 +89,7 @@ class OwnFolder:
         self._is_guest = False
         self._touched_at = time.monotonic()
         if path is not None and (self._take(path) or self._make_at(path)):
-            self._is_guest = True
+            self._is_guest = is_guest
             return
         for base in self._bases:
             remove_unheld(base.path, PREFIX)

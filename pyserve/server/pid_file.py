@@ -14,7 +14,7 @@ import logging
 import os
 import tempfile
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from pyserve.errors import ConfigError
@@ -46,6 +46,7 @@ class RunningServer:
         drain_timeout_s: how long it drains at most.
         key_file: absolute path of the file with the keys that calls need; ``""`` if they need none.
         model_store: absolute path; ``""`` if there is none.
+        control: address of the socket where it can be asked to upgrade, see `pyserve.server.control`.
     """
 
     pid: int
@@ -55,6 +56,7 @@ class RunningServer:
     drain_timeout_s: float = 30
     key_file: str = ""
     model_store: str = ""
+    control: str = ""
 
     @property
     def is_alive(self) -> bool:
@@ -244,6 +246,10 @@ class PidFiles:
             log.warning("%s cannot be written, or belongs to another server", self._plain_path)
         return notes
 
+    def adopt(self, running: RunningServer) -> None:
+        """They are there: this process made them when it was another program."""
+        self._running = running
+
     def update(self, running: RunningServer) -> None:
         """Replaces what ours says."""
         with self._writing:
@@ -302,6 +308,8 @@ def _is_same(fd: int, path: Path) -> bool:
 def _parse(content: bytes) -> RunningServer | None:
     first, _, rest = content.partition(b"\n")
     try:
-        return RunningServer(pid=int(first), **json.loads(rest))
-    except (ValueError, TypeError):
+        said = json.loads(rest)
+        known = {each.name for each in fields(RunningServer)} - {"pid"}  # another version may say more
+        return RunningServer(pid=int(first), **{name: value for name, value in said.items() if name in known})
+    except (ValueError, TypeError, AttributeError):
         return None

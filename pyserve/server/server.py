@@ -6,27 +6,34 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyserve.api import openapi
 from pyserve.api.checks import protected, rotation_routes
 from pyserve.api.coded_bodies import CodedBodies
+from pyserve.api.console import Console
+from pyserve.api.console_state import ConsoleState
 from pyserve.api.inference import Inference
 from pyserve.api.kserve import KServe
 from pyserve.api.management import Management
 from pyserve.api.model_repository import ModelRepository
+from pyserve.api.openapi_live import document_rows
 from pyserve.api.routes import Router, RouteRow, inference_descriptions, metrics_routes
+from pyserve.api.signposts import Signposts
 from pyserve.api.triton_extensions import TritonExtensions
 from pyserve.archive.archive import Archive
-from pyserve.config.config import Config
 from pyserve.config.model_source import ModelSource
 from pyserve.conversion.torchscript import Tracing
 from pyserve.cpu_budget import cpu_budget
 from pyserve.engine import Engine
-from pyserve.errors import ConfigError, JsonObject, ServeError
+from pyserve.errors import JsonObject, ServeError
+from pyserve.fronts.fast_path import protocol_maker
 from pyserve.fronts.listening import (
     error_format,
     grouped,
@@ -40,8 +47,7 @@ from pyserve.fronts.shares import Shares
 from pyserve.grpc_api.front_end import GrpcFrontEnd
 from pyserve.http1.connections import Connections
 from pyserve.http1.limits import Http1Limits
-from pyserve.http1.protocol import Http1Protocol
-from pyserve.http1.tls import Http1TlsProtocol
+from pyserve.lanes.loop_guard import LoopGuard
 from pyserve.lanes.lost_devices import LOSSES_NAME, DeviceLoss, LostDevices
 from pyserve.lanes.preprocess_pool import PreprocessPool
 from pyserve.lanes.resources import Services
@@ -58,15 +64,15 @@ from pyserve.security.cors import Cors, allowed_origins
 from pyserve.security.renewal import keep_renewed, watched
 from pyserve.security.tls import restore as restore_certificate
 from pyserve.security.tls import server_context
-from pyserve.security.tokens import Tokens
+from pyserve.security.tokens import Scope, Tokens
 from pyserve.server.handover import ServerStart
 from pyserve.server.last_clients import accept_last, file_identities
 from pyserve.server.start_table import start_table
 from pyserve.telemetry.device_metrics import loss_family
 from pyserve.telemetry.loop_watch import LoopWatch
-from pyserve.telemetry.metrics import Metrics, MetricsOptions
-from pyserve.telemetry.metrics_config import MetricsConfig, MetricsConfigError, read_metrics_config
-from pyserve.telemetry.server_logs import ServerLogs, metrics_mode
+from pyserve.telemetry.metrics import Metrics
+from pyserve.telemetry.metrics_options import metrics_options
+from pyserve.telemetry.server_logs import Logs
 from pyserve.telemetry.spans import open_tracer
 from pyserve.telemetry.system_metrics import SystemMetrics
 
@@ -93,21 +99,24 @@ class Server:
         ConfigError: the native engine cannot be used.
     """
 
-    def __init__(self, start: ServerStart, spawner: Spawner, logs: ServerLogs):
+    def __init__(self, start: ServerStart, spawner: Spawner, logs: Logs):
         config = start.config
         budget = cpu_budget(config.cpu_budget)
         # Preprocessing runs on threads of its own, one per CPU; torch must not multiply them.
-        torch.set_num_threads(1)
+        prepare: Callable[[], object] = partial(torch.set_num_threads, 1)  # of the thread that calls it
+        if not start.is_embedded:
+            prepare()
+            prepare = torch.get_num_threads
         restore_certificate(config)
         self._start = start
         self._logs = logs
-        self._metrics = Metrics(torch_version=torch.__version__, options=_metrics_options(config), log=logs.metrics)
+        self.metrics = Metrics(torch_version=torch.__version__, options=metrics_options(config), log=logs.metrics)
         self._measuring: asyncio.Task[None] | None = None
         self._engine = Engine(asyncio.get_running_loop(), budget)
         stuck = StuckThreads(stuck_max(config.stuck_threads_max, budget), lambda: self._engine.lost_count)
         # A thread takes over torch's number of threads when it first asks for it, and the workers will change that
         # number for all who ask later; so every thread of the pool asks now.
-        self._pool = PreprocessPool(config.preprocess_threads or budget, stuck, torch.get_num_threads)
+        self._pool = PreprocessPool(config.preprocess_threads or budget, stuck, prepare)
         self.lost_devices = LostDevices(
             start.kept.get(LOSSES_NAME), self._engine.core.probe_device, losses_max=config.device_losses_max
         )
@@ -115,15 +124,16 @@ class Server:
         self._services = services = Services(
             config=config,
             engine=self._engine,
-            metrics=self._metrics,
+            metrics=self.metrics,
             preprocess_pool=self._pool,
             spawner=spawner,
-            tokens=Tokens.open(config, start.kept, Path.cwd()),
+            tokens=Tokens.in_memory(config) if start.is_embedded else Tokens.open(config, start.kept, Path.cwd()),
             tracer=open_tracer(),
             descriptors=DescriptorLimit(open_files_max()),
             stuck=stuck,
             lost_devices=self.lost_devices,
             error_format=error_format(config),
+            loop_guard=LoopGuard(is_on=not start.is_embedded),
         )
         self.stuck = stuck
         self.registry = Registry(
@@ -132,42 +142,51 @@ class Server:
             snapshots=None if config.no_config_snapshots else SnapshotFolder(snapshot_folder(), config),
             progress=start.report.progress,
         )
-        self._metrics.models = self.registry.all_models
+        self.metrics.models = self.registry.all_models
         shares = Shares.of(config) if start.fronts else None
         # A request of the size that is allowed is never one too many.
         whole = max(Http1Limits().body_budget_size, config.max_request_size)
-        self._bodies = BodyBudget(shares.body_budget_size if shares else whole)
+        self.bodies = BodyBudget(whole) if shares is None else shares.new_budget()
         is_strict = config.compat == "strict"
         self._inference = Inference(
             self.registry,
-            CodedBodies(config.max_request_size, self._bodies, self._pool, is_on=not is_strict),
+            CodedBodies(config.max_request_size, self.bodies, self._pool, is_on=not is_strict),
             tells_errors=services.error_format.with_private_detail,
             lenient=is_strict,
         )
         self._compression = new_compression(config, self._pool)
+        self._managed = self.registry
         self._repository = ModelRepository(
             self.registry, config, tells_errors=services.error_format.with_private_detail, tokens=services.tokens
         )
-        self.grpc = GrpcFrontEnd(config, start.restart)
+        self.grpc = GrpcFrontEnd(config, start.restart, is_successor=start.is_successor)
+        self._has_successor = False
         self._servers: list[asyncio.AbstractServer] = []
         self._files = file_identities(start.sockets.values())
         self._connections: list[Connections] = []
-        self._gate: Gate | None = None
-        if start.fronts and shares is not None:
-            from pyserve.fronts.gate import Gate  # not above: without front ends nothing of it is needed
-
-            self._gate = Gate(
-                Meeting.of_engine(start.fronts), config.front_ends, shares, self._bodies, services.error_format
-            )
-            self._metrics.refused.append(self._gate.refused)
-            self._metrics.more.append(self._gate.families)
+        self._gate = self._new_gate(start, shares) if start.fronts and shares is not None else None
         self._tls: ssl.SSLContext | None = None
         self._renewing: asyncio.Future[None] | None = None
         self._watch = LoopWatch()
-        self._metrics.more.append(self._watch.families)
-        self._metrics.more.append(lambda: [loss_family(services.lost_devices.counts())])
+        self.metrics.more.append(self._watch.families)
+        self.metrics.more.append(lambda: [loss_family(services.lost_devices.counts())])
         log.info("%d CPUs for %d preprocessing threads and the workers of all models", budget,
                  config.preprocess_threads or budget)  # fmt: skip
+
+    def _new_gate(self, start: ServerStart, shares: Shares) -> Gate:
+        from pyserve.fronts.gate import Gate  # not above: without front ends nothing of it is needed
+        from pyserve.fronts.shared_budget import SharedBudget
+        from pyserve.fronts.tensors import Tensors
+
+        assert start.fronts is not None and isinstance(self.bodies, SharedBudget)
+        config, services = start.config, self._services
+        gate = Gate(Meeting.of_engine(start.fronts), config.front_ends, shares, self.bodies, services.error_format)
+        gate.tensors = Tensors(
+            self.registry, self._engine.core, decodes=config.decode_input_request, tokens=services.tokens
+        )
+        self.metrics.refused.append(gate.refused)
+        self.metrics.more.append(gate.families)
+        return gate
 
     async def load(
         self,
@@ -178,9 +197,9 @@ class Server:
     ) -> None:
         """Loads what the server is started with, or what the one before it, or a snapshot, says was served.
 
-        Meanwhile gRPC takes its ports.
+        Meanwhile gRPC takes its ports, unless another server has them.
         """
-        binding = asyncio.ensure_future(self.grpc.bind())
+        binding = asyncio.ensure_future(self.grpc.bind() if not self._start.is_successor else asyncio.sleep(0))
         loading = asyncio.ensure_future(self._load_models(sources, archives, tracings, state))
         try:
             await asyncio.gather(binding, loading)
@@ -203,12 +222,14 @@ class Server:
     async def open_ports(self) -> None:
         """Begins to accept. Names that share an address share a listener, which then answers for all of them."""
         config = self._start.config
+        if self._start.is_successor:
+            await self.grpc.bind()
         listeners = grouped(self._start.sockets)
         if self._gate is not None:
             for sock, _ in listeners:
                 sock.close()  # the front ends have theirs
             self._inference.is_ready = True  # before the first request comes
-            await self._gate.open([self._router(names) for _, names in listeners])
+            await self._gate.open([self.router(names) for _, names in listeners])
         else:
             for sock, names in listeners:
                 await self._listen(sock, names)
@@ -216,58 +237,83 @@ class Server:
         self._renewing = asyncio.ensure_future(keep_renewed(all_watched))
         if not config.disable_system_metrics:
             system = SystemMetrics(
-                self._metrics.host, config.metric_time_interval, command=config.system_metrics_cmd,
+                self.metrics.host, config.metric_time_interval, command=config.system_metrics_cmd,
                 gpus=gpu_count(config.number_of_gpu),
             )  # fmt: skip
             self._measuring = asyncio.ensure_future(system.run())
         self._watch.start()
         self._inference.is_ready = True
         await self.grpc.open(
-            self._services, self.registry, self._inference, self._bodies, self._logs.access, repository=self._repository
+            self._services, self.registry, self._inference, self.bodies, self._logs.access, repository=self._repository
         )
 
-    def _router(self, names: list[str]) -> Router:
+    def router(self, names: list[str], *, is_trusted: bool = False) -> Router:
+        """What answers the requests of a listener.
+
+        Args:
+            names: of the APIs that it has: ``inference``, ``management``, ``metrics``.
+            is_trusted: the caller is this process itself: no call needs a key, and models may be registered.
+        """
+        tokens = self._services.tokens
+        # As by GET /v1/models.
+        may_list = "inference" in names and (tokens is None or not tokens.guards("inference"))
+        signposts = Signposts(
+            self._start.config, names,
+            tells_addresses=self._services.error_format.with_private_detail and not self._start.is_embedded,
+            models=(lambda: [model.name for model in self.registry.default_models()]) if may_list else None,
+        )  # fmt: skip
         return Router(
-            self._rows(names),
+            self._rows(names, is_trusted=is_trusted),
+            signposts=signposts,
             error_format=self._services.error_format,
             cors=Cors(self._start.config),
-            on_answer=self._metrics.observe_answer,
+            on_answer=self.metrics.observe_answer,
+            on_error=self._services.recent_errors.note,
         )
 
-    async def _listen(self, sock: Any, names: list[str]) -> None:
+    def new_connections(self, names: list[str]) -> Connections:
+        """What the connections of a listener have in common; see `router`."""
         config, services = self._start.config, self._services
-        count = config.connection_count_max
         connections = new_connections(
-            config, names, count, self._bodies, services.descriptors, services.error_format, self._compression
-        )
+            config, names, config.connection_count_max, self.bodies, services.descriptors, services.error_format,
+            self._compression,
+        )  # fmt: skip
         self._connections.append(connections)
-        if "inference" in names:
-            warn_of_few_descriptors(count, services.descriptors)
         connections.on_answer = self._logs.access.observe_http
-        self._metrics.refused.append(connections.refused)
-        router = self._router(names)
+        self.metrics.refused.append(connections.refused)
+        return connections
+
+    async def _listen(self, sock: Any, names: list[str]) -> None:
+        config = self._start.config
+        connections = self.new_connections(names)
+        if "inference" in names:
+            warn_of_few_descriptors(config.connection_count_max, self._services.descriptors)
+        router = self.router(names)
         if config.addresses()[names[0]].is_tls and self._tls is None:
             self._tls = server_context(config)
         context = self._tls if config.addresses()[names[0]].is_tls else None
-        protocol = Http1Protocol if context is None else Http1TlsProtocol
-        self._servers.append(
-            await asyncio.get_running_loop().create_server(
-                lambda: protocol(router, connections.limits, connections), sock=sock, backlog=ACCEPT_BACKLOG,
-                **tls_options(context),
-            )
+        make = protocol_maker(
+            self.registry, self._engine, config, connections, router, self._logs.access, self._services.tokens,
+            is_tls=context is not None, may_be_fast="inference" in names,
         )  # fmt: skip
+        loop = asyncio.get_running_loop()
+        self._servers.append(await loop.create_server(make, sock=sock, backlog=ACCEPT_BACKLOG, **tls_options(context)))
 
-    def _rows(self, names: list[str]) -> list[RouteRow]:
+    def _rows(self, names: list[str], *, is_trusted: bool) -> list[RouteRow]:
         """What the listener of ``names`` answers. Each path has the checks of its own API, also where all share one."""
         config, tokens = self._start.config, self._services.tokens
+        if is_trusted:
+            config, tokens = replace(config, enable_model_api=True), None
         rows: list[RouteRow] = []
+        documents: list[Callable[[], JsonObject]] = []
         kserve = KServe(
-            self.registry, self._inference, self._metrics, config.max_response_size,
+            self.registry, self._inference, self.metrics, config.max_response_size,
             is_strict=config.compat == "strict", error_format=self._services.error_format,
         )  # fmt: skip
-        triton = TritonExtensions(self.registry, self._repository, config)
+        triton = TritonExtensions(self.registry, self._repository, config, has_ports=not self._start.is_embedded)
         origins = allowed_origins(config)
         has_control = config.model_control_on_inference
+        reading = [*kserve.reading_routes(), *triton.reading_routes(), triton.index_route(shows_store=True)]
         if "inference" in names:
             shows_store = has_control or "management" in names
             inference = [*self._inference.routes(), *kserve.routes(), *triton.reading_routes()]
@@ -275,38 +321,110 @@ class Server:
             refused = triton.refused_routes(has_control=shows_store)
             control = triton.control_routes() if has_control and "management" not in names else []
             described = inference_descriptions([*inference, *control], self.registry.get)
-            rows += protected([*inference, *refused, *described], tokens, "inference")
+            patterns = [pattern for _, pattern, _ in (*inference, *control)]
+            documents.append(partial(openapi.inference_api, [*patterns, "/", "/api-description"]))
+            managed = {"/v1/models/{model_name}", *(row[1] for row in reading)} if "management" in names else ()
+            rows += protected([*inference, *refused, *described], tokens, "inference", managed=managed)
             rows += protected(control, tokens, "management", BrowserGuard(config.inference_address, origins))
         if "management" in names:
             tells_errors = self._services.error_format.with_private_detail
             guard = BrowserGuard(config.management_address, origins)
-            rotation = rotation_routes(tokens)
+            rotation = rotation_routes(tokens, self.registry.changes)
             control = triton.control_routes()
             if "inference" not in names:
-                control += [*kserve.reading_routes(), *triton.reading_routes(), triton.index_route(shows_store=True)]
+                control += reading
             neighbours = [pattern for _, pattern, _ in (*rotation, *control)]
-            management = Management(self.registry, config, tells_errors=tells_errors, neighbours=neighbours).routes()
-            rows += protected([*management, *control], tokens, "management", guard)
+            management = Management(self._managed, config, tells_errors=tells_errors, neighbours=neighbours)
+            documents.append(management.document)
+            rows += protected([*management.routes(), *control], tokens, "management", guard)
             rows += protected(rotation, None, "api", guard)
         # By DNS rebinding a page of any site could read them, too.
-        metrics = protected(metrics_routes(self._metrics), None, "inference", BrowserGuard(config.metrics_address))
+        metrics = protected(metrics_routes(self.metrics), None, "inference", BrowserGuard(config.metrics_address))
         if names == ["metrics"]:
             rows += metrics
+            documents.append(openapi.metrics_api)
         elif "metrics" in names or (len(names) > 1 and config.enable_metrics_api):  # as SageMaker has them, on one port
             rows += metrics[2:]
-        return rows
+            documents.append(openapi.metrics_api)
+        return [
+            *self._console_rows(names, rows),
+            *document_rows(names, documents, config, tokens, self.registry),
+            *rows,
+        ]
+
+    def _console_rows(self, names: list[str], rows: list[RouteRow]) -> list[RouteRow]:
+        """The page for browsers, where there is one; what it shows is under the key of the listener's API."""
+        config, services = self._start.config, self._services
+        is_management = "management" in names
+        if not config.has_console or not (is_management or "inference" in names):
+            return []
+        serves_both = is_management and "inference" in names
+        # Who has management's key may read in the log whatever an answer on a public address does not quote.
+        is_keyed = (
+            config.error_detail != "none" and services.tokens is not None and services.tokens.guards("management")
+        )
+        state = ConsoleState(
+            self.registry, self.metrics, self._inference, config, errors=services.recent_errors,
+            log=self._logs.recent, is_management=is_management, serves_both=serves_both,
+            tells_errors=services.error_format.with_private_detail or (is_management and is_keyed),
+            asks_key=services.tokens is not None and not set(services.tokens.guarded).isdisjoint(names),
+        )  # fmt: skip
+        guards = [BrowserGuard(config.management_address, allowed_origins(config))] if is_management else []
+        scope: Scope = "management" if is_management else "inference"
+        page = Console(scope, serves_both=serves_both)
+        return protected([*state.routes(), *page.routes(rows)], services.tokens, scope, *guards)
 
     async def report(self) -> dict[str, Any]:
         """What the start-up table shows, see `start_table`."""
         return await start_table(self._start.config, self.registry, self.grpc, self._services.tokens)
 
+    @property
+    def keys(self) -> dict[Scope, str]:
+        """The keys that callers show, by API; empty if no call needs one."""
+        return {} if self._services.tokens is None else self._services.tokens.keys
+
+    def join_cluster(self, registry: Any) -> Callable[[int], None]:
+        """Has management calls from outside go to what stands for the registry, before the first `router` of theirs.
+        What is returned is told the generation of what the cluster serves, which ``/ready`` says."""  # fmt: skip
+        self._managed = self._repository.registry = registry
+        return partial(setattr, self._inference, "generation")
+
     def part(self) -> None:
         """Says that the server goes: its health is off, and each answer is its connection's last. All is answered."""
-        self._inference.is_ready = False
+        if not self._has_successor:
+            self._inference.is_ready = False
         if self._gate is not None:
             self._gate.part()
         for connections in self._connections:
             connections.part()
+
+    async def hold(self) -> None:
+        """Refuses changes of models and keys; reports when none is under way, and what is FAILED."""
+        await self.registry.changes.hold()
+        if self.registry.changes.are_held:
+            models = self.registry.all_models()
+            failed = [[model.name, model.version] for model in models if model.state == "FAILED"]
+            self._start.report.send("held", failed=failed, models=[[model.name, model.version] for model in models])
+
+    async def release(self) -> None:
+        """Takes changes again: nothing has come of what they were held for."""
+        self.registry.changes.release()
+        await self.registry.changed()
+
+    def give_way(self) -> None:
+        """Another server accepts on the same sockets: this one does no more. What it has is answered, each answer its
+        connection's last. Health stays as it is, since its clients are to stay, too.
+        """
+        self._has_successor = True
+        self._close_listeners()
+        self.part()
+
+    def _close_listeners(self) -> None:
+        """Clients who connect from now on are another process's, perhaps one that is yet to come."""
+        for server in self._servers:
+            server.close()
+        if self._gate is not None:
+            self._gate.close_doors()
 
     async def drain(self, *, keeps_sockets: bool = False) -> None:
         """In this order: no new connections, answer what was accepted, stop the models.
@@ -316,10 +434,13 @@ class Server:
         """
         self.part()
         self.registry.stop_fetching()
+        if self._start.keeps_sockets:
+            self._close_listeners()
         if self._gate is not None:
-            await asyncio.gather(self.grpc.drain(), self._gate.drain(keeps_sockets=keeps_sockets))
+            keeps_front_ends = keeps_sockets and not self._has_successor
+            await asyncio.gather(self.grpc.drain(), self._gate.drain(keeps_sockets=keeps_front_ends))
         else:
-            if not keeps_sockets:
+            if not (keeps_sockets or self._start.keeps_sockets or self._has_successor):
                 await accept_last(self._start.sockets.values(), self._files)
             for server in self._servers:
                 server.close()
@@ -375,23 +496,3 @@ class Server:
         self._engine.close()
         if self._services.tracer is not None:
             self._services.tracer.close()
-
-
-def _metrics_options(config: Config) -> MetricsOptions:
-    """Without the declarations of a metrics.yaml that cannot be used, unless the configuration is strict.
-
-    Raises:
-        ConfigError: under ``strict``, metrics.yaml cannot be used.
-    """
-    declared = MetricsConfig()
-    if config.metrics_config:
-        try:
-            declared = read_metrics_config(config.metrics_config)
-        except MetricsConfigError as error:
-            if config.strict:
-                raise ConfigError(str(error)) from None
-            log.error("%s; the built-in list of metrics is used", error)
-    return MetricsOptions(
-        declared, metrics_mode(config), is_strict=config.compat == "strict",
-        takes_undeclared=config.model_metrics_auto_detect,
-    )  # fmt: skip

@@ -30,6 +30,7 @@ async def start_table(config: Config, registry: Registry, grpc: GrpcFrontEnd, to
             "batch": model.batch_size,
             "url": f"{config.inference_address}/predictions/{quote(model.name, safe='')}",
             "error": model.error,
+            "note": model.note,
         }
         for model in registry.all_models()
     ]
@@ -44,9 +45,16 @@ async def start_table(config: Config, registry: Registry, grpc: GrpcFrontEnd, to
         "models": rows,
         "not_loaded": [file for file in config.store_files() if file not in loaded and _is_model(config, file)],
         "sample": await _sample(config, registry, tokens),
+        "console": _console(config),
         "grpc": grpc.addresses,
         "notes": grpc.notes,
     }
+
+
+def _console(config: Config) -> str:
+    """Where browsers on this machine find the page with which models can be managed; ``""`` if there is none."""
+    address = config.management_address
+    return f"{address.client_url}/" if config.has_console and not address.is_unix else ""
 
 
 def _is_model(config: Config, file: str) -> bool:

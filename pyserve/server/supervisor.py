@@ -1,7 +1,7 @@
-"""Keeps one server running: owns the listening sockets and the pid file, restarts the server when it dies.
+"""Keeps one server running: restarts it when it dies, and has another build of pyserve take its place when asked to.
 
-One thread and one loop: a selector waits for the server's reports, for signals (through a wake-up socket) and
-for the next deadline. No torch here, and nothing else that could crash.
+One thread and one loop: a selector waits for the server's reports, for signals (through a wake-up socket), for
+`pyserve upgrade` and for the next deadline. No torch here, and nothing else that could crash.
 
     phase      server   leaves it when
     starting   runs     it reports ready -> serving; it dies -> waiting, or the end: see `_server_ended`
@@ -16,37 +16,29 @@ ignored, in the foreground (the terminal is gone) it drains.
 from __future__ import annotations
 
 import logging
-import os
 import random
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
-from pyserve import launch, log
+from pyserve import launch
 from pyserve.config.config import Config
-from pyserve.errors import ConfigError, JsonObject
-from pyserve.fronts.meeting import Meeting
-from pyserve.fronts.shares import Shares
+from pyserve.errors import JsonObject
 from pyserve.os_errors import cause_of
-from pyserve.security import tls
-from pyserve.security.exposure import exposure_notes
-from pyserve.security.tokens import Tokens, key_file, notes_of
-from pyserve.server import pid_file
-from pyserve.server.console_file import ConsoleFile
-from pyserve.server.front_ends import FrontEnds
-from pyserve.server.housekeeping import Housekeeping
-from pyserve.server.kept_files import KeptFiles, SharedMemory
+from pyserve.server.control import Control, ControlClient
+from pyserve.server.generation import Generation
+from pyserve.server.image import SIGNALS, Image
+from pyserve.server.kept_files import SharedMemory
 from pyserve.server.listeners import Listeners
 from pyserve.server.own_folder import OwnFolder
 from pyserve.server.restarts import NAMED_CAUSE_MAX_S, NamedCauses, ServerBackoff
-from pyserve.worker.descendants import end_marked, new_token
+from pyserve.server.systemd import Systemd
+from pyserve.server.upgrade import Upgrade
 
 FIRST_START_ATTEMPTS_MAX = 3
 """A server that has never served is not restarted endlessly: the command that started it waits for an answer."""
@@ -59,11 +51,20 @@ EXIT_FAILED = 1
 EXIT_MODEL_FAILED = 3
 """Exit codes of a supervisor: drained; failed, or stopped before it was drained; a model failed under ``strict``."""
 
+
 logger = logging.getLogger("pyserve.supervisor")
 
 
 class Supervisor:
-    """Runs in the main thread of its process, which it gives its signal handlers to."""
+    """Runs in the main thread of its process, which it gives its signal handlers to.
+
+    Args:
+        on_event: told of what the first server reports.
+        program: which servers are started from.
+        control: where `pyserve upgrade` asks.
+        image: makes this process the supervisor of another program, when an upgrade is over.
+        adopted: what `to_json` gave in the program that this process was before.
+    """
 
     def __init__(
         self,
@@ -73,28 +74,30 @@ class Supervisor:
         memory: SharedMemory,
         on_event: Callable[[JsonObject], None],
         *,
-        server_command: list[str],
+        program: launch.Program,
         drains_on_hangup: bool,
         like_torchserve: bool = False,
         log_file: str = "",
         on_grpc: Callable[[dict[str, str]], None] = lambda addresses: None,
-        meeting: Meeting | None = None,
+        control: Control | None = None,
+        service: Systemd | None = None,
+        image: Image | None = None,
+        adopted: JsonObject | None = None,
     ):
         # Constant after construction.
         self._config = config
         self._listeners = listeners
-        self._folder = Path.cwd()
+        self._folder = image.folder if image else Path.cwd()
         self._own_folder = own_folder
         self._memory = memory
         self._on_event = on_event
-        self._server_command = server_command
         self._drains_on_hangup = drains_on_hangup
         self._like_torchserve = like_torchserve
         self._log_file = log_file
         self._on_grpc = on_grpc
-        self._meeting = meeting
-        self._front_ends = FrontEnds(config.front_ends if meeting else 0, self._start_front_end)
-        self._family = new_token()
+        self._control = control
+        self._service = service or Systemd("")
+        self._image = image
         self._selector = selectors.DefaultSelector()
         # Per supervisor.
         self._backoff = ServerBackoff(random.Random())
@@ -105,34 +108,56 @@ class Supervisor:
         self._code_when_stopped = EXIT_STOPPED
         self._deadline: float | None = None
         self._phase = "waiting"
-        # Per server.
-        self._child: launch.Child | None = None
-        self._reports: launch.ReportReader | None = None
+        self._upgrade: Upgrade | None = None
+        # Per generation, and per server.
+        self._servers = self.new_generation(program, adopted["servers"] if adopted else None)
         self._started_at = 0.0
         self._stopped_at = 0.0
         self._ready_at: float | None = None
         self._failure = ""
+        if adopted:
+            self._backoff.count = adopted["restarts"]
+            self._has_served, self._phase = True, "serving"
+            self._started_at = self._ready_at = time.monotonic()
+
+    def new_generation(self, program: launch.Program, adopted: JsonObject | None = None) -> Generation:
+        """One that accepts on our sockets; nothing of it runs yet, unless it is ``adopted``."""
+        front_end_count = self._config.front_ends if self._config.front_ends > 1 else 0
+        return Generation(program, self._listeners, self._memory.descriptors, front_end_count,
+                          handed=self._handed, adopted=adopted)  # fmt: skip
+
+    def to_json(self) -> JsonObject:
+        """For the program that this process is about to become."""
+        return {"servers": self._servers.to_json(), "restarts": self._backoff.count}
 
     def run(self) -> int:
         """Until the server has stopped for good. Returns the exit code of the process."""
         wakeup, wakeup_writer = socket.socketpair()
         wakeup.setblocking(False)
         wakeup_writer.setblocking(False)
-        self._selector.register(wakeup, selectors.EVENT_READ, "signal")
+        self.wait_for(wakeup.fileno(), lambda: self._take_signals(wakeup))
+        if self._control is not None:
+            self._control.serve(self._selector, self._asked)
         old_fd = signal.set_wakeup_fd(wakeup_writer.fileno(), warn_on_full_buffer=False)
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-        old_handlers = {number: signal.signal(number, _wake) for number in numbers}
+        old_handlers = {number: signal.signal(number, _wake) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked while this process became another program
         try:
-            self._start_server()
-            while self._exit_code is None:
-                self._turn(wakeup)
+            if self._servers.process is None:
+                self._start_server()
+            else:
+                self._await_reports()
+            while self._exit_code is None or (self._upgrade is not None and self._upgrade.is_draining):
+                self._turn()
             return self._exit_code
         finally:
+            if self._upgrade is not None:
+                self._upgrade.close()
             self._kill()
             if self._phase == "stopping":
-                self._front_ends.stop()
+                self._servers.front_ends.stop()
             else:
-                self._front_ends.kill()
+                self._servers.front_ends.kill()
+            self._servers.close()
             for number, handler in old_handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(old_fd)
@@ -140,20 +165,32 @@ class Supervisor:
             wakeup_writer.close()
             self._selector.close()
 
-    def _turn(self, wakeup: socket.socket) -> None:
-        deadlines = [each for each in (self._deadline, self._front_ends.deadline) if each is not None]
-        timeout_s = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+    def wait_for(self, fd: int, read: Callable[[], None]) -> None:
+        """Has ``read`` called whenever there is something to read from ``fd``, until `forget`."""
+        self._selector.register(fd, selectors.EVENT_READ, read)
+
+    def forget(self, fd: int) -> None:
+        self._selector.unregister(fd)
+
+    def _turn(self) -> None:
+        upgrade = self._upgrade
+        front_ends = self._servers.front_ends
+        deadlines = [self._deadline, front_ends.deadline, self._service.deadline]
+        if upgrade is not None:
+            deadlines.append(upgrade.deadline)
+        soonest = min((each for each in deadlines if each is not None), default=None)
+        timeout_s = max(0.0, soonest - time.monotonic()) if soonest is not None else None
         for key, _ in self._selector.select(timeout_s):
-            if key.data == "signal":
-                self._take_signals(wakeup)
-            else:
-                self._take_reports()
-        if self._child is not None and self._child.popen.poll() is not None:
+            key.data()
+        if self._servers.process is not None and self._servers.process.poll() is not None:
             self._server_ended()
         if self._exit_code is None and self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
             self._deadline_reached()
-        self._front_ends.look(starts=self._phase != "stopping" and self._exit_code is None)
+        front_ends.look(starts=self._phase != "stopping" and self._exit_code is None)
+        self._service.look()
+        if upgrade is not None:
+            upgrade.look()
 
     def _take_signals(self, wakeup: socket.socket) -> None:
         try:
@@ -168,8 +205,14 @@ class Supervisor:
 
     def _stop(self, reason: str, number: int) -> None:
         self._stop_count += 1
-        if self._child is None:
+        if self._upgrade is not None:
+            self._upgrade.stop(_passed_on(number))
+        process = self._servers.process
+        if process is None:
             self._exit_code = EXIT_STOPPED
+            self._listeners.release()  # if there is one that was to take its place, it drains
+            if self._upgrade is not None and self._stop_count > 1:
+                self._upgrade.close()
             return
         now = time.monotonic()
         if self._stop_count == 1:
@@ -180,78 +223,64 @@ class Supervisor:
             logger.info("%s: draining, %sfor at most %d s", reason, f"in {delay_s} s, " if delay_s else "",
                         config.drain_timeout_s)  # fmt: skip
             self._phase = "stopping"
+            self._service.stopping()
             self._stopped_at = now
             self._deadline = now + delay_s + config.drain_timeout_s + DRAIN_GRACE_S
             # The server stops accepting; our copies of its sockets would let clients connect to nobody.
             self._listeners.release()
         else:
             logger.warning("%s again: stopping without waiting for requests", reason)
+            if self._upgrade is not None:
+                self._upgrade.close()
             self._deadline = min(self._deadline or now + SECOND_STOP_S, now + SECOND_STOP_S)
             # So that it counts as another one.
             time.sleep(max(0.0, self._stopped_at + 1.2 * launch.SAME_SIGNAL_S - now))
-        # Of the two signals that it knows, the one that it waits after.
-        self._child.popen.send_signal(signal.SIGTERM if number == signal.SIGTERM else signal.SIGINT)
+        process.send_signal(_passed_on(number))
 
     def _deadline_reached(self) -> None:
         if self._phase == "waiting":
             self._start_server()
-        elif self._phase == "stopping" and self._child is not None:
+        elif self._phase == "stopping" and self._servers.process is not None:
             logger.error("the server has not ended in time; killing it")
-            self._child.popen.kill()
+            self._servers.process.kill()
 
-    def _handover(self, sockets: dict[str, socket.socket], fronts: JsonObject | None) -> JsonObject:
+    def _handed(self) -> JsonObject:
+        """What all of its processes are handed."""
         return {
             "config": self._config.to_json(),
-            "sockets": {name: each.fileno() for name, each in sockets.items()},
-            "restart": self._backoff.count,
             "folder": str(self._folder),
             "own_folder": str(self._own_folder.path or ""),
             "memory": self._memory.descriptors,
-            "parent_pid": os.getpid(),
             "like_torchserve": self._like_torchserve,
             "log_file": self._log_file,
-            "family": self._family,
-            "fronts": fronts,
+            "keeps_sockets": self._listeners.are_kept,
         }
-
-    def _start_front_end(self, number: int) -> launch.Child:
-        assert self._meeting is not None
-        sockets = self._listeners.of_front_end(number)
-        return launch.spawn(
-            launch.FRONT_END_COMMAND, launch.SERVER_VARIABLE,
-            self._handover(sockets, self._meeting.for_front_end(number)),
-            sockets=set(sockets.values()), files=self._memory.descriptors,
-        )  # fmt: skip
 
     def _start_server(self) -> None:
         self._listeners.reopen()
-        files = list(self._memory.descriptors)
-        if self._meeting is not None:
-            files.append(self._meeting.sock.fileno())
-        fronts = self._meeting.for_engine() if self._meeting else None
-        handover = self._handover(self._listeners.sockets, fronts)
         self._phase = "starting"
         self._started_at = time.monotonic()
         self._ready_at = None
         self._failure = ""
-        sockets = set(self._listeners.sockets.values())
         try:
-            self._child = launch.spawn(
-                self._server_command, launch.SERVER_VARIABLE, handover, sockets=sockets, files=files
-            )
+            self._servers.start(self._backoff.count)
         except OSError as error:
             self._failure = cause_of(error)
             self._restart_or_end("could not be started")
             return
-        self._reports = launch.ReportReader(self._child.reports_fd)
-        self._selector.register(self._reports.fd, selectors.EVENT_READ, "reports")
-        logger.info("server started (pid %d)", self._child.popen.pid)
-        self._front_ends.start_missing()
+        self._await_reports()
+        assert self._servers.process is not None
+        logger.info("server started (pid %d)", self._servers.process.pid)
+
+    def _await_reports(self) -> None:
+        if self._servers.reports is not None:
+            self.wait_for(self._servers.reports.fd, self._take_reports)
 
     def _take_reports(self) -> None:
-        if self._reports is None:
+        reports = self._servers.reports
+        if reports is None:
             return
-        for event in self._reports.read():
+        for event in reports.read():
             if event["event"] == "ready":
                 self._server_ready(event)
             elif event["event"] == "failed":
@@ -259,7 +288,9 @@ class Supervisor:
             elif event["event"] == "progress":
                 logger.info("%s: %s", event.get("model"), event.get("text"))
                 self._on_event(event)
-        if self._reports.at_end:
+            elif event["event"] == "held" and self._upgrade is not None:
+                self._upgrade.held(event)
+        if reports.at_end:
             self._close_reports()
 
     def _server_ready(self, event: JsonObject) -> None:
@@ -272,6 +303,7 @@ class Supervisor:
         self._has_served = True
         self._named_causes.served()
         self._take_grpc(event.get("grpc") or {})
+        self._service.ready()
         if not first:
             return
         self._on_event(event)
@@ -286,17 +318,17 @@ class Supervisor:
         self._on_grpc(addresses)
 
     def _server_ended(self) -> None:
-        assert self._child is not None
         self._take_reports()
         self._close_reports()
-        code = self._child.popen.returncode
-        self._child = None
+        code = self._servers.ended()
         self._deadline = None
-        end_marked(self._family)  # what handlers started in sessions of its own, if the server could not see to it
         ended = f"{launch.describe_exit(code)} after {time.monotonic() - self._started_at:.0f} s"
+        has_heir = self._upgrade is not None and self._phase != "stopping" and self._upgrade.old_ended(ended)
         if self._phase == "stopping":
             self._exit_code = self._code_after_stop(code)
             logger.info("server %s", ended)
+        elif has_heir:
+            self._phase = "waiting"  # without a deadline: the upgrade goes on, or ends in `upgrade_ended`
         elif code == launch.EXIT_REPLACED:
             self._replace(ended, "it asked for another process in its place")
         elif code == launch.EXIT_DEVICE_LOST:
@@ -343,135 +375,94 @@ class Supervisor:
         self._exit_code = EXIT_FAILED
 
     def _close_reports(self) -> None:
-        if self._reports is not None:
-            self._selector.unregister(self._reports.fd)
-            self._reports.close()
-            self._reports = None
+        if self._servers.reports is not None:
+            self.forget(self._servers.reports.fd)
+            self._servers.close_reports()
 
     def _kill(self) -> None:
-        if self._child is not None:
-            self._child.popen.kill()
-            self._child.popen.wait()
-            self._child = None
         self._close_reports()
+        self._servers.kill()
+
+    # --- upgrades -------------------------------------------------------------------------------------------------
+
+    @property
+    def servers(self) -> Generation:
+        """Those that serve."""
+        return self._servers
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether there is a server, and nothing is being started or stopped."""
+        return self._phase == "serving" and self._servers.is_whole
+
+    @property
+    def restarts(self) -> int:
+        """How many servers there were before the one that serves."""
+        return self._backoff.count
+
+    @property
+    def drain_max_s(self) -> float:
+        """How long a server may take to answer what it has taken."""
+        return self._config.drain_delay_s + self._config.drain_timeout_s
+
+    def _asked(self, client: ControlClient, request: JsonObject) -> None:
+        assert self._control is not None
+        refusal = ""
+        try:
+            program = launch.Program(**request["program"])
+        except (KeyError, TypeError):
+            refusal = "this is no request for an upgrade; the pyserve that asks may be of another version"
+        if self._upgrade is not None:
+            refusal = "an upgrade is in progress already; try again when it is over"
+        elif not self.is_serving:
+            refusal = f"the server cannot be upgraded while it is {self._phase}; try again when it serves"
+        if refusal:
+            client.tell("failed", reason=refusal)
+            self._control.drop(client)
+            return
+        self._service.reloading("an upgrade is in progress")
+        self._upgrade = Upgrade(self, client, program)
+        self._upgrade.begin()
+
+    def take_over(self, servers: Generation, event: JsonObject) -> None:
+        """``servers``, which have reported ``event``, serve from now on; the caller has those that did."""
+        self._close_reports()
+        if self._phase == "waiting":  # the others died while these began to accept
+            self._phase = "serving"
+        self._servers = servers
+        self._started_at = self._ready_at = time.monotonic()
+        self._await_reports()
+        self._take_grpc(event.get("grpc") or {})
+
+    def rehearse(self, program: launch.Program, output: BinaryIO) -> launch.Child:
+        """A process of ``program`` that reports whether it could continue as this supervisor.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        assert self._image is not None
+        return self._image.rehearse(program, self.to_json(), output)
+
+    def become(self, upgrade: Upgrade) -> str:
+        """Continues as the new build's supervisor: returns only if that cannot be, and why."""
+        assert self._image is not None
+        return self._image.become(upgrade.program, self.to_json(), upgrade.client)
+
+    def upgrade_ended(self, status: str) -> None:
+        """It has said how."""
+        upgrade, self._upgrade = self._upgrade, None
+        if upgrade is not None and self._control is not None:
+            self._control.drop(upgrade.client)
+        if self._phase == "serving":
+            self._service.ready(status)
+        elif self._phase == "waiting" and self._deadline is None:
+            self._restart_or_end("ended while another one was to take its place")
+
+
+def _passed_on(number: int) -> int:
+    """Of the two signals that a server knows, the one to send for ``number``: it waits after SIGTERM."""
+    return signal.SIGTERM if number == signal.SIGTERM else signal.SIGINT
 
 
 def _wake(number: int, frame: FrameType | None) -> None:
     """Signals are taken from the wake-up socket; a handler must exist for the byte to be written there."""
-
-
-def supervise(
-    config: Config,
-    on_event: Callable[[JsonObject], None],
-    *,
-    pid_path: Path,
-    plain_pid_path: Path | None = None,
-    log_file: str,
-    server_command: list[str],
-    drains_on_hangup: bool,
-) -> int:
-    """Open the sockets, write pid files and keys, run a server until it is stopped, and clear everything away.
-
-    Raises:
-        ConfigError: an address, the pid file, a certificate or the file of keys cannot be had.
-    """
-    pid = os.getpid()
-    tokens: Tokens | None = None
-    listeners = Listeners()
-    meeting: Meeting | None = None
-    own_folder = OwnFolder(config.state_dir)
-    memory = SharedMemory()
-    kept = KeptFiles(own_folder, memory)
-    pid_files = pid_file.PidFiles(pid_path, plain_pid_path)
-    console = [ConsoleFile(Path(log_file)).look] if log_file else []
-    housekeeping = Housekeeping([*console, kept.look, pid_files.look])
-    try:
-        notes = own_folder_notes(own_folder) + exposure_notes(config) + tls.prepare(config, own_folder.path)
-        for name, content in tls.made_files(config).items():
-            kept.put(name, content)
-        if config.front_ends > 1:
-            Shares.of(config)  # or it says why not
-            if find_spec("pyserve._front") is None:
-                raise ConfigError("front_ends: pyserve._front is not there; build pyserve's extensions again")
-            meeting = Meeting.make()
-        listeners = Listeners.open(config)
-        addresses = {name: str(address) for name, address in listeners.addresses.items()}
-        for name, address in listeners.addresses.items():
-            setattr(config, f"{name}_address", address)
-        started = pid_file.start_time(pid)
-        assert started is not None
-        folder = Path.cwd()
-        keys = str(key_file(config, folder) or "")
-        drain_s = float(config.drain_delay_s + config.drain_timeout_s)
-        running = pid_file.RunningServer(pid, started, addresses, log_file, drain_s, keys, config.model_store or "")
-        notes += pid_files.write(running)
-        tokens = Tokens.create(config, kept, folder)  # behind the pid file: another server's keys stay its own
-        notes += notes_of(config, tokens)
-        logger.info("listening on %s", ", ".join(f"{address} ({name})" for name, address in addresses.items()))
-        supervisor = Supervisor(
-            config, listeners, own_folder, memory, lambda event: on_event(_with_notes(event, notes)),
-            server_command=server_command, drains_on_hangup=drains_on_hangup,
-            like_torchserve=plain_pid_path is not None, log_file=log_file,
-            on_grpc=lambda grpc: pid_files.update(replace(running, addresses={**addresses, **grpc})), meeting=meeting,
-        )  # fmt: skip
-        housekeeping.start()
-        return supervisor.run()
-    finally:
-        housekeeping.stop()
-        if tokens is not None:
-            tokens.discard()
-        pid_files.remove(pid)
-        listeners.close()
-        if meeting is not None:
-            meeting.sock.close()
-        own_folder.remove()
-        memory.close()
-
-
-def own_folder_notes(own_folder: OwnFolder) -> list[tuple[str, str]]:
-    """What the user should know of it at start: (``warning``, one line), or nothing."""
-    if not own_folder.problem:
-        return []
-    place = f"state and keys lie in {own_folder.path}" if own_folder.path else "state and keys are in memory only"
-    return [("warning", f"{place}, because {own_folder.problem}; name another folder with state_dir")]
-
-
-def _with_notes(event: JsonObject, notes: list[tuple[str, str]]) -> JsonObject:
-    """Reported together with the table, which is what people read."""
-    return {**event, "notes": [*notes, *event.get("notes", [])]} if event["event"] == "ready" else event
-
-
-def main() -> int:
-    """Entry of the background process that ``pyserve start`` starts."""
-    log.configure(logging.INFO, sys.stderr)
-    handover, reporter = launch.receive(launch.SUPERVISOR_VARIABLE)
-    config = Config.from_json(handover["config"])
-    log.configure(config.log_level.upper(), sys.stderr, as_json=config.log_format == "json")
-    reporter.never_wait()
-
-    def on_event(event: JsonObject) -> None:
-        reporter.send(**event)
-        if event["event"] in ("ready", "failed"):
-            reporter.close()
-
-    try:
-        return supervise(
-            config,
-            on_event,
-            pid_path=Path(handover["pid_file"]),
-            plain_pid_path=Path(handover["plain_pid_file"]) if handover["plain_pid_file"] else None,
-            log_file=handover["log_file"],
-            server_command=handover["server_command"],
-            drains_on_hangup=False,
-        )
-    except ConfigError as error:
-        logger.error("%s", error)
-        on_event({"event": "failed", "reason": str(error)})
-        return EXIT_FAILED
-    except Exception:
-        logger.exception("the supervisor failed")
-        return EXIT_FAILED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

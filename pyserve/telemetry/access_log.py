@@ -54,7 +54,8 @@ class AccessLog:
         self._when = ""
         self._heads: dict[tuple[str, str, str, bool, int], str] = {}
         piece_count = PIECE_COUNT if as_json or console else _LINES_MAX
-        self._put = writer.open(folder / FILE, self._text, piece_count=piece_count).put
+        self._file = writer.open(folder / FILE, self._text, piece_count=piece_count)
+        self._put = self._file.put
 
     def observe(  # noqa: PLR0917 - made for every call
         self, client: str, method: str, uri: str, protocol: str, status: int, arrived_at: int, request_id: str = ""
@@ -81,7 +82,7 @@ class AccessLog:
     def observe_http(self, request: Request, status: int, is_http11: bool) -> None:
         """Notes the answer to ``request``; one without a method was no HTTP."""
         if self._as_json or not request.arrived_at:  # the protocol's own refusals have no time of arrival
-            method, uri = _target(request.method, request.path, request.query)
+            method, uri = target_text(request.method, request.path, request.query)
             self.observe(request.client, method, uri, _protocol(is_http11), status, request.arrived_at, request.id)
             return
         now = self._clock()
@@ -90,6 +91,26 @@ class AccessLog:
         key = (request.method, request.path, request.query, is_http11, status)
         head = self._heads.get(key) or self._new_head(key)
         self._put(f"{self._when} - /{request.client} {head} {(now - request.arrived_at) // 1_000_000}\n")
+
+    @property
+    def takes_lines(self) -> bool:
+        """Whether lines may be made elsewhere, see `put_all`."""
+        return not self._as_json
+
+    def when(self) -> str:
+        """What a line begins with now."""
+        now = self._clock()
+        if now // 1_000_000 != self._ms:
+            self._tell_time(now)
+        return self._when
+
+    def put_all(self, lines: list[str]) -> None:
+        """Notes answers whose lines were made elsewhere."""
+        self._file.put_all(lines)
+
+    def line_head(self, method: str, path: str, status: int) -> str:
+        """What stands in the lines of such answers over HTTP/1.1, between the client and the time that it took."""
+        return self._new_head((method, path, "", True, status))
 
     def _text(self, entries: list[Any]) -> str:
         """On the writer's thread."""
@@ -106,7 +127,7 @@ class AccessLog:
         self._when = time_text(time.time())
 
     def _new_head(self, key: tuple[str, str, str, bool, int]) -> str:
-        method, uri = _target(*key[:3])
+        method, uri = target_text(*key[:3])
         head = f'"{method} {uri} {_protocol(key[3])}" {key[4]}'
         if len(head) <= _HEAD_SIZE_MAX:
             if len(self._heads) >= _HEADS_MAX:
@@ -119,7 +140,7 @@ def _protocol(is_http11: bool) -> str:
     return "HTTP/1.1" if is_http11 else "HTTP/1.0"
 
 
-def _target(method: str, path: str, query: str) -> tuple[str, str]:
+def target_text(method: str, path: str, query: str) -> tuple[str, str]:
     """Method and target as they are shown: in one line, without blanks and secrets. ``path`` is decoded."""
     if not method:
         return _BAD_REQUEST

@@ -208,6 +208,17 @@ class QueuedFile:
         if not self._writer.is_awake:
             self._writer.wake()
 
+    def put_all(self, entries: list[Any]) -> None:
+        """As `put`, of several."""
+        waiting = self._waiting
+        if len(waiting) + len(entries) > WAITING_MAX:
+            for entry in entries:
+                self.put(entry)
+            return
+        waiting.extend(entries)
+        if not self._writer.is_awake:
+            self._writer.wake()
+
     def flush(self, pause: Callable[[], object] = lambda: None) -> None:
         """Writes what has gathered, in pieces with a ``pause`` between. The writer's thread."""
         waiting = self._waiting

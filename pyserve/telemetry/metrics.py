@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import Protocol
 
 from prometheus_client import ProcessCollector
@@ -24,11 +25,12 @@ from prometheus_client.registry import Collector
 from pyserve import __version__
 from pyserve.errors import JsonObject
 from pyserve.request.messages import Request, Response
+from pyserve.telemetry.audit_families import audit_families
 from pyserve.telemetry.custom_sums import CustomMetrics
 from pyserve.telemetry.device_metrics import DeviceMemory, engine_families, memory_family
 from pyserve.telemetry.exposition import CONTENT_TYPE, add_histogram, render
 from pyserve.telemetry.host_metrics import FILL_BOUNDS, BatchRecorder, HostMetrics
-from pyserve.telemetry.load_gauges import LoadGauges
+from pyserve.telemetry.load_gauges import LoadGauges, load_families, serving
 from pyserve.telemetry.metric_log import MetricLog
 from pyserve.telemetry.metrics_config import MetricsConfig
 from pyserve.telemetry.request_lines import CLASS_NAMES, TORCHSERVE_NAMES, AnswerLines, RequestLines
@@ -169,6 +171,21 @@ class RequestRecorder:
         if self._lines is not None:
             self._lines.note(answer_class, duration_s, queue_s, has_times=not is_error, is_http=is_http)
 
+    def observe_many(self, counts: Sequence[int], count: int, duration_s: float, queue_s: float) -> None:
+        """As `observe` of ``count`` answers with 200 that took ``duration_s`` together; no lines are written of them.
+
+        Args:
+            counts: of each bucket of REQUEST_BOUNDS_S.
+        """
+        series, sums = self._series, self._sums
+        series.statuses[200] = series.statuses.get(200, 0) + count
+        series.counts[:] = map(add, series.counts, counts)
+        series.duration_sum_s += duration_s
+        sums[0] += count
+        sums[1] += duration_s
+        sums[2] += queue_s
+        self._classes[0] += count
+
 
 class Metrics(Collector):
     """All metrics of one server. Loop thread only.
@@ -247,6 +264,21 @@ class Metrics(Collector):
             {"count": sum(series.statuses.values()) - failed, "ns": int(succeeded_s * 1e9)},
             {"count": failed, "ns": int(series.failed_sum_s * 1e9)},
         )
+
+    def answered_totals(self) -> JsonObject:
+        """Requests of all models that succeeded, and that failed, and their seconds."""
+        failed = seconds = count = 0.0
+        for series in self._series.values():
+            seconds += series.duration_sum_s
+            for status, number in series.statuses.items():
+                count += number
+                failed += number if status >= 400 else 0
+        return {"succeeded": int(count - failed), "failed": int(failed), "seconds": seconds}
+
+    def duration_histogram(self, model: str, version: str) -> tuple[list[int], float]:
+        """Requests of a version in each of REQUEST_BOUNDS_S and above, and the sum in s."""
+        series = self._series.get((model, version)) or _Series()
+        return list(series.counts), series.duration_sum_s
 
     def observe_rejection(self, model: str, reason: str) -> None:
         """Counts why a request for a registered model was refused; ``observe_request`` counts its answer.
@@ -328,9 +360,9 @@ class Metrics(Collector):
         yield self._rejected_family()
         yield from _model_families(models)
         yield from self._device_families(models)
-        yield from _audit_families(models)
+        yield from audit_families(models)
         yield from self._batch_families()
-        yield from self._load_families(models)
+        yield from load_families(self.loads(models))
         for families in self.more:
             yield from families()
         yield from self.host.collect()
@@ -401,24 +433,20 @@ class Metrics(Collector):
     def _batch_families(self) -> Iterator[Metric]:
         fill = Metric("pyserve_batch_fill_ratio", "Requests in a batch beside how many it may have.", "histogram")
         for (model, version), batches in self._batches.items():
-            labels = {"model": model, "version": version}
-            add_histogram(fill, labels, FILL_BOUNDS, batches.fill_counts, batches.fill_sum)
+            add_histogram(
+                fill, {"model": model, "version": version}, FILL_BOUNDS, batches.fill_counts, batches.fill_sum
+            )
         yield fill
 
-    def _load_families(self, models: list[MeasuredModel]) -> Iterator[Metric]:
-        busy = Metric("pyserve_worker_utilization", "Share of the last seconds that the workers were busy.", "gauge")
-        wait = Metric("pyserve_predicted_wait_seconds", "How long a new request would wait for a worker.", "gauge")
-        for model in models:
-            stats = model.stats()
-            if not stats:
-                continue
-            ready = sum(1 for row in model.worker_rows() if row.status == "READY")
-            load = self._loads[model.name, model.version]
-            share, wait_s = load.look(stats, min(ready, stats.get("running_max", ready)))
-            labels = {"model": model.name, "version": model.version}
-            busy.add_sample(busy.name, labels, share)
-            wait.add_sample(wait.name, labels, wait_s)
-        yield from (busy, wait)
+    def loads(self, models: Iterable[MeasuredModel]) -> Iterator[tuple[MeasuredModel, float, float]]:
+        """Of each that serves: the busy share of its workers, 0..1, and how long a new request would wait, in s."""
+        for model, stats, workers in serving(models):
+            gauges = self._loads.setdefault((model.name, model.version), LoadGauges())
+            yield model, *gauges.look(stats, workers)
+
+    def refused_count(self, model: str) -> int:
+        """Requests for a model that did not enter its queue."""
+        return sum(count for (name, why), count in self._rejected.items() if name == model and why != "expired")
 
     def _device_families(self, models: list[MeasuredModel]) -> Iterator[Metric]:
         there = [model for model in models if model.native_devices]
@@ -460,19 +488,3 @@ def _model_families(models: Iterable[MeasuredModel]) -> Iterator[Metric]:
         ready = sum(1 for row in model.worker_rows() if row.status == "READY")
         workers.add_sample("pyserve_workers", {**labels, "lane": model.lane}, ready)
     yield from (in_flight, workers)
-
-
-def _audit_families(models: Iterable[MeasuredModel]) -> Iterator[Metric]:
-    requests = Metric("pyserve_audit_requests", "Requests run again and compared.", "counter")
-    differences = Metric("pyserve_audit_differences", "Requests whose answer differed when run again.", "counter")
-    skipped = Metric("pyserve_audit_skipped", "Requests chosen for the audit that were not run again.", "counter")
-    for model in models:
-        report = model.audit_report()
-        if report is None:
-            continue
-        labels = {"model": model.name, "version": model.version}
-        requests.add_sample("pyserve_audit_requests_total", labels, report["requests"])
-        differences.add_sample("pyserve_audit_differences_total", labels, report["differences"])
-        for reason, count in report["skipped"].items():
-            skipped.add_sample("pyserve_audit_skipped_total", {**labels, "reason": reason}, count)
-    yield from (requests, differences, skipped)

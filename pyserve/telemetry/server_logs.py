@@ -16,16 +16,35 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 from pyserve.config.config import Config
 from pyserve.log import JsonFormatter, LineFormatter, ServerLogFormatter, is_model_output
 from pyserve.telemetry.access_log import AccessLog
 from pyserve.telemetry.log_files import FileHandler, LogWriter
 from pyserve.telemetry.metric_log import MetricLog
+from pyserve.telemetry.recent import RecentLog
+from pyserve.telemetry.request_log import AnswerLog, NoLog, RequestLog
 
 SERVER_FILE = "ts_log.log"
 MODEL_FILE = "model_log.log"
 FOLDER_DEFAULT = "logs"
+
+
+class Logs(Protocol):
+    """Where a server notes answers and metrics."""
+
+    @property
+    def access(self) -> Any:
+        """Notes answers, by the methods of `AccessLog`."""
+
+    @property
+    def metrics(self) -> MetricLog | None:
+        """Notes metrics; None for nowhere."""
+
+    @property
+    def recent(self) -> RecentLog | None:
+        """Keeps the last records for the console, if there is one."""
 
 
 class ServerLogs:
@@ -35,8 +54,9 @@ class ServerLogs:
         console: told the lines of the access log, too, on another thread.
 
     Attributes:
-        access: notes answers.
+        access: notes answers, wherever that is wanted.
         metrics: notes metrics, if the configuration wants that.
+        recent: keeps the last records for the console, if there is one.
     """
 
     def __init__(
@@ -49,9 +69,18 @@ class ServerLogs:
         self._handlers: list[logging.Handler] = []
         self._add_handler(folder / SERVER_FILE, JsonFormatter() if as_json else ServerLogFormatter(), is_server_record)
         self._add_handler(folder / MODEL_FILE, JsonFormatter() if as_json else LineFormatter(), is_model_output)
-        self.access = AccessLog(self._writer, folder, as_json=as_json, console=console)
+        self.access: AnswerLog = NoLog()
+        if config.access_log:
+            self.access = AccessLog(self._writer, folder, as_json=as_json, console=console)
+        if config.request_log:
+            self.access = RequestLog(self.access)
         self.metrics = MetricLog(self._writer, metrics_folder, socket.gethostname(), is_on=writes_metrics(config),
                                  has_counters=metrics_mode(config) != "legacy")  # fmt: skip
+        self.recent: RecentLog | None = None
+        if config.has_console:
+            self.recent = RecentLog()
+            logging.getLogger().addHandler(self.recent)
+            self._handlers.append(self.recent)
         self._writer.tell_unwritable()
 
     def _add_handler(self, path: Path, formatter: logging.Formatter, wanted: logging._FilterType) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
+from operator import add
 
 # Seconds; 10 us to 10 s.
 BOUNDS_S = (*(float(f"{digit}e{exponent}") for exponent in range(-5, 1) for digit in (1, 2.5, 5)), 10.0)
@@ -22,3 +24,8 @@ class StageTimes:
     def histogram(self) -> tuple[tuple[float, ...], list[int], float]:
         """Bounds, counts (not cumulative, the last one of what is above all bounds) and the sum, as the engine's."""
         return BOUNDS_S, list(self._counts), self._total_s
+
+    def add(self, counts: Sequence[int], total_s: float) -> None:
+        """What another one has observed. REQUIRES: as many counts as it has."""
+        self._counts[:] = map(add, self._counts, counts)
+        self._total_s += total_s

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from pyserve.causes import fix_for, package_of
 from pyserve.errors import TEXT_SIZE_MAX, JsonObject, ServeError, is_memory_error, is_of_machine, text_of
 from pyserve.worker.frames import (
     GROUP_DEPTH_MAX,
@@ -30,13 +31,6 @@ Part = TypeVar("Part")
 
 OUT_OF_RESOURCES = "Out of resources"
 PREDICTION_FAILED = "Prediction failed"
-
-# Module -> what to install for it, where the two differ.
-_PACKAGES = {
-    "PIL": "pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn", "skimage": "scikit-image",
-    "yaml": "pyyaml", "bs4": "beautifulsoup4", "google.protobuf": "protobuf", "dateutil": "python-dateutil",
-    "sentence_transformers": "sentence-transformers", "faiss": "faiss-cpu", "Levenshtein": "levenshtein",
-}  # fmt: skip
 
 
 class HandlerTimeout(BaseException):
@@ -214,14 +208,14 @@ def _fix(error: BaseException, folder: ArchiveFolder) -> str:
             )
         if "'str' object has no attribute 'decode'" in text:
             return "a body sent as text arrives as str; decode only bytes and bytearray"
-    return ""
+    return fix_for(text_of(error))
 
 
 def _missing_module(name: str, folder: ArchiveFolder) -> str:
     top = name.partition(".")[0]
     if top == "ts":
         return f"pyserve has no {name}; of TorchServe's modules it has those that handlers use"
-    package = _PACKAGES.get(name, _PACKAGES.get(top, top))
+    package = package_of(name)
     file = Path(folder.path) / "requirements.txt"
     try:
         wanted = file.read_text("utf-8", "replace").lower().replace("_", "-")

@@ -94,6 +94,8 @@ class ArchiveFolder:
 
     def name_in(self, file: str) -> str | None:
         """Path in the archive; None if it is not in there, or belongs to a venv in it."""
+        if file.startswith("<"):  # no file, such as <frozen importlib._bootstrap>, wherever the current folder is
+            return None
         for prefix in self._prefixes:
             if file.startswith(prefix):
                 name = file[len(prefix) :]

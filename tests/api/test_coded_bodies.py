@@ -42,12 +42,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.environment["PYSERVE_MAX_REQUEST_SIZE"] = "100000"
     write_linear(server.store)
     write_handler(server.store, "own", ECHO)
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.mark.server

@@ -92,12 +92,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
                          ("long", LONG)):  # fmt: skip
         write_handler(server.store, name, source)
     server.environment["PYSERVE_MAX_RESPONSE_SIZE"] = "200000"
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def ask(server: Server, path: str, body: Any, headers: dict[str, str] | None = None) -> Answer:

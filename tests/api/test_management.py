@@ -30,6 +30,7 @@ from pyserve.errors import (
     ServeError,
     VersionNotFoundError,
 )
+from pyserve.models.changes import Changes
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import Request, Response
 
@@ -46,6 +47,7 @@ class FakeModel:
     lane = "native"
     copies = 1
     error = ""
+    is_scaling = False
     precision = "fp32"
     device = "cpu"
     device_type = "cpu"
@@ -65,7 +67,7 @@ class FakeModel:
         self.queue_size_max = 100
         self.client_timeout_ms = 0
         self.settings = SimpleNamespace(client_timeout_ms=0)
-        self.archive = SimpleNamespace(config=ModelConfig())
+        self.archive = SimpleNamespace(config=ModelConfig(), served_dir=Path("/cache/m"))
         self.told: Any = None  # what the handler says of itself
         self.running = workers
         self.running_max = 1024
@@ -130,6 +132,7 @@ class FakeRegistry:
         self.drained = asyncio.Event()
         self.drained.set()
         self.saves = 0
+        self.changes = Changes()
         self.not_kept = ""
 
     def get(self, name: str, version: str | None = None) -> FakeModel:
@@ -276,6 +279,7 @@ def test_description_has_torchserves_keys_in_its_order_and_pyserves_after_them()
     assert keys[: len(CONTRACT_KEYS)] == CONTRACT_KEYS
     assert keys[len(CONTRACT_KEYS) :] == [
         "lane", "state", "device", "weightsShared", "copies", "weightsSize", "minBatch", "precision", "checks",
+        "modelDir",
     ]  # fmt: skip
     assert described["customizedMetadata"] == {}
     assert described["maxRetryTimeoutInSec"] == 300
@@ -839,7 +843,7 @@ def test_description_of_a_model_is_described_in_full() -> None:
     model.device_type, model.device_ids, model.error = "gpu", [0], "x"
     model.measured = {"batch_size": ([1.0], [1, 0], 1.0), "queue": ([1.0], [1, 0], 1.0), "stuck": 1}
     model.measured |= {"batch_ceiling": 8, "pinned_refused": 1}
-    model.native_devices = ("cuda:0",)
+    model.native_devices, model.is_scaling = ("cuda:0",), True
     [described] = Api(model).ask("GET", "/models/m?customized=true").json
     properties = Api().ask("OPTIONS", "/").json["components"]["schemas"]["Model"]["properties"]
     assert list(described) == list(properties)

@@ -45,12 +45,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     outside = tmp_path_factory.mktemp("outside")
     write_handler(outside, "elsewhere", OWN)
     models = f"linear.mar,batched.mar,pictures.mar,own.mar,sequences.mar,{outside / 'elsewhere.mar'}"
-    server.start("--grpc", "true", "--models", models)
-    try:
+    with server:
+        server.start("--grpc", "true", "--models", models)
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.fixture
@@ -290,8 +287,8 @@ def test_on_the_inference_ports_it_takes_the_management_key(tmp_path: Any) -> No
     (tmp_path / "config.properties").write_text(
         "model_control_on_inference=true\ndisable_token_authorization=false\nenable_grpc=true\n"
     )
-    server.start("--grpc", "true", "--models", "own.mar")
-    try:
+    with server:
+        server.start("--grpc", "true", "--models", "own.mar")
         unload = "/v2/repository/models/own/unload"
         for headers, status in (({}, 401), (server.key("inference"), 401), (server.key("management"), 200)):
             assert server.ask("POST", unload, b"", headers).status == status, headers
@@ -311,9 +308,6 @@ def test_on_the_inference_ports_it_takes_the_management_key(tmp_path: Any) -> No
                 assert caught.value.status() == str(grpc.StatusCode.PERMISSION_DENIED)
             client.load_model("own", headers={key.lower(): value for key, value in server.key().items()})
         assert server.ask("GET", "/v2/models/own/ready", headers=server.key("inference")).status == 200
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def test_switched_on_for_all_the_world_it_needs_keys_and_the_model_api(tmp_path: Any) -> None:

@@ -75,12 +75,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_torchscript(store, Picky(), "picky", config={"input": {"dtype": "float32", "shape": [1]}, "batchSize": 4})
     write_pictures(store)
     write_handler(store, "own", OWN)
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -113,8 +113,8 @@ def tame(case: Any, draw: Any) -> None:
 class Listener:
     """Asks one listener what schemathesis makes up from its document."""
 
-    def __init__(self, server: Server, port: str):
-        self._document = document_of(server, port)
+    def __init__(self, server: Server, port: str, document: Any = None):
+        self._document = document or document_of(server, port)
         self._schema = schemathesis.openapi.from_dict(self._document)
         self._schema.config.update(base_url=server.url(port))
         self._session = requests.Session()
@@ -170,3 +170,17 @@ def test_answers_are_as_the_document_says(server: Server, port: str, mode: Gener
         wanted = {operation.definition.raw["operationId"] for operation in listener.operations()}
         assert wanted - succeeded <= {"version_unregisterModel"}, listener.statuses
     assert server.ask("GET", "/live").status == 200
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["as said", "otherwise"])
+def test_each_model_answers_as_the_live_document_says(server: Server, mode: GenerationMode) -> None:
+    document = server.ask("GET", "/openapi.json").json
+    listener = Listener(server, "inference", document)
+    operations = [each for each in listener.operations() if "tags" in each.definition.raw]
+    assert {each.path for each in operations} == {
+        "/predictions/handler", "/predictions/linear", "/v2/models/linear/infer"
+    }  # fmt: skip
+    for operation in operations:
+        listener.check(operation, mode)
+    if mode is GenerationMode.POSITIVE:
+        assert all(200 in counts for counts in listener.statuses.values()), listener.statuses

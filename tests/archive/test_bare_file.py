@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import zipfile
@@ -18,8 +19,10 @@ from pyserve.archive.entries import SourceFile
 from pyserve.archive.file_kind import ARCHIVE, kind_of
 from pyserve.archive.given import Given, give, given_for
 from pyserve.archive.inert_pickle import InertPickleError, Named, read_inert
-from pyserve.archive.program_inputs import inputs_in
+from pyserve.archive.limits import Limits
+from pyserve.archive.program_inputs import inputs_beside, inputs_in
 from pyserve.archive.weights import Weights
+from pyserve.commands.model_arguments import prepare
 from pyserve.errors import InvalidModelError, ModelLoadError, ServeError
 from tests.support.safetensors import save_safetensors
 
@@ -118,6 +121,50 @@ def test_input_is_read_from_inputs_bundled_with_a_program(tmp_path: Path) -> Non
         ]  # fmt: skip
 
 
+METADATA = {"name": "net", "platform": "pytorch_libtorch", "outputs": [], "inputs": [
+    {"name": "left", "datatype": "FP32", "shape": [-1, 4]}, {"name": "right", "datatype": "INT64", "shape": [-1, -1]},
+]}  # fmt: skip
+DESCRIBED = [
+    {"name": "left", "dtype": "float32", "shape": [4]}, {"name": "right", "dtype": "int64", "shape": [-1]},
+]  # fmt: skip
+
+
+def test_input_is_read_from_metadata_of_another_server(tmp_path: Path) -> None:
+    script = torch.jit.script(Pair())
+    torch.jit.save(script, str(tmp_path / "pair.pt"), _extra_files={"metadata.json": json.dumps(METADATA)})
+    with open_archive(tmp_path / "pair.pt") as archive:
+        assert (archive.config.raw["input"], archive.inputs_from) == (DESCRIBED, "metadata.json")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    torch.jit.save(script, str(folder / "pair.pt"))
+    (folder / "metadata.json").write_text(json.dumps(METADATA))
+    prepare(folder, Given())
+    with open_archive(folder) as archive:
+        archive.check_complete()
+        assert (archive.config.raw["input"], archive.inputs_from) == (DESCRIBED, "metadata.json")
+    (folder / "model-config.yaml").write_text("input: {dtype: float32, shape: [9]}\n")
+    prepare(folder, Given())
+    with open_archive(folder) as archive:  # what is said there goes before it
+        assert archive.config.raw["input"]["shape"] == [9] and not archive.inputs_from
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "[" * 100_000, "{}", '{"inputs": []}', '{"inputs": {}}', '{"inputs": [[]]}',
+    '{"inputs": [{"name": "x", "datatype": "BYTES", "shape": [-1]}]}',
+    '{"inputs": [{"name": "x", "datatype": "FP32", "shape": []}]}',
+    '{"inputs": [{"name": "x", "datatype": "FP32", "shape": [3, 224]}]}',  # without the batch
+    '{"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 0]}]}',
+    '{"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, true]}]}',
+    '{"inputs": [{"datatype": "FP32", "shape": [-1, 3]}]}',
+])  # fmt: skip
+def test_metadata_that_says_no_inputs_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metadata.json").write_text(text)
+    assert inputs_beside(tmp_path, "net") is None
+    (tmp_path / "metadata.json").unlink()
+    os.mkfifo(tmp_path / "metadata.json")
+    assert inputs_beside(tmp_path, "net") is None
+
+
 def test_input_that_is_not_said_is_asked_for_when_it_is_needed(tmp_path: Path) -> None:
     with open_archive(scripted(tmp_path / "net.pt")) as archive:
         with pytest.raises(ModelLoadError, match=r"pyserve start net\.pt --input float32:3,224,224"):
@@ -155,6 +202,14 @@ class Bomb:
         return RAN.append, (1,)
 
 
+def zipped(*names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as packed:
+        for name in names:
+            packed.writestr(name, "x")
+    return file.getvalue()
+
+
 def others(folder: Path) -> dict[str, tuple[bytes, str]]:
     def saved(value: object, *, is_zip: bool = True) -> bytes:
         file = io.BytesIO()
@@ -176,6 +231,9 @@ def others(folder: Path) -> dict[str, tuple[bytes, str]]:
         "plain.pkl": (pickle.dumps({"a": 1}), "is a pickle that torch.save did not write"),
         "keras.h5": (b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file"),
         "noise.bin": (bytes(range(200, 256)) * 4, "is neither a zip"),
+        "arrays.npz": (zipped("a.npy", "b.npy"), "is NumPy arrays .*they can be sent to a model"),
+        "net.keras": (zipped("metadata.json", "config.json", "model.weights.h5"), "is a Keras model"),
+        "report.docx": (zipped("[Content_Types].xml", "word/document.xml"), "is an Office document"),
     }
 
 
@@ -268,7 +326,20 @@ def test_what_bundled_inputs_cannot_be_is_no_input(tmp_path: Path, examples: byt
         whole = bytearray(path.read_bytes())
         whole[45:70] = b"\xff" * 25
         path.write_bytes(whole)
-    assert inputs_in(Weights("net.pt", path, 0, path.stat().st_size), "net.pt") is None
+    assert inputs_in(Weights("net.pt", path, 0, path.stat().st_size), "net.pt", Limits()) is None
+
+
+def test_a_program_that_inflates_beyond_the_limits_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = "{" + " " * (1 << 20) + "}"
+    path = tmp_path / "net.pt2"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as members:
+        members.writestr("net/models/model.json", graph)
+    read: list[str] = []
+    monkeypatch.setattr("pyserve.proof.export_rules.read_exported", lambda file, label: read.append(label))
+    weights = Weights("net.pt2", path, 0, path.stat().st_size)
+    assert inputs_in(weights, "net.pt2", Limits(unpacked_size_max=1 << 19)) is None and not read
+    inputs_in(weights, "net.pt2", Limits())
+    assert read == ["net.pt2"]  # within the limits it is
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"inputs": 5}', '{"inputs": [1]}', '{"handler": 4}', "[" * 100_000, "{"])

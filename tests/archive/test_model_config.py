@@ -39,6 +39,7 @@ jobQueueSize: 1000
 precision: bf16
 memoryFormat: channels_last
 jpegDecoder: torchvision
+exif: true
 input: {dtype: float32, shape: [3, -1, 224]}
 maxRetryTimeoutInSec: 300
 clientTimeoutInMills: 0
@@ -80,6 +81,7 @@ handler: {profile: true}
         "precision": "bf16",
         "memory_format": "channels_last",
         "jpeg_decoder": "torchvision",
+        "exif": True,
         "input": {
             "dtype": "float32",
             "shape": (3, -1, 224),

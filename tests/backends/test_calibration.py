@@ -114,8 +114,11 @@ def test_pictures_go_through_the_handler(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.npy", b"no numpy file", "it cannot be read: "),
+        ("a.npy", b"no numpy file", "it cannot be read: it is no .npy file, as numpy.save writes them"),
+        ("a.npz", b"no numpy file", "it cannot be read: it is no .npz file, as numpy.savez writes them"),
+        ("a.npy", b"\x93NUMPY\x01\0 cut", "it cannot be read: ValueError"),
         ("a.npy", np.array([object()], dtype=object), "it cannot be read: ValueError"),
+        ("a.npy", np.array(["a", "b"]), "it cannot be read: TypeError: can't convert np.ndarray of type numpy.str_"),
         ("a.npy", np.zeros((2, 4), dtype=np.float32), "shape [4], and one item is [3]"),
         ("a.npy", np.zeros((1, 1, 1, 3), dtype=np.float32), "several are [n, 3]"),
         ("a.npy", np.zeros((0, 3), dtype=np.float32), "its inputs have 0 items"),
@@ -124,6 +127,11 @@ def test_pictures_go_through_the_handler(tmp_path: Path) -> None:
         ("a.pt", b"PK\x03\x04 cut", "it cannot be read: "),
         ("a.pt", {"state": {"nested": 1}}, "the model takes 1 tensors"),
         ("a.pt", [torch.zeros(3), torch.zeros(3)], "it has 2 values"),
+        ("a.pt", torch.zeros(2, 3).to_sparse(), "the input of it is sparse_coo; save it as an ordinary tensor"),
+        ("a.pt", torch.zeros(2, 3).to_sparse_csr(), "the input of it is sparse_csr"),
+        ("a.pt", torch.quantize_per_tensor(torch.zeros(2, 3), 0.1, 0, torch.qint8), "the input of it is quantized"),
+        ("a.pt", torch.zeros(2, 3, device="meta"), "the input of it is without numbers"),
+        ("a.pt", torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)]), "the input of it is nested"),
         ("a.json", b"{", "the handler cannot read it: "),
         ("a.json", {"x": 1}, "the handler cannot read it: "),
         ("a.json", b"", "it has 0 bytes"),
@@ -135,8 +143,23 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(
     with pytest.raises(ModelLoadError) as caught:
         read(tmp_path, {name: content}, ONE)
     text = caught.value.message
-    assert text.startswith(f"m.mar: none of its 1 calibration files can be used: calibration/{name}: ")
-    assert reason in text and text.endswith("or take 'precision: int8' out of model-config.yaml")
+    assert text.startswith(f"m.mar: its only calibration file cannot be used: calibration/{name}: ")
+    assert reason in text and ".." not in text and text.endswith("or take 'precision: int8' out of model-config.yaml")
+
+
+def test_one_of_a_kind_that_torch_cannot_convert_keeps_no_other_from_being_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(self: Any, position: int, given: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
+        if given.sum():
+            raise NotImplementedError("Could not run 'aten::to' with such numbers. And a long list.")
+        return given.float()
+
+    monkeypatch.setattr(calibration._Reader, "_converted", convert)
+    found = read(tmp_path, {"a.pt": torch.ones(3), "b.pt": torch.zeros(3)}, ONE)
+    assert len(found.items) == 1
+    (text,) = found.left_out
+    assert text.startswith("calibration/a.pt: it cannot be used: NotImplementedError: Could not run 'aten::to'")
 
 
 def test_numbers_outside_of_a_vocabulary_are_left_out(tmp_path: Path) -> None:

@@ -23,9 +23,22 @@ from tests.support.networks import Affine, Conv, Outputs
 from tests.support.openvino_files import library, save_openvino
 
 COUNTING = """
+#include <cstddef>
 #include <dlfcn.h>
 extern "C" {
-long started = 0;
+long started = 0, compiled = 0, freed = 0;
+// Asked once of each model that was compiled.
+int ov_compiled_model_inputs_size(const void* model, size_t* size) {
+    using Real = int (*)(const void*, size_t*);
+    static auto real = reinterpret_cast<Real>(dlsym(RTLD_NEXT, "ov_compiled_model_inputs_size"));
+    __atomic_add_fetch(&compiled, 1, __ATOMIC_SEQ_CST);
+    return real(model, size);
+}
+void ov_compiled_model_free(void* model) {
+    static auto real = reinterpret_cast<void (*)(void*)>(dlsym(RTLD_NEXT, "ov_compiled_model_free"));
+    real(model);
+    __atomic_add_fetch(&freed, 1, __ATOMIC_SEQ_CST);
+}
 int ov_infer_request_start_async(void* request) {
     static auto real = reinterpret_cast<int (*)(void*)>(dlsym(RTLD_NEXT, "ov_infer_request_start_async"));
     __atomic_add_fetch(&started, 1, __ATOMIC_SEQ_CST);
@@ -93,7 +106,11 @@ def counting(folder: Path) -> str:
 
 
 def started(counting: str) -> int:
-    return ctypes.c_long.in_dll(ctypes.CDLL(counting), "started").value
+    return count_of(counting, "started")
+
+
+def count_of(counting: str, name: str) -> int:
+    return ctypes.c_long.in_dll(ctypes.CDLL(counting), name).value
 
 
 def await_threads(model: _core.TorchModel, expected: tuple[int, int]) -> None:
@@ -198,11 +215,33 @@ def test_streams_are_as_many_as_workers_within_the_cpus(affine: Path) -> None:
         assert model.streams_and_threads == (streams, threads)
 
 
-def test_a_model_that_goes_while_another_is_compiled_leaves_nothing_behind(affine: Path) -> None:
+def test_a_model_that_goes_while_another_is_compiled_leaves_nothing_behind(affine: Path, counting: str) -> None:
+    compiled, freed = count_of(counting, "compiled"), count_of(counting, "freed")
     for count in (2, 3, 4):
-        model = load(affine, runners_max=4)
+        model = load(affine, library=counting, runners_max=4)
+        for rows in range(1, 9):
+            model.run([torch.ones(rows, 16)])
         model.use_threads(count)
         del model
+    end = time.monotonic() + HANG_S
+    while count_of(counting, "freed") - freed != count_of(counting, "compiled") - compiled:
+        assert time.monotonic() < end, "a model that was compiled is still there"
+        time.sleep(0.01)
+    assert count_of(counting, "freed") - freed >= 3
+
+
+def test_a_worker_that_joins_others_does_not_run_again_what_they_have_run(affine: Path, counting: str) -> None:
+    bench = LaneBench(affine, ITEM, workers=0, batch=8, model={"backend": "openvino", "library": counting})
+    bench.lane.set_warm_up(items=[], items_limit_s=HANG_S, sizes_limit_s=HANG_S)
+    before = started(counting)
+    bench.lane.set_workers(1)
+    bench.wait(lambda: bench.states() == ["ready"])
+    assert started(counting) - before == 4, "1, 2, 4 and 8 rows"
+    before = started(counting)
+    bench.lane.set_workers(3)
+    bench.wait(lambda: bench.states() == ["ready"] * 3)
+    assert started(counting) - before == 2 * 2, "one row and the largest batch of each, which have to end well"
+    bench.close()
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,11 @@ def test_places_in_openvinos_source_are_left_out(text: str, cause: str) -> None:
         (lambda x: x.clamp(min=1e-42), "too small"),
         (lambda x: x.half().float(), "computes in float16"),
         (lambda x: (x.bfloat16() * 2).float(), "computes in bfloat16"),
+        (lambda x: x.repeat(1, 1 << 15).sum(1), "sums 131072 numbers"),
+        (lambda x: x[:, :, None].expand(-1, -1, 1 << 15).mean((1, 2)), "sums 131072 numbers"),
+        (lambda x: x.repeat(1, 1 << 15).cumsum(1)[:, -1], "sums 131072 numbers"),
     ],
-    ids=["topk", "sort", "argsort", "angle", "denormal", "half", "bfloat16"],
+    ids=["topk", "sort", "argsort", "angle", "denormal", "half", "bfloat16", "sum", "mean", "cumsum"],
 )
 def test_operators_that_it_does_otherwise_are_refused(function: Callable[[torch.Tensor], Any], said: str) -> None:
     with pytest.raises(UnsuitableError, match=said):
@@ -151,8 +154,9 @@ def test_operators_that_it_does_otherwise_are_refused(function: Callable[[torch.
         lambda x: x.max(1)[1] + x.argmin(1),
         lambda x: x.half(),
         lambda x: x @ torch.ones(4, 3, dtype=torch.float16).float(),
+        lambda x: x.repeat(1, 1 << 14).sum(1) + x.repeat(1, 1 << 15).reshape(-1, 256, 512).mean(1).sum(1),
     ],
-    ids=["values", "stable", "argmax", "half at the end", "half weights"],
+    ids=["values", "stable", "argmax", "half at the end", "half weights", "sums"],
 )
 def test_those_that_it_does_alike_are_not(function: Callable[[torch.Tensor], Any]) -> None:
     check(function)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pyserve.commands import cli, start, status
+from pyserve.commands import cli, model_table, start, status
 from pyserve.commands import terminal as console
 from pyserve.config.address import Address
 from pyserve.config.config import Config
@@ -84,6 +84,7 @@ def test_start_machinery_imports_no_torch() -> None:
         (["stop", "--timeout", "soon"], "argument --timeout: invalid float value: 'soon'"),
         (["status", "extra"], "unknown argument 'extra'"),
         (["--bogus"], "unknown argument '--bogus'"),
+        (["--print-completion", "bash"], "unknown argument '--print-completion'; did you mean 'completion'?"),
     ],
 )
 def test_usage_error_is_one_line_with_the_nearest_name(
@@ -210,7 +211,7 @@ def test_table_is_aligned_and_shows_failures_beneath() -> None:
         },
         {"model": "bad\x1b[2J", "state": "FAILED", "error": "line one\nline two"},
     ]
-    assert console.table_lines(rows) == [
+    assert model_table.table_lines(rows) == [
         "MODEL        VERSION  STATE   WORKERS  DEVICE  BATCH  URL",
         "densenet161  1.0      READY   1        cpu     8      http://127.0.0.1:8080/predictions/densenet161",
         "bad?[2J      -        FAILED  -        -       -      -",
@@ -221,13 +222,13 @@ def test_table_is_aligned_and_shows_failures_beneath() -> None:
 
 def test_colour_changes_no_column() -> None:
     rows = [{"model": "m", "state": "READY"}]
-    plain, colored = console.table_lines(rows), console.table_lines(rows, colored=True)
+    plain, colored = model_table.table_lines(rows), model_table.table_lines(rows, colored=True)
     assert colored[1].replace("\x1b[32m", "").replace("\x1b[0m", "") == plain[1]
     assert colored[1] != plain[1]
 
 
 def test_curl_line_comes_last_and_only_once() -> None:
-    lines = console.ready_lines({"models": [], "not_loaded": ["a.mar", "b.mar"], "sample": "curl x"})
+    lines = model_table.ready_lines({"models": [], "not_loaded": ["a.mar", "b.mar"], "sample": "curl x"})
     assert lines == [
         "no model is loaded",
         "found in model store, not loaded: a.mar, b.mar (start with --models a.mar or POST /models?url=a.mar)",
@@ -264,15 +265,23 @@ def test_progress_on_a_terminal_is_cleared_at_the_end() -> None:
 
 @pytest.mark.parametrize(
     ("ready", "wanted", "state"),
-    [(2, 2, "READY"), (1, 2, "DEGRADED"), (0, 2, "NOT READY"), (0, 0, "NO WORKERS"), (1, 0, "READY")],
-)
+    [(2, 2, "READY"), (1, 2, "DEGRADED"), (0, 2, "NOT READY"), (0, 0, "NO WORKERS"), (1, 0, "READY"),
+     (1, 2, "SCALING"), (0, 2, "STARTING")],
+)  # fmt: skip
 def test_state_of_a_described_model(monkeypatch: pytest.MonkeyPatch, ready: int, wanted: int, state: str) -> None:
     workers = [{"status": "READY"}] * ready + [{"status": "UNLOADING"}]
     answers = {
         "/models?limit=100": {"models": [{"modelName": "a b"}], "nextPageToken": "1"},
         "/models?limit=100&next_page_token=1": {"models": []},
         "/models/a%20b/all": [
-            {"modelName": "a b", "modelVersion": "2", "minWorkers": wanted, "batchSize": 1, "workers": workers}
+            {
+                "modelName": "a b",
+                "modelVersion": "2",
+                "minWorkers": wanted,
+                "batchSize": 1,
+                "workers": workers,
+                "isScaling": state in ("SCALING", "STARTING"),
+            }
         ],
     }
     monkeypatch.setattr(status, "_get", lambda connection, path: answers[path])

@@ -23,7 +23,7 @@ class Making:
     def __init__(self, archive: Any, backends: list[str], precision: str, batch_size_max: int, *, nice: int):
         Making.given = backends, precision, batch_size_max, nice
 
-    def wait(self, progress: Any, timeout_s: float) -> list[Made]:
+    def wait(self, progress: Any, timeout_s: float, *, advice: str) -> list[Made]:
         progress("making it")
         return [Made("openvino", "fp32", 2.4, 2048, 3e-6), Made("aotinductor", "fp32", error="no compiler\nis here")]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.packaging.test_deployments import METRIC, expressions
 from tests.support.ports import free_port
 from tests.support.serving import JSON, NAMES, RAW, ROOT, Server
 from tests.support.serving_models import write_linear
@@ -37,7 +38,7 @@ def test_the_runtime_is_locked_down_and_probes_paths_that_exist() -> None:
 def test_the_image_runs_as_nobody_special_and_ends_with_the_command() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     assert re.findall(r"^USER (.*)$", text, re.M) == ["1000:1000"]
-    assert text.count("\nFROM ") == 2 and "HEALTHCHECK" in text and 'ENTRYPOINT ["pyserve"]' in text
+    assert text.count("\nFROM ") == 2 and "HEALTHCHECK" in text and 'ENTRYPOINT ["entrypoint.sh"]' in text
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +54,9 @@ def one_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config.write_text(text)
     address = f"http://127.0.0.1:{free_port()}"
     names = [part for name in NAMES for part in (f"--{name}-address", address)]
-    server.start("--ts-config", str(config), "--enable-model-api", *names)
-    try:
+    with server:
+        server.start("--ts-config", str(config), "--enable-model-api", *names)
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.mark.server
@@ -67,6 +65,17 @@ def test_kserves_file_serves_its_snapshot(one_port: Server) -> None:
     assert one_port.ask("GET", "/v2/health/ready").status == 200
     body = json.dumps({"instances": [[1, 2, 3, 4]]}).encode()
     assert one_port.ask("POST", "/v1/models/digits:predict", body, JSON).status == 200
+
+
+@pytest.mark.server
+def test_all_that_is_watched_is_there(one_port: Server) -> None:
+    assert one_port.predict("digits", [1, 2, 3, 4]).status == 200
+    text = one_port.ask("GET", "/metrics").body.decode()
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.M))
+    there = set(kinds) | {f"{name}{end}" for name, kind in kinds.items() if kind == "histogram"
+                          for end in ("_bucket", "_sum", "_count")}  # fmt: skip
+    named = {name for text in expressions().values() for name in METRIC.findall(re.sub(r'"[^"]*"', "", text))}
+    assert named - there == set()
 
 
 READ_ONLY = """

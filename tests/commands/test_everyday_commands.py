@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import shutil
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pyserve.commands import cli
 from pyserve.commands.logs import _following, _Wanted
+from pyserve.commands.model_arguments import UsageError
+from pyserve.commands.trial import _content
 from tests.support.serving import Server
+from tests.support.serving_models import write_linear
 
 ROOT = Path(__file__).resolve().parents[2]
+
+ENTRY = [sys.executable, "-m", "pyserve"]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +35,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made = subprocess.run([sys.executable, "-m", "pyserve", "init", "sums"], cwd=server.folder, env=server.environment,
                           capture_output=True, text=True, check=True)  # fmt: skip
     assert "pyserve dev sums" in made.stdout
-    server.start("sums", "--metrics-address", "http://127.0.0.1:0")
-    yield server
-    server.run("stop")
-    server.kill()
+    with server:
+        server.start("sums", "--metrics-address", "http://127.0.0.1:0")
+        yield server
 
 
 @pytest.mark.server
@@ -41,6 +49,23 @@ def test_predict_prints_the_answer_as_it_came(server: Server) -> None:
     assert json.loads(piped.stdout) == {"sum": 18.0}, piped.stderr
     kept = server.run("predict", "sums", "--json-body", "[1]", "-o", "answer.json")
     assert kept.stdout == "" and json.loads((server.folder / "answer.json").read_text()) == {"sum": 2.0}
+
+
+@pytest.mark.server
+def test_predict_shows_numbers_on_a_terminal_and_pipes_bytes(server: Server) -> None:
+    write_linear(server.store)
+    server.manage("POST", "/models?url=linear.mar&initial_workers=1&synchronous=true")
+    (server.folder / "numbers.bin").write_bytes(struct.pack("<4f", 1, 2, 3, 4))
+    arguments = server.arguments("predict", "linear", "-i", "numbers.bin")
+    run = partial(subprocess.run, arguments, env=server.environment, cwd=server.folder, check=True, timeout=60)
+    ours, theirs = pty.openpty()
+    run(stdout=theirs)
+    shown = json.loads(os.read(ours, 1 << 16))
+    os.close(theirs)
+    os.close(ours)
+    piped = list(struct.unpack("<3f", run(stdout=subprocess.PIPE).stdout))
+    server.manage("DELETE", "/models/linear")
+    assert shown == piped
 
 
 @pytest.mark.server
@@ -59,6 +84,45 @@ def test_predict_says_what_the_server_says(server: Server) -> None:
 
 
 @pytest.mark.server
+def test_output_that_has_no_room_is_an_error_in_one_line(server: Server) -> None:
+    with open("/dev/full", "wb") as full:
+        ran = subprocess.run([*ENTRY, "config"], cwd=server.folder, env=server.environment, stdout=full, check=False,
+                             stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert ran.returncode == 1 and "error: [Errno 28] No space left on device" in ran.stderr, ran.stderr
+    assert "Exception" not in ran.stderr
+
+
+@pytest.mark.server
+def test_logs_of_no_model_say_so(server: Server) -> None:
+    ran = server.run("logs", "smus")
+    assert (ran.returncode, ran.stdout) == (0, "") and 'is of a model called "smus"' in ran.stderr
+    refused = server.run("logs", "-n", "-1")
+    assert refused.returncode == 2 and "'-1' is no whole number, 0 or more" in refused.stderr
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("command", ["predict", "bench"])
+def test_a_device_is_not_read_for_ever(server: Server, command: str) -> None:
+    ran = server.run(command, "sums", "-i", "/dev/zero")
+    assert ran.returncode in (1, 2) and "/dev/zero" in ran.stderr and "a device, not a file" in ran.stderr, ran
+    with pytest.raises(UsageError, match="/dev/zero cannot be read: it is a device"):
+        _content(Path("/dev/zero"))  # of `debug` and `check`
+    assert _content(Path("/dev/null")) == b""
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("command", ["inspect sums", "config", "status", "logs"])
+def test_a_reader_that_has_gone_is_no_error_to_tell(server: Server, command: str) -> None:
+    readable, writable = os.pipe()
+    os.close(readable)
+    name, *rest = command.split()
+    arguments = server.arguments(name, *rest) if name in ("status", "logs") else [*ENTRY, name, *rest]
+    ran = subprocess.run(arguments, cwd=server.folder, env=server.environment, stdout=writable, stderr=subprocess.PIPE,
+                         text=True, check=False)  # fmt: skip
+    os.close(writable)
+    assert ran.returncode == 1 and "pipe" not in ran.stderr and "Exception" not in ran.stderr, ran.stderr
+
+
 def test_logs_of_a_model_are_its_records(server: Server) -> None:
     everything = server.run("logs", "-n", "1000").stdout
     ours = server.run("logs", "sums", "-n", "1000").stdout
@@ -133,6 +197,7 @@ def test_completion_knows_all_commands_and_flags(shell: str, capsys: pytest.Capt
     for name in cli.COMMANDS:
         assert name in script
     assert ("model-store" if shell == "fish" else "--model-store") in script
+    assert "%(" not in script
 
 
 def test_bash_completes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,3 +209,41 @@ def test_bash_completes(capsys: pytest.CaptureFixture[str]) -> None:
     )
     done = subprocess.run(["bash", "-c", script + asked], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["start stop status", "--model-store"]
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_fish_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["completion", "fish"])
+    (tmp_path / "pyserve.fish").write_text(capsys.readouterr().out)
+    (tmp_path / "net.pt").touch()
+    asked = ["pyserve st", "pyserve start --model-s", "pyserve start ne", "pyserve completion "]
+    command = "source pyserve.fish; " + "; echo =; ".join(f"complete -C {each!r}" for each in asked)
+    done = subprocess.run(["fish", "--no-config", "-c", command], cwd=tmp_path, capture_output=True, text=True,
+                          check=True, env={**os.environ, "HOME": str(tmp_path)})  # fmt: skip
+    words = [[line.split("\t")[0] for line in part.split("\n") if line] for part in done.stdout.split("=\n")]
+    assert words == [["start", "status", "stop"], ["--model-store"], ["net.pt"], ["bash", "fish", "zsh"]]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [("pyserve top --onc", "--once"), ("pyserve start --stric", "--strict"), ("pyserve start ne", "net.pt"),
+     ("pyserve completion zs", "zsh"), ("pyserve docto", "doctor")],
+)  # fmt: skip
+def test_zsh_completes(typed: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["completion", "zsh"])
+    (tmp_path / "_pyserve").write_text(capsys.readouterr().out)
+    (tmp_path / "net.pt").touch()
+    # zsh completes where a person types: it has to have a terminal, which is a module of its own.
+    script = f"""
+        zmodload zsh/zpty
+        zpty shell 'TERM=dumb zsh -f -i'
+        zpty -w shell 'PS1=""; fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -u -D; echo rea""dy'
+        zpty -r shell line '*ready*'
+        zpty -w -n shell $'{typed}\\t'
+        zpty -r -m shell line '*{shown}*'
+        print -r -- "$line"
+    """
+    done = subprocess.run(["zsh", "-f", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                          check=True, env={**os.environ, "HOME": str(tmp_path)})  # fmt: skip
+    assert shown in done.stdout

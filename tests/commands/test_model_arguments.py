@@ -130,6 +130,12 @@ def test_packing_without_a_file_still_names_what_is_missing(here: Path, capsys: 
     assert cli.main(["archive", "script.pt", "--serialized-file", "script.pt"]) == 2
 
 
+def test_a_link_to_nothing_is_named_with_where_it_leads(here: Path) -> None:
+    (here / "linked.pt").symlink_to("moved.pt")
+    with pytest.raises(ModelNotFoundError, match=r"linked\.pt; it is a link to moved\.pt, which is not there"):
+        prepare(Path("linked.pt"), Given())
+
+
 def test_what_is_not_there_is_named_with_the_nearest(here: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"did you mean script\.pt\?"):
         prepare(Path("scirpt.pt"), Given())
@@ -174,7 +180,7 @@ def test_every_form_is_served_and_restored(tmp_path: Path) -> None:
     forms = ["script.pt", "named=program.pt2", "weights.pth", "plain"]
     said = server.start(*forms, "--model-file", "model.py", "--input", "float32:4", "--metrics-address",
                         "http://127.0.0.1:0")  # fmt: skip
-    try:
+    with server:
         assert "served as script with handler tensor" in said.stderr
         for restored in (False, True):
             if restored:
@@ -191,6 +197,28 @@ def test_every_form_is_served_and_restored(tmp_path: Path) -> None:
             answer = client.ask("POST", "/models?url=w.pth")
             assert answer.status == 400 and "holds weights only" in answer.json["message"]
             assert client.ask("POST", f"/models?url={tmp_path}/script.pt&model_name=other").status == 404
-    finally:
-        server.run("stop")
-        server.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [("check", "script 1.0: nothing found"), ("doctor", "PASS  archive        script 1.0, handler tensor"),
+     ("tune", "serve it with `pyserve start script.pt --config-file tuned.yaml`"), ("inspect", "weights: script.pt")],
+)  # fmt: skip
+def test_commands_take_a_file_by_itself(
+    here: Path, command: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {
+        "tune": "--workers 1 --batch-sizes 1 --precisions fp32 --backends torchscript --seconds 0.05 --out tuned.yaml"
+    }
+    arguments = [command, "script.pt", "--input", "float32:4", *more.get(command, "").split()]
+    code = cli.main(arguments)
+    out, error = capsys.readouterr()
+    assert code == 0 or command == "doctor", error  # which finds fault with the machine, too
+    assert shown in out
+
+
+@pytest.mark.slow
+def test_inspect_shows_the_input_that_a_file_says(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "program.pt2"]) == 0
+    assert 'input: {"dtype": "float32", "shape": [4]}, read from the exported program\n' in capsys.readouterr().out

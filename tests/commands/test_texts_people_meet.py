@@ -14,16 +14,19 @@ from pyserve.archive.model_config import ModelConfig
 from pyserve.commands import deploy, status
 from pyserve.commands import terminal as console
 from pyserve.commands.client import ApiAnswer
+from pyserve.commands.model_table import table_lines
 from pyserve.config.address import Address
 from pyserve.config.config import Config
 from pyserve.config.model_source import nearest_file
-from pyserve.errors import ModelNotFoundError
+from pyserve.errors import BadRequestError, ModelNotFoundError
 from pyserve.fetch.sources import _find
 from pyserve.handler import InputError
-from pyserve.handlers.rows import found
+from pyserve.handlers.rows import found, row_value
 from pyserve.handlers.tensor_spec import TensorSpec
 from pyserve.models.sample import packed_sample_arguments
 from pyserve.models.served_names import what_was_meant
+from pyserve.request.codec import FORM_TYPES, decode_request
+from pyserve.request.messages import Request
 from pyserve.server.start_table import _is_model
 
 
@@ -59,13 +62,40 @@ def test_a_file_that_is_not_in_the_store_is_named_with_the_nearest(tmp_path: Pat
         (b"\x93NUMPY\x01\x00v\x00{'descr'", "18 bytes, a NumPy file (.npy)"),
         (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01", "12 bytes, a JPEG picture"),
         (b"\x00\x00\x00\x18ftypheic\x00\x00", "14 bytes, a HEIC picture"),
-        (b"\x00\x00\x00\x18ftypisom\x00\x00", "14 bytes starting with"),
+        (b"\x00\x00\x00\x18ftypisom\x00\x00", "14 bytes, an MP4 file"),
         ({"a": 1}, "a JSON object with 1 member ('a')"),
         ({"a": 1, "b": 2}, "a JSON object with 2 members ('a', 'b')"),
     ],
 )
 def test_what_was_sent_is_called_what_it_is(body: object, text: str) -> None:
     assert found(body).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("x", "'x'"), ("\ufffd" * 400 + "\x07" * 30, "(430 bytes of binary)"), ("n" * 41, f"'{'n' * 37}...'"),
+     ("[1,2,3,4]", "'[1,2,3,4]'"), ("\x1b[2J", "(4 bytes of binary)")],
+)  # fmt: skip
+def test_a_form_without_input_says_first_what_to_type(name: str, shown: str) -> None:
+    with pytest.raises(InputError) as caught:
+        row_value({name: b""})
+    text = str(caught.value)
+    assert text.index("curl -d sends a form") < text.index("curl -T FILE") < text.index(f"its fields: {shown}")
+    assert len(text) < 260 and text.isprintable()
+
+
+@pytest.mark.parametrize("body", [b"\xff\xd8\xff\xe0\x10JFIF=&=&x", b"\x93NUMPY\x01v&&=1", b"a\x01=1&=2"])
+def test_a_file_that_was_sent_as_a_form_is_called_that(body: bytes) -> None:
+    request = Request("POST", "/", headers=[("content-type", FORM_TYPES[1])], body=bytearray(body))
+    with pytest.raises(BadRequestError, match=f"the body is {len(body)} bytes of binary, but was sent as a form"):
+        decode_request(request)
+
+
+def test_what_is_a_form_keeps_its_own_errors() -> None:
+    for body, text in [("=1&grün=2", "no name before its '='"), ("a=1&a=2", "more than one field 'a'")]:
+        request = Request("POST", "/", headers=[("content-type", FORM_TYPES[1])], body=bytearray(body.encode()))
+        with pytest.raises(BadRequestError, match=text):
+            decode_request(request)
 
 
 def test_several_items_are_told_how_to_be_sent() -> None:
@@ -112,7 +142,7 @@ def test_the_default_version_is_shown_if_there_are_others(monkeypatch: pytest.Mo
     monkeypatch.setattr(status, "_get", lambda connection, path: answers[path])
     rows = status.model_rows(Address("127.0.0.1", 1), "")
     assert [row["default"] for row in rows] == [False, True]
-    lines = console.table_lines(rows)
+    lines = table_lines(rows)
     assert "2.0 (default)" in lines[2] and "(default)" not in lines[1]
 
 
@@ -125,7 +155,7 @@ def test_what_cannot_be_deleted_is_not_advised(monkeypatch: pytest.MonkeyPatch) 
         of_default = [each for each in versions if each["modelVersion"] == default]
 
         def ask(method: str, rest: str, ok: tuple[int, ...] = (200,)) -> ApiAnswer:
-            return ApiAnswer(200, "", versions if rest == "/all" else of_default, 0)  # noqa: B023
+            return ApiAnswer(200, "", versions if rest == "/all" else of_default, b"")  # noqa: B023
 
         monkeypatch.setattr(deployment, "_ask", ask)
         with pytest.raises(deploy.DeployError, match=r"m 1\.0 is served already") as caught:

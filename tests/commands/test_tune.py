@@ -16,6 +16,7 @@ from torch import nn
 from pyserve.archive.archive import Archive
 from pyserve.backends.table import BACKENDS, OPENVINO
 from pyserve.commands import cli, tune
+from pyserve.commands.tables import table_text
 from pyserve.commands.tune_measure import Point, Setting
 from pyserve.zoo import DigitsNet
 from tests.support.handler_archives import write_handler
@@ -90,13 +91,22 @@ def test_the_curve_shows_the_frontier_the_best_and_what_could_not_be_measured(
         point(0, 2, 1, 4, "bf16", "aotinductor", error="AOTInductor: a C++ compiler (g++) is not here"),
     ]  # fmt: skip
     tune.print_curve(points, points[2], None)
-    header, *rows, legend = capsys.readouterr().out.splitlines()
+    header, *rows, why, legend = capsys.readouterr().out.splitlines()
     assert header.split()[:6] == ["BACKEND", "PRECISION", "WORKERS", "THREADS", "BATCH", "ITEMS/S"]
     assert [" ".join(row.split()[:6]) for row in rows[:3]] == [
         "* torchscript fp32 1 2 1", "torchscript fp32 1 2 4 90.0", "* openvino fp32 2 1 4",
     ]  # fmt: skip
-    assert rows[2].endswith("<- best") and rows[3].endswith("a C++ compiler (g++) is not here")
+    assert rows[2].endswith("<- best") and why.endswith("a C++ compiler (g++) is not here")
     assert legend.startswith("* ")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_curve_fits_its_window_and_keeps_what_counts(width: int) -> None:
+    points = [point(12345.6, 16, 2, 128, "bf16", "torchscript", p95_ms=123.456), point(0, 1, 1, 1, error="why " * 30)]
+    rows = [tune._curve_row(each, "*", "<- best", 1.0) for each in points]
+    lines = table_text(tune._CURVE_COLUMNS, rows, width=width).split("\n")
+    assert max(map(len, lines)) <= width, lines
+    assert all(each in lines[1] for each in ("torchscript", "bf16", "128", "12345.6", "123.456"))
 
 
 def test_the_backend_is_written_down_where_several_were_measured() -> None:

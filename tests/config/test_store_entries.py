@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyserve.config import model_source
+from pyserve.config.archive_url import is_url
 from pyserve.config.config import load_config
 from pyserve.config.model_source import list_store, resolve_models, store_problems
 
@@ -74,3 +75,29 @@ def test_a_store_that_goes_or_cannot_be_read_has_no_entries(tmp_path: Path) -> N
     assert list_store(str(tmp_path / "gone")) == []
     assert store_problems(str(tmp_path / "gone")) == ["gone: it cannot be listed: No such file or directory"]
     assert list_store(None) == store_problems(None) == []
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ("a=b/net.pt", [(None, "a=b/net.pt")]),
+    ("x=a=b/net.pt", [("x", "a=b/net.pt")]),
+    ("one,two.pt", [(None, "one,two.pt")]),
+    ("y=one,two.pt", [("y", "one,two.pt")]),
+    ("plain.pt, one,two.pt,a=b/net.pt ,plain.pt", [(None, "plain.pt"), (None, "one,two.pt"), (None, "a=b/net.pt")]),
+    ("a=plain.pt", [("a", "plain.pt")]),
+    ("q=plain.pt", [("q", "plain.pt")]),  # although there is a file of that very name
+    ("none,neither.pt", [(None, "none"), (None, "neither.pt")]),
+    ("c=d/none.pt", [("c", "d/none.pt")]),
+    ("https://h/m.mar?a=1,plain.pt", [(None, "https://h/m.mar?a=1"), (None, "plain.pt")]),
+])  # fmt: skip
+def test_commas_and_equals_signs_may_be_of_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, expected: list[tuple[str | None, str]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    for name in ("a=b/net.pt", "one,two.pt", "plain.pt", "q=plain.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    found = [
+        (name, path if is_url(path) else os.path.relpath(path, tmp_path))
+        for name, path, _ in resolve_models(given, None)
+    ]
+    assert found == expected

@@ -72,11 +72,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (server.store / "damaged.mar").write_bytes(b"PK\x03\x04 no more")
     server.start("--models", "all")
     (server.store / "again.mar").write_bytes(again)
-    try:
+    with server:
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def manage(server: Server, method: str, path: str) -> Answer:

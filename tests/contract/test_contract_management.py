@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.asgi_site import new_site
 from tests.support.handler_archives import write_handler
 from tests.support.serving import JSON, LIMIT_S, Answer, Load, Server, at_once
 from tests.support.serving_models import Linear, write_linear
@@ -78,20 +79,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(tmp_path_factory.mktemp("files"))
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, files: Files) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("contract"))
+@pytest.fixture(scope="module", params=["sockets", "asgi"])
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, files: Files) -> Iterator[Server]:
+    server: Server = new_site(request.param, tmp_path_factory.mktemp("contract"))
     write_linear(server.store)
     write_linear(server.store, version="2.0", seed=2, file="linear-2")
     write_linear(server.store, "shadow")
     write_handler(server.store, "own", HANDLER.format(folder=str(files.folder)))
     write_linear(server.store, "stays")
-    server.start("--models", "linear.mar", "own.mar", "stays.mar")
-    server.manage("POST", "/models?url=linear-2.mar&initial_workers=1")
-    try:
+    with server:
+        server.start("--models", "linear.mar", "own.mar", "stays.mar")
+        server.manage("POST", "/models?url=linear-2.mar&initial_workers=1")
         yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture

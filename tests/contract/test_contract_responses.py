@@ -96,12 +96,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     ticket = {"useJobTicket": True, "minWorkers": 1, "maxWorkers": 1}
     write_handler(server.store, "ticket", DOES, config=ticket)
     server.environment |= {"PYSERVE_MAX_REQUEST_SIZE": str(SIZE_MAX), "PYSERVE_MAX_RESPONSE_SIZE": str(SIZE_MAX)}
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def told(order: dict[str, Any], model: str = "does", *lines: str) -> bytes:

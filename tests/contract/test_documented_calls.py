@@ -34,12 +34,9 @@ def run(server: Server, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_every_documented_call_has_its_documented_answer(tmp_path: Path, tokens: bool) -> None:
     server = Server(tmp_path)
     server.environment |= {"PYSERVE_DISABLE_TOKEN_AUTHORIZATION": str(not tokens).lower()}
-    server.start("--enable-model-api")
-    try:
+    with server:
+        server.start("--enable-model-api")
         done = run(server, **({"KEY_FILE": str(server.folder / "key_file.json")} if tokens else {}))
-    finally:
-        server.run("stop")
-        server.kill()
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     # None was skipped: the lines that call, those about keys, which are indented, only where there are some.
@@ -51,11 +48,8 @@ def test_every_documented_call_has_its_documented_answer(tmp_path: Path, tokens:
 
 def test_an_answer_that_is_another_one_fails_the_script(tmp_path: Path) -> None:
     server = Server(tmp_path)
-    server.start("--disable-token-auth")
-    try:
+    with server:
+        server.start("--disable-token-auth")
         # Management calls are sent to where the other ones belong.
         done = run(server, MANAGEMENT=server.url("inference"))
-    finally:
-        server.run("stop")
-        server.kill()
     assert done.returncode == 1 and "FAILED: expected status 202" in done.stdout

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyserve.conversion.convert import Module, convert
+from pyserve.conversion.convert import PROBES_MIN, Module, convert
+from pyserve.conversion.eager_answers import runs
 from pyserve.conversion.record import Conversion, NeedsPythonError
 from pyserve.proof.comparison import difference
 from pyserve.proof.probe_inputs import InputDomain, Probe
@@ -265,6 +266,67 @@ def test_a_conversion_is_true_to_its_model(name: str) -> None:
         assert difference(expected, copy.deepcopy(program)(*inputs)) < 1e-5
 
 
+@pytest.mark.parametrize("cls", [Clean, Noise, Counter])
+def test_a_frozen_program_is_compared_while_the_model_answers(
+    cls: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a large model, of which few probes are run; a freezing that changes an answer is found."""
+    monkeypatch.setattr("pyserve.conversion.convert.PROBING_S", dict.fromkeys(PROBES_MIN, 0.0))
+    freeze, threads = torch.jit.freeze, torch.get_num_threads()
+    _, conversion = converted(cls(), FOUR)
+    assert (conversion.how, conversion.probes) == ("traced", PROBES_MIN["traced"])
+    assert torch.get_num_threads() == threads
+
+    def freeze_another(program: Module) -> Module:
+        return freeze(torch.jit.trace(Doubled(program), torch.ones(2, 4), check_trace=False, strict=False).eval())
+
+    monkeypatch.setattr(torch.jit, "freeze", freeze_another)
+    with pytest.raises(NeedsPythonError, match="tracing: its answer differs from the model's by"):
+        converted(cls(), FOUR)
+
+
+def test_what_a_refused_program_answered_is_not_taken_for_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace is refused by its first probe; what it answered to the others says nothing of the script."""
+    monkeypatch.setattr("pyserve.conversion.convert.PROBING_S", {"traced": 0.0, "scripted": 1e9, "exported": 0.0})
+    freeze, asked = torch.jit.freeze, list[int]()
+    frozen = list[Module]()
+
+    def freeze_first_another(program: Module) -> Module:
+        frozen.append(program)
+        if len(frozen) > 1:
+            return freeze(program)
+        return freeze(torch.jit.trace(Doubled(program), torch.ones(2, 4), check_trace=False, strict=False).eval())
+
+    def noted(fresh, inputs, number, *, twice):
+        asked.append(number)
+        return runs(fresh, inputs, number, twice=twice)
+
+    monkeypatch.setattr(torch.jit, "freeze", freeze_first_another)
+    monkeypatch.setattr("pyserve.conversion.convert.runs", noted)
+    _, conversion = converted(nn.Linear(4, 4), FOUR)
+    assert conversion.how == "scripted"
+    of_script = asked[PROBES_MIN["traced"] :]
+    assert of_script[: conversion.probes] == list(range(conversion.probes))
+
+
+class Doubled(nn.Module):
+    def __init__(self, program: Module):
+        super().__init__()
+        self.program = program
+
+    def forward(self, x):
+        return self.program(x * 2)
+
+
+def test_attention_whose_fast_path_rounds_otherwise_draws_no_random_numbers() -> None:
+    torch.manual_seed(3)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    with torch.no_grad():
+        x = torch.randn(1, 5, 4)
+        _, conversion = convert(layer, [x], [InputDomain(torch.float32, ((5, 5), (4, 4)))])
+        assert conversion.difference < 1e-5
+
+
 REFUSED = {
     "a branch on the data": (Autoscale, [FOUR], "__bool__"),
     "a branch on a mask": (MaskBranch, [IDS, IDS], "__bool__"),
@@ -369,8 +431,16 @@ class Encoder(nn.Module):
 
 
 def test_the_truth_has_torchs_fast_way_through_attention() -> None:
-    with pytest.raises(NeedsPythonError):
-        converted(Encoder(), InputDomain(torch.float32, ((8, 8), (4, 4))), InputDomain(torch.bool, ((8, 8),)))
+    """It answers otherwise for what is masked; a conversion does so as well, or there is none."""
+    model = Encoder().eval()
+    try:
+        program, _ = converted(model, InputDomain(torch.float32, ((8, 8), (4, 4))), InputDomain(torch.bool, ((8, 8),)))
+    except NeedsPythonError:
+        return
+    for masked in (0, 1, 3, 7):
+        x, is_masked = torch.rand(2, 8, 4), torch.arange(8).repeat(2, 1) >= 8 - masked
+        with torch.no_grad():
+            assert torch.equal(program(x, is_masked), model(x, is_masked)), masked
 
 
 class LeavesOut(Linear):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import shutil
 import signal
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from pyserve.archive.archive import Archive, open_archive
 from pyserve.commands.inspect_archive import inspect_command
 from pyserve.conversion.child import CODE_SIZE, check_room
 from pyserve.conversion.record import conversion_file, conversion_of, python_reason
-from pyserve.conversion.torchscript import Tracing, needs_tracing, traced_file
+from pyserve.conversion.torchscript import NeedsPythonError, Tracing, needs_tracing, traced_file
 from pyserve.errors import ModelLoadError
+from tests.support.file_limits import files_of_at_most
 from tests.support.packing import EAGER, TENSOR_CONFIG, pack
 
 HANG_S = 120
@@ -166,10 +168,14 @@ def test_a_conversion_that_hangs_is_ended(packed: OpenPacked) -> None:
 
 
 def test_a_conversion_that_is_not_wanted_any_more_is_ended(packed: OpenPacked) -> None:
-    archive = packed()
+    archive = packed("import time\nwhile True: time.sleep(9)\n")
     tracing = Tracing(archive)
     tracing.stop()
     tracing.stop()
+    assert tracing._process.returncode == -signal.SIGKILL
+    tracing = Tracing(archive)
+    with pytest.raises(ModelLoadError, match="not wanted any more"):
+        tracing.wait(lambda text: None, 1e6, is_over=lambda: True)
     assert tracing._process.returncode == -signal.SIGKILL
     archive.close()
 
@@ -212,3 +218,35 @@ def test_a_disk_without_room_for_the_torchscript_is_named(tmp_path: Path, monkey
     check_room("m.mar", tmp_path, 99)
     with pytest.raises(ModelLoadError, match=r"^m\.mar: .*the disk of the cache folder is full .*PYSERVE_CACHE"):
         check_room("m.mar", tmp_path, 100)
+
+
+WIDE = EAGER.replace("4, 2", "256, 256")
+WIDE_WEIGHTS = {"linear.weight": torch.eye(256), "linear.bias": torch.ones(256)}
+
+
+@pytest.mark.slow
+def test_a_torchscript_that_cannot_be_written_is_named_and_made_at_the_next_try(packed: OpenPacked) -> None:
+    archive = packed(WIDE, WIDE_WEIGHTS, "input: {dtype: float32, shape: [256]}\n")
+    with files_of_at_most(100_000):
+        text = failure(archive)
+    assert text == (
+        "m-1.0.mar: its TorchScript cannot be kept in the cache folder: files may not be that large here (ulimit -f) "
+        "(EFBIG: File too large); free space, or set PYSERVE_CACHE to a folder on a larger disk"
+    )
+    trace(archive)
+    assert torch.jit.load(traced_file(archive))(torch.zeros(1, 256)).tolist() == [[1.0] * 256]
+
+
+@pytest.mark.slow
+def test_a_reason_that_cannot_be_written_is_given_all_the_same(
+    packed: OpenPacked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pyserve.conversion.torchscript.write_whole", full)
+    code = NO_WEIGHTS.format("return x * len(x.tolist()[0])")
+    archive = packed(code)
+    with pytest.raises(NeedsPythonError, match="tracing: its code reads numbers or sizes"):
+        trace(archive)
+    assert needs_tracing(archive)  # it is found out again

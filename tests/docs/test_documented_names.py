@@ -44,7 +44,7 @@ FOLDERS = ("pyserve", "handlers", "csrc", "bench", "tests", "deploy", "docs", "e
 # Between processes of ours.
 INTERNAL_VARIABLES = {
     "PYSERVE_SERVER", "PYSERVE_SUPERVISOR", "PYSERVE_WEIGHTS_CACHE", "PYSERVE_CHECK", "PYSERVE_GIVEN",
-    "PYSERVE_WORKER", "PYSERVE_OWN_VARIABLES",
+    "PYSERVE_LIFELINE", "PYSERVE_WORKER", "PYSERVE_OWN_VARIABLES",
 }  # fmt: skip
 
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -131,7 +131,8 @@ def missing_commands(text: str) -> Iterator[str]:
             if program == "pyserve":
                 if not rest or rest[0].startswith("-") or rest[0].isupper():  # `pyserve COMMAND --help`
                     continue
-                program, rest = f"pyserve {rest[0]}", rest[1:]
+                # `pyserve torchserve` is the program of that name.
+                program, rest = rest[0] if rest[0] in programs else f"pyserve {rest[0]}", rest[1:]
             if program not in parsers():
                 yield program
                 continue

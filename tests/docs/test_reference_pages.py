@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from pyserve.handler import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[2]
 README_LINES_MAX = 150
-PAGES = ["config-properties.md", "model-config.md", "commands.md", "metrics.md"]
+PAGES = ["config-properties.md", "model-config.md", "commands.md", "metrics.md", "pyserve.1"]
 
 
 @cache
@@ -70,6 +73,8 @@ def test_a_flag_and_its_help_are_in_the_page_of_commands() -> None:
     page = pages()["commands.md"]
     assert "| `--foreground` | " in page.partition("## pyserve start\n")[2].partition("\n## ")[0]
     assert "## torchserve\n" in page and "## torch-model-archiver\n" in page
+    assert "| `--interval S` | between two looks (default 2) |" in page and "%(" not in page
+    assert "%(" not in (ROOT / "docs/reference/pyserve.1").read_text()
 
 
 @pytest.mark.parametrize("document", sorted(assemble.documents()))
@@ -121,3 +126,15 @@ def test_the_api_has_every_built_in_handler() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES_MAX
+
+
+@pytest.mark.skipif(shutil.which("man") is None, reason="man is not installed")
+def test_the_manual_page_is_good_roff() -> None:
+    path = ROOT / "docs/reference/pyserve.1"
+    # mandb's own variable for what groff finds fault with; no pager, and a width that does not depend on a window.
+    done = subprocess.run(["man", "--warnings", "--local-file", str(path)], capture_output=True, text=True, check=True,
+                          env={**os.environ, "MANWIDTH": "100", "LC_ALL": "C.UTF-8", "MANPAGER": "cat"})  # fmt: skip
+    assert done.stderr == ""
+    plain = re.sub(r".\x08|\x1b\[[0-9;]*m", "", done.stdout)
+    for text in ("pyserve - serve PyTorch models", "--model-store DIR", "pyserve top"):
+        assert text in plain

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from pyserve import _front
-from pyserve.fronts.channel import PIECE_SIZE, RING_SIZE, Channel, LinkFiles
+from pyserve.fronts.channel import _ROUNDS, FRAMES_MAX, PIECE_SIZE, RING_SIZE, Channel, LinkFiles
 
 BODY_MAX = 3 * RING_SIZE
 FRAME = struct.Struct("<IHHQIIQ")
@@ -117,6 +117,43 @@ def test_a_body_larger_than_the_ring_lets_others_pass() -> None:
             await link.engine.until(lambda: len(link.engine.messages) == 2)
             assert [message[3] for message in link.engine.messages] == [b"small", b"large"]
             assert link.engine.messages[1][4] == large
+
+    asyncio.run(run())
+
+
+def test_a_front_end_that_floods_the_engine_leaves_the_others_their_turn() -> None:
+    """Between two messages of one end there are at most a turn's messages of another, however many wait there."""
+
+    async def run() -> None:
+        async with linked() as flooding, linked() as other:
+            order: list[str] = []
+            for link, name in ((flooding, "flood"), (other, "other")):
+                link.engine.channel._on_frame = lambda *_, name=name: order.append(name)
+            for ticket in range(20_000):
+                flooding.front_end.channel.send(1, 0, ticket)
+                if ticket % 1000 == 0:
+                    other.front_end.channel.send(1, 0, ticket)
+            while len(order) < 20_020:
+                other.front_end.channel.send(1, 0, 1)
+                await asyncio.sleep(0)
+            flood = "".join("." if name == "flood" else " " for name in order).split()
+            assert max(map(len, flood[1:-1])) <= 2 * FRAMES_MAX * _ROUNDS, max(map(len, flood))
+
+    asyncio.run(run())
+
+
+def test_a_message_that_is_to_be_whole_comes_in_one_frame() -> None:
+    async def run() -> None:
+        async with linked() as link:
+            bodies = [os.urandom(size) for size in (10, PIECE_SIZE, PIECE_SIZE + 1, RING_SIZE // 4, RING_SIZE // 4)] * 3
+            for ticket, body in enumerate(bodies):
+                link.front_end.channel.send_whole(1, 0, ticket, b"head", body)
+            await link.engine.until(lambda: len(link.engine.messages) == len(bodies))
+            assert [message[4] for message in link.engine.messages] == bodies
+            link.front_end.channel.send_whole(1, 0, 1, b"", bytes(3 * PIECE_SIZE))
+            link.front_end.channel.send(1, 0, 2, b"", bytes(3 * PIECE_SIZE))
+            reader = link.engine.channel.reader
+            assert [frame[2] for frame in reader.take(1)] == [1] and not reader.take(1), "the other one comes in pieces"
 
     asyncio.run(run())
 

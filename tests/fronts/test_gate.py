@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -12,17 +13,17 @@ import pytest
 
 from pyserve.fronts import wire
 from pyserve.fronts.door import Door
-from pyserve.fronts.gate import Gate
+from pyserve.fronts.gate import _KEEPING_MAX, Gate
 from pyserve.fronts.meeting import Meeting, Way
+from pyserve.fronts.shared_budget import SharedBudget
 from pyserve.fronts.shares import Shares
 from pyserve.http1.connections import Connections
 from pyserve.http1.limits import Http1Limits
-from pyserve.request.body_budget import BodyBudget
 from pyserve.request.exchange import Exchange
-from pyserve.request.messages import ErrorFormat, Request, Response
+from pyserve.request.messages import TIMEOUT_HEADER, ErrorFormat, Request, Response
 
 SHARES = Shares(
-    body_budget_size=1 << 20, connection_count_max=10, in_flight_max=100, body_size_max=1 << 20,
+    process_count=3, body_budget_size=1 << 20, connection_count_max=10, in_flight_max=100, body_size_max=1 << 20,
     answer_size_max=1 << 24, waiting_size_max=1 << 22,
 )  # fmt: skip
 
@@ -44,10 +45,12 @@ class Client:
     def __init__(self, meeting: Meeting, number: int):
         self.events: list[str] = []
         self.answers: list[tuple[int, bytes]] = []
+        self.bodies = SHARES.new_budget()
         handed = meeting.for_front_end(number)
         self.door = Door(
             Way.of(handed), SHARES, ErrorFormat(), on_open=self.opened,
-            on_parting=lambda: self.events.append("parting"), on_drain=lambda: self.events.append("drain"),
+            on_parting=lambda: self.events.append("parting"), on_close=lambda: self.events.append("close"),
+            on_drain=lambda: self.events.append("drain"), bodies=self.bodies,
         )  # fmt: skip
         self.door.connections = [Connections(Http1Limits())]
         self.door.start()
@@ -56,8 +59,10 @@ class Client:
         self.events.append("open")
         self.door.tell_listening()
 
-    def ask(self, body: bytes = b"") -> Exchange:
-        request = Request("POST", "/path", body=bytearray(body), id="x", client="127.0.0.1:1")
+    def ask(self, body: bytes = b"", limit_ms: str = "") -> Exchange:
+        headers = [(TIMEOUT_HEADER, limit_ms)] if limit_ms else []
+        request = Request("POST", "/path", body=bytearray(body), id="x", client="127.0.0.1:1", headers=headers,
+                          arrived_at=time.monotonic_ns(), has_timing=bool(limit_ms))  # fmt: skip
         exchange = Exchange(request, self._deliver)
         try:
             self.door.app(0)(exchange)
@@ -73,7 +78,7 @@ class Client:
 def new_gate(meeting: Meeting, count: int = 2) -> Gate:
     again = Meeting(meeting.sock.dup(), meeting.secret)
     again.sock.setblocking(False)
-    return Gate(again, count, SHARES, BodyBudget(1 << 20), ErrorFormat())
+    return Gate(again, count, SHARES, SharedBudget(SHARES.body_budget_size, count + 1), ErrorFormat())
 
 
 @asynccontextmanager
@@ -190,6 +195,29 @@ def test_what_is_held_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) ->
     asyncio.run(run())
 
 
+def test_what_is_held_waits_no_longer_than_its_client() -> None:
+    async def run() -> None:
+        async with meeting_of(1) as (meeting, [client]):
+            gate = new_gate(meeting, 1)
+            await gate.open([echo])
+            await gate.drain(keeps_sockets=True)
+            await until(lambda: not client.door._is_open)
+            asked = [client.ask(limit_ms=limit_ms) for limit_ms in ("1", "86400000", "never", "1")]
+            asked[3].disconnect()
+            await until(lambda: client.answers)
+            assert asked[0].answered and [status for status, _ in client.answers] == [503]
+            assert len(client.door._held) == 2
+            gate.close()
+            await until(lambda: client.door._channel is None)
+            gate = new_gate(meeting, 1)
+            await gate.open([echo])
+            await until(lambda: len(client.answers) == 3)
+            assert [status for status, _ in client.answers] == [503, 200, 200]
+            gate.close()
+
+    asyncio.run(run())
+
+
 def test_draining_waits_for_the_front_ends() -> None:
     async def run() -> None:
         async with meeting_of(1) as (meeting, [client]):
@@ -270,6 +298,86 @@ def test_one_that_writes_rubbish_loses_its_own_requests_only() -> None:
             alive.respond(Response(200, b"unharmed"))
             await until(lambda: other.answers == [(200, b"unharmed")])
             await until(lambda: hostile.events == ["open", "open"])  # it may try again
+            gate.close()
+
+    asyncio.run(run())
+
+
+def test_a_front_end_that_goes_gives_back_what_it_held_of_the_budget() -> None:
+    async def run() -> None:
+        async with meeting_of(2) as (meeting, [first, second]):
+            gate = new_gate(meeting)
+            await gate.open([echo])
+            whole = SHARES.body_budget_size
+            assert first.bodies.reserve(whole - 100_000) and not second.bodies.reserve(200_000)
+            first.door.stop()
+            await until(lambda: second.bodies.reserve(whole - 1000))
+            gate.close()
+
+    asyncio.run(run())
+
+
+def test_what_front_ends_hold_counts_with_the_next_engine_too() -> None:
+    async def run() -> None:
+        async with meeting_of(2) as (meeting, [first, second]):
+            gate = new_gate(meeting)
+            await gate.open([echo])
+            assert first.bodies.reserve(SHARES.body_budget_size - 100_000)
+            gate.close()
+            await until(lambda: first.door._channel is second.door._channel is None)
+            assert not second.bodies.reserve(200_000)  # without an engine as well
+            gate = new_gate(meeting)
+            await gate.open([echo])
+            assert not second.bodies.reserve(200_000)
+            assert not gate._budget.reserve(200_000)
+            first.bodies.release(600_000)
+            assert second.bodies.reserve(200_000)
+            gate.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("rubbish", [SHARES.body_budget_size + 1, 2**64 - 1])
+def test_one_that_says_that_it_holds_more_than_there_is_is_cut_off(rubbish: int) -> None:
+    async def run() -> None:
+        async with meeting_of(2) as (meeting, [hostile, other]):
+            gate = new_gate(meeting)
+            await gate.open([echo])
+            assert hostile.bodies._ledger is not None
+            hostile.bodies._lease = rubbish  # it says so at each look
+            await until(lambda: "open" in hostile.events[1:])
+            hostile.bodies._lease = 0
+            await until(lambda: other.bodies.reserve(SHARES.body_budget_size - 1000))
+            assert other.events == ["open"]
+            gate.close()
+
+    asyncio.run(run())
+
+
+def test_one_that_keeps_what_it_has_no_bodies_for_is_cut_off_once_others_want_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pyserve.fronts.link.RING_SIZE", 0)
+
+    async def run() -> None:
+        async with meeting_of(2) as (meeting, [hostile, other]):
+            gate = new_gate(meeting)
+            await gate.open([echo])
+            account = other.bodies.account("127.0.0.1:1")
+            hostile.bodies.charge(SHARES.body_budget_size)
+            for _ in range(100):
+                gate._looking.cancel()
+                gate._look()
+            assert hostile.events == ["open"], "nobody wants it"
+            assert not account.take(200_000)
+            for _ in range(_KEEPING_MAX):
+                gate._looking.cancel()
+                gate._look()
+            assert hostile.door._channel is not None and hostile.door._channel.is_open
+            gate._looking.cancel()
+            gate._look()
+            await until(lambda: 0 not in gate._links)
+            assert account.take(200_000)
             gate.close()
 
     asyncio.run(run())

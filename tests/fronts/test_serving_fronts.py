@@ -59,12 +59,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("fronts"))
     write_linear(server.store, "linear")
     write_handler(server.store, "echo", ECHO, config={"maxWorkers": 2, "minWorkers": 2})
-    server.start("--models", "all", "--front-ends", "2")
-    try:
+    with server:
+        server.start("--models", "all", "--front-ends", "2")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def through(server: Server, process: psutil.Process, port: str = "inference") -> Client:
@@ -76,7 +73,7 @@ def through(server: Server, process: psutil.Process, port: str = "inference") ->
         held = {each.raddr for each in process.net_connections("tcp") if each.raddr}
         if tuple(own) in {tuple(each) for each in held}:
             return client
-        client.__exit__()
+        client.close()
     raise AssertionError("200 connections, and none came to that front end")
 
 
@@ -165,7 +162,8 @@ def test_a_client_that_hangs_up_cancels_what_waits(pair: Server, tmp_path: Path)
         client._connection.request("POST", "/predictions/echo", b"x", RAW)
         wait_until(lambda count=waiting: pair.metric("pyserve_queue_size", model="echo") == count, "it to wait")
         client._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, *[0] * 7]))  # a reset
-        client.__exit__()
+        client.close()
+        through(pair, process).close()  # it has been answered behind what cancels, and so the workers come too late
     go.touch()
     for each in holding:
         each.join(LIMIT_S)
@@ -286,7 +284,7 @@ def test_while_there_is_no_engine_connections_stay_and_are_told_when_to_come_aga
         assert 503 in statuses
         for client in clients:  # the same connections
             wait_until(lambda client=client: client.predict("linear", ITEM).status == 200, "the engine to be back")
-            client.__exit__()
+            client.close()
         assert "Traceback" not in server.log()
         assert server.run("stop").returncode == 0
     finally:
@@ -326,10 +324,48 @@ def _is_refused(server: Server) -> bool:
     return False
 
 
+def asks_for(client: Client, size: int) -> bytes:
+    """What the server says to somebody who wants to send a body of that size, before it is sent."""
+    connection = client._connection.sock
+    connection.sendall(b"POST /predictions/echo HTTP/1.1\r\nHost: a\r\nContent-Type: application/octet-stream\r\n"
+                       b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % size)  # fmt: skip
+    answer: bytes = connection.recv(65536)
+    return answer.split(b"\r\n")[0]
+
+
+def test_one_budget_of_bodies_for_both(tmp_path: Path) -> None:
+    """One may have more than half of it; then the other one has less; and what dies with one comes back."""
+    server = Server(tmp_path)
+    write_handler(server.store, "echo", ECHO)
+    server.environment["PYSERVE_MAX_REQUEST_SIZE"] = "200000000"
+    server.start("--models", "all", "--front-ends", "2")
+    try:
+        first, second = server.front_ends
+        with through(server, first) as large, through(server, second) as other:
+            assert asks_for(large, 170_000_000) == b"HTTP/1.1 100 Continue"
+            large._connection.sock.sendall(bytes(150_000_000))
+            wait_until(lambda: first.memory_info().rss > 150_000_000, "it to have come")
+            assert asks_for(other, 150_000_000) == b"HTTP/1.1 503 Service Unavailable"
+        with through(server, second) as other:
+            assert asks_for(other, 60_000_000) == b"HTTP/1.1 100 Continue"
+        with through(server, first) as large:  # the former one has hung up
+            assert asks_for(large, 170_000_000) == b"HTTP/1.1 100 Continue"
+            large._connection.sock.sendall(bytes(150_000_000))
+            wait_until(lambda: first.memory_info().rss > 150_000_000, "it to have come")
+            end_of(first)
+        with through(server, second) as other:
+            wait_until(lambda: len(server.front_ends) == 2, "it to be back")
+            assert asks_for(other, 200_000_000) == b"HTTP/1.1 100 Continue"
+        assert server.run("stop").returncode == 0
+        assert "Traceback" not in server.log()
+    finally:
+        server.kill()
+
+
 def test_what_cannot_be_served_with_them_is_said_at_start(tmp_path: Path) -> None:
     server = Server(tmp_path)
-    server.environment["PYSERVE_MAX_REQUEST_SIZE"] = "200000000"
+    server.environment["PYSERVE_CONNECTION_COUNT_MAX"] = "1"
     failed = server.run("start", "--front-ends", "2")
-    assert failed.returncode != 0 and "less than max_request_size=200000000" in failed.stderr + failed.stdout
+    assert failed.returncode != 0 and "connection_count_max=1 cannot be divided" in failed.stderr + failed.stdout
     failed = server.run("start", "--front-ends", "0")
     assert failed.returncode != 0 and "front_ends cannot be '0'" in failed.stderr

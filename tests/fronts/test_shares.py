@@ -14,19 +14,20 @@ from pyserve.http1.limits import Http1Limits
 def test_all_together_have_no_more_than_one(count: int) -> None:
     config = Config(front_ends=count)
     shares = Shares.of(config)
-    assert shares.body_budget_size * (count + 1) <= Http1Limits().body_budget_size
+    assert shares.body_budget_size == Http1Limits().body_budget_size
+    budget = shares.new_budget()
+    assert budget.size_max == shares.body_budget_size and budget.floor_size * (count + 1) <= budget.size_max // 16
     assert shares.connection_count_max * count <= config.connection_count_max
     assert shares.body_budget_size >= config.max_request_size
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"front_ends": 2, "max_request_size": 90_000_000}, "89478485 each, which is less than max_request_size=9"),
-        ({"front_ends": 64}, "less than max_request_size"),
-        ({"front_ends": 3, "connection_count_max": 2}, "connection_count_max=2 cannot be divided"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_divided_is_named(settings: dict[str, int], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+    "settings", [{"front_ends": 3, "connection_count_max": 2}, {"front_ends": 64, "connection_count_max": 63}]
+)
+def test_what_cannot_be_divided_is_named(settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=f"connection_count_max={settings['connection_count_max']} cannot be divided"):
         Shares.of(Config(**settings))  # type: ignore[arg-type]
+
+
+def test_a_request_of_the_size_that_is_allowed_is_never_one_too_many() -> None:
+    assert Shares.of(Config(front_ends=8, max_request_size=400_000_000)).body_budget_size == 400_000_000

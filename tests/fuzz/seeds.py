@@ -32,6 +32,7 @@ def main() -> None:
         "coding": _coding,
         "model_config": _configs,
         "frames": _frames,
+        "fronts": _fronts,
     }
     for name, make in makers.items():
         folder = CORPUS / name
@@ -389,6 +390,48 @@ def _frames() -> Iterator[tuple[str, bytes]]:
             b"\2\xff" + frame(answers, number, [answer(0, 0, 0, 100, offset=4096), answer(1, 0, 0, 50, offset=8190)]),
         )
         yield f"lane another's ticket {number}", b"\2\xff" + frame(answers, number, [answer(2, 0, 0, 0)])
+
+
+def _fronts() -> Iterator[tuple[str, bytes]]:
+    """See tests/fuzz/fronts_target.py and csrc/front_ring.h."""
+
+    def frame(kind: int, ticket: int, head: bytes = b"", body: bytes = b"", **other: int) -> bytes:
+        parts = struct.pack(
+            "<IHHQIIQ", other.get("magic", 0x46565350), kind, other.get("flags", 0), ticket,
+            other.get("head_size", len(head)), other.get("body_size", len(body)), other.get("total", len(body)),
+        ) + head + body  # fmt: skip
+        return parts + bytes(-len(parts) % 8)
+
+    plain = struct.pack("<QQBB", 1, 60, 0, 1) + b"id\n127.0.0.1:1\n"
+    came = plain + b"POST /predictions/m HTTP/1.1\r\nHost: a\r\n\r\n"
+    known = plain + b"POST\n/predictions/m\n\nHost\na"
+    numbers = struct.pack("<4f", 1, 2, 3, 4)
+
+    def row(ticket: int, generation: int = 3, route: int = 0, item: bytes = numbers, head: bytes = came) -> bytes:
+        return frame(7, ticket, struct.pack("<QQ", generation, route) + head, item)
+
+    yield "nothing", b"\0"
+    yield "request", b"\0" + frame(1, 1, known, b"body")
+    yield "request as it came", b"\0" + frame(1, 1, came, b"body")
+    yield "two of a number", b"\2" + frame(1, 1, known) + frame(1, 1, known)
+    yield "row", b"\4" + row(1)
+    yield "rows", b"\4" + b"".join(map(row, range(1, 9)))
+    yield "too many rows", b"\0" + b"".join(map(row, range(1, 12)))
+    yield "row of another table", b"\4" + row(1, generation=2) + row(2, route=9)
+    yield "row of another size", b"\0" + row(1, item=numbers[:-1])
+    yield "row with no head", b"\0" + frame(7, 1, b"", numbers)
+    yield "row with half a head", b"\0" + frame(7, 1, bytes(20), numbers)
+    yield "row in pieces", b"\0" + frame(7, 1, struct.pack("<QQ", 3, 0) + came, numbers[:8], total=16)
+    yield "row cancelled", b"\0" + row(1) + frame(2, 1) + row(1) + frame(2, 2)
+    yield "row and request of a number", b"\2" + row(1) + frame(1, 1, known)
+    yield "body in pieces", b"\0" + frame(1, 1, known, b"1234", total=8) + frame(0, 1, b"", b"5678")
+    yield "piece of nothing", b"\0" + frame(0, 1, b"", b"5678")
+    yield "counts", b"\0" + frame(3, 5, flags=400) + frame(4, 7) + frame(5, 0) + frame(6, 0)
+    counts = [0] * 20
+    yield "times", b"\0" + frame(8, 0, b"", json.dumps(["m", "1.0", [counts, 0.5], [counts, 0]]).encode())
+    yield "beyond the end", b"\1" + struct.pack("<Q", 2**63) + row(1)
+    yield "unknown kind", b"\0" + frame(60, 1)
+    yield "sizes", b"\0" + frame(1, 1, known, head_size=2**32 - 1, body_size=2**32 - 1, total=2**64 - 1)
 
 
 if __name__ == "__main__":

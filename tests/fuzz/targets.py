@@ -77,6 +77,12 @@ _CONFIG_WORDS = (
     b"~", b"null", b"2001-01-01",
 )  # fmt: skip
 
+_FRONT_WORDS = (
+    b"PSVF", b"PSVF\7\0", b"PSVF\1\0", b"PSVF\2\0", b"PSVF\0\0", b"PSVF\x08\0", b"\3\0\0\0\0\0\0\0",
+    b"\x10\0\0\0\0\0\0\0", b"\x10\0\0\0", b"id\nunix\n", b"POST / HTTP/1.1\r\n\r\n", b"x-request-timeout-ms: 1\r\n",
+    b"POST\n/\n\n", b'["m","1.0",[[],0],[[],0]]', b"\n", b"\r\n\r\n",
+)  # fmt: skip
+
 TARGETS = {
     target.name: target
     for target in (
@@ -89,5 +95,6 @@ TARGETS = {
         Target("forms", 2048, 6000, _FORM_WORDS),
         Target("coding", 2048, 4000),
         Target("model_config", 2048, 1500, _CONFIG_WORDS),
+        Target("fronts", 4096, 1000, _FRONT_WORDS),
     )
 }

@@ -5,7 +5,8 @@
 #   torchserve --start --model-store store --enable-model-api --disable-token-auth --ncs     (metrics_mode=prometheus)
 #   tests/golden/documented_calls.sh store
 #
-# With tokens, name the file of keys: KEY_FILE=key_file.json tests/golden/documented_calls.sh store
+# With tokens, name the file of keys: KEY_FILE=key_file.json tests/golden/documented_calls.sh store; where somebody else
+# made that file, so that nobody can be given another key, with FIXED_KEYS=1.
 # The first argument is the server's model store, into which two small archives are packed. INFERENCE, MANAGEMENT and
 # METRICS are the addresses, ARCHIVER the archiver. Ends with 1 if an answer was another one.
 set -u
@@ -15,6 +16,7 @@ MANAGEMENT=${MANAGEMENT:-http://localhost:8081}
 METRICS=${METRICS:-http://localhost:8082}
 ARCHIVER=${ARCHIVER:-torch-model-archiver}
 KEY_FILE=${KEY_FILE:-}
+FIXED_KEYS=${FIXED_KEYS:-}
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -129,7 +131,7 @@ metrics "/metrics?name[]=ts_inference_latency_microseconds&name[]=ts_queue_laten
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
-if [ -n "$KEY_FILE" ]; then
+if [ -n "$KEY_FILE" ] && [ -z "$FIXED_KEYS" ]; then
     old=$(key inference)
     call 200 '' "$MANAGEMENT/token?type=inference" -H "Authorization: Bearer $(key API)"
     call '40[01]' 'Token Authorization failed' "$INFERENCE/predictions/noop" -d x -H "Authorization: Bearer $old"

@@ -36,12 +36,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     adder = "import json\n" + ADDER.replace('order = row["body"]', 'order = json.loads(row["data"])')
     write_handler(server.store, "adder", adder, config=sequences)
     (server.folder / "config.properties").write_text(f"max_request_size={REQUEST_SIZE_MAX}\n")
-    server.start("--grpc", "true", "--models", "linear.mar", "pictures.mar", "echo.mar", "tiny.mar", "adder.mar")
-    try:
+    with server:
+        server.start("--grpc", "true", "--models", "linear.mar", "pictures.mar", "echo.mar", "tiny.mar", "adder.mar")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.fixture

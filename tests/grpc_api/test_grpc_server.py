@@ -38,12 +38,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("grpc-server"))
     serving_models.write_linear(server.store)
     write_handler(server.store, "echo", ECHO)
-    server.start("--grpc", "true", "--models", "linear.mar", "echo.mar")
-    try:
+    with server:
+        server.start("--grpc", "true", "--models", "linear.mar", "echo.mar")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.fixture
@@ -51,11 +48,8 @@ def own(tmp_path: Path) -> Iterator[Server]:
     """Not started yet."""
     server = Server(tmp_path)
     serving_models.write_linear(server.store)
-    try:
+    with server:
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.fixture

@@ -103,12 +103,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_handler(server.store, "adder", ADDER, config=sequences)
     write_handler(server.store, "waits", WAITS, config={"minWorkers": 3, "maxWorkers": 3})
     (server.folder / "config.properties").write_text("max_request_size=200000\n")
-    server.start("--grpc", "true", "--models", "all")
-    try:
+    with server:
+        server.start("--grpc", "true", "--models", "all")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.fixture

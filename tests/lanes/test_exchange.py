@@ -18,6 +18,8 @@ from pyserve import _core
 from pyserve.lanes import native_workers
 from pyserve.lanes.exchange import exchange
 from pyserve.lanes.network import Network
+from pyserve.proof.native_proof import BatchProof
+from pyserve.proof.probe_inputs import ProbeRows
 from tests.support.held import EndlessAtOnce, HeldAtOnce, Hold, new_hold
 from tests.support.lane_stand import HANG_S, Stand, run, standing
 from tests.support.networks import Affine, Gate, Gated, Times, save_script
@@ -109,6 +111,31 @@ def test_requests_are_answered_while_the_other_is_warmed_up(tmp_path: Path, gate
             await stand.until(lambda: "after" in stand.answers)
             assert number(stand, "after") == 2.0
             assert [state for _, state in workers(stand)] == ["ready"] * 3
+
+    run(test())
+
+
+def test_no_batch_is_larger_than_was_shown_of_both(tmp_path: Path, gate: Gate) -> None:
+    """Some workers run the other one before all do."""
+
+    async def test() -> None:
+        async with standing(tmp_path, Times(3.0), workers=2, batch_size=8) as stand:
+            network = another(stand, tmp_path, Gated(str(gate.path)))
+            network.batches = BatchProof(network.run, ProbeRows([], [], []), 0.0, size_max=2, note="two")
+            gate.shut()
+            runs = gate.runs
+            exchanging = asyncio.create_task(exchange(stand.lane, network))
+            await stand.until(lambda: gate.runs > runs)
+            assert stand.lane.batch_size_max == 2
+            stand.lane.apply_limits()
+            for n in range(32):
+                stand.post(float(n + 1), id=f"r{n}")
+            gate.open()
+            assert await exchanging == ""
+            await stand.until(lambda: len(stand.answers) == 32)
+            counts = dict(zip(*stand.lane.core.stats()["batch_size"][:2], strict=False))
+            assert not any(count for size, count in counts.items() if size > 2)
+            assert stand.lane.batch_size_max == network.batches.size_max
 
     run(test())
 

@@ -77,6 +77,13 @@ class Lane:
     def leaves_overrun(self, pending: Pending) -> bool:
         return pending in self.left
 
+    @property
+    def in_flight_count(self) -> int:
+        return len(self.in_flight)
+
+    def take_over_late(self, now: int) -> None:
+        """It has none that only the engine knows."""
+
     def look_after_workers(self, now: int) -> bool:
         self.looks -= 1
         return self.looks >= 0

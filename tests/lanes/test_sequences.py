@@ -39,12 +39,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_handler(server.store, "brief", ADDER, config={**config, **one, "sequenceMaxIdleMSec": 1})
     plain = "def handle(data, context):\n    return data and [1 for _ in data]\n"
     write_handler(server.store, "plain", plain, config=config)
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.fixture
@@ -175,8 +172,8 @@ def test_strict_begins_another_sequence_with_another_worker_silently(tmp_path: P
     config_file.write_text("compat=strict\n")
     config = {"sequenceBatching": True, "sequenceMaxIdleMSec": 1, "minWorkers": 2, "maxWorkers": 2}
     write_handler(server.store, "brief", ADDER, config=config)
-    server.start("--models", "brief.mar", "--disable-token-auth", "--ts-config", str(config_file))
-    try:
+    with server:
+        server.start("--models", "brief.mar", "--disable-token-auth", "--ts-config", str(config_file))
         answers = []
         for number in range(3):
             answers.append(ask(server, "s", "brief", add=number))
@@ -184,9 +181,6 @@ def test_strict_begins_another_sequence_with_another_worker_silently(tmp_path: P
         assert [answer.status for answer in answers] == [200, 200, 200]
         assert [answer.json["numbers"] for answer in answers] == [[0], [1], [0, 2]]
         assert answers[0].json["pid"] == answers[2].json["pid"] != answers[1].json["pid"]
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def test_a_request_that_begins_a_sequence_is_not_told_of_an_old_one(server: Server, id: str) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import gc
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,18 @@ def making(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             assert not is_over()
             given["asked"] = [*backends, precision, batch_size_max]
 
-        def wait(self, progress: Callable[[str], None], timeout_s: float) -> list[Made]:
+        def each(self, progress: Callable[[str], None], timeout_s: float, *, continues: bool) -> Iterator[Made]:
             progress("making")
             self.is_late = given["is_late"]
-            return [Made("openvino", "fp32", error=given["error"])]
+            assert continues  # behind the requests
+            if not self.is_late:
+                yield Made("openvino", "fp32", error=given["error"])
+
+        def give_way(self) -> None:
+            given["gave way"] = self
+
+        def stop(self) -> None:
+            given["stopped"] = self
 
     def load(archive: Any, network: Network, made: Made, split: Split) -> Network:
         if made.error:
@@ -168,13 +176,16 @@ def test_one_that_cannot_be_made_is_left_out_with_the_makers_reason(tmp_path: Pa
 def test_one_that_is_not_made_in_time_is_left_to_be_made_behind_the_requests(
     tmp_path: Path, making: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    making["is_late"], making["error"] = True, "making it took longer than 60 s"
+    making["is_late"] = True
     network = loaded(tmp_path, Affine(), backend="openvino")
     found = network.findings["backend"]
     assert (found["chosen"], found["state"]) == ("torchscript", "making")
     said = "'backend: openvino' says, takes longer than startup_timeout=60 s; it is made behind the requests"
     assert said in found["reason"] and said in caplog.text
+    assert network.making is making["gave way"]  # what was begun continues
     assert torch.allclose(network.run([torch.ones(1, 16)]), Affine()(torch.ones(1, 16)), atol=1e-5)
+    network.release()  # a model that goes before it serves
+    assert making["stopped"] is network.making
 
 
 def test_one_that_is_not_installed_is_left_out_with_what_to_install(

@@ -96,7 +96,7 @@ class Making:
         self.is_stopped = self.is_over = False
         self.surroundings.makings.append(self)
 
-    def each(self, progress: Callable[[str], None], timeout_s: float) -> Iterator[Made]:
+    def each(self, progress: Callable[[str], None], timeout_s: float, *, advice: str) -> Iterator[Made]:
         progress("compiling it")
         assert self.surroundings.may_end.wait(HANG_S)
         for made in self.surroundings.made:
@@ -454,9 +454,9 @@ def test_a_start_in_the_middle_continues_with_what_is_left(tmp_path: Path, surro
 # --- one that is named, and was not made in time ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", ["", "no rule for Spline"])
+@pytest.mark.parametrize(("error", "is_begun"), [("", False), ("", True), ("no rule for Spline", True)])
 def test_one_that_is_named_is_made_behind_the_requests(
-    tmp_path: Path, surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch, error: str
+    tmp_path: Path, surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch, error: str, is_begun: bool
 ) -> None:
     def load_named(archive: Any, network: Network, made: Made, **_: Any) -> tuple[Network, Agreement]:
         return surroundings.load(archive, network, made, Split()), Agreement(1e-6, 9)
@@ -469,9 +469,12 @@ def test_one_that_is_named_is_made_behind_the_requests(
             surroundings.networks = {"aotinductor": another(stand, tmp_path, Times(5.0))}
             surroundings.may_end.clear()
             stand.lane.network.findings["backend"] = backend_shown("torchscript", "it takes long", state="making")
+            if is_begun:
+                stand.lane.network.making = Making(None, ["aotinductor"], "fp32", 1)
             choice = choice_of(stand, backend="aotinductor")
             choice.start()
             await stand.until(lambda: shown(stand)["reason"] == "it takes long; compiling it")
+            assert len(surroundings.makings) == 1, "what was begun is not begun again"
             assert (shown(stand)["chosen"], shown(stand)["state"]) == ("torchscript", "making")
             assert await served(stand) == 2.0
             surroundings.may_end.set()
@@ -483,6 +486,21 @@ def test_one_that_is_named_is_made_behind_the_requests(
             assert await served(stand) == (2.0 if error else 5.0)
             assert not surroundings.kept, "it is no choice"
             await choice.stop()
+
+    run(test())
+
+
+def test_what_was_begun_ends_with_the_model(tmp_path: Path, surroundings: Surroundings) -> None:
+    async def test() -> None:
+        async with standing(tmp_path, Times(2.0)) as stand:
+            stand.lane.network.findings["backend"] = backend_shown("torchscript", "it takes long", state="making")
+            stand.lane.network.making = begun = Making(None, ["aotinductor"], "fp32", 1)
+            choice = choice_of(stand, backend="aotinductor")
+            async with stand.services.choosing:  # another model's turn
+                choice.start()
+                await stand.until(lambda: "its turn" in shown(stand)["reason"])
+                await choice.stop()
+            assert begun.is_stopped
 
     run(test())
 

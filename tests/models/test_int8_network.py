@@ -100,6 +100,13 @@ def test_one_that_is_named_is_the_only_one(making: dict[str, Any], tmp_path: Pat
     assert making["asked"] == [AOTINDUCTOR]
 
 
+def test_files_of_another_kind_are_named(making: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError) as caught:
+        loaded(tmp_path, name="a.csv")
+    assert "to calibrate with (calibration/a.csv is of no such kind): put pictures" in caught.value.message
+    assert making["asked"] == []
+
+
 def test_if_no_backend_can_have_it_fp32_is_served_and_says_why(making: dict[str, Any], tmp_path: Path) -> None:
     making[OPENVINO] = making[AOTINDUCTOR] = {"error": "it is not installed: pip install it"}
     network = loaded(tmp_path)

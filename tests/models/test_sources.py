@@ -189,3 +189,23 @@ def test_a_package_of_another_machine_is_not_loaded(
         file.writestr(METADATA, json.dumps(metadata))
     with pytest.raises(ModelLoadError, match=text):
         loaded(packed(tmp_path / "model.pt2"))
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+def test_a_package_of_another_torch_is_named_with_this_one(packed: Packed, tmp_path: Path) -> None:
+    """What its code calls is not there by that name."""
+    program = torch.export.export(Linear().eval(), (torch.rand(3, 4),), dynamic_shapes=({0: torch.export.Dim("b")},))
+    own, other = tmp_path / "own.pt2", tmp_path / "model.pt2"
+    torch._inductor.aoti_compile_and_package(program, package_path=str(own))
+    with zipfile.ZipFile(own) as before, zipfile.ZipFile(other, "w") as after:
+        for each in before.infolist():
+            data = before.read(each)
+            after.writestr(
+                each.filename, data.replace(b"aoti_torch_", b"aoti_other_") if ".so" in each.filename else data
+            )
+    with pytest.raises(ModelLoadError) as caught:
+        loaded(packed(other))
+    text = caught.value.message
+    assert text.startswith("m.mar: its weights cannot be loaded: ") and "undefined symbol: aoti_other_" in text
+    assert text.endswith(f"Compile it again with this torch ({torch.__version__}) on this kind of machine")

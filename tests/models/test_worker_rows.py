@@ -34,12 +34,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_handler(server.store, "broken", "import there_is_none\n\ndef handle(data, context):\n    return data\n")
     write_handler(server.store, "slow", SLOW.replace("GATE", repr(str(server.folder / "gate"))))
     serving_models.write_linear(server.store)
-    server.start()
-    try:
+    with server:
+        server.start()
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def rows(server: Server, model: str) -> list[dict[str, Any]]:
@@ -95,7 +92,7 @@ def test_a_registration_that_fails_after_its_answer_is_removed(server: Server) -
         return server.ask("GET", "/models/broken", port="management").status == 404
 
     server.wait_for(is_gone, "its removal")
-    assert "there_is_none" in server.log()
+    server.wait_for_log("there_is_none")
 
 
 @pytest.mark.server
@@ -105,8 +102,8 @@ def test_strict_registers_what_cannot_be_loaded_without_workers(tmp_path: Path) 
     serving_models.write_linear(server.store)
     config = tmp_path / "config.properties"
     config.write_text("compat=strict\nenable_model_api=true\ndisable_token_authorization=true\n")
-    server.start("--ts-config", str(config))
-    try:
+    with server:
+        server.start("--ts-config", str(config))
         for query in (
             "url=broken.mar",
             "url=linear.mar&model_name=odd&handler=nonsense",
@@ -128,9 +125,6 @@ def test_strict_registers_what_cannot_be_loaded_without_workers(tmp_path: Path) 
             assert answer.status == 500
             assert answer.json["message"] == f"Failed to start workers for model {name} version: 1.0"
             assert server.ask("GET", f"/models/{name}", port="management").status == 404
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def test_only_those_that_have_not_begun_are_added() -> None:

@@ -299,6 +299,53 @@ TEST(a_batch_says_why_it_left) {
     check_why({15}, Release::closing);
 }
 
+TEST(workers_that_share_take_their_part_of_what_is_queued_or_runs) {
+    Bench bench(16, {.batch_size_max = 8});
+    bench.batcher.share_among(2);
+    bench.push_many(7);
+    bench.check_takes({0, 1, 2, 3});
+    bench.batcher.hold(4);
+    bench.push();
+    bench.check_takes({4, 5, 6, 7});  // 4 that wait and 4 that run: 4 each
+    bench.batcher.hold(4);
+    bench.push();
+    bench.check_takes({8});
+    bench.batcher.let_go(8);
+    bench.push_many(3);
+    bench.batcher.share_among(1);
+    bench.check_takes({9, 10, 11});
+}
+
+TEST(a_part_is_never_less_than_the_minimum_nor_more_than_the_maximum) {
+    Bench bench(32, {.batch_size_max = 6, .batch_size_min = 3, .batch_delay_max_ns = 100});
+    bench.batcher.share_among(4);
+    bench.push_many(2);
+    bench.check_waits(1100);
+    bench.push();
+    bench.check_takes({0, 1, 2});
+    bench.push_many(20);
+    bench.batcher.share_among(2);
+    bench.check_takes({3, 4, 5, 6, 7, 8});
+    bench.batcher.set_limits({.batch_size_max = 6, .running_max = 1});  // nobody else may run
+    bench.batcher.share_among(7);
+    bench.check_takes({9, 10, 11, 12, 13, 14});
+}
+
+TEST(a_part_is_no_full_batch_and_no_measure_for_one_that_has_to_be_full) {
+    Bench bench(16, {.batch_size_max = 8});
+    bench.batcher.share_among(2);
+    bench.push_many(8);
+    CHECK(bench.look(true) == Next::batch);
+    bench.check_list(bench.take.requests, {0, 1, 2, 3, 4, 5, 6, 7});
+    CHECK(bench.take.release == Release::full);
+    bench.batcher.leave();
+    bench.push_many(8);
+    CHECK(bench.look() == Next::batch);
+    bench.check_list(bench.take.requests, {8, 9, 10, 11});
+    CHECK(bench.take.release == Release::idle);
+    bench.batcher.leave();
+}
+
 TEST(a_stopped_worker_takes_nothing) {
     Bench bench(8);
     bench.push();

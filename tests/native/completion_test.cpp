@@ -51,10 +51,9 @@ TEST(a_signal_alone_wakes_the_loop) {
     CHECK(!is_readable(completions.fd(), 0));
 }
 
-TEST(many_pushers_lose_nothing_keep_their_order_and_write_once_per_push) {
-    constexpr size_t pushers = 4;
-    const int64_t count = harness::scaled(50'000);
-    Completions<> completions;
+// Several threads push; all of it comes, each thread's in order. `await` returns when there may be something.
+template <class Await>
+void push_from_many(Completions<>& completions, size_t pushers, int64_t count, Await await) {
     std::vector<std::deque<Mark>> marks(pushers);
     std::vector<std::thread> threads;
     for (size_t p = 0; p < pushers; ++p) {
@@ -69,7 +68,7 @@ TEST(many_pushers_lose_nothing_keep_their_order_and_write_once_per_push) {
     }
     std::vector<int64_t> next(pushers, 0);
     for (int64_t got = 0; got < count * static_cast<int64_t>(pushers);) {
-        CHECK(is_readable(completions.fd(), -1));
+        await();
         for (CompletionNode* node = completions.drain(); node != nullptr; node = node->next) {
             const auto* mark = static_cast<const Mark*>(node);
             CHECK_EQ(mark->number, next[mark->pusher]);
@@ -81,6 +80,27 @@ TEST(many_pushers_lose_nothing_keep_their_order_and_write_once_per_push) {
     for (std::thread& thread : threads) thread.join();
     CHECK(completions.drain() == nullptr);
     CHECK_EQ(completions.signals(), static_cast<uint64_t>(count) * pushers);
+}
+
+TEST(many_pushers_lose_nothing_keep_their_order_and_write_once_per_push) {
+    Completions<> completions;
+    push_from_many(completions, 4, harness::scaled(50'000), [&] { CHECK(is_readable(completions.fd(), -1)); });
+}
+
+TEST(one_who_waits_awake_is_not_written_to_and_loses_nothing) {
+    Completions<> completions;
+    CHECK(!completions.wait_awake(0) && !completions.wait_awake(1000));
+    // Short waits end while somebody pushes: whoever comes too late for them has to write.
+    push_from_many(completions, 3, harness::scaled(20'000), [&, round = int64_t{0}]() mutable {
+        if (!completions.wait_awake(round++ % 3 * 500)) CHECK(is_readable(completions.fd(), -1));
+    });
+}
+
+TEST(what_was_pushed_before_is_found_at_once) {
+    Completions<> completions;
+    Mark mark;
+    completions.push(&mark);
+    CHECK(completions.wait_awake(0) && completions.drain() == &mark);
 }
 
 TEST_MAIN

@@ -207,9 +207,10 @@ def test_it_holds_what_the_source_holds_and_nothing_else(wheel: Path) -> None:
     assert packed == source | made
 
 
-def test_beside_the_package_lies_only_the_path_to_the_names_of_torchserve(wheel: Path) -> None:
+def test_beside_the_package_lie_only_a_manual_page_and_the_path_to_the_names_of_torchserve(wheel: Path) -> None:
     others = {name for name in names_in(wheel) if not name.startswith("pyserve/") and ".dist-info/" not in name}
-    assert others == {"pyserve-compat.pth"}
+    (manual,) = [name for name in others if name.endswith(".data/data/share/man/man1/pyserve.1")]
+    assert others == {"pyserve-compat.pth", manual}
 
 
 def test_its_metadata_has_version_and_licence(wheel: Path) -> None:
@@ -265,7 +266,7 @@ def test_no_process_of_the_server_uses_the_source_tree(environment: Environment,
 def test_uninstalling_leaves_nothing(wheel: Path, tmp_path: Path) -> None:
     other = Environment(tmp_path, wheel)
     assert list(other.site.glob("pyserve*"))
-    other.run("pip", "uninstall", "--quiet", "--yes", "pyserve")
+    other.run("pip", "uninstall", "--quiet", "--yes", "pyserve-torch")
     assert not list(other.site.glob("pyserve*")) and not list(other.bin.glob("*serve*"))
 
 

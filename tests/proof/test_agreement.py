@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyserve.proof.agreement import agreement
+from pyserve.proof.agreement import Precisions, agreement
 from pyserve.proof.probe_inputs import Probe
 from pyserve.proof.repeats import why_composed, why_not_repeated
 
@@ -37,6 +37,48 @@ def test_the_largest_difference_is_told_and_judged() -> None:
     found = agreement(double, nearly, PROBES, 1e-7)
     assert found.objection.startswith("its answer differs by") and found.objection.endswith("on small numbers")
     assert found.probes == 1, "the first that differs settles it"
+
+
+def at(factor: float) -> Callable[[Rows], Any]:
+    return lambda inputs: inputs[0] * factor
+
+
+@pytest.mark.parametrize(
+    ("truth", "full", "lower", "agrees"),
+    [
+        (2.0, 2.0, 2.02, True),  # torch is off to the other side itself, and nearly as far
+        (2.0, 2.0, 1.96, True),  # within the tolerance of what torch gives at that precision
+        (2.0, 2.0, 2.2, True),  # torch itself is much farther from what is right
+        (2.0, 2.0, 2.001, False),  # torch is near to what is right
+        (1.86, 1.94, 1.86, True),  # within the tolerance of fp32, though not of torch at that precision
+        (1.80, 2.08, 2.08, False),  # of neither
+        (2.0, 2.0, math.nan, False),  # torch gives no number at that precision: nothing is known
+    ],
+)
+def test_an_answer_at_a_lower_precision_is_judged_by_torch_at_both(
+    truth: float, full: float, lower: float, agrees: bool
+) -> None:
+    """Of an input on which a network hangs by a hair each engine is off by some percent, and not to one side."""
+    candidate, tolerance = 1.94, 0.02
+    if lower == 2.02:
+        candidate, tolerance = 1.976, 0.01
+    found = agreement(at(truth), at(candidate), PROBES, tolerance, precisions=Precisions(at(full), at(lower)))
+    assert (not found.objection) is agrees, found
+    assert agreement(at(truth), at(candidate), PROBES, tolerance).objection
+
+
+def test_what_no_rounding_explains_is_not_explained_by_a_precision() -> None:
+    def other_shape(inputs: Rows) -> Any:
+        return inputs[0][:, :2]
+
+    asked = []
+
+    def at_any(inputs: Rows) -> Any:
+        asked.append(1)
+        return other_shape(inputs)
+
+    found = agreement(double, other_shape, PROBES, 0.5, precisions=Precisions(at_any, at_any))
+    assert found.objection and not asked
 
 
 def test_what_one_refuses_the_other_has_to_refuse() -> None:

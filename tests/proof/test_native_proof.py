@@ -164,8 +164,13 @@ def test_a_graph_that_writes_to_its_own_tensors_has_no_state(
     model = loaded(module(), tmp_path, frozen=frozen)
     assert not model.state
     assert model.instance() is model
+    unchanged = model.checksum()
     find_state(model, ITEM, is_package=False)
     assert not model.state
+    find_state(model, ITEM, is_package=False, unchanged=unchanged)
+    assert not model.state
+    find_state(model, ITEM, is_package=False, unchanged=unchanged + 1)
+    assert model.state == "a call changes a weight or a constant of the model"
 
 
 def test_a_buffer_that_was_read_from_a_file_may_grow(tmp_path: Path) -> None:
@@ -457,7 +462,7 @@ class GivesBackItsSize(nn.Module):
 
 def test_a_model_whose_output_cannot_be_answered_is_refused_at_load(tmp_path: Path) -> None:
     config = {"input": {"dtype": "float32", "shape": [4]}}
-    with pytest.raises(ModelLoadError, match=r"m\.mar cannot be answered: postprocess"):
+    with pytest.raises(ModelLoadError, match=r"m\.mar cannot answer an example of its input \(.*\): postprocess"):
         network_of(tmp_path, GivesBackItsSize(), config)
 
 

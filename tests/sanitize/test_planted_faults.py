@@ -52,13 +52,10 @@ def test_servers_and_their_workers_load_it_too(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setenv(name, value)
     server = Server(tmp_path)
     write_handler(server.store, "own", WHICH_CORE)
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         assert str(extension()) in {part.path for part in server.process.memory_maps()}
         assert server.predict("own", "x").body == str(extension()).encode()
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.mark.parametrize(

@@ -99,12 +99,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         write_torchscript(store, torch.nn.Identity(), f"same-{dtype}", config={"input": {"dtype": dtype, "shape": [3]}})
         config = {"input": {"dtype": dtype, "shape": [3]}, **PYTHON}
         write_eager(store, f"same-{dtype}-python", source, {"table": torch.zeros(1)}, config=config)
-    server.start("--models", "all", "--grpc", "true")
-    try:
+    with server:
+        server.start("--models", "all", "--grpc", "true")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -111,12 +111,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_handler(server.store, "thread", THREAD, network=Identity(),
                   config={"isolation": "thread", "input": {"dtype": "float32", "shape": [2]}})  # fmt: skip
     write_handler(server.store, "acts", ACTS)
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def ask(server: Server, model: str, body: bytes = b"x", kind: str = "blue") -> Any:

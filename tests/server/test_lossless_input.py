@@ -43,12 +43,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config = {"input": {"dtype": "float32", "shape": [2]}}
     serving_models.write_torchscript(server.store, Doubled(), "doubled", config=config)
     write_handler(server.store, "own", OWN)
-    server.start("--grpc", "true", "--models", "doubled.mar", "own.mar")
-    try:
+    with server:
+        server.start("--grpc", "true", "--models", "doubled.mar", "own.mar")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.fixture(params=["doubled", "own"])
@@ -101,9 +98,24 @@ def test_json_in_a_part_is_read_also_where_its_type_has_parameters(server: Serve
 
 
 @pytest.mark.parametrize(("body", "headers"), [
-    (b"[1.0,2.0", JSON), (b"data=[1.0,20]", FORM), (b"[1.0,20]", {}), (b"\xff" * 8, {"Content-Type": "text/plain"}),
-    (part("data", b"[1.0,20]") + b"--BB--", MULTIPART), (b"[1.0,20]", {"Content-Type": "application/vnd.a+json"}),
+    (b"data=[1.0,20]", FORM), (part("data", b"[1.0,20]") + b"--BB--", MULTIPART),
+])  # fmt: skip
+def test_json_in_a_field_of_a_form_is_read(server: Server, body: bytes, headers: dict[str, str]) -> None:
+    assert server.ask("POST", "/predictions/doubled", body, headers).json == [2, 40]
+
+
+def test_what_was_sent_as_json_and_is_none_is_not_taken_for_numbers(server: Server) -> None:
+    refused(server.ask("POST", "/predictions/doubled", b"[1.0,2.0", JSON), "the body says application/json but is not")
+
+
+@pytest.mark.parametrize(("body", "headers"), [
+    (b"[1.0,20]", {}), (b"\xff" * 8, {"Content-Type": "text/plain"}),
+    (b"[1.0,20]", {"Content-Type": "application/vnd.a+json"}),
     (part("data", b"[1.0,20]", "Content-Type: application/jsonlines\r\n") + b"--BB--", MULTIPART),
+    ("\ufeff[1,2]".encode(), {}), ("[12]".encode("utf-16-le"), {}), ("[12]".encode("utf-16-be"), {}),
+    ("[1]".encode("utf-16"), {}), ("12.".encode("utf-16"), {}), ('{"ä":1}'.encode(), {}), (b"\x89PNG\r\n\x1a\n", {}),
+    (b"\x89PNG\r\n\x1a\n", {"Content-Type": "image/png"}), (b"GIF89a\x01\0", {"Content-Type": "image/gif"}),
+    (part("data", b"\x89PNG\r\n\x1a\n") + b"--BB--", MULTIPART),
 ])  # fmt: skip
 def test_text_is_never_taken_for_numbers_in_memory(server: Server, body: bytes, headers: dict[str, str]) -> None:
     refused(server.ask("POST", "/predictions/doubled", body, headers), "application/octet-stream")

@@ -150,12 +150,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     write_handler(site.store, "sequences", FAULTY, files={"words.txt": "one"},
                   config={"sequenceBatching": True, "maxNumSequence": 8, "maxSequenceJobQueueSize": 8})  # fmt: skip
     write_handler(site.store, "parent", PARENT)
-    site.start("--models", "all")
-    try:
+    with site:
+        site.start("--models", "all")
         yield site
-    finally:
-        site.run("stop")
-        site.kill()
 
 
 def in_background(site: Site, model: str, order: Any = None) -> tuple[threading.Thread, list[Answer]]:
@@ -380,19 +377,16 @@ def small(tmp_path: Path) -> Iterator[Site]:
         ["prlimit", f"--nofile={OPEN_FILES // 2}:{OPEN_FILES}", *site.arguments("start", "--models", "all")],
         env=site.environment, cwd=site.folder, capture_output=True, text=True, timeout=LIMIT_S, check=False,
     )  # fmt: skip
-    try:
+    with site:
         assert started.returncode == 0, started.stderr
         yield site
-    finally:
-        site.run("stop")
-        site.kill()
 
 
 def test_connections_leave_descriptors_for_workers_and_the_operator(small: Site) -> None:
     limit = resource.RLIMIT_NOFILE
     assert resource.prlimit(small.process.pid, limit) == (OPEN_FILES, OPEN_FILES)  # raised by itself
     assert resource.prlimit(small.pid("faulty"), limit)[0] == OPEN_FILES // 2  # as handlers know it
-    assert f"this process may have {OPEN_FILES} open files" in small.log()
+    small.wait_for_log(f"this process may have {OPEN_FILES} open files")
     before = small.process.num_fds()
     with contextlib.ExitStack() as held:
         clients = [held.enter_context(small.connect()) for _ in range(OPEN_FILES)]

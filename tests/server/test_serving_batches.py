@@ -175,10 +175,14 @@ def test_a_description_shows_what_trying_batches_came_to(served: Server) -> None
 
 
 def test_a_description_shows_what_a_worker_was_warmed_up_with(served: Server) -> None:
-    rows = {name: served.describe(name)["checks"]["warmUp"]["rows"] for name in ("linear", "softmax", "own")}
-    assert rows["linear"] == {"a made-up tensor [4]": [1, 2, 4, 8]}
-    assert rows["softmax"] == {"a made-up tensor [4]": [1]}, "its batches hold one request"
-    assert rows["own"] == {"sample_input.json": [1], "sample_input2.json": [1]}
+    found = {name: served.describe(name)["checks"]["warmUp"] for name in ("linear", "softmax", "own")}
+    known, sizes = "a made-up tensor [4]", [1, 2, 4, 8]
+    warmed = found["linear"]["rows"][known]
+    late = [f"{known}, {size} rows: it would have taken too long" for size in sizes if size not in warmed]
+    assert {1, 8} <= set(warmed) <= set(sizes)
+    assert found["linear"].get("leftOut", []) == late  # on a busy machine
+    assert found["softmax"]["rows"] == {known: [1]}, "its batches hold one request"
+    assert found["own"]["rows"] == {"sample_input.json": [1], "sample_input2.json": [1]}
 
 
 def test_another_worker_need_not_try_what_is_known(served: Server) -> None:
@@ -219,4 +223,4 @@ def test_a_sample_that_ends_its_worker_does_not_keep_the_model_from_being_served
     write_handler(served.store, "deadly", textwrap.dedent(source), files={"sample_input.json": "[13]"})
     served.manage("POST", "/models?url=deadly.mar&initial_workers=1&synchronous=true")
     assert served.predict("deadly", [1]).json == [1]
-    assert "a worker ended while it was tried with the archive's sample_input* files" in served.log()
+    served.wait_for_log("a worker ended while it was tried with the archive's sample_input* files")

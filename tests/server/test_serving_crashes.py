@@ -109,12 +109,9 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     stand.add("patient", NOTING, {**EIGHT, "responseTimeout": 1, "clientTimeoutInMills": 100_000})
     stand.add("parts", STREAMING, EIGHT)
     stand.add("coroutine", COROUTINE, {"asyncCommunication": True, "batchSize": 1})
-    stand.server.start("--models", "all")
-    try:
+    with stand.server:
+        stand.server.start("--models", "all")
         yield stand
-    finally:
-        stand.server.run("stop")
-        stand.server.kill()
 
 
 def check_others(answers: list[Any], guilty: set[int], *, batch: int = 1) -> None:

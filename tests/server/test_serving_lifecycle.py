@@ -254,7 +254,10 @@ def test_a_signal_to_all_processes_of_a_service_is_one(server: Server, session_s
         os.kill(server.process.pid, signal.SIGTERM)
         os.kill(popen.pid, signal.SIGTERM)
         answer = kept.predict("linear", [1, 2, 3, 4])
-        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        while answer.headers["connection"] != "close":  # it was faster than the signals
+            assert answer.status == 200
+            answer = kept.predict("linear", [1, 2, 3, 4])
+        assert answer.status == 200
         assert popen.wait(LIMIT_S) == 0
 
 
@@ -403,9 +406,10 @@ def test_strict_does_not_serve_when_a_model_fails(server: Server, bad_store: Pat
 def test_without_models_the_server_starts_empty_and_takes_one(server: Server) -> None:
     write_linear(server.store, "later")
     started = server.start()
-    assert started.stdout.splitlines()[1:4] == [
+    assert started.stdout.splitlines()[1:5] == [
         "no model is loaded",
         "found in model store, not loaded: later.mar (start with --models later.mar or POST /models?url=later.mar)",
+        f"console: {server.url('management')}/",
         "Model server started.",
     ]
     assert server.ask("GET", "/ping").json == {"status": "Healthy"}

@@ -92,11 +92,8 @@ def started(folder: Path, mode: str) -> Server:
 @pytest.fixture(scope="module")
 def logging_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = started(tmp_path_factory.mktemp("lines"), "log")
-    try:
+    with server:
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +208,7 @@ def test_calls_of_grpc_have_neither_a_class_nor_microseconds(logging_server: Ser
 @pytest.mark.server
 def test_legacy_mode_leaves_the_three_counters_to_the_endpoint(tmp_path: Path) -> None:
     server = started(tmp_path, "legacy")
-    try:
+    with server:
         server.manage("POST", "/models?url=base.mar&initial_workers=1&synchronous=true")
         lines = Lines(tmp_path / "logs")
         assert names(lines.take(3)[0])[-3:] == LOAD
@@ -219,6 +216,3 @@ def test_legacy_mode_leaves_the_three_counters_to_the_endpoint(tmp_path: Path) -
         of_server, of_models = lines.take(3, 2)
         assert names(of_server) == ["Requests2XX.Count", QUEUE, THREAD] and names(of_models) == BOTH
         assert server.metric("ts_inference_requests_total", model_name="base") == 1
-    finally:
-        server.run("stop")
-        server.kill()

@@ -183,7 +183,7 @@ def test_strict_start_fails_on_a_wrong_metrics_yaml(server: Server, tmp_path: Pa
     assert failed.returncode != 0
     assert "m.yaml, line 3: ts_metrics.counter: a metric needs a unit" in failed.stderr
     server.start(*options)
-    assert "a metric needs a unit" in server.log()
+    server.wait_for_log("a metric needs a unit")
     assert "Requests2XX" in text_of(server)
 
 

@@ -106,12 +106,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("modes"))
     write_handler(server.store, "counter", COUNTER, config={"continuousBatching": True, "batchSize": 4})
     write_handler(server.store, "meeting", MEETING, config={"asyncCommunication": True, "responseTimeout": 2})
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def ask(server: Server, model: str, body: dict[str, Any]) -> Any:

@@ -56,12 +56,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_handler(server.store, "show", SHOW)
     write_handler(server.store, "explainer", EXPLAINER, network=Doubler())
     write_linear(server.store, "linear")
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def ask(server: Server, path: str, body: bytes = b"[1]", headers: dict[str, str] | None = None) -> Any:
@@ -115,12 +112,9 @@ def test_invocations_find_their_model_by_parameter_or_form_field(server: Server)
 def test_invocations_go_to_the_only_model(tmp_path: Path) -> None:
     server = Server(tmp_path)
     write_linear(server.store, "linear")
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         assert server.ask("POST", "/invocations", bytes(16), RAW).status == 200
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def test_native_models_answer_on_every_path(server: Server) -> None:

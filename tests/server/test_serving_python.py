@@ -112,12 +112,9 @@ def write_archives(store: Path) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("python"))
     write_archives(server.store)
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def post(server: Server, model: str, value: Any, path: str = "/predictions") -> Any:
@@ -401,8 +398,8 @@ def test_more_workers_share_the_weights(tmp_path: Path) -> None:
              "        self.weight = torch.nn.Parameter(torch.zeros(5000, 5000))\n\n" \
              "    def forward(self, x):\n        return x @ self.weight[:2, :2]\n"  # fmt: skip
     write_handler(server.store, "big", SUBCLASS, model_file=source, state={"weight": torch.eye(5000)})
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         assert post(server, "big", [1.0, 2.0]).json == [1.5, 3.0]
         server.manage("PUT", "/models/big?min_worker=3&synchronous=true")
         deadline = time.monotonic() + LIMIT_S
@@ -412,6 +409,3 @@ def test_more_workers_share_the_weights(tmp_path: Path) -> None:
             memory = psutil.Process(pid).memory_full_info()
             private += memory.uss
         assert private < 3 * 100e6, "each worker has a copy of its own"
-    finally:
-        server.run("stop")
-        server.kill()

@@ -205,7 +205,8 @@ def test_what_is_no_handshake_is_closed_without_a_word_in_the_log(guarded: Serve
             answer += chunk
     assert b"HTTP" not in answer
     assert guarded.ask("GET", "/live").status == 200
-    assert guarded.log() == before
+    said = guarded.log().removeprefix(before).splitlines()
+    assert not [line for line in said if "the event loop stood still" not in line]  # as on a busy machine
 
 
 def _received(connection: socket.socket) -> bytes:
@@ -392,6 +393,12 @@ def test_one_port_asks_each_call_for_one_key(server: Server) -> None:
         assert server.ask("GET", path, None, server.key()).status == 200
     assert server.ask("POST", "/predictions/linear", NUMBERS, JSON | server.key()).status == 401
     assert server.ask("POST", "/predictions/linear", NUMBERS, JSON | server.key("inference")).status == 200
+    for path in ("/v1/models/linear", "/v2/models/linear", "/v2/models/linear/ready"):  # both APIs have them
+        assert server.ask("GET", path, None, server.key()).status == 200
+        assert server.ask("GET", path, None, server.key("inference")).status == 200
+        assert (
+            server.ask("GET", path).status == server.ask("GET", path, None, {"Authorization": "Bearer a"}).status == 401
+        )
     assert server.ask("GET", "/ping").status == server.ask("GET", "/metrics").status == 200
 
 

@@ -64,12 +64,9 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "PYSERVE_COMPAT": "strict", "PYSERVE_CPU_BUDGET": "2", "TS_IPEX_GPU_ENABLE": "true",
         "SECRET_THING": "s", "PLAIN_THING": "p", "PYSERVE_DISABLE_TOKEN_AUTHORIZATION": "true",
     }  # fmt: skip
-    server.start("--models", "told.mar", "pair.mar", "slow.mar", "brief.mar", "pictures.mar", "show.mar")
-    try:
+    with server:
+        server.start("--models", "told.mar", "pair.mar", "slow.mar", "brief.mar", "pictures.mar", "show.mar")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.mark.server
@@ -182,7 +179,7 @@ def test_unknown_parameters_are_passed_over(strict: Server) -> None:
 def test_settings_are_in_the_log(strict: Server) -> None:
     wanted = ("Compat: strict", "Default workers per model: 2", "Model API enabled: false", "Blacklist Regex: SECRET.*")
     for line in wanted:
-        assert f"    {line}\n" in strict.log()
+        strict.wait_for_log(f"    {line}\n")
 
 
 @pytest.mark.server
@@ -190,7 +187,7 @@ def test_keys_are_asked_for_and_the_last_snapshot_is_restored_unasked(tmp_path: 
     server = Server(tmp_path)
     write_handler(server.store, "told", HANDLER)
     server.environment |= {"PYSERVE_COMPAT": "strict", "PYSERVE_CPU_BUDGET": "1"}
-    try:
+    with server:
         server.start("--models", "told.mar")
         for port, path in (("inference", "/predictions/told"), ("management", "/models")):
             assert server.ask("GET", path, headers=server.key(port), port=port).status == 200
@@ -209,9 +206,6 @@ def test_keys_are_asked_for_and_the_last_snapshot_is_restored_unasked(tmp_path: 
         server.start()
         [told] = server.ask("GET", "/models/told", headers=server.key(), port="management").json
         assert (told["minWorkers"], len(told["workers"])) == (2, 2)
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_the_process_is_replaced_when_a_stuck_model_goes_and_loses_no_other_requ
     server.wait_for(lambda: server.process.pid != pid, "another process")
     assert server.predict("linear", ITEM).status == 200
     assert {each["modelName"] for each in server.manage("GET", "/models")["models"]} == {"linear"}
-    assert "is not served any more" in server.log()
+    server.wait_for_log("is not served any more")
 
 
 def test_the_process_is_replaced_when_too_many_are_stuck(server: Server) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from pyserve import launch
 from pyserve.config.config import Config, load_config
 from pyserve.errors import ConfigError, JsonObject
 from pyserve.server import pid_file
@@ -352,6 +353,7 @@ def test_port_in_use_names_the_owner_and_the_mend(tree: Tree) -> None:
         started = tree.run("start", "--inference-address", f"http://127.0.0.1:{port}")
     assert started.returncode == 1
     error = started.stderr.splitlines()[-1]
+    assert started.stderr.count("cannot listen") == 1, started.stderr
     assert f"inference_address (--inference-address): cannot listen on http://127.0.0.1:{port}" in error
     assert f"(pid {os.getpid()})" in error
     assert "choose another with inference_address in config.properties, or with `pyserve start --inf" in error
@@ -550,7 +552,7 @@ def test_a_cause_that_stays_ends_the_restarts_with_its_name(tmp_path: Path) -> N
     now, events = [0.0], list[JsonObject]()
     supervisor = Supervisor(
         config_with(tmp_path), Listeners(), OwnFolder(str(tmp_path)), SharedMemory(), events.append,
-        server_command=["/nowhere/python"], drains_on_hangup=False,
+        program=launch.Program.own()._replace(server=["/nowhere/python"]), drains_on_hangup=False,
     )  # fmt: skip
     supervisor._named_causes = NamedCauses(lambda: now[0])
     supervisor._has_served = True

@@ -107,14 +107,14 @@ class Clients:
                 try:
                     answer = client.ask("POST", f"/predictions/{model}", item.numpy().tobytes(), RAW)
                 except (OSError, http.client.HTTPException):
-                    client.__exit__()
+                    client.close()
                     client = Client(self._address)
                     self._note(model, "closed")
                     continue
                 if self._take(model, item, answer, sent_at):
                     break
                 time.sleep(0.02)
-        client.__exit__()
+        client.close()
 
     def _note(self, model: str, status: object) -> None:
         with self._news:

@@ -73,6 +73,9 @@ def test_a_device_that_is_lost_again_and_again_is_left_alone_while_the_others_ar
     server.environment["PYSERVE_DEVICE_LOSSES_MAX"] = "1"
     server.start("--models", *write_models(server.store))
     for _ in range(2):
+        server.wait_for(
+            lambda: is_right(server, FRAGILE), "it to be loaded: a load on a device that breaks just FAILED"
+        )
         pid = server.process.pid
         fault(server, "break at=0 device=0")
         refused = server.predict(FRAGILE, [1.0, 2.0, 3.0, 4.0])

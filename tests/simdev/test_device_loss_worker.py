@@ -78,6 +78,7 @@ def test_workers_that_lost_their_device_do_not_count_as_a_crash_loop(server: Ser
         server.wait_for(lambda: ask(server, 5).status == 200, "another worker")
     described = server.describe("twice")
     assert described["state"] == "READY" and len(described["workers"]) == 1
+    server.wait_for_log("the device is lost for this worker", 6)
     assert server.log().count("the device is lost for this worker") == 6
 
 
@@ -92,4 +93,5 @@ def test_so_it_is_with_handlers_whose_calls_overlap(server: Server) -> None:
     assert ask(server, 4).json == 8.0
     check_failed(ask(server, -1))
     server.wait_for(lambda: ask(server, 5).status == 200, "another worker")
+    server.wait_for_log("the device is lost for this worker")
     assert server.log().count("the device is lost for this worker") == 1

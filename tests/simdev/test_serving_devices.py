@@ -116,7 +116,7 @@ def test_a_device_that_is_not_there_is_refused_and_the_others_are_served(server:
     assert answer.status == 400
     text = "deviceIds [1, 7] in model-config.yaml name GPU 7, but GPUs 0 to 1 are there"
     assert text in answer.json["message"]
-    assert text in server.log()
+    server.wait_for_log(text)
 
 
 def test_what_fits_nowhere_is_refused_with_both_numbers_and_the_others_are_served(server: Server) -> None:
@@ -209,7 +209,7 @@ def test_a_package_for_the_cpu_is_served_there(server: Server) -> None:
     described = server.describe("package")
     assert (described["device"], described["deviceType"]) == ("cpu", "cpu")
     assert not any(row["gpu"] for row in described["workers"])
-    assert "package.pt2 was compiled for the CPU and runs there" in server.log()
+    server.wait_for_log("package.pt2 was compiled for the CPU and runs there")
     assert server.predict("package", NUMBERS).json == pytest.approx(linear(NUMBERS), abs=1e-4)
     answer = server.ask(
         "POST", "/models?url=asks.mar&model_name=asks&initial_workers=1&synchronous=true", port="management"

@@ -131,6 +131,17 @@ class Gated(nn.Module):
         return x * 2
 
 
+def counted(path: str, x: torch.Tensor, first: float) -> torch.Tensor:
+    """``x``, once the gate is open: what `Gated` counts, of a batch whose first number is ``first``."""
+    place = int(torch.nan_to_num(torch.tensor(first)).clamp(0, 63).item())
+    gate = torch.from_file(path, True, 130 + int(place > 63), dtype=torch.int64)
+    gate[2 + place] += 1
+    gate[66 + place] += x.size(0)
+    while int(gate[0].item()) == 0:
+        gate[1] += 1
+    return x
+
+
 class Gate:
     """The test's side of `Gated`. Open at first."""
 
@@ -153,6 +164,14 @@ class Gate:
     @property
     def rows(self) -> int:
         return int(self._words[66:].sum())
+
+    def runs_of(self, first: int) -> int:
+        """Batches begun whose first number was this one."""
+        return int(self._words[2 + first])
+
+    def rows_of(self, first: int) -> int:
+        """Rows in them."""
+        return int(self._words[66 + first])
 
 
 def save_script(network: nn.Module, path: Path, *, frozen: bool = False) -> Path:

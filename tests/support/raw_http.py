@@ -27,9 +27,12 @@ class Raw(NamedTuple):
         return next((value for key, value in self.headers if key.lower() == name.lower()), None)
 
 
-def exchange(server: Server, request: bytes, port: str = "inference") -> Raw:
+def exchange(server: Any, request: bytes, port: str = "inference") -> Raw:
     """Sends ``request`` as it is; the answer, and whether the server then closed the connection, which for an open one
-    is found by a second request."""
+    is found by a second request. ``server`` is a `Server`, or has an ``exchange`` of its own."""
+    if not isinstance(server, Server):
+        answered: Raw = server.exchange(request, port)
+        return answered
     with server.connect(port) as connection:
         connection.sendall(request)
         answer = http.client.HTTPResponse(connection, method=request.split(b" ", 1)[0].decode())

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import random
-import select
 import shutil
 import signal
 import subprocess
@@ -31,11 +30,8 @@ import psutil
 from tests.support.handler_archives import write_handler
 from tests.support.ports import free_port
 from tests.support.serving import LIMIT_S, Server
+from tests.support.steady_load import ECHO, ClientThreads, has_ended
 
-ECHO = """
-def handle(data, context):
-    return None if data is None else [bytes(row.get("body") or b"") for row in data]
-"""
 FRONTS = ("nginx", "haproxy", "pool")
 PATH = "/predictions/echo"
 CLIENTS_PER_FRONT = 6
@@ -117,7 +113,7 @@ class Pool:
                 if not self._idle:
                     return None
                 connection = self._idle.pop()
-            if not select.select([connection.sock], [], [], 0)[0]:
+            if not has_ended(connection):
                 return connection
             connection.close()
 
@@ -138,7 +134,7 @@ class Pool:
             connection.close()
 
 
-class Clients:
+class Clients(ClientThreads):
     """The clients of one front; a context, at whose end they have stopped.
 
     Attributes:
@@ -147,12 +143,11 @@ class Clients:
     """
 
     def __init__(self, name: str, front: Front, seed: int):
+        super().__init__()
         self.name = name
         self.answered = 0
         self.lost: Counter[str] = Counter()
         self._front = front
-        self._lock = threading.Lock()
-        self._ends = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(f"{name} {i}", random.Random(f"{seed} {i}"), PAUSES_S[i]))
             for i in range(CLIENTS_PER_FRONT)
@@ -172,18 +167,7 @@ class Clients:
                 self.answered += not end
                 if end:
                     self.lost[end] += 1
-            if pause_s:
-                self._ends.wait(chance.expovariate(1 / pause_s))
-
-    def __enter__(self) -> Clients:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ends.set()
-        for thread in self._threads:
-            thread.join(LIMIT_S)
+            self._rest(pause_s, chance)
 
 
 def missing(front: str) -> bool:

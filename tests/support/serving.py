@@ -19,40 +19,27 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import psutil
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 
 from pyserve.server import pid_file
+from tests.support.asking import JSON, LIMIT_S, Answer, Asking, AskingClient
+
+__all__ = [
+    "JSON", "LIMIT_S", "NAMES", "RAW", "ROOT", "SEED", "Answer", "Client", "Load", "Server", "at_once", "random_bytes",
+]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 120.0
 SEED = int(os.environ.get("PYSERVE_TEST_SEED", "11"))
-JSON = {"Content-Type": "application/json"}
 RAW = {"Content-Type": "application/octet-stream"}
 NAMES = ("inference", "management", "metrics")
 
 T = TypeVar("T")
 
 
-class Answer(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def detail(self) -> dict[str, Any]:
-        detail: dict[str, Any] = self.json["detail"]
-        return detail
-
-
-class Client:
+class Client(AskingClient):
     """One connection that is kept; certificates are not checked."""
 
     def __init__(self, address: tuple[str, int], *, is_tls: bool = False):
@@ -66,13 +53,7 @@ class Client:
         answer = self._connection.getresponse()
         return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
 
-    def predict(self, model: str, numbers: Any) -> Answer:
-        return self.ask("POST", f"/predictions/{model}", json.dumps(numbers).encode(), JSON)
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._connection.close()
 
 
@@ -81,8 +62,11 @@ def _sanitizers_path() -> list[str]:
     return os.environ["PYTHONPATH"].split(os.pathsep) if "PYSERVE_SANITIZED_CORE" in os.environ else []
 
 
-class Server:
-    """One pyserve with its own folder, model store, cache, pid file and ports."""
+class Server(Asking):
+    """One pyserve with its own folder, model store, cache, pid file and ports.
+
+    As a context it is stopped at the end, and killed where that does not end it; whether it was started or not.
+    """
 
     def __init__(self, folder: Path, store: Path | None = None, cache: Path | None = None):
         self.folder = folder
@@ -100,6 +84,13 @@ class Server:
         }
         self.environment.pop("XDG_RUNTIME_DIR", None)
         self.environment.pop("TS_CONFIG_FILE", None)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.run("stop")
+        self.kill()
 
     # --- the command line -----------------------------------------------------------------------------------------
 
@@ -159,6 +150,13 @@ class Server:
     def log(self) -> str:
         path = self.folder / "logs/pyserve.log"
         return path.read_text() if path.exists() else ""
+
+    def wait_for_log(self, text: str, count: int = 1) -> None:
+        """Returns once the log has it that often: a line may be written after the answer that it is about."""
+        deadline = time.monotonic() + LIMIT_S
+        while self.log().count(text) < count:
+            assert time.monotonic() < deadline, f"not {count} times in the log: {text}\n{self.log()}"
+            time.sleep(0.02)
 
     def kill(self) -> None:
         running = pid_file.read(self.pid_path)
@@ -228,49 +226,6 @@ class Server:
 
     def connect(self, name: str = "inference") -> socket.socket:
         return socket.create_connection(self.address(name), timeout=LIMIT_S)
-
-    def ask(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        headers: dict[str, str] | None = None,
-        *,
-        port: str = "inference",
-    ) -> Answer:
-        with self.client(port) as client:
-            return client.ask(method, path, body, headers)
-
-    def predict(self, model: str, numbers: Any) -> Answer:
-        with self.client() as client:
-            return client.predict(model, numbers)
-
-    def manage(self, method: str, path: str) -> Any:
-        """The JSON answer of a management call that must succeed."""
-        answer = self.ask(method, path, port="management")
-        assert answer.status in (200, 202), answer.body
-        return answer.json
-
-    def describe(self, model: str) -> dict[str, Any]:
-        described: dict[str, Any] = self.manage("GET", f"/models/{model}")[0]
-        return described
-
-    def metric(self, sample: str, **labels: str) -> float:
-        """The sum over all samples of that name with these labels."""
-        text = self.ask("GET", "/metrics", port="metrics").body.decode()
-        return sum(
-            each.value
-            for family in text_string_to_metric_families(text)
-            for each in family.samples
-            if each.name == sample and labels.items() <= each.labels.items()
-        )
-
-    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        """Asks again and again; each time the server has turned its loop."""
-        deadline = time.monotonic() + LIMIT_S
-        while not condition():
-            assert time.monotonic() < deadline, f"waited in vain for {what}"
-            self.ask("GET", "/live")
 
 
 class Load:

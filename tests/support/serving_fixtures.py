@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support import serving_models
+from tests.support.browser import open_browser
 from tests.support.serving import Server
 
 
@@ -41,3 +43,9 @@ def server(tmp_path: Path, session_store: Path) -> Iterator[Server]:
         yield made
     finally:
         made.kill()
+
+
+@pytest.fixture(scope="module")  # no longer: playwright runs an event loop meanwhile
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    yield from open_browser()

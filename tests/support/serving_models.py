@@ -13,6 +13,7 @@ import torch
 from pyserve.archive.packing import ArchiverConfig, write_archive
 
 LABELS = {str(index): f"class {index}" for index in range(12)}
+VOCABULARY = {"<unk>": 0, "bad": 1, "good": 2, "worse": 3}
 LINEAR_INPUT = {"dtype": "float32", "shape": [4]}
 
 
@@ -73,6 +74,26 @@ class Pictures(torch.nn.Module):
         return scores
 
 
+class Words(torch.nn.Module):
+    """Numbers of words [m] and where each text begins [n] -> scores [n, 2]: of even numbers, and of odd ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(len(VOCABULARY) // 2, 1)
+        self.bag = torch.nn.EmbeddingBag.from_pretrained(weights, mode="sum")
+
+    def forward(self, numbers: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.bag(numbers, offsets)
+        return scores
+
+
+class Pair(torch.nn.Module):
+    """Two inputs [n, k] -> [n, 1], the sum of the first where the second is 1."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (ids * mask).sum(1, keepdim=True)
+
+
 def write_torchscript(
     store: Path,
     network: torch.nn.Module,
@@ -84,6 +105,7 @@ def write_torchscript(
     config: dict[str, Any] | None = None,
     labels: dict[str, str] | None = None,
     calibration: Path | None = None,
+    vocabulary: dict[str, int] | None = None,
 ) -> Path:
     """``store/{file or name}.mar`` with the scripted network, and what lies in the folder ``calibration``."""
 
@@ -92,7 +114,7 @@ def write_torchscript(
 
     return _write(
         store, save, ".pt", name, version=version, file=file, handler=handler, config=config, labels=labels,
-        calibration=calibration,
+        calibration=calibration, vocabulary=vocabulary,
     )  # fmt: skip
 
 
@@ -128,6 +150,7 @@ def _write(
     labels: dict[str, str] | None = None,
     model_file: str | None = None,
     calibration: Path | None = None,
+    vocabulary: dict[str, int] | None = None,
 ) -> Path:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -143,6 +166,10 @@ def _write(
             if text is not None:
                 (folder / each).write_text(text)
                 paths[each] = str(folder / each)
+        extra = [paths["index_to_name.json"]] if labels is not None else []
+        if vocabulary is not None:
+            extra.append(str(folder / "source_vocab.pt"))
+            torch.save(vocabulary, extra[-1])
         written = write_archive(
             ArchiverConfig(
                 model_name=name,
@@ -150,7 +177,7 @@ def _write(
                 version=version,
                 serialized_file=str(weights),
                 model_file=paths.get("model.py"),
-                extra_files=paths.get("index_to_name.json"),
+                extra_files=",".join(extra) or None,
                 config_file=paths.get("model-config.yaml"),
                 export_path=temporary,
                 calibration=None if calibration is None else str(calibration),
@@ -176,3 +203,17 @@ def write_burn(store: Path, name: str = "burn") -> Path:
 
 def write_pictures(store: Path, name: str = "pictures") -> Path:
     return write_torchscript(store, Pictures(), name, handler="image_classifier", labels=LABELS)
+
+
+def write_words(store: Path, name: str = "words") -> Path:
+    labels = {"0": "praise", "1": "blame"}
+    return write_torchscript(
+        store, Words(), name, handler="text_classifier", labels=labels, vocabulary=VOCABULARY
+    )  # fmt: skip
+
+
+def write_pair(store: Path, name: str = "pair") -> Path:
+    """Of whole numbers from 5 to 9, 8 to 64 of them, and a mask."""
+    ids = {"name": "ids", "dtype": "int64", "shape": ["8..64"], "values": [5, 9], "same": "length"}
+    mask = {"name": "mask", "dtype": "int64", "shape": ["8..64"], "values": [1, 1], "same": "length"}
+    return write_torchscript(store, Pair(), name, config={"input": [ids, mask]})

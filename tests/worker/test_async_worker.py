@@ -97,12 +97,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_handler(server.store, "slow", HANDLER, config={**config, "responseTimeout": 1})
     write_handler(server.store, "generator", GENERATOR, config=config)
     write_handler(server.store, "plain", PLAIN, config=config)
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def ask(server: Server, order: Any, model: str = "handler") -> Answer:

@@ -95,12 +95,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config = {"continuousBatching": True, "batchSize": 8}
     write_handler(server.store, "counter", COUNTER, config=config)
     write_handler(server.store, "slow", COUNTER, config={**config, "responseTimeout": 1})
-    server.start("--models", "all")
-    try:
+    with server:
+        server.start("--models", "all")
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def ask(server: Server, model: str = "counter", id: str = "", **order: Any) -> Answer:

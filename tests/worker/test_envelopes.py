@@ -37,12 +37,9 @@ def serving(folder: Path, envelope: str) -> Iterator[Server]:
     write_handler(server.store, "double", HANDLER, config={"batchSize": 4, "minBatch": 2, "maxBatchDelay": 200})
     config = folder / "config.properties"
     config.write_text(f"service_envelope={envelope}\n")
-    server.start("--models", "all", "--ts-config", str(config))
-    try:
+    with server:
+        server.start("--models", "all", "--ts-config", str(config))
         yield server
-    finally:
-        server.run("stop")
-        server.kill()
 
 
 def ask(server: Server, value: Any, path: str = "/predictions/double") -> Answer:

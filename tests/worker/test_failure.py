@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import json
 import os
 import urllib.error
@@ -401,3 +402,16 @@ def test_a_class_that_cannot_be_looked_at_costs_only_what_it_hides(
     assert answer.is_error and answer.status == status
     assert (answer.detail["exception"], answer.detail["text"]) == (exception, text)
     assert loaded.ask("fine")[0].body == b"1"
+
+
+def test_the_importers_own_frames_are_folded_where_the_current_folder_is_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker stands in its model's folder, where ``<frozen importlib._bootstrap>`` would be the name of a file."""
+    (tmp_path / "imports_missing.py").write_text("import json\nimport nothing_like_it\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError) as raised:
+        importlib.import_module("imports_missing")
+    told = describe_failure(raised.value, tmp_path).traceback
+    assert told.startswith("  imports_missing.py:2\n    import nothing_like_it\n") and "frozen" not in told

@@ -11,6 +11,14 @@
     slow           never becomes ready
     fail_again     ready; the first two that follow it report ``failed``, the next is ready
 
+One that is to take another's place behaves as ``FAKE_SUCCESSOR`` says, if that is a file, with its content:
+
+    ""             reports what it has, waits for the order to open, and is ready
+    fail, crash, slow, failed_model    as above
+    mute           has loaded, and is never ready
+    other_version  as failed_model, with another version of the model that there is
+    late           has loaded, and is ready when the file is empty
+
 A restarted server waits until ``FAKE_SERVER_GATE``, a FIFO, is opened for writing, if there is one.
 """
 
@@ -22,6 +30,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from typing import Any
 
 from pyserve import launch
@@ -47,6 +56,7 @@ DESCRIPTION = {
 
 behaviour = os.environ.get("FAKE_SERVER", "")
 term_count = 0
+orders = b""
 
 
 def on_stop(number: int, *_: object) -> None:
@@ -57,6 +67,16 @@ def on_stop(number: int, *_: object) -> None:
         return
     if behaviour != "deaf":
         sys.exit(1 if behaviour == "stubborn" else launch.EXIT_DRAINED)
+
+
+def next_order(fd: int) -> str:
+    """Waits for it."""
+    global orders
+    while b"\n" not in orders:
+        select.select([fd], [], [])
+        orders += os.read(fd, 4096)
+    order, _, orders = orders.partition(b"\n")
+    return order.decode()
 
 
 def answer(connection: socket.socket, start: ServerStart) -> None:
@@ -80,7 +100,11 @@ def answer(connection: socket.socket, start: ServerStart) -> None:
 def main() -> int:
     signal.signal(signal.SIGTERM, on_stop)
     signal.signal(signal.SIGINT, on_stop)
+    global behaviour
     start = receive_server_start()
+    if start.is_successor:
+        with open(os.environ["FAKE_SUCCESSOR"]) as file:
+            behaviour = file.read()
     gate = os.environ.get("FAKE_SERVER_GATE")
     if gate and start.restart:
         with open(gate, "rb") as fifo:
@@ -95,10 +119,27 @@ def main() -> int:
     while behaviour == "slow":
         signal.pause()
     models = [*MODELS, FAILED_MODEL] if behaviour == "failed_model" else MODELS
+    if behaviour == "other_version":
+        models = [{**MODELS[0], "version": "2.0"}]
+    if start.is_successor:
+        start.report.send("loaded", models=models)
+        assert next_order(start.orders_fd) == "open"
+        while behaviour == "mute":
+            signal.pause()
+        while behaviour == "late" and os.stat(os.environ["FAKE_SUCCESSOR"]).st_size:
+            time.sleep(0.02)
     start.report.ready(models, ["dog.mar"], "curl http://127.0.0.1:8080/predictions/m -T sample.jpg")
     listeners = set(start.sockets.values())
     while True:
-        for listener in select.select(list(listeners), [], [])[0]:
+        for listener in select.select([*listeners, start.orders_fd], [], [])[0]:
+            if listener == start.orders_fd:
+                order = next_order(start.orders_fd)
+                os.write(1, f"order: {order}\n".encode())
+                if order == "hold":
+                    start.report.send("held", failed=[], models=[["m", "1.0"]])
+                if order == "give way":
+                    return launch.EXIT_DRAINED
+                continue
             try:
                 connection, _ = listener.accept()
             except BlockingIOError:

@@ -1,0 +1,1 @@
+"""Engines as replicas of a cluster that somebody else's control plane keeps: Ray Serve's."""
