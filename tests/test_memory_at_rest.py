@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,13 +130,18 @@ def test_the_engine_tells_of_batches(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 async def one_batch(folder: Path) -> None:
+    loop = asyncio.get_running_loop()
+    answered = loop.create_future()
+    engine = Engine(loop, cpu_budget=1)
     example = [torch.zeros(1, 16)]
-    engine = Engine(asyncio.get_running_loop(), cpu_budget=1)
     model = engine.core.TorchModel.load(str(save_script(Affine(), folder / "m.pt")), example)
     lane = engine.add_lane([model], example, 8)
     lane.set_limits(batch_size_max=1, batch_size_min=1, batch_delay_max_ns=0, running_max=1)
     lane.set_workers(1)
-    await engine.wait_for_workers(lambda: lane.ready_count == 1)
+    asker = SimpleNamespace(lane=SimpleNamespace(complete=answered.set_result))
+    now = time.monotonic_ns()
+    lane.submit(asker, example, now, now + 60_000_000_000)
+    await asyncio.wait_for(answered, 60)
     lane.set_workers(0)
     await engine.wait_for_workers(lambda: all(row["state"] == "stopped" for row in lane.workers()))
     lane.join()
