@@ -18,6 +18,7 @@ from pyserve import devices
 from pyserve.handler import ModelLoadError
 from pyserve.handlers.safetensors_file import SUFFIX as SAFETENSORS
 from pyserve.handlers.shared_weights import share_weights
+from pyserve.proof.compiled_code import check_library
 from pyserve.proof.export_rules import read_exported
 from pyserve.proof.package_machine import check_machine, compiled_for
 from pyserve.proof.package_rules import CheckedPackage, check_filling, read_program
@@ -184,6 +185,7 @@ def load_library(path: Path, device: torch.device) -> Any:
         ModelLoadError: the file is missing, damaged, or compiled for another torch or kind of machine.
     """
     _check_exists(path)
+    check_library(path)
     try:
         return importlib.import_module("torch._export").aot_load(str(path), str(device))
     except (torch.OutOfMemoryError, MemoryError):

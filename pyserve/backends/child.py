@@ -28,7 +28,7 @@ from typing import Any
 
 from pyserve.archive.archive import Archive, open_archive
 from pyserve.archive.drafts import check_writable
-from pyserve.backends.kept import Made, draft, keep, size_of
+from pyserve.backends.kept import Made, digests_of, draft, keep, size_of
 from pyserve.backends.table import AGREEMENT, BACKENDS
 from pyserve.conversion.child import weights_size
 from pyserve.cpu_budget import cpu_budget
@@ -193,6 +193,7 @@ def _make(
         if source.items:
             progress(f"comparing {blank.precision} with fp32 on {len(source.items)} calibration items")
             made = replace(made, agreement=measure_agreement(source.run, run, source.items).to_json())
+        made = replace(made, digests=digests_of(folder))
         keep(source.archive, made, folder)
     return made
 

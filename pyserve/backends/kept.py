@@ -14,12 +14,13 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from pyserve.archive.archive import Archive
 from pyserve.archive.drafts import draft_folder, write_whole
 from pyserve.backends.table import BACKENDS
 
+log = logging.getLogger(__name__)
+
 # Part of the hash: what an earlier version made or accepted is made again.
-_MAKING = 1
+_MAKING = 2
 _NOTE = "made.json"
 # What no start has read for so long is removed when another is kept.
 _UNUSED_MAX_S = 30 * 86_400.0
+_CHUNK_SIZE = 1 << 20  # of a file that is read to the end
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU part", "CPU implementer")
 _CPU_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
@@ -56,6 +60,7 @@ class Made:
             None for one without a known largest.
         agreement: of a lower precision: a `precision.PrecisionAgreement` with fp32 on the archive's calibration files,
             as JSON has it; None if there are none.
+        digests: SHA-256 of each file, by its name.
     """
 
     backend: str
@@ -70,6 +75,7 @@ class Made:
     ranges: tuple[tuple[int, int] | None, ...] = ()
     sizes: tuple[tuple[tuple[int, int | None], ...], ...] = ()
     agreement: dict[str, Any] | None = None
+    digests: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The infinite difference as a number that JSON can hold."""
@@ -124,7 +130,53 @@ def read_made(archive: Archive, backend: str, precision: str) -> Made | None:
 
 def size_of(folder: Path) -> int:
     """Bytes of what was made in a draft or a kept folder, its note left out."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != _NOTE)
+    return sum(path.stat().st_size for path in _files(folder))
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """`Made.digests` of what was made in a draft or a kept folder.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found = {}
+    for path in _files(folder):
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_SIZE):
+                digest.update(chunk)
+        found[str(path.relative_to(folder))] = digest.hexdigest()
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _NOTE)
+
+
+def forget_damaged(archive: Archive, backends: Iterable[str], precision: str) -> dict[str, str]:
+    """Removes what is kept but is not as it was written, so that it is made again. Reads all of it.
+
+    Loaders map these files: at the end of one that was cut short the process would end, and zeros in place of weights
+    would be taken for them.
+
+    Returns:
+        what was removed: the backend's name -> what is wrong with it, for a person. The log has it too.
+    """
+    removed: dict[str, str] = {}
+    for backend in backends:
+        folder = _folder(archive, backend, precision)
+        try:
+            made = Made.from_json((folder / _NOTE).read_text())
+            found = digests_of(folder)
+        except (OSError, ValueError):
+            continue  # nothing is there that `read_made` would take
+        names = sorted(name for name in {*found, *made.digests} if found.get(name) != made.digests.get(name))
+        if names and not made.error:
+            removed[backend] = f"{' and '.join(names)} in {folder} was changed or damaged since it was made"
+            log.warning("%s: %s", archive.name, removed[backend])
+            with contextlib.suppress(OSError):
+                _set_aside(folder)
+    return removed
 
 
 @contextlib.contextmanager

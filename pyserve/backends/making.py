@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from pyserve.archive.archive import Archive
 from pyserve.archive.drafts import draft_folder, remove_left_drafts
-from pyserve.backends.kept import Made, read_made
+from pyserve.backends.kept import Made, forget_damaged, read_made
 from pyserve.backends.precision import why_not
 from pyserve.backends.table import BACKENDS
 from pyserve.child_reports import report_lines, report_of
@@ -154,6 +154,7 @@ class Making:
         """
         deadline = time.monotonic() + timeout_s
         self.is_late = False
+        self._forget_damaged()
         try:
             yield from self._news()
             while self.left and not self._is_stopped:
@@ -181,6 +182,16 @@ class Making:
                 self._end()
         self._give_up(STOPPED)
         yield from self._news()
+
+    def _forget_damaged(self) -> None:
+        """Has made again what was kept but is not whole. Here, since reading it takes its time."""
+        kept = [name for name, made in self._found.items() if name not in self._given and BACKENDS[name].maker]
+        damaged = forget_damaged(self._archive, kept, self._precision)
+        if damaged:
+            for name in damaged:
+                del self._found[name]
+            self._end()  # it has hardly begun
+            self._start()
 
     def _news(self) -> Iterator[Made]:
         """What became known since it was called last."""

@@ -18,7 +18,7 @@ import torch
 from pyserve.archive.archive import Archive
 from pyserve.backends import openvino
 from pyserve.backends.exact_numbers import exact_ranges
-from pyserve.backends.kept import Made, main_file
+from pyserve.backends.kept import Made, forget_damaged, main_file
 from pyserve.backends.making import Making
 from pyserve.backends.precision import plain_precision
 from pyserve.backends.shown import shown
@@ -92,6 +92,8 @@ def load_backend(archive: Archive, network: Network, made: Made, split: Split) -
     if made.error:
         raise ModelLoadError(made.error)
     row = BACKENDS[made.backend]
+    if damaged := forget_damaged(archive, [made.backend], made.precision):
+        raise ModelLoadError(f"{damaged[made.backend]}; it is made again when it is asked for next")
     path = main_file(archive, made.backend, made.precision)
     program = read_program(path, row.label) if made.backend == AOTINDUCTOR else None
     library = openvino.library() if made.backend == OPENVINO else None

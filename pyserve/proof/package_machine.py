@@ -1,7 +1,7 @@
 """Whether a package that AOTInductor compiled can run on this machine.
 
 Its code is a shared library with the instructions of the CPU that it was compiled on. One with instructions that this
-CPU has not ends the process at the first call, so it is not loaded.
+CPU has not ends the process at the first call, and one that was cut short when it is mapped, so neither is loaded.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from pyserve.damaged_zip import DAMAGED_ZIP
 from pyserve.errors import ModelLoadError
+from pyserve.proof.compiled_code import check_package_code
 
 _METADATA = re.compile(r"data/aotinductor/model/[^/]*wrapper_metadata\.json$")
 # More than the largest seen by far; what is longer is not read.
@@ -40,10 +41,11 @@ def compiled_for(path: Path) -> str:
 
 
 def check_machine(path: Path, label: str) -> None:
-    """Checks that this machine has what the package at ``path`` was compiled for, as far as it says.
+    """Checks that this machine has what the package at ``path`` was compiled for, as far as it says, and that its code
+    is whole.
 
     Raises:
-        ModelLoadError: it has not, or the package cannot be read; the text says what is needed.
+        ModelLoadError: it has not or is not, or the package cannot be read; the text says what is needed.
     """
     found = _metadata(path)
     fix = "compile it again on this machine, or on one like it, with torch._inductor.aoti_compile_and_package"
@@ -55,6 +57,7 @@ def check_machine(path: Path, label: str) -> None:
     missing = [name for name in needed if name in _INSTRUCTIONS and not _INSTRUCTIONS[name]()]
     if missing:
         raise ModelLoadError(f"{label} was compiled for a CPU with {', '.join(missing)}, which this one has not; {fix}")
+    check_package_code(path, label)
 
 
 def _metadata(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
@@ -12,10 +13,24 @@ import pytest
 
 from pyserve.archive.archive import Archive, open_archive
 from pyserve.backends import kept, table
-from pyserve.backends.kept import Choice, Made, draft, keep, keep_choice, main_file, read_choice, read_made
+from pyserve.backends.kept import (
+    Choice,
+    Made,
+    draft,
+    forget_damaged,
+    keep,
+    keep_choice,
+    main_file,
+    read_choice,
+    read_made,
+)
 from tests.support.packing import pack
 
-MADE = Made("openvino", "fp32", 1.5, 7, 2e-6, 12, note="as it is", ranges=(None, (0, 99)), sizes=(((1, None),), ()))
+DIGESTS = {"model.xml": hashlib.sha256(b"a graph").hexdigest()}
+MADE = Made(
+    "openvino", "fp32", 1.5, 7, 2e-6, 12, note="as it is", ranges=(None, (0, 99)), sizes=(((1, None),), ()),
+    digests=DIGESTS,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -69,6 +84,35 @@ def test_files_that_were_cut_short_count_as_nothing(archive: Archive) -> None:
     assert read_made(archive, "openvino", "fp32") is None
     put(archive, MADE)
     assert read_made(archive, "openvino", "fp32") == MADE
+
+
+def test_files_that_were_changed_are_removed_and_named(archive: Archive, caplog: pytest.LogCaptureFixture) -> None:
+    folder = main_file(archive, "openvino", "fp32").parent
+    assert forget_damaged(archive, ["openvino"], "fp32") == {}
+    put(archive, MADE)
+    assert forget_damaged(archive, ["openvino", "aotinductor"], "fp32") == {}
+    main_file(archive, "openvino", "fp32").write_bytes(b"a gra\0\0")  # of the same size
+    assert read_made(archive, "openvino", "fp32") == MADE, "sizes say nothing"
+    found = forget_damaged(archive, ["openvino", "aotinductor"], "fp32")
+    assert found == {"openvino": f"model.xml in {folder} was changed or damaged since it was made"}
+    assert found["openvino"] in caplog.text
+    assert not folder.exists() and read_made(archive, "openvino", "fp32") is None
+
+
+def test_a_file_too_many_or_too_few_is_a_change(archive: Archive) -> None:
+    folder = main_file(archive, "openvino", "fp32").parent
+    put(archive, MADE)
+    (folder / "model.bin").write_text("weights")
+    assert "model.bin in " in forget_damaged(archive, ["openvino"], "fp32")["openvino"]
+    put(archive, MADE)
+    main_file(archive, "openvino", "fp32").unlink()
+    assert "model.xml in " in forget_damaged(archive, ["openvino"], "fp32")["openvino"]
+
+
+def test_a_failure_that_is_kept_has_no_files_to_be_damaged(archive: Archive) -> None:
+    put(archive, Made("openvino", "fp32", error="it cannot"))
+    assert forget_damaged(archive, ["openvino"], "fp32") == {}
+    assert read_made(archive, "openvino", "fp32") is not None
 
 
 def test_another_cpu_torch_or_handler_finds_nothing(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:

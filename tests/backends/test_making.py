@@ -103,6 +103,19 @@ TWO_INPUTS = "input:\n- {name: ids, dtype: int64, shape: [-1]}\n- {name: mask, d
 
 @needs_openvino
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.bin", "model.xml"])
+def test_what_was_damaged_since_it_was_kept_is_made_again(packed: OpenPacked, name: str) -> None:
+    with packed(model_code=EAGER, state=WEIGHTS) as archive:
+        [made] = make(archive, "openvino")
+        path = main_file(archive, "openvino", "fp32").with_name(name)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+        [again] = make(archive, "openvino")
+        assert (again.error, again.digests) == ("", made.digests) and path.read_bytes() == whole
+
+
+@needs_openvino
+@pytest.mark.slow
 def test_what_a_model_looks_up_bounds_numbers_and_sizes(packed: OpenPacked) -> None:
     code = NET.format(
         LOOKING_UP,

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from pyserve import _http
 from pyserve.archive.model_folder import file_identity
 from pyserve.context import Context
 from pyserve.handler import HandlerError, InputError, ModelLoadError, PredictionException
@@ -125,6 +126,13 @@ def test_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelLoadError, match=name) as caught:
         BaseHandler().initialize(context_for(tmp_path, {"serializedFile": name}))
     assert str(tmp_path) not in caught.value.message
+
+
+def test_a_library_that_was_cut_short_is_not_mapped(tmp_path: Path) -> None:
+    data = Path(_http.__file__).read_bytes()
+    (tmp_path / "m.so").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelLoadError, match=r"^m\.so is cut short: .* copy the file again"):
+        BaseHandler().initialize(context_for(tmp_path, {"serializedFile": "m.so"}))
 
 
 @pytest.mark.skipif(loading.ONNX_AVAILABLE, reason="onnxruntime is installed")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pyserve.archive.archive import open_archive
-from pyserve.backends.kept import Made
+from pyserve.backends.kept import Made, digests_of, draft, keep, main_file, read_made
 from pyserve.errors import ModelLoadError
 from pyserve.lanes.network import Network
 from pyserve.models import backend_network
@@ -282,6 +282,22 @@ def test_what_could_not_be_made_cannot_be_loaded(tmp_path: Path) -> None:
     network = loaded(tmp_path, Affine())
     with open_archive(tmp_path / "m.mar") as archive, pytest.raises(ModelLoadError, match="no compiler"):
         load_backend(archive, network, Made("aotinductor", "fp32", error="no compiler"), Split())
+
+
+def test_what_was_damaged_since_it_was_made_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setenv("PYSERVE_CACHE", str(tmp_path / "cache"))
+    network = loaded(tmp_path, Affine())
+    with open_archive(tmp_path / "m.mar") as archive:
+        with draft(archive, "aotinductor", "fp32") as folder:
+            (folder / "package.pt2").write_bytes(b"0" * 100)
+            made = Made("aotinductor", "fp32", size=100, digests=digests_of(folder))
+            keep(archive, made, folder)
+        main_file(archive, "aotinductor", "fp32").write_bytes(b"0" * 50 + bytes(50))
+        with pytest.raises(ModelLoadError, match=r"^package\.pt2 in .* was changed or damaged since it was "):
+            load_backend(archive, network, made, Split())
+        assert read_made(archive, "aotinductor", "fp32") is None, "it is made again"
 
 
 def test_batches_are_shown_as_far_as_torchscripts(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +120,23 @@ def write_torchscript(
 
 def write_package(store: Path, network: torch.nn.Module, example: torch.Tensor, name: str) -> Path:
     """``store/{name}.mar`` with the network compiled by AOTInductor for any batch size; takes a while."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = compile_package(network, example, Path(folder) / "compiled.pt2")
+        return write_compiled(store, package, tuple(example.shape[1:]), name)
 
-    def save(path: Path) -> None:
-        batch = torch.export.Dim("batch", min=1, max=64)
-        exported = torch.export.export(network.eval(), (example,), dynamic_shapes=({0: batch},))
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
 
-    shape = list(example.shape[1:])
-    return _write(store, save, ".pt2", name, config={"input": {"dtype": "float32", "shape": shape}})
+def compile_package(network: torch.nn.Module, example: torch.Tensor, path: Path) -> Path:
+    """``path``, with the network compiled by AOTInductor for any batch size; takes a while."""
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(network.eval(), (example,), dynamic_shapes=({0: batch},))
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+    return path
+
+
+def write_compiled(store: Path, package: Path, shape: Sequence[int], name: str) -> Path:
+    """``store/{name}.mar`` with what was compiled for items of ``shape``."""
+    config = {"input": {"dtype": "float32", "shape": list(shape)}}
+    return _write(store, lambda path: path.write_bytes(package.read_bytes()), ".pt2", name, config=config)
 
 
 def write_eager(store: Path, name: str, source: str, state: dict[str, torch.Tensor], *, config: dict[str, Any]) -> Path:
@@ -139,7 +148,7 @@ def write_eager(store: Path, name: str, source: str, state: dict[str, torch.Tens
 
 def _write(
     store: Path,
-    save: Callable[[Path], None],
+    save: Callable[[Path], object],
     suffix: str,
     name: str,
     *,
