@@ -11,8 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,19 @@ class Server:
         started_at: ``time.perf_counter()`` just before its command was run.
         pid: of that command; 0 if it is not ours.
         grpc_port: of its inference over gRPC; 0 without.
+        ended: why it does not run any more; ``""`` if it runs, or is not ours.
     """
 
     def __init__(
-        self, inference_port: int, management_port: int, started_at: float, pid: int = 0, grpc_port: int = 0
+        self, inference_port: int, management_port: int, started_at: float, pid: int = 0, grpc_port: int = 0, *,
+        ended: Callable[[], str] = str,
     ):  # fmt: skip
         self.inference_port = inference_port
         self.management_port = management_port
         self.started_at = started_at
         self.pid = pid
         self.grpc_port = grpc_port
+        self.ended = ended
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.inference_port}{path}"
@@ -100,6 +104,8 @@ class Server:
         while time.perf_counter() - self.started_at < timeout_s:
             if self.ask("POST", self.inference_port, f"/predictions/{model}", body)[0] == 200:
                 return time.perf_counter() - self.started_at
+            if ended := self.ended():
+                raise RuntimeError(f"no 200 from {model}: {ended}")
             time.sleep(POLL_S)
         raise RuntimeError(f"no 200 from {model} within {timeout_s} s")
 
@@ -144,10 +150,19 @@ def pyserve(
         started_at = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
     try:
-        yield Server(inference, management, started_at, process.pid, grpc_a if with_grpc else 0)
+        ended = partial(how_ended, process, folder / "pyserve.log")
+        yield Server(inference, management, started_at, process.pid, grpc_a if with_grpc else 0, ended=ended)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def how_ended(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Another process may have taken a port that was free, for one; ``""`` if it still runs."""
+    if process.poll() is None:
+        return ""
+    last = log.read_text(errors="replace").strip().splitlines()[-1:]
+    return " ".join([f"the server ended with {process.returncode}", *(f"({line[:300]})" for line in last)])
 
 
 @contextmanager
