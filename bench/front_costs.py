@@ -91,9 +91,9 @@ def measure(server: Server, duration_s: float, chosen: list[str]) -> dict[str, d
     for name, (path, body, headers, each) in loads().items():
         if chosen and name not in chosen:
             continue
-        wrk.measure(server.url(path), [body], headers, clients=CLIENTS, duration_s=1, warm_up_s=0, each=each)
+        wrk.measure(server.url(path), [body], headers, clients=CLIENTS, duration_s=1, each=each)
         before = cpu_s(server)
-        told = wrk.measure(server.url(path), [body], headers, clients=CLIENTS, duration_s=duration_s, warm_up_s=0,
+        told = wrk.measure(server.url(path), [body], headers, clients=CLIENTS, duration_s=duration_s,
                            each=each)  # fmt: skip
         after = cpu_s(server)
         if told["requests"]["failed"]:

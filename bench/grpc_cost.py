@@ -151,7 +151,7 @@ class Run:
     def _http(self, server: Server) -> float:
         report = wrk.measure(
             server.url(f"/predictions/{self.load.name}"), self.load.bodies, {"Content-Type": RAW_TYPE},
-            clients=self.options.clients, duration_s=self.options.duration, warm_up_s=0,
+            clients=self.options.clients, duration_s=self.options.duration,
         )  # fmt: skip
         return float(report["rates"]["requests_per_s"])
 

@@ -82,7 +82,7 @@ def measure(way: str, load: Workload, clients: list[int], duration_s: float) -> 
             for seconds in (4.0, duration_s):  # the first is a warm-up
                 began = cpu_s(pid)
                 report = wrk.measure(f"http://127.0.0.1:{port}{path}", load.bodies, headers, clients=count,
-                                     duration_s=seconds, warm_up_s=0)  # fmt: skip
+                                     duration_s=seconds)  # fmt: skip
                 found.append((report, cpu_s(pid) - began))
             report, used = found[-1]
             answered, failed = report["requests"]["ok"], report["requests"]["failed"]

@@ -161,7 +161,7 @@ async def ask(url: str, folder: Path, load: Workload, options: argparse.Namespac
     if wrk.is_installed():
         return await asyncio.to_thread(
             wrk.measure, url, load.bodies, {"Content-Type": RAW_TYPE}, clients=options.concurrency,
-            duration_s=duration_s, warm_up_s=0, each=varied_headers() if options.varied else None,
+            duration_s=duration_s, each=varied_headers() if options.varied else None,
         )  # fmt: skip
     body, out = folder / "body", folder / "report.json"
     body.write_bytes(load.bodies[0])

@@ -1,8 +1,8 @@
 """wrk as the load generator, where it is installed: the same report as ``bench/latency.py`` for a closed loop.
 
 wrk is C and takes less of the cores that it shares with the server, so a model that costs nothing shows more of the
-server. Its latencies are of the closed loop, in whole microseconds, and it counts no warm-up: a run of its own is made
-for that.
+server. Its latencies are of the closed loop, in whole microseconds. It begins with nothing under way and leaves out
+what is under way at its end, which counts where a request takes a good part of a run.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ def measure(
     *,
     clients: int,
     duration_s: float,
-    warm_up_s: float,
     each: list[dict[str, str]] | None = None,
 ) -> dict[str, Any]:
     """One closed loop of ``clients`` connections in one thread.
@@ -84,16 +83,13 @@ def measure(
             for request in requests_of(url, bodies, headers, each or [{}]):
                 file.write(b"%d\n" % len(request))
                 file.write(request)
-        for seconds in (warm_up_s, duration_s):
-            if seconds <= 0:
-                continue
-            done = subprocess.run(
-                ["wrk", "--threads", "1", "--connections", str(clients), "--duration", f"{max(1, round(seconds))}s",
-                 "--timeout", "60s", "--latency", "--script", str(script), url, "--", str(out), str(requests)],
-                capture_output=True, text=True, check=False, timeout=seconds + 300,
-            )  # fmt: skip
-            if done.returncode or not out.exists():
-                raise RuntimeError(f"wrk ended with {done.returncode}: {(done.stdout + done.stderr).strip()[-500:]}")
+        done = subprocess.run(
+            ["wrk", "--threads", "1", "--connections", str(clients), "--duration", f"{max(1, round(duration_s))}s",
+             "--timeout", "60s", "--latency", "--script", str(script), url, "--", str(out), str(requests)],
+            capture_output=True, text=True, check=False, timeout=duration_s + 300,
+        )  # fmt: skip
+        if done.returncode or not out.exists():
+            raise RuntimeError(f"wrk ended with {done.returncode}: {(done.stdout + done.stderr).strip()[-500:]}")
         return report_of(json.loads(out.read_text()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -305,11 +306,11 @@ def test_varied_requests_differ_in_every_head_and_hold_what_they_say() -> None:
 def test_wrk_posts_every_body_with_its_headers() -> None:
     with compare.echo() as url:
         bodies = [b"\x00\x01%s\r\n" * size for size in (1, 50)]
-        report = wrk.measure(url, bodies, {"Content-Type": "x/y"}, clients=2, duration_s=1, warm_up_s=0)
+        report = wrk.measure(url, bodies, {"Content-Type": "x/y"}, clients=2, duration_s=1)
     assert report["requests"]["ok"] > 0
     assert report["requests"]["failed"] == 0
     with pytest.raises(RuntimeError, match="wrk ended with"):
-        wrk.measure("http://127.0.0.1:9/", bodies, {}, clients=1, duration_s=1, warm_up_s=0)
+        wrk.measure("http://127.0.0.1:9/", bodies, {}, clients=1, duration_s=1)
 
 
 @pytest.mark.server
@@ -335,10 +336,51 @@ def test_a_server_is_measured_once_its_backend_is_settled(monkeypatch: pytest.Mo
 
 
 def test_flags_of_a_side_become_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = compare.build_parser().parse_args(["nothing", "--peers", "--generator", "wrk", "--duration", "1"])
     sent: dict[str, Any] = {}
-    monkeypatch.setattr(wrk, "measure", lambda url, bodies, headers, **_: sent.update(headers) or {})
-    side = Side("x", 0, compare.echo, "a/b", [b""], ("--header", "Size: 3", "--header", "Name: a: b"))
-    compare.Run(tmp_path, options).closed_loop(side, "http://127.0.0.1:1/", 1)
+    drive(tmp_path, monkeypatch, 1.0, lambda url, bodies, headers, **_: sent.update(headers))
     assert sent == {"Size": "3", "Name": "a: b", "Content-Type": "a/b"}
+
+
+@pytest.mark.parametrize(
+    ("p50_ms", "told"),
+    [
+        (5.0, "wrk 10.0"),
+        # wrk would leave out a request of each client; a window of few batches counts one more or less by chance
+        (51.0, "latency.py 10.0"),
+        (600.0, "latency.py 12.0"),
+        (20_000.0, "latency.py 120.0"),
+        (None, "latency.py 40.0"),
+    ],
+)
+def test_requests_that_take_long_are_measured_in_a_window_of_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p50_ms: float | None, told: str
+) -> None:
+    assert drive(tmp_path, monkeypatch, p50_ms)[-1] == told
+
+
+def drive(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    p50_ms: float | None,
+    look: Callable[..., Any] = lambda *_, **__: None,
+) -> list[str]:
+    """What measured a side whose requests take so long, and for how many seconds."""
+    report = {"latency_ms": {} if p50_ms is None else {"p50": p50_ms}, "requests": {"ok": 0 if p50_ms is None else 9}}
+    runs: list[str] = []
+
+    def by_wrk(*sent: Any, **how: Any) -> dict[str, Any]:
+        look(*sent, **how)
+        runs.append(f"wrk {how['duration_s']}")
+        return report
+
+    def by_latency(self: Any, url: str, content_type: str, bodies: list[bytes], *flags: str) -> dict[str, Any]:
+        runs.append(f"latency.py {flags[flags.index('--duration') + 1]}")
+        return report
+
+    monkeypatch.setattr(wrk, "measure", by_wrk)
+    monkeypatch.setattr(compare.Run, "latency", by_latency)
+    options = compare.build_parser().parse_args(["nothing", "--peers", "--generator", "wrk", "--duration", "10"])
+    side = Side("x", 0, compare.echo, "a/b", [b""], ("--header", "Size: 3", "--header", "Name: a: b"))
+    compare.Run(folder, options).closed_loop(side, "http://127.0.0.1:1/", 1)
+    return runs
     assert sys.modules.get("openvino_telemetry", "never") is None  # nothing can be sent home
