@@ -11,6 +11,7 @@ import torch
 
 from pyserve.proof.comparison import difference, dtypes
 from pyserve.proof.probe_inputs import Probe
+from pyserve.proof.small_parts import SmallParts, leaves
 from pyserve.torch_error import cause_of
 
 Run = Callable[[list[torch.Tensor]], Any]
@@ -56,15 +57,30 @@ class Precisions:
     full: Run
     lower: Run
 
-    def explain(self, probe: Probe, got: Any, tolerance: float) -> float | None:
-        """How far ``got`` is from what torch answers, if it is within ``tolerance`` of that at either precision, or
-        hardly farther from fp32 than torch's own at the lower one; else None."""  # fmt: skip
-        full, lower = _answer(self.full, probe.inputs), _answer(self.lower, probe.inputs)
-        if isinstance(full, _Refusal) or isinstance(lower, _Refusal):
+    def explain(self, full: Any, lower: Any, got: Any, tolerance: float) -> float | None:
+        """How far ``got`` is from what torch answers, if each of its tensors is within ``tolerance`` of that at either
+        precision, or hardly farther from fp32 than torch's own at the lower one; else None.
+
+        Args:
+            full, lower: torch's answers, as of `answers`.
+        """
+        places = [leaves(each) for each in (full, lower, got)]
+        if len({len(each) for each in places}) > 1:
             return None
-        own, apart = difference(full, lower), min(difference(full, got), difference(lower, got))
-        is_as_good = math.isfinite(own) and difference(full, got) <= _AS_GOOD * own
-        return apart if apart <= tolerance or is_as_good else None
+        largest = 0.0
+        # One by one: that a tensor hangs on small differences says nothing about another.
+        for right, rounded, judged in zip(*places, strict=True):
+            own, apart = difference(right, rounded), min(difference(right, judged), difference(rounded, judged))
+            is_as_good = math.isfinite(own) and difference(right, judged) <= _AS_GOOD * own
+            if not (apart <= tolerance or is_as_good):
+                return None
+            largest = max(largest, apart)
+        return largest
+
+    def answers(self, probe: Probe) -> tuple[Any, Any] | None:
+        """At both precisions; None if it fails at one."""
+        full, lower = _answer(self.full, probe.inputs), _answer(self.lower, probe.inputs)
+        return None if isinstance(full, _Refusal) or isinstance(lower, _Refusal) else (full, lower)
 
 
 def agreement(
@@ -78,24 +94,31 @@ def agreement(
         tolerance: of `pyserve.proof.comparison.difference`.
         is_enough: asked before each probe, with how many were compared.
         expected: what ``truth`` gave for each number of a probe so far; filled in.
-        precisions: where the candidate runs at a lower precision. Asked where rounding could be why the two differ.
+        precisions: where the candidate runs at a lower precision. Asked of each probe, as what is wrong may be small
+            beside the rest of its tensor.
     """
     expected = {} if expected is None else expected
-    largest = 0.0
+    largest, compared = 0.0, 0
+    parts = SmallParts(tolerance)
     for number, probe in enumerate(probes):
         if is_enough(number):
-            return Agreement(largest, number)
+            break
+        compared = number + 1
         if number not in expected:
             expected[number] = _answer(truth, probe.inputs)
         got = _answer(candidate, probe.inputs)
         worst, objection = _compared(truth, expected[number], got, probe, tolerance)
-        if objection and precisions is not None and math.isfinite(worst):
-            apart = precisions.explain(probe, got, tolerance)
-            worst, objection = (worst, objection) if apart is None else (apart, "")
+        if precisions is not None and math.isfinite(worst) and not isinstance(got, _Refusal):
+            answers = precisions.answers(probe)
+            if answers is not None:
+                parts.note(*answers, got)
+            if objection:
+                apart = None if answers is None else precisions.explain(*answers, got, tolerance)
+                worst, objection = (worst, objection) if apart is None else (apart, "")
         if objection:
             return Agreement(worst, number + 1, objection)
         largest = max(largest, worst)
-    return Agreement(largest, len(probes))
+    return Agreement(largest, compared, parts.objection())
 
 
 def _answer(run: Run, inputs: Sequence[torch.Tensor]) -> Any:

@@ -67,6 +67,78 @@ def test_an_answer_at_a_lower_precision_is_judged_by_torch_at_both(
     assert agreement(at(truth), at(candidate), PROBES, tolerance).objection
 
 
+def test_what_one_tensor_hangs_on_says_nothing_about_another() -> None:
+    """Torch is off by half in the first, and near in the second."""
+
+    def both(first: float, second: float) -> Callable[[Rows], Any]:
+        return lambda inputs: (inputs[0] * first, inputs[0] * second)
+
+    precisions = Precisions(both(2.0, 2.0), both(3.0, 2.01))
+    for second, agrees in ((2.015, True), (1.5, False)):
+        found = agreement(both(3.0, 2.01), both(1.5, second), PROBES, 0.02, precisions=precisions)
+        assert (not found.objection) is agrees, (second, found)
+
+
+def boxes_and_scores(noise: float, seed: int, *, scores: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid) -> Any:
+    """A network of corners in pixels and scores below one, whose numbers are each off by up to that share."""
+
+    def run(inputs: Rows) -> Any:
+        [x] = inputs
+        generator = torch.Generator().manual_seed(seed + int(x.abs().sum() * 100))
+        boxes, found = (400 + x[:, :, None] * 20).repeat(1, 1, 4), scores(x)[:, :, None]
+        answer = torch.cat([boxes, found, 1 - found], 2)
+        return answer * (1 + noise * (torch.rand(answer.shape, generator=generator) - 0.5))
+
+    return run
+
+
+def items(count: int, columns: int) -> list[Probe]:
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randn(1 + number % 3, columns, generator=generator) * 3 for number in range(count)]
+    return [Probe(f"item {number}", (each,)) for number, each in enumerate(made)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "agrees"),
+    [
+        (torch.sigmoid, True),
+        (lambda x: x, False),  # a sigmoid is missing
+        (torch.zeros_like, False),
+        (lambda x: torch.sigmoid(x).flip(1), False),  # those of other boxes
+    ],
+)
+def test_scores_that_are_wrong_beside_large_coordinates_are_seen(
+    scores: Callable[[torch.Tensor], torch.Tensor], *, agrees: bool
+) -> None:
+    full, lower = boxes_and_scores(0.0, 0), boxes_and_scores(0.01, 1)
+    candidate = boxes_and_scores(0.01, 2, scores=scores)
+    for truth in (full, lower):
+        found = agreement(truth, candidate, items(8, 5), 0.05, precisions=Precisions(full, lower))
+        assert (not found.objection) is agrees, found
+        assert found.difference < 0.05, "as counted beside the coordinates"
+
+
+@pytest.mark.parametrize("columns", [3, 10, 1000])
+@pytest.mark.parametrize("count", [3, 4, 12])
+def test_roundings_of_one_size_are_no_wrong_part(columns: int, count: int) -> None:
+    """Each of many numbers is by chance small, or nearly right in torch's answer."""
+
+    def noisy(seed: int) -> Callable[[Rows], Any]:
+        def run(inputs: Rows) -> Any:
+            generator = torch.Generator().manual_seed(seed + int(inputs[0].abs().sum() * 100))
+            return inputs[0] + torch.randn(inputs[0].shape, generator=generator) * 0.05
+
+        return run
+
+    def full(inputs: Rows) -> Any:
+        return inputs[0]
+
+    for seed in range(10):
+        lower, candidate = noisy(2 * seed), noisy(2 * seed + 1)
+        found = agreement(lower, candidate, items(count, columns), 0.1, precisions=Precisions(full, lower))
+        assert not found.objection, found
+
+
 def test_what_no_rounding_explains_is_not_explained_by_a_precision() -> None:
     def other_shape(inputs: Rows) -> Any:
         return inputs[0][:, :2]

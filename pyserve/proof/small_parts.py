@@ -1,0 +1,96 @@
+"""Whether a part of an answer is wrong that is small beside the rest of its tensor, and so hides in its difference.
+
+Boxes in pixels and scores below one in a tensor: next to 640, a score may be any and is some thousandths off. At full
+precision that is more than rounding; at a lower one it is far less. So each part (a column, a channel, an anchor) is
+looked at by itself, beside what torch's own rounding does to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# A part is wrong on a probe that is so many times as far off as torch at the lower precision, and by more than the
+# tolerance of its own largest number. That many, as a part may be one number, and torch's off by little by chance.
+_FARTHER = 16.0
+# By chance torch is near in some parts of many; none counts as nearer than this share of them is.
+_NEAREST = 0.1
+# Probes that a part has to be in, and that many probes that differ, before it counts: by chance it is wrong on one.
+_PROBES_MIN = 3
+# Errors below this share of the tensor's largest number are nobody's: what is nearly zero may be any such number.
+_SEEN = 1e-6
+# Of dimensions that are longer nothing is kept; others of the tensor show the same.
+_PARTS_MAX = 1 << 16
+
+
+class SmallParts:
+    """Args:
+        tolerance: of `pyserve.proof.comparison.difference`.
+    """  # fmt: skip
+
+    def __init__(self, tolerance: float):
+        self._tolerance = tolerance
+        self._probes: dict[tuple[int, int, int], int] = {}  # (place of the tensor, dimension, its size)
+        self._wrong: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def note(self, full: Any, lower: Any, got: Any) -> None:
+        """The answers of one probe: torch's at both precisions, and the one that is judged."""
+        places = [leaves(each) for each in (full, lower, got)]
+        if len({len(each) for each in places}) > 1:
+            return
+        for place, (right, own, judged) in enumerate(zip(*places, strict=True)):
+            if right.is_floating_point() and right.shape == own.shape == judged.shape and right.numel():
+                self._note(place, right, own, judged)
+
+    def _note(self, place: int, right: torch.Tensor, own: torch.Tensor, judged: torch.Tensor) -> None:
+        right, own, judged = right.double(), own.double(), judged.double()
+        finite = right.isfinite() & own.isfinite() & judged.isfinite()
+        scales = right.abs().where(finite, 0.0)
+        errors = (judged - right).abs().where(finite, 0.0)
+        owns = (own - right).abs().where(finite, 0.0)
+        for dimension in range(right.ndim):  # of the first, which is the batch, only all together
+            size = right.shape[dimension] if dimension else 1
+            if size > _PARTS_MAX:
+                continue
+            scale, error, rounding = (_largest(each, dimension) for each in (scales, errors, owns))
+            nearest = rounding.sort().values[int(size * _NEAREST)]
+            least = (self._tolerance * scale).clamp(min=_SEEN * float(scales.max()))
+            is_wrong = (error > least) & (error > _FARTHER * rounding.clamp(min=float(nearest)))
+            key = place, dimension, size
+            self._probes[key] = self._probes.get(key, 0) + 1
+            self._wrong[key] = self._wrong.get(key, torch.zeros(size, dtype=torch.int64)) + is_wrong
+
+    def objection(self) -> str:
+        """The part that is wrong on most probes, in words; ``""`` if there is none."""
+        for (place, dimension, _), wrong in self._wrong.items():
+            probes = self._probes[place, dimension, wrong.numel()]
+            part = int(wrong.argmax())
+            if probes >= _PROBES_MIN and 2 * int(wrong[part]) > probes:
+                where = f"number {part} of dimension {dimension}" if dimension else "all of it"
+                return (
+                    f"output {place + 1} is wrong in a part that is small beside the rest ({where}), on "
+                    f"{int(wrong[part])} of {probes} inputs"
+                )
+        return ""
+
+
+def leaves(output: Any) -> list[torch.Tensor]:
+    """All tensors in an output, in order; numbers count as such."""
+    if isinstance(output, torch.Tensor):
+        return [output.detach()]
+    if isinstance(output, float):
+        return [torch.tensor(output, dtype=torch.float64)]
+    if isinstance(output, dict):
+        return [each for value in output.values() for each in leaves(value)]
+    if isinstance(output, (list, tuple)):
+        return [each for value in output for each in leaves(value)]
+    return []
+
+
+def _largest(numbers: torch.Tensor, dimension: int) -> torch.Tensor:
+    """Of each place along ``dimension``, or of all for the first."""
+    if not dimension:
+        return numbers.max().reshape(1)
+    others = [each for each in range(numbers.ndim) if each != dimension]
+    return numbers.amax(dim=others)
