@@ -92,7 +92,7 @@ fast: build ## the tests that start no server and compile nothing
 test: build ## lint, then all tests, the C++ ones under ThreadSanitizer and AddressSanitizer
 	@{ $(BIN)/python -m tests.simdev.build; $(BIN)/python -m tests.native.build; } > /dev/null 2>&1 &
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=25
+	$(BIN)/python -m tests.whole --jobs $(JOBS)
 
 # About 20 minutes; the next ones of other seeds. The same again: the second line of the report has the command.
 CHAOS ?= --requests 700000 --faults 1000 --warm-up 30000
