@@ -183,6 +183,7 @@ def _make(
         found = agreement(
             source.run, run, probes, AGREEMENT[blank.precision], is_enough=is_enough, expected=expected,
             precisions=None if lower is None else Precisions(source.run, partial(source.run_at, lower)),
+            exact=source.run_exactly() if blank.precision == "fp32" else None,
         )  # fmt: skip
         made = replace(
             blank, seconds=time.monotonic() - started_at, difference=found.difference, probes=found.probes,

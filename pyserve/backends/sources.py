@@ -30,6 +30,7 @@ from pyserve.conversion.torchscript import native_example
 from pyserve.errors import ModelLoadError
 from pyserve.handlers.eager import load_eager_model
 from pyserve.proof.comparison import difference
+from pyserve.proof.exact_answers import Run, copy_in_double
 from pyserve.proof.package_rules import is_compiled
 from pyserve.proof.probe_inputs import (
     ITEMS_MAX,
@@ -99,6 +100,11 @@ class Source:
         with torch.autocast("cpu", dtype):
             found = self.run(inputs)
         return [each.float() if isinstance(each, torch.Tensor) and each.dtype == dtype else each for each in found]
+
+    def run_exactly(self) -> Run:
+        """What gives the same in double precision; see `in_double`."""
+        run = copy_in_double(self.model)
+        return lambda inputs: leaves(run(inputs))
 
     def program(self) -> Any:
         """The ``torch.export.ExportedProgram`` of it, with a free batch and the domains' free dimensions.

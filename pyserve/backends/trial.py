@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pyserve.proof.agreement import Precisions, agreement
+from pyserve.proof.agreement import Precisions, Run, agreement
 from pyserve.proof.comparison import ROUNDING
 from pyserve.proof.probe_inputs import ITEMS_MAX, InputDomain, Probe, batch_rows, largest_example, probe_inputs
 from pyserve.torch_error import cause_of
@@ -80,6 +80,7 @@ def try_backends(
     standing: str = STANDING,
     tolerances: Mapping[str, float] | None = None,
     precisions: Precisions | None = None,
+    exact: Run | None = None,
     is_over: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Tried]:
@@ -94,7 +95,7 @@ def try_backends(
         limit_s: for all of it, in seconds. A run that has begun is not cut short.
         standing: what is served now, and was shown to agree before.
         tolerances: name -> what it may differ by; fp32's rounding for those that are not named.
-        precisions: see `agreement`.
+        precisions, exact: see `agreement`.
         is_over: nobody wants to know any more.
 
     Returns:
@@ -109,7 +110,7 @@ def try_backends(
             compared = agreement(
                 truth.run, candidate.run, probes, (tolerances or {}).get(name, ROUNDING["fp32"]),
                 is_enough=partial(timer.is_enough, COMPARING_SHARE * number / len(others)), expected=expected,
-                precisions=precisions,
+                precisions=precisions, exact=exact,
             )  # fmt: skip
             found[name] = Tried(
                 name, difference=compared.difference, probes=compared.probes, refused=compared.objection

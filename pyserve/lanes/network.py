@@ -50,6 +50,7 @@ class Network:
         near_cpus: the CPUs that workers of a device keep to, by its name; those that are not named use all.
         making: what makes it for a backend that is named, begun before it was READY and not at its end; else None.
         in_fp32: loads its weights once more at full precision, where it runs at a lower one on a CPU.
+        in_double: loads its TorchScript as torch does, to be made one of double precision; of fp32 on a CPU, else None.
         in_layout: loads its weights once more, in oneDNN's layout, where that was left for behind the first requests.
     """
 
@@ -75,6 +76,7 @@ class Network:
     near_cpus: dict[str, list[int]] = field(default_factory=dict)
     making: Stoppable | None = None
     in_fp32: Callable[[], Any] | None = None
+    in_double: Callable[[], Any] | None = None
     in_layout: Callable[[], Any] | None = None
 
     def output(self, raw: Any) -> Any:

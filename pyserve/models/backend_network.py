@@ -31,6 +31,7 @@ from pyserve.engine import load_core
 from pyserve.errors import ModelLoadError
 from pyserve.lanes.network import Network
 from pyserve.proof.agreement import Agreement, Precisions, agreement
+from pyserve.proof.exact_answers import in_double
 from pyserve.proof.native_proof import BatchProof, hides_overflow, single_row_differs
 from pyserve.proof.package_rules import SPECIALIZED_MIN, Dimension, Program, read_program
 from pyserve.proof.probe_inputs import ITEMS_MAX, LARGEST_SIZE_MAX, InputDomain, batch_rows
@@ -212,8 +213,14 @@ def compare_backend(network: Network, candidate: Network, *, probes_max: int | N
     probes = probes_of(network.example, network.domains, 2)
     return agreement(
         network.torch_model.run, candidate.torch_model.run, probes[:probes_max], AGREEMENT[network.precision],
-        precisions=precisions_of(network),
+        precisions=precisions_of(network), exact=exact_of(network),
     )  # fmt: skip
+
+
+def exact_of(network: Network) -> Callable[[Sequence[torch.Tensor]], Any] | None:
+    """What answers as it does in double precision, see `in_double`; its weights go with the object. None where nothing
+    is to be judged by that."""  # fmt: skip
+    return None if network.in_double is None else in_double(network.in_double)
 
 
 def precisions_of(network: Network) -> Precisions | None:

@@ -40,6 +40,7 @@ from pyserve.lanes.resources import Services
 from pyserve.models.backend_network import (
     Split,
     conservative_reason,
+    exact_of,
     load_backend,
     load_named,
     note_named,
@@ -303,7 +304,7 @@ class EngineChoice:
                 {standing: network.torch_model, name: candidate.torch_model}, truth.torch_model, network.example,
                 network.domains, batch_size=batch_size, limit_s=self._trial_left_s * share, standing=standing,
                 tolerances={name: AGREEMENT[network.precision]}, is_over=lambda: lane.is_draining,
-                precisions=precisions_of(truth),
+                precisions=precisions_of(truth), exact=exact_of(truth),
             )  # fmt: skip
 
         tried = await self._in_thread(measure)

@@ -139,6 +139,8 @@ def load_network(
         network.in_layout = partial(load, progress=lambda text: None)
     if network.precision != "fp32" and device == CPU:
         network.in_fp32 = partial(load, precision="fp32", optimizes=False, progress=lambda text: None)
+    if network.precision == "fp32" and device == CPU and (program is None or not program.is_compiled):
+        network.in_double = partial(_load_script, archive)
     network.torch_model = load(optimizes=network.in_layout is None)
     _note_compilation(archive, network)
     if device != "cpu":
@@ -409,6 +411,15 @@ def _load_weights(
         # Opened again through the descriptor: the archive may have been replaced under its name meanwhile.
         return _load(archive.name, Path(f"/proc/self/fd/{descriptor}"), example,
                      {**options, "offset": weights.offset, "size": weights.size})  # fmt: skip
+
+
+def _load_script(archive: Archive) -> torch.jit.ScriptModule:
+    """Its TorchScript, as torch loads it."""
+    if is_converted(archive):
+        return torch.jit.load(str(traced_file(archive)), map_location=CPU)
+    assert archive.weights is not None
+    with archive.weights.open() as file:
+        return torch.jit.load(file, map_location=CPU)
 
 
 def _load_package(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pyserve.proof.comparison import difference, dtypes
+from pyserve.proof.comparison import MAGNITUDE_MIN, difference, dtypes
 from pyserve.proof.probe_inputs import Probe
 from pyserve.proof.small_parts import SmallParts, leaves
 from pyserve.torch_error import cause_of
@@ -18,11 +18,14 @@ Run = Callable[[list[torch.Tensor]], Any]
 
 # From here on rounding alone may turn the numbers of two ways to compute into anything.
 LARGE_MIN = 1e3
-# An answer at a lower precision that is so many times as far from fp32's as torch's own is hardly worse.
+# An answer that is so many times as far from one of higher precision as torch's own is hardly worse.
 _AS_GOOD = 1.25
 # What an input is moved by to see what rounding does: a step of fp32. Two ways to compute round more often than once.
 _STEP = 2.0**-22
 _STEPS = 16
+# Of inputs whose numbers are all alike each is moved by a step of its own, up or down, which shows more of it.
+_OWN_STEP = 2.0**-23
+_OWN_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Precisions:
 def agreement(
     truth: Run, candidate: Run, probes: Sequence[Probe], tolerance: float, *,
     is_enough: Callable[[int], bool] = lambda count: False, expected: dict[int, Any] | None = None,
-    precisions: Precisions | None = None,
+    precisions: Precisions | None = None, exact: Run | None = None,
 ) -> Agreement:  # fmt: skip
     """Compares ``candidate`` with ``truth``: answers, their dtypes, structure, NaN, and what is refused.
 
@@ -96,8 +99,11 @@ def agreement(
         expected: what ``truth`` gave for each number of a probe so far; filled in.
         precisions: where the candidate runs at a lower precision. Asked of each probe, as what is wrong may be small
             beside the rest of its tensor.
+        exact: what answers in double precision, or raises. Asked where rounding could be why the two differ, see
+            `_Judge`.
     """
     expected = {} if expected is None else expected
+    judge = _Judge(truth, tolerance, exact)
     largest, compared = 0.0, 0
     parts = SmallParts(tolerance)
     for number, probe in enumerate(probes):
@@ -107,7 +113,7 @@ def agreement(
         if number not in expected:
             expected[number] = _answer(truth, probe.inputs)
         got = _answer(candidate, probe.inputs)
-        worst, objection = _compared(truth, expected[number], got, probe, tolerance)
+        worst, objection = judge.compared(probe, expected[number], got)
         if precisions is not None and math.isfinite(worst) and not isinstance(got, _Refusal):
             answers = precisions.answers(probe)
             if answers is not None:
@@ -128,29 +134,98 @@ def _answer(run: Run, inputs: Sequence[torch.Tensor]) -> Any:
         return _Refusal(cause_of(str(error)) or type(error).__name__)
 
 
-def _compared(truth: Run, wanted: Any, got: Any, probe: Probe, tolerance: float) -> tuple[float, str]:
-    """The difference of one pair of answers, and what is against the second."""
-    if isinstance(wanted, _Refusal):
+class _Judge:
+    """Compares pairs of answers.
+
+    Where an answer is next to nothing, a difference that is large beside it may be what rounding left: of numbers that
+    are all alike, and of zeros behind weights that are not, a normalization makes zero, 3e-4, or anything between. Such
+    a difference counts as none
+
+    - if ``truth`` itself moves as far when the numbers of such an input do, each by one step of its own;
+    - if the candidate is hardly farther from what is exact than ``truth``, or some times as far and that is nothing
+      beside ordinary answers.
+
+    It is asked in the order of the probes: the first answer is an ordinary one.
+    """
+
+    def __init__(self, truth: Run, tolerance: float, exact: Run | None):
+        self._truth, self._tolerance, self._exact = truth, tolerance, exact
+        self._ordinary: Any = None
+
+    def compared(self, probe: Probe, wanted: Any, got: Any) -> tuple[float, str]:
+        """The difference of one pair of answers, and what is against the second."""
+        if isinstance(wanted, _Refusal):
+            if isinstance(got, _Refusal):
+                return 0.0, ""
+            return math.inf, f"it answers {probe.name}, which the model refuses ({wanted.cause})"
         if isinstance(got, _Refusal):
-            return 0.0, ""
-        return math.inf, f"it answers {probe.name}, which the model refuses ({wanted.cause})"
-    if isinstance(got, _Refusal):
-        return math.inf, f"it fails on {probe.name}: {got.cause}"
-    worst = difference(wanted, got)
-    if dtypes(wanted) != dtypes(got):
-        return math.inf, f"its answer has other dtypes on {probe.name}"
-    if worst <= tolerance or (_is_large(probe) and worst <= _STEPS * _by_rounding(truth, wanted, probe)):
-        return min(worst, tolerance), ""
-    by = "in shape, structure, a whole number or NaN" if math.isinf(worst) else f"by {worst:.1e} (relative)"
-    return worst, f"its answer differs {by} on {probe.name}"
+            return math.inf, f"it fails on {probe.name}: {got.cause}"
+        if self._ordinary is None:
+            self._ordinary = wanted
+        worst = difference(wanted, got)
+        if dtypes(wanted) != dtypes(got):
+            return math.inf, f"its answer has other dtypes on {probe.name}"
+        if worst <= self._tolerance or (math.isfinite(worst) and self._is_rounding(probe, wanted, got)):
+            return min(worst, self._tolerance), ""
+        by = "in shape, structure, a whole number or NaN" if math.isinf(worst) else f"by {worst:.1e} (relative)"
+        return worst, f"its answer differs {by} on {probe.name}"
+
+    def _is_rounding(self, probe: Probe, wanted: Any, got: Any) -> bool:
+        """Of each tensor by itself: that one hangs on rounding says nothing about another."""
+        moved = leaves(_answer(self._truth, _moved(probe))) if _is_large(probe) else []
+        apart = leaves(_answer(self._truth, _moved_apart(probe))) if _is_constant(probe) else []
+        right = leaves(_answer(self._exact, probe.inputs)) if self._exact is not None else []
+        places = [leaves(each) for each in (wanted, got, self._ordinary)]
+        count = len(places[0])
+        if not count or any(len(each) != count for each in places):
+            return False
+        return all(
+            difference(one, other) <= self._tolerance
+            or (len(moved) == count and _is_moved(one, other, moved[at], _STEPS))
+            or (len(apart) == count and _is_moved(one, other, apart[at], _OWN_STEPS))
+            or (len(right) == count and self._is_as_near(right[at], one, other, usual))
+            for at, (one, other, usual) in enumerate(zip(*places, strict=True))
+        )
+
+    def _is_as_near(self, right: Any, wanted: Any, got: Any, usual: Any) -> bool:
+        own, apart = difference(right, wanted), difference(right, got)
+        if not math.isfinite(own):
+            return False
+        is_nothing = apart * _magnitude(right) <= self._tolerance * _magnitude(usual)
+        return apart <= _AS_GOOD * own or (apart <= _STEPS * own and is_nothing)
+
+
+def _is_moved(wanted: Any, got: Any, moved: Any, steps: int) -> bool:
+    moves = difference(wanted, moved)
+    return math.isfinite(moves) and difference(wanted, got) <= steps * moves
+
+
+def _magnitude(value: Any) -> float:
+    """By which `difference` divides."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
+        return 0.0
+    return max(float(torch.nan_to_num(value, 0.0, 0.0, 0.0).abs().max()), MAGNITUDE_MIN)
 
 
 def _is_large(probe: Probe) -> bool:
     return any(bool((each.abs() > LARGE_MIN).any()) for each in probe.inputs if each.is_floating_point())
 
 
-def _by_rounding(truth: Run, wanted: Any, probe: Probe) -> float:
-    """How far the right answer moves when each number of the input does by one step of rounding."""
-    moved = [each * (1 + _STEP) if each.is_floating_point() else each for each in probe.inputs]
-    got = _answer(truth, moved)
-    return 0.0 if isinstance(got, _Refusal) else difference(wanted, got)
+def _is_constant(probe: Probe) -> bool:
+    """Whether all numbers of one of its inputs are alike, and not zero."""
+    return any(
+        each.is_floating_point() and each[0].numel() > 1 and bool((each == each.flatten()[0]).all() and each.any())
+        for each in probe.inputs
+    )
+
+
+def _moved(probe: Probe) -> list[torch.Tensor]:
+    return [each * (1 + _STEP) if each.is_floating_point() else each for each in probe.inputs]
+
+
+def _moved_apart(probe: Probe) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        each * (1 + _OWN_STEP * (2 * torch.randint(0, 2, each.shape, generator=generator) - 1))
+        if each.is_floating_point() else each for each in probe.inputs
+    ]  # fmt: skip

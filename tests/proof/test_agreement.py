@@ -263,3 +263,108 @@ def test_the_order_of_additions_is_no_other_answer() -> None:
 def test_what_looks_at_the_rest_of_a_batch_is_named(looks: Callable[[Rows], Any]) -> None:
     assert why_not_repeated(looks, ITEMS) == ""
     assert why_composed(looks, ITEMS).startswith("answers an item otherwise")
+
+
+# --- where an answer is next to nothing -------------------------------------------------------------------------------
+
+
+def noisy(inputs: Rows) -> Any:
+    """A normalization as torch computes it: of numbers that are all alike rounding is left."""
+    return torch.nn.functional.instance_norm(inputs[0])
+
+
+def exactly(function: Callable[[Rows], Any]) -> Callable[[Rows], Any]:
+    return lambda inputs: function([each.double() for each in inputs])
+
+
+def rounded(function: Callable[[Rows], Any]) -> Callable[[Rows], Any]:
+    return lambda inputs: exactly(function)(inputs).float()
+
+
+NORMALIZED = [
+    Probe("random numbers", (torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(0)),)),
+    Probe("constant numbers", (torch.full((3, 4, 6, 5), 37.7),)),
+    Probe("zeros", (torch.zeros(3, 4, 6, 5),)),
+]
+
+
+def test_torchs_own_rounding_of_constant_numbers_is_not_held_against_others() -> None:
+    left = noisy([NORMALIZED[1].inputs[0]]).abs().max()
+    assert left > 1e-5, "torch leaves nothing any more: the test shows nothing"
+    assert agreement(noisy, rounded(noisy), NORMALIZED, 1e-4).objection == ""
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: torch.where(x[:, :1] == 37.7, 0.05, torch.nn.functional.instance_norm(x)),
+        lambda x: torch.nn.functional.group_norm(x, 1),
+        lambda x: torch.nn.functional.instance_norm(x, eps=1e-3),
+        lambda x: torch.nn.functional.instance_norm(x) + 1e-3 * (x == 0),
+        lambda x: torch.nn.functional.instance_norm(x).masked_fill(x == 37.7, math.nan),
+    ],
+)
+def test_wrong_answers_to_constant_numbers_are(wrong: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    for exact in (None, exactly(noisy)):
+        assert agreement(noisy, lambda inputs: wrong(inputs[0]), NORMALIZED, 1e-4, exact=exact).objection
+
+
+def bias_then_norm(inputs: Rows) -> Any:
+    x = inputs[0] * 0.25 + torch.linspace(0.1, 0.7, 4).to(inputs[0])[:, None, None]
+    return torch.nn.functional.instance_norm(x)
+
+
+def test_what_is_nothing_beside_ordinary_answers_is_judged_by_what_is_exact() -> None:
+    """Behind a bias zeros are numbers that are all alike, though no step moves them."""
+    left = bias_then_norm(NORMALIZED[2].inputs)
+    assert 1e-7 < left.abs().max() < 1e-4
+
+    def otherwise(inputs: Rows) -> Any:
+        found = bias_then_norm(inputs)
+        return found * 7 if inputs[0].abs().max() == 0 else found
+
+    zeros = [NORMALIZED[0], NORMALIZED[2]]
+    assert agreement(bias_then_norm, otherwise, zeros, 1e-4).objection, "without what is exact nothing is known"
+    assert agreement(bias_then_norm, otherwise, zeros, 1e-4, exact=exactly(bias_then_norm)).objection == ""
+
+    def far(inputs: Rows) -> Any:
+        return bias_then_norm(inputs) + 1e-2 * (inputs[0] == 0)
+
+    assert agreement(bias_then_norm, far, zeros, 1e-4, exact=exactly(bias_then_norm)).objection
+
+
+@pytest.mark.parametrize(
+    ("truth", "candidate", "x"),
+    [
+        (double, lambda inputs: torch.where(inputs[0].abs() < 1e-5, 0.0, inputs[0] * 2), torch.full((1, 4), 1e-6)),
+        (double, lambda inputs: inputs[0] * 2 + 1e-7, torch.full((1, 4), 1e-9)),
+        (lambda inputs: torch.nn.functional.normalize(inputs[0]), lambda inputs: inputs[0] + 0.5, torch.zeros(1, 4)),
+        (lambda inputs: inputs[0].floor(), lambda inputs: inputs[0].floor() - 1, torch.full((1, 4), 2.5)),
+        (lambda inputs: inputs[0].sum(1), lambda inputs: inputs[0].sum(1) * 1.001, torch.full((1, 4), 3.7)),
+    ],
+    ids=["flushed to zero", "off by nothing", "of zeros", "steps", "sums"],
+)
+def test_answers_that_are_small_have_to_be_right_too(truth: Any, candidate: Any, x: torch.Tensor) -> None:
+    probes = [Probe("random numbers", (torch.rand(3, 4) + 1,)), Probe("others", (x,))]
+
+    def fine_at_first(inputs: Rows) -> Any:
+        return truth(inputs) if len(inputs[0]) == 3 else candidate(inputs)
+
+    for exact in (None, exactly(truth)):
+        assert agreement(truth, fine_at_first, probes, 1e-4, exact=exact).objection
+
+
+def test_a_model_that_does_not_run_in_double_precision_explains_nothing() -> None:
+    def refuses(inputs: Rows) -> Any:
+        raise RuntimeError("expected Float, got Double")
+
+    assert agreement(double, at(2.1), PROBES, 1e-4, exact=refuses).objection
+
+
+def test_a_tensor_that_hangs_on_rounding_excuses_no_other() -> None:
+    def both(function: Callable[[Rows], Any], factor: float) -> Callable[[Rows], Any]:
+        return lambda inputs: (function(inputs), inputs[0].sum(1) * factor)
+
+    for exact in (None, exactly(both(noisy, 1.0))):
+        assert agreement(both(noisy, 1.0), both(rounded(noisy), 1.0), NORMALIZED, 1e-4, exact=exact).objection == ""
+        assert agreement(both(noisy, 1.0), both(rounded(noisy), 1.001), NORMALIZED[1:], 1e-4, exact=exact).objection
