@@ -94,6 +94,14 @@ COMPILE_ARGS = [
 ]  # fmt: skip
 LINK_ARGS = [f"-fsanitize={SANITIZERS}"] if SANITIZERS else []
 FRONT_SOURCE = "csrc/bindings_front.cpp"
+FRONT_HEADERS = [
+    *("csrc/" + name for name in (
+        "bindings_front.h", "bindings_fast_door.h", "bindings_fast_forms.h", "bindings_fast_path.h", "clock.h",
+        "front_ledger.h", "front_ring.h", "json_item.h", "json_rows.h", "request_ids.h", "row_frame.h",
+        "stage_counts.h",
+    )),
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "http").glob("*.h")),
+]  # fmt: skip
 
 
 class BuildEngine(BuildExtension):
@@ -145,13 +153,7 @@ setup(
             "pyserve._front",
             [FRONT_SOURCE],
             include_dirs=[str(ROOT / "csrc"), str(Path(torch.__file__).parent / "include")],
-            depends=[
-                "csrc/front_ring.h",
-                "csrc/front_ledger.h",
-                "csrc/bindings_front.h",
-                "csrc/json_item.h",
-                "csrc/http/body_kind.h",
-            ],
+            depends=FRONT_HEADERS,
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=LINK_ARGS,
             language="c++",

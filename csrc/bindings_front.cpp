@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_fast_door.h"
 #include "front_ledger.h"
 #include "http/body_kind.h"
 #include "json_item.h"
@@ -100,6 +101,7 @@ PYBIND11_MODULE(_front, m) {
     m.attr("LEDGER_PAGE_SIZE") = pyserve::ledger_page_size;
     pyserve::bind_front_link(m);
     pyserve::bind_ledger(m);
+    pyserve::bind_fast_door(m);
     m.def(
         "may_be_read",
         [](const std::string& content_type, const py::handle& body) {

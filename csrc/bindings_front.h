@@ -96,12 +96,12 @@ class Writer {
     RingWriter ring_;
 };
 
-// What takes frames of kind ring_row where they lie, in place of Python.
+// What takes frames where they lie, in place of Python.
 class RowTaker {
   public:
     virtual ~RowTaker() = default;
-    // Takes or skips the frame that was peeked at. Throws what ends the link.
-    virtual void take(const RingFrame& frame, RingReader& ring) = 0;
+    // Takes or skips the frame that was peeked at; false if it is Python's. Throws what ends the link.
+    virtual bool take(const RingFrame& frame, RingReader& ring) = 0;
     // All that is there for now was taken.
     virtual void taken() = 0;
 };
@@ -125,8 +125,7 @@ class Reader {
                 if (problem != nullptr) throw std::invalid_argument(problem);
                 break;
             }
-            if (frame.kind == ring_row && rows_) {
-                rows_->take(frame, ring_);
+            if (rows_ && rows_->take(frame, ring_)) {
                 left -= 1;
             } else {
                 take_frame(frame, taken);

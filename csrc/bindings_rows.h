@@ -29,18 +29,13 @@
 #include "clock.h"
 #include "lane.h"
 #include "row_cut.h"
+#include "row_frame.h"
+#include "stage_counts.h"
 
 namespace pyserve {
 
 class LaneRows;
 class RowSource;
-
-// What a row's frame begins with; the head that Python reads follows.
-struct RowHead {
-    uint64_t generation;  // of the table that `route` is a place in
-    uint64_t route;
-};
-static_assert(sizeof(RowHead) == 16);
 
 // One that runs. Its source has it, and its lane a list of all.
 struct FrontCall {
@@ -66,19 +61,6 @@ struct RowCounts {
     std::vector<uint64_t> counts;  // by duration
     uint64_t count = 0;
     double duration_s = 0, queue_s = 0;
-};
-
-// How long one stage took, as Python's telemetry.stage_times.
-struct StageCounts {
-    std::vector<uint64_t> counts;  // of each bound, and of what is above all
-    double total_s = 0;
-
-    void observe(const std::vector<double>& bounds, double seconds) {
-        counts.resize(bounds.size() + 1);
-        const auto bound = std::lower_bound(bounds.begin(), bounds.end(), seconds);
-        ++counts[static_cast<size_t>(bound - bounds.begin())];
-        total_s += seconds;
-    }
 };
 
 // The rows of one lane.
@@ -228,7 +210,8 @@ class FrontRows : public RowTaker, public RowSource {
     py::object link(const FrontCall&) const override { return link_; }
     py::object head(const FrontCall& call) const override { return py::bytes(call.head); }
 
-    void take(const RingFrame& frame, RingReader& ring) override {
+    bool take(const RingFrame& frame, RingReader& ring) override {
+        if (frame.kind != ring_row) return false;
         if (frame.body_size != frame.total || frame.head_size < sizeof(RowHead) + sizeof(uint64_t)) {
             throw std::invalid_argument("a tensor that no front end sends");
         }
@@ -243,6 +226,7 @@ class FrontRows : public RowTaker, public RowSource {
         const RowTable::Route* route = table_->find(head);
         if (route == nullptr || !route->lane->has_room() || !submit(frame, ring, *route)) again(frame.ticket);
         ring.skip(frame);
+        return true;
     }
 
     void taken() override {

@@ -31,7 +31,9 @@ static_assert(std::atomic<uint64_t>::is_always_lock_free, "the counters are shar
 inline constexpr uint32_t ring_magic = 0x46565350;  // "PSVF"
 inline constexpr uint16_t ring_more = 0;
 inline constexpr uint16_t ring_kind_max = 63;
-// Kinds that native code reads or writes: a request whose body is a tensor, and its answer, the row of the output.
+// Kinds that native code reads or writes, of those in fronts/wire.py.
+inline constexpr uint16_t ring_cancel = 2;  // the client of a request has gone
+// A request whose body is a tensor, and its answer, the row of the output.
 inline constexpr uint16_t ring_row = 7;
 inline constexpr uint16_t ring_row_answer = 26;
 inline constexpr uint16_t ring_again = 27;  // the request has to come again, as it was

@@ -13,10 +13,6 @@
 
 namespace pyserve {
 
-// What becomes of an output's row: an answer's whole body, what follows on JSON that describes it, or JSON. A front end says
-// so in a frame's flags.
-enum class RowForm : uint16_t { bytes, described, text };
-
 // How a batch's output is cut into rows.
 struct RowCut {
     at::Tensor output;

@@ -1,5 +1,8 @@
 """The rings between front ends and the engine process, see csrc/front_ring.h. Needs no torch."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 Frame = tuple[int, int, int, bytes, bytes | bytearray]  # kind, flags, ticket, head, body
 
 STATE_SIZE: int  # bytes of a ring's memory beside its own
@@ -118,3 +121,90 @@ class Ledger:
     @property
     def free(self) -> int:
         """What nobody holds."""
+
+class FastDoor:
+    """The link to the engine of those requests that native code sends and answers, see csrc/bindings_fast_door.h.
+
+    Args:
+        owner: a `fronts.door.Door`: has ``take_over_call(call)`` and ``send_cancel(ticket)``; kept until `close`.
+
+    Attributes:
+        count: of requests that were sent and not answered.
+    """
+
+    count: int
+
+    def __init__(self, owner: object) -> None: ...
+    def attach(self, writer: Writer, wake: int) -> None:
+        """There is a link. ``wake``: the engine's eventfd."""
+
+    def read_from(self, reader: Reader) -> None:
+        """Takes answers to what it has sent from the ring, in place of Python."""
+
+    def detach(self) -> None:
+        """It is over: the owner takes over what was sent and not answered."""
+
+    def close(self) -> None:
+        """There will be no other."""
+
+class FastRoute:
+    """A path whose plain requests are sent as tensors natively.
+
+    Args:
+        place: of the model in the engine's table.
+        size: bytes of an item.
+        row_of: gives what `fronts.rows.Route.row_of` does, of requests that have to be taken over.
+        bounds: of the durations of stages, s.
+        describes_items, form_of, log_head, kind, shape, takes_json: as of `_core.FastRoute`.
+    """
+
+    def __init__(
+        self, place: int, *, size: int, row_of: Callable[..., object], bounds: Sequence[float], describes_items: bool,
+        form_of: Callable[..., object], log_head: str, kind: str, shape: Sequence[int], takes_json: bool,
+    ) -> None: ...  # fmt: skip
+    def take_stages(self) -> tuple[tuple[list[int], float], tuple[list[int], float]]:
+        """Counts and the sum in s of what was decoded, and of what was encoded, since this was last asked."""
+
+class FastPath:
+    """The requests of one listener's connections that are answered without Python.
+
+    Args:
+        listener: its number.
+        answer_size_max: bytes of an answer's body.
+        budget, call_soon, log, coded_size_min: as of `_core.FastPath`.
+
+    Attributes:
+        request_count: of what was taken so far.
+    """
+
+    request_count: int
+
+    def __init__(
+        self, door: FastDoor, *, listener: int, answer_size_max: int, budget: object, call_soon: Callable[..., object],
+        log: object, head_size_max: int, line_size_max: int, header_count_max: int, body_size_max: int, takes_ids: bool,
+        coded_size_min: int, json_size_max: int,
+    ) -> None: ...  # fmt: skip
+    def set(
+        self, generation: int, routes: dict[str, FastRoute], key_until: Callable[[str], float | None] | None
+    ) -> None:
+        """What the engine's table of that number has; ``key_until`` as of `_core.FastPath`."""
+
+    def announce(self) -> None:
+        """Wakes the engine for what was sent; the loop calls it."""
+
+    def close(self) -> None:
+        """Takes nothing any more."""
+
+class FastConnection:
+    """One connection's part; as `_core.FastConnection`."""
+
+    is_ready: bool
+    is_busy: bool
+    arrived_at: int
+    answered_at: int
+    receive: Callable[[bytes], None]
+
+    def __init__(self, path: FastPath) -> None: ...
+    def open(self, protocol: object, write: Callable[[bytes], None], client: str) -> None: ...
+    def close(self) -> None: ...
+    def hand_over(self) -> tuple[Any, tuple[Any, int, bytes, str, int, Any]] | None: ...

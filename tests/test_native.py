@@ -75,6 +75,6 @@ def test_there_is_a_program_for_each_part() -> None:
         "ring", "waiter", "completion", "batcher", "batcher_threads", "stall", "simulation", "schedule", "stats",
         "frame", "process_lane", "process_memory", "hostile_peer", "watchdog", "frame_corpus",
         "rerun", "crew", "buckets", "pace", "head", "front_ring", "front_ledger",
-        "fast_request", "json_rows", "lookout",
+        "fast_request", "json_rows", "lookout", "row_frame",
     }  # fmt: skip
     assert {program.removesuffix("_test") for program in PROGRAMS} == parts

@@ -15,12 +15,14 @@ from pyserve._front import LEDGER_PAGE_SIZE, Ledger
 from pyserve.errors import OverloadedError, ServeError
 from pyserve.fronts import wire
 from pyserve.fronts.channel import Channel, LinkFiles, RubbishError
+from pyserve.fronts.fast_door import IS_BUILT, FastDoor
 from pyserve.fronts.meeting import Way
-from pyserve.fronts.outputs import Row
+from pyserve.fronts.outputs import AS_BYTES, Output, Row
 from pyserve.fronts.rows import Table
 from pyserve.fronts.shared_budget import LOOK_S, SharedBudget
 from pyserve.fronts.shares import Shares
 from pyserve.http1.connections import Connections
+from pyserve.http1.fast_protocol import FastProtocol
 from pyserve.request.deadline import client_deadline
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import ErrorFormat, Request
@@ -51,6 +53,7 @@ class Door:
     Attributes:
         connections: those of the listeners, whose counts the engine is told.
         row_listeners: numbers of those whose requests may cross as tensors.
+        fast: what reads and answers some of them natively; None if nothing does.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Door:
     ):  # fmt: skip
         self.connections: Sequence[Connections] = ()
         self.row_listeners: frozenset[int] = frozenset()
+        self.fast = FastDoor(self) if IS_BUILT else None
         self._answer_size_max = answer_size_max
         self._bodies = bodies
         self._table = Table()
@@ -75,7 +79,8 @@ class Door:
         self._ticket = 0
         self._pending: dict[int, Exchange] = {}
         self._told_refused: list[Counter[int]] = []
-        self._told_count = -1
+        self._told_count = self._told_native = -1
+        self._native_before = 0  # of former links
         self._pause_s = PAUSE_FIRST_S
         self._linked_at = 0.0
         self._telling: asyncio.TimerHandle | None = None
@@ -113,6 +118,8 @@ class Door:
         if self._greeting is not None:
             self._loop.remove_reader(self._greeting.fileno())
             self._greeting.close()
+        if self.fast is not None:
+            self.fast.close()
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -163,6 +170,28 @@ class Door:
             self._channel.take_back(ticket)
             self._channel.send(wire.CANCEL, 0, ticket)
 
+    def send_cancel(self, ticket: int) -> None:
+        """The client of a request has gone that native code has sent."""
+        if self._channel is not None:
+            self._channel.send(wire.CANCEL, 0, ticket)
+
+    def take_over_call(self, call: tuple[FastProtocol, int, bytes, str, int, Callable[[Request], Row | None]]) -> None:
+        """A request that native code has sent as a tensor is as one that was sent from here.
+
+        Args:
+            call: its connection, its ticket, the request as it came, its id, the number of its listener, and who makes
+                the tensor of it that it was sent as.
+        """
+        protocol, ticket, data, id, listener, row_of = call
+        exchange = protocol.adopt(0, data, id)
+        self._rows[ticket] = listener, row_of(exchange.request) or _UNKNOWN
+        self._enter(exchange, ticket)
+
+    def _set_fast(self) -> None:
+        """Has native code take what the engine takes now."""
+        if self.fast is not None:
+            self.fast.set(self._table if self._is_open else None)
+
     def _take(self, kind: int, flags: int, ticket: int, head: bytes, body: bytes | bytearray) -> None:
         if kind == wire.ROW_ANSWER:
             self._take_row(ticket, head, bytes(body))
@@ -177,16 +206,19 @@ class Door:
         elif kind == wire.TABLE:
             self._tell_times()
             self._table = Table(bytes(body), self._answer_size_max)
+            self._set_fast()
         elif wire.STREAM <= kind <= wire.ABORT:
             self._take_part(kind, flags, ticket, head, bytes(body))
         elif kind == wire.PAUSE:
             self._is_open = False
+            self._set_fast()
             if self._holding is None:
                 self._holding = self._loop.call_later(HOLDING_S, self._give_up_holding)
         elif kind in self._on:
             self._on[kind]()
             if kind == wire.OPEN:
                 self._is_open = True
+                self._set_fast()
                 self._pass_held()
         else:
             raise RubbishError("a message of a kind that the engine does not send")
@@ -309,8 +341,10 @@ class Door:
             log.info("no link to the engine yet: %s", error)
             self._connect_later()
             return
+        if self.fast is not None:
+            self.fast.attach(self._channel)
         self._linked_at = self._loop.time()
-        self._told_count = -1
+        self._told_count = self._told_native = -1
         if self._telling is None:
             self._tell_again()
 
@@ -323,6 +357,10 @@ class Door:
     def _lose(self, reason: str) -> None:
         self._channel = None
         self._is_open = False
+        if self.fast is not None:
+            self.fast.set(None)
+            self.fast.detach()
+            self._native_before = self.fast.count
         exchanges = list(self._pending.values())
         self._pending.clear()
         self._rows.clear()
@@ -356,6 +394,10 @@ class Door:
                     channel.send(wire.REFUSED, status, count - told[status])
                     told[status] = count
         self._tell_times()
+        native = 0 if self.fast is None else self.fast.count - self._native_before
+        if native != self._told_native:
+            self._told_native = native
+            channel.send(wire.NATIVE, 0, native)
         count = sum(map(len, self.connections))
         if count != self._told_count:
             self._told_count = count
@@ -365,9 +407,19 @@ class Door:
         """What was done here for requests of models that the engine counts stages of."""
         if self._channel is None:
             return
+        if self.fast is not None:
+            self.fast.note_times()
         for name, version, times in self._table.take_times():
             histograms = [stage.histogram()[1:] for stage in (times.preprocess, times.postprocess)]
             self._channel.send(wire.TIMES, 0, 0, b"", wire.ToldTimes(name, version, *histograms).write())
+
+
+def _encode_nothing(output: Output, row: bytes) -> None:
+    """The engine makes the answer, of the request as it was."""
+
+
+# What native code takes for a tensor and Python does not.
+_UNKNOWN = Row(0, b"", _encode_nothing, AS_BYTES)
 
 
 def _remaining_s(request: Request) -> float | None:

@@ -68,6 +68,7 @@ class Gate:
         self._started = [0] * count  # links of each front end so far
         self._requests = [0] * count  # of links that are gone
         self._tensors = [0] * count
+        self._natives = [0] * count
         self._pending: dict[socket.socket, asyncio.TimerHandle] = {}
         self._told: list[int] = [wire.OPEN]  # what one that comes has to know
         self._changed = asyncio.Event()
@@ -132,7 +133,8 @@ class Gate:
             link = self._links.get(number)
             passed = self._requests[number] + (link.request_count if link else 0)
             crossed = self._tensors[number] + (link.tensor_count if link else 0)
-            rows.append((link.connection_count if link else 0, passed, crossed, self._started[number]))
+            native = self._natives[number] + (link.native_count if link else 0)
+            rows.append((link.connection_count if link else 0, passed, crossed, native, self._started[number]))
         return front_end_families(rows)
 
     def _all_listen(self) -> bool:
@@ -264,6 +266,7 @@ class Gate:
             self._ledger_file.clear(link.number)
             self._requests[link.number] += link.request_count
             self._tensors[link.number] += link.tensor_count
+            self._natives[link.number] += link.native_count
         if not link.is_drained:
             log.warning("front end %d: %s; %d requests of its clients are dropped", link.number, reason, link.in_flight)
         with contextlib.suppress(Exception):

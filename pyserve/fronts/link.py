@@ -94,6 +94,7 @@ class Link:
         is_drained: it has answered all of them, and has let go of its sockets.
         connection_count: its open connections, as it last said.
         on_times: told what the front end did for requests of models.
+        native_count: requests that it has read natively, as it last said.
         keeping_count: looks in a row that found it with more of the budget than `size` explains.
     """
 
@@ -106,7 +107,7 @@ class Link:
     ):  # fmt: skip
         self.number = number
         self.is_listening = self.is_drained = False
-        self.connection_count = self._request_count = self.keeping_count = 0
+        self.connection_count = self._request_count = self.keeping_count = self.native_count = 0
         self.on_times: Callable[[wire.ToldTimes], object] = _ignore
         self._apps = apps
         self._budget = budget
@@ -159,6 +160,8 @@ class Link:
             self._refused[flags] += ticket
         elif kind == wire.CONNECTIONS:
             self.connection_count = min(ticket, self._shares.connection_count_max * len(self._apps))
+        elif kind == wire.NATIVE:
+            self.native_count = min(ticket, self.tensor_count)
         elif kind in (wire.LISTENING, wire.DRAINED):
             self.is_listening = kind == wire.LISTENING
             self.is_drained = kind == wire.DRAINED

@@ -46,6 +46,13 @@ class RowTimes:
         self.preprocess, self.postprocess, self.is_new = StageTimes(), StageTimes(), False
         return taken
 
+    def add(self, preprocess: tuple[list[int], float], postprocess: tuple[list[int], float]) -> None:
+        """What was noted elsewhere: counts and the sum in s of each; no counts if nothing was."""
+        for times, (counts, total_s) in ((self.preprocess, preprocess), (self.postprocess, postprocess)):
+            if counts:
+                times.add(counts, total_s)
+                self.is_new = True
+
     def note_decoded(self, seconds: float) -> None:
         self.preprocess.observe(seconds)
         self.is_new = True

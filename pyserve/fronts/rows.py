@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -169,6 +170,7 @@ class Table:
 
     Attributes:
         generation: the engine's number of it.
+        routes: what the engine said of each model under each kind of path, and what was made of that.
     """
 
     def __init__(self, told: bytes = b"", answer_size_max: int = 0):
@@ -176,6 +178,7 @@ class Table:
         value: dict[str, Any] = json.loads(told) if told else {"generation": 0, "entries": []}
         self.generation: int = value["generation"]
         self._key: dict[str, Any] | None = value.get("key")
+        self.routes: list[tuple[dict[str, Any], Route]] = []
         self._rows_of: dict[str, Callable[[Request], Row | None]] = {}
         self._outputs: dict[bytes, Output] = {}
         self._times: dict[tuple[str, str], RowTimes] = {}
@@ -186,6 +189,7 @@ class Table:
             name, version = entry["name"], entry["version"]
             is_default = entry["is_default"]
             route.times = self._times.setdefault((name, version), route.times)
+            self.routes.append((entry, route))
             self._rows_of[f"/predictions/{name}" if is_default else f"/predictions/{name}/{version}"] = route.row_of
             v2 = f"/v2/models/{name}/infer" if is_default else f"/v2/models/{name}/versions/{version}/infer"
             self._rows_of[v2] = route.infer.row_of
@@ -200,6 +204,18 @@ class Table:
         if self._key is not None and not self._is_key(self._key, request.header("authorization")):
             return None
         return row_of(request)
+
+    @property
+    def has_key(self) -> bool:
+        """Whether requests have to show one."""
+        return self._key is not None
+
+    def passes_until(self, authorization: str) -> float | None:
+        """Until when requests with this ``Authorization`` are let in, s since the epoch; None if they are not."""
+        key = self._key
+        if key is None or not self._is_key(key, authorization):
+            return None
+        return math.inf if key["expires_at"] is None else float(key["expires_at"])
 
     def _is_key(self, key: dict[str, Any], authorization: str) -> bool:
         """Whether a request shows the key; what is wrong with another one the engine says."""

@@ -104,6 +104,7 @@ class SharedBudget(BodyBudget):
         if self._ledger is None:
             return
         self._ledger.charge(self._lease)  # again, if something wrong was written there
+        self.release(0)  # of what native code has given back, which leaves the lease as it is
         self._forget_waiting()
         part = self._part()
         over = self.size - part

@@ -1,7 +1,7 @@
 """What the messages between front ends and the engine process are, and how their heads are written and read.
 
-    front end → engine     REQUEST, or ROW; CANCEL of one; REFUSED, CONNECTIONS and TIMES (counts); LISTENING,
-                           DRAINED
+    front end → engine     REQUEST, or ROW; CANCEL of one; REFUSED, CONNECTIONS, TIMES and NATIVE (counts);
+                           LISTENING, DRAINED
     engine → front end     ANSWER, or STREAM, PART..., END or ABORT; ROW_ANSWER or AGAIN; OPEN, PAUSE, PARTING, CLOSE,
                            DRAIN; TABLE
 
@@ -29,8 +29,8 @@ from pyserve.request.ids import REQUEST_ID
 from pyserve.request.messages import TIMING_HEADERS, HeaderList, Request, Response, SharedHeaders
 from pyserve.telemetry.stage_times import BOUNDS_S
 
-# As native code has them, too (csrc/front_ring.h): 7, 26 and 27.
-REQUEST, CANCEL, REFUSED, CONNECTIONS, LISTENING, DRAINED, ROW, TIMES = range(1, 9)
+# As native code has them, too (csrc/front_ring.h): 2, 7, 26 and 27.
+REQUEST, CANCEL, REFUSED, CONNECTIONS, LISTENING, DRAINED, ROW, TIMES, NATIVE = range(1, 10)
 ANSWER, STREAM, PART, END, ABORT, OPEN, PAUSE, PARTING, CLOSE, ROW_ANSWER, AGAIN, TABLE, DRAIN = range(17, 30)
 
 _FIXED = struct.Struct("<QQBB")  # arrived_at, bytes on the wire, listener, whether HTTP/1.1
@@ -46,7 +46,7 @@ _KNOWN_SIZE_MAX = 2048
 
 FILE_COUNT = len(LinkFiles._fields) + 1  # that the engine greets with: those of the link, and the ledger's
 HELLO = struct.Struct("<4sBB32s")  # magic, version, which front end, the secret
-MAGIC, VERSION = b"PSVF", 4
+MAGIC, VERSION = b"PSVF", 5
 
 
 class ToldTimes(NamedTuple):

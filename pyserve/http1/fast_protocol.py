@@ -1,6 +1,6 @@
 """HTTP/1.1 where native code answers plain requests: what it does not take, and all else, is `Http1Protocol`'s.
 
-    transport ──> FastConnection (csrc/bindings_fast.h) ──> taken: a lane, and from there the transport
+    transport ──> FastConnection (csrc/bindings_fast_path.h) ──> taken: a lane or a ring, and then the transport
                         └── not taken ──> received ──> Http1Protocol
 
 One request of a connection may be under way natively, and only while the protocol has none. Before anything else
@@ -21,12 +21,12 @@ from pyserve.http1.tls import Http1TlsProtocol
 from pyserve.request.exchange import Exchange
 from pyserve.request.messages import Request
 
-# (connection, see `FastProtocol.adopt`, the request as it came, version as in the URL, the lane's ticket)
-Call = tuple[Any, int, bytes, str, int]
+# Connection, a ticket, the request as it came, and what else its owner wants to know.
+Call = tuple[Any, ...]
 
 
 class CallOwner(Protocol):
-    """The lane that a request runs in."""
+    """The lane that a request runs in, or the door through which it went."""
 
     def take_over_call(self, call: Call) -> None:
         """Answers it from here on, as all others."""
@@ -36,7 +36,7 @@ class CallOwner(Protocol):
 
 
 class NativeConnection(Protocol):
-    """What is asked of `_core.FastConnection`."""
+    """What is asked of `_core.FastConnection` and `_front.FastConnection`."""
 
     is_ready: bool
 
@@ -144,14 +144,17 @@ class FastProtocol(Http1Protocol):
         else:
             owner.take_over_call(call)
 
-    def adopt(self, ticket: int, data: bytes) -> Exchange:
+    def adopt(self, ticket: int, data: bytes, id: str = "") -> Exchange:
         """The exchange of a request that was taken natively; whoever calls this sees to its answer.
 
         Args:
             ticket: 1 if its lane is to keep the output for an endpoint, which makes the answer; else 0.
+            id: that it has been given already.
         """
         self._native.is_ready = False
         exchange = self._exchange_of(data)
+        if id:
+            exchange.request.id = id
         if ticket:
             self._slots.pop()
             exchange = FastExchange(exchange.request, self._on_answer, len(data), exchange.reserved, self._run)

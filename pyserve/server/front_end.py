@@ -12,7 +12,9 @@ import gc
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -21,9 +23,11 @@ from pyserve import log as log_setup
 from pyserve.errors import ConfigError
 from pyserve.fronts import listening
 from pyserve.fronts.door import Door
+from pyserve.fronts.fast_forms import lines_of, may_be_fast
 from pyserve.fronts.meeting import Way
 from pyserve.fronts.shares import Shares
 from pyserve.http1.connections import Connections
+from pyserve.http1.fast_protocol import FastProtocol, FastTlsProtocol
 from pyserve.http1.protocol import Http1Protocol
 from pyserve.http1.tls import Http1TlsProtocol
 from pyserve.launch import EXIT_DRAINED
@@ -100,6 +104,7 @@ class FrontEnd:
         descriptors = DescriptorLimit(open_files_max())
         bodies = shares.new_budget()
         self.drained: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._log = logs.access
         self._listeners = listening.grouped(start.sockets)
         self._files = file_identities(start.sockets.values())
         self._connections: list[Connections] = []
@@ -139,17 +144,19 @@ class FrontEnd:
     async def _listen(self) -> None:
         loop = asyncio.get_running_loop()
         for number, (sock, names) in enumerate(self._listeners):
-            connections, app = self._connections[number], self.door.app(number)
             context = self._tls if self._config.addresses()[names[0]].is_tls else None
-            protocol = Http1Protocol if context is None else Http1TlsProtocol
-
-            def connect(protocol=protocol, app=app, connections=connections) -> Http1Protocol:  # type: ignore[no-untyped-def]
-                made: Http1Protocol = protocol(app, connections.limits, connections)
-                return made
-
+            connect = self._protocol_maker(number, is_tls=context is not None)
             options = listening.tls_options(context)
             self._servers.append(await loop.create_server(connect, sock=sock, backlog=ACCEPT_BACKLOG, **options))
         self.door.tell_listening()
+
+    def _protocol_maker(self, number: int, *, is_tls: bool) -> Callable[[], Http1Protocol]:
+        """What makes the protocols of the connections of the listener of this number."""
+        connections, app, fast = self._connections[number], self.door.app(number), self.door.fast
+        if fast is None or number not in self.door.row_listeners or not may_be_fast(self._config, self._log):
+            return partial(Http1TlsProtocol if is_tls else Http1Protocol, app, connections.limits, connections)
+        make = fast.listen(number, connections, app, lines_of(self._log), self._config.max_response_size)
+        return partial(make, FastTlsProtocol if is_tls else FastProtocol)
 
     def _part(self) -> None:
         for connections in self._connections:

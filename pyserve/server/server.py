@@ -294,7 +294,7 @@ class Server:
         context = self._tls if config.addresses()[names[0]].is_tls else None
         make = protocol_maker(
             self.registry, self._engine, config, connections, router, self._logs.access, self._services.tokens,
-            is_tls=context is not None, may_be_fast="inference" in names,
+            is_tls=context is not None, predicts="inference" in names,
         )  # fmt: skip
         loop = asyncio.get_running_loop()
         self._servers.append(await loop.create_server(make, sock=sock, backlog=ACCEPT_BACKLOG, **tls_options(context)))

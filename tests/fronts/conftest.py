@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.networks import Gate, Gated
 from tests.support.packing import pack
+from tests.support.two_ways import either, front_end  # noqa: F401 - fixtures
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from tests.support.networks import Gate, Identity
 from tests.support.packing import pack
 from tests.support.two_ways import Site, Way, post, run, site
 
+pytestmark = pytest.mark.usefixtures("either")
+
 NONE = b"GET /none HTTP/1.1\r\nHost: localhost\r\nx-request-id: none\r\n\r\n"  # answered at once
 
 

@@ -24,6 +24,8 @@ from tests.support.networks import Gate, Identity
 from tests.support.packing import pack
 from tests.support.two_ways import Site, post, run, site
 
+pytestmark = pytest.mark.usefixtures("either")
+
 INFERENCE, MANAGEMENT = "the-key-of-inference", "the-key-of-management"
 
 
@@ -161,7 +163,7 @@ def test_a_key_that_is_replaced_is_refused_at_once(same: Path, tmp_path: Path) -
                         told.append(await wire.answers())
                     assert told[0] == told[1] and told[0].startswith(b"HTTP/1.1 %d" % status)
                 taken = made.taken
-                await made.until(lambda: bool(made.path._tensors.entries))
+                await made.until_told()
                 assert (await asked(made, bearer(new))).startswith(b"HTTP/1.1 200") and made.taken == taken + 1
 
     run(test())
@@ -193,7 +195,7 @@ def test_what_was_let_in_is_answered_though_its_key_is_replaced(
                 gate.open()
                 told.append(await wire.answers(1 + bool(more)))
                 assert gate.runs - runs == 1
-                await made.until(lambda: bool(made.path._tensors.entries))
+                await made.until_told()
             assert told[0].startswith(b"HTTP/1.1 200") and made.taken == 1
             assert told[0].partition(b"HTTP/1.1 404")[0] == told[1].partition(b"HTTP/1.1 404")[0]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import struct
 import tarfile
@@ -33,6 +34,7 @@ def main() -> None:
         "model_config": _configs,
         "frames": _frames,
         "fronts": _fronts,
+        "answers": _answers,
     }
     for name, make in makers.items():
         folder = CORPUS / name
@@ -392,15 +394,18 @@ def _frames() -> Iterator[tuple[str, bytes]]:
         yield f"lane another's ticket {number}", b"\2\xff" + frame(answers, number, [answer(2, 0, 0, 0)])
 
 
+def _ring_frame(kind: int, ticket: int, head: bytes = b"", body: bytes = b"", **other: int) -> bytes:
+    """See csrc/front_ring.h."""
+    parts = struct.pack(
+        "<IHHQIIQ", other.get("magic", 0x46565350), kind, other.get("flags", 0), ticket,
+        other.get("head_size", len(head)), other.get("body_size", len(body)), other.get("total", len(body)),
+    ) + head + body  # fmt: skip
+    return parts + bytes(-len(parts) % 8)
+
+
 def _fronts() -> Iterator[tuple[str, bytes]]:
     """See tests/fuzz/fronts_target.py and csrc/front_ring.h."""
-
-    def frame(kind: int, ticket: int, head: bytes = b"", body: bytes = b"", **other: int) -> bytes:
-        parts = struct.pack(
-            "<IHHQIIQ", other.get("magic", 0x46565350), kind, other.get("flags", 0), ticket,
-            other.get("head_size", len(head)), other.get("body_size", len(body)), other.get("total", len(body)),
-        ) + head + body  # fmt: skip
-        return parts + bytes(-len(parts) % 8)
+    frame = _ring_frame
 
     plain = struct.pack("<QQBB", 1, 60, 0, 1) + b"id\n127.0.0.1:1\n"
     came = plain + b"POST /predictions/m HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -432,6 +437,33 @@ def _fronts() -> Iterator[tuple[str, bytes]]:
     yield "beyond the end", b"\1" + struct.pack("<Q", 2**63) + row(1)
     yield "unknown kind", b"\0" + frame(60, 1)
     yield "sizes", b"\0" + frame(1, 1, known, head_size=2**32 - 1, body_size=2**32 - 1, total=2**64 - 1)
+
+
+def _answers() -> Iterator[tuple[str, bytes]]:
+    """See tests/fuzz/answers_target.py."""
+    frame, first = _ring_frame, 1 << 62
+    one = struct.pack("<f", 1)
+
+    def row(number: int, head: bytes = b"f1", body: bytes = one, **other: int) -> bytes:
+        return frame(26, first + number, head, body, flags=200, **other)
+
+    yield "nothing", b"\0"
+    yield "row", b"\0" + row(0)
+    yield "rows", b"\0" + b"".join(map(row, range(4)))
+    yield "row of the last", b"\0" + row(3) + row(3)
+    yield "row of nobody", b"\0" + row(4) + row(-1) + frame(26, 1, b"f1", one)
+    yield "row of one that has gone", b"\2" + row(0) + row(1)
+    yield "row of another size", b"\0" + row(0, b"f2") + row(1, b"q") + row(2, b"f0", b"")
+    yield "row of no kind", b"\0" + row(0, b"") + row(1, b"x1") + row(2, b"f1,") + row(3, b"f-1")
+    yield "row that has no words", b"\0" + row(0, body=struct.pack("<f", math.nan)) + row(1, body=b"\0\0\x80\x7f")
+    yield "row in pieces", b"\0" + row(0, b"f2", one, total=8) + frame(0, first, b"", one)
+    yield "row with a long head", b"\0" + row(0, b"f" + b"1" * 100)
+    yield "row of many numbers", b"\0" + row(0, b"f500", one * 500) + row(1, b"d250", one * 500)
+    yield "again", b"\0" + frame(27, first) + frame(27, first + 1, flags=1) + row(0)
+    yield "answer", b"\0" + frame(17, first, b"{}", b"x", flags=503) + frame(20, first + 1) + frame(25, 0)
+    yield "rubbish behind a row", b"\0" + row(0) + row(1) + frame(26, 1, magic=1)
+    yield "beyond the end", b"\1" + struct.pack("<Q", 2**63) + row(0)
+    yield "sizes", b"\0" + row(0, head_size=2**32 - 1, body_size=2**32 - 1, total=2**64 - 1)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,10 @@ _FRONT_WORDS = (
     b"\x10\0\0\0\0\0\0\0", b"\x10\0\0\0", b"id\nunix\n", b"POST / HTTP/1.1\r\n\r\n", b"x-request-timeout-ms: 1\r\n",
     b"POST\n/\n\n", b'["m","1.0",[[],0],[[],0]]', b"\n", b"\r\n\r\n",
 )  # fmt: skip
+_ANSWER_WORDS = (
+    b"PSVF", b"PSVF\x1a\0", b"PSVF\x1b\0", b"PSVF\x11\0", b"PSVF\0\0", b"\0\0\0\0\0\0\0\x40", b"\1\0\0\0\0\0\0\x40",
+    b"\2\0\0\0\4\0\0\0\4\0\0\0\0\0\0\0", b"f1", b"d1", b"i1,1", b"h2", b"?", b",", b"\0\0\x80\x3f",
+)  # fmt: skip
 
 TARGETS = {
     target.name: target
@@ -96,5 +100,6 @@ TARGETS = {
         Target("coding", 2048, 4000),
         Target("model_config", 2048, 1500, _CONFIG_WORDS),
         Target("fronts", 4096, 1000, _FRONT_WORDS),
+        Target("answers", 4096, 3000, _ANSWER_WORDS),
     )
 }

@@ -1,4 +1,8 @@
-"""One set of models behind two listeners of this process: one answers plain requests natively, one does not."""
+"""One set of models behind two listeners of this process: one answers plain requests natively, one does not.
+
+The first is the engine's own, or, for a test that asks for `front_end`, that of a front end: a door and a gate with a
+ring between them.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from pyserve.api.checks import protected
@@ -22,10 +28,17 @@ from pyserve.archive.archive import open_archive
 from pyserve.config.config import Config
 from pyserve.config.model_source import ModelSource
 from pyserve.engine import Engine
+from pyserve.fronts.door import Door
 from pyserve.fronts.fast_path import FastPath
+from pyserve.fronts.gate import Gate as EngineGate
 from pyserve.fronts.listening import new_compression
+from pyserve.fronts.meeting import Meeting
+from pyserve.fronts.meeting import Way as MeetingWay
+from pyserve.fronts.shared_budget import SharedBudget
+from pyserve.fronts.shares import Shares
 from pyserve.fronts.tensors import Tensors
 from pyserve.http1.connections import Connections
+from pyserve.http1.fast_protocol import FastProtocol
 from pyserve.http1.limits import Http1Limits
 from pyserve.http1.protocol import Http1Protocol
 from pyserve.lanes.resources import Services
@@ -92,11 +105,32 @@ class Way:
         return Wire(self._protocol())
 
 
+# What `site` makes: see `front_end`.
+_HAS_FRONT_END = False
+
+
+@pytest.fixture
+def front_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites have a front end."""
+    monkeypatch.setattr("tests.support.two_ways._HAS_FRONT_END", True)
+
+
+@pytest.fixture(params=["own process", "front end"])
+def either(request: pytest.FixtureRequest) -> str:
+    """Sites have a front end, or none."""
+    if request.param == "front end":
+        request.getfixturevalue("front_end")
+    return str(request.param)
+
+
 class Site:
     """Attributes:
         fast, slow: the two listeners.
         path: of the first.
+        front: the front end that it is of; None if it is the engine's own.
     """  # fmt: skip
+
+    front: FrontEnd | None = None
 
     def __init__(
         self, registry: Registry, services: Services, limits: Http1Limits, log: AccessLog | None = None,
@@ -119,16 +153,37 @@ class Site:
             )
             for _ in range(2)
         )  # fmt: skip
-        tensors = Tensors(registry, services.engine.core, tokens=tokens, decodes=True)
-        self.path = FastPath(tensors, fast, router, log, services.config.max_response_size)
-        services.engine.let_wait(self.path.native)
-        self.fast = Way(fast, self.path.protocol)
+        self.router, self.log, self.tokens = router, log, tokens
+        self.tensors = self.new_tensors()
+        self.fast = Way(fast, lambda: Http1Protocol(router, limits, fast))
         self.slow = Way(slow, lambda: Http1Protocol(router, limits, slow))
+
+    def new_tensors(self) -> Tensors:
+        return Tensors(self.registry, self.services.engine.core, tokens=self.tokens, decodes=True)
+
+    async def open(self) -> None:
+        """Has the first listener answer natively what it can."""
+        if _HAS_FRONT_END:
+            self.front = FrontEnd(self)
+            await self.front.open()
+            self.fast = self.front.way
+            self.path: Any = self.front.listener
+            return
+        config, connections = self.services.config, self.fast.connections
+        self.path = FastPath(self.tensors, connections, self.router, self.log, config.max_response_size)
+        self.services.engine.let_wait(self.path.native)
+        self.fast = Way(connections, self.path.protocol)
+
+    def close(self) -> None:
+        if self.front is not None:
+            self.front.close()
+        else:
+            self.path.close()
 
     @property
     def taken(self) -> int:
         """Requests that were answered natively, or begun so."""
-        return self.path.native.request_count
+        return int(self.path.native.request_count)
 
     def lane(self, name: str) -> Any:
         return self.registry.get(name)._lane
@@ -138,6 +193,19 @@ class Site:
         while not is_done():
             assert time.monotonic() < end, "hangs"
             await asyncio.sleep(0)
+
+    async def until_told(self) -> None:
+        """Returns once what there is may be answered natively."""
+        tensors, front = self.tensors, self.front
+        await self.until(
+            lambda: bool(tensors.entries) and (front is None or front.door._table.generation == tensors.generation)
+        )
+
+    async def until_crossed(self) -> None:
+        """Returns once the engine has all that was sent."""
+        if self.front is not None:
+            [link], sent = self.front.gate._links.values(), self.front.door._ticket + self.taken
+            await self.until(lambda: link.request_count >= sent)
 
     async def both(self, *pieces: bytes, count: int = 1) -> tuple[bytes, bytes]:
         """What the two answer, each on a new connection."""
@@ -149,6 +217,60 @@ class Site:
             if not wire.is_over:
                 wire.transport.lose()
         return told[0], told[1]
+
+
+class FrontEnd:
+    """The front end of a site, and the engine's side of it."""
+
+    def __init__(self, site: Site):
+        config, connections = site.services.config, site.fast.connections
+        limits, format = connections.limits, site.services.error_format
+        self.shares = Shares(
+            process_count=2, body_budget_size=limits.body_budget_size, connection_count_max=1000, in_flight_max=10_000,
+            body_size_max=limits.body_size_max, answer_size_max=2**31, waiting_size_max=64 << 20,
+        )  # fmt: skip
+        self._site = site
+        self._meeting = Meeting.make()
+        self.gate = self.new_gate()
+        connections.budget = self.shares.new_budget()
+        self.door = Door(
+            MeetingWay.of(self._meeting.for_front_end(0)), self.shares, format, on_open=self._opened,
+            on_parting=connections.part, on_close=bool, on_drain=bool, answer_size_max=config.max_response_size,
+            bodies=connections.budget,
+        )  # fmt: skip
+        self.door.connections, self.door.row_listeners = [connections], frozenset({0})
+        assert self.door.fast is not None
+        make = self.door.fast.listen(0, connections, self.door.app(0), site.log, config.max_response_size)
+        self.listener = self.door.fast.listeners[0]
+        self.way = Way(connections, partial(make, FastProtocol))
+
+    def new_gate(self) -> EngineGate:
+        """An engine's; one at a time."""
+        again = Meeting(self._meeting.sock.dup(), self._meeting.secret)
+        again.sock.setblocking(False)
+        budget = SharedBudget(self.shares.body_budget_size, self.shares.process_count)
+        gate = EngineGate(again, 1, self.shares, budget, self._site.services.error_format)
+        gate.tensors = self._site.tensors = self._site.new_tensors()
+        return gate
+
+    async def open(self) -> None:
+        """Returns when what there is may be answered natively."""
+        self.door.start()
+        await self.gate.open([self._site.router])
+        budget = self.way.connections.budget
+        if budget.reserve(1):  # bytes are leased from now on
+            budget.release(1)
+        await self._site.until(lambda: self.door._table.generation == self._site.tensors.generation)
+
+    def _opened(self) -> None:
+        self.way.connections.parting = False
+        self.door.tell_listening()
+
+    def close(self) -> None:
+        self.listener._part()
+        self.door.stop()
+        self.gate.close()
+        self._meeting.sock.close()
 
 
 def archives_in(store: Path) -> list[Path]:
@@ -172,12 +294,13 @@ async def site(
     archives = {str(path): open_archive(str(path)) for path in archives_in(store)}
     await registry.load_at_start([ModelSource(None, path) for path in archives], archives, {})
     made = Site(registry, services, limits or Http1Limits(), log, tokens)
+    await made.open()
     try:
         yield made
     finally:
         if gate is not None:
             gate.open()
-        made.path.close()
+        made.close()
         await registry.drain()
         await spawner.close()
         pool.shutdown()
