@@ -1,21 +1,16 @@
-"""Many requests behind each other, cut anywhere, while models come and go: each once, in order, in the same words."""
+"""Many requests behind each other, cut anywhere: each is answered once, in order, and in the same words."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-import struct
 from pathlib import Path
 
 import pytest
 
-from pyserve.archive.archive import open_archive
-from pyserve.config.model_source import ModelSource
 from tests.fronts.odd_requests import OddRequests
-from tests.fronts.test_fast_path import ITEM, JSON, RAW, binary, wire_form, without_drawn_ids
+from tests.fronts.test_fast_path import ITEM, JSON, RAW, wire_form, without_drawn_ids
 from tests.fronts.test_same_answers import write_models
-from tests.support.networks import Identity
-from tests.support.packing import pack
 from tests.support.serving import SEED
 from tests.support.two_ways import Site, post, run, site
 
@@ -72,47 +67,3 @@ async def paused(made: Site, rng: random.Random, cut: list[bytes], count: int) -
         if not wire.is_over:
             wire.transport.lose()
     return told[0], told[1]
-
-
-@pytest.mark.parametrize("wants_binary", [None, False])
-def test_models_that_go_and_come_again_under_load(store: Path, wants_binary: bool | None) -> None:
-    """Each answer is of its own request: its numbers, or that there is no such model."""
-    pack(store, network=Identity())
-    source = str(next(store.glob("*.mar")))
-    print(f"PYSERVE_TEST_SEED={SEED}")
-
-    async def test() -> None:
-        async with site(store) as made:
-            statuses, is_over = set(), False
-
-            async def ask(number: int) -> None:
-                wire, count = made.fast.wire(), 0
-                while not is_over:
-                    count += 1
-                    item = struct.pack("<4f", number, count, 1.5, 2.5)
-                    path, lines, body = ("/predictions/m", (RAW,), ITEM)
-                    if wants_binary is not None:
-                        path, lines, body = binary(wants_binary=wants_binary)
-                    id = f"n{number}-{count}"
-                    wire.send(post(path, body.replace(ITEM, item), *lines, id=id))
-                    told = await wire.answers()
-                    statuses.add(told[9:12])
-                    assert told.count(b"HTTP/1.1 ") == 1 and f": {id}\r\n".encode() in told
-                    if told.startswith(b"HTTP/1.1 200"):
-                        shown = item if wants_binary is not False else f"{number}.0,{count}.0,1.5,2.5".encode()
-                        assert shown in told, told
-
-            asking = [asyncio.ensure_future(ask(number)) for number in range(4)]
-            try:
-                for _ in range(2):
-                    taken = made.taken
-                    await made.until(lambda taken=taken: made.taken > taken + 10 or any(each.done() for each in asking))
-                    await made.registry.unregister("m", None)
-                    await asyncio.sleep(0.01)
-                    await made.registry.load_at_start([ModelSource(None, source)], {source: open_archive(source)}, {})
-            finally:
-                is_over = True
-            await asyncio.gather(*asking)
-            assert statuses == {b"200", b"404"} and made.fast.connections.budget.size == 0
-
-    run(test())
