@@ -67,6 +67,7 @@ class Door:
         self._answer_size_max = answer_size_max
         self._bodies = bodies
         self._table = Table()
+        self._former_tables: list[Table] = []  # under which requests went that are not over
         self._rows: dict[int, tuple[int, Row]] = {}  # of those pending: listener, and what makes the answer
         self._loop = asyncio.get_running_loop()
         self._way = way
@@ -204,8 +205,7 @@ class Door:
         elif kind == wire.AGAIN:
             self._send_again(ticket, has_run=flags != 0)
         elif kind == wire.TABLE:
-            self._tell_times()
-            self._table = Table(bytes(body), self._answer_size_max)
+            self._take_table(Table(bytes(body), self._answer_size_max))
             self._set_fast()
         elif wire.STREAM <= kind <= wire.ABORT:
             self._take_part(kind, flags, ticket, head, bytes(body))
@@ -222,6 +222,13 @@ class Door:
                 self._pass_held()
         else:
             raise RubbishError("a message of a kind that the engine does not send")
+
+    def _take_table(self, table: Table) -> None:
+        """From now on requests go under ``table``. What is done for those on their way counts under theirs."""
+        self._tell_times()
+        used = {id(row.times) for _, row in self._rows.values()}
+        self._former_tables = [each for each in (*self._former_tables, self._table) if each.has_times_of(used)]
+        self._table = table
 
     def _take_row(self, ticket: int, head: bytes, row: bytes) -> None:
         """The output's row for a request that crossed as a tensor."""
@@ -364,6 +371,7 @@ class Door:
         exchanges = list(self._pending.values())
         self._pending.clear()
         self._rows.clear()
+        self._former_tables.clear()
         self._table = Table()
         log.warning("the link to the engine is over: %s; %d requests are answered with 503", reason, len(exchanges))
         error = _engine_away()
@@ -409,9 +417,10 @@ class Door:
             return
         if self.fast is not None:
             self.fast.note_times()
-        for name, version, times in self._table.take_times():
-            histograms = [stage.histogram()[1:] for stage in (times.preprocess, times.postprocess)]
-            self._channel.send(wire.TIMES, 0, 0, b"", wire.ToldTimes(name, version, *histograms).write())
+        for table in (*self._former_tables, self._table):
+            for name, version, times in table.take_times():
+                histograms = [stage.histogram()[1:] for stage in (times.preprocess, times.postprocess)]
+                self._channel.send(wire.TIMES, 0, 0, b"", wire.ToldTimes(name, version, *histograms).write())
 
 
 def _encode_nothing(output: Output, row: bytes) -> None:

@@ -231,6 +231,10 @@ class Table:
             if times.is_new:
                 yield name, version, times.take()
 
+    def has_times_of(self, ids: set[int]) -> bool:
+        """Whether one of these, by their ``id``, is a model's of this table."""
+        return any(id(times) in ids for times in self._times.values())
+
     def output(self, head: bytes) -> Output:
         """What the head of an answer says. ValueError if it is none."""
         known = self._outputs.get(head)
