@@ -68,6 +68,7 @@ class NativeWorkers:
         self._asked: dict[int, tuple[int, int]] = {}  # id -> (since when its batch runs, when it was asked to end), ns
         self._hopeless: set[int] = set()  # ids of those that were not ready in time
         self._lost = 0  # at the last look
+        self._never_ready = 0  # how many were given up before they were ready
         self._is_closing = False
 
     # --- how many, and which --------------------------------------------------------------------------------------
@@ -136,6 +137,7 @@ class NativeWorkers:
             self.note_states()
             return all(row["state"] in ("ready", "failed", "lost") for row in self._core.workers())
 
+        before = self._never_ready
         try:
             await asyncio.wait_for(self._engine.wait_for_workers(is_settled), timeout_s)
         except TimeoutError:
@@ -145,6 +147,8 @@ class NativeWorkers:
                 self._hopeless |= late
                 return f"a worker was not ready within startup_timeout={timeout_s:g} s"
         errors = [str(row["error"]) for row in self._core.workers() if row["state"] == "failed"]
+        if not errors and self._never_ready != before:
+            return f"a worker's warm-up did not end within startup_timeout={self._settings.startup_timeout_s} s"
         return (cause_of(errors[0]) or "no text") if errors else ""
 
     async def ended(self) -> None:
@@ -239,5 +243,7 @@ class NativeWorkers:
                   extra=self._worker_log.about(number))  # fmt: skip
         if is_replaced:
             self.set_count(self._wanted)
+        elif row["state"] in _STARTING:
+            self._never_ready += 1
         self.note_states()
         self._stuck.look(f"{self._label} ({self._worker_log.name(number)})")

@@ -176,7 +176,7 @@ def test_one_whose_run_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(native_workers, "GRACE_S", HANG_S)
 
     async def test() -> None:
-        async with standing(tmp_path, Times(2.0), workers=2, response_timeout_s=1) as stand:
+        async with standing(tmp_path, Times(2.0), workers=2, response_timeout_s=1, client_timeout_ms=60_000) as stand:
             before = workers(stand)
             assert "did not come to an end" in await exchange(stand.lane, another(stand, tmp_path, EndlessAtOnce()))
             assert workers(stand) == before
@@ -194,7 +194,7 @@ def test_one_whose_run_cannot_be_ended_costs_the_worker_and_no_request(
     hold: Hold = new_hold()
 
     async def test() -> None:
-        async with standing(tmp_path, Times(2.0), response_timeout_s=1) as stand:
+        async with standing(tmp_path, Times(2.0), response_timeout_s=1, client_timeout_ms=60_000) as stand:
             network = another(stand, tmp_path, HeldAtOnce())
             assert "did not come to an end" in await exchange(stand.lane, network)
             assert await stand.lane.settled(HANG_S) == ""

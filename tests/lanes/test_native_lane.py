@@ -338,7 +338,7 @@ def test_a_request_that_waits_too_long_expires(tmp_path: Path, gate: Gate) -> No
 
 def test_a_batch_that_runs_too_long_is_answered_and_the_model_stays(tmp_path: Path, gate: Gate) -> None:
     async def test() -> None:
-        async with standing(tmp_path, Gated(str(gate.path)), response_timeout_s=1) as stand:
+        async with standing(tmp_path, Gated(str(gate.path)), response_timeout_s=1, client_timeout_ms=60_000) as stand:
             gate.shut()
             body = error(await stand.answer(1))
             assert (body["code"], body["detail"]["reason"]) == (504, "response_timeout")

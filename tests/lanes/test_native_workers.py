@@ -17,6 +17,9 @@ from tests.support.held import ENDLESS, Endless, EndlessAtOnce, EndlessHalfWay, 
 from tests.support.lane_stand import HANG_S, Stand, error, run, standing
 from tests.support.networks import save_script
 
+# A request may run for a second. It may wait for longer: for a worker to be ended or replaced on a busy machine.
+LIMITS = {"response_timeout_s": 1, "client_timeout_ms": 60_000}
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +45,7 @@ def states(stand: Stand) -> list[str]:
 
 def test_an_endless_loop_of_operators_is_ended_and_its_worker_goes_on(tmp_path: Path, patient: None) -> None:
     async def test() -> None:
-        async with standing(tmp_path, Endless(), response_timeout_s=1) as stand:
+        async with standing(tmp_path, Endless(), **LIMITS) as stand:
             worker = stand.lane.core.workers()[0]["id"]
             for _ in range(2):
                 body = error(await stand.answer(ENDLESS))
@@ -58,7 +61,7 @@ def test_an_endless_loop_of_operators_is_ended_and_its_worker_goes_on(tmp_path: 
 
 def test_what_an_ended_batch_left_half_changed_answers_nobody(tmp_path: Path, patient: None) -> None:
     async def test() -> None:
-        async with standing(tmp_path, EndlessHalfWay(), response_timeout_s=1) as stand:
+        async with standing(tmp_path, EndlessHalfWay(), **LIMITS) as stand:
             expected = bytes((await stand.answer(1)).body)
             for _ in range(2):
                 assert (await stand.answer(ENDLESS)).status == 504
@@ -72,9 +75,7 @@ def test_what_an_ended_run_took_is_not_counted_to_the_requests_of_another_shape(
     tmp_path: Path, hold: Hold, patient: None
 ) -> None:
     async def test() -> None:
-        async with standing(
-            tmp_path, EndlessOrHeld(), batch_size=2, response_timeout_s=1, client_timeout_ms=60_000
-        ) as stand:
+        async with standing(tmp_path, EndlessOrHeld(), batch_size=2, **LIMITS) as stand:
             stand.handler.preprocessed = torch.full((1, 4), 667.0)
             arrived_at = time.monotonic_ns()
             first = stand.post()
@@ -93,7 +94,7 @@ def test_what_an_ended_run_took_is_not_counted_to_the_requests_of_another_shape(
 
 def test_a_batch_that_cannot_be_ended_costs_its_requests_and_no_other(tmp_path: Path, hold: Hold) -> None:
     async def test() -> None:
-        async with standing(tmp_path, Held(), batch_size=2, response_timeout_s=1, client_timeout_ms=60_000) as stand:
+        async with standing(tmp_path, Held(), batch_size=2, **LIMITS) as stand:
             stuck = [stand.post(ENDLESS, id="stuck"), stand.post(1, id="neighbour")]
             await stand.until(lambda: hold.begun.acquire(blocking=False))
             waiting = [stand.post(i, id=f"r{i}") for i in range(5)]
@@ -116,7 +117,7 @@ def test_a_batch_that_cannot_be_ended_costs_its_requests_and_no_other(tmp_path: 
 
 def test_requests_are_admitted_while_a_lost_worker_is_replaced(tmp_path: Path, hold: Hold) -> None:
     async def test() -> None:
-        async with standing(tmp_path, Held(), response_timeout_s=1) as stand:
+        async with standing(tmp_path, Held(), **LIMITS) as stand:
             first = stand.post(ENDLESS)
             await stand.until(lambda: hold.begun.acquire(blocking=False))
             assert stand.lane.core.lose(stand.lane.core.workers()[0]["id"])
@@ -131,7 +132,7 @@ def test_requests_are_admitted_while_a_lost_worker_is_replaced(tmp_path: Path, h
 
 def test_closing_and_scaling_do_not_wait_for_what_does_not_end(tmp_path: Path, hold: Hold) -> None:
     async def test() -> None:
-        async with standing(tmp_path, Held(), workers=2, response_timeout_s=1) as stand:
+        async with standing(tmp_path, Held(), workers=2, **LIMITS) as stand:
             gone = stand.post(ENDLESS)
             await stand.until(lambda: hold.begun.acquire(blocking=False))
             stand.lane.set_workers(0)
@@ -162,7 +163,7 @@ def test_a_batch_that_nobody_waits_for_does_not_hold_up_the_end(tmp_path: Path, 
     run(test())
 
 
-def test_a_warm_up_that_does_not_end_fails_at_its_time(tmp_path: Path) -> None:
+def test_a_warm_up_that_does_not_end_fails_at_its_time(tmp_path: Path, patient: None) -> None:
     async def test() -> None:
         script = save_script(EndlessAtOnce(), tmp_path / "m.pt")
         stand = Stand(script, ModelSettings(startup_timeout_s=1), Config(), private=True)
@@ -190,9 +191,22 @@ def test_a_warm_up_that_cannot_be_ended_is_not_waited_for(tmp_path: Path, hold: 
     run(test())
 
 
+def test_who_waits_for_a_warm_up_that_is_given_up_learns_that(tmp_path: Path, hold: Hold) -> None:
+    async def test() -> None:
+        script = save_script(Held(), tmp_path / "m.pt")
+        stand = Stand(script, ModelSettings(startup_timeout_s=1), Config(), private=True, example=ENDLESS)
+        stand.lane.set_workers(1)
+        assert await stand.lane.settled(HANG_S) == "a worker's warm-up did not end within startup_timeout=1 s"
+        await stand.end()
+        hold.release()
+        await stand.until(lambda: stand.engine.lost_count == 0)
+
+    run(test())
+
+
 def test_with_too_many_stuck_the_process_is_to_be_replaced(tmp_path: Path, hold: Hold) -> None:
     async def test() -> None:
-        async with standing(tmp_path, Held(), response_timeout_s=1) as stand:
+        async with standing(tmp_path, Held(), **LIMITS) as stand:
             replacement = stand.services.stuck.replacement
             assert (await stand.answer(ENDLESS)).status == 504
             await stand.until(lambda: stand.engine.lost_count == 1 and stand.lane.ready_count == 1)
