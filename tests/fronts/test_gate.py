@@ -29,7 +29,7 @@ SHARES = Shares(
 
 
 async def until(condition: Callable[[], object]) -> None:
-    deadline = asyncio.get_running_loop().time() + 30
+    deadline = asyncio.get_running_loop().time() + 120
     while not condition():
         assert asyncio.get_running_loop().time() < deadline, "waited in vain"
         await asyncio.sleep(0.002)

@@ -9,7 +9,6 @@ import asyncio
 import json
 import re
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyserve.fronts.shared_budget import LOOK_S
 from tests.fronts.test_fast_path import JSON, RAW
+from tests.support.front_ends import scrape
 from tests.support.networks import Gate, counted
 from tests.support.packing import TENSOR_CONFIG, pack
 from tests.support.serving import Server
@@ -321,7 +320,7 @@ def fronts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, d
 
 
 def totals(server: Server) -> dict[str, float]:
-    return numbers(server.ask("GET", "/metrics", port="metrics").body.decode())
+    return numbers(scrape(server))
 
 
 @pytest.mark.server
@@ -342,7 +341,6 @@ def test_front_ends_have_each_request_run_once(fronts: tuple[Server, dict[str, G
                 ran = gate.runs_of(FIRST) - runs, gate.rows_of(FIRST) - rows
                 assert kind == "Raising" or ran == (1, 1), form
                 told.append((answer.status, kept, answer.body, ran))
-        time.sleep(4 * LOOK_S)  # for front ends to tell what they count
         more = grown(totals(server), before)
         seen.append((told, {name: value for name, value in more.items() if f'="{kind}"' in name}))
         if not query and kind == "Plain":

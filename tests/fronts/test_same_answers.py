@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import socket
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from pyserve.fronts.shared_budget import LOOK_S
 from tests.fronts.odd_requests import MODELS, Odd, OddRequests
+from tests.support.front_ends import scrape
 from tests.support.serving import SEED, Server
 from tests.support.serving_models import Linear, write_torchscript
 
@@ -199,7 +198,7 @@ _NOT_COUNTED = (
 
 def counters(server: Server) -> dict[str, float]:
     """What counts something: counters, and how often histograms were told something. Not what measures time."""
-    lines = server.ask("GET", "/metrics", port="metrics").body.decode().splitlines()
+    lines = scrape(server).splitlines()
     found = {}
     for line in lines:
         name, _, value = line.rpartition(" ")
@@ -209,6 +208,10 @@ def counters(server: Server) -> dict[str, float]:
     return found
 
 
+def grown(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
+    return {name: value - before.get(name, 0) for name, value in after.items() if value != before.get(name, 0)}
+
+
 def counted(server: Server, requests: list[Odd]) -> dict[str, float]:
     """By how much counters grow with these requests, one after the other."""
     before = counters(server)
@@ -216,9 +219,7 @@ def counted(server: Server, requests: list[Odd]) -> dict[str, float]:
     for number, request in enumerate(requests):
         asker.ask(request, number)
     asker.close()
-    time.sleep(4 * LOOK_S)  # for front ends to tell what they count
-    grown = {name: value - before.get(name, 0) for name, value in counters(server).items()}
-    return {name: value for name, value in grown.items() if value}
+    return grown(counters(server), before)
 
 
 def test_the_same_requests_are_counted_alike(servers: list[Server]) -> None:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+from tests.support.front_ends import through
 from tests.support.handler_archives import write_handler
 from tests.support.raw_http import exchange, request
 from tests.support.serving import JSON, LIMIT_S, RAW, Client, Server, at_once
@@ -62,19 +63,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with server:
         server.start("--models", "all", "--front-ends", "2")
         yield server
-
-
-def through(server: Server, process: psutil.Process, port: str = "inference") -> Client:
-    """A client whose connection is in that front end."""
-    for _ in range(200):
-        client = server.client(port)
-        client.ask("GET", "/live")
-        own = client._connection.sock.getsockname()
-        held = {each.raddr for each in process.net_connections("tcp") if each.raddr}
-        if tuple(own) in {tuple(each) for each in held}:
-            return client
-        client.close()
-    raise AssertionError("200 connections, and none came to that front end")
 
 
 def both(server: Server) -> list[Client]:
