@@ -90,7 +90,7 @@ def act(index, order, context, size):
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("responses"))
     write_handler(server.store, "does", DOES)
-    write_handler(server.store, "slow", DOES, config={"responseTimeout": 1})
+    write_handler(server.store, "slow", DOES, config={"responseTimeout": 1, "clientTimeoutInMills": 60_000})
     pair = {"batchSize": 2, "minBatch": 2, "maxBatchDelay": 60_000}
     write_handler(server.store, "pair", DOES, config=pair)
     ticket = {"useJobTicket": True, "minWorkers": 1, "maxWorkers": 1}

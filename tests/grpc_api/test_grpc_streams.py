@@ -13,7 +13,7 @@ from pyserve.errors import OverloadedError
 from pyserve.grpc_api.streams import STREAM_REQUESTS_MAX, Begun, Streams
 from pyserve.request.body_budget import BodyBudget
 
-HANG_S = 30
+HANG_S = 120
 
 
 class Message(NamedTuple):

@@ -105,7 +105,7 @@ class Meeting:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("modes"))
     write_handler(server.store, "counter", COUNTER, config={"continuousBatching": True, "batchSize": 4})
-    write_handler(server.store, "meeting", MEETING, config={"asyncCommunication": True, "responseTimeout": 2})
+    write_handler(server.store, "meeting", MEETING, config={"asyncCommunication": True})
     with server:
         server.start("--models", "all")
         yield server
@@ -222,7 +222,9 @@ def test_a_client_that_hangs_up_cancels_its_coroutine(server: Server) -> None:
 
 def test_a_coroutine_over_its_limit_is_cancelled_and_the_worker_lives(server: Server) -> None:
     (pid,) = [row["pid"] for row in server.describe("meeting")["workers"]]
+    server.manage("PUT", "/models/meeting?response_timeout=1")
     answer = ask(server, "meeting", {"together": 2, "name": "alone"})
-    assert answer.status == 504 and "response_timeout=2 s" in answer.json["message"]
+    assert answer.status == 504 and "response_timeout=1 s" in answer.json["message"]
+    server.manage("PUT", "/models/meeting?response_timeout=120")
     ask(server, "meeting", {})
     assert [row["pid"] for row in server.describe("meeting")["workers"]] == [pid]

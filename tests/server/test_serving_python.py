@@ -99,7 +99,7 @@ def write_archives(store: Path) -> None:
     write_handler(store, "relative", RELATIVE, files={"words.txt": "near at hand"})
     write_handler(store, "echo", ECHO)
     write_handler(store, "eight", ECHO, config=EIGHT)
-    write_handler(store, "slow", ECHO, config={"responseTimeout": 1})
+    write_handler(store, "slow", ECHO, config={"responseTimeout": 1, "clientTimeoutInMills": 60_000})
     write_handler(store, "streamer", STREAMER)
     write_handler(store, "broken", BROKEN_IMPORT)
     write_handler(store, "typo", BROKEN_SYNTAX)

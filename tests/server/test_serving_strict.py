@@ -54,7 +54,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     pair = {"batchSize": 2, "minBatch": 2, "maxBatchDelay": 600_000, "minWorkers": 1, "maxWorkers": 1}
     write_handler(server.store, "pair", HANDLER, config=pair)
     one = {"minWorkers": 1, "maxWorkers": 1}
-    write_handler(server.store, "slow", HANDLER, config={**one, "responseTimeout": 1})
+    write_handler(server.store, "slow", HANDLER, config={**one, "responseTimeout": 1, "clientTimeoutInMills": 60_000})
     write_handler(server.store, "brief", HANDLER, config={**one, "sequenceBatching": True, "sequenceMaxIdleMSec": 1})
     write_handler(server.store, "other", HANDLER)
     write_handler(server.store, "show", SHOW, config=one)

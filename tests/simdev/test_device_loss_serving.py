@@ -55,7 +55,7 @@ def test_all_models_are_back_in_another_process_and_nobody_is_without_an_answer(
 
 def test_a_kernel_that_hangs_is_a_lost_device(server: Server) -> None:
     give_device(server)
-    archives = write_models(server.store, responseTimeout=1)
+    archives = write_models(server.store, responseTimeout=1, clientTimeoutInMills=60_000)
     server.start("--models", *archives)
     pid = server.process.pid
     fault(server, "hang at=0 device=0")

@@ -94,7 +94,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("async"))
     config = {"asyncCommunication": True}
     write_handler(server.store, "handler", HANDLER, config=config)
-    write_handler(server.store, "slow", HANDLER, config={**config, "responseTimeout": 1})
+    write_handler(
+        server.store, "slow", HANDLER, config={**config, "responseTimeout": 1, "clientTimeoutInMills": 60_000}
+    )
     write_handler(server.store, "generator", GENERATOR, config=config)
     write_handler(server.store, "plain", PLAIN, config=config)
     with server:

@@ -94,7 +94,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(folder)
     config = {"continuousBatching": True, "batchSize": 8}
     write_handler(server.store, "counter", COUNTER, config=config)
-    write_handler(server.store, "slow", COUNTER, config={**config, "responseTimeout": 1})
+    write_handler(
+        server.store, "slow", COUNTER, config={**config, "responseTimeout": 1, "clientTimeoutInMills": 60_000}
+    )
     with server:
         server.start("--models", "all")
         yield server
