@@ -16,6 +16,8 @@
 #include "clock.h"
 #include "interrupt.h"
 #include "openvino_api.h"
+#include "row_pieces.h"
+#include "sizes_seen.h"
 
 namespace pyserve {
 namespace {
@@ -29,9 +31,6 @@ constexpr int64_t look_ms = 50;
 // left to the requests that the other one answers meanwhile.
 constexpr int rest_per_run = 2;
 constexpr std::chrono::milliseconds rest_piece{5};
-// Sizes of inputs that are remembered: kernels are made at the first run of each, in each stream.
-constexpr size_t sizes_max = 32;
-using Sizes = std::vector<std::vector<int64_t>>;  // of the inputs of one run
 
 struct Kind {
     int type;
@@ -124,6 +123,28 @@ at::Tensor copy_of(const Api& api, const openvino::Tensor* tensor) {
     api.check(api.data(tensor, &data), "OpenVINO's output");
     std::memcpy(copy.data_ptr(), data, size);
     return copy;
+}
+
+int64_t numbers_in(const std::vector<at::Tensor>& inputs) {
+    int64_t count = 0;
+    for (const at::Tensor& input : inputs) count += input.numel();
+    return count;
+}
+
+// Of all inputs that share their first dimension; else 0.
+int64_t rows_of(const std::vector<at::Tensor>& inputs) {
+    if (inputs.empty() || inputs.front().dim() == 0) return 0;
+    const int64_t rows = inputs.front().size(0);
+    const bool all = std::all_of(inputs.begin(), inputs.end(),
+                                 [&](const at::Tensor& input) { return input.dim() > 0 && input.size(0) == rows; });
+    return all ? rows : 0;
+}
+
+// Of the .bin beside the .xml; 0 if it cannot be read.
+int64_t weights_beside(const std::string& path) {
+    std::error_code error;
+    const auto size = std::filesystem::file_size(std::filesystem::path(path).replace_extension(".bin"), error);
+    return error ? 0 : static_cast<int64_t>(size);
 }
 
 }  // namespace
@@ -239,43 +260,44 @@ class OpenVinoModel::Compiled {
     std::vector<Owned<openvino::InferRequest>> idle_;  // freed before the model
 };
 
-// The sizes of inputs that were run, in the order that they came. Any thread.
-class SizesSeen {
-  public:
-    // Of sizes that are known, which is most runs, it takes neither a lock nor memory.
-    void add(const std::vector<at::Tensor>& inputs) {
-        const size_t known = count_.load(std::memory_order_acquire);
-        if (known == sizes_max || has(inputs, known)) return;
-        Sizes sizes;
-        for (const at::Tensor& input : inputs) sizes.push_back(input.sizes().vec());
-        const std::lock_guard lock(mutex_);
-        const size_t now = count_.load(std::memory_order_relaxed);
-        if (now == sizes_max || has(inputs, now)) return;
-        sizes_[now] = std::move(sizes);
-        count_.store(now + 1, std::memory_order_release);
-    }
-
-    std::vector<Sizes> all() const {
-        return {sizes_.begin(), sizes_.begin() + static_cast<std::ptrdiff_t>(count_.load(std::memory_order_acquire))};
-    }
-
-  private:
-    bool has(const std::vector<at::Tensor>& inputs, size_t count) const {
-        return std::any_of(sizes_.begin(), sizes_.begin() + static_cast<std::ptrdiff_t>(count), [&](const Sizes& each) {
-            return std::equal(
-                each.begin(), each.end(), inputs.begin(), inputs.end(),
-                [](const std::vector<int64_t>& sizes, const at::Tensor& input) { return input.sizes() == sizes; });
-        });
-    }
-
-    std::mutex mutex_;
-    std::atomic<size_t> count_{0};
-    std::array<Sizes, sizes_max> sizes_;  // those below the count do not change any more
-};
-
 // What the thread that compiles beside the requests needs, which may outlive the model.
 struct OpenVinoModel::Shared : std::enable_shared_from_this<Shared> {
-    Shared(const Api& api, const ModelOptions& options) : api(api), options(options) {}
+    Shared(const Api& api, const ModelOptions& options)
+        : api(api), options(options), weights_size(weights_beside(options.path)), pieces(weights_size) {}
+
+    // A batch, in pieces where streams share what memory it takes.
+    std::vector<at::Tensor> run(Compiled& on, const std::vector<at::Tensor>& inputs) {
+        const int64_t rows = rows_of(inputs), numbers = numbers_in(inputs);
+        const int64_t each = rows == 0 ? 0 : pieces.rows_of(rows, numbers, on.streams);
+        if (each == rows) return run_timed(on, inputs, numbers);
+        std::vector<std::vector<at::Tensor>> parts;  // by output
+        for (int64_t first = 0; first < rows; first += each) {
+            const int64_t count = std::min(each, rows - first);
+            std::vector<at::Tensor> piece;
+            for (const at::Tensor& input : inputs) piece.push_back(input.narrow(0, first, count));
+            std::vector<at::Tensor> outputs = run_timed(on, piece, numbers / rows * count);
+            parts.resize(outputs.size());
+            for (size_t i = 0; i < outputs.size(); ++i) {
+                if (outputs[i].dim() == 0 || outputs[i].size(0) != count) {
+                    pieces.keep_whole();
+                    return run_timed(on, inputs, numbers);
+                }
+                parts[i].push_back(std::move(outputs[i]));
+            }
+        }
+        // Of what was run just now it may be known better: then its kernels are made now, not by a later request.
+        if (pieces.rows_of(rows, numbers, on.streams) == rows) return run_timed(on, inputs, numbers);
+        std::vector<at::Tensor> outputs;
+        for (const std::vector<at::Tensor>& part : parts) outputs.push_back(at::cat(part));
+        return outputs;
+    }
+
+    std::vector<at::Tensor> run_timed(Compiled& on, const std::vector<at::Tensor>& inputs, int64_t numbers) {
+        const int64_t began_at = SteadyClock::now_ns();
+        std::vector<at::Tensor> outputs = on.run(inputs);
+        pieces.note(numbers, SteadyClock::now_ns() - began_at);
+        return outputs;
+    }
 
     std::shared_ptr<Compiled> current() {
         const std::lock_guard lock(mutex);
@@ -302,7 +324,7 @@ struct OpenVinoModel::Shared : std::enable_shared_from_this<Shared> {
                     std::vector<at::Tensor> inputs;
                     for (size_t i = 0; i < sizes.size(); ++i)
                         inputs.push_back(at::zeros(sizes[i], made.inputs()[i].dtype));
-                    made.run(inputs);
+                    run(made, inputs);
                 } catch (const std::exception&) {
                     return;  // requests will meet it too, and report it
                 }
@@ -369,6 +391,8 @@ struct OpenVinoModel::Shared : std::enable_shared_from_this<Shared> {
 
     const Api& api;
     const ModelOptions options;
+    const int64_t weights_size;
+    RowPieces pieces;
     std::mutex mutex;
     std::shared_ptr<Compiled> compiled;
     std::atomic<bool> is_compiling{false};  // beside the requests
@@ -388,9 +412,7 @@ OpenVinoModel::OpenVinoModel(const ModelOptions& options, const std::vector<at::
         throw std::invalid_argument("the model has " + std::to_string(taken) + " inputs as OpenVINO has it, not " +
                                     std::to_string(example.size()));
     }
-    std::error_code error;
-    const auto size = std::filesystem::file_size(std::filesystem::path(options.path).replace_extension(".bin"), error);
-    if (!error) weights_size_ = static_cast<int64_t>(size);
+    weights_size_ = shared_->weights_size;
 }
 
 OpenVinoModel::~OpenVinoModel() {
@@ -412,7 +434,7 @@ c10::IValue OpenVinoModel::run(const std::vector<at::Tensor>& inputs) {
         check_input(compiled->inputs()[i], laid_out.back());
     }
     shared_->seen.add(laid_out);
-    std::vector<at::Tensor> outputs = compiled->run(laid_out);
+    std::vector<at::Tensor> outputs = shared_->run(*compiled, laid_out);
     if (outputs.size() == 1) return std::move(outputs.front());
     std::vector<c10::IValue> elements(std::make_move_iterator(outputs.begin()), std::make_move_iterator(outputs.end()));
     return c10::ivalue::Tuple::create(std::move(elements));

@@ -75,6 +75,22 @@ class Long(nn.Module):
         return x.sum((1, 2))
 
 
+class Wide(nn.Module):
+    """Takes long for each item, with few weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.others = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for each in self.others:
+            x = torch.tanh(each(x))
+        return x.mean((2, 3)), x.amax((2, 3))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("openvino")
@@ -213,6 +229,34 @@ def test_streams_are_as_many_as_workers_within_the_cpus(affine: Path) -> None:
     for workers, threads, streams in ((2, 2, 2), (0, 1, 2), (3, 1, 3), (9, 1, 4), (1, 1, 1)):
         model.prepare_threads(threads, workers=workers)
         assert model.streams_and_threads == (streams, threads)
+
+
+def test_streams_share_what_memory_the_largest_batch_takes(folder: Path, counting: str) -> None:
+    """Each keeps that of its largest run: batches go in pieces, where computing takes longer than reading weights."""
+    network = Wide().eval()
+    path = save_openvino(network, folder / "wide.xml", [torch.randn(4, 3, 64, 64)])
+    model = load(path, [torch.zeros(1, 3, 64, 64)], library=counting, runners_max=2, workers=2, threads=1)
+    assert model.streams_and_threads == (2, 1)
+    for rows, runs in ((1, 1), (8, 2), (4, 1), (5, 2), (8, 2), (16, 2), (8, 1)):
+        x = torch.randn(rows, 3, 64, 64)
+        before = started(counting)
+        found = model.run([x])
+        assert started(counting) - before == runs, rows
+        with torch.no_grad():
+            torch.testing.assert_close(found, network(x), atol=1e-4, rtol=1e-4)
+    model.prepare_threads(2, workers=1)
+    before = started(counting)
+    model.run([torch.randn(16, 3, 64, 64)])
+    assert started(counting) - before == 1, "one stream has all memory there is"
+
+
+def test_networks_that_take_no_time_run_batches_whole(affine: Path, counting: str) -> None:
+    model = load(affine, library=counting, runners_max=2, workers=2, threads=1)
+    for _ in range(3):
+        model.run([torch.ones(8, 16)])
+    before = started(counting)
+    torch.testing.assert_close(model.run([torch.ones(8, 16)]), Affine()(torch.ones(8, 16)), atol=1e-5, rtol=1e-5)
+    assert started(counting) - before == 1
 
 
 def test_a_model_that_goes_while_another_is_compiled_leaves_nothing_behind(affine: Path, counting: str) -> None:
