@@ -271,7 +271,7 @@ class TensorSpec:
                 )
 
     def _check_values(self, tensor: torch.Tensor) -> None:
-        if self._limits is None:
+        if self._limits is None or not tensor.numel():
             return
         low, high = self._limits
         if tensor.dtype in _WITHOUT_MINIMUM:

@@ -122,6 +122,11 @@ def test_the_row_of_a_refused_value_is_named() -> None:
         spec(**IDS).check(torch.tensor([[1, 2], [3, 4], [5, 10]]))
 
 
+@pytest.mark.parametrize("dtype", ["int64", "uint16", "float32", "bfloat16"])
+def test_no_row_has_no_value_to_refuse(dtype: str) -> None:
+    spec(dtype=dtype, shape=[2], values=[0, 1]).check(torch.zeros(0, 2, dtype=getattr(torch, dtype)))
+
+
 def test_examples_are_allowed() -> None:
     for dtype in KINDS:
         entry: dict[str, Any] = {"dtype": dtype, "shape": ["2..3", "20..", "..4"]}
