@@ -114,10 +114,9 @@ class Tensors:
             model = self._registry.get(told.name, told.version)
         except ServeError:
             return
-        lane = model.row_lane
-        if lane is not None:
-            for times, (counts, total_s) in zip(lane.stage_times, (told.preprocess, told.postprocess), strict=True):
-                times.add(counts, total_s)
+        # It was done, even if the model has turned out since to be one that front ends decode nothing for.
+        for times, (counts, total_s) in zip(model.stage_times or (), (told.preprocess, told.postprocess), strict=False):
+            times.add(counts, total_s)
 
     def _look(self) -> None:
         self._looking = asyncio.get_running_loop().call_later(LOOK_S, self._look)

@@ -46,6 +46,7 @@ from pyserve.models.lane_choice import LaneOptions, open_lane
 from pyserve.models.model_devices import ModelDevices
 from pyserve.models.sample import arguments_for
 from pyserve.request.exchange import Exchange
+from pyserve.telemetry.stage_times import StageTimes
 from pyserve.worker.handler_choice import built_in_name
 
 log = logging.getLogger(__name__)
@@ -391,6 +392,11 @@ class Model(ModelDevices):
         """Its lane, if that takes requests as tensors, and nobody wants to see each of them."""
         is_plain = self.state == "READY" and self._audit is None and self.built_in_handler is not None
         return self._lane if is_plain and isinstance(self._lane, RowsLane) and self._lane.takes_rows else None
+
+    @property
+    def stage_times(self) -> tuple[StageTimes, StageTimes] | None:
+        """Of bodies that became tensors and of outputs that became answers, in the native lane."""
+        return self._lane.stage_times if isinstance(self._lane, NativeLane) else None
 
     async def describe_handler(self) -> SelfDescription:
         """What the handler says of itself.
