@@ -70,11 +70,8 @@ def test_native_program_passes(build: Path, program: str) -> None:
     assert written.endswith(f"{count} passed, 0 failed\n")
 
 
-def test_there_is_a_program_for_each_part() -> None:
-    parts = {
-        "ring", "waiter", "completion", "batcher", "batcher_threads", "stall", "simulation", "schedule", "stats",
-        "frame", "process_lane", "process_memory", "hostile_peer", "watchdog", "frame_corpus",
-        "rerun", "crew", "buckets", "pace", "head", "front_ring", "front_ledger",
-        "fast_request", "json_rows", "lookout", "row_frame",
-    }  # fmt: skip
-    assert {program.removesuffix("_test") for program in PROGRAMS} == parts
+def test_each_test_file_is_a_program_that_runs() -> None:
+    # A glob that finds nothing, or a file that lies beside it, would pass without a word. The parts that everything
+    # else stands on are named; a list of all would have to be typed again with each new file, and prove no more.
+    assert PROGRAMS == sorted(path.stem for path in NATIVE.parent.rglob("*_test.cpp"))
+    assert {"ring_test", "waiter_test", "completion_test", "batcher_test"} <= set(PROGRAMS)
