@@ -27,6 +27,7 @@ from typing import Any
 
 from pyserve.archive.archive import Archive
 from pyserve.archive.drafts import draft_folder, write_whole
+from pyserve.archive.file_digest import digest_of
 from pyserve.backends.table import BACKENDS
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ _MAKING = 2
 _NOTE = "made.json"
 # What no start has read for so long is removed when another is kept.
 _UNUSED_MAX_S = 30 * 86_400.0
-_CHUNK_SIZE = 1 << 20  # of a file that is read to the end
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU part", "CPU implementer")
 _CPU_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
@@ -141,11 +141,7 @@ def digests_of(folder: Path) -> dict[str, str]:
     """
     found = {}
     for path in _files(folder):
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_SIZE):
-                digest.update(chunk)
-        found[str(path.relative_to(folder))] = digest.hexdigest()
+        found[str(path.relative_to(folder))] = digest_of(path)
     return found
 
 

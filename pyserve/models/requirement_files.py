@@ -17,7 +17,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from pyserve.archive.archive import Archive
-from pyserve.archive.entries import CHUNK_SIZE
+from pyserve.archive.file_digest import digest_of
 
 WHEELHOUSE = "wheels"  # a folder of the archive whose wheels are found by name, as those beside the handler are
 _ARCHIVE_SUFFIXES = (".whl", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar", ".egg")
@@ -93,7 +93,7 @@ def input_digest(path: Path) -> str:
     try:
         if path.is_dir():
             return _outside(path)
-        return _sha256(path)
+        return digest_of(path)
     except OSError:
         return ""
 
@@ -158,7 +158,7 @@ class _Reader:
         if name in self._found.inputs:
             return
         if not path.is_dir():
-            self._found.inputs[name] = _sha256(path)
+            self._found.inputs[name] = digest_of(path)
         elif path.resolve().is_relative_to(self._root):
             # A build may read what lies beside its folder.
             self._found.inputs["."] = self._whole_archive()
@@ -212,20 +212,12 @@ class _Reader:
             try:
                 status = path.stat()
                 if status.st_size <= _HASHED_SIZE_MAX and name != archive.manifest.serialized_file:
-                    digest.update(f"{name}\0{_sha256(path)}\n".encode())
+                    digest.update(f"{name}\0{digest_of(path)}\n".encode())
                 else:
                     digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\n".encode())
             except OSError:
                 continue
         return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_SIZE):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _outside(folder: Path) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from pyserve.proof.comparison import MAGNITUDE_MIN, difference, dtypes
+from pyserve.proof.moved_inputs import moved, moved_apart, rounded
 from pyserve.proof.probe_inputs import Probe
 from pyserve.proof.small_parts import SmallParts, leaves
 from pyserve.torch_error import cause_of
@@ -20,12 +22,11 @@ Run = Callable[[list[torch.Tensor]], Any]
 LARGE_MIN = 1e3
 # An answer that is so many times as far from one of higher precision as torch's own is hardly worse.
 _AS_GOOD = 1.25
-# What an input is moved by to see what rounding does: a step of fp32. Two ways to compute round more often than once.
-_STEP = 2.0**-22
+# So many times as far as an answer moves with its input, see `moved_inputs`: two ways to compute round more than once.
 _STEPS = 16
-# Of inputs whose numbers are all alike each is moved by a step of its own, up or down, which shows more of it.
-_OWN_STEP = 2.0**-23
 _OWN_STEPS = 4
+# Probes on which a part that looks wrong at full precision is looked at again, beside what rounding does there.
+_AGAIN_MAX = 6
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class Precisions:
             return None
         largest = 0.0
         # One by one: that a tensor hangs on small differences says nothing about another.
-        for right, rounded, judged in zip(*places, strict=True):
-            own, apart = difference(right, rounded), min(difference(right, judged), difference(rounded, judged))
+        for right, lowered, judged in zip(*places, strict=True):
+            own, apart = difference(right, lowered), min(difference(right, judged), difference(lowered, judged))
             is_as_good = math.isfinite(own) and difference(right, judged) <= _AS_GOOD * own
             if not (apart <= tolerance or is_as_good):
                 return None
@@ -114,7 +115,9 @@ def agreement(
             expected[number] = _answer(truth, probe.inputs)
         got = _answer(candidate, probe.inputs)
         worst, objection = judge.compared(probe, expected[number], got)
-        if precisions is not None and math.isfinite(worst) and not isinstance(got, _Refusal):
+        if precisions is None:
+            parts.note(expected[number], expected[number], got)
+        elif math.isfinite(worst) and not isinstance(got, _Refusal):
             answers = precisions.answers(probe)
             if answers is not None:
                 parts.note(*answers, got)
@@ -124,7 +127,11 @@ def agreement(
         if objection:
             return Agreement(worst, number + 1, objection)
         largest = max(largest, worst)
-    return Agreement(largest, compared, parts.objection())
+    if precisions is not None:
+        return Agreement(largest, compared, parts.objection())
+    first = enumerate(probes[: min(compared, _AGAIN_MAX)])
+    again = ((*judge.rounded(each, expected[number]), _answer(candidate, each.inputs)) for number, each in first)
+    return Agreement(largest, compared, parts.confirmed(again))
 
 
 def _answer(run: Run, inputs: Sequence[torch.Tensor]) -> Any:
@@ -170,10 +177,17 @@ class _Judge:
         by = "in shape, structure, a whole number or NaN" if math.isinf(worst) else f"by {worst:.1e} (relative)"
         return worst, f"its answer differs {by} on {probe.name}"
 
+    def rounded(self, probe: Probe, wanted: Any) -> tuple[Any, Any]:
+        """The right answer, and one that is off by torch's rounding: ``wanted``, where what is exact is known."""
+        exact = None if self._exact is None else _answer(self._exact, probe.inputs)
+        if exact is not None and not isinstance(exact, _Refusal):
+            return exact, wanted
+        return wanted, rounded(partial(_answer, self._truth), probe.inputs, leaves(wanted))
+
     def _is_rounding(self, probe: Probe, wanted: Any, got: Any) -> bool:
         """Of each tensor by itself: that one hangs on rounding says nothing about another."""
-        moved = leaves(_answer(self._truth, _moved(probe))) if _is_large(probe) else []
-        apart = leaves(_answer(self._truth, _moved_apart(probe))) if _is_constant(probe) else []
+        shifted = leaves(_answer(self._truth, moved(probe.inputs))) if _is_large(probe) else []
+        apart = leaves(_answer(self._truth, moved_apart(probe.inputs))) if _is_constant(probe) else []
         right = leaves(_answer(self._exact, probe.inputs)) if self._exact is not None else []
         places = [leaves(each) for each in (wanted, got, self._ordinary)]
         count = len(places[0])
@@ -181,7 +195,7 @@ class _Judge:
             return False
         return all(
             difference(one, other) <= self._tolerance
-            or (len(moved) == count and _is_moved(one, other, moved[at], _STEPS))
+            or (len(shifted) == count and _is_moved(one, other, shifted[at], _STEPS))
             or (len(apart) == count and _is_moved(one, other, apart[at], _OWN_STEPS))
             or (len(right) == count and self._is_as_near(right[at], one, other, usual))
             for at, (one, other, usual) in enumerate(zip(*places, strict=True))
@@ -217,15 +231,3 @@ def _is_constant(probe: Probe) -> bool:
         each.is_floating_point() and each[0].numel() > 1 and bool((each == each.flatten()[0]).all() and each.any())
         for each in probe.inputs
     )
-
-
-def _moved(probe: Probe) -> list[torch.Tensor]:
-    return [each * (1 + _STEP) if each.is_floating_point() else each for each in probe.inputs]
-
-
-def _moved_apart(probe: Probe) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        each * (1 + _OWN_STEP * (2 * torch.randint(0, 2, each.shape, generator=generator) - 1))
-        if each.is_floating_point() else each for each in probe.inputs
-    ]  # fmt: skip

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from pyserve.proof.comparison import ROUNDING, difference, rows
+from pyserve.proof.moved_inputs import rounded
 from pyserve.proof.probe_inputs import ProbeRows
+from pyserve.proof.small_parts import SmallParts, leaves
 from pyserve.torch_error import cause_of
 
 Run = Callable[[Sequence[torch.Tensor]], Any]
@@ -114,6 +116,8 @@ class BatchProbe:
         self._items = rows.items
         self._tolerance = tolerance
         self._alone: dict[int, Any] = {}
+        self._together: dict[int, Any] = {}  # the answers of the last batch of unlike rows that an item was in
+        self._parts = SmallParts(tolerance, probes_min=2)  # a pair shows most
         self.numbers = RowNumbers.of(len(rows.unlike), len(rows.not_finite), len(rows.alike))
 
     def alone(self, number: int) -> Any:
@@ -145,7 +149,19 @@ class BatchProbe:
             if not found <= self._tolerance:
                 by = "in its shape, a whole number or NaN" if found == float("inf") else f"by {found:.1e} (relative)"
                 return f"the answer of an item in a batch of {size}{step.what} differs {by} from its answer alone"
-        return ""
+        # Special rows are compared for what they do to others. At a lower precision rounding is as large as parts are.
+        if step.what or self._tolerance > ROUNDING["fp32"]:
+            return ""
+        for place, number in enumerate(chosen):
+            self._together[number] = rows(output, place, 1)
+            self._parts.note(self.alone(number), self.alone(number), self._together[number])
+        problem = self._parts.confirmed((self.alone(number), self._rounded(number), row)
+                                        for number, row in self._together.items())  # fmt: skip
+        return f"in a batch of {size}, {problem.removesuffix(' inputs')} items" if problem else ""
+
+    def _rounded(self, number: int) -> Any:
+        """The output for one item alone, off by what rounding does to it."""
+        return rounded(self._run, self._items[number], leaves(self.alone(number)))
 
     def _is_refused(self, number: int) -> bool:
         """Whether the model fails for NaN or infinities. A batch that fails is run again one by one."""

@@ -1,22 +1,23 @@
 """Whether a part of an answer is wrong that is small beside the rest of its tensor, and so hides in its difference.
 
-Boxes in pixels and scores below one in a tensor: next to 640, a score may be any and is some thousandths off. At full
-precision that is more than rounding; at a lower one it is far less. So each part (a column, a channel, an anchor) is
-looked at by itself, beside what torch's own rounding does to it.
+Boxes in pixels and scores below one in a tensor: next to 640, a score that is 0.06 off is 1e-4 off, and at a lower
+precision it may be any. So each part (a column, a channel, an anchor) is looked at by itself, beside what torch's own
+rounding does to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-# A part is wrong on a probe that is so many times as far off as torch at the lower precision, and by more than the
+# A part is wrong on a probe that is so many times as far off as torch's own rounding takes it, and by more than the
 # tolerance of its own largest number. That many, as a part may be one number, and torch's off by little by chance.
 _FARTHER = 16.0
 # By chance torch is near in some parts of many; none counts as nearer than this share of them is.
 _NEAREST = 0.1
-# Probes that a part has to be in, and that many probes that differ, before it counts: by chance it is wrong on one.
+# Probes that a part has to be in before it counts: by chance it is wrong on one.
 _PROBES_MIN = 3
 # Errors below this share of the tensor's largest number are nobody's: what is nearly zero may be any such number.
 _SEEN = 1e-6
@@ -27,21 +28,25 @@ _PARTS_MAX = 1 << 16
 class SmallParts:
     """Args:
         tolerance: of `pyserve.proof.comparison.difference`.
+        probes_min: that a part has to be in before it counts.
     """  # fmt: skip
 
-    def __init__(self, tolerance: float):
-        self._tolerance = tolerance
+    def __init__(self, tolerance: float, probes_min: int = _PROBES_MIN):
+        self._tolerance, self._probes_min = tolerance, probes_min
         self._probes: dict[tuple[int, int, int], int] = {}  # (place of the tensor, dimension, its size)
         self._wrong: dict[tuple[int, int, int], torch.Tensor] = {}
 
-    def note(self, full: Any, lower: Any, got: Any) -> None:
-        """The answers of one probe: torch's at both precisions, and the one that is judged."""
-        places = [leaves(each) for each in (full, lower, got)]
+    def note(self, right: Any, rounded: Any, got: Any) -> None:
+        """The answers of one probe: the right one, that with torch's own rounding, and the one that is judged.
+
+        With the right one in place of the second, every difference above the tolerance counts.
+        """
+        places = [leaves(each) for each in (right, rounded, got)]
         if len({len(each) for each in places}) > 1:
             return
-        for place, (right, own, judged) in enumerate(zip(*places, strict=True)):
-            if right.is_floating_point() and right.shape == own.shape == judged.shape and right.numel():
-                self._note(place, right, own, judged)
+        for place, (wanted, own, judged) in enumerate(zip(*places, strict=True)):
+            if wanted.is_floating_point() and wanted.shape == own.shape == judged.shape and wanted.numel():
+                self._note(place, wanted, own, judged)
 
     def _note(self, place: int, right: torch.Tensor, own: torch.Tensor, judged: torch.Tensor) -> None:
         right, own, judged = right.double(), own.double(), judged.double()
@@ -61,12 +66,26 @@ class SmallParts:
             self._probes[key] = self._probes.get(key, 0) + 1
             self._wrong[key] = self._wrong.get(key, torch.zeros(size, dtype=torch.int64)) + is_wrong
 
+    def confirmed(self, again: Iterable[tuple[Any, Any, Any]]) -> str:
+        """As `objection`, of one that was told the right answer in place of the rounded one: at full precision rounding
+        is next to nothing, and what it does is looked for only if there is something to explain.
+
+        Args:
+            again: the answers of some probes as `note` takes them, made as they are asked for.
+        """
+        if not self.objection():
+            return ""
+        parts = SmallParts(self._tolerance, self._probes_min)
+        for answers in again:
+            parts.note(*answers)
+        return parts.objection()
+
     def objection(self) -> str:
         """The part that is wrong on most probes, in words; ``""`` if there is none."""
         for (place, dimension, _), wrong in self._wrong.items():
             probes = self._probes[place, dimension, wrong.numel()]
             part = int(wrong.argmax())
-            if probes >= _PROBES_MIN and 2 * int(wrong[part]) > probes:
+            if probes >= self._probes_min and 2 * int(wrong[part]) > probes:
                 where = f"number {part} of dimension {dimension}" if dimension else "all of it"
                 return (
                     f"output {place + 1} is wrong in a part that is small beside the rest ({where}), on "

@@ -32,19 +32,6 @@ _DRAFT_PREFIX = ".draft-"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file in hex; blocks.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
-
-
 def part_of(path: Path, offset: int) -> bytes:
     """At most CHUNK_SIZE bytes of a file from ``offset`` on; none at its end. Blocks.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyserve.archive.archive import survey
+from pyserve.archive.file_digest import digest_of
 from pyserve.archive.manifest import check_model_name
 from pyserve.config.archive_url import is_url, without_secrets
 from pyserve.config.model_source import ARCHIVE_SUFFIXES
@@ -17,7 +18,7 @@ from pyserve.embedding.settings import engine_config
 from pyserve.errors import InvalidModelError, ModelLoadError, ServeError
 from pyserve.fetch.sources import ArchiveSources
 from pyserve.os_errors import cause_of
-from pyserve.replicas.archives import CHUNK_SIZE, digest_of
+from pyserve.replicas.archives import CHUNK_SIZE
 from pyserve.replicas.state import Entry
 
 

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+from pyserve.archive.file_digest import digest_of
 from pyserve.config.config import Config
 from pyserve.errors import ModelLoadError
 from pyserve.fetch.sources import ArchiveSources
-from pyserve.replicas.archives import NodeArchives, digest_of, part_of
+from pyserve.replicas.archives import NodeArchives, part_of
 from pyserve.replicas.link import RETRY_S, Link, LinkError
 from pyserve.replicas.state import Entry, State
 

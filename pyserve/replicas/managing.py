@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyserve.archive.archive import survey
+from pyserve.archive.file_digest import digest_of
 from pyserve.archive.manifest import check_model_name
 from pyserve.config.archive_url import is_url
 from pyserve.errors import (
@@ -20,7 +21,6 @@ from pyserve.errors import (
 from pyserve.fetch.sources import Obtained
 from pyserve.models.model import Model
 from pyserve.models.registry import Registry
-from pyserve.replicas.archives import digest_of
 from pyserve.replicas.link import LinkError
 from pyserve.replicas.member import Member
 from pyserve.replicas.state import Entry

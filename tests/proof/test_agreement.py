@@ -118,6 +118,45 @@ def test_scores_that_are_wrong_beside_large_coordinates_are_seen(
         assert found.difference < 0.05, "as counted beside the coordinates"
 
 
+@pytest.mark.parametrize("off", [0.03, 5e-3, 1e-3])
+@pytest.mark.parametrize("knows_exact", [False, True])
+def test_scores_that_are_a_little_wrong_beside_large_coordinates_are_seen_at_full_precision(
+    *, off: float, knows_exact: bool
+) -> None:
+    """Less than 1e-4 of the coordinates, and hundreds of times what rounding does to a score."""
+    truth = boxes_and_scores(0.0, 0)
+    exact = truth if knows_exact else None
+    found = agreement(truth, boxes_and_scores(1e-7, 1), items(8, 5), 1e-4, exact=exact)
+    assert not found.objection, found
+
+    def wrong(inputs: Rows) -> Any:
+        answer = truth(inputs)
+        return torch.cat([answer[:, :, :4], answer[:, :, 4:] * (1 - off)], 2)
+
+    found = agreement(truth, wrong, items(8, 5), 1e-4, exact=exact)
+    assert "small beside the rest (number 4 of dimension 2)" in found.objection, found
+    assert found.difference < 1e-4, "as counted beside the coordinates"
+
+
+@pytest.mark.parametrize("columns", [1, 7, 300])
+def test_what_rounding_leaves_in_small_parts_is_not_wrong(columns: int) -> None:
+    """Differences of nearly equal sums: torch and the other engine are both off in them, each to its own side."""
+
+    def truth(inputs: Rows) -> Any:
+        [x] = inputs
+        large = x.sum(1, keepdim=True) * 100
+        return torch.cat([large, (large * (1 + 1e-5) - large).expand(-1, columns)], 1)
+
+    def candidate(inputs: Rows) -> Any:
+        return truth([inputs[0].flip(1)])
+
+    probes = [Probe(f"item {seed}", (torch.randn(2, 50, generator=torch.Generator().manual_seed(seed)),))
+              for seed in range(8)]  # fmt: skip
+    for exact in (None, exactly(truth)):
+        found = agreement(truth, candidate, probes, 1e-4, exact=exact)
+        assert not found.objection, found
+
+
 @pytest.mark.parametrize("columns", [3, 10, 1000])
 @pytest.mark.parametrize("count", [3, 4, 12])
 def test_roundings_of_one_size_are_no_wrong_part(columns: int, count: int) -> None:

@@ -26,6 +26,13 @@ def made(domain: InputDomain = FOUR) -> ProbeRows:
     return probe_rows(ITEM, [domain])
 
 
+def beside_coordinates(inputs: Any, *, of_batch: bool) -> torch.Tensor:
+    """A score below 0.05 beside 640 to 680: whatever it is, the difference of the tensor is below 1e-4."""
+    x = inputs[0].nan_to_num(0.0, 0.0, 0.0).tanh()
+    seen = x.mean(0, keepdim=True).expand_as(x) if of_batch else x
+    return torch.cat([640 + 40 * x, (0.02 + 0.02 * seen).mean(1, keepdim=True)], 1)
+
+
 @pytest.mark.parametrize(
     ("name", "run"),
     [
@@ -37,6 +44,7 @@ def made(domain: InputDomain = FOUR) -> ProbeRows:
         ("sorted", lambda inputs: inputs[0].sort(0).values),
         ("the largest of all", lambda inputs: {"at": inputs[0].argmax(0).expand(len(inputs[0]), 4)}),
         ("time for batch", lambda inputs: inputs[0].cumsum(0)),
+        ("scores by the batch, beside coordinates", lambda inputs: beside_coordinates(inputs, of_batch=True)),
     ],
 )
 def test_answers_that_depend_on_the_batch_are_found(name: str, run: Any) -> None:
@@ -50,6 +58,7 @@ def test_answers_that_depend_on_the_batch_are_found(name: str, run: Any) -> None
         ("statistics of the item", lambda inputs: inputs[0] - inputs[0].mean(1, keepdim=True)),
         ("nested", lambda inputs: {"a": (inputs[0], None), "b": inputs[0].argmax(1)}),
         ("nan", lambda inputs: inputs[0].sqrt()),
+        ("scores beside coordinates", lambda inputs: beside_coordinates(inputs, of_batch=False)),
     ],
 )
 def test_answers_of_their_own_are_left_alone(name: str, run: Any) -> None:
