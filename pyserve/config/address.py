@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from urllib.parse import quote
 
+from pyserve.visible import visible
+
 UNIX_PATH_SIZE_MAX = 107  # bytes; sockaddr_un.sun_path holds 108 with its final NUL
 
 _HTTP = re.compile(
@@ -90,7 +92,7 @@ class Address:
 
 
 def port_owner(port: int) -> str:
-    """``"nginx (pid 812)"`` for the process listening on TCP ``port``; ``""`` if that is not to be seen.
+    """``"nginx (pid 812)"`` for the process listening on TCP ``port``, in one line; ``""`` if that is not to be seen.
 
     Other users' processes are seen by root only.
     """
@@ -103,5 +105,6 @@ def port_owner(port: int) -> str:
     for each in sockets:
         if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid is not None:
             with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-                return f"{' '.join(psutil.Process(each.pid).cmdline()).strip()[:80]} (pid {each.pid})"
+                words = " ".join(psutil.Process(each.pid).cmdline()).split()  # a program's text may be among them
+                return f"{visible(' '.join(words))[:80].strip()} (pid {each.pid})"
     return ""

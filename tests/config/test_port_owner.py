@@ -29,8 +29,16 @@ def port(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def test_the_process_that_listens_is_named(port: int) -> None:
-    words = " ".join(psutil.Process().cmdline())
+    words = " ".join(" ".join(psutil.Process().cmdline()).split())
     assert port_owner(port) == f"{words[:80].strip()} (pid {os.getpid()})"
+
+
+def test_what_stands_in_its_command_line_changes_nothing_of_a_terminal(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, too: that of an interpreter may hold a whole program."""
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda self: ["odd", "-c", "\nimport a\r\n\tb\x1b[2J", ""])
+    assert port_owner(port) == f"odd -c import a b\\x1b[2J (pid {os.getpid()})"
 
 
 def test_a_free_port_and_one_of_a_connection_alone_belong_to_nobody() -> None:
