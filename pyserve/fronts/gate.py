@@ -76,11 +76,14 @@ class Gate:
     async def open(self, apps: Sequence[App]) -> None:
         """Lets front ends in, and has them let their clients in; returns when all of them do.
 
+        One that does not come, which hangs perhaps, does not keep the others from serving: after LISTENING_S that is
+        logged, and those that do are enough.
+
         Args:
             apps: of the listeners, in the order that `listening.grouped` gives.
 
         Raises:
-            ConfigError: they do not come.
+            ConfigError: none of them comes.
         """
         self._apps = apps
         if self.tensors is not None:
@@ -89,9 +92,13 @@ class Gate:
         try:
             await asyncio.wait_for(self._until(self._all_listen), LISTENING_S)
         except asyncio.TimeoutError:
-            there = sum(link.is_listening for link in self._links.values())
-            raise ConfigError(f"{there} of {self._count} front ends listen after {LISTENING_S:g} s; the log of the "
-                              "server has the reason") from None  # fmt: skip
+            there = {link.number for link in self._links.values() if link.is_listening}
+            if not there:
+                raise ConfigError(f"none of {self._count} front ends listens after {LISTENING_S:g} s; the log of the "
+                                  "server has the reason") from None  # fmt: skip
+            for number in sorted({*range(self._count)} - there):
+                log.error("front end %d does not listen after %g s; clients that connect to it wait until it does, or "
+                          "is killed, upon which it is started again", number, LISTENING_S)  # fmt: skip
 
     def part(self) -> None:
         """Has front ends say with each answer that its connection ends; all is answered."""

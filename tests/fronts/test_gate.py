@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from pyserve.errors import ConfigError
 from pyserve.fronts import wire
 from pyserve.fronts.door import Door
 from pyserve.fronts.gate import _KEEPING_MAX, Gate
@@ -213,6 +214,43 @@ def test_what_is_held_waits_no_longer_than_its_client() -> None:
             await gate.open([echo])
             await until(lambda: len(client.answers) == 3)
             assert [status for status, _ in client.answers] == [503, 200, 200]
+            gate.close()
+
+    asyncio.run(run())
+
+
+def test_one_that_never_comes_does_not_keep_the_others_from_being_served(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pyserve.fronts.gate.LISTENING_S", 2.0)
+
+    async def run() -> None:
+        async with meeting_of(1) as (meeting, [client]):
+            gate = new_gate(meeting, 3)
+            await gate.open([echo])
+            client.ask()
+            await until(lambda: client.answers == [(200, b"/path")])
+            for number in (1, 2):
+                assert f"front end {number} does not listen after 2 s" in caplog.text
+            assert "front end 0 does not" not in caplog.text
+            late = Client(meeting, 2)
+            await until(lambda: late.events == ["open"])
+            late.ask()
+            await until(lambda: late.answers == [(200, b"/path")])
+            late.door.stop()
+            gate.close()
+
+    asyncio.run(run())
+
+
+def test_an_engine_to_which_no_front_end_comes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyserve.fronts.gate.LISTENING_S", 0.1)
+
+    async def run() -> None:
+        async with meeting_of(0) as (meeting, _):
+            gate = new_gate(meeting, 2)
+            with pytest.raises(ConfigError, match="none of 2 front ends listens after"):
+                await gate.open([echo])
             gate.close()
 
     asyncio.run(run())
