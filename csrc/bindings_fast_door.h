@@ -48,6 +48,7 @@ class DoorRoute : public FastRoute {
 
     const uint64_t place;
     const py::object row_of;
+    size_t under_way = 0;  // of its requests
 
   private:
     static double s_of(int64_t duration_ns) {
@@ -215,6 +216,7 @@ class DoorPath : public FastPath, public std::enable_shared_from_this<DoorPath> 
                                                            : RowForm::bytes;
         call.path = this;
         if (!door_->send(call, form, head_, item_)) return false;
+        ++call.door_route().under_way;
         connection.call = std::move(taken);
         return true;
     }
@@ -225,6 +227,7 @@ class DoorPath : public FastPath, public std::enable_shared_from_this<DoorPath> 
     std::unique_ptr<DoorCall> release(FastConnection& connection) {
         std::unique_ptr<DoorCall> call(static_cast<DoorCall*>(connection.call.release()));
         door_->forget(*call);
+        --call->door_route().under_way;
         return call;
     }
 
@@ -296,6 +299,7 @@ inline void bind_fast_door(py::module_& m) {
              py::arg("place"), py::kw_only(), py::arg("size"), py::arg("row_of"), py::arg("bounds"),
              py::arg("describes_items"), py::arg("form_of"), py::arg("log_head"), py::arg("kind"), py::arg("shape"),
              py::arg("takes_json"))
+        .def_readonly("under_way", &DoorRoute::under_way)
         .def("take_stages", [](DoorRoute& route) {
             const auto [decoded, encoded] = route.take_stages();
             const auto told = [](const StageCounts& stage) { return py::make_tuple(stage.counts, stage.total_s); };

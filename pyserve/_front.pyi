@@ -156,7 +156,12 @@ class FastRoute:
         row_of: gives what `fronts.rows.Route.row_of` does, of requests that have to be taken over.
         bounds: of the durations of stages, s.
         describes_items, form_of, log_head, kind, shape, takes_json: as of `_core.FastRoute`.
+
+    Attributes:
+        under_way: how many of its requests are not over, of which something will be noted yet.
     """
+
+    under_way: int
 
     def __init__(
         self, place: int, *, size: int, row_of: Callable[..., object], bounds: Sequence[float], describes_items: bool,

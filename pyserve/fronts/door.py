@@ -227,6 +227,8 @@ class Door:
         """From now on requests go under ``table``. What is done for those on their way counts under theirs."""
         self._tell_times()
         used = {id(row.times) for _, row in self._rows.values()}
+        if self.fast is not None:
+            used.update(map(id, self.fast.used_times()))
         self._former_tables = [each for each in (*self._former_tables, self._table) if each.has_times_of(used)]
         self._table = table
 

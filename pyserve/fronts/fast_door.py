@@ -9,12 +9,14 @@ Loop thread only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 from pyserve import _front
 from pyserve.fronts.channel import Channel
 from pyserve.fronts.fast_forms import options_of, paths_of
+from pyserve.fronts.outputs import RowTimes
 from pyserve.fronts.rows import Table
 from pyserve.http1.connections import Connections
 from pyserve.http1.fast_protocol import FastProtocol
@@ -25,6 +27,11 @@ from pyserve.telemetry.stage_times import BOUNDS_S
 # None in a checkout whose extensions were built before there was this one.
 _Door: Any = getattr(_front, "FastDoor", None)
 IS_BUILT = _Door is not None
+
+
+def _is_used(route: _front.FastRoute) -> bool:
+    """Whether one of its requests is not over. Not told in a checkout whose extensions were built before it was."""
+    return bool(getattr(route, "under_way", 0))
 
 
 class FastListener:
@@ -45,7 +52,8 @@ class FastListener:
         self._connections = connections
         self._app = app
         self._log = log
-        self._routes: list[tuple[Any, _front.FastRoute]] = []
+        self._routes: list[tuple[RowTimes, _front.FastRoute]] = []
+        self._former: list[tuple[RowTimes, _front.FastRoute]] = []  # under which requests went that are not over
         self.native = _front.FastPath(
             door, listener=number, answer_size_max=answer_size_max, budget=connections.budget,
             call_soon=asyncio.get_running_loop().call_soon, log=log, **options_of(connections),
@@ -60,6 +68,7 @@ class FastListener:
     def set(self, table: Table | None) -> None:
         """From now on it takes what is in ``table``; nothing if there is none, or if connections are to end."""
         self.note_times()
+        self._former = [each for each in (*self._former, *self._routes) if _is_used(each[1])]
         self._routes.clear()
         routes: dict[str, _front.FastRoute] = {}
         if table is None or self._connections.parting:
@@ -75,8 +84,12 @@ class FastListener:
 
     def note_times(self) -> None:
         """Has in the table's times what native code has noted."""
-        for times, native in self._routes:
+        for times, native in (*self._former, *self._routes):
             times.add(*native.take_stages())
+
+    def used_times(self) -> Iterator[RowTimes]:
+        """Those that something will be noted in."""
+        return (times for times, native in (*self._former, *self._routes) if _is_used(native))
 
     def _part(self) -> None:
         """What is under way becomes ordinary requests, whose answers say that their connections end."""
@@ -126,6 +139,10 @@ class FastDoor:
         """Has in the table's times what native code has noted."""
         for listener in self.listeners.values():
             listener.note_times()
+
+    def used_times(self) -> Iterator[RowTimes]:
+        """Those that something will be noted in."""
+        return chain.from_iterable(listener.used_times() for listener in self.listeners.values())
 
     @property
     def count(self) -> int:

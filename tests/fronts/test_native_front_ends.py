@@ -238,6 +238,46 @@ def test_a_full_ring_has_requests_wait(store: Path, gate: Gate, front_end: None)
     run(test())
 
 
+@pytest.mark.parametrize("ends", ["answered", "gone", "taken over"])
+@pytest.mark.parametrize("tables", [0, 1, 3])
+def test_stages_of_what_is_under_way_are_told_however_often_the_table_changes(
+    store: Path, gate: Gate, front_end: None, tables: int, ends: str
+) -> None:
+    async def test() -> None:
+        async with site(store, gate=gate) as made:
+            front, model = made.front, made.registry.get("m")
+            assert front is not None and model.stage_times is not None
+
+            def told() -> list[int]:
+                assert front is not None and model.stage_times is not None
+                front.door._tell_counts()
+                return [sum(times.histogram()[1]) for times in model.stage_times]
+
+            gate.shut()
+            before = told()
+            wire = made.fast.wire()
+            wire.send(post("/predictions/m", b"[1, 2, 3, 4]", JSON))
+            await made.until_crossed()
+            for _ in range(tables):
+                made.tensors.take_back()
+                await made.until_told()
+            assert made.taken == 1
+            if ends == "gone":
+                wire.transport.lose()
+            elif ends == "taken over":
+                wire.send(b"POST /none HTTP/1.1\r\n")
+            gate.open()
+            if ends != "gone":
+                assert (await wire.answers()).startswith(b"HTTP/1.1 200")
+            wanted = [before[0] + 1, before[1] + (ends != "gone")]
+            await made.until(lambda: told() == wanted)
+            made.tensors.take_back()
+            await made.until_told()
+            assert not front.listener._former and not front.door._former_tables and told() == wanted
+
+    run(test())
+
+
 def test_a_lease_is_given_back_though_native_code_gave_back_the_bytes() -> None:
     file = LedgerFile(2, 64 * LEASE_STEP)
     try:
