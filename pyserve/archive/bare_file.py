@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
@@ -124,7 +125,7 @@ class BareReader:
 def input_unknown(file: str) -> str:
     """What to say of a file with a model that does not say what it takes; behind its name and a colon."""
     return (
-        f"nothing in it says what one item of its input is; say it, as in `pyserve start {file} --input "
+        f"nothing in it says what one item of its input is; say it, as in `pyserve start {shlex.quote(file)} --input "
         "float32:3,224,224` (dtype and shape without the batch, -1 for any size; once for each input, then with "
         "name=...), or in input: of an archive's model-config.yaml, or save the model with torch.export.save, which "
         "keeps it"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 from pathlib import PurePath
 from typing import BinaryIO, NoReturn
 
@@ -146,8 +147,8 @@ def weights_alone(name: str) -> str:
     kept = PurePath(name).name
     return (
         "holds weights only, not the model that they belong to; give the Python file with its class too, as in "
-        f"`pyserve start {kept} --model-file model.py`, or pack both with `pyserve archive`, or save a program: "
-        f"{SAVE_PROGRAM}"
+        f"`pyserve start {shlex.quote(kept)} --model-file model.py`, or pack both with `pyserve archive`, or "
+        f"save a program: {SAVE_PROGRAM}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from pyserve.archive.manifest import check_model_name
@@ -109,5 +110,6 @@ def init_command(parsed: argparse.Namespace) -> int:
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made: {error.strerror or error}") from None
     print(f"{folder}: {', '.join(FILES)}")
-    print(f"next: pyserve dev {folder}    and in another terminal: python {folder}/client.py")
+    here, client = (shlex.quote(str(path)) for path in (folder, folder / "client.py"))
+    print(f"next: pyserve dev {here}    and in another terminal: python {client}")
     return 0

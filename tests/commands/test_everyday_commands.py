@@ -157,6 +157,15 @@ def test_init_refuses_what_is_there_and_what_no_model_can_be_called(
     assert sorted(os.listdir()) == ["there"] and not os.listdir("there")
 
 
+def test_what_init_says_to_type_can_be_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "my models/sums"]) == 0
+    said = capsys.readouterr().out
+    assert "pyserve dev 'my models/sums' " in said and "python 'my models/sums/client.py'\n" in said
+
+
 def test_records_go_on_over_several_lines() -> None:
     lines = [
         "2026-01-01T00:00:00,000 [INFO ] W-9000-net_1.0-stdout MODEL_LOG - hello", "  more of it",
