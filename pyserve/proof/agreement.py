@@ -26,7 +26,9 @@ _AS_GOOD = 1.25
 _STEPS = 16
 _OWN_STEPS = 4
 # Probes on which a part that looks wrong at full precision is looked at again, beside what rounding does there.
-_AGAIN_MAX = 6
+_AGAIN_MAX = 8
+# Of probes at a lower precision, of which more have to show a part that is wrong: rounding is as large as parts are.
+_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def agreement(
     expected = {} if expected is None else expected
     judge = _Judge(truth, tolerance, exact)
     largest, compared = 0.0, 0
-    parts = SmallParts(tolerance)
+    parts, suspected = SmallParts(tolerance, share=0.0 if precisions is None else _SHARE), list[int]()
     for number, probe in enumerate(probes):
         if is_enough(number):
             break
@@ -116,7 +118,7 @@ def agreement(
         got = _answer(candidate, probe.inputs)
         worst, objection = judge.compared(probe, expected[number], got)
         if precisions is None:
-            parts.note(expected[number], expected[number], got)
+            suspected += [number] if parts.note(expected[number], expected[number], got) else []
         elif math.isfinite(worst) and not isinstance(got, _Refusal):
             answers = precisions.answers(probe)
             if answers is not None:
@@ -129,8 +131,8 @@ def agreement(
         largest = max(largest, worst)
     if precisions is not None:
         return Agreement(largest, compared, parts.objection())
-    first = enumerate(probes[: min(compared, _AGAIN_MAX)])
-    again = ((*judge.rounded(each, expected[number]), _answer(candidate, each.inputs)) for number, each in first)
+    chosen = ((number, probes[number]) for number in suspected[:_AGAIN_MAX])
+    again = ((*judge.rounded(each, expected[number]), _answer(candidate, each.inputs)) for number, each in chosen)
     return Agreement(largest, compared, parts.confirmed(again))
 
 

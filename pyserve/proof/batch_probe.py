@@ -116,8 +116,9 @@ class BatchProbe:
         self._items = rows.items
         self._tolerance = tolerance
         self._alone: dict[int, Any] = {}
-        self._together: dict[int, Any] = {}  # the answers of the last batch of unlike rows that an item was in
         self._parts = SmallParts(tolerance, probes_min=2)  # a pair shows most
+        self._suspected: dict[int, Any] = {}  # answers in batches, of each item the last that looks wrong in a part
+        self._off: dict[int, Any] = {}  # what `_rounded` gave
         self.numbers = RowNumbers.of(len(rows.unlike), len(rows.not_finite), len(rows.alike))
 
     def alone(self, number: int) -> Any:
@@ -149,19 +150,26 @@ class BatchProbe:
             if not found <= self._tolerance:
                 by = "in its shape, a whole number or NaN" if found == float("inf") else f"by {found:.1e} (relative)"
                 return f"the answer of an item in a batch of {size}{step.what} differs {by} from its answer alone"
-        # Special rows are compared for what they do to others. At a lower precision rounding is as large as parts are.
-        if step.what or self._tolerance > ROUNDING["fp32"]:
+        # At a lower precision rounding is as large as parts are.
+        if self._tolerance > ROUNDING["fp32"]:
             return ""
+        is_suspicious = False
         for place, number in enumerate(chosen):
-            self._together[number] = rows(output, place, 1)
-            self._parts.note(self.alone(number), self.alone(number), self._together[number])
+            row = rows(output, place, 1)
+            if self._parts.note(self.alone(number), self.alone(number), row):
+                is_suspicious, self._suspected[number] = True, row
+        if not is_suspicious:
+            return ""
+        # Each item once: what rounding does to one it does in batches of many sizes.
         problem = self._parts.confirmed((self.alone(number), self._rounded(number), row)
-                                        for number, row in self._together.items())  # fmt: skip
-        return f"in a batch of {size}, {problem.removesuffix(' inputs')} items" if problem else ""
+                                        for number, row in self._suspected.items())  # fmt: skip
+        return f"in a batch of {size}{step.what}, {problem.removesuffix(' inputs')} items" if problem else ""
 
     def _rounded(self, number: int) -> Any:
         """The output for one item alone, off by what rounding does to it."""
-        return rounded(self._run, self._items[number], leaves(self.alone(number)))
+        if number not in self._off:
+            self._off[number] = rounded(self._run, self._items[number], leaves(self.alone(number)))
+        return self._off[number]
 
     def _is_refused(self, number: int) -> bool:
         """Whether the model fails for NaN or infinities. A batch that fails is run again one by one."""

@@ -100,13 +100,13 @@ def _of_sequences(expected: Any, got: Any) -> float:
     if len(expected) != len(got) or (all(names) and names[0] != names[1]):
         return math.inf
     if isinstance(expected, list):
-        numbers = (_numbers(expected), _numbers(got))
+        numbers = (number_list(expected), number_list(got))
         if numbers[0] is not None and numbers[1] is not None:
             return _of_tensors(*numbers)
     return _largest(zip(expected, got, strict=True))
 
 
-def _numbers(values: Any) -> torch.Tensor | None:
+def number_list(values: Any) -> torch.Tensor | None:
     """Nested lists of floating-point numbers, null for what is not one, as a tensor; None if they are anything else."""
     leaf: Any = values
     while isinstance(leaf, list) and leaf:

@@ -17,7 +17,7 @@ import torch
 _FARTHER = 16.0
 # By chance torch is near in some parts of many; none counts as nearer than this share of them is.
 _NEAREST = 0.1
-# Probes that a part has to be in before it counts: by chance it is wrong on one.
+# Probes that a part has to be wrong on before it counts: by chance it is on one.
 _PROBES_MIN = 3
 # Errors below this share of the tensor's largest number are nobody's: what is nearly zero may be any such number.
 _SEEN = 1e-6
@@ -28,32 +28,41 @@ _PARTS_MAX = 1 << 16
 class SmallParts:
     """Args:
         tolerance: of `pyserve.proof.comparison.difference`.
-        probes_min: that a part has to be in before it counts.
+        probes_min: that a part has to be wrong on before it counts.
+        share: of the probes that a part is in, of which more have to be. At full precision 0: a fault that saturation,
+            zeros or one place in a batch hides on most is one.
     """  # fmt: skip
 
-    def __init__(self, tolerance: float, probes_min: int = _PROBES_MIN):
-        self._tolerance, self._probes_min = tolerance, probes_min
-        self._probes: dict[tuple[int, int, int], int] = {}  # (place of the tensor, dimension, its size)
+    def __init__(self, tolerance: float, probes_min: int = _PROBES_MIN, share: float = 0.0):
+        self._tolerance, self._probes_min, self._share = tolerance, probes_min, share
+        self._probes: dict[tuple[int, int, int], torch.Tensor] = {}  # (place of the tensor, dimension, its size)
         self._wrong: dict[tuple[int, int, int], torch.Tensor] = {}
 
-    def note(self, right: Any, rounded: Any, got: Any) -> None:
+    def note(self, right: Any, rounded: Any, got: Any) -> bool:
         """The answers of one probe: the right one, that with torch's own rounding, and the one that is judged.
 
         With the right one in place of the second, every difference above the tolerance counts.
+
+        Returns:
+            whether a part looks wrong.
         """
         places = [leaves(each) for each in (right, rounded, got)]
         if len({len(each) for each in places}) > 1:
-            return
+            return False
+        is_any_wrong = False
         for place, (wanted, own, judged) in enumerate(zip(*places, strict=True)):
-            if wanted.is_floating_point() and wanted.shape == own.shape == judged.shape and wanted.numel():
-                self._note(place, wanted, own, judged)
+            is_plain = wanted.is_floating_point() and wanted.layout is torch.strided
+            if is_plain and wanted.shape == own.shape == judged.shape and wanted.numel():
+                is_any_wrong |= self._note(place, wanted, own, judged)
+        return is_any_wrong
 
-    def _note(self, place: int, right: torch.Tensor, own: torch.Tensor, judged: torch.Tensor) -> None:
-        right, own, judged = right.double(), own.double(), judged.double()
+    def _note(self, place: int, right: torch.Tensor, own: torch.Tensor, judged: torch.Tensor) -> bool:
+        right, own, judged = (each.cpu().double() for each in (right, own, judged))
         finite = right.isfinite() & own.isfinite() & judged.isfinite()
         scales = right.abs().where(finite, 0.0)
         errors = (judged - right).abs().where(finite, 0.0)
         owns = (own - right).abs().where(finite, 0.0)
+        is_any_wrong = False
         for dimension in range(right.ndim):  # of the first, which is the batch, only all together
             size = right.shape[dimension] if dimension else 1
             if size > _PARTS_MAX:
@@ -63,33 +72,38 @@ class SmallParts:
             least = (self._tolerance * scale).clamp(min=_SEEN * float(scales.max()))
             is_wrong = (error > least) & (error > _FARTHER * rounding.clamp(min=float(nearest)))
             key = place, dimension, size
-            self._probes[key] = self._probes.get(key, 0) + 1
-            self._wrong[key] = self._wrong.get(key, torch.zeros(size, dtype=torch.int64)) + is_wrong
+            none = torch.zeros(size, dtype=torch.int64)
+            # NaN and infinities among the inputs leave nothing to compare in most networks.
+            self._probes[key] = self._probes.get(key, none) + _largest(finite, dimension)
+            self._wrong[key] = self._wrong.get(key, none) + is_wrong
+            is_any_wrong |= bool(is_wrong.any())
+        return is_any_wrong
 
     def confirmed(self, again: Iterable[tuple[Any, Any, Any]]) -> str:
         """As `objection`, of one that was told the right answer in place of the rounded one: at full precision rounding
         is next to nothing, and what it does is looked for only if there is something to explain.
 
         Args:
-            again: the answers of some probes as `note` takes them, made as they are asked for.
+            again: the answers of probes on which a part looked wrong, as `note` takes them, made as they are asked for.
         """
         if not self.objection():
             return ""
-        parts = SmallParts(self._tolerance, self._probes_min)
+        parts = SmallParts(self._tolerance, self._probes_min, self._share)
         for answers in again:
             parts.note(*answers)
         return parts.objection()
 
     def objection(self) -> str:
-        """The part that is wrong on most probes, in words; ``""`` if there is none."""
+        """The part that is wrong on enough probes, in words; ``""`` if there is none."""
         for (place, dimension, _), wrong in self._wrong.items():
             probes = self._probes[place, dimension, wrong.numel()]
-            part = int(wrong.argmax())
-            if probes >= self._probes_min and 2 * int(wrong[part]) > probes:
+            counts = wrong * ((wrong >= self._probes_min) & (wrong > self._share * probes))
+            part = int(counts.argmax())
+            if count := int(counts[part]):
                 where = f"number {part} of dimension {dimension}" if dimension else "all of it"
                 return (
-                    f"output {place + 1} is wrong in a part that is small beside the rest ({where}), on "
-                    f"{int(wrong[part])} of {probes} inputs"
+                    f"output {place + 1} is wrong in a part that is small beside the rest ({where}), on {count} of "
+                    f"{int(probes[part])} inputs"
                 )
         return ""
 
@@ -110,6 +124,6 @@ def leaves(output: Any) -> list[torch.Tensor]:
 def _largest(numbers: torch.Tensor, dimension: int) -> torch.Tensor:
     """Of each place along ``dimension``, or of all for the first."""
     if not dimension:
-        return numbers.max().reshape(1)
+        return numbers.amax().reshape(1)
     others = [each for each in range(numbers.ndim) if each != dimension]
     return numbers.amax(dim=others)

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,7 @@ from pyserve.worker.request import Item
 from pyserve.worker.sample_requests import MadeUp, trial_rows
 from pyserve.worker.spec import WorkerSpec
 from pyserve.worker.time_limit import TimeLimit
+from pyserve.worker.trial_parts import TrialParts, differ_in_parts
 
 # The largest size that is tried of a model however slow it is.
 SLOW_SIZE_MAX = 8
@@ -140,7 +142,8 @@ def _tried(spec: WorkerSpec, trial: Trial, is_built_in: bool) -> Verdict:
     answer_s = min(answer_s, time.monotonic() - middle)  # the first call may have had to prepare something
     if spec.batch_size == 1 and answer_s > IDLE_ANSWER_TIME_MAX_S:
         return Verdict.untried(spec, "it was loaded with batch size 1", is_built_in=True)
-    if not difference(first, again) <= trial.tolerance(first):
+    is_full = trial.tolerance(first) <= ROUNDING["fp32"]
+    if not difference(first, again) <= trial.tolerance(first) or (is_full and differ_in_parts(first, again)):
         return Verdict(probe="not probed: its answers to the same request differ from call to call")
     reads = trial.reads()
     if reads:  # a branch may be taken for one number in a million only: no trial shows it
@@ -149,14 +152,14 @@ def _tried(spec: WorkerSpec, trial: Trial, is_built_in: bool) -> Verdict:
     if trial.remembers():
         probe = "its answers depend on the calls before"
         return Verdict(note=f"batches hold one request: {probe}; {FIX}", probe=probe)
-    alone = {0: first}
+    alone, parts = {0: first}, TrialParts() if is_full else None
     for place, step in enumerate(batch_steps(trial.rows, spec.batch_size, answer_s)):
         limit_s = SPECIAL_TIME_MAX_S if step.what else TIME_MAX_S
         if place and time.monotonic() - began > limit_s:
             continue
-        problem = _problem_of(spec, trial, step, alone)
+        problem = _problem_of(spec, trial, step, alone, parts)
         if problem and step.what:  # if it is for its size alone, that says more
-            problem = _problem_of(spec, trial, size_step(trial.rows, len(step.numbers)), alone) or problem
+            problem = _problem_of(spec, trial, size_step(trial.rows, len(step.numbers)), alone, parts) or problem
         if problem:
             return Verdict(note=f"batches hold one request: {problem}; {FIX}", probe=problem)
     return Verdict(probe="passed")
@@ -174,8 +177,14 @@ def batch_steps(rows: RowNumbers, batch_size: int, answer_s: float) -> list[Step
     return [size_step(rows, 2), *special, *(size_step(rows, size) for size in sizes)]
 
 
-def _problem_of(spec: WorkerSpec, trial: Trial, step: Step, alone: dict[int, Any]) -> str:
-    """How the answers of rows together differ from those alone, which it adds to ``alone``; ``""`` if they do not."""
+def _problem_of(
+    spec: WorkerSpec, trial: Trial, step: Step, alone: dict[int, Any], parts: TrialParts | None
+) -> str:  # fmt: skip
+    """How the answers of rows together differ from those alone, which it adds to ``alone``; ``""`` if they do not.
+
+    Args:
+        parts: of the trial, at full precision.
+    """
     numbers = [number for number in step.numbers if _is_answered(trial, number, alone)]
     if len(numbers) < len(step.numbers) and not set(numbers) & set(trial.rows.not_finite):
         return ""
@@ -194,7 +203,10 @@ def _problem_of(spec: WorkerSpec, trial: Trial, step: Step, alone: dict[int, Any
             how = "another form" if found == float("inf") else f"a relative difference of {found:.1e}"
             where = f"row {place + 1} of {size}{step.what}"
             return f"answers depend on the batch: {where} has {how} to the same row alone"
-    return ""
+    if parts is None:
+        return ""
+    problem = parts.problem(partial(seeded_answers, trial, seed=SEEDS[0]), numbers, alone, together)
+    return f"answers depend on the batch: in a batch of {size}{step.what}, {problem}" if problem else ""
 
 
 def _is_answered(trial: Trial, number: int, alone: dict[int, Any]) -> bool:
