@@ -9,7 +9,8 @@
 //   requests still in the ring, where they can be batched, cancelled or expire).
 // - Workers that each compute on CPUs of their own share (`share_among`): one takes no more than its part of all that is
 //   queued or runs, so that none of them computes for many what others would have computed at the same time. Never less
-//   than `batch_size_min`.
+//   than `batch_size_min`. Where a row costs as much in smaller batches (row_cost.h), one part more is left for whichever
+//   worker ends first: it goes on at once, while the clients of its last batch read and send again.
 // - A request whose deadline has passed, or that was cancelled, is dropped while collecting, the first one too.
 // - Settings may change at any time from any thread; a change applies from the next batch on.
 //
@@ -32,6 +33,7 @@
 #include "release_reason.h"
 #include "request.h"
 #include "ring.h"
+#include "row_cost.h"
 #include "waiter.h"
 
 namespace pyserve {
@@ -181,9 +183,10 @@ class Batcher {
         }
     }
 
-    // What is there is for so many workers from now on; 1: the first one takes as much as it may. A worker that shares says
-    // what it `holds`: requests of its batch, until that is over.
-    void share_among(uint32_t workers) noexcept { sharers_.store(std::max(1u, workers), std::memory_order_relaxed); }
+    // What is there is for so many workers from now on; 0: the first one takes as much as it may. A worker that shares says
+    // what it `holds`: requests of its batch, until that is over; and what batches take, in ns.
+    void share_among(uint32_t workers) noexcept { sharers_.store(workers, std::memory_order_relaxed); }
+    void note_cost(size_t rows, int64_t ns) noexcept { cost_.note(rows, ns); }
     void hold(size_t count) noexcept { held_.fetch_add(count, std::memory_order_relaxed); }
     void let_go(size_t count) noexcept { held_.fetch_sub(count, std::memory_order_relaxed); }
 
@@ -215,13 +218,21 @@ class Batcher {
 
     News news() const noexcept { return {ring_.pushed(), changes_.load(std::memory_order_acquire)}; }
 
+    static constexpr uint32_t other_every = 32;
+
     // How many requests are one worker's part. What others hold may be late by a batch: a part is too small then.
-    size_t part() const noexcept {
+    size_t part() noexcept {
         const size_t sharers =
             std::min(sharers_.load(std::memory_order_relaxed), running_max_.load(std::memory_order_relaxed));
-        if (sharers <= 1) return SIZE_MAX;
+        if (sharers == 0) return SIZE_MAX;
         const size_t there = ring_.size() + held_.load(std::memory_order_relaxed);
-        return std::max<size_t>({1, (there + sharers - 1) / sharers, batch_size_min_.load(std::memory_order_relaxed)});
+        const size_t whole = (there + sharers - 1) / sharers, with_reserve = (there + sharers) / (sharers + 1);
+        const bool is_even = cost_.is_even(with_reserve, std::min<size_t>(whole, batch_size_max()));
+        // Now and then the other way, so that what both cost stays known.
+        const bool keeps_reserve = is_even != (parts_.fetch_add(1, std::memory_order_relaxed) % other_every == 0);
+        if (!keeps_reserve && sharers == 1) return SIZE_MAX;
+        const size_t size_min = batch_size_min_.load(std::memory_order_relaxed);
+        return std::max<size_t>({1, keeps_reserve ? with_reserve : whole, size_min});
     }
 
     bool gate_is_open() const noexcept {
@@ -350,8 +361,10 @@ class Batcher {
     std::atomic<uint32_t> changes_{0};  // of the settings above
     std::atomic<uint32_t> purges_{0};   // begun plus ended
     alignas(cache_line_size) std::atomic<uint32_t> running_{0};
-    std::atomic<uint32_t> sharers_{1};
+    std::atomic<uint32_t> sharers_{0};
     std::atomic<size_t> held_{0};
+    std::atomic<uint32_t> parts_{1};  // that were reckoned
+    RowCost cost_;
     Event arrivals_;
     Event permits_;
     std::vector<Request*> scratch_;  // loop thread only

@@ -278,8 +278,10 @@ void Worker::complete(Flight& flight) {
                             seconds_per_ns);
     stats.batch_size.observe(static_cast<double>(count));
     if (staging_ && !staging_->is_async()) {
-        const bool is_long = result->finished_at - flight.staged_at >= shared_from_ns;
-        shared_.batcher.share_among(is_long ? static_cast<uint32_t>(std::max(1, workers_)) : 1);
+        const int64_t took_ns = result->finished_at - flight.staged_at;
+        const bool is_long = took_ns >= shared_from_ns;
+        shared_.batcher.share_among(is_long ? static_cast<uint32_t>(std::max(1, workers_)) : 0);
+        if (result->status.ok()) shared_.batcher.note_cost(count, took_ns);
     }
     stats.batches.fetch_add(1, std::memory_order_relaxed);
     if (flight.staged.is_fallback) stats.staging_fallback.fetch_add(1, std::memory_order_relaxed);

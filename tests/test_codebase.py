@@ -71,7 +71,8 @@ PLAIN_CPP = [
     "pool.h", "release_reason.h", "result.h", "frame.h", "poller.h", "memory_file.h", "process_worker.h",
     "process_worker.cpp", "process_worker_end.cpp", "reruns.h", "process_lane.h", "process_lane.cpp",
     "worker_channel.h", "worker_channel.cpp", "buckets.h", "batch_report.h", "http/head.h", "front_ring.h",
-    "front_ledger.h", "json_item.h", "http/fast_request.h", "json_rows.h", "row_frame.h", "stage_counts.h",
+    "front_ledger.h", "json_item.h", "http/fast_request.h", "json_rows.h", "row_cost.h", "row_frame.h",
+    "stage_counts.h",
 ]  # fmt: skip
 
 

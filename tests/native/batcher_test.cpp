@@ -7,6 +7,7 @@
 
 #include "harness.h"
 #include "parking.h"
+#include "row_cost.h"
 
 using pyserve::Batcher;
 using pyserve::BatchLimits;
@@ -38,6 +39,10 @@ struct Bench {
     }
     void push_many(int count) {
         while (count-- > 0) push();
+    }
+    // As often as it takes to be believed.
+    void note_cost(size_t rows, int64_t ns) {
+        for (int i = 0; i < 5; ++i) batcher.note_cost(rows, ns);
     }
 
     Next look(bool full_only = false) { return batcher.try_next(take, wake_at, full_only); }
@@ -314,6 +319,100 @@ TEST(workers_that_share_take_their_part_of_what_is_queued_or_runs) {
     bench.push_many(3);
     bench.batcher.share_among(1);
     bench.check_takes({9, 10, 11});
+}
+
+TEST(a_part_is_left_for_the_batch_after_where_a_row_costs_as_much_in_smaller_ones) {
+    Bench bench(32, {.batch_size_max = 8});
+    bench.batcher.share_among(2);
+    bench.note_cost(2, 2030);
+    bench.note_cost(4, 4000);
+    bench.push_many(8);
+    bench.check_takes({0, 1, 2});
+    bench.batcher.hold(3);
+    bench.check_takes({3, 4, 5});  // 5 that wait and 3 that run
+    bench.batcher.hold(3);
+    bench.batcher.let_go(3);
+    bench.check_takes({6, 7});  // the first one has ended: what was left is there at once
+    bench.batcher.let_go(3);
+    bench.batcher.share_among(1);
+    bench.push_many(4);
+    bench.check_takes({8, 9});
+    bench.batcher.share_among(0);
+    bench.check_takes({10, 11});
+}
+
+TEST(nothing_is_left_where_larger_batches_are_worth_more_or_it_is_not_known) {
+    Bench bench(32, {.batch_size_max = 8});
+    bench.batcher.share_among(2);
+    bench.note_cost(2, 2200);  // a tenth more for each row
+    bench.push_many(8);
+    bench.check_takes({0, 1, 2, 3});
+    bench.note_cost(4, 4000);
+    bench.push_many(4);
+    bench.check_takes({4, 5, 6, 7});
+    bench.batcher.share_among(1);
+    bench.check_takes({8, 9, 10, 11});
+}
+
+TEST(many_that_wait_make_full_batches_and_a_minimum_is_kept_where_a_part_is_left) {
+    Bench bench(64, {.batch_size_max = 4});
+    bench.batcher.share_among(2);
+    for (const size_t rows : {1u, 2u, 3u, 4u}) bench.note_cost(rows, static_cast<int64_t>(rows) * 1000);
+    bench.push_many(12);
+    bench.check_takes({0, 1, 2, 3});
+    bench.check_takes({4, 5, 6});
+    bench.batcher.set_limits({.batch_size_max = 4, .batch_size_min = 3});
+    bench.check_takes({7, 8, 9});
+}
+
+TEST(now_and_then_a_part_is_taken_the_other_way_so_that_both_costs_stay_known) {
+    for (const int64_t of_two : {2000, 3000}) {
+        Bench bench(256, {.batch_size_max = 4});
+        bench.batcher.share_among(1);
+        bench.note_cost(2, of_two);
+        bench.note_cost(4, 4000);
+        int counts[5] = {};
+        for (int i = 0; i < 320; ++i) {
+            bench.push_many(4);
+            CHECK(bench.look() == Next::batch);
+            ++counts[bench.take.requests.size()];
+            bench.batcher.leave();
+            while (bench.batcher.queue_size() > 0) {
+                bench.batcher.share_among(0);
+                CHECK(bench.look() == Next::batch);
+                bench.batcher.leave();
+                bench.batcher.share_among(1);
+            }
+        }
+        CHECK_EQ(counts[of_two == 2000 ? 4 : 2], 10);
+        CHECK_EQ(counts[of_two == 2000 ? 2 : 4], 310);
+    }
+}
+
+TEST(what_a_row_costs_is_judged_by_what_was_run_and_not_by_one_batch_that_was_held_up) {
+    pyserve::RowCost cost;
+    const auto note = [&cost](size_t rows, int64_t ns, int times) {
+        while (times-- > 0) cost.note(rows, ns);
+    };
+    CHECK(!cost.is_even(1, 2));
+    cost.note(2, 1'000'000);  // the first one is slow, and does not count
+    note(2, 2000, 3);
+    CHECK(!cost.is_even(2, 2));  // too few
+    cost.note(2, 2000);
+    CHECK(cost.is_even(2, 2));
+    CHECK(!cost.is_even(1, 2));  // of one row nothing is known
+    CHECK(!cost.is_even(2, 3));
+    note(6, 6000, 5);
+    CHECK(cost.is_even(3, 5));  // as in 2 and in 6
+    CHECK(!cost.is_even(3, 7));
+    cost.note(2, 1'000'000);
+    note(2, 2000, 24);
+    CHECK(cost.is_even(2, 6));
+    note(6, 5700, 24);
+    CHECK(!cost.is_even(2, 6));
+    note(0, 1, 5);
+    note(65, 1, 5);
+    CHECK(!cost.is_even(64, 65));
 }
 
 TEST(a_part_is_never_less_than_the_minimum_nor_more_than_the_maximum) {
