@@ -9,7 +9,7 @@
 //   requests still in the ring, where they can be batched, cancelled or expire).
 // - Workers that each compute on CPUs of their own share (`share_among`): one takes no more than its part of all that is
 //   queued or runs, so that none of them computes for many what others would have computed at the same time. Never less
-//   than `batch_size_min`. Where a row costs as much in smaller batches (row_cost.h), one part more is left for whichever
+//   than `batch_size_min`, nor leaving fewer. Where a row costs as much in smaller batches (row_cost.h), one part more is left for whichever
 //   worker ends first: it goes on at once, while the clients of its last batch read and send again.
 // - A request whose deadline has passed, or that was cancelled, is dropped while collecting, the first one too.
 // - Settings may change at any time from any thread; a change applies from the next batch on.
@@ -225,14 +225,19 @@ class Batcher {
         const size_t sharers =
             std::min(sharers_.load(std::memory_order_relaxed), running_max_.load(std::memory_order_relaxed));
         if (sharers == 0) return SIZE_MAX;
-        const size_t there = ring_.size() + held_.load(std::memory_order_relaxed);
+        const size_t queued = ring_.size(), there = queued + held_.load(std::memory_order_relaxed);
         const size_t whole = (there + sharers - 1) / sharers, with_reserve = (there + sharers) / (sharers + 1);
+        const size_t size_min = batch_size_min_.load(std::memory_order_relaxed);
+        if (size_min > 1) {
+            // Fewer than the minimum would have to wait for others, perhaps for long.
+            const size_t part = std::max(whole, size_min);
+            return sharers > 1 && queued >= part + size_min ? part : SIZE_MAX;
+        }
         const bool is_even = cost_.is_even(with_reserve, std::min<size_t>(whole, batch_size_max()));
         // Now and then the other way, so that what both cost stays known.
         const bool keeps_reserve = is_even != (parts_.fetch_add(1, std::memory_order_relaxed) % other_every == 0);
         if (!keeps_reserve && sharers == 1) return SIZE_MAX;
-        const size_t size_min = batch_size_min_.load(std::memory_order_relaxed);
-        return std::max<size_t>({1, keeps_reserve ? with_reserve : whole, size_min});
+        return std::max<size_t>(1, keeps_reserve ? with_reserve : whole);
     }
 
     bool gate_is_open() const noexcept {

@@ -361,8 +361,22 @@ TEST(many_that_wait_make_full_batches_and_a_minimum_is_kept_where_a_part_is_left
     bench.push_many(12);
     bench.check_takes({0, 1, 2, 3});
     bench.check_takes({4, 5, 6});
-    bench.batcher.set_limits({.batch_size_max = 4, .batch_size_min = 3});
-    bench.check_takes({7, 8, 9});
+    bench.check_takes({7, 8});
+    bench.batcher.set_limits({.batch_size_max = 8, .batch_size_min = 3, .batch_delay_max_ns = 100});
+    bench.push_many(3);
+    bench.check_takes({9, 10, 11});  // and as many as the minimum are left
+    bench.check_takes({12, 13, 14});
+    bench.push_many(5);
+    bench.check_takes({15, 16, 17, 18, 19});  // two would be left, which would have to wait for a third
+}
+
+TEST(no_fewer_than_the_minimum_are_left_behind_a_part) {
+    Bench bench(64, {.batch_size_max = 8, .batch_size_min = 3, .batch_delay_max_ns = 100});
+    bench.batcher.share_among(2);
+    bench.push_many(8);
+    bench.check_takes({0, 1, 2, 3});
+    bench.push_many(1);
+    bench.check_takes({4, 5, 6, 7, 8});
 }
 
 TEST(now_and_then_a_part_is_taken_the_other_way_so_that_both_costs_stay_known) {
