@@ -9,8 +9,8 @@
 //   requests still in the ring, where they can be batched, cancelled or expire).
 // - Workers that each compute on CPUs of their own share (`share_among`): one takes no more than its part of all that is
 //   queued or runs, so that none of them computes for many what others would have computed at the same time. Never less
-//   than `batch_size_min`, nor leaving fewer. Where a row costs as much in smaller batches (row_cost.h), one part more is left for whichever
-//   worker ends first: it goes on at once, while the clients of its last batch read and send again.
+//   than `batch_size_min`, nor leaving fewer. Where a row costs as much in smaller batches (row_cost.h), one part more is
+//   left for whichever worker ends first: it continues at once, while the clients of its last batch read and send again.
 // - A request whose deadline has passed, or that was cancelled, is dropped while collecting, the first one too.
 // - Settings may change at any time from any thread; a change applies from the next batch on.
 //

@@ -28,7 +28,7 @@ class RowCost {
         if (seen == 0) return;
         const int64_t known = size.ns_per_row.load(std::memory_order_relaxed), next = ns / static_cast<int64_t>(rows);
         // The mean at first, then a running one; of a batch that was held up no more than the double.
-        const int64_t step = seen == 1 ? next - known : (std::min(next, 2 * known) - known) / seen;
+        const int64_t step = known == 0 ? next : (std::min(next, 2 * known) - known) / seen;
         size.ns_per_row.store(std::max<int64_t>(1, known + step), std::memory_order_relaxed);
     }
 

@@ -424,6 +424,11 @@ TEST(what_a_row_costs_is_judged_by_what_was_run_and_not_by_one_batch_that_was_he
     CHECK(cost.is_even(2, 6));
     note(6, 5700, 24);
     CHECK(!cost.is_even(2, 6));
+    note(6, 60'000, 40);  // a model that has become slower
+    note(2, 20'000, 40);
+    CHECK(cost.is_even(2, 6));
+    note(2, 21'000, 40);
+    CHECK(!cost.is_even(2, 6));
     note(0, 1, 5);
     note(65, 1, 5);
     CHECK(!cost.is_even(64, 65));
