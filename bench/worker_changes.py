@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 4, 2, 1])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=6.0, help="before each change, and after its beginning")
-    parser.add_argument("--cache", type=Path, default=Path("bench-results/cache"))
+    parser.add_argument("--cache", type=Path, default=Path(__file__).parent / "out" / "cache")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:

@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=8.0, help="of requests before memory is read")
-    parser.add_argument("--cache", type=Path, default=Path("bench-results/cache"))
+    parser.add_argument("--cache", type=Path, default=Path(__file__).parent / "out" / "cache")
     options = parser.parse_args()
     is_fine = True
     print("| backend | | " + " | ".join(f"{count} workers, MB" for count in options.workers) + " | last / first |")
