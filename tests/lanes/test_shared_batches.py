@@ -63,3 +63,36 @@ def test_a_minimum_counts_for_a_part_too(lane: LaneBench, hold: Hold) -> None:
     hold.release()
     lane.wait_for(10)
     assert sizes(lane) == [1, 1, 8]
+
+
+def batch_behind_held(lane: LaneBench, count: int, took_s: float) -> list[int]:
+    """Sizes of the batches that ``count`` requests are run in, which came while the only worker was within an operator;
+    the first batch takes ``took_s`` seconds."""  # fmt: skip
+    before = len(lane.answers)
+    done = len(lane.completions)
+    first = new_hold()
+    lane.submit(before, [HELD])
+    assert first.begun.acquire(timeout=60)
+    for number in range(1, count + 1):
+        lane.submit(before + number, [HELD if number == 1 else torch.zeros(1, 4)])
+    second = new_hold()
+    time.sleep(0.05)  # a row alone costs more than any here in a batch
+    first.release()
+    assert second.begun.acquire(timeout=60)
+    time.sleep(took_s)
+    second.release()
+    lane.wait_for(before + 1 + count)
+    return [len(each.owners) for each in lane.completions[done + 1 :]]
+
+
+def test_a_part_is_left_where_batches_of_half_as_many_have_cost_less(tmp_path: Path) -> None:
+    lane = LaneBench(save_script(Held(), tmp_path / "held.pt"), [torch.zeros(1, 4)], workers=1, batch=8)
+    try:
+        # One batch in 32 is taken the other way: of eight of each kind, at most one.
+        assert sum(batch_behind_held(lane, 8, 0.2) == [8] for _ in range(8)) >= 7  # 25 ms a row
+        assert (
+            sum(batch_behind_held(lane, 4, 0.006) == [4] for _ in range(8)) >= 7
+        )  # 1.5 ms a row, on a busy machine a few
+        assert sum(batch_behind_held(lane, 8, 0.2) == [4, 4] for _ in range(3)) >= 2
+    finally:
+        lane.close()
